@@ -1,0 +1,51 @@
+# `make help` lists what can be made. PYTHON and VENV given on the command line or in the environment are respected.
+VENV ?= .venv
+PYTHON ?= python3
+
+BIN := $(VENV)/bin
+INSTALL_INPUTS := setup.cfg pyproject.toml constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+# Two pips in one environment would trip over each other.
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean
+
+help: ## show this list
+	@grep -E '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_]+):.*## /  make \1\t/' | expand -t 16
+	@echo "  VENV=DIR and PYTHON=EXECUTABLE choose the environment (now $(VENV)) and what creates it (now $(PYTHON))."
+
+demo: $(VENV)/.installed-demo ## population parameters of the theophylline data, from simulation to table, in minutes
+	$(BIN)/python scripts/simulate.py experiment=theophylline
+	$(BIN)/python scripts/train_flow.py experiment=theophylline
+	$(BIN)/python scripts/fit_population.py experiment=theophylline
+
+test: $(VENV)/.installed-test ## all tests with line coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov=nlme_sbi --cov=simulators --cov-report=term:skip-covered \
+		--cov-fail-under=90 $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev ## lint, format, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean: ## remove the environment made here and all caches; outputs/ stays
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
+	find . -name __pycache__ -type d -not -path './outputs/*' -prune -exec rm -rf {} +
+
+# The stamp is inside the environment, so that a new environment installs and an unchanged one does not.
+$(VENV)/.installed-demo: $(INSTALL_INPUTS) | $(BIN)/python
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/.installed-test: $(INSTALL_INPUTS) | $(BIN)/python
+	$(INSTALL) '.[test]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(INSTALL_INPUTS) | $(BIN)/python
+	$(INSTALL) '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
