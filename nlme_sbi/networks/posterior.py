@@ -1,0 +1,222 @@
+"""The amortized posterior: summary network, flow and scalings, with the simulator, prior and designs behind them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nlme_sbi.designs import ResampledDesigns
+from nlme_sbi.devices import choose_device
+from nlme_sbi.instantiate import instantiate
+from nlme_sbi.networks.flows import AffineCouplingFlow, ConditionalFlow
+from nlme_sbi.networks.summaries import DataShape, GridNetwork, PooledNetwork, SummarySettings
+from nlme_sbi.parameters import ParameterSpace
+from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run
+from nlme_sbi.standardize import ParameterScaling
+from nlme_sbi.types import Design, DesignSource, Observations, PosteriorSamples, Prior, Simulator
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Fill a network from a safetensors file.
+
+    Raises ``ValueError`` when the file is damaged or of another network, naming the first tensor that differs.
+    """
+    try:
+        tensors = safetensors.torch.load_file(str(path))
+    except (OSError, safetensors.SafetensorError) as problem:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({problem}); train again (fresh=true)."
+        ) from problem
+    expected = network.state_dict()
+    wrong = [
+        f"{name} {tuple(expected[name].shape) if name in expected else 'is not in the network'} against "
+        f"{tuple(tensors[name].shape) if name in tensors else 'nothing in the file'}"
+        for name in sorted(set(expected) | set(tensors))
+        if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} belongs to another network: {len(wrong)} tensors differ, first {wrong[0]}; train again (fresh=true)."
+        )
+    network.load_state_dict(tensors)
+
+
+class PosteriorNetwork(nn.Module):
+    """Density ``q(phi | y, design)``: everything that has weights or scalings, and nothing else."""
+
+    def __init__(self, summary: GridNetwork | PooledNetwork, flow: ConditionalFlow, dimension: int) -> None:
+        super().__init__()
+        self.summary = summary
+        self.flow = flow
+        self.scaling = ParameterScaling(dimension)
+
+    def forward(self, phi: Float[Tensor, "B D"], values: Float[Tensor, "B T C"], design: Design) -> Float[Tensor, " B"]:
+        """``log q(phi | y)`` on the scale of ``phi``, ``(B,)``."""
+        scaled, log_jacobian = self.scaling(phi)
+        density: Tensor = self.flow.log_prob(scaled, self.summary(values, design)) + log_jacobian
+        return density
+
+    def sample(
+        self, noise: Float[Tensor, "B D"], context: Float[Tensor, "B H"]
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
+        """Draws of ``phi`` and ``log q`` from standard normal ``noise`` and summaries, ``(B, D)`` and ``(B,)``."""
+        scaled, log_density = self.flow.sample(noise, context)
+        phi = self.scaling.inverse(scaled)
+        return phi, log_density + self.scaling(phi)[1]
+
+
+def build_network(
+    shape: DataShape, summary: SummarySettings, flow: AffineCouplingFlow, *, dimension: int
+) -> PosteriorNetwork:
+    """A network with random weights (from torch's global generator) and scalings that are not fitted yet."""
+    summary_network = summary.build(shape)
+    return PosteriorNetwork(summary_network, flow.build(dimension, summary_network.width), dimension)
+
+
+@dataclass(frozen=True, eq=False)
+class AmortizedPosterior:
+    """A trained network as a :class:`nlme_sbi.types.Posterior`: draws and densities for any covered individuals.
+
+    Args:
+        network: trained, in evaluation mode.
+        simulator: what it was trained on.
+        prior: what its parameters were simulated from.
+        designs: which designs it was trained on.
+        chunk: rows (individuals x draws) that go through the network at once; bounds the memory.
+    """
+
+    network: PosteriorNetwork
+    simulator: Simulator
+    prior: Prior
+    designs: DesignSource
+    chunk: int = 100_000
+
+    @classmethod
+    def load(
+        cls, run: str | Path | FinishedRun, *, device: str = "auto", trust: tuple[str, ...] = (), chunk: int = 100_000
+    ) -> AmortizedPosterior:
+        """The posterior that a ``train_flow`` run holds, ready to sample.
+
+        Args:
+            run: the run's directory.
+            device: auto, cpu, cuda or cuda:N.
+            trust: module prefixes, beside the project's own, that the run's simulator may come from.
+            chunk: rows (individuals x draws) that go through the network at once.
+
+        Raises:
+            ValueError: the run is unfinished, of another stage, edited or damaged, or its simulator is not trusted.
+        """
+        finished = run if isinstance(run, FinishedRun) else load_run(Path(run), stage="train_flow")
+        config = finished.manifest["config"]
+        parts = {
+            name: instantiate(config[name], trust=trust, where=name)
+            for name in ("simulator", "prior", "summary", "flow")
+        }
+        stored = load_json(finished.path / "network.json")
+        levels = tuple((str(name), int(count)) for name, count in stored.pop("levels"))
+        shape = DataShape(**{**stored, "covariates": tuple(stored["covariates"])}, levels=levels)
+        simulator: Simulator = parts["simulator"]
+        network = build_network(shape, parts["summary"], parts["flow"], dimension=len(simulator.parameters))
+        target = choose_device(device)
+        load_weights(network, finished.path / "weights.safetensors")
+        network.to(target).eval()
+        pool = finished.path / "design"
+        designs: DesignSource = (
+            ResampledDesigns(load_design(pool))
+            if pool.exists()
+            else instantiate(config["design"], trust=trust, where="design")
+        )
+        return cls(network, simulator, parts["prior"], designs, chunk)
+
+    @property
+    def parameters(self) -> ParameterSpace:
+        return self.simulator.parameters
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.scaling.location.device
+
+    def check(self, observations: Observations) -> None:
+        """Refuse observations that the network was not trained for.
+
+        Raises ``ValueError`` that names what differs (signals, units of time, times, missing values, doses,
+        covariates), how many individuals, the first of them, and the remedy.
+        """
+        if observations.signals != self.simulator.signals:
+            raise ValueError(
+                f"The data have the signals {list(observations.signals)}, but the posterior was trained on "
+                f"{list(self.simulator.signals)} of {type(self.simulator).__name__}. Name or choose the data's signals "
+                "so (data.signals), or take the posterior of another simulator."
+            )
+        if observations.time_unit and self.simulator.time_unit and observations.time_unit != self.simulator.time_unit:
+            raise ValueError(
+                f"The data's times are in {observations.time_unit}, the simulator's in {self.simulator.time_unit}; "
+                "set data.time_scale and data.time_unit so that they agree."
+            )
+        uncovered = self.designs.covers(observations.design)
+        if uncovered:
+            row, reason = next(iter(uncovered.items()))
+            raise ValueError(
+                f"The posterior was not trained for {len(uncovered)} of {len(observations)} individuals; first "
+                f'"{observations.ids[row]}": {reason} Simulate and train with designs like the data\'s '
+                "(for example design=of_data), or leave these individuals out."
+            )
+
+    @torch.no_grad()
+    def summarize(self, observations: Observations) -> Float[Tensor, "I H"]:
+        """Summary vectors, ``(I, H)``; checks the observations first."""
+        self.check(observations)
+        rows = max(1, self.chunk // 10)
+        parts = []
+        for start in range(0, len(observations), rows):
+            part = observations[start : start + rows].to(self.device)
+            parts.append(self.network.summary(part.values.float(), part.design))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def sample(self, observations: Observations, draws: int, generator: torch.Generator) -> PosteriorSamples:
+        """``draws`` independent draws for each individual with their log densities.
+
+        Args:
+            observations: I individuals; refused when the network was not trained for them.
+            draws: S, draws for each.
+            generator: source of randomness; its device must be the network's.
+
+        Returns:
+            ``phi (I, S, D)`` and ``log_q (I, S)``, float32, on the network's device.
+        """
+        if draws < 1:
+            raise ValueError(f"The number of draws must be at least 1; got {draws}.")
+        context = self.summarize(observations)
+        individuals, dimension = len(observations), len(self.parameters)
+        phi = torch.empty((individuals, draws, dimension), device=self.device)
+        log_q = torch.empty((individuals, draws), device=self.device)
+        rows = max(1, self.chunk // draws)
+        for start in range(0, individuals, rows):
+            some = context[start : start + rows].repeat_interleave(draws, dim=0)
+            noise = torch.randn((len(some), dimension), generator=generator, device=self.device)
+            drawn, density = self.network.sample(noise, some)
+            phi[start : start + rows] = drawn.view(-1, draws, dimension)
+            log_q[start : start + rows] = density.view(-1, draws)
+        return PosteriorSamples(names=self.parameters.names, phi=phi, log_q=log_q, prior=self.prior)
+
+    @torch.no_grad()
+    def log_prob(self, phi: Float[Tensor, "I S D"], observations: Observations) -> Float[Tensor, "I S"]:
+        """Normalised ``log q(phi | y_i)``, ``(I, S)``."""
+        context = self.summarize(observations)
+        individuals, draws = phi.shape[:2]
+        result = torch.empty((individuals, draws), device=self.device)
+        rows = max(1, self.chunk // draws)
+        for start in range(0, individuals, rows):
+            some = context[start : start + rows].repeat_interleave(draws, dim=0)
+            flat = phi[start : start + rows].to(self.device).float().reshape(-1, phi.shape[2])
+            scaled, log_jacobian = self.network.scaling(flat)
+            density = self.network.flow.log_prob(scaled, some) + log_jacobian
+            result[start : start + rows] = density.view(-1, draws)
+        return result

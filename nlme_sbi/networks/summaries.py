@@ -1,0 +1,314 @@
+"""Summary networks: from one individual's measurements and design to a vector that a flow is conditioned on.
+
+Both networks see engineered features first: on the reference task they are worth two nats over raw values. A network is
+built from pilot simulations, whose quantiles fix every scaling.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from nlme_sbi.standardize import ContextScaling, SignalScaling, TimeScaling, single_dose
+from nlme_sbi.types import Design, Simulations, Simulator
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What a network's layers depend on; plain numbers and names, stored with the weights.
+
+    Args:
+        times: number of times (of the longest series).
+        signals: number of signals.
+        missing: whether simulated designs have missing values.
+        shared_times: whether all simulated designs have the same times.
+        covariates: the covariates that the simulator reads.
+        levels: number of levels of each categorical one.
+        takes_doses: whether the simulator reads dose records.
+    """
+
+    times: int
+    signals: int
+    missing: bool
+    shared_times: bool
+    covariates: tuple[str, ...] = ()
+    levels: tuple[tuple[str, int], ...] = ()
+    takes_doses: bool = False
+
+    @classmethod
+    def of(cls, pilot: Simulations, simulator: Simulator) -> DataShape:
+        """The shape of simulated data."""
+        carried = pilot.design.covariates
+        levels = {} if carried is None else carried.levels
+        return cls(
+            times=pilot.values.shape[1],
+            signals=pilot.values.shape[2],
+            missing=not bool(pilot.design.observed.all()),
+            shared_times=pilot.design.has_shared_times,
+            covariates=simulator.covariates,
+            levels=tuple((name, len(levels[name])) for name in simulator.covariates if name in levels),
+            takes_doses=simulator.takes_doses,
+        )
+
+    @property
+    def context(self) -> ContextScaling:
+        """A fresh scaling of dose and covariates."""
+        return ContextScaling(self.covariates, dict(self.levels), self.takes_doses)
+
+
+class SummaryNetwork(Protocol):
+    """What a posterior network needs of a summary: its width, scalings from pilot simulations, and the summary."""
+
+    width: int
+
+    def fit_scaling(self, pilot: Simulations) -> None: ...
+
+    def __call__(self, values: Float[Tensor, "B T C"], design: Design) -> Float[Tensor, "B H"]: ...
+
+
+class SummarySettings(Protocol):
+    """A choice in the config group ``summary``."""
+
+    def build(self, shape: DataShape) -> GridNetwork | PooledNetwork: ...
+
+
+def carried_forward(values: Float[Tensor, "B T C"], observed: Bool[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+    """Missing values replaced by the last one before, leading ones by the first one; zero where there is none."""
+    position = torch.arange(values.shape[1], device=values.device)[None, :, None].expand(values.shape)
+    last = torch.where(observed, position, -1).cummax(dim=1).values
+    first = observed.to(torch.int8).argmax(dim=1, keepdim=True)
+    source = torch.where(last < 0, first, last)
+    filled = values.gather(1, source)
+    return torch.where(observed.any(dim=1, keepdim=True), filled, torch.zeros_like(filled))
+
+
+def series_statistics(
+    values: Float[Tensor, "B T C"], observed: Bool[Tensor, "B T C"]
+) -> tuple[Float[Tensor, "B 1 C"], Float[Tensor, "B 1 C"]]:
+    """Mean and SD of every series over its observed values."""
+    weight = observed.to(values.dtype)
+    count = weight.sum(1, keepdim=True).clamp(min=1)
+    mean = (values * weight).sum(1, keepdim=True) / count
+    variance = ((values - mean).square() * weight).sum(1, keepdim=True) / count
+    return mean, variance.sqrt()
+
+
+def noise_level(
+    values: Float[Tensor, "B T C"], observed: Bool[Tensor, "B T C"]
+) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+    """Mean and median absolute second difference of every series: what is left of noise when the trend is taken out."""
+    if values.shape[1] < 3:
+        zero = torch.zeros_like(values[:, 0])
+        return zero, zero
+    bend = (values[:, 2:] - 2 * values[:, 1:-1] + values[:, :-2]).abs()
+    inside = observed[:, 2:] & observed[:, 1:-1] & observed[:, :-2]
+    count = inside.sum(1).clamp(min=1)
+    mean = torch.where(inside, bend, 0).sum(1) / count
+    median = torch.where(inside, bend, torch.nan).nanmedian(dim=1).values
+    return mean, torch.nan_to_num(median)
+
+
+class SeriesFeatures(nn.Module):
+    """Features of every time of every series, and side features of the whole series.
+
+    Per time and signal: asinh of the scaled value, z-score within the series, asinh of the scaled first difference.
+    Per series: scaled mean, log SD, log mean and log median absolute second difference.
+    """
+
+    per_time = 3
+    per_series = 4
+
+    def __init__(self, signals: int) -> None:
+        super().__init__()
+        self.signals = SignalScaling(signals)
+
+    def forward(
+        self, values: Float[Tensor, "B T C"], observed: Bool[Tensor, "B T C"]
+    ) -> tuple[Float[Tensor, "B T F"], Float[Tensor, "B G"]]:
+        scaling = self.signals
+        mean, sd = series_statistics(values, observed)
+        centred = (values - mean) / (sd + 1e-3 * scaling.step)
+        steps = torch.zeros_like(values)
+        steps[:, 1:] = torch.asinh((values[:, 1:] - values[:, :-1]) / scaling.step)
+        coarse = torch.asinh((values - scaling.location) / scaling.coarse)
+        bend_mean, bend_median = noise_level(values, observed)
+        floor = 1e-3 * scaling.step
+        side = (
+            torch.asinh((mean[:, 0] - scaling.location) / scaling.coarse),
+            torch.log((sd[:, 0] + floor) / scaling.coarse),
+            torch.log((bend_mean + floor) / scaling.step),
+            torch.log((bend_median + floor) / scaling.step),
+        )
+        return torch.cat((coarse, centred, steps), dim=2), torch.cat(side, dim=1)
+
+
+def perceptron(widths: list[int]) -> nn.Sequential:
+    """Linear layers of the given widths with SiLU between them."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class GridNetwork(nn.Module):
+    """Summary of series on one fixed grid: all features of all times through a perceptron."""
+
+    def __init__(self, shape: DataShape, settings: GridSummary) -> None:
+        super().__init__()
+        self.features = SeriesFeatures(shape.signals)
+        self.context = shape.context
+        self.sees_missing = shape.missing
+        per_time = self.features.per_time + int(self.sees_missing)
+        inputs = shape.signals * (shape.times * per_time + self.features.per_series) + self.context.width
+        self.network = perceptron([inputs, *[settings.hidden] * settings.layers, settings.width])
+        self.width = settings.width
+
+    def fit_scaling(self, pilot: Simulations) -> None:
+        """Take every scaling from pilot simulations."""
+        self.features.signals.fit(pilot.values, pilot.design.observed)
+        self.context.fit(pilot.design)
+
+    def forward(self, values: Float[Tensor, "B T C"], design: Design) -> Float[Tensor, "B H"]:
+        observed = design.observed
+        if self.sees_missing:
+            values = carried_forward(values, observed)
+        series, side = self.features(values, observed)
+        parts = [series.flatten(1), side, self.context(design)]
+        if self.sees_missing:
+            parts.append(observed.flatten(1).to(values.dtype))
+        output: Tensor = self.network(torch.cat(parts, dim=1))
+        return output
+
+
+class PooledNetwork(nn.Module):
+    """Summary of rows (time, values, mask) at any times: rows are encoded, then pooled around nodes in time.
+
+    Node ``m`` takes a softmax-weighted mean of the encoded rows, weights falling with the squared distance in warped
+    time; each node's width is learned. That resamples an irregular series to a fixed grid, which a perceptron then
+    reads together with the mean and maximum over all rows, series statistics, dose and covariates.
+    """
+
+    nodes: Tensor
+
+    def __init__(self, shape: DataShape, settings: PooledSummary) -> None:
+        super().__init__()
+        signals = shape.signals
+        self.features = SeriesFeatures(signals)
+        self.time = TimeScaling()
+        self.context = shape.context
+        self.register_buffer("nodes", torch.linspace(0, 1, settings.nodes))
+        # One node's neighbour lies one SD away at the start: enough overlap for gradients to move the widths.
+        self.log_precision = nn.Parameter(torch.full((settings.nodes,), 2 * math.log(settings.nodes)))
+        row_inputs = signals * (self.features.per_time + 2) + 3
+        self.encode = perceptron([row_inputs, settings.row_hidden, settings.row_width])
+        raw = signals * self.features.per_time
+        inputs = settings.nodes * (settings.row_width + raw + 1) + 2 * settings.row_width
+        inputs += signals * (self.features.per_series + 1) + self.context.width
+        self.network = perceptron([inputs, *[settings.hidden] * settings.layers, settings.width])
+        self.width = settings.width
+
+    def fit_scaling(self, pilot: Simulations) -> None:
+        """Take every scaling from pilot simulations."""
+        observed, times = pilot.design.observed, pilot.design.times
+        self.features.signals.fit(pilot.values, observed)
+        self.context.fit(pilot.design)
+        if self.context.takes_doses:
+            times = times - single_dose(pilot.design)[0][:, None]
+        self.time.fit(times, observed.any(dim=2))
+
+    def _place(self, design: Design) -> Float[Tensor, "B T"]:
+        times = design.times.float()
+        if self.context.takes_doses:
+            times = times - single_dose(design)[0].float()[:, None]
+        if times.shape[0] > 1 and times.stride(0) == 0:
+            shared: Tensor = self.time(times[:1])
+            return shared.expand(times.shape)
+        place: Tensor = self.time(times)
+        return place
+
+    def _weights(self, place: Float[Tensor, "B T"], present: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+        """Pooling weights ``(B, M, T)`` and the log of how much data lies near each node, ``(B, M)``."""
+        if place.shape[0] > 1 and place.stride(0) == 0 and bool(present.all()):
+            weights, near = self._weights(place[:1], present[:1])
+            return weights.expand(place.shape[0], -1, -1), near.expand(place.shape[0], -1)
+        distance = (place[:, None, :] - self.nodes[:, None]).square()
+        logits = -0.5 * distance * self.log_precision.exp()[:, None]
+        logits = logits.masked_fill(~present[:, None, :], -1e9)
+        near = torch.logsumexp(logits, dim=2).clamp(min=-20.0)
+        return torch.softmax(logits, dim=2), near
+
+    def forward(self, values: Float[Tensor, "B T C"], design: Design) -> Float[Tensor, "B H"]:
+        observed = design.observed
+        present = observed.any(dim=2)
+        values = carried_forward(values, observed)
+        series, side = self.features(values, observed)
+        place = self._place(design)
+        gap = torch.zeros_like(values[..., 0])
+        gap[:, 1:] = place[:, 1:] - place[:, :-1]
+        fine = torch.asinh((values - self.features.signals.location) / self.features.signals.fine)
+        clock = torch.stack((place, gap, place.square()), dim=2)
+        rows = self.encode(torch.cat((series, fine, observed.to(values.dtype), clock), dim=2))
+        weights, near = self._weights(place, present)
+        pooled = torch.bmm(weights, torch.cat((rows, series), dim=2))
+        masked = torch.where(present[..., None], rows, 0)
+        mean = masked.sum(1) / present.sum(1, keepdim=True).clamp(min=1)
+        top = rows.masked_fill(~present[..., None], -1e4).amax(1)
+        count = torch.log1p(observed.sum(1).to(values.dtype))
+        parts = (pooled.flatten(1), near, mean, top, side, count, self.context(design))
+        output: Tensor = self.network(torch.cat(parts, dim=1))
+        return output
+
+
+@dataclass(frozen=True)
+class GridSummary:
+    """Summary for individuals that are all measured on one grid (missing values allowed if they were simulated).
+
+    Args:
+        width: length of the summary vector.
+        hidden: width of the hidden layers.
+        layers: number of hidden layers.
+    """
+
+    width: int = 64
+    hidden: int = 256
+    layers: int = 2
+
+    def build(self, shape: DataShape) -> GridNetwork:
+        """A network of random weights; raises ``ValueError`` when simulated times differ between individuals."""
+        if not shape.shared_times:
+            raise ValueError(
+                "summary=grid needs the same times for every individual, but the simulated designs differ in theirs; "
+                "use summary=pooled."
+            )
+        return GridNetwork(shape, self)
+
+
+@dataclass(frozen=True)
+class PooledSummary:
+    """Summary for individuals that are measured at irregular or individual times.
+
+    Args:
+        width: length of the summary vector.
+        hidden: width of the layers after pooling.
+        layers: number of layers after pooling.
+        row_hidden: width of the row encoder's hidden layer.
+        row_width: length of an encoded row.
+        nodes: number of nodes in time that rows are pooled around.
+    """
+
+    width: int = 64
+    hidden: int = 256
+    layers: int = 2
+    row_hidden: int = 32
+    row_width: int = 16
+    nodes: int = 32
+
+    def build(self, shape: DataShape) -> PooledNetwork:
+        """A network of random weights."""
+        return PooledNetwork(shape, self)

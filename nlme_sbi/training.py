@@ -1,0 +1,358 @@
+"""Training a posterior network by maximum likelihood on simulated pairs: one loop for fresh and for stored simulations.
+
+Every batch is a function of (seed, step) alone, so a resumed run sees exactly the batches that an undisturbed run sees.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from nlme_sbi.networks.posterior import PosteriorNetwork
+from nlme_sbi.runs import write_atomically
+from nlme_sbi.types import DesignSource, Prior, Simulations, Simulator
+
+TRAINING_STREAM, VALIDATION_STREAM, PILOT_STREAM, WEIGHTS_STREAM = range(4)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says what to change and what is kept."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train.
+
+    Args:
+        steps: gradient steps at most; the learning rate decays over them.
+        batch_size: pairs in each step.
+        learning_rate: peak of the schedule (linear warm-up, then a cosine down to zero).
+        warmup_steps: steps of the warm-up.
+        gradient_clip: largest norm of a gradient.
+        validation_size: held-out pairs.
+        validate_every: steps between validations, which are also the checkpoints.
+        patience: validations without a better loss before training stops early.
+        pilot_size: simulations that fix the scalings.
+        max_failed: largest share of failed simulations in a batch of fresh ones.
+    """
+
+    steps: int = 20_000
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    warmup_steps: int = 200
+    gradient_clip: float = 5.0
+    validation_size: int = 2_000
+    validate_every: int = 500
+    patience: int = 20
+    pilot_size: int = 10_000
+    max_failed: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "validation_size", "validate_every", "patience", "pilot_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be at least 1; got {getattr(self, name)}.")
+        for name in ("learning_rate", "gradient_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"training.{name} must be positive and finite; got {getattr(self, name)}.")
+        if self.warmup_steps < 0 or not 0 <= self.max_failed < 1:
+            raise ValueError("training.warmup_steps must not be negative and training.max_failed lie in [0, 1).")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of a step, from 0: linear warm-up, then half a cosine down to zero at ``steps``."""
+        warmup = min(self.warmup_steps, self.steps - 1)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        share = (step - warmup) / max(1, self.steps - warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def seeded(device: torch.device | str, *entropy: int) -> torch.Generator:
+    """A generator that depends on all of ``entropy``: the run's seed, the purpose, the step."""
+    state = np.random.SeedSequence(entropy).generate_state(1, dtype=np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state) >> 1)
+
+
+class PairSource(Protocol):
+    """Where training pairs come from."""
+
+    def batch(self, step: int) -> Simulations:
+        """The pairs of one step; depends on the step alone."""
+
+    def validation(self, count: int) -> Simulations:
+        """Held-out pairs."""
+
+    def pilot(self, count: int) -> Simulations:
+        """Pairs that fix the scalings."""
+
+
+@dataclass(frozen=True, eq=False)
+class OnlinePairs:
+    """Fresh simulations for every step: no pair is seen twice, so nothing can be overfitted.
+
+    Args:
+        prior: of the individual parameters.
+        designs: source of designs.
+        simulator: makes the data.
+        batch_size: pairs in a batch.
+        seed: of the run.
+        device: where everything is simulated.
+        max_failed: largest share of failed simulations that is left out; more raises ``TrainingError``.
+    """
+
+    prior: Prior
+    designs: DesignSource
+    simulator: Simulator
+    batch_size: int
+    seed: int
+    device: torch.device
+    max_failed: float = 0.0
+
+    def _draw(self, count: int, *stream: int) -> Simulations:
+        generator = seeded(self.device, self.seed, *stream)
+        phi = self.prior.sample(count, generator)
+        design = self.designs.sample(count, generator)
+        output = self.simulator.simulate(phi, design, generator)
+        drawn = Simulations(phi=phi, values=output.values, design=design, status=output.status)
+        good = (output.status == 0) & torch.isfinite(output.values).flatten(1).all(1)
+        if bool(good.all()):
+            return drawn
+        failed = int((~good).sum())
+        if failed > self.max_failed * count:
+            raise TrainingError(
+                f"{failed} of {count} simulations failed, more than training.max_failed={self.max_failed:g} allows. "
+                "Leaving them out changes the prior: narrow the prior or mend the simulator; if the share is "
+                "negligible, raise training.max_failed."
+            )
+        return drawn[good.nonzero()[:, 0]]
+
+    def batch(self, step: int) -> Simulations:
+        return self._draw(self.batch_size, TRAINING_STREAM, step)
+
+    def validation(self, count: int) -> Simulations:
+        return self._draw(count, VALIDATION_STREAM)
+
+    def pilot(self, count: int) -> Simulations:
+        return self._draw(count, PILOT_STREAM)
+
+
+class StoredRows(Protocol):
+    """Simulations on disk, read by row."""
+
+    @property
+    def good(self) -> Tensor: ...
+
+    def rows(self, indices: Tensor) -> Simulations: ...
+
+
+class StoredPairs:
+    """Pairs from shards on disk: a fresh permutation each epoch; the last good rows are held out for validation."""
+
+    def __init__(
+        self, stored: StoredRows, *, batch_size: int, validation_size: int, seed: int, device: torch.device
+    ) -> None:
+        good = torch.as_tensor(stored.good)
+        if len(good) < validation_size + batch_size:
+            raise ValueError(
+                f"{len(good)} good simulations are too few for training.validation_size={validation_size} held-out "
+                f"pairs and one batch of training.batch_size={batch_size}; simulate more (simulation.n) or lower these."
+            )
+        self.stored, self.batch_size, self.seed, self.device = stored, batch_size, seed, device
+        self._training, self._validation = good[:-validation_size], good[-validation_size:]
+        self.batches_per_epoch = len(self._training) // batch_size
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def batch(self, step: int) -> Simulations:
+        epoch, place = divmod(step, self.batches_per_epoch)
+        if epoch != self._epoch:
+            generator = seeded("cpu", self.seed, TRAINING_STREAM, epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self._training), generator=generator)
+        chosen = self._order[place * self.batch_size : (place + 1) * self.batch_size]
+        return self.stored.rows(self._training[chosen]).to(self.device)
+
+    def validation(self, count: int) -> Simulations:
+        return self.stored.rows(self._validation[:count]).to(self.device)
+
+    def pilot(self, count: int) -> Simulations:
+        chosen = torch.randperm(len(self._training), generator=seeded("cpu", self.seed, PILOT_STREAM))[:count]
+        return self.stored.rows(self._training[chosen]).to(self.device)
+
+
+@dataclass
+class TrainingState:
+    """What a checkpoint holds beside weights and optimiser: where training is and the best that it has seen."""
+
+    step: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    worse: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingResult:
+    """The end of training; the network holds the best weights.
+
+    ``history`` has one row a validation: step, train_loss, validation_loss, learning_rate. Losses are means of
+    ``-log q(phi|y)``, in nats on the scale of ``phi``.
+    """
+
+    history: list[dict[str, float]]
+    best_loss: float
+    best_step: int
+    steps: int
+    stopped_early: bool
+
+
+def save_checkpoint(
+    path: Path, network: PosteriorNetwork, optimizer: torch.optim.Optimizer, state: TrainingState
+) -> None:
+    """Write weights, optimiser and position atomically."""
+    content = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "state": vars(state)}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(
+    path: Path, network: PosteriorNetwork, optimizer: torch.optim.Optimizer, device: torch.device
+) -> TrainingState:
+    """Restore what :func:`save_checkpoint` wrote; nothing in the file can execute code.
+
+    Raises ``ValueError`` for a damaged file or one of another network.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        network.load_state_dict(content["network"])
+        optimizer.load_state_dict(content["optimizer"])
+        return TrainingState(**content["state"])
+    except (RuntimeError, KeyError, TypeError, EOFError, ValueError, OSError) as problem:
+        raise ValueError(
+            f"{path} cannot be resumed from ({str(problem).splitlines()[0]}); delete it to train from the start."
+        ) from problem
+
+
+@torch.no_grad()
+def validation_loss(network: PosteriorNetwork, held_out: Simulations, rows: int = 2_000) -> Float[Tensor, ""]:
+    """Mean ``-log q(phi|y)`` over held-out pairs."""
+    network.eval()
+    total = torch.zeros((), dtype=torch.float64, device=held_out.phi.device)
+    for start in range(0, len(held_out), rows):
+        part = held_out[start : start + rows]
+        total += network(part.phi, part.values, part.design).double().sum()
+    return -total / len(held_out)
+
+
+def train(
+    network: PosteriorNetwork,
+    source: PairSource,
+    settings: TrainingSettings,
+    *,
+    checkpoint: Path | None = None,
+    report: Callable[[dict[str, float]], None] | None = None,
+    progress: bool = True,
+) -> TrainingResult:
+    """Train until the steps are used up or the held-out loss has stopped falling; keep the best weights.
+
+    Args:
+        network: with scalings fitted, on its device; trained in place.
+        source: of pairs.
+        settings: steps, learning rate and the rest.
+        checkpoint: file to resume from when it exists, and to write at every validation and on interruption.
+        report: called with every new row of the history.
+        progress: whether to show a bar.
+
+    Raises:
+        TrainingError: the loss is not finite; the checkpoint keeps the best weights.
+    """
+    device = network.scaling.location.device
+    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, fused=True)
+    state = TrainingState()
+    if checkpoint is not None and checkpoint.exists():
+        state = load_checkpoint(checkpoint, network, optimizer, device)
+    held_out = source.validation(settings.validation_size)
+    bar = tqdm(total=settings.steps, initial=state.step, desc="train", unit="step", disable=not progress, mininterval=1)
+    saved_at = state.step
+    try:
+        with bar:
+            while state.step < settings.steps and state.worse < settings.patience:
+                _step(network, optimizer, source, settings, state)
+                bar.update()
+                if state.step % settings.validate_every == 0 or state.step == settings.steps:
+                    row = _validate(network, held_out, settings, state)
+                    bar.set_postfix(loss=f"{row['validation_loss']:.3f}", best=f"{state.best_loss:.3f}")
+                    if report is not None:
+                        report(row)
+                    if checkpoint is not None:
+                        save_checkpoint(checkpoint, network, optimizer, state)
+                        saved_at = state.step
+    except KeyboardInterrupt:
+        if checkpoint is not None and state.step > saved_at:
+            save_checkpoint(checkpoint, network, optimizer, state)
+        raise
+    network.load_state_dict(state.best_weights)
+    network.eval()
+    stopped_early = state.step < settings.steps
+    return TrainingResult(state.history, state.best_loss, state.best_step, state.step, stopped_early)
+
+
+def _step(
+    network: PosteriorNetwork,
+    optimizer: torch.optim.Optimizer,
+    source: PairSource,
+    settings: TrainingSettings,
+    state: TrainingState,
+) -> None:
+    pairs = source.batch(state.step)
+    network.train()
+    for group in optimizer.param_groups:
+        group["lr"] = settings.learning_rate_at(state.step)
+    optimizer.zero_grad(set_to_none=True)
+    loss = -network(pairs.phi, pairs.values, pairs.design).mean()
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        kept = f"the best weights so far (step {state.best_step}) are in the checkpoint" if state.best_weights else ""
+        raise TrainingError(
+            f"The training loss is {value} at step {state.step}{'; ' + kept if kept else ''}. Lower "
+            "training.learning_rate or training.gradient_clip, or look for absurd simulations under the prior."
+        )
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(network.parameters(), settings.gradient_clip)
+    optimizer.step()
+    state.step += 1
+    state.loss_sum += value
+    state.loss_count += 1
+
+
+def _validate(
+    network: PosteriorNetwork, held_out: Simulations, settings: TrainingSettings, state: TrainingState
+) -> dict[str, float]:
+    loss = float(validation_loss(network, held_out))
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"The validation loss is {loss} at step {state.step}; the checkpoint keeps the best weights (step "
+            f"{state.best_step}). Lower training.learning_rate, or look for absurd simulations under the prior."
+        )
+    row = {
+        "step": float(state.step),
+        "train_loss": state.loss_sum / max(1, state.loss_count),
+        "validation_loss": loss,
+        "learning_rate": settings.learning_rate_at(state.step - 1),
+    }
+    state.history.append(row)
+    state.loss_sum, state.loss_count = 0.0, 0
+    if loss < state.best_loss:
+        state.best_loss, state.best_step, state.worse = loss, state.step, 0
+        state.best_weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    else:
+        state.worse += 1
+    return row
