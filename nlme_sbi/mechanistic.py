@@ -1,0 +1,135 @@
+"""Simulators with a likelihood: a noise-free prediction plus an observation model; and an adapter for NumPy code."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.noise import NoiseModel, observation_log_prob
+from nlme_sbi.parameters import ParameterSpace
+from nlme_sbi.types import Design, Observations, SimulatorOutput
+
+
+class MechanisticSimulator(ABC):
+    """A differentiable noise-free :meth:`predict` and a noise model; simulation and likelihood follow from them.
+
+    A simulator of one's own is one class that sets the attributes and writes :meth:`predict`. Inherit from
+    ``nn.Module`` as well when the right-hand side has weights.
+
+    Attributes:
+        parameters: the individual parameters, in the order of the columns of ``phi``, noise parameters included.
+        signals: names of the ``C`` measured channels.
+        signal_units: their units.
+        noise: observation model, its parameters named as in ``parameters``.
+        time_unit: unit of ``design.times``.
+        covariates: the covariates that :meth:`predict` reads from the design.
+        takes_doses: whether :meth:`predict` reads ``design.events``.
+    """
+
+    parameters: ParameterSpace
+    signals: tuple[str, ...]
+    signal_units: tuple[str, ...]
+    noise: NoiseModel
+    time_unit: str = "h"
+    covariates: tuple[str, ...] = ()
+    takes_doses: bool = False
+
+    @abstractmethod
+    def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T C"]:
+        """Noise-free signals at ``design.times (I, T)`` for ``phi (I, ..., D)``: ``(I, ..., T, C)``."""
+
+    def simulate(self, phi: Float[Tensor, "N D"], design: Design, generator: torch.Generator) -> SimulatorOutput:
+        """Noisy data; status 1 where a measured value is not finite. What is not measured is 0."""
+        with torch.no_grad():
+            prediction = self.predict(phi, design)
+            values = self.noise.sample(prediction, self._noise_parameters(phi), generator=generator)
+            return checked_output(values, design)
+
+    def log_likelihood(
+        self, observations: Observations, phi: Float[Tensor, "I *batch D"]
+    ) -> Float[Tensor, " I *batch"]:
+        """``log p(y_i | phi)`` for ``phi (I, ..., D)``, summed over all measurements of an individual."""
+        if len(observations.signals) != len(self.signals):
+            raise ValueError(
+                f"The data have the signals {list(observations.signals)}, the simulator {list(self.signals)}."
+            )
+        prediction = self.predict(phi, observations.design)
+        every = observation_log_prob(self.noise, observations, prediction, self._noise_parameters(phi))
+        return every.sum((-2, -1))
+
+    def _noise_parameters(self, phi: Tensor) -> Mapping[str, Tensor]:
+        names = self.noise.parameters
+        space = ParameterSpace(tuple(self.parameters[name] for name in names))
+        natural = space.to_natural(phi[..., self.parameters.indices(names)])
+        return dict(zip(names, natural.unbind(-1), strict=True))
+
+
+def checked_output(values: Float[Tensor, "N T C"], design: Design) -> SimulatorOutput:
+    """Set what is not measured to 0 and give status 1 to rows with a value that is not finite."""
+    observed = design.observed
+    if not bool((observed[:1] if observed.stride(0) == 0 else observed).all()):
+        values = torch.where(observed, values, 0.0)
+    lowest, highest = torch.aminmax(values.flatten(1), dim=1)
+    failed = ~(torch.isfinite(lowest) & torch.isfinite(highest))
+    return SimulatorOutput(values=values, status=failed.to(torch.int64))
+
+
+def times_for(phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, " ..."]:
+    """``design.times`` in the dtype of ``phi`` and with its batch dimensions as ones: ``(I, 1, ..., 1, T)``."""
+    if phi.shape[0] != len(design):
+        raise ValueError(
+            f"phi has {phi.shape[0]} rows, the design {len(design)}: the first dimension of phi is the individual."
+        )
+    times = design.times.to(phi.dtype)
+    return times.reshape(times.shape[0], *(1,) * (phi.ndim - 2), times.shape[1])
+
+
+class NumpySimulator:
+    """A simulator around a vectorised NumPy function, for code that is not written in torch; it has no likelihood.
+
+    Args:
+        function: called as ``function(natural, times, random)`` with natural parameter values ``(N, D)`` float64,
+            times ``(N, T)`` float64 and a ``numpy.random.Generator``; returns noisy values ``(N, T, C)``. A row with
+            NaN or infinite values counts as a failed simulation.
+        parameters: names, units and transforms.
+        signals: names of the ``C`` channels.
+        signal_units: their units.
+        time_unit: unit of the times.
+    """
+
+    covariates: tuple[str, ...] = ()
+    takes_doses: bool = False
+
+    def __init__(
+        self,
+        function: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray],
+        parameters: ParameterSpace,
+        *,
+        signals: tuple[str, ...],
+        signal_units: tuple[str, ...],
+        time_unit: str = "h",
+    ) -> None:
+        self.function = function
+        self.parameters = parameters
+        self.signals = tuple(signals)
+        self.signal_units = tuple(signal_units)
+        self.time_unit = time_unit
+
+    def simulate(self, phi: Float[Tensor, "N D"], design: Design, generator: torch.Generator) -> SimulatorOutput:
+        """Noisy data; the NumPy generator is seeded from ``generator``, so runs repeat."""
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+        natural = self.parameters.to_natural(phi.double()).cpu().numpy()
+        times = design.times.double().cpu().numpy()
+        found = np.asarray(self.function(natural, times, np.random.default_rng(seed)), dtype=np.float64)
+        expected = (*times.shape, len(self.signals))
+        if found.shape != expected:
+            raise ValueError(
+                f"The NumPy simulator returned values of shape {found.shape}; {expected} is needed "
+                "(simulations, times, signals)."
+            )
+        return checked_output(torch.from_numpy(found).to(phi), design)
