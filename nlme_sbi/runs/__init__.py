@@ -1,0 +1,32 @@
+"""Runs on disk: a directory for each command, resumed where it stopped, finished by a manifest, checked when read."""
+
+from nlme_sbi.runs.directory import RunDirectory, open_run
+from nlme_sbi.runs.files import (
+    load_array,
+    load_json,
+    save_array,
+    save_json,
+    sha256_of_file,
+    sha256_of_plain,
+    write_atomically,
+)
+from nlme_sbi.runs.finished import FinishedRun, find_run, load_run
+from nlme_sbi.runs.stored_designs import StoredDesign, load_design, save_design
+
+__all__ = [
+    "FinishedRun",
+    "RunDirectory",
+    "StoredDesign",
+    "find_run",
+    "load_array",
+    "load_design",
+    "load_json",
+    "load_run",
+    "open_run",
+    "save_array",
+    "save_design",
+    "save_json",
+    "sha256_of_file",
+    "sha256_of_plain",
+    "write_atomically",
+]

@@ -1,0 +1,174 @@
+"""Files that are either there and whole or not there: atomic writes, arrays and JSON that cannot run code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from torch import Tensor
+
+PARTIAL = ".partial"  # the ending of everything that is still being written; removed when a run is opened again
+_CHUNK = 1 << 22
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file under a temporary name beside ``path``, flush it to the disk and rename it.
+
+    Whatever happens, ``path`` is the old file or the whole new one. Raises ``OSError`` with a sentence where the disk
+    is full, read-only or not ours.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        flush_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError):
+            raise could_not_write(path, error) from error
+        raise
+
+
+def flush_directory(directory: Path) -> None:
+    """Make a rename survive a power cut; some file systems do not offer it, and then nothing is lost but that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def could_not_write(path: Path, error: OSError) -> OSError:
+    """The operating system's refusal to write, as a sentence with its remedy."""
+    reasons = {
+        errno.ENOSPC: "the disk is full; free some space",
+        errno.EDQUOT: "the disk quota is used up; free some space",
+        errno.EACCES: "you have no permission there; change it or choose another output_root",
+        errno.EPERM: "you have no permission there; change it or choose another output_root",
+        errno.EROFS: "the file system is read-only; choose another output_root",
+    }
+    reason = reasons.get(error.errno or 0, f"{error.strerror or error}; mend that")
+    return OSError(f"{path} could not be written: {reason} and run the same command again. What was finished is kept.")
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_of_plain(value: Any) -> str:
+    """SHA-256 of plain data (:func:`plain`) that does not depend on the order of keys."""
+    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plain(value: Any, where: str = "") -> Any:
+    """The same data in dicts with text keys, lists, text, numbers, booleans and None: what YAML and JSON can hold.
+
+    NumPy and torch scalars and arrays become numbers and lists, tuples become lists, paths become text. Raises
+    ``TypeError`` naming the place of anything else.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)):
+        return float(value) if isinstance(value, float) else int(value)
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
+        return plain(value.tolist(), where)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{where}[{position}]") for position, item in enumerate(value)]
+    raise TypeError(f"{where or 'the value'} cannot be written: {type(value).__name__} is neither text nor a number.")
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Write plain data as JSON; numbers that are not finite become null, because JSON has no word for them."""
+    text = json.dumps(finite(plain(value)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: _write_text(file, text))
+
+
+def load_json(path: Path) -> Any:
+    """Read JSON; raises ``ValueError`` with a sentence where the file is missing, cut off or something else."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: it is not JSON ({error}). {_DAMAGED}") from error
+
+
+def finite(value: Any) -> Any:
+    """Plain data as JSON gives it back: numbers that are not finite are None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_text(file: BinaryIO, text: str) -> None:
+    file.write(text.encode())
+
+
+_DAMAGED = "Run the stage that wrote it again with fresh=true."
+
+
+def save_array(path: Path, array: np.ndarray | Tensor) -> None:
+    """Write one ``.npy`` file of numbers or booleans, atomically, in C order."""
+    whole = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+    if whole.dtype.hasobject:
+        raise TypeError(f"{path}: an array of Python objects cannot be stored; only numbers and booleans can.")
+    write_atomically(path, lambda file: _write_array(file, np.ascontiguousarray(whole).reshape(whole.shape)))
+
+
+def _write_array(file: BinaryIO, array: np.ndarray) -> None:
+    # Not ndarray.tofile: it reports a full disk without saying which of the system's errors it was.
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def load_array(path: Path, *, mmap: bool = True) -> np.ndarray:
+    """Read one ``.npy`` file, by default as a read-only memory map.
+
+    Raises ``ValueError`` with a sentence where the file is missing, cut off, longer than it says, or something else
+    than one array of numbers. Nothing in the file can run code.
+    """
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = np.lib.format.read_array_header_1_0
+            shape, fortran, kind = read_header(file) if version == (1, 0) else np.lib.format.read_array_header_2_0(file)
+            start, end = file.tell(), os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing.") from None
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: it is not an array in NumPy's .npy format. {_DAMAGED}") from error
+    if kind.hasobject:
+        raise ValueError(f"{path} holds Python objects, which could run code; only numbers are read. {_DAMAGED}")
+    expected = start + math.prod(shape) * kind.itemsize
+    if end != expected:
+        raise ValueError(f"{path} is damaged: {end} bytes instead of the {expected} that it announces. {_DAMAGED}")
+    if not mmap or not shape or expected == start:  # neither a single number nor nothing can be mapped
+        return np.asarray(np.load(path, allow_pickle=False))
+    return np.memmap(path, dtype=kind, shape=shape, order="F" if fortran else "C", mode="r", offset=start)

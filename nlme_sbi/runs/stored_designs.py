@@ -1,0 +1,145 @@
+"""A design as a directory of arrays; what all individuals share is stored as one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nlme_sbi.runs.files import load_array, load_json, save_array, save_json
+from nlme_sbi.types import Covariates, Design, Events, Groups
+
+DESCRIPTION = "design.json"
+
+
+def save_design(directory: Path, design: Design) -> None:
+    """Write a design into ``directory``: one ``.npy`` for each array, then ``design.json`` with names and row count."""
+    for name, tensor in _arrays(design).items():
+        save_array(directory / f"{name}.npy", tensor[:1] if is_shared(tensor) else tensor)
+    covariates, groups = design.covariates, design.groups
+    description = {
+        "rows": len(design),
+        "shared": [name for name, tensor in _arrays(design).items() if is_shared(tensor)],
+        "arrays": sorted(_arrays(design)),
+        "covariates": None if covariates is None else {"names": covariates.names, "levels": covariates.levels},
+        "groups": None if groups is None else {"names": groups.names, "levels": groups.levels},
+    }
+    save_json(directory / DESCRIPTION, description)
+
+
+def load_design(directory: Path, count: int | None = None) -> Design:
+    """Read a design that :func:`save_design` wrote.
+
+    Args:
+        directory: where it was written.
+        count: rows to expand to, for a design whose rows are all the same; as many as were saved by default.
+
+    Raises:
+        ValueError: where a file is missing or damaged, or ``count`` asks for rows that differ and are not there.
+    """
+    stored = StoredDesign(directory, mmap=False)
+    if count is None or count == stored.rows:
+        return stored.read(None)
+    if not stored.is_shared:
+        raise ValueError(f"{directory} holds {stored.rows} individual designs, not {count}.")
+    return stored.read(np.zeros(count, dtype=np.int64))
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether a tensor is one row expanded to all."""
+    return bool(tensor.shape[0] > 1 and tensor.stride(0) == 0)
+
+
+class StoredDesign:
+    """The rows of a saved design, read where they are asked for.
+
+    Attributes:
+        rows: how many designs there are.
+        is_shared: whether all are the same, stored once.
+        shapes: of every array, without the first dimension.
+    """
+
+    def __init__(self, directory: Path, *, mmap: bool = True) -> None:
+        self._directory = directory
+        description = load_json(directory / DESCRIPTION)
+        try:
+            self.rows: int = description["rows"]
+            self._shared = frozenset(description["shared"])
+            self._covariates = description["covariates"]
+            self._groups = description["groups"]
+            self._arrays = {name: load_array(directory / f"{name}.npy", mmap=mmap) for name in description["arrays"]}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{directory / DESCRIPTION} does not describe a design; run its stage again.") from error
+        for name, array in self._arrays.items():
+            rows = 1 if name in self._shared else self.rows
+            if not array.ndim or array.shape[0] != rows:
+                raise ValueError(f"{directory}: {name}.npy has shape {array.shape} where {rows} rows were written.")
+
+    @property
+    def is_shared(self) -> bool:
+        return self._shared == frozenset(self._arrays)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: array.shape[1:] for name, array in self._arrays.items()}
+
+    def read(self, rows: np.ndarray | None) -> Design:
+        """Chosen rows (positions, in any order), or all; shared arrays stay one row, expanded."""
+        count = self.rows if rows is None else len(rows)
+
+        def tensor(name: str) -> Tensor:
+            array = self._arrays[name]
+            if name in self._shared:
+                return torch.from_numpy(np.array(array)).expand(count, *array.shape[1:])
+            return torch.from_numpy(np.array(array if rows is None else array[rows]))
+
+        return _design(tensor, set(self._arrays), self._covariates, self._groups)
+
+
+def _arrays(design: Design) -> dict[str, Tensor]:
+    """Every tensor of a design by the name of its file."""
+    arrays = {"times": design.times, "observed": design.observed}
+    if design.covariates is not None:
+        arrays["covariates"] = design.covariates.values
+    if design.groups is not None:
+        arrays["groups"] = design.groups.codes
+    if design.occasion is not None:
+        arrays["occasion"] = design.occasion
+    if design.events is not None:
+        arrays |= {f"events.{item.name}": getattr(design.events, item.name) for item in fields(design.events)}
+    return arrays
+
+
+def _design(
+    tensor: Callable[[str], Tensor],
+    there: set[str],
+    covariates: dict[str, Any] | None,
+    groups: dict[str, Any] | None,
+) -> Design:
+    return Design(
+        times=tensor("times"),
+        observed=tensor("observed"),
+        covariates=None
+        if covariates is None
+        else Covariates(
+            names=tuple(covariates["names"]),
+            values=tensor("covariates"),
+            levels={name: tuple(levels) for name, levels in covariates["levels"].items()},
+        ),
+        groups=None
+        if groups is None
+        else Groups(
+            names=tuple(groups["names"]),
+            codes=tensor("groups"),
+            levels=tuple(tuple(levels) for levels in groups["levels"]),
+        ),
+        occasion=tensor("occasion") if "occasion" in there else None,
+        events=Events(**{item.name: tensor(f"events.{item.name}") for item in fields(Events)})
+        if "events.time" in there
+        else None,
+    )
