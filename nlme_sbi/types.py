@@ -9,6 +9,7 @@ Individual parameters ``phi`` are always on the unconstrained scale (log, logit 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
@@ -267,6 +268,27 @@ class Observations:
             self, lambda tensor: _select(tensor, rows), ids=tuple(self.ids[position] for position in picked)
         )
 
+    @classmethod
+    def read_long(cls, path: str | os.PathLike[str], **options: Any) -> Observations:
+        """Read a table with one row a measurement; ``options`` as :class:`nlme_sbi.io.LongTable`."""
+        from nlme_sbi.io import LongTable
+
+        return LongTable(path, **options).read()
+
+    @classmethod
+    def read_wide(cls, path: str | os.PathLike[str], **options: Any) -> Observations:
+        """Read a sheet with one column an individual; ``options`` as :class:`nlme_sbi.io.WideSheet`."""
+        from nlme_sbi.io import WideSheet
+
+        return WideSheet(path, **options).read()
+
+    @classmethod
+    def read_events(cls, path: str | os.PathLike[str], **options: Any) -> Observations:
+        """Read doses and measurements from one table; ``options`` as :class:`nlme_sbi.io.EventTable`."""
+        from nlme_sbi.io import EventTable
+
+        return EventTable(path, **options).read()
+
     def to(self, device: torch.device | str) -> Observations:
         """The same observations on another device."""
         return _map_tensors(self, _move(device))
@@ -304,7 +326,9 @@ class Simulations:
 class Prior(Protocol):
     """The density that individual parameters are simulated from, over unconstrained ``phi``."""
 
-    names: tuple[str, ...]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name a column of ``phi``."""
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Independent draws ``(count, D)`` on the generator's device, float32."""

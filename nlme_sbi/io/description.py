@@ -1,0 +1,83 @@
+"""What was read, in words: counts, ranges and units, so that a wrong column or unit is seen before it costs an hour."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from nlme_sbi.types import Covariates, Design, EventKind, Events, Observations
+
+
+def describe(observations: Observations) -> str:
+    """A few lines: individuals, observations and gaps, the range of each signal and of the times, doses, covariates."""
+    design = observations.design
+    individuals, measured = len(observations), int(design.observed.sum())
+    missing = int((~design.observed & ~_padding(design)[..., None]).sum())
+    lines = [f"{_count(individuals, 'individual')}, {_count(measured, 'observation')} ({missing} missing)"]
+    for position, (signal, unit) in enumerate(zip(observations.signals, observations.signal_units, strict=True)):
+        seen = observations.values[..., position][design.observed[..., position]]
+        share = "" if len(observations.signals) == 1 else f", {_count(len(seen), 'observation')}"
+        lines.append(f"signal {signal}: {_range(seen, unit)}{share}")
+    lines.append(_times(design, observations.time_unit))
+    if design.events is not None:
+        lines.append(_doses(design.events, observations.time_unit))
+    if design.covariates is not None:
+        lines += _covariates(design.covariates)
+    return "\n".join(lines)
+
+
+def _padding(design: Design) -> Bool[Tensor, "I T"]:
+    """Rows that only fill up: unobserved repeats of the last time, up to the end."""
+    fills = (design.times == design.times[:, -1:]) & ~design.observed.any(dim=-1)
+    trailing = fills.flip(1).long().cumprod(dim=1).flip(1).bool()
+    # The first of them may be a time whose values are missing; it fills up only where it repeats the time before.
+    repeats = torch.zeros_like(trailing)
+    repeats[:, 1:] = design.times[:, 1:] == design.times[:, :-1]
+    return trailing & repeats
+
+
+def _times(design: Design, unit: str) -> str:
+    measured = design.observed.any(dim=-1)
+    counts = measured.sum(dim=1)
+    fewest, most = int(counts.min()), int(counts.max())
+    each = str(fewest) if fewest == most else f"{fewest} to {most}"
+    kind = "the same for all individuals" if design.has_shared_times else "individual"
+    return f"times: {_range(design.times[measured], unit)}, {each} an individual, {kind}"
+
+
+def _doses(events: Events, time_unit: str) -> str:
+    given = events.kind == int(EventKind.DOSE)
+    counts = given.sum(dim=1)
+    fewest, most = int(counts.min()), int(counts.max())
+    each = str(fewest) if fewest == most else f"{fewest} to {most}"
+    amounts, times = events.amount[given], events.time[given]
+    if len(amounts) == 0:
+        return "doses: none"
+    return f"doses: {each} an individual, amount {_range(amounts, '')}, at {_range(times, time_unit)}"
+
+
+def _covariates(covariates: Covariates) -> list[str]:
+    lines = []
+    for name in covariates.names:
+        values = covariates.column(name)
+        if name not in covariates.levels:
+            lines.append(f"covariate {name}: {_range(values, '')}")
+            continue
+        levels = covariates.levels[name]
+        counts = torch.bincount(values.long(), minlength=len(levels)).tolist()
+        shown = ", ".join(f"{level} ({count})" for level, count in list(zip(levels, counts, strict=True))[:12])
+        lines.append(f"covariate {name}: {len(levels)} levels: {shown}{', ...' if len(levels) > 12 else ''}")
+    return lines
+
+
+def _range(values: Tensor, unit: str) -> str:
+    if values.numel() == 0:
+        return "nothing measured"
+    low, high = float(values.min()), float(values.max())
+    span = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+    return f"{span} {unit}".rstrip()
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

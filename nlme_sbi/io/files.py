@@ -1,0 +1,233 @@
+"""From a file to rows of text: where a file is looked for, and what can be wrong with it before any number is read."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+
+from nlme_sbi.io.wording import check_choice, did_you_mean, listed, quoted
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+MISSING = ("", "NA", "NaN", "nan", ".")
+_TEXT_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_WORKBOOKS = (".xlsx", ".xlsm")
+_ALLOWED_SEPARATORS = (",", ";", "\t", "|", " ", ":")
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The rows of a file that hold anything, as text.
+
+    Args:
+        name: of the file, for messages.
+        cells: ``(R, F)`` strings, columns numbered from 0.
+        rows: ``(R,)`` where each row stands in the file, counted from 1.
+    """
+
+    name: str
+    cells: pd.DataFrame
+    rows: Int[np.ndarray, " R"]
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A file that holds a table, and how it is written down.
+
+    Args:
+        path: relative paths are looked for in the working directory, then in the project root.
+        separator: between columns of a text file; None chooses by extension (and ``;`` beside decimal commas).
+        decimal: ``.`` or ``,``.
+        missing: cells that mean "not measured".
+        sheet: name of a workbook's sheet; None takes the first.
+    """
+
+    path: str | os.PathLike[str]
+    separator: str | None = None
+    decimal: str = "."
+    missing: Sequence[str] = MISSING
+    sheet: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("decimal", self.decimal, (".", ","))
+        if self.separator is not None:
+            check_choice("separator", self.separator, _ALLOWED_SEPARATORS)
+            if self.separator == self.decimal:
+                raise ValueError(f'separator and decimal are both "{self.decimal}"; choose another separator.')
+
+    def read(self) -> Grid:
+        """Every row of the file as text; raises ``ValueError`` with a remedy where that is not possible."""
+        path = locate(self.path)
+        data = _bytes_of(path)
+        suffix = path.suffix.lower()
+        if suffix == ".gz":
+            data, suffix = _unpacked(path, data), Path(path.stem).suffix.lower()
+        if suffix in _WORKBOOKS:
+            return _without_blanks(_read_workbook(path.name, data, self.sheet))
+        if suffix == ".xls":
+            raise ValueError(f"{path.name}: the old .xls format is not read; save the workbook as .xlsx or .csv.")
+        if self.separator is None and suffix not in _TEXT_SEPARATORS:
+            known = ", ".join([*_TEXT_SEPARATORS, *_WORKBOOKS])
+            raise ValueError(
+                f'{path.name}: the extension "{suffix}" is not one of {known}; rename the file or pass data.separator.'
+            )
+        separator = self.separator or _TEXT_SEPARATORS[suffix]
+        if self.separator is None and separator == self.decimal:
+            separator = ";"
+        return _without_blanks(_read_text(path.name, data, separator))
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The file meant by ``path``: as it stands or under the working directory, else under the project root.
+
+    Raises:
+        ValueError: nothing is there, or a directory is; with the places that were looked at.
+    """
+    given = Path(path).expanduser()
+    candidates = list(dict.fromkeys((Path.cwd() / given, PROJECT_ROOT / given)))
+    try:
+        found = next((candidate for candidate in candidates if candidate.exists()), None)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{quoted(path)} is not a path that can be opened ({error}).") from None
+    if found is None:
+        places = " or ".join(str(candidate.parent) for candidate in candidates)
+        raise ValueError(f"There is no file {given.name} in {places}.{_near_file(candidates, given.name)}")
+    if found.is_dir():
+        raise ValueError(f"{found} is a directory; pass data.path=FILE, a file in it.")
+    return found
+
+
+def _near_file(candidates: Sequence[Path], name: str) -> str:
+    folders = [candidate.parent for candidate in candidates if candidate.parent.is_dir()]
+    return did_you_mean(name, [entry.name for folder in folders for entry in folder.iterdir()])
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read: {error.strerror or error}.") from None
+    if not data:
+        raise ValueError(f"{path.name} is empty (0 bytes); it needs rows of data.")
+    return data
+
+
+def _unpacked(path: Path, data: bytes) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error):
+        raise ValueError(f"{path.name} is not a whole gzip file, as its name says; rename or copy it again.") from None
+
+
+def _read_text(name: str, data: bytes, separator: str) -> Grid:
+    text = _decoded(name, data)
+    body = text.lstrip("\n")
+    if not body.strip():
+        raise ValueError(f"{name} is empty (blank lines only); it needs rows of data.")
+    encoded = body.encode("utf-8")
+    first_row = len(text) - len(body) + 1
+    _refuse_ragged(name, encoded, separator, first_row=first_row)
+    try:
+        # Text first: what is a number, a gap or a mistake is decided cell by cell, with its place in the file.
+        cells = pd.read_csv(
+            io.BytesIO(encoded), sep=separator, header=None, dtype=object, na_filter=False, skip_blank_lines=False
+        )
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise ValueError(
+            f"{name} cannot be cut into columns ({str(error).strip().rstrip('.')}). "
+            "Look for an unclosed quotation mark or another separator (data.separator)."
+        ) from None
+    return Grid(name, cells, np.arange(len(cells)) + first_row)
+
+
+def _decoded(name: str, data: bytes) -> str:
+    if data[:4] == b"PK\x03\x04":
+        raise ValueError(f"{name} holds an Excel workbook or archive, not text; give it the extension .xlsx.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f'{name} is not UTF-8 text; first wrong byte in row {row}. Save it as "CSV UTF-8" (or use iconv).'
+        ) from None
+    if "\0" in text:
+        row = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f'{name} is not text: row {row} holds a NUL character. Save it as "CSV UTF-8".')
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _refuse_ragged(name: str, data: bytes, separator: str, *, first_row: int) -> None:
+    """Refuses rows with more or fewer fields than the first, which a parser would fill or shift without a word."""
+    codes = np.frombuffer(data, dtype=np.uint8)
+    is_end, is_separator = codes == ord("\n"), codes == ord(separator)
+    if b'"' in data:
+        inside = np.logical_xor.accumulate(codes == ord('"'))
+        if inside[-1]:
+            raise ValueError(f"{name} has an unclosed quotation mark; close or remove it.")
+        is_end, is_separator = is_end & ~inside, is_separator & ~inside
+    ends = np.flatnonzero(is_end)
+    if not is_end[-1]:
+        ends = np.append(ends, len(codes))
+    lengths = np.diff(ends, prepend=-1) - 1
+    fields = np.diff(np.searchsorted(np.flatnonzero(is_separator), ends), prepend=0) + 1
+    bad = (fields != fields[0]) & (lengths > 0)
+    if bad.any():
+        first = int(np.argmax(bad))
+        comma = ' (with decimal commas pass data.decimal="," and the right data.separator)' if separator == "," else ""
+        raise ValueError(
+            f"{name}: {int(bad.sum())} of {int((lengths > 0).sum())} rows do not have the {fields[0]} fields of the "
+            f"first row; first at row {first + first_row}: {fields[first]}. Add or remove separators there{comma}."
+        )
+
+
+def _read_workbook(name: str, data: bytes, sheet: str | None) -> Grid:
+    rows = _sheet_rows(name, data, sheet)
+    cells = pd.DataFrame(rows, dtype=object)
+    if cells.size == 0:
+        raise ValueError(f"{name}: the sheet is empty; pass data.sheet=NAME for another one.")
+    cells = cells.map(lambda cell: "" if cell is None else str(cell)).astype(object)
+    return Grid(name, cells, np.arange(len(cells)) + 1)
+
+
+def _sheet_rows(name: str, data: bytes, sheet: str | None) -> list[tuple[Any, ...]]:
+    import openpyxl
+
+    try:
+        with warnings.catch_warnings():
+            # It warns of Excel features (validation, styles) that do not change the cells.
+            warnings.simplefilter("ignore")
+            book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
+            sheets = {each.title: each for each in book.worksheets}
+            chosen = None if not sheets else sheets.get(sheet) if sheet else next(iter(sheets.values()))
+            rows = None if chosen is None else list(chosen.iter_rows(values_only=True))
+    except Exception as error:  # openpyxl raises what its parsers raise: zip, XML, key and value errors
+        raise ValueError(
+            f"{name} cannot be read as an Excel workbook ({type(error).__name__}: {quoted(error)}); "
+            "save it again as .xlsx, or as .csv with that extension."
+        ) from None
+    if rows is None:
+        raise ValueError(f'{name} has no sheet "{sheet}"; it has {listed(sheets)}. Pass data.sheet=NAME.')
+    return rows
+
+
+def _without_blanks(grid: Grid) -> Grid:
+    """Without rows that are blank in every cell, and without blank columns at the right end."""
+    width = grid.cells.shape[1]
+    while width > 1 and bool((grid.cells.iloc[:, width - 1] == "").all()):
+        width -= 1
+    cells = grid.cells.iloc[:, :width]
+    blank = (cells.iloc[:, 0] == "").to_numpy(dtype=bool, copy=True)
+    blank[blank] = (cells[blank] == "").all(axis=1).to_numpy(dtype=bool)
+    if blank.all():
+        raise ValueError(f"{grid.name} is empty (blank rows only); it needs rows of data.")
+    return Grid(grid.name, cells[~blank] if blank.any() else cells, grid.rows[~blank])

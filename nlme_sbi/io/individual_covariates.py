@@ -1,0 +1,119 @@
+"""Covariates: columns of a table that are constant within every individual, numeric or categorical."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+
+from nlme_sbi.io.records import one_each
+from nlme_sbi.io.tables import Parsed, Table
+from nlme_sbi.io.wording import as_names, first_true, listed, listed_at, quoted
+from nlme_sbi.types import Covariates
+
+Levels = Sequence[str] | Mapping[str, Sequence[str]]
+
+
+def covariates_of(
+    table: Table, names: object, *, categorical: object, individual: Int[np.ndarray, " R"], ids: Sequence[str]
+) -> Covariates | None:
+    """The named columns, one row an individual; None where no column is named.
+
+    Args:
+        table: one row a record; cells may be missing where another row of the individual has the value.
+        names: the columns.
+        categorical: those of ``names`` that are levels although they look like numbers; as a mapping, with their levels
+            in the order of their codes. Columns without any number are categorical without being listed.
+        individual: ``(R,)`` codes into ``ids``.
+        ids: of the individuals.
+
+    Raises:
+        ValueError: a column mixes numbers and text, varies within an individual, or is missing for an individual.
+    """
+    wanted = as_names("covariates", names)
+    fixed = _fixed_levels(categorical, wanted)
+    if not wanted:
+        return None
+    columns, levels = [], {}
+    for name in wanted:
+        values, found = _codes(table, name, fixed[name]) if name in fixed else _numbers_or_codes(table, name)
+        columns.append(_constant(table, name, values, individual=individual, ids=ids))
+        if found:
+            levels[name] = found
+    return Covariates(wanted, torch.from_numpy(np.stack(columns, axis=1)), MappingProxyType(levels))
+
+
+def _fixed_levels(categorical: object, wanted: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    if isinstance(categorical, Mapping):
+        fixed = {str(name): tuple(str(level) for level in levels) for name, levels in categorical.items()}
+    else:
+        fixed = dict.fromkeys(as_names("categorical", categorical), ())
+    unknown = [name for name in fixed if name not in wanted]
+    if unknown:
+        raise ValueError(f"categorical names {listed(unknown)}, but the covariates are {listed(wanted)}.")
+    return fixed
+
+
+def _numbers_or_codes(table: Table, name: str) -> tuple[Float[np.ndarray, " R"], tuple[str, ...]]:
+    parsed = table.parse(name)
+    if not parsed.text.any():
+        return table.numbers(name, noun=f"values of the covariate {quoted(name)}"), ()
+    if (parsed.text | parsed.missing).all():
+        return _codes(table, name, ())
+    raise table.refusal(
+        parsed.text,
+        name,
+        what=f"values of the covariate {quoted(name)} are text and the others numbers",
+        remedy=f"Correct them{_decimal_hint(table, parsed, name)}, or list it in data.categorical if they are levels.",
+    )
+
+
+def _decimal_hint(table: Table, parsed: Parsed, name: str) -> str:
+    first = table.text(name)[first_true(parsed.text)]
+    return ' (decimal commas? data.decimal=",")' if table.decimal == "." and "," in first else ""
+
+
+def _codes(table: Table, name: str, levels: tuple[str, ...]) -> tuple[Float[np.ndarray, " R"], tuple[str, ...]]:
+    """Codes into ``levels``, or into the sorted names where there are none yet; NaN where missing."""
+    text = table.text(name)
+    missing = table.is_missing(text)
+    if not levels:
+        levels = tuple(sorted({str(level) for level in pd.unique(text[~missing])}))
+    codes = pd.Index(levels, dtype=object).get_indexer(pd.Index(text, dtype=object)).astype(np.float64)
+    unknown = (codes < 0) & ~missing
+    if unknown.any():
+        what = f"values of the covariate {quoted(name)} are none of its levels {listed(levels)}"
+        raise table.refusal(unknown, name, what=what, remedy="Correct them, or add the level to data.categorical.")
+    return np.where(missing, np.nan, codes), levels
+
+
+def _constant(
+    table: Table,
+    name: str,
+    values: Float[np.ndarray, " R"],
+    *,
+    individual: Int[np.ndarray, " R"],
+    ids: Sequence[str],
+) -> Float[np.ndarray, " I"]:
+    each, other = one_each(individual, values, len(ids))
+    if other.any():
+        changing = np.unique(individual[other])
+        raise table.refusal(
+            other,
+            name,
+            what=f"values of the covariate {quoted(name)} differ from the first of their individual "
+            f"(of {listed_at(ids, changing)})",
+            remedy="Covariates that change in time are not implemented; keep one value an individual, or leave it out.",
+        )
+    missing = np.flatnonzero(np.isnan(each))
+    if len(missing):
+        raise ValueError(
+            f"{table.name}: the covariate {quoted(name)} is missing for {len(missing)} of {len(ids)} individuals: "
+            f"{listed_at(ids, missing)}. Fill it in, remove these individuals, or "
+            "leave the covariate out of data.covariates."
+        )
+    return each

@@ -1,0 +1,108 @@
+"""Wide sheets: the first column holds the times, every other column an individual."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from nlme_sbi.io.files import MISSING, Grid, TableFile
+from nlme_sbi.io.records import Records, Scales, observations, only_signal
+from nlme_sbi.io.tables import Table, parse
+from nlme_sbi.io.wording import listed, quoted
+from nlme_sbi.types import Observations
+
+
+@dataclass(frozen=True)
+class WideSheet:
+    """One signal of many individuals at common times: a column of times, then a column for each individual.
+
+    Args:
+        path: csv, tsv (also .gz) or xlsx; relative to the working directory, else to the project root.
+        header: whether the first row names the individuals; "auto" says so where its first cell is no number. Without
+            names individuals are numbered from 1.
+        signals: the signal's name.
+        signal_units: its unit, after ``transform``.
+        time_unit: unit of the times, after ``time_scale``.
+        time_scale: the file's times are multiplied by it.
+        transform: "none", or "log" for the natural logarithm of every value.
+        replicates: "refuse", "keep" or "mean" of rows with the same time; the mean is taken after ``transform``.
+        decimal: "." or ",".
+        separator: between columns; None goes by the extension.
+        missing: cells that mean "not measured".
+        sheet: of a workbook; None takes the first.
+    """
+
+    path: str | os.PathLike[str]
+    header: bool | str = "auto"
+    signals: Sequence[str] | None = None
+    signal_units: Mapping[str, str] = field(default_factory=dict)
+    time_unit: str = ""
+    time_scale: float | int = 1.0
+    transform: str = "none"
+    replicates: str = "refuse"
+    decimal: str = "."
+    separator: str | None = None
+    missing: Sequence[str] = MISSING
+    sheet: str | None = None
+
+    def read(self) -> Observations:
+        """The measurements; raises ``ValueError`` with row, column and remedy where the file does not allow it."""
+        if self.header not in ("auto", True, False):
+            raise ValueError(f"header {quoted(self.header)} is not one of auto, true, false.")
+        scales = Scales(self.signal_units, self.time_unit, self.time_scale, self.transform, self.replicates)
+        signals = only_signal(self.signals, default="value")
+        grid = TableFile(self.path, self.separator, self.decimal, self.missing, self.sheet).read()
+        if grid.cells.shape[1] < 2:
+            raise ValueError(
+                f"{grid.name} has one column; a wide sheet has times in the first and an individual in each other "
+                "column. Pass data.separator if another one stands between the columns."
+            )
+        table = Table.from_grid(grid, header=self._has_header(grid), decimal=self.decimal, missing=self.missing)
+        times = scales.times(table, 0)
+        ids = _individuals(table)
+        values = scales.values(table, slice(1, len(ids) + 1))
+        records = Records(
+            individual=np.tile(np.arange(len(ids)), len(table)),
+            signal=np.zeros(values.size, dtype=np.int64),
+            time=np.repeat(times, len(ids)),
+            value=values.reshape(-1),
+            row=np.repeat(table.rows, len(ids)),
+        )
+        return observations(records, table.name, ids=ids, signals=signals, scales=scales)
+
+    def _has_header(self, grid: Grid) -> bool:
+        if isinstance(self.header, bool):
+            return self.header
+        first = parse(grid.cells.iloc[0].to_numpy(dtype=object), self.decimal, self.missing)
+        is_number = ~first.text & ~first.missing
+        fractions = is_number[1:] & (np.nan_to_num(first.values[1:]) % 1 != 0)
+        if not is_number[0] and fractions.any():
+            raise ValueError(
+                f"{grid.name}: row {grid.rows[0]} starts with {quoted(grid.cells.iat[0, 0])}, as a header would, but "
+                "goes on with fractions, as measurements would. Correct it, or pass data.header=true|false."
+            )
+        return not is_number[0]
+
+
+def _individuals(table: Table) -> tuple[str, ...]:
+    names = table.columns[1:]
+    if not any(table.columns):
+        return tuple(str(k + 1) for k in range(len(names)))
+    unnamed = [table.labels[k + 1] for k, name in enumerate(names) if not name]
+    if unnamed:
+        raise ValueError(
+            f"{table.name}: {len(unnamed)} of {len(names)} individuals have no name in the header; first: {unnamed[0]}."
+            " Name them, remove these columns, or pass data.header=false."
+        )
+    repeated = pd.Series(names, dtype=object).duplicated()
+    if repeated.any():
+        again = [name for name, twice in zip(names, repeated, strict=True) if twice]
+        raise ValueError(
+            f"{table.name}: {len(again)} of {len(names)} individuals repeat the name of another column: "
+            f"{listed(again)}. Rename them; if row 1 holds no names, pass data.header=false."
+        )
+    return names

@@ -1,0 +1,63 @@
+"""Pieces of refusals: how cells, names and near misses are written, so that every reader words them alike."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+
+def quoted(cell: object) -> str:
+    """A cell between double quotes, control characters escaped, cut at 40 characters."""
+    text = str(cell)
+    return json.dumps(text if len(text) <= 40 else text[:37] + "...", ensure_ascii=False)
+
+
+def listed(names: Iterable[object], *, limit: int = 8) -> str:
+    """Quoted names with commas; past ``limit`` the rest is counted."""
+    every = list(names)
+    shown = ", ".join(quoted(name) for name in every[:limit])
+    return shown if len(every) <= limit else f"{shown}, ... ({len(every)} in all)"
+
+
+def listed_at(names: Sequence[str], positions: Int[np.ndarray, " X"]) -> str:
+    """Those of ``names`` that stand at ``positions``, as :func:`listed` writes them."""
+    return listed([names[int(position)] for position in positions])
+
+
+def did_you_mean(name: str, choices: Sequence[str]) -> str:
+    """A sentence with the nearest of ``choices``, whatever the case of its letters, or nothing."""
+    by_folded = {choice.casefold(): choice for choice in choices}
+    near = difflib.get_close_matches(name.casefold(), list(by_folded), n=1)
+    return f" Did you mean {quoted(by_folded[near[0]])}?" if near else ""
+
+
+def check_choice(option: str, chosen: object, choices: Sequence[str]) -> None:
+    """Raises ``ValueError`` with the valid choices where ``chosen`` is none of them."""
+    if chosen not in choices:
+        raise ValueError(
+            f"{option} {quoted(chosen)} is not one of {', '.join(choices)}.{did_you_mean(str(chosen), choices)}"
+        )
+
+
+def as_names(option: str, given: object) -> tuple[str, ...]:
+    """Names from a config: a list of words, a single word or None; raises ``ValueError`` for others and for repeats."""
+    if isinstance(given, str):
+        return (given,)
+    if given is None:
+        return ()
+    words: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{option} must be a name or a list of names; got {quoted(given)}.")
+    if len(set(words)) != len(words):
+        raise ValueError(f"{option} names something twice: {listed(words)}.")
+    return tuple(words)
+
+
+def first_true(mask: Bool[np.ndarray, " R"]) -> int:
+    """Position of the first True of a mask that has one."""
+    return int(np.argmax(mask))
