@@ -69,7 +69,9 @@ class EventTable:
         names = column_names(self.columns, _COLUMNS)
         file = TableFile(self.path, self.separator, self.decimal, self.missing, self.sheet)
         table = Table.from_grid(file.read(), header=True, decimal=self.decimal, missing=self.missing)
-        for role in ("id", "time", "dv", "amt", "evid", *(("mdv",) if "mdv" in self.columns else ())):
+        # MDV may be absent, unless it was asked for by a name of its own.
+        required = () if names["mdv"] == _COLUMNS["mdv"] else ("mdv",)
+        for role in ("id", "time", "dv", "amt", "evid", *required):
             table.position(names[role])
         signals = only_signal(self.signals, default=names["dv"])
         codes, ids = table.complete_names(names["id"], noun="ids")

@@ -63,7 +63,9 @@ class LongTable:
         names = column_names(self.columns, _COLUMNS)
         file = TableFile(self.path, self.separator, self.decimal, self.missing, self.sheet)
         table = Table.from_grid(file.read(), header=True, decimal=self.decimal, missing=self.missing)
-        for role in ("id", "time", "value", *(("signal",) if "signal" in self.columns else ())):
+        # A signal column may be absent, unless it was asked for by a name of its own.
+        required = () if names["signal"] == _COLUMNS["signal"] else ("signal",)
+        for role in ("id", "time", "value", *required):
             table.position(names[role])
         codes, ids = table.complete_names(names["id"], noun="ids")
         covariates = covariates_of(table, self.covariates, categorical=self.categorical, individual=codes, ids=ids)
