@@ -2,42 +2,65 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# log(2 sinh(x/2) / x) = sum_n B_2n x^2n / (2n (2n)!). Below 0.5 the first term left out is under 3e-19.
+# 1/(exp(x) - 1) - 1/x = -1/2 + sum_n B_2n x^(2n-1) / (2n)!. Below 0.5 the first term left out is under 1e-17.
 _SERIES_BELOW = 0.5
-_SERIES = (
-    1 / 24,
-    -1 / 2880,
-    1 / 181440,
-    -1 / 9676800,
-    1 / 479001600,
-    -691 / 15692092416000,
-    1 / 1046139494400,
-)
+_SERIES = (1 / 12, -1 / 720, 1 / 30240, -1 / 1209600, 1 / 47900160, -691 / 1307674368000, 1 / 74724249600)
 
 
 def log_expm1_ratio(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     r"""``log((1 - exp(-x)) / x)`` for ``x >= 0``, with all its derivatives, through ``x = 0``.
 
-    Autograd of the plain formula divides by ``x`` twice and cancels, so below 0.5 the series
-    :math:`-x/2 + x^2/24 - x^4/2880 + \dots` is used. Each branch of the ``where`` sees only arguments that it can
-    stand, because a NaN in the branch not taken would reach the gradient.
+    The value needs no care beyond ``expm1``. Autograd of that formula, however, divides by ``x`` twice and cancels, so
+    the derivative is stated: :math:`1/(e^x - 1) - 1/x`, below 0.5 its series :math:`-1/2 + x/12 - x^3/720 + \dots`. It
+    can itself be differentiated, in reverse and forward mode and under ``torch.func``.
     """
+    found: Tensor = _LogExpm1Ratio.apply(x)
+    return found
+
+
+class _LogExpm1Ratio(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        safe = x.clamp(min=1e-30)
+        return safe.neg().expm1_().div_(safe).neg_().log_()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        del output
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * _slope(x)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return tangent * _slope(x)
+
+
+def _slope(x: Tensor) -> Tensor:
+    """Derivative of :func:`log_expm1_ratio`, by plain differentiable operations."""
+    # Each branch sees only arguments that it can stand: a NaN in the branch not taken would reach the next derivative.
     small = x < _SERIES_BELOW
-    series = _series(torch.where(small, x, 0.0))
+    near = torch.where(small, x, 0.0)
     away = torch.where(small, 1.0, x)
-    return torch.where(small, series, torch.log(-torch.expm1(-away) / away))
-
-
-def _series(x: Tensor) -> Tensor:
-    square = x * x
-    total = torch.full_like(x, _SERIES[-1])
+    square = near * near
+    series = torch.full_like(x, _SERIES[-1])
     for coefficient in reversed(_SERIES[:-1]):
-        total = total * square + coefficient
-    return total * square - 0.5 * x
+        series = series * square + coefficient
+    # exp(-x) / (1 - exp(-x)) and not 1 / expm1(x), which overflows.
+    return torch.where(small, series * near - 0.5, torch.exp(-away) / -torch.expm1(-away) - 1 / away)
 
 
 def log_bateman(
@@ -52,7 +75,7 @@ def log_bateman(
     Args:
         elapsed: time since the onset (tau), any unit.
         rate_a: first rate, one over that unit, positive.
-        rate_b: second rate, positive; broadcasts with the others.
+        rate_b: second rate, positive; all three broadcast.
 
     Returns:
         The log of a time, ``-inf`` where ``elapsed <= 0``, there with zero gradients.

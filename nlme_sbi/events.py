@@ -1,0 +1,48 @@
+"""Dose records as simulators need them. For now: one bolus for each individual; the rest is refused by name."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.types import Design, EventKind, Events
+
+
+def single_bolus(design: Design) -> tuple[Float[Tensor, " I"], Float[Tensor, " I"]]:
+    """Time and amount ``(I,)`` of the one dose that each individual gets, in the units of the data.
+
+    Raises:
+        ValueError: no dose records, none or several doses for an individual, or a kind of dose that is not
+            implemented yet (infusion, repeated dose, steady state, reset, a compartment other than the first).
+    """
+    events = design.events
+    if events is None:
+        raise ValueError(
+            "This simulator needs doses, but the design has none; read the data from an event table, or give the "
+            "design events, for example Events.single_dose(time, amount)."
+        )
+    given = events.kind == int(EventKind.DOSE)
+    _require_plain_boluses(events, given)
+    doses = given.sum(1)
+    if bool((doses != 1).any()):
+        row = int((doses != 1).nonzero()[0, 0])
+        raise ValueError(
+            f"One dose for each individual is needed; {int((doses != 1).sum())} of {len(design)} have another number, "
+            f"first row {row} with {int(doses[row])}. Several doses are not implemented yet."
+        )
+    return torch.where(given, events.time, 0.0).sum(1), torch.where(given, events.amount, 0.0).sum(1)
+
+
+def _require_plain_boluses(events: Events, given: Tensor) -> None:
+    unsupported = {
+        "events that are not doses (resets and others)": ~given & (events.kind != int(EventKind.NONE)),
+        "infusions and modelled rates (RATE)": given & (events.rate != 0),
+        "repeated doses (ADDL)": given & (events.additional != 0),
+        "steady state (SS)": given & (events.steady_state != 0),
+        "doses into a compartment other than 1 (CMT)": given & (events.compartment != 1),
+    }
+    for name, found in unsupported.items():
+        if bool(found.any()):
+            row = int(found.any(1).nonzero()[0, 0])
+            raise ValueError(f"Not implemented yet: {name}; {int(found.sum())} records, first in row {row}.")
