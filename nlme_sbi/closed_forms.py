@@ -20,7 +20,7 @@ def log_expm1_ratio(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     the derivative is stated: :math:`1/(e^x - 1) - 1/x`, below 0.5 its series :math:`-1/2 + x/12 - x^3/720 + \dots`. It
     can itself be differentiated, in reverse and forward mode and under ``torch.func``.
     """
-    found: Tensor = _LogExpm1Ratio.apply(x)
+    found: Tensor = _LogExpm1Ratio.apply(x)  # type: ignore[no-untyped-call]
     return found
 
 

@@ -1,4 +1,7 @@
-"""Simulators with a likelihood: a noise-free prediction plus an observation model; and an adapter for NumPy code."""
+"""Simulators with a likelihood: a noise-free prediction, in closed form or from an ODE, plus an observation model.
+
+And an adapter for simulators that are written in NumPy; those have no likelihood.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from nlme_sbi.noise import NoiseModel, observation_log_prob
 from nlme_sbi.parameters import ParameterSpace
+from nlme_sbi.solvers import DormandPrince5, Solver, solve
 from nlme_sbi.types import Design, Observations, SimulatorOutput
 
 
@@ -89,6 +93,50 @@ def times_for(phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor,
         )
     times = design.times.to(phi.dtype)
     return times.reshape(times.shape[0], *(1,) * (phi.ndim - 2), times.shape[1])
+
+
+class OdeModel(MechanisticSimulator):
+    """A mechanistic simulator whose states solve an ordinary differential equation that the user writes.
+
+    Subclasses write :meth:`initial_state`, :meth:`right_hand_side` and :meth:`observe`. Those get ``natural``: each
+    parameter by name, ``(I, ...)`` on its natural scale. A bolus is part of the initial state. Before
+    :meth:`start_time` the state is the initial one. An individual whose equation cannot be solved becomes NaN, which
+    :meth:`simulate` reports as status 1 and :meth:`log_likelihood` as ``-inf``.
+
+    The solver works in the dtype of ``phi``; float32 does not reach relative tolerances below about 1e-6.
+    """
+
+    solver: Solver = DormandPrince5()
+
+    @abstractmethod
+    def initial_state(self, natural: Mapping[str, Tensor], design: Design) -> Tensor:
+        """State at the start, ``(I, ..., X)``."""
+
+    @abstractmethod
+    def right_hand_side(self, time: Tensor, state: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
+        """Time derivative ``(I, ..., X)`` of ``state (I, ..., X)`` at ``time (I, ...)``."""
+
+    @abstractmethod
+    def observe(self, states: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
+        """Noise-free signals ``(I, ..., T, C)`` from ``states (I, ..., T, X)``."""
+
+    def start_time(self, natural: Mapping[str, Tensor], design: Design) -> Tensor:
+        """When the initial state holds, ``(I, ...)``; time 0 unless overridden."""
+        del design
+        return torch.zeros_like(next(iter(natural.values())))
+
+    def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T C"]:
+        """Noise-free signals at ``design.times``, differentiable through the steps that the solver took."""
+        natural = dict(zip(self.parameters.names, self.parameters.to_natural(phi).unbind(-1), strict=True))
+        times = times_for(phi, design)
+        states = solve(
+            lambda time, state: self.right_hand_side(time, state, natural, design),
+            self.initial_state(natural, design),
+            start=self.start_time(natural, design),
+            times=times.expand(*phi.shape[:-1], times.shape[-1]),
+            solver=self.solver,
+        )
+        return self.observe(states, natural, design)
 
 
 class NumpySimulator:

@@ -1,0 +1,176 @@
+r"""Batched initial value problems over torch tensors: every individual has its own times, steps and fate.
+
+Each individual goes from one of its measurement times to its next in the same pseudo-time ``s`` in [0, 1],
+:math:`dx/ds = \Delta t\\, f(t_0 + s \Delta t, x)`, so that individual times need neither a union grid nor
+interpolation, and times that depend on ``phi`` (an onset) are differentiable. Solutions are differentiable by autograd
+through the steps taken; an individual that cannot be solved becomes NaN and leaves the others alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+RightHandSide = Callable[[Tensor, Tensor], Tensor]  # (time (*batch), state (*batch, X)) -> derivative (*batch, X)
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """Integrates over unit pseudo-time; ``step`` is a suggestion, the returned one the next suggestion."""
+
+    def advance(self, slope: RightHandSide, state: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """State ``(*batch, X)`` at ``s = 1`` from the state at ``s = 0``, and the next step ``(*batch)`` in ``s``."""
+
+
+def solve(
+    right_hand_side: RightHandSide,
+    state: Float[Tensor, "*batch X"],
+    *,
+    start: Float[Tensor, " *batch"],
+    times: Float[Tensor, "*batch T"],
+    solver: Solver,
+) -> Float[Tensor, "*batch T X"]:
+    """States at ``times``, from ``state`` at ``start``; before the start the state is the initial one.
+
+    Args:
+        right_hand_side: ``(time (*batch), state (*batch, X)) -> (*batch, X)``, per unit of time.
+        state: initial state.
+        start: when it holds.
+        times: non-decreasing along the last dimension.
+        solver: :class:`RungeKutta4` or :class:`DormandPrince5`.
+    """
+    found = []
+    now, suggested = start, torch.full_like(start, torch.nan)
+    for column in times.unbind(-1):
+        # Not clamp: its gradient would go to the time and not to the start where the two are equal.
+        after = torch.where(column > now, column, now)
+        length = after - now
+        moves = length > 0
+        step = torch.where(moves, suggested / torch.where(moves, length, 1.0), 1.0).detach()
+        state, step = solver.advance(_scaled(right_hand_side, now, length), state, step)
+        suggested = torch.where(moves, step * length.detach(), suggested)
+        now = after
+        found.append(state)
+    return torch.stack(found, dim=-2)
+
+
+def _scaled(right_hand_side: RightHandSide, now: Tensor, length: Tensor) -> RightHandSide:
+    def slope(pseudo_time: Tensor, state: Tensor) -> Tensor:
+        return length[..., None] * right_hand_side(now + pseudo_time * length, state)
+
+    return slope
+
+
+@dataclass(frozen=True)
+class RungeKutta4:
+    """Classical Runge-Kutta of order 4 with ``steps`` equal steps between neighbouring measurement times."""
+
+    steps: int = 4
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"RungeKutta4 needs at least one step between measurement times; got {self.steps}.")
+
+    def advance(self, slope: RightHandSide, state: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        width = 1.0 / self.steps
+        for number in range(self.steps):
+            begin = torch.full_like(step, number * width)
+            first = slope(begin, state)
+            second = slope(begin + width / 2, state + width / 2 * first)
+            third = slope(begin + width / 2, state + width / 2 * second)
+            fourth = slope(begin + width, state + width * third)
+            state = state + width / 6 * (first + 2 * second + 2 * third + fourth)
+        return state, torch.full_like(step, width)
+
+
+# Dormand and Prince (1980), J. Comput. Appl. Math. 6:19-26, table 2; the last row is the solution of order 5.
+_NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0)
+_STAGES: tuple[tuple[float, ...], ...] = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+_ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+@dataclass(frozen=True)
+class DormandPrince5:
+    """Adaptive Runge-Kutta of order 5(4); every individual has its own step size. Not for stiff equations.
+
+    Args:
+        relative_tolerance: local error allowed, relative to the state.
+        absolute_tolerance: local error allowed where the state is small, in the state's unit.
+        max_steps: attempts between two measurement times, after which the individual counts as failed (NaN).
+    """
+
+    relative_tolerance: float = 1e-5
+    absolute_tolerance: float = 1e-7
+    max_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if not (self.relative_tolerance > 0 and self.absolute_tolerance > 0 and self.max_steps > 0):
+            raise ValueError(f"Tolerances and max_steps must be positive; got {self}.")
+
+    def advance(self, slope: RightHandSide, state: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        place = torch.zeros_like(step)
+        # The first interval comes without a suggestion; the controller grows a short step fivefold at a time.
+        step = step.nan_to_num(nan=0.01).clamp(1e-6, 1.0)
+        shortest = torch.finfo(step.dtype).eps
+        for _ in range(self.max_steps):
+            active = (place < 1) & (step > shortest) & torch.isfinite(state).all(-1)
+            if not bool(active.any()):
+                break
+            with torch.no_grad():
+                tried = torch.where(active, torch.minimum(step, 1 - place), 0.0)
+                proposal, error = _dormand_prince_step(slope, place, state, tried)
+                size = self._error_size(error, state, proposal)
+                accepted = active & (size <= 1)
+                wanted = tried * _growth(size)
+                # A last step that was cut to fit must not shrink the suggestion.
+                was_cut = accepted & (tried < step)
+                step = torch.where(active, torch.where(was_cut, torch.maximum(step, wanted), wanted), step)
+            taken = torch.where(accepted, tried, 0.0)
+            if torch.is_grad_enabled():
+                # Repeated with gradients and without what was rejected, whose overflow would poison them.
+                proposal, _ = _dormand_prince_step(slope, place, state, taken)
+            state = torch.where(accepted[..., None], proposal, state)
+            place = torch.where(accepted & (tried >= 1 - place), 1.0, place + taken)
+        return torch.where((place < 1)[..., None], torch.nan, state), step
+
+    def _error_size(self, error: Tensor, state: Tensor, proposal: Tensor) -> Tensor:
+        """Root mean square of the local error over the states, in units of the tolerance; infinite where not finite."""
+        largest = torch.maximum(state.abs(), proposal.abs())
+        scaled = error / (self.absolute_tolerance + self.relative_tolerance * largest)
+        return scaled.square().mean(-1).sqrt().nan_to_num(nan=torch.inf)
+
+
+def _growth(size: Tensor) -> Tensor:
+    """Factor for the step of a method whose local error goes with its fifth power."""
+    return (0.9 * size.clamp(min=1e-10) ** -0.2).clamp(0.2, 5.0)
+
+
+def _dormand_prince_step(slope: RightHandSide, place: Tensor, state: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Solution of order 5 after one step from pseudo-time ``place``, and the estimate of its local error."""
+    width = step[..., None]
+    slopes = [slope(place, state)]
+    moved = state
+    for node, weights in zip((*_NODES[1:], 1.0), _STAGES, strict=True):
+        moved = state + width * _combination(weights, slopes)
+        slopes.append(slope(place + node * step, moved))
+    return moved, width * _combination(_ERROR, slopes)
+
+
+def _combination(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+    total = weights[0] * slopes[0]
+    for weight, slope in zip(weights[1:], slopes[1:], strict=True):
+        if weight != 0:
+            total = total + weight * slope
+    return total
