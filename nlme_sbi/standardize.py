@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from nlme_sbi.priors import UniformPrior
 from nlme_sbi.types import Design, EventKind, Prior
 
 
@@ -45,10 +46,9 @@ class ParameterScaling(nn.Module):
         Raises ``ValueError`` where a moment is not finite.
         """
         mean, sd = prior.mean, prior.covariance.diagonal().sqrt()
-        bounds = getattr(prior, "bounds", None)
-        if bounds is not None:
-            self.lower.copy_(bounds[0])
-            self.upper.copy_(bounds[1])
+        if isinstance(prior, UniformPrior):
+            self.lower.copy_(prior.lower)
+            self.upper.copy_(prior.upper)
             self.bounded.fill_(True)
             # A uniform variable's logit is standard logistic: mean 0, SD pi / sqrt(3).
             mean, sd = torch.zeros_like(mean), torch.full_like(sd, torch.pi / 3**0.5)

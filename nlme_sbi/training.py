@@ -6,10 +6,11 @@ Every batch is a function of (seed, step) alone, so a resumed run sees exactly t
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -81,6 +82,7 @@ def seeded(device: torch.device | str, *entropy: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(state) >> 1)
 
 
+@runtime_checkable
 class PairSource(Protocol):
     """Where training pairs come from."""
 
@@ -144,6 +146,7 @@ class OnlinePairs:
         return self._draw(count, PILOT_STREAM)
 
 
+@runtime_checkable
 class StoredRows(Protocol):
     """Simulations on disk, read by row."""
 
@@ -235,7 +238,7 @@ def load_checkpoint(
         network.load_state_dict(content["network"])
         optimizer.load_state_dict(content["optimizer"])
         return TrainingState(**content["state"])
-    except (RuntimeError, KeyError, TypeError, EOFError, ValueError, OSError) as problem:
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError, ValueError, OSError) as problem:
         raise ValueError(
             f"{path} cannot be resumed from ({str(problem).splitlines()[0]}); delete it to train from the start."
         ) from problem

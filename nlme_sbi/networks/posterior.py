@@ -42,7 +42,8 @@ def load_weights(network: nn.Module, path: Path) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"{path} belongs to another network: {len(wrong)} tensors differ, first {wrong[0]}; train again (fresh=true)."
+            f"{path} belongs to another network: {len(wrong)} tensors differ, first {wrong[0]}; "
+            "train again (fresh=true)."
         )
     network.load_state_dict(tensors)
 
@@ -113,7 +114,7 @@ class AmortizedPosterior:
             ValueError: the run is unfinished, of another stage, edited or damaged, or its simulator is not trusted.
         """
         finished = run if isinstance(run, FinishedRun) else load_run(Path(run), stage="train_flow")
-        config = finished.manifest["config"]
+        config = finished.config
         parts = {
             name: instantiate(config[name], trust=trust, where=name)
             for name in ("simulator", "prior", "summary", "flow")

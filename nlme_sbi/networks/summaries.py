@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -62,6 +62,7 @@ class DataShape:
         return ContextScaling(self.covariates, dict(self.levels), self.takes_doses)
 
 
+@runtime_checkable
 class SummaryNetwork(Protocol):
     """What a posterior network needs of a summary: its width, scalings from pilot simulations, and the summary."""
 
@@ -72,6 +73,7 @@ class SummaryNetwork(Protocol):
     def __call__(self, values: Float[Tensor, "B T C"], design: Design) -> Float[Tensor, "B H"]: ...
 
 
+@runtime_checkable
 class SummarySettings(Protocol):
     """A choice in the config group ``summary``."""
 
@@ -189,9 +191,10 @@ class GridNetwork(nn.Module):
 class PooledNetwork(nn.Module):
     """Summary of rows (time, values, mask) at any times: rows are encoded, then pooled around nodes in time.
 
-    Node ``m`` takes a softmax-weighted mean of the encoded rows, weights falling with the squared distance in warped
-    time; each node's width is learned. That resamples an irregular series to a fixed grid, which a perceptron then
-    reads together with the mean and maximum over all rows, series statistics, dose and covariates.
+    Node ``m`` takes a weighted mean of the encoded rows, with weights ``(1 + d^2/h_m^2)^-2`` of the distance ``d`` in
+    warped time; each node's width ``h_m`` is learned. That resamples an irregular series to a fixed grid, which a perceptron then
+    reads together with the mean and maximum over all rows, series statistics, dose and covariates. Short series enter
+    directly as well.
     """
 
     nodes: Tensor
@@ -210,6 +213,8 @@ class PooledNetwork(nn.Module):
         raw = signals * self.features.per_time
         inputs = settings.nodes * (settings.row_width + raw + 1) + 2 * settings.row_width
         inputs += signals * (self.features.per_series + 1) + self.context.width
+        self.times, self.direct = shape.times, shape.times <= settings.direct_rows
+        inputs += shape.times * row_inputs if self.direct else 0
         self.network = perceptron([inputs, *[settings.hidden] * settings.layers, settings.width])
         self.width = settings.width
 
@@ -238,10 +243,10 @@ class PooledNetwork(nn.Module):
             weights, near = self._weights(place[:1], present[:1])
             return weights.expand(place.shape[0], -1, -1), near.expand(place.shape[0], -1)
         distance = (place[:, None, :] - self.nodes[:, None]).square()
-        logits = -0.5 * distance * self.log_precision.exp()[:, None]
-        logits = logits.masked_fill(~present[:, None, :], -1e9)
-        near = torch.logsumexp(logits, dim=2).clamp(min=-20.0)
-        return torch.softmax(logits, dim=2), near
+        # Heavy tails and not a Gaussian kernel: its far tail is denormal numbers, which cost CPUs thirtyfold.
+        kernel = (1 + distance * self.log_precision.exp()[:, None]).square().reciprocal() * present[:, None, :]
+        total = kernel.sum(dim=2, keepdim=True).clamp(min=1e-12)
+        return kernel / total, total[..., 0].log()
 
     def forward(self, values: Float[Tensor, "B T C"], design: Design) -> Float[Tensor, "B H"]:
         observed = design.observed
@@ -253,14 +258,24 @@ class PooledNetwork(nn.Module):
         gap[:, 1:] = place[:, 1:] - place[:, :-1]
         fine = torch.asinh((values - self.features.signals.location) / self.features.signals.fine)
         clock = torch.stack((place, gap, place.square()), dim=2)
-        rows = self.encode(torch.cat((series, fine, observed.to(values.dtype), clock), dim=2))
+        inputs = torch.cat((series, fine, observed.to(values.dtype), clock), dim=2)
+        rows = self.encode(inputs)
         weights, near = self._weights(place, present)
         pooled = torch.bmm(weights, torch.cat((rows, series), dim=2))
         masked = torch.where(present[..., None], rows, 0)
         mean = masked.sum(1) / present.sum(1, keepdim=True).clamp(min=1)
         top = rows.masked_fill(~present[..., None], -1e4).amax(1)
         count = torch.log1p(observed.sum(1).to(values.dtype))
-        parts = (pooled.flatten(1), near, mean, top, side, count, self.context(design))
+        parts = [pooled.flatten(1), near, mean, top, side, count, self.context(design)]
+        if self.direct:
+            # A shorter series is padded with zeros, and so is every row without a measurement.
+            direct = torch.where(present[..., None], inputs, 0)
+            if bool(present[:, self.times :].any()):
+                raise ValueError(
+                    f"Individuals have up to {inputs.shape[1]} times, but the network was trained on at most "
+                    f"{self.times}; simulate and train with designs like the data's (design=of_data)."
+                )
+            parts.append(nn.functional.pad(direct, (0, 0, 0, self.times - inputs.shape[1])).flatten(1))
         output: Tensor = self.network(torch.cat(parts, dim=1))
         return output
 
@@ -300,6 +315,8 @@ class PooledSummary:
         row_hidden: width of the row encoder's hidden layer.
         row_width: length of an encoded row.
         nodes: number of nodes in time that rows are pooled around.
+        direct_rows: series of at most this many times also enter row by row, in order of time, because pooling blurs
+            what few samples tell of the noise. Longer individuals than the simulated ones are then refused.
     """
 
     width: int = 64
@@ -308,6 +325,7 @@ class PooledSummary:
     row_hidden: int = 32
     row_width: int = 16
     nodes: int = 32
+    direct_rows: int = 32
 
     def build(self, shape: DataShape) -> PooledNetwork:
         """A network of random weights."""

@@ -20,7 +20,7 @@ from nlme_sbi.instantiate import instantiate
 from nlme_sbi.networks.posterior import PosteriorNetwork, build_network
 from nlme_sbi.networks.summaries import DataShape
 from nlme_sbi.plots.loss import plot_history
-from nlme_sbi.runs import FinishedRun, RunDirectory, find_run, load_design, open_run, save_design, write_atomically
+from nlme_sbi.runs import FinishedRun, RunDirectory, find_run, load_design, load_run, open_run, save_design, write_atomically
 from nlme_sbi.simulation import StoredSimulations
 from nlme_sbi.training import (
     WEIGHTS_STREAM,
@@ -59,7 +59,7 @@ def train_flow(cfg: DictConfig) -> float:
     upstream = _upstream(plain)
     config = _relevant(plain, upstream)
     settings: TrainingSettings = instantiate(config["training"], trust=trust, where="training")
-    inputs = {} if upstream is None else {"simulations": upstream.identity}
+    inputs = {} if upstream is None else {"simulations": upstream.sha256}
     run = open_run(
         stage="train_flow",
         experiment=plain["experiment"]["name"],
@@ -71,7 +71,7 @@ def train_flow(cfg: DictConfig) -> float:
     with run:
         if run.finished:
             log.info("This training is finished already: %s (fresh=true trains again)", run.path)
-            return float(run.manifest["results"]["validation_loss"])
+            return float(load_run(run.path, stage="train_flow").results["validation_loss"])
         source, simulator = _pair_source(config, settings, upstream, run, device=device, trust=trust)
         network, shape = _network(config, settings, source, simulator, device=device, trust=trust)
         result = _train(network, source, settings, run)
@@ -111,7 +111,7 @@ def _relevant(plain: Mapping[str, Any], upstream: FinishedRun | None) -> dict[st
     if upstream is None:
         return config
     for name in GENERATIVE:
-        made = upstream.manifest["config"][name]
+        made = upstream.config[name]
         if name == "simulator" and made.get("_target_") != config[name].get("_target_"):
             raise ValueError(
                 f"{upstream.path} holds simulations of {made.get('_target_')}, but this command asks for "
@@ -197,9 +197,8 @@ def _train(
 ) -> TrainingResult:
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and only this stage needs it
 
-    checkpoint = run.path / "checkpoint" / "training.pt"
-    checkpoint.parent.mkdir(exist_ok=True)
-    with SummaryWriter(str(run.path / "log" / "tensorboard")) as writer:
+    checkpoint = run.checkpoint_directory / "training.pt"
+    with SummaryWriter(str(run.log_directory / "tensorboard")) as writer:
 
         def report(row: dict[str, float]) -> None:
             for name in ("train_loss", "validation_loss", "learning_rate"):
