@@ -11,7 +11,7 @@ from nlme_sbi.runs.files import (
     write_atomically,
 )
 from nlme_sbi.runs.finished import FinishedRun, find_run, load_run
-from nlme_sbi.runs.stored_designs import StoredDesign, load_design, save_design
+from nlme_sbi.runs.stored_designs import StoredDesign, load_design, save_design, sha256_of_design
 
 __all__ = [
     "FinishedRun",
@@ -26,6 +26,7 @@ __all__ = [
     "save_array",
     "save_design",
     "save_json",
+    "sha256_of_design",
     "sha256_of_file",
     "sha256_of_plain",
     "write_atomically",

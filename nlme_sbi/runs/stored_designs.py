@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nlme_sbi.runs.files import load_array, load_json, save_array, save_json
+from nlme_sbi.runs.files import load_array, load_json, save_array, save_json, sha256_of_plain
 from nlme_sbi.types import Covariates, Design, Events, Groups
 
 DESCRIPTION = "design.json"
@@ -19,17 +19,25 @@ DESCRIPTION = "design.json"
 
 def save_design(directory: Path, design: Design) -> None:
     """Write a design into ``directory``: one ``.npy`` for each array, then ``design.json`` with names and row count."""
-    for name, tensor in _arrays(design).items():
+    for name, tensor in arrays_of(design).items():
         save_array(directory / f"{name}.npy", tensor[:1] if is_shared(tensor) else tensor)
+    save_json(directory / DESCRIPTION, _description(design))
+
+
+def sha256_of_design(design: Design) -> str:
+    """Hash of a design's names and numbers: the same for the same designs, wherever their file lies."""
+    return sha256_of_plain([_description(design), arrays_of(design)])
+
+
+def _description(design: Design) -> dict[str, Any]:
     covariates, groups = design.covariates, design.groups
-    description = {
+    return {
         "rows": len(design),
-        "shared": [name for name, tensor in _arrays(design).items() if is_shared(tensor)],
-        "arrays": sorted(_arrays(design)),
+        "shared": [name for name, tensor in arrays_of(design).items() if is_shared(tensor)],
+        "arrays": sorted(arrays_of(design)),
         "covariates": None if covariates is None else {"names": covariates.names, "levels": covariates.levels},
         "groups": None if groups is None else {"names": groups.names, "levels": groups.levels},
     }
-    save_json(directory / DESCRIPTION, description)
 
 
 def load_design(directory: Path, count: int | None = None) -> Design:
@@ -44,7 +52,7 @@ def load_design(directory: Path, count: int | None = None) -> Design:
     """
     stored = StoredDesign(directory, mmap=False)
     if count is None or count == stored.rows:
-        return stored.read(None)
+        return stored.read()
     if not stored.is_shared:
         raise ValueError(f"{directory} holds {stored.rows} individual designs, not {count}.")
     return stored.read(np.zeros(count, dtype=np.int64))
@@ -60,7 +68,8 @@ class StoredDesign:
 
     Attributes:
         rows: how many designs there are.
-        is_shared: whether all are the same, stored once.
+        shared: names of the arrays that are one row for all.
+        is_shared: whether all arrays are.
         shapes: of every array, without the first dimension.
     """
 
@@ -69,39 +78,67 @@ class StoredDesign:
         description = load_json(directory / DESCRIPTION)
         try:
             self.rows: int = description["rows"]
-            self._shared = frozenset(description["shared"])
+            self.shared = frozenset(description["shared"])
             self._covariates = description["covariates"]
             self._groups = description["groups"]
             self._arrays = {name: load_array(directory / f"{name}.npy", mmap=mmap) for name in description["arrays"]}
         except (KeyError, TypeError) as error:
             raise ValueError(f"{directory / DESCRIPTION} does not describe a design; run its stage again.") from error
         for name, array in self._arrays.items():
-            rows = 1 if name in self._shared else self.rows
+            rows = 1 if name in self.shared else self.rows
             if not array.ndim or array.shape[0] != rows:
                 raise ValueError(f"{directory}: {name}.npy has shape {array.shape} where {rows} rows were written.")
 
     @property
     def is_shared(self) -> bool:
-        return self._shared == frozenset(self._arrays)
+        return self.shared == frozenset(self._arrays)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: array.shape[1:] for name, array in self._arrays.items()}
 
-    def read(self, rows: np.ndarray | None) -> Design:
+    def first(self, name: str) -> np.ndarray:
+        """The first row of an array."""
+        return np.asarray(self._arrays[name][0])
+
+    def take(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Chosen rows of an array."""
+        array = self._arrays[name]
+        return np.broadcast_to(array, (len(rows), *array.shape[1:])) if name in self.shared else array[rows]
+
+    def read(self, rows: np.ndarray | None = None) -> Design:
         """Chosen rows (positions, in any order), or all; shared arrays stay one row, expanded."""
-        count = self.rows if rows is None else len(rows)
+        chosen = np.arange(self.rows) if rows is None else rows
+        return read_parts([(self, chosen, np.arange(len(chosen)))], self.shared, len(chosen))
 
-        def tensor(name: str) -> Tensor:
-            array = self._arrays[name]
-            if name in self._shared:
-                return torch.from_numpy(np.array(array)).expand(count, *array.shape[1:])
-            return torch.from_numpy(np.array(array if rows is None else array[rows]))
-
+    def build(self, tensor: Callable[[str], Tensor]) -> Design:
+        """A design with the names of this one and the arrays that ``tensor`` gives."""
         return _design(tensor, set(self._arrays), self._covariates, self._groups)
 
 
-def _arrays(design: Design) -> dict[str, Tensor]:
+def read_parts(parts: Sequence[tuple[StoredDesign, np.ndarray, np.ndarray]], shared: Set[str], count: int) -> Design:
+    """One design of ``count`` rows from several stored ones of equal shapes.
+
+    Args:
+        parts: stored design, rows of it, and the places where they go.
+        shared: arrays that are the same single row in all parts; they are expanded, not copied.
+        count: rows of the result.
+    """
+    model = parts[0][0]
+
+    def tensor(name: str) -> Tensor:
+        first = model.first(name)
+        if name in shared:
+            return torch.from_numpy(np.array(first)[None]).expand(count, *first.shape)
+        whole = np.empty((count, *first.shape), dtype=first.dtype)
+        for design, rows, places in parts:
+            whole[places] = design.take(name, rows)
+        return torch.from_numpy(whole)
+
+    return model.build(tensor)
+
+
+def arrays_of(design: Design) -> dict[str, Tensor]:
     """Every tensor of a design by the name of its file."""
     arrays = {"times": design.times, "observed": design.observed}
     if design.covariates is not None:
