@@ -83,7 +83,8 @@ class NoiseModel(ABC):
         location = self.transform(prediction)
         possible = (sd > 0) & torch.isfinite(location)
         sd, location = torch.where(possible, sd, 1.0), torch.where(possible, location, 0.0)
-        found = _log_ndtr_difference((self.transform(lower) - location) / sd, (self.transform(upper) - location) / sd)
+        scores = [_score(self.transform(bound), location, sd) for bound in (lower, upper)]
+        found = _log_ndtr_difference(*scores)
         return torch.where(possible, found, -torch.inf)
 
 
@@ -227,9 +228,30 @@ def _bounds(observations: Observations) -> tuple[Tensor, Tensor]:
     return bounds[0], bounds[1]
 
 
+def _score(bound: Tensor, location: Tensor, sd: Tensor) -> Tensor:
+    """Standard normal score of a bound; an infinite bound is its own score and has no gradient (inf * 0 is NaN)."""
+    finite = torch.isfinite(bound)
+    return torch.where(finite, (torch.where(finite, bound, 0.0) - location) / sd, bound)
+
+
 # Standard normal scores are kept in this range: beyond 10 a probability is 1 to every digit of float64, and the
-# derivatives of torch.special.log_ndtr (which divide by erfcx) overflow to NaN; below, only infinite scores are cut.
+# derivatives of torch.special.log_ndtr overflow to NaN; below, only infinite scores are cut.
 _SCORE_RANGE = (-1e10, 10.0)
+# log(Phi(z) |z| sqrt(2 pi)) + z^2/2 = log(1 - 1/z^2 + 3/z^4 - 15/z^6 + ...): the first term left out is 8e-14 at -20.
+_ASYMPTOTIC_BELOW = -20.0
+_ASYMPTOTIC = (-1.0, 3.0, -15.0, 105.0, -945.0, 10395.0, -135135.0)
+
+
+def _log_ndtr(score: Tensor) -> Tensor:
+    """``log Phi(score)``; torch's own loses its derivatives in the lower tail, where it subtracts ``z^2/2`` twice."""
+    far = score < _ASYMPTOTIC_BELOW
+    tail = torch.where(far, score, _ASYMPTOTIC_BELOW)
+    inverse_square = tail**-2
+    series = torch.full_like(tail, _ASYMPTOTIC[-1])
+    for coefficient in reversed(_ASYMPTOTIC[:-1]):
+        series = series * inverse_square + coefficient
+    asymptotic = -0.5 * tail**2 - torch.log(-tail) - _HALF_LOG_TWO_PI + torch.log1p(series * inverse_square)
+    return torch.where(far, asymptotic, torch.special.log_ndtr(torch.where(far, 0.0, score)))
 
 
 def _log_ndtr_difference(low: Tensor, high: Tensor) -> Tensor:
@@ -237,7 +259,7 @@ def _log_ndtr_difference(low: Tensor, high: Tensor) -> Tensor:
     mirrored = low > 0
     bottom = torch.where(mirrored, -high, low).clamp(*_SCORE_RANGE)
     top = torch.where(mirrored, -low, high).clamp(*_SCORE_RANGE)
-    log_bottom, log_top = torch.special.log_ndtr(bottom), torch.special.log_ndtr(top)
+    log_bottom, log_top = _log_ndtr(bottom), _log_ndtr(top)
     gap = log_bottom - log_top
     possible = gap < 0
     gap = torch.where(possible, gap, -1.0)
