@@ -34,7 +34,7 @@ class Scales:
 
     signal_units: Mapping[str, str]
     time_unit: str
-    time_scale: float
+    time_scale: float | int
     transform: str
     replicates: str
 
