@@ -47,8 +47,8 @@ class TrainingSettings:
     """
 
     steps: int = 20_000
-    batch_size: int = 256
-    learning_rate: float = 1e-3
+    batch_size: int = 512
+    learning_rate: float = 2e-3
     warmup_steps: int = 200
     gradient_clip: float = 5.0
     validation_size: int = 2_000

@@ -192,9 +192,9 @@ class PooledNetwork(nn.Module):
     """Summary of rows (time, values, mask) at any times: rows are encoded, then pooled around nodes in time.
 
     Node ``m`` takes a weighted mean of the encoded rows, with weights ``(1 + d^2/h_m^2)^-2`` of the distance ``d`` in
-    warped time; each node's width ``h_m`` is learned. That resamples an irregular series to a fixed grid, which a perceptron then
-    reads together with the mean and maximum over all rows, series statistics, dose and covariates. Short series enter
-    directly as well.
+    warped time; each node's width ``h_m`` is learned. That resamples an irregular series to a fixed grid, which a
+    perceptron then reads together with the mean and maximum over all rows, series statistics, dose and covariates.
+    Short series enter directly as well.
     """
 
     nodes: Tensor

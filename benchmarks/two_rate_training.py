@@ -1,0 +1,134 @@
+"""How sharp a network of the shipped defaults gets on the two-rate model in ten CPU-minutes of fresh simulations.
+
+Mean -log q(phi|y) over 2000 fixed pairs that no training sees, in nats on the scale of phi (natural logs of the
+parameters); the prior alone has 12.93. Each training uses one thread, so two seeds share two cores.
+
+    python benchmarks/two_rate_training.py [--cpu-minutes 10] [--seeds 0 1 2] [--save DIRECTORY]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from record import ROOT, stopwatch, write_result
+
+from nlme_sbi.instantiate import instantiate
+from nlme_sbi.networks.posterior import PosteriorNetwork, build_network
+from nlme_sbi.networks.summaries import DataShape
+from nlme_sbi.training import OnlinePairs, TrainingSettings, train
+
+TEST_SEED, TEST_PAIRS = 20_181_116, 2_000
+PROBE_STEPS = 300
+
+
+def configuration(summary: str) -> dict[str, object]:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train_flow", overrides=["experiment=mrna_two_rate", f"summary={summary}"])
+    return {name: instantiate(cfg[name], where=name) for name in ("simulator", "prior", "design", "summary", "flow")}
+
+
+def fresh(parts: dict[str, object], source: OnlinePairs, settings: TrainingSettings, seed: int) -> PosteriorNetwork:
+    pilot = source.pilot(settings.pilot_size)
+    torch.manual_seed(seed)
+    shape = DataShape.of(pilot, parts["simulator"])
+    network = build_network(shape, parts["summary"], parts["flow"], dimension=pilot.phi.shape[1])
+    network.summary.fit_scaling(pilot)
+    network.scaling.fit(parts["prior"])
+    return network
+
+
+def one_training(summary: str, seed: int, cpu_minutes: float, save: Path | None) -> dict[str, float]:
+    """Train once within the budget, everything counted (simulation, validation, the probe of the step's cost)."""
+    began = time.process_time()
+    torch.set_num_threads(1)
+    parts = configuration(summary)
+    defaults = TrainingSettings()
+    source = OnlinePairs(
+        parts["prior"], parts["design"], parts["simulator"], defaults.batch_size, seed, torch.device("cpu")
+    )
+    network = fresh(parts, source, defaults, seed)
+    probe_start = time.process_time()
+    probe = TrainingSettings(steps=PROBE_STEPS, validate_every=PROBE_STEPS)
+    train(copy.deepcopy(network), source, probe, progress=False)
+    cost = (time.process_time() - probe_start) / PROBE_STEPS
+    left = 60 * cpu_minutes - (time.process_time() - began)
+    steps = int(0.95 * left / cost)
+    settings = TrainingSettings(steps=steps, validate_every=max(500, steps // 20), patience=steps)
+    result = train(network, source, settings, progress=False)
+    spent = time.process_time() - began
+    if save is not None:
+        torch.save(network.state_dict(), save / f"{summary}-{seed}.pt")
+    test = OnlinePairs(
+        parts["prior"], parts["design"], parts["simulator"], 1, TEST_SEED, torch.device("cpu")
+    ).validation(TEST_PAIRS)
+    with torch.no_grad():
+        loss = -torch.cat(
+            [
+                network(part.phi, part.values, part.design)
+                for part in (test[start : start + 500] for start in range(0, TEST_PAIRS, 500))
+            ]
+        ).double()
+    return {
+        "mean": float(loss.mean()),
+        "median": float(loss.median()),
+        "se": float(loss.std() / TEST_PAIRS**0.5),
+        "steps": result.steps,
+        "cpu_seconds": spent,
+    }
+
+
+def in_a_process(summary: str, seed: int, cpu_minutes: float, save: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--one", summary, str(seed), "--cpu-minutes", str(cpu_minutes)]
+    command += ["--save", save] if save else []
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu-minutes", type=float, default=10.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--save", default="")
+    parser.add_argument("--one", nargs=2, metavar=("SUMMARY", "SEED"))
+    options = parser.parse_args()
+    if options.one:
+        summary, seed = options.one
+        save = Path(options.save) if options.save else None
+        print(json.dumps(one_training(summary, int(seed), options.cpu_minutes, save)))
+        return
+    if options.save:
+        Path(options.save).mkdir(parents=True, exist_ok=True)
+    jobs = [(summary, seed) for summary in ("grid", "pooled") for seed in options.seeds]
+    with stopwatch() as spent, ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda job: in_a_process(*job, options.cpu_minutes, options.save), jobs))
+    figures = {}
+    for summary, name in (("grid", "affine"), ("pooled", "pooled")):
+        rows = [result for job, result in zip(jobs, found, strict=True) if job[0] == summary]
+        means = np.array([row["mean"] for row in rows])
+        unit = f"nats, mean over {len(rows)} training seeds"
+        figures[f"nlp_{name}"] = (float(means.mean()), unit)
+        figures[f"nlp_{name}_seed_se"] = (float(means.std(ddof=1) / len(means) ** 0.5), "nats, over training seeds")
+        figures[f"nlp_{name}_test_se"] = (float(np.mean([row["se"] for row in rows])), "nats, over test pairs")
+        figures[f"median_{name}"] = (float(np.mean([row["median"] for row in rows])), "nats, median over test pairs")
+        figures[f"steps_{name}"] = (float(np.mean([row["steps"] for row in rows])), "steps")
+        figures[f"cpu_seconds_{name}"] = (float(max(row["cpu_seconds"] for row in rows)), "CPU s, the longest training")
+    figures["seconds"] = (spent.wall, "s, all trainings, two at a time")
+    write_result("two_rate_training", figures, title=f"Two-rate model, {options.cpu_minutes:g} CPU-minutes a training.")
+
+
+if __name__ == "__main__":
+    main()

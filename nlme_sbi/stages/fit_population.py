@@ -1,0 +1,186 @@
+"""Stage 3: draws for every individual of a data set, then the population parameters."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tqdm.auto import tqdm
+
+from nlme_sbi.devices import choose_device
+from nlme_sbi.instantiate import instantiate
+from nlme_sbi.io import describe
+from nlme_sbi.networks.posterior import AmortizedPosterior
+from nlme_sbi.population.fit import fit_population as fit_population_model
+from nlme_sbi.population.result import PopulationFit
+from nlme_sbi.population.roles import FitProgress
+from nlme_sbi.runs import (
+    FinishedRun,
+    RunDirectory,
+    find_run,
+    load_run,
+    open_run,
+    save_json,
+    sha256_of_design,
+    write_atomically,
+)
+from nlme_sbi.stages.fit_figures import save_figures
+from nlme_sbi.training import seeded
+from nlme_sbi.types import Observations
+
+log = logging.getLogger(__name__)
+
+DRAWS_STREAM, FIGURES_STREAM = range(10, 12)
+
+
+def fit_population(cfg: DictConfig) -> float:
+    """Fit a population model to a data set with a trained posterior; the run holds table, individuals and figures.
+
+    Args:
+        cfg: composed configuration with ``experiment``, ``posterior`` (RUN or latest), ``data``, ``population``,
+            ``estimator``, ``fit``, ``figures``, ``seed``, ``device``, ``output_root``, ``fresh`` and ``trust``.
+
+    Returns:
+        The log likelihood ratio (or log likelihood) at the optimum, which sweepers maximise.
+
+    Raises:
+        ValueError: one sentence for each wrong input, before any draw is made.
+    """
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    trust = tuple(plain["trust"])
+    device = choose_device(plain["device"])
+    upstream = _upstream(plain)
+    observations = instantiate(plain["data"], trust=trust, where="data").read()
+    log.info("%s", describe(observations))
+    posterior = AmortizedPosterior.load(upstream, device=str(device), trust=trust)
+    posterior.check(observations)
+    population = instantiate(plain["population"], trust=trust, where="population").bind(posterior.parameters)
+    estimator = instantiate(plain["estimator"], trust=trust, where="estimator")
+    run = open_run(
+        stage="fit_population",
+        experiment=plain["experiment"]["name"],
+        config=_relevant(plain, device),
+        inputs={"posterior": upstream.sha256, "data": sha256_of_observations(observations)},
+        root=Path(plain["output_root"]),
+        fresh=plain["fresh"],
+    )
+    with run:
+        if run.finished:
+            log.info("\n%s", (run.path / "table.txt").read_text())
+            return float(load_run(run.path, stage="fit_population", verify=False).results["objective"])
+        seed = int(plain["seed"])
+        with _ProgressBar() as progress:
+            fit = fit_population_model(
+                posterior,
+                observations,
+                population,
+                estimator=estimator,
+                generator=seeded(device, seed, DRAWS_STREAM),
+                starts=int(plain["fit"]["starts"]),
+                accuracy=float(plain["fit"]["accuracy"]),
+                progress=progress.report,
+            )
+        _save_tables(run, fit)
+        log.info("\n%s", fit.table())
+        save_figures(
+            run.path,
+            fit,
+            posterior,
+            observations,
+            generator=seeded(device, seed, FIGURES_STREAM),
+            individuals=int(plain["figures"]["individuals"]),
+        )
+        run.finish(_results(fit))
+    log.info("Results: %s (table.txt, parameters.csv, fit.json, individuals.csv, *.png)", run.path)
+    return fit.objective
+
+
+def sha256_of_observations(observations: Observations) -> str:
+    """Hash of everything that was read: values, masks, times, doses, covariates, names."""
+    digest = hashlib.sha256(sha256_of_design(observations.design).encode())
+    digest.update(repr((observations.ids, observations.signals, observations.time_unit)).encode())
+    for tensor in (observations.values, observations.censoring, observations.lower, observations.upper):
+        digest.update(b"none" if tensor is None else tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _upstream(plain: Mapping[str, Any]) -> FinishedRun:
+    run = find_run(
+        str(plain["posterior"]),
+        stage="train_flow",
+        experiment=plain["experiment"]["name"],
+        root=Path(plain["output_root"]),
+    )
+    made, asked = run.config["simulator"].get("_target_"), plain["simulator"].get("_target_")
+    if made != asked:
+        raise ValueError(
+            f"{run.path} is a posterior of {made}, but this command asks for {asked}; choose the experiment or "
+            "simulator of that run, or another run (posterior=...)."
+        )
+    log.info("Posterior: %s", run.path)
+    return run
+
+
+def _relevant(plain: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """What decides the bytes. The data enter by their content, so that the same file elsewhere is the same fit."""
+    data = {key: value for key, value in plain["data"].items() if key != "path"}
+    sections = {name: plain[name] for name in ("population", "estimator", "fit", "figures", "seed")}
+    return {**sections, "data": data, "device": device.type}
+
+
+def _save_tables(run: RunDirectory, fit: PopulationFit) -> None:
+    table = fit.table()
+    texts = {
+        "table.txt": str(table) + "\n",
+        "parameters.csv": table.to_frame().to_csv(),
+        "individuals.csv": fit.individuals_frame().to_csv(),
+    }
+    for name, text in texts.items():
+        write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
+    save_json(run.path / "fit.json", fit.to_dict())
+
+
+def _write(file: Any, text: str) -> None:
+    file.write(text.encode())
+
+
+def _results(fit: PopulationFit) -> dict[str, Any]:
+    return {
+        "objective": fit.objective,
+        "converged": fit.converged,
+        "individuals": len(fit.ids),
+        "draws": fit.draws,
+        "smallest_ess": float(fit.ess.min()),
+        "median_ess": float(fit.ess.median()),
+        "warnings": list(fit.warnings),
+    }
+
+
+class _ProgressBar:
+    """Shows a fit's named stages as one bar each, with the objective."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._stage = ""
+
+    def __enter__(self) -> _ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def report(self, progress: FitProgress) -> None:
+        if self._bar is None or progress.stage != self._stage:
+            if self._bar is not None:
+                self._bar.close()
+            self._stage = progress.stage
+            self._bar = tqdm(total=progress.total or None, desc=progress.stage, unit="step", mininterval=0.5)
+        self._bar.update(max(0, progress.done - self._bar.n))
+        if progress.objective is not None:
+            self._bar.set_postfix(objective=f"{progress.objective:.3f}")
