@@ -1,0 +1,240 @@
+"""The command line: composes a configuration, runs a stage, and turns every refusal into one sentence and an exit code.
+
+Imports nothing heavy: the thread settings below must be in the environment before torch loads its OpenMP runtime, and
+``--help`` should not wait for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+import nlme_sbi
+from nlme_sbi.config_errors import config_sentence
+from nlme_sbi.conversion import convert
+
+# Threads that spin while they wait fall from 22 to 1.3 training steps a second when something else wants the cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+Stage = Callable[[DictConfig], "float | None"]
+CONFIG_DIRECTORY = Path(nlme_sbi.__file__).resolve().parents[1] / "conf"
+FAILED, INTERRUPTED = 1, 130
+_COMMON = {"seed": int, "device": str, "output_root": str, "fresh": bool, "trust": list[str], "debug": bool}
+_log = logging.getLogger(__name__)
+
+
+class JobFailed(Exception):
+    """A job of a sweep failed and said why."""
+
+
+def entry_point(stage: Stage | str, config_name: str) -> Callable[[], None]:
+    """What a thin script runs as ``main``: the stage under Hydra, with sentences instead of tracebacks.
+
+    Args:
+        stage: the stage function, or better ``"module:function"``, which is imported when it is needed only.
+        config_name: primary configuration in ``conf/``.
+
+    Returns:
+        A function without arguments that reads ``sys.argv`` and ends with ``SystemExit`` where something went wrong:
+        code 1 for a refusal or failure, 130 for Ctrl-C.
+    """
+
+    def main() -> None:
+        _configure_logging()
+        code = _run(stage, config_name)
+        if code:
+            sys.exit(code)
+
+    return main
+
+
+def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration that a script would run with, for notebooks and tests.
+
+    Args:
+        config_name: ``simulate``, ``train_flow``, ...
+        overrides: as on the command line, ``["experiment=theophylline", "seed=1"]``.
+
+    Raises:
+        ValueError: with the sentence that the script would print.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIRECTORY), version_base="1.3"):
+            cfg = compose(config_name, overrides=list(overrides), return_hydra_config=True)
+    except Exception as error:
+        sentence = config_sentence(error)
+        if sentence is None:
+            raise
+        raise ValueError(sentence) from error
+    choice = cfg.hydra.runtime.choices.get("experiment")
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return prepared(cfg, choice)
+
+
+def prepared(cfg: DictConfig, choice: str | None) -> DictConfig:
+    """The configuration with the experiment's name filled in and the keys of every script checked.
+
+    Raises:
+        ValueError: for a value of the wrong type.
+    """
+    with open_dict(cfg):
+        if OmegaConf.select(cfg, "experiment.name") is None:
+            cfg.experiment = {"name": (choice or "custom").replace("/", "-")}
+    name = convert(cfg.experiment.name, str, "experiment.name")
+    OmegaConf.update(cfg, "experiment.name", name)
+    for key, kind in _COMMON.items():
+        value = cfg[key]
+        checked = convert(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, kind, key)
+        OmegaConf.update(cfg, key, checked)
+    if cfg.seed < 0:
+        raise ValueError(f"seed must not be negative; got {cfg.seed}.")
+    return cfg
+
+
+def _run(stage: Stage | str, config_name: str) -> int:
+    """Run under Hydra; the exit code."""
+    if not CONFIG_DIRECTORY.is_dir():
+        _tell(f"{CONFIG_DIRECTORY} is missing; install the repository with `pip install -e .` and keep it.")
+        return FAILED
+    # With this, Hydra passes errors on instead of printing its own words and leaving with code 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    job = _Job(stage)
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name=config_name)(job)()
+    except BaseException as error:
+        return _code_of(error)
+    return 0 if job.error is None else _code_of(job.error)
+
+
+class _Job:
+    """What Hydra calls, once or for every job of a sweep."""
+
+    def __init__(self, stage: Stage | str) -> None:
+        self._stage = stage
+        self.error: Exception | None = None
+
+    def __call__(self, cfg: DictConfig) -> float | None:
+        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        _configure_logging()  # a launcher may have started a process for this job
+        try:
+            prepared(cfg, HydraConfig.get().runtime.choices.get("experiment"))
+            _make_importable(cfg)
+            return _resolved(self._stage)(cfg)
+        except Exception as error:
+            if sweep:  # the launcher counts failures, perhaps in another process; it needs an exception
+                overrides = " ".join(HydraConfig.get().overrides.task)
+                raise JobFailed(_report(error, f"Job {HydraConfig.get().job.num} ({overrides}): ")) from None
+            # Hydra would print its own line; keep the error for the end instead.
+            self.error = error
+            return None
+
+
+def _resolved(stage: Stage | str) -> Stage:
+    if not isinstance(stage, str):
+        return stage
+    module, _, name = stage.partition(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+def _make_importable(cfg: DictConfig) -> None:
+    """A trusted module may lie in the working directory or beside the user's own configs."""
+    if cfg.trust:
+        places = [os.getcwd(), *(source.path for source in HydraConfig.get().runtime.config_sources)]
+        for place in places:
+            folder = place.removeprefix("file://")
+            if Path(folder).is_dir() and folder not in sys.path:
+                sys.path.append(folder)
+
+
+def _code_of(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else FAILED if error.code else 0
+    if isinstance(error, KeyboardInterrupt):
+        _tell(f"\nStopped. What is finished is kept; to go on, run the same command again:\n  {_command()}")
+        return INTERRUPTED
+    if not isinstance(error, JobFailed):
+        _report(error)
+    return FAILED
+
+
+def _report(error: BaseException, prefix: str = "") -> str:
+    """Print what went wrong: one sentence for what a user can mend, the traceback for what only we can."""
+    sentence = sentence_for(error)
+    if sentence is None or _debug():
+        traceback.print_exception(error)
+    _tell(prefix + (sentence or f"This is a bug in nlme_sbi or in your own simulator: {type(error).__name__}."))
+    return prefix + (sentence or str(error))
+
+
+def sentence_for(error: BaseException) -> str | None:
+    """The sentence for an error that a user can mend; None for a bug, whose traceback is what helps."""
+    sentence = config_sentence(error)
+    if sentence is not None:
+        return sentence
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "The memory is full. Take smaller pieces (simulation.shard_size, training.batch_size, fewer workers)."
+    # RuntimeError as such is torch's word for bugs; a class of ours below it is a refusal.
+    ours = type(error).__module__.startswith("nlme_sbi.")
+    if isinstance(error, (ValueError, OSError)) or ours:
+        return str(error) or type(error).__name__
+    return None
+
+
+def _debug() -> bool:
+    return "debug=true" in [argument.lower() for argument in sys.argv] or os.environ.get("NLME_SBI_DEBUG") == "1"
+
+
+def _command() -> str:
+    return shlex.join(["python", *sys.argv])
+
+
+def _tell(sentence: str) -> None:
+    sys.stderr.write(sentence.rstrip("\n") + "\n")
+    sys.stderr.flush()
+
+
+class _StageResult(logging.Filter):
+    """What a stage tells as its result, apart from what is said on the way."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.name.startswith("nlme_sbi.stages") and record.levelno == logging.INFO
+
+
+def _configure_logging() -> None:
+    """Results to the standard output, everything else to the error output; other libraries only their warnings."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if getattr(handler, "of_nlme_sbi", False)]:
+        root.removeHandler(handler)
+    results, rest = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    results.addFilter(_StageResult())
+    rest.addFilter(lambda record: not _StageResult().filter(record))
+    for handler in (results, rest):
+        handler.of_nlme_sbi = True  # type: ignore[attr-defined]
+        handler.setFormatter(_Words())
+        root.addHandler(handler)
+    logging.getLogger("nlme_sbi").setLevel(logging.INFO)
+    logging.captureWarnings(True)
+
+
+class _Words(logging.Formatter):
+    """The message alone; a warning says that it is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.capitalize()}: "
+        return prefix + super().format(record)
