@@ -22,8 +22,8 @@ from nlme_sbi.types import Design, Observations, SimulatorOutput
 class MechanisticSimulator(ABC):
     """A differentiable noise-free :meth:`predict` and a noise model; simulation and likelihood follow from them.
 
-    A simulator of one's own is one class that sets the attributes and writes :meth:`predict`. Inherit from
-    ``nn.Module`` as well when the right-hand side has weights.
+    A simulator of one's own is one class that sets the attributes and writes :meth:`predict`. Where it has weights,
+    let it hold an ``nn.Module``; do not inherit from one, whose ``parameters`` means something else.
 
     Attributes:
         parameters: the individual parameters, in the order of the columns of ``phi``, noise parameters included.
