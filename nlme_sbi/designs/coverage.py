@@ -35,12 +35,12 @@ def without_covariates(design: Design) -> Design:
 
 
 def first_reason(rules: Iterable[tuple[Bool[Tensor, " B"], Callable[[int], str]]]) -> Reasons:
-    """For every row that breaks a rule, the words of the first rule that it breaks."""
+    """For every row that breaks a rule, the words of the first rule that it breaks, as a sentence."""
     reasons: Reasons = {}
     for broken, words in rules:
         for row in torch.nonzero(broken).flatten().tolist():
             if row not in reasons:
-                reasons[row] = words(row)
+                reasons[row] = f"{words(row)}."
     return reasons
 
 

@@ -87,7 +87,7 @@ class FixedGrid:
         grid = self.grid.to(design.times.device)
         trained = f"{count_of(len(grid), 'time')} from {grid[0]:.4g} to {grid[-1]:.4g}"
         if design.times.shape[1] != len(grid):
-            reason = f"{count_of(design.times.shape[1], 'time')}, but the network was trained at {trained}"
+            reason = f"{count_of(design.times.shape[1], 'time')}, but the network was trained at {trained}."
             return dict.fromkeys(range(len(design)), reason)
         return reasons_by_chunk(without_covariates(design), lambda rows: self._reasons(rows, grid, trained))
 

@@ -15,7 +15,7 @@ from nlme_sbi.io.tables import Parsed, Table
 from nlme_sbi.io.wording import as_names, first_true, listed, listed_at, quoted
 from nlme_sbi.types import Covariates
 
-Levels = Sequence[str] | Mapping[str, Sequence[str]]
+Levels = str | Sequence[str] | Mapping[str, Sequence[str]]
 
 
 def covariates_of(

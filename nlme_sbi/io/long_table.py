@@ -44,8 +44,8 @@ class LongTable:
 
     path: str | os.PathLike[str]
     columns: Mapping[str, str] = field(default_factory=dict)
-    signals: Sequence[str] | None = None
-    covariates: Sequence[str] = ()
+    signals: str | Sequence[str] | None = None
+    covariates: str | Sequence[str] = ()
     categorical: Levels = ()
     signal_units: Mapping[str, str] = field(default_factory=dict)
     time_unit: str = ""

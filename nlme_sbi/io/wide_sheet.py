@@ -38,7 +38,7 @@ class WideSheet:
 
     path: str | os.PathLike[str]
     header: bool | str = "auto"
-    signals: Sequence[str] | None = None
+    signals: str | Sequence[str] | None = None
     signal_units: Mapping[str, str] = field(default_factory=dict)
     time_unit: str = ""
     time_scale: float | int = 1.0

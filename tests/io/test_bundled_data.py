@@ -7,13 +7,13 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-import hydra
 import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 from scipy.integrate import solve_ivp
 
+from nlme_sbi.instantiate import instantiate
 from nlme_sbi.types import Observations
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def test_files_are_the_published_bytes(path: Path, digest: str) -> None:
 
 
 def theophylline() -> Observations:
-    return hydra.utils.instantiate(OmegaConf.load(ROOT / "conf" / "data" / "theophylline.yaml")).read()
+    return instantiate(OmegaConf.load(ROOT / "conf" / "data" / "theophylline.yaml")).read()
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the source data sets are not beside this checkout")
@@ -87,9 +87,7 @@ def test_theophylline_has_everybody_dosed_once_at_time_zero() -> None:
 def test_cells_come_from_their_script() -> None:
     phi, measured = script(CELLS).cells()
     truth = pd.read_csv(CELLS / "truth.csv")
-    observations: Observations = hydra.utils.instantiate(
-        OmegaConf.load(ROOT / "conf" / "data" / "mrna_two_rate_cells.yaml")
-    ).read()
+    observations: Observations = instantiate(OmegaConf.load(ROOT / "conf" / "data" / "mrna_two_rate_cells.yaml")).read()
     assert observations.ids == tuple(truth["id"])
     np.testing.assert_allclose(truth.to_numpy()[:, 1:].astype(float), phi, rtol=1e-8)
     # Seven digits were written: the log is right to half a unit of the seventh.
@@ -145,5 +143,5 @@ def test_every_data_config_says_what_it_is_and_reads(path: Path) -> None:
             config.header = True
     if path.stem == "long_table":
         config.replicates = "keep"
-    observations = hydra.utils.instantiate(config).read()
+    observations = instantiate(config).read()
     assert len(observations) in (12, 200)
