@@ -1,4 +1,4 @@
-"""``make demo`` as a newcomer runs it: fresh clone, empty .venv, package caches as they are; then against the exact fit.
+"""``make demo`` as a newcomer runs it: fresh clone, empty .venv, warm package caches; then against the exact fit.
 
 Oracle: exact maximum likelihood of the same model and data by adaptive Gauss-Hermite quadrature, all 132 observations.
 

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from nlme_sbi.events import single_bolus
 from nlme_sbi.priors import UniformPrior
-from nlme_sbi.types import Design, EventKind, Prior
+from nlme_sbi.types import Design, Prior
 
 
 def observed_quantiles(values: Float[Tensor, " n"], levels: list[float]) -> Float[Tensor, " q"]:
@@ -156,7 +157,7 @@ class ContextScaling(nn.Module):
         """Raw columns: log amount and time of the dose, then covariates, ``(B, width)``."""
         columns = []
         if self.takes_doses:
-            time, amount = single_dose(design)
+            time, amount = single_bolus(design)
             columns += [torch.log(amount.clamp(min=1e-12)), time]
         for name in self.covariates:
             if design.covariates is None:
@@ -180,22 +181,3 @@ class ContextScaling(nn.Module):
 
     def forward(self, design: Design) -> Float[Tensor, "B width"]:
         return (self.columns(design) - self.location) / self.scale
-
-
-def single_dose(design: Design) -> tuple[Float[Tensor, " I"], Float[Tensor, " I"]]:
-    """Time and amount of the one dose of each individual, ``(I,)`` each.
-
-    Raises ``ValueError`` where an individual has no dose or more than one: not supported yet.
-    """
-    if design.events is None:
-        raise ValueError("The simulator takes doses, but the design has no dose records; read the data as event table.")
-    is_dose = design.events.kind == int(EventKind.DOSE)
-    count = is_dose.sum(1)
-    if not bool((count == 1).all()):
-        first = int((count != 1).nonzero()[0, 0])
-        raise ValueError(
-            f"One dose per individual is supported for now; {int((count != 1).sum())} of {len(count)} individuals have "
-            f"another number, first row {first} with {int(count[first])}."
-        )
-    chosen = is_dose.to(torch.int64).argmax(1, keepdim=True)
-    return design.events.time.gather(1, chosen)[:, 0], design.events.amount.gather(1, chosen)[:, 0]

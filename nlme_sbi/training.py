@@ -328,7 +328,7 @@ def _step(
             f"The training loss is {value} at step {state.step}{'; ' + kept if kept else ''}. Lower "
             "training.learning_rate or training.gradient_clip, or look for absurd simulations under the prior."
         )
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), settings.gradient_clip)
     optimizer.step()
     state.step += 1

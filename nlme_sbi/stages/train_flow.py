@@ -14,14 +14,23 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save as safetensors_bytes
 
-from nlme_sbi.designs import ResampledDesigns
 from nlme_sbi.devices import choose_device
 from nlme_sbi.instantiate import instantiate
 from nlme_sbi.networks.posterior import PosteriorNetwork, build_network
 from nlme_sbi.networks.summaries import DataShape
 from nlme_sbi.plots.loss import plot_history
-from nlme_sbi.runs import FinishedRun, RunDirectory, find_run, load_design, load_run, open_run, save_design, write_atomically
-from nlme_sbi.simulation import StoredSimulations
+from nlme_sbi.runs import (
+    FinishedRun,
+    RunDirectory,
+    find_run,
+    load_design,
+    load_run,
+    open_run,
+    save_design,
+    write_atomically,
+)
+from nlme_sbi.stages.simulate import GENERATIVE, generative_parts
+from nlme_sbi.stored_simulations import StoredSimulations
 from nlme_sbi.training import (
     WEIGHTS_STREAM,
     OnlinePairs,
@@ -35,8 +44,6 @@ from nlme_sbi.training import (
 from nlme_sbi.types import Simulator
 
 log = logging.getLogger(__name__)
-
-GENERATIVE = ("simulator", "prior", "design")
 
 
 def train_flow(cfg: DictConfig) -> float:
@@ -131,9 +138,9 @@ def _pair_source(
     device: torch.device,
     trust: tuple[str, ...],
 ) -> tuple[PairSource, Simulator]:
-    simulator: Simulator = instantiate(config["simulator"], trust=trust, where="simulator")
     seed = int(config["seed"])
     if upstream is not None:
+        simulator: Simulator = instantiate(config["simulator"], trust=trust, where="simulator")
         stored = StoredSimulations.open(upstream.path)
         if (upstream.path / "design").exists():
             save_design(run.path / "design", load_design(upstream.path / "design"))
@@ -145,17 +152,10 @@ def _pair_source(
             device=device,
         )
         return pairs, simulator
-    prior = instantiate(config["prior"], trust=trust, where="prior")
-    designs = instantiate(config["design"], trust=trust, where="design")
+    prior, designs, simulator = generative_parts(config, trust)
     pool = getattr(designs, "pool", None)
     if pool is not None:
         save_design(run.path / "design", pool)
-        designs = ResampledDesigns(pool)
-    if tuple(prior.names) != simulator.parameters.names:
-        raise ValueError(
-            f"The prior is over {list(prior.names)}, but the simulator's parameters are "
-            f"{list(simulator.parameters.names)}, in this order; choose the prior that belongs to the simulator."
-        )
     online = OnlinePairs(
         prior,
         designs,

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from nlme_sbi.priors import GaussianPrior, UniformPrior
-from nlme_sbi.standardize import ParameterScaling, SignalScaling, TimeScaling, single_dose
-from nlme_sbi.types import Design, Events
+from nlme_sbi.standardize import ParameterScaling, SignalScaling, TimeScaling
 
 
 @pytest.mark.parametrize("bounded", [False, True])
@@ -63,26 +62,3 @@ def test_warped_time_is_monotone_and_goes_on_beyond_the_range() -> None:
     inside = warp(times)
     assert float(inside.min()) >= -1e-6
     assert float(inside.max()) <= 1 + 1e-6
-
-
-def test_more_than_one_dose_is_refused_with_the_row() -> None:
-    two = Events(
-        *[
-            torch.ones(3, 2, dtype=kind)
-            for kind in (
-                torch.float32,
-                torch.int64,
-                torch.float32,
-                torch.float32,
-                torch.float32,
-                torch.int64,
-                torch.int64,
-                torch.int64,
-            )
-        ]
-    )
-    design = Design(torch.zeros(3, 4), torch.ones(3, 4, 1, dtype=torch.bool), events=two)
-    with pytest.raises(ValueError, match="3 of 3 individuals have another number, first row 0 with 2"):
-        single_dose(design)
-    with pytest.raises(ValueError, match="event table"):
-        single_dose(Design(torch.zeros(3, 4), torch.ones(3, 4, 1, dtype=torch.bool)))
