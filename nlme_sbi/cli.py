@@ -76,15 +76,15 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
     try:
         with initialize_config_dir(str(CONFIG_DIRECTORY), version_base="1.3"):
             cfg = compose(config_name, overrides=list(overrides), return_hydra_config=True)
+        choice = cfg.hydra.runtime.choices.get("experiment")
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return prepared(cfg, choice)
     except Exception as error:
         sentence = config_sentence(error)
         if sentence is None:
             raise
         raise ValueError(sentence) from error
-    choice = cfg.hydra.runtime.choices.get("experiment")
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return prepared(cfg, choice)
 
 
 def prepared(cfg: DictConfig, choice: str | None) -> DictConfig:

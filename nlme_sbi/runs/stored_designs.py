@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence, Set
 from dataclasses import fields
 from pathlib import Path
@@ -26,7 +27,12 @@ def save_design(directory: Path, design: Design) -> None:
 
 def sha256_of_design(design: Design) -> str:
     """Hash of a design's names and numbers: the same for the same designs, wherever their file lies."""
-    return sha256_of_plain([_description(design), arrays_of(design)])
+    digest = hashlib.sha256(sha256_of_plain(_description(design)).encode())
+    for name, tensor in sorted(arrays_of(design).items()):
+        array = (tensor[:1] if is_shared(tensor) else tensor).contiguous().cpu().numpy()
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def _description(design: Design) -> dict[str, Any]:

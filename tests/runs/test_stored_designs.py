@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nlme_sbi.runs import StoredDesign, load_array, load_design, save_design
+from nlme_sbi.runs import StoredDesign, load_array, load_design, save_design, sha256_of_design
 from nlme_sbi.types import Covariates, Design, Events, Groups
 
 
@@ -92,3 +93,17 @@ def test_a_design_with_a_missing_or_wrong_file_is_refused(tmp_path: Path) -> Non
     (tmp_path / "design.json").write_text('{"rows": 5}')
     with pytest.raises(ValueError, match="does not describe a design"):
         load_design(tmp_path)
+
+
+def test_the_hash_of_a_design_is_its_content(tmp_path: Path) -> None:
+    design = individual_design()
+    save_design(tmp_path, design)
+    assert sha256_of_design(load_design(tmp_path)) == sha256_of_design(individual_design())
+    others = [
+        design[[1, 0, 2, 3, 4]],
+        design[:4],
+        dataclasses.replace(design, times=design.times.double()),
+        dataclasses.replace(design, occasion=None),
+        dataclasses.replace(design, covariates=Covariates(("weight", "age"), design.covariates.values)),
+    ]
+    assert len({sha256_of_design(other) for other in [design, *others]}) == 6
