@@ -129,7 +129,7 @@ class AmortizedPosterior:
         network.to(target).eval()
         pool = finished.path / "design"
         designs: DesignSource = (
-            ResampledDesigns(load_design(pool))
+            ResampledDesigns(load_design(pool), covariates=simulator.covariates)
             if pool.exists()
             else instantiate(config["design"], trust=trust, where="design")
         )
