@@ -1,0 +1,101 @@
+"""What a model predicts for individuals, as quantiles over draws of their parameters: numbers, no pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nlme_sbi.types import Design, EventKind, TractableSimulator
+
+PROBABILITIES = (0.025, 0.25, 0.5, 0.75, 0.975)
+# torch.quantile takes 16 million numbers at once; this also keeps a chunk of float64 under 64 MB.
+_CHUNK = 8_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class PredictiveBands:
+    """Quantiles over draws, at each individual's own times.
+
+    Args:
+        times: ``(I, T)``.
+        probabilities: the ``Q`` probabilities, increasing.
+        noise_free: ``(I, Q, T, C)`` of the prediction: what is not known of the individual's curve.
+        with_noise: ``(I, Q, T, C)`` of a new measurement.
+        failed: ``(I,)`` number of draws whose prediction was not finite; they are left out of the quantiles.
+    """
+
+    times: Float[Tensor, "I T"]
+    probabilities: tuple[float, ...]
+    noise_free: Float[Tensor, "I Q T C"]
+    with_noise: Float[Tensor, "I Q T C"]
+    failed: Int[Tensor, " I"]
+
+    def quantile(self, probability: float, *, with_noise: bool = False) -> Float[Tensor, "I T C"]:
+        """One of the quantiles; raises ``ValueError`` naming those that there are."""
+        if probability not in self.probabilities:
+            raise ValueError(f"There is no quantile {probability}; the bands hold {list(self.probabilities)}.")
+        return (self.with_noise if with_noise else self.noise_free)[:, self.probabilities.index(probability)]
+
+
+def dense_design(design: Design, points: int = 200) -> Design:
+    """The same individuals, every signal at ``points`` equally spaced times over each one's own measurements.
+
+    The curve begins with the first measurement or the first dose, whichever is earlier.
+    """
+    first = design.times.amin(1)
+    if design.events is not None:
+        given = design.events.kind == int(EventKind.DOSE)
+        first = torch.minimum(first, torch.where(given, design.events.time.to(first), torch.inf).amin(1))
+    share = torch.linspace(0, 1, points, dtype=first.dtype, device=first.device)
+    times = first[:, None] + (design.times.amax(1) - first)[:, None] * share
+    everything = torch.ones((1, 1, 1), dtype=torch.bool, device=first.device)
+    observed = everything.expand(len(design), points, design.observed.shape[2])
+    return replace(design, times=times, observed=observed, occasion=None)
+
+
+@torch.no_grad()
+def predictive_bands(
+    simulator: TractableSimulator,
+    draws: Float[Tensor, "I S D"],
+    design: Design,
+    *,
+    generator: torch.Generator,
+    probabilities: tuple[float, ...] = PROBABILITIES,
+) -> PredictiveBands:
+    """Quantiles of the prediction and of new measurements over each individual's draws.
+
+    Args:
+        simulator: with a noise-free prediction.
+        draws: from ``p(phi | y_i, theta_hat)`` for fits, from the population for new individuals.
+        design: ``I`` rows, everything observed (:func:`dense_design`).
+        generator: for the measurement noise, on the device of the draws.
+        probabilities: increasing.
+    """
+    individuals, count = draws.shape[:2]
+    levels = torch.tensor(probabilities, dtype=draws.dtype, device=draws.device)
+    at_once = max(1, _CHUNK // (count * design.observed.shape[1] * design.observed.shape[2]))
+    quantiles, failed = [], []
+    for begin in range(0, individuals, at_once):
+        rows = slice(begin, begin + at_once)
+        predicted, measured = _outcomes(simulator, draws[rows], design[rows], generator)
+        quantiles.append([torch.nanquantile(one, levels, dim=1).movedim(0, 1) for one in (predicted, measured)])
+        failed.append(predicted.isnan().flatten(2).any(2).sum(1))
+    noise_free, with_noise = (torch.cat(chunks) for chunks in zip(*quantiles, strict=True))
+    return PredictiveBands(design.times, tuple(probabilities), noise_free, with_noise, torch.cat(failed))
+
+
+def _outcomes(
+    simulator: TractableSimulator, draws: Tensor, design: Design, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Predictions and new measurements ``(I, S, T, C)``, NaN where the draw failed."""
+    individuals, count = draws.shape[:2]
+    predicted = simulator.predict(draws, design)
+    repeated = design[torch.arange(individuals, device=draws.device).repeat_interleave(count)]
+    output = simulator.simulate(draws.flatten(0, 1), repeated, generator)
+    measured = output.values.reshape(predicted.shape)
+    good = torch.isfinite(predicted).flatten(2).all(2) & (output.status == 0).reshape(individuals, count)
+    keep = good[..., None, None]
+    return torch.where(keep, predicted, torch.nan), torch.where(keep, measured, torch.nan)

@@ -1,0 +1,85 @@
+"""The fitted population against the individuals that it was fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import gaussian_kde, norm
+from torch import Tensor
+
+from nlme_sbi.plots.canvas import BLUE, GREY, PALE, TEXT_SIZE, VERMILION, legend_above, panels, require_names
+
+Column = np.ndarray
+_CURVES = 60  # individuals drawn; more are one grey mass
+
+
+def plot_population(
+    names: Sequence[str],
+    mean: Float[Tensor, " D"],
+    covariance: Float[Tensor, "D D"],
+    draws: Float[Tensor, "I S D"],
+) -> Figure:
+    """One panel a parameter: pooled individual posteriors, single ones, and the fitted population density.
+
+    Args:
+        names: axis labels (:func:`nlme_sbi.plots.canvas.parameter_labels`).
+        mean: of the population, unconstrained scale.
+        covariance: between individuals; a zero on its diagonal is a parameter that does not vary.
+        draws: from ``p(phi | y_i, theta_hat)``: reweighted, so that pooled they should look like the population.
+    """
+    require_names(names, draws.shape[2])
+    variances = _plain(covariance.diagonal())
+    centres, values = _plain(mean), _plain(draws)
+    figure, axes = panels(len(names), columns=3, row_height=1.9)
+    for column, (ax, name) in enumerate(zip(axes, names, strict=True)):
+        if variances[column] > 0:
+            _varying(ax, values[:, :, column], centres[column], float(np.sqrt(variances[column])))
+        else:
+            _constant(ax, centres[column])
+        ax.set_xlabel(name, fontsize=TEXT_SIZE)
+        ax.set_yticks([])
+        ax.spines["left"].set_visible(False)
+    drawn = next((ax for column, ax in enumerate(axes) if variances[column] > 0), axes[0])
+    legend_above(figure, drawn, columns=3)
+    return figure
+
+
+def _varying(ax: Axes, draws: Column, centre: float, sd: float) -> None:
+    pooled = draws.ravel()
+    low, high = np.quantile(pooled, [0.001, 0.999])
+    limits = (min(low, centre - 3.5 * sd), max(high, centre + 3.5 * sd))
+    places = np.linspace(*limits, 300)
+    density = norm.pdf(places, centre, sd)
+    ax.hist(pooled, bins=50, range=limits, density=True, color=PALE, label="individual posteriors, pooled")
+    chosen = draws[np.unique(np.linspace(0, len(draws) - 1, min(_CURVES, len(draws))).round().astype(int))]
+    curves = [gaussian_kde(one)(places) for one in chosen if np.ptp(one) > 0]
+    if curves:
+        # One factor for all: the tall, narrow curves of well-measured individuals would flatten the rest.
+        scale = 0.45 * density.max() / np.quantile([curve.max() for curve in curves], 0.9)
+        for curve in curves:
+            ax.plot(places, scale * curve, color=GREY, linewidth=0.5, alpha=0.6, label="single individuals (scaled)")
+    ax.plot(places, density, color=BLUE, linewidth=1.8, label="fitted population")
+    ax.set_xlim(limits)
+    ax.set_ylim(bottom=0)
+
+
+def _constant(ax: Axes, centre: float) -> None:
+    ax.axvline(centre, color=VERMILION, linewidth=1.8, label="does not vary")
+    ax.set_xlim(centre - 1, centre + 1)
+    ax.annotate(
+        f"does not vary: {centre:.3g}",
+        xy=(0.5, 1.0),
+        xycoords="axes fraction",
+        ha="center",
+        va="bottom",
+        fontsize=TEXT_SIZE - 1,
+        color=VERMILION,
+    )
+
+
+def _plain(values: Tensor) -> Column:
+    return values.detach().cpu().double().numpy()
