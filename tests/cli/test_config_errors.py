@@ -16,7 +16,7 @@ STAGES = ("simulate", "train_flow", "fit_population")
     ("override", "words"),
     [
         ("experiment=theophyline", r'^experiment has no choice "theophyline"; choices: .*Did you mean theophylline\?$'),
-        ("simulator=zzz", r'^simulator has no choice "zzz"; choices: mrna_two_rate, theophylline\.$'),
+        ("simulator=zzz", r'^simulator has no choice "zzz"; choices: mrna_two_rate, own, theophylline\.$'),
         ("training.stepz=3", r"^training\.stepz is not a key of training; keys: steps, .* Did you mean steps\?$"),
         ("sed=3", r"^sed is not a key of the configuration; keys: .*simulator.* Did you mean seed\?$"),
         ("prior.parameters.delta.men=2", r"keys: mean, variance\. Did you mean mean\?$"),
@@ -98,5 +98,8 @@ def test_every_choice_has_a_target_that_exists_and_takes_its_keys() -> None:
     for path in [path for group in groups for path in sorted((CONFIG_DIRECTORY / group).glob("*.yaml"))]:
         section = yaml.safe_load(path.read_text())
         assert path.read_text().startswith("# "), f"{path.name} begins with a comment that says what it is"
-        target = locate(section.pop("_target_"), where=str(path))
+        name = section.pop("_target_")
+        if name == "???":  # to be filled in by the user
+            continue
+        target = locate(name, where=str(path))
         assert set(section) <= set(inspect.signature(target).parameters), path
