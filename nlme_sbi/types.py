@@ -405,8 +405,13 @@ class PosteriorSamples:
 class Posterior(Protocol):
     """Anything that gives posterior draws of individual parameters: a network, MCMC, Laplace, ABC."""
 
-    parameters: ParameterSpace
-    prior: Prior
+    @property
+    def parameters(self) -> ParameterSpace:
+        """Of the simulator behind it."""
+
+    @property
+    def prior(self) -> Prior:
+        """The training prior."""
 
     def sample(self, observations: Observations, draws: int, generator: torch.Generator) -> PosteriorSamples:
         """``draws`` independent draws for every individual."""

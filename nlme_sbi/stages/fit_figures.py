@@ -1,0 +1,83 @@
+"""The figures of a population fit: individual fits, pair plots of chosen individuals, population density."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from nlme_sbi.diagnostics.predictive import dense_design, predictive_bands
+from nlme_sbi.networks.posterior import AmortizedPosterior
+from nlme_sbi.plots.canvas import parameter_labels
+from nlme_sbi.plots.individual_fits import plot_individual_fits
+from nlme_sbi.plots.pairs import plot_pairs
+from nlme_sbi.plots.population import plot_population
+from nlme_sbi.population.result import PopulationFit
+from nlme_sbi.runs import write_atomically
+from nlme_sbi.types import Observations, TractableSimulator
+
+log = logging.getLogger(__name__)
+
+_DRAWS = 500  # for each individual; what a 95% band needs to look smooth
+_POPULATION_INDIVIDUALS = 500  # more would only blacken the panel
+
+
+def save_figures(
+    directory: Path,
+    fit: PopulationFit,
+    posterior: AmortizedPosterior,
+    observations: Observations,
+    *,
+    generator: torch.Generator,
+    individuals: int,
+) -> None:
+    """Write ``individual_fits.png``, ``population.png``, ``pairs_typical.png`` and ``pairs_worst.png``.
+
+    Args:
+        directory: the run's.
+        fit: of these observations.
+        posterior: that the fit's draws came from.
+        observations: the data.
+        generator: for resampling and measurement noise, on the device of the draws.
+        individuals: panels of individual fits.
+    """
+    observations = observations.to(posterior.device)
+    shown = spread_rows(len(observations), individuals)
+    drawn = fit.individual_draws(_DRAWS, generator)
+    if isinstance(posterior.simulator, TractableSimulator):
+        _save(
+            directory / "individual_fits.png", _fits(observations[shown], drawn[shown], posterior.simulator, generator)
+        )
+    else:
+        log.info("No individual fits: the simulator has no noise-free prediction.")
+    names = parameter_labels(posterior.parameters)
+    mean, covariance = fit.population.mean(fit.theta), fit.population.covariance(fit.theta)
+    some = spread_rows(len(observations), _POPULATION_INDIVIDUALS)
+    _save(directory / "population.png", plot_population(names, mean, covariance, drawn[some]))
+    ranked = torch.argsort(fit.ess)
+    for name, row in (("typical", int(ranked[len(ranked) // 2])), ("worst", int(ranked[0]))):
+        before = posterior.sample(observations[[row]], 4 * _DRAWS, generator).phi[0].double()
+        figure = plot_pairs(
+            [before, drawn[row]],
+            names,
+            labels=[f"{fit.ids[row]}: training prior", f"{fit.ids[row]}: given the population"],
+        )
+        _save(directory / f"pairs_{name}.png", figure)
+
+
+def spread_rows(count: int, wanted: int) -> list[int]:
+    """At most ``wanted`` of ``count`` rows, evenly spread, first and last included."""
+    return sorted({round(place) for place in torch.linspace(0, count - 1, min(count, wanted)).tolist()})
+
+
+def _fits(
+    observations: Observations, draws: torch.Tensor, simulator: TractableSimulator, generator: torch.Generator
+) -> Figure:
+    bands = predictive_bands(simulator, draws, dense_design(observations.design), generator=generator)
+    return plot_individual_fits(observations, bands, rows=range(len(observations)))
+
+
+def _save(path: Path, figure: Figure) -> None:
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
