@@ -1,0 +1,18 @@
+"""Population models and their estimators; posteriors are known only as the Protocol in :mod:`nlme_sbi.types`."""
+
+from nlme_sbi.population.fit import fit_population
+from nlme_sbi.population.models import GaussianPopulation
+from nlme_sbi.population.ratio import PriorRatio
+from nlme_sbi.population.result import PopulationFit, individual_draws
+from nlme_sbi.population.roles import FitProgress
+from nlme_sbi.population.table import PopulationTable
+
+__all__ = [
+    "FitProgress",
+    "GaussianPopulation",
+    "PopulationFit",
+    "PopulationTable",
+    "PriorRatio",
+    "fit_population",
+    "individual_draws",
+]

@@ -1,0 +1,180 @@
+"""What must hold before a fit is worth starting, and what a reader must be told after it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from scipy.stats import chi2
+from torch import Tensor
+
+from nlme_sbi.population.roles import PopulationModel
+from nlme_sbi.types import Design, Observations, PosteriorSamples, Prior
+
+_NAMED = 5  # individuals named in one sentence
+_FALSE_ALARMS = 0.01  # chance that anybody is named where posteriors are exact and Gaussian
+_SAMPLED = 20_000  # individuals sampled from the population to see how many lie outside the prior
+_OUTSIDE = 1e-3  # share of the population outside the prior's support that is worth a warning
+
+
+def named(ids: tuple[str, ...], chosen: Tensor) -> str:
+    """Ids of the chosen positions, the first few of them."""
+    places = [int(place) for place in chosen]
+    listed = ", ".join(ids[place] for place in places[:_NAMED])
+    return listed + (f" and {len(places) - _NAMED} more" if len(places) > _NAMED else "")
+
+
+def require_matching(samples: PosteriorSamples, observations: Observations, population: PopulationModel) -> None:
+    """Draws, data and population must speak of the same parameters and individuals; draws must be finite."""
+    if samples.names != population.parameters.names or samples.prior.names != samples.names:
+        raise ValueError(
+            f"Parameters disagree: the draws have {list(samples.names)}, their prior {list(samples.prior.names)}, the "
+            f"population model {list(population.parameters.names)}. Use one simulator for all."
+        )
+    if len(samples.phi) != len(observations):
+        raise ValueError(f"{len(samples.phi)} individuals have draws, but the data have {len(observations)}.")
+    broken = ~torch.isfinite(samples.phi).all(-1)
+    if bool(broken.any()):
+        rows = torch.nonzero(broken.any(1))[:, 0]
+        raise ValueError(
+            f"{int(broken.sum())} of {broken.numel()} posterior draws are not finite; individuals: "
+            f"{named(observations.ids, rows)}. The posterior does not cover these data; check them, or train again."
+        )
+
+
+def inside_prior(
+    samples: PosteriorSamples, ids: tuple[str, ...], generator: torch.Generator, *, max_outside: float
+) -> Float[Tensor, "I S D"]:
+    """The draws, with the tolerated few that lie outside the prior replaced by others of the same individual.
+
+    Raises:
+        ValueError: where the prior has no density at too many draws, with the individuals and the remedies.
+    """
+    log_prior = [samples.prior.log_prob(phi.double()) for phi in torch.split(samples.phi, 256)]
+    outside = ~torch.isfinite(torch.cat(log_prior))
+    if not bool(outside.any()):
+        return samples.phi
+    share = outside.double().mean(1)
+    rows = torch.nonzero(share > max_outside)[:, 0]
+    if len(rows) > 0:
+        raise ValueError(
+            f"The training prior has no density at {int(outside.sum())} of {outside.numel()} draws (up to "
+            f"{100 * float(share.max()):.2g}% of an individual's); individuals: {named(ids, rows)}. Train with a prior "
+            "that covers them, have the posterior reject such draws, or let "
+            "estimator.max_outside tolerate this share."
+        )
+    # A random inside draw takes the place of each one outside: the posterior restricted to the prior's support.
+    weights = (~outside).double()
+    replacement = torch.multinomial(
+        weights.to(generator.device), outside.shape[1], replacement=True, generator=generator
+    )
+    own = torch.arange(outside.shape[1], device=outside.device).expand(outside.shape)
+    index = torch.where(outside, replacement.to(outside.device), own)
+    return samples.phi.gather(1, index[..., None].expand(samples.phi.shape))
+
+
+def low_effective_draws(effective: Float[Tensor, " I"], draws: int, ids: tuple[str, ...]) -> tuple[str, ...]:
+    """A sentence on individuals whose weights rest on fewer than 50 draws or 1% of them."""
+    floor = max(50.0, 0.01 * draws)
+    low = torch.nonzero(effective < floor)[:, 0]
+    if len(low) == 0:
+        return ()
+    low = low[torch.argsort(effective[low])]
+    worst = ", ".join(f"{ids[int(place)]} ({float(effective[place]):.1f})" for place in low[:_NAMED])
+    return (
+        f"{len(low)} of {len(effective)} individuals have an effective number of draws below {floor:g} of "
+        f"{draws}; the worst: {worst}. Their likelihood is uncertain: use more draws, train longer, or refine towards "
+        "this population.",
+    )
+
+
+def in_tails(distance: Float[Tensor, " I"], ids: tuple[str, ...], names: list[str]) -> tuple[str, ...]:
+    """A sentence on individuals for whom the constants lie outside where they have draws."""
+    limit = math.sqrt(chi2.isf(_FALSE_ALARMS / len(distance), len(names)))
+    far = torch.nonzero(distance > limit)[:, 0]
+    if len(far) == 0:
+        return ()
+    far = far[torch.argsort(distance[far], descending=True)]
+    worst = ", ".join(f"{ids[int(place)]} ({float(distance[place]):.1f} SD)" for place in far[:_NAMED])
+    return (
+        f"The common value of {', '.join(names)} lies more than {limit:.1f} SD from the draws of {len(far)} of "
+        f"{len(distance)} individuals; the farthest: {worst}. Their density there is extrapolated. Let the parameter "
+        "vary, or look at these individuals.",
+    )
+
+
+def is_gaussian(prior: Prior) -> bool:
+    """Whether a prior is Gaussian, told by its density at random points around its mean."""
+    mean, covariance = prior.mean.double(), prior.covariance.double()
+    generator = torch.Generator(device=mean.device).manual_seed(0)  # probes, not draws: the same every time
+    noise = torch.randn((64, len(mean)), generator=generator, dtype=torch.float64, device=mean.device)
+    points = mean + 1.5 * noise @ torch.linalg.cholesky(covariance).T
+    normal = torch.distributions.MultivariateNormal(mean, covariance)
+    expected = normal.log_prob(points)  # type: ignore[no-untyped-call]
+    return bool(((prior.log_prob(points) - expected).abs() < 1e-6 * (1 + expected.abs())).all())
+
+
+def outgrown(prior: Prior, population: PopulationModel, theta: Float[Tensor, " P"], design: Design) -> tuple[str, ...]:
+    """Sentences on a population that the prior does not cover: the ratio's weights then have no bound."""
+    if is_gaussian(prior):
+        return _wider_than_gaussian(prior, population, theta) + _far_from_prior(prior, population, theta)
+    return _outside_support(prior, population, theta, design)
+
+
+_REMEDY = "Train with a wider prior there, or refine the network towards this population."
+
+
+def _wider_than_gaussian(prior: Prior, population: PopulationModel, theta: Tensor) -> tuple[str, ...]:
+    """Largest eigenvalue of omega against the prior's covariance given the constants."""
+    varying, constant = list(population.varying), list(population.constant)
+    precision = torch.linalg.inv(prior.covariance.double().to(theta))[varying][:, varying]
+    factor = torch.linalg.cholesky(precision)
+    omega = population.covariance(theta.detach())[varying][:, varying]
+    values, vectors = torch.linalg.eigh(factor.T @ omega @ factor)
+    if float(values[-1]) <= 1:
+        return ()
+    # The direction in phi, each entry in units of the prior's SD: the parameters with large entries are responsible.
+    direction = torch.linalg.solve(factor.T, vectors[:, -1]).abs() * precision.diagonal().sqrt()
+    names = [
+        population.parameters.names[varying[place]]
+        for place in torch.argsort(direction, descending=True).tolist()
+        if float(direction[place]) > 0.5 * float(direction.max())
+    ]
+    where = names[0] if len(names) == 1 else "a combination of " + ", ".join(names)
+    given = " given the constants" if constant else ""
+    return (
+        f"The population outgrows the training prior in {where}: its variance is {float(values[-1]):.2f} times "
+        f"the prior's{given}, so the weights have no bound and the estimate of this SD cannot be trusted. {_REMEDY}",
+    )
+
+
+def _far_from_prior(prior: Prior, population: PopulationModel, theta: Tensor) -> tuple[str, ...]:
+    distance = (population.mean(theta.detach()) - prior.mean.to(theta)) / prior.covariance.diagonal().sqrt().to(theta)
+    far = [name for name, value in zip(population.parameters.names, distance.tolist(), strict=True) if abs(value) > 3]
+    if not far:
+        return ()
+    return (
+        f"The population mean of {', '.join(far)} lies more than 3 SD from the mean of the training prior. {_REMEDY}",
+    )
+
+
+def _outside_support(prior: Prior, population: PopulationModel, theta: Tensor, design: Design) -> tuple[str, ...]:
+    """Share of a large sampled population where the prior has no density, and the parameters that are responsible."""
+    generator = torch.Generator(device=theta.device).manual_seed(0)  # a diagnostic: the same for the same fit
+    rows = torch.arange(_SAMPLED, device=theta.device) % len(design)
+    phi = population.sample(theta.detach(), design[rows], generator)
+    share = float(torch.isinf(prior.log_prob(phi)).double().mean())
+    if share <= _OUTSIDE:
+        return ()
+    names = []
+    for column, name in enumerate(population.parameters.names):
+        alone = prior.mean.to(phi).repeat(len(phi), 1)
+        alone[:, column] = phi[:, column]
+        if float(torch.isinf(prior.log_prob(alone)).double().mean()) > 0.1 * share:
+            names.append(name)
+    where = ", ".join(names) if names else "a combination of parameters"
+    return (
+        f"The population outgrows the training prior in {where}: {100 * share:.2g}% of it lies where the prior "
+        f"has no density, and the fit cannot see it. {_REMEDY}",
+    )

@@ -1,0 +1,81 @@
+"""Individuals given the fit: draws reweighted from the training-prior posterior to ``p(phi | y_i, theta_hat)``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.population.roles import DrawBlock, WeightedDraws
+
+
+@dataclass(frozen=True, eq=False)
+class IndividualEstimates:
+    """Posterior of every individual's parameters given the population estimate, unconstrained scale.
+
+    ``mean`` and ``sd`` are ``(I, D)``; constants have the population's value and SD 0. ``ess (I,)`` is the effective
+    number of draws behind them.
+    """
+
+    mean: Float[Tensor, "I D"]
+    sd: Float[Tensor, "I D"]
+    ess: Float[Tensor, " I"]
+
+
+@torch.no_grad()
+def individual_estimates(state: WeightedDraws, theta: Float[Tensor, " P"]) -> IndividualEstimates:
+    """Means and SDs under the self-normalised weights at ``theta``."""
+    size = len(state.population.parameters)
+    mean = torch.zeros((state.individuals, size), dtype=theta.dtype, device=theta.device)
+    sd = torch.zeros_like(mean)
+    effective = torch.zeros_like(mean[:, 0])
+    columns = torch.tensor(state.population.varying, device=theta.device)
+    for block in state.blocks:
+        weights = torch.softmax(block.log_weights(theta), 1)
+        phi = block.varying()
+        centre = torch.einsum("is,isv->iv", weights, phi)
+        spread = torch.einsum("is,isv->iv", weights, (phi - centre[:, None]).square()).sqrt()
+        mean[block.rows[:, None], columns] = centre
+        sd[block.rows[:, None], columns] = spread
+        effective[block.rows] = 1 / weights.square().sum(1)
+    mean = _with_constants(state, theta, mean)
+    return IndividualEstimates(mean=mean, sd=sd, ess=effective)
+
+
+@torch.no_grad()
+def resampled_draws(
+    state: WeightedDraws, theta: Float[Tensor, " P"], count: int, generator: torch.Generator
+) -> Float[Tensor, "I count D"]:
+    """Draws from ``p(phi | y_i, theta)`` by resampling with the weights; constants at the population's value."""
+    size = len(state.population.parameters)
+    drawn = torch.zeros((state.individuals, count, size), dtype=theta.dtype, device=theta.device)
+    columns = torch.tensor(state.population.varying, device=theta.device)
+    for block in state.blocks:
+        drawn[block.rows[:, None, None], torch.arange(count, device=theta.device)[:, None], columns] = _resampled(
+            block, theta, count, generator
+        )
+    return _with_constants(state, theta, drawn)
+
+
+def _resampled(block: DrawBlock, theta: Tensor, count: int, generator: torch.Generator) -> Float[Tensor, "I count V"]:
+    weights = torch.softmax(block.log_weights(theta), 1).to(generator.device)
+    index = torch.multinomial(weights, count, replacement=True, generator=generator).to(theta.device)
+    phi = block.varying()
+    return phi.gather(1, index[..., None].expand(-1, -1, phi.shape[2]))
+
+
+def _with_constants(state: WeightedDraws, theta: Tensor, values: Tensor) -> Tensor:
+    if not state.population.constant:
+        return values
+    columns = torch.tensor(state.population.constant, device=theta.device)
+    for block in state.blocks:
+        constants = state.population.constants(theta, block.design)
+        rows = block.rows
+        if values.dim() == 2:
+            values[rows[:, None], columns] = constants
+        else:
+            every = torch.arange(values.shape[1], device=theta.device)[:, None]
+            values[rows[:, None, None], every, columns] = constants[:, None]
+    return values

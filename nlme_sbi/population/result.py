@@ -1,0 +1,221 @@
+"""What a population fit returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.population.individuals import IndividualEstimates, resampled_draws
+from nlme_sbi.population.roles import PopulationModel, WeightedDraws
+from nlme_sbi.population.table import PopulationTable, number, population_table
+from nlme_sbi.population.uncertainty import MonteCarloError
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Where one start ended, compared with the best of them on the same draws.
+
+    Args:
+        start: where it began.
+        objective: where it ended.
+        below: how much lower than the best.
+        distance: largest difference of an unknown from the best's, in standard errors.
+        verdict: "same", "other point" (the same objective within Monte-Carlo error elsewhere), "lower" or "failed".
+        differing: parameters whose means differ by more than 3 standard errors, where the verdict is "other point".
+    """
+
+    start: str
+    objective: float
+    below: float
+    distance: float
+    verdict: str
+    differing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class PopulationFit:
+    """Estimates of a population model with their uncertainty.
+
+    Args:
+        population: the bound model; ``population.unknowns.names`` names the entries of ``theta``.
+        ids: of the individuals.
+        estimator: name of the estimator.
+        absolute: whether ``objective`` is log p(y | theta); otherwise it is a log likelihood ratio.
+        theta: ``(P,)`` estimates, unconstrained.
+        covariance: ``(P, P)`` of the estimates (inverse observed information); zero for fixed unknowns, NaN where the
+            information was not positive definite.
+        objective: at the optimum, summed over individuals.
+        monte_carlo: what finitely many draws do to objective and estimates; apart from sampling error.
+        individuals: the individuals given the fit.
+        draws: for each individual.
+        restarts: where every start ended.
+        converged: whether the optimum is one within tolerance.
+        message: how the fit ended, in words.
+        warnings: what a reader must know before using the numbers.
+        state: the weighted draws, for predictions and plots.
+    """
+
+    population: PopulationModel
+    ids: tuple[str, ...]
+    estimator: str
+    absolute: bool
+    theta: Float[Tensor, " P"]
+    covariance: Float[Tensor, "P P"]
+    objective: float
+    monte_carlo: MonteCarloError
+    individuals: IndividualEstimates
+    draws: int
+    restarts: tuple[Restart, ...]
+    converged: bool
+    message: str
+    warnings: tuple[str, ...]
+    state: WeightedDraws = field(repr=False)
+
+    @property
+    def ess(self) -> Float[Tensor, " I"]:
+        """Effective number of draws of every individual at the optimum."""
+        return self.individuals.ess
+
+    @property
+    def log_likelihood_ratio(self) -> float | None:
+        """``sum_i log p(y_i | theta) - log p(y_i)``, the evidence being that under the training prior. It compares
+        population models for the same network, prior and data, and nothing else. None for an absolute estimator."""
+        return None if self.absolute else self.objective
+
+    @property
+    def minus_two_log_likelihood(self) -> float | None:
+        """-2 log L; None where the estimator does not give it."""
+        return -2 * self.objective if self.absolute else None
+
+    @property
+    def estimated(self) -> int:
+        """Number of estimated unknowns: neither fixed values nor constants' variances."""
+        return len(self.population.unknowns.free)
+
+    @property
+    def aic(self) -> float:
+        """-2 objective + 2 unknowns. From a likelihood ratio only differences mean something, and only between
+        population models for the same network, prior and data."""
+        return -2 * self.objective + 2 * self.estimated
+
+    @property
+    def bic(self) -> float:
+        """-2 objective + unknowns x log(individuals); to be compared like :attr:`aic`."""
+        return -2 * self.objective + math.log(len(self.ids)) * self.estimated
+
+    @property
+    def standard_errors(self) -> Float[Tensor, " P"]:
+        """Of theta; 0 where fixed, NaN where not known."""
+        return self.covariance.diagonal().sqrt()
+
+    def table(self) -> PopulationTable:
+        """The table of parameters, with the objective above it and warnings below."""
+        return population_table(
+            self.population,
+            self.theta,
+            self.covariance,
+            self.individuals.mean,
+            heading=self._heading(),
+            notes=(self.message, *(f"WARNING: {warning}" for warning in self.warnings)),
+        )
+
+    def individual_draws(self, count: int, generator: torch.Generator) -> Float[Tensor, "I count D"]:
+        """Draws from ``p(phi | y_i, theta_hat)``; see :func:`individual_draws`."""
+        return individual_draws(self, count, generator)
+
+    def individuals_frame(self, ids: Sequence[str] | None = None) -> pd.DataFrame:
+        """One row an individual: natural value at the posterior mean, unconstrained mean and SD, effective draws.
+
+        Args:
+            ids: only these, in this order; everybody when left out.
+        """
+        found = self.individuals
+        natural = self.population.parameters.to_natural(found.mean)
+        columns: dict[str, object] = {}
+        for place, name in enumerate(self.population.parameters.names):
+            columns[name] = natural[:, place].cpu().numpy()
+            columns[f"{name}.mean"] = found.mean[:, place].cpu().numpy()
+            columns[f"{name}.sd"] = found.sd[:, place].cpu().numpy()
+        columns["ess"] = found.ess.cpu().numpy()
+        frame = pd.DataFrame(columns, index=pd.Index(self.ids, name="id"))
+        if ids is not None:
+            missing = [name for name in ids if name not in frame.index]
+            if missing:
+                raise ValueError(f"No such individuals in this fit: {missing[:5]}.")
+            frame = frame.loc[list(ids)]
+        return frame.reset_index()
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain Python numbers, ready for JSON; None where there is no number."""
+        error, se = self.monte_carlo, self.standard_errors
+        ess = self.ess
+        return {
+            "estimator": self.estimator,
+            "individuals": len(self.ids),
+            "draws": self.draws,
+            "log_likelihood_ratio": number_or_none(self.log_likelihood_ratio),
+            "minus_two_log_likelihood": number_or_none(self.minus_two_log_likelihood),
+            "aic": number(self.aic),
+            "bic": number(self.bic),
+            "estimated_unknowns": self.estimated,
+            "monte_carlo": {
+                "objective_se": number(error.objective_se),
+                "objective_bias": number(error.objective_bias),
+                "objective_bias_jackknife": number_or_none(error.objective_bias_jackknife),
+            },
+            "unknowns": [
+                {
+                    "name": name,
+                    "estimate": float(self.theta[place]),
+                    "se": number(se[place]),
+                    "fixed": bool(self.population.unknowns.fixed[place]),
+                    "monte_carlo_se": number(error.se[place]),
+                    "monte_carlo_bias": number(error.bias[place]),
+                }
+                for place, name in enumerate(self.population.unknowns.names)
+            ],
+            "covariance": [[number(value) for value in row] for row in self.covariance.tolist()],
+            "table": self.table().to_dict(),
+            "ess": {"mean": float(ess.mean()), "median": float(ess.median()), "smallest": float(ess.min())},
+            "restarts": [_plain(asdict(restart)) for restart in self.restarts],
+            "converged": self.converged,
+            "message": self.message,
+            "warnings": list(self.warnings),
+        }
+
+    def _heading(self) -> tuple[str, ...]:
+        error, ess = self.monte_carlo, self.ess
+        what = "log L" if self.absolute else "log likelihood ratio to the training prior"
+        absolute = f"{-2 * self.objective:.2f}" if self.absolute else "not available with this estimator"
+        return (
+            f"{len(self.ids)} individuals, estimator {self.estimator}, {self.draws} draws each "
+            f"(effective: median {float(ess.median()):.0f}, smallest {float(ess.min()):.0f})",
+            f"{what}: {self.objective:.2f} (Monte-Carlo SE {error.objective_se:.2f}, bias {error.objective_bias:.2f})",
+            f"-2 log L: {absolute}",
+        )
+
+
+def number_or_none(value: float | None) -> float | None:
+    """A plain finite number or None."""
+    return None if value is None else number(value)
+
+
+def _plain(entry: dict[str, object]) -> dict[str, object]:
+    return {key: number(value) if isinstance(value, float) else value for key, value in entry.items()}
+
+
+def individual_draws(fit: PopulationFit, count: int, generator: torch.Generator) -> Float[Tensor, "I count D"]:
+    """Draws of every individual's parameters given data and fit, with constants set, for predictions and plots.
+
+    Args:
+        fit: the population fit.
+        count: draws for each individual; more than its effective number only repeats draws.
+        generator: for the resampling.
+    """
+    return resampled_draws(fit.state, fit.theta, count, generator)
