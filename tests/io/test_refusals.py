@@ -175,7 +175,7 @@ def test_wide_sheets(tmp_path: Path, content: str, options: dict[str, Any], patt
         ("cells.xls", b"\xd0\xcf\x11\xe0", "old .xls format"),
         ("cells.dat", b"id,time,value\na,0,1\n", r'extension "\.dat" is not one of \.csv, \.tsv, \.xlsx, \.xlsm'),
         ("cells.csv.gz", b"id,time,value\na,0,1\n", "not a whole gzip file"),
-        ("cells.csv.gz", gzip.compress(b"id,time,value\n" * 99)[:-9], "not a whole gzip file"),
+        ("cells.csv.gz", gzip.compress(b"id,time,value\n" * 99, mtime=0)[:-9], "not a whole gzip file"),
     ],
 )
 def test_files_that_are_not_what_they_say(tmp_path: Path, name: str, content: bytes, pattern: str) -> None:
