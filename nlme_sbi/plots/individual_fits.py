@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nlme_sbi.diagnostics.predictive import PredictiveBands
-from nlme_sbi.plots.canvas import BLACK, BLUE, ORANGE, TEXT_SIZE, labelled, legend_above, panels
+from nlme_sbi.plots.canvas import BLACK, BLUE, GREY, ORANGE, TEXT_SIZE, labelled, legend_above, panels
 from nlme_sbi.types import Censoring, Observations
 
 
@@ -38,10 +38,11 @@ def plot_individual_fits(
     for ax, row in zip(axes, chosen, strict=True):
         _bands(ax, bands, row, signal)
         _measurements(ax, observations, row, signal)
-        ax.set_title(observations.ids[row], fontsize=TEXT_SIZE, pad=2)
+        name = observations.ids[row]
+        ax.set_title(f"individual {name}" if name.isdigit() else name, fontsize=TEXT_SIZE, pad=2)
     figure.supxlabel(labelled("time", observations.time_unit), fontsize=TEXT_SIZE)
-    name = observations.signals[signal].replace("_", " ")
-    figure.supylabel(labelled(name, observations.signal_units[signal]), fontsize=TEXT_SIZE)
+    measured = observations.signals[signal].replace("_", " ")
+    figure.supylabel(labelled(measured, observations.signal_units[signal]), fontsize=TEXT_SIZE)
     legend_above(figure, axes[0], columns=5)
     return figure
 
@@ -54,15 +55,14 @@ def _bands(ax: Axes, bands: PredictiveBands, row: int, signal: int) -> None:
 
     # The wide bands of new measurements lie under the bands of the curve itself.
     layers = (
-        (0.025, 0.975, True, ORANGE, 0.22, "95% of new measurements"),
-        (0.025, 0.975, False, BLUE, 0.30, "95% of curves"),
-        (0.25, 0.75, False, BLUE, 0.55, "50% of curves"),
+        (0.025, 0.975, True, ORANGE, 0.28, 1.0, "95% of new measurements"),
+        (0.025, 0.975, False, BLUE, 0.30, 2.0, "95% of curves"),
+        (0.25, 0.75, False, BLUE, 0.55, 2.0, "50% of curves"),
     )
-    for low, high, noisy, colour, alpha, label in layers:
-        ax.fill_between(
-            times, quantile(low, noisy), quantile(high, noisy), color=colour, alpha=alpha, linewidth=0, label=label
-        )
-    ax.plot(times, quantile(0.5, False), color=BLUE, linewidth=1.2, label="median")
+    for low, high, noisy, colour, alpha, layer, label in layers:
+        ends = quantile(low, noisy), quantile(high, noisy)
+        ax.fill_between(times, *ends, color=colour, alpha=alpha, linewidth=0, zorder=layer, label=label)
+    ax.plot(times, quantile(0.5, False), color=BLUE, linewidth=0.9, zorder=2.5, label="median")
 
 
 def _measurements(ax: Axes, observations: Observations, row: int, signal: int) -> None:
@@ -76,17 +76,20 @@ def _measurements(ax: Axes, observations: Observations, row: int, signal: int) -
         (Censoring.LEFT, observations.upper, "v", "below this"),
         (Censoring.RIGHT, observations.lower, "^", "above this"),
     )
-    # Many points to a panel must not hide the curve.
-    size = 4.0 if int(seen.sum()) < 40 else 2.0
+    # Many points to a panel must not hide the curve: they are small, pale and lie under it.
+    many = int(seen.sum()) > 40
+    colour, size, layer = (GREY, 1.5, 1.5) if many else (BLACK, 4.0, 3.0)
     for kind, source, marker, label in kinds:
         here = (seen & (codes == int(kind))).numpy()
         if source is not None and here.any():
             heights = _plain(source[row, :, signal])[here]
-            ax.plot(times[here], heights, marker, color=BLACK, markersize=size, linestyle="none", label=label)
+            ax.plot(
+                times[here], heights, marker, color=colour, markersize=size, linestyle="none", zorder=layer, label=label
+            )
     between = (seen & (codes == int(Censoring.INTERVAL))).numpy()
     if observations.lower is not None and observations.upper is not None and between.any():
         ends = [_plain(bound[row, :, signal])[between] for bound in (observations.lower, observations.upper)]
-        ax.vlines(times[between], ends[0], ends[1], color=BLACK, linewidth=1.5, label="between these")
+        ax.vlines(times[between], ends[0], ends[1], color=colour, linewidth=1.5, zorder=layer, label="between these")
 
 
 def _plain(values: Tensor) -> np.ndarray:

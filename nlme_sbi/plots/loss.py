@@ -22,7 +22,7 @@ def plot_history(history: pd.DataFrame) -> Figure:
     missing = sorted({"step", "train_loss", "validation_loss", "learning_rate"} - set(history.columns))
     if missing or history.empty:
         raise ValueError(f"The training history has no {', '.join(missing) or 'rows'}; it holds {list(history)}.")
-    figure, axes = canvas(2, 1, width=5.0, row_height=1.7)
+    figure, axes = canvas(2, 1, width=5.0, row_height=1.8)
     (above,), (below,) = axes
     above.plot(history["step"], history["train_loss"], color=SKY, linewidth=1.0, label="training pairs")
     validated = history.dropna(subset=["validation_loss"])
@@ -31,14 +31,17 @@ def plot_history(history: pd.DataFrame) -> Figure:
         best = validated.iloc[int(validated["validation_loss"].to_numpy().argmin())]
         label = f"best: {best['validation_loss']:.3g} at step {best['step']:.0f}"
         above.plot(best["step"], best["validation_loss"], "o", color=BLACK, markersize=4, label=label)
-    above.set_ylabel("mean −log q(φ | y)  (nats)")
+    above.set_ylabel("mean −log q(φ | y)\n(nats)")
     above.tick_params(labelbottom=False)
     _leave_out_the_first_fall(above, history)
     below.plot(history["step"], history["learning_rate"], color=GREY, linewidth=1.2)
     below.set_ylabel("learning rate")
     below.set_xlabel("training step")
     below.set_ylim(bottom=0)
+    below.ticklabel_format(axis="y", scilimits=(-2, 2))
+    below.yaxis.get_offset_text().set_fontsize(TEXT_SIZE - 1)
     below.sharex(above)
+    figure.align_ylabels()
     legend_above(figure, above, columns=3)
     return figure
 

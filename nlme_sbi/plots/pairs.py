@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.stats import gaussian_kde
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from nlme_sbi.types import Prior
 
 Draws = Float[Tensor, "S D"]
 Columns = NDArray[np.float64]
+_CELLS = 80  # across a panel, for the contours
 
 
 def plot_pairs(
@@ -39,7 +41,8 @@ def plot_pairs(
         truth: ``(D,)`` marked where known.
     """
     sets = [draws] if isinstance(draws, Tensor) else list(draws)
-    titles = list(labels) if labels is not None else [f"draws {number + 1}" for number in range(len(sets))]
+    unnamed = ["draws"] if len(sets) == 1 else [f"draws {number + 1}" for number in range(len(sets))]
+    titles = unnamed if labels is None else list(labels)
     if not sets or len(titles) != len(sets):
         raise ValueError(f"{len(titles)} labels for {len(sets)} sets of draws; give one label for each.")
     arrays = [_plain(one) for one in sets]
@@ -61,7 +64,7 @@ def plot_pairs(
             else:
                 _cloud(ax, [array[:, [column, row]] for array in arrays], (ranges[column], ranges[row]))
                 _mark(ax, exact, column, row)
-            _label(ax, names, row, column, count)
+            _label(ax, names, row, column)
     figure.align_labels()
     legend_above(figure, axes[0][0])
     return figure
@@ -86,8 +89,11 @@ def _ranges(arrays: list[Columns], truth: Columns | None) -> list[tuple[float, f
 
 def _diagonal(ax: Axes, columns: list[Columns], titles: list[str], limits: tuple[float, float]) -> None:
     for values, title, colour in zip(columns, titles, SERIES * len(columns), strict=False):
-        ax.hist(values, bins=40, range=limits, density=True, histtype="stepfilled", color=colour, alpha=0.25)
-        ax.hist(values, bins=40, range=limits, density=True, histtype="step", color=colour, linewidth=1.2, label=title)
+        # Fewer draws, wider bins: about as many as Rice's rule gives.
+        bins = int(np.clip(2 * len(values) ** (1 / 3), 10, 50))
+        heights, edges = np.histogram(values, bins=bins, range=limits, density=True)
+        ax.stairs(heights, edges, fill=True, color=colour, alpha=0.25)
+        ax.stairs(heights, edges, color=colour, linewidth=1.2, label=title)
     ax.set_xlim(limits)
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
@@ -106,20 +112,34 @@ def _cloud(ax: Axes, pairs: list[Columns], limits: tuple[tuple[float, float], tu
     for pair, colour in zip(pairs, SERIES * len(pairs), strict=False):
         shown = pair[:: max(1, len(pair) // 500)]
         ax.plot(shown[:, 0], shown[:, 1], ".", color=colour, markersize=1.5, alpha=0.35, rasterized=True)
-        counts, across, up = np.histogram2d(pair[:, 0], pair[:, 1], bins=50, range=limits)
-        smooth = gaussian_filter(counts, 1.5)
-        if np.ptp(smooth) > 0:
-            middle = [0.5 * (edges[1:] + edges[:-1]) for edges in (across, up)]
-            ax.contour(*middle, smooth.T, levels=_levels(smooth), colors=colour, linewidths=1.0)
+        counts, across, up = np.histogram2d(pair[:, 0], pair[:, 1], bins=_CELLS, range=limits)
+        # As wide as a kernel density of so many draws in two dimensions would be: n^(-1/6) of the spread.
+        widths = [max(0.7, _CELLS * spread * len(pair) ** (-1 / 6)) for spread in _spreads(pair, limits)]
+        smooth = gaussian_filter(counts, widths)
+        middles = [0.5 * (edges[1:] + edges[:-1]) for edges in (across, up)]
+        ax.contour(*middles, smooth.T, levels=_levels(smooth, pair, middles), colors=colour, linewidths=1.0)
     ax.set_xlim(limits[0])
     ax.set_ylim(limits[1])
 
 
-def _levels(heights: Columns) -> list[float]:
-    """Heights above which 95% and 50% of the mass lie, increasing and different."""
-    ordered = np.sort(heights.ravel())[::-1]
-    mass = np.cumsum(ordered) / ordered.sum()
-    return sorted({float(ordered[np.searchsorted(mass, share)]) for share in (0.95, 0.5)} - {0.0})
+def _spreads(pair: Columns, limits: tuple[tuple[float, float], tuple[float, float]]) -> list[float]:
+    """SD of one mode of each column, as a share of the panel: from the shortest interval with a quarter of the draws.
+
+    For a Gaussian that interval is 0.64 SD long; the distance between two mirror modes does not enter.
+    """
+    ordered = np.sort(pair, axis=0)
+    quarter = max(1, len(pair) // 4)
+    shortest = (ordered[quarter:] - ordered[:-quarter]).min(axis=0)
+    return [float(one) / 0.64 / (high - low) for one, (low, high) in zip(shortest, limits, strict=True)]
+
+
+def _levels(heights: Columns, pair: Columns, middles: list[Columns]) -> list[float]:
+    """Heights above which 95% and 50% of the draws lie, increasing and different."""
+    places = [(values - middle[0]) / (middle[1] - middle[0]) for values, middle in zip(pair.T, middles, strict=True)]
+    # Linear between cell centres, as the contours themselves are.
+    found = map_coordinates(heights, places, order=1, mode="nearest")
+    # A level at the very top has no contour, and matplotlib warns.
+    return sorted({0.999 * float(one) for one in np.quantile(found, [0.05, 0.5])} - {0.0})
 
 
 def _mark(ax: Axes, truth: Columns | None, column: int, row: int | None = None) -> None:
@@ -130,16 +150,20 @@ def _mark(ax: Axes, truth: Columns | None, column: int, row: int | None = None) 
         ax.axhline(truth[row], color=BLACK, linewidth=0.9, linestyle="--")
 
 
-def _label(ax: Axes, names: Sequence[str], row: int, column: int, count: int) -> None:
+def _label(ax: Axes, names: Sequence[str], row: int, column: int) -> None:
+    """Names and ticks on the outer sides only; in small panels the unit goes to a second line."""
+    count = len(names)
+    crowded = count > 4
+    shown = [name.replace(" (", "\n(") for name in names] if crowded else list(names)
     if row == count - 1:
-        ax.set_xlabel(names[column])
+        ax.set_xlabel(shown[column])
     else:
         ax.tick_params(labelbottom=False)
     if column == 0 and row > 0:
-        ax.set_ylabel(names[row])
+        ax.set_ylabel(shown[row])
     elif column != row:
         ax.tick_params(labelleft=False)
-    ax.locator_params(nbins=4, axis="x")
+    ax.xaxis.set_major_locator(MaxNLocator(2 if crowded else 4))
     if column < row:
-        ax.locator_params(nbins=4, axis="y")
-    ax.tick_params(labelsize=TEXT_SIZE - 1.5)
+        ax.yaxis.set_major_locator(MaxNLocator(3 if crowded else 4))
+    ax.tick_params(labelsize=TEXT_SIZE - (2 if crowded else 1.5))

@@ -34,7 +34,9 @@ def plot_population(
     require_names(names, draws.shape[2])
     variances = _plain(covariance.diagonal())
     centres, values = _plain(mean), _plain(draws)
-    figure, axes = panels(len(names), columns=3, row_height=1.9)
+    # Rows as full as possible.
+    columns = 4 if len(names) > 3 and len(names) % 4 in (0, 3) else 3
+    figure, axes = panels(len(names), columns=columns, row_height=1.9)
     for column, (ax, name) in enumerate(zip(axes, names, strict=True)):
         if variances[column] > 0:
             _varying(ax, values[:, :, column], centres[column], float(np.sqrt(variances[column])))
@@ -43,6 +45,7 @@ def plot_population(
         ax.set_xlabel(name, fontsize=TEXT_SIZE)
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
+    figure.supylabel("density", fontsize=TEXT_SIZE)
     drawn = next((ax for column, ax in enumerate(axes) if variances[column] > 0), axes[0])
     legend_above(figure, drawn, columns=3)
     return figure
