@@ -124,7 +124,7 @@ def test_histograms_are_densities_and_contours_hold_their_share(generator: torch
     (contours,) = [one for one in figure.axes[1].collections if hasattr(one, "levels")]
     for path, share in zip(contours.get_paths(), (0.95, 0.5), strict=True):
         inside = sum(part.contains_points(draws[:, :2].numpy()).mean() for part in _closed_parts(path))
-        # Both mirror modes are encircled. Levels are quantiles over the draws; 2% allows for the contours' straight edges.
+        # Both modes are encircled. Levels are quantiles over the draws; contours have straight edges: 2%.
         assert len(_closed_parts(path)) >= 2
         assert inside == pytest.approx(share, abs=0.02)
 
