@@ -48,6 +48,16 @@ def load_weights(network: nn.Module, path: Path) -> None:
     network.load_state_dict(tensors)
 
 
+def load_shape(path: Path) -> DataShape:
+    """What the layers of a stored network depend on; raises ``ValueError`` where the file does not tell it."""
+    try:
+        stored = dict(load_json(path))
+        levels = tuple((str(name), int(count)) for name, count in stored.pop("levels"))
+        return DataShape(**{**stored, "covariates": tuple(stored["covariates"])}, levels=levels)
+    except (KeyError, TypeError, ValueError) as problem:
+        raise ValueError(f"{path} does not describe a network; train again (fresh=true).") from problem
+
+
 class PosteriorNetwork(nn.Module):
     """Density ``q(phi | y, design)``: everything that has weights or scalings, and nothing else."""
 
@@ -119,10 +129,8 @@ class AmortizedPosterior:
             name: instantiate(config[name], trust=trust, where=name)
             for name in ("simulator", "prior", "summary", "flow")
         }
-        stored = load_json(finished.path / "network.json")
-        levels = tuple((str(name), int(count)) for name, count in stored.pop("levels"))
-        shape = DataShape(**{**stored, "covariates": tuple(stored["covariates"])}, levels=levels)
         simulator: Simulator = parts["simulator"]
+        shape = load_shape(finished.path / "network.json")
         network = build_network(shape, parts["summary"], parts["flow"], dimension=len(simulator.parameters))
         target = choose_device(device)
         load_weights(network, finished.path / "weights.safetensors")

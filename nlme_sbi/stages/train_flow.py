@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from safetensors.torch import save as safetensors_bytes
 
 from nlme_sbi.devices import choose_device
 from nlme_sbi.instantiate import instantiate
+from nlme_sbi.networks.flows import AffineCouplingFlow
 from nlme_sbi.networks.posterior import PosteriorNetwork, build_network
-from nlme_sbi.networks.summaries import DataShape
+from nlme_sbi.networks.summaries import DataShape, SummarySettings
 from nlme_sbi.plots.loss import plot_history
 from nlme_sbi.runs import (
     FinishedRun,
@@ -27,6 +28,7 @@ from nlme_sbi.runs import (
     load_run,
     open_run,
     save_design,
+    sha256_of_design,
     write_atomically,
 )
 from nlme_sbi.stages.simulate import GENERATIVE, generative_parts
@@ -41,9 +43,21 @@ from nlme_sbi.training import (
     seeded,
     train,
 )
-from nlme_sbi.types import Simulator
+from nlme_sbi.types import Design, Prior, Simulator
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """What training is made of; ``pool`` holds the designs where they come from data."""
+
+    source: PairSource
+    simulator: Simulator
+    prior: Prior
+    pool: Design | None
+    summary: SummarySettings
+    flow: AffineCouplingFlow
 
 
 def train_flow(cfg: DictConfig) -> float:
@@ -66,12 +80,13 @@ def train_flow(cfg: DictConfig) -> float:
     upstream = _upstream(plain)
     config = _relevant(plain, upstream)
     settings: TrainingSettings = instantiate(config["training"], trust=trust, where="training")
-    inputs = {} if upstream is None else {"simulations": upstream.sha256}
+    # Whatever can be refused without simulating is refused before a directory is made.
+    parts = _parts(config, settings, upstream, device=device, trust=trust)
     run = open_run(
         stage="train_flow",
         experiment=plain["experiment"]["name"],
         config=config,
-        inputs=inputs,
+        inputs=_inputs(upstream, parts.pool),
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
     )
@@ -79,9 +94,10 @@ def train_flow(cfg: DictConfig) -> float:
         if run.finished:
             log.info("This training is finished already: %s (fresh=true trains again)", run.path)
             return float(load_run(run.path, stage="train_flow").results["validation_loss"])
-        source, simulator = _pair_source(config, settings, upstream, run, device=device, trust=trust)
-        network, shape = _network(config, settings, source, simulator, device=device, trust=trust)
-        result = _train(network, source, settings, run)
+        if parts.pool is not None:
+            save_design(run.path / "design", parts.pool)
+        network, shape = _network(parts, settings, seed=int(config["seed"]), device=device)
+        result = _train(network, parts.source, settings, run)
         _save(run, network, shape, result)
         results = {
             "validation_loss": result.best_loss,
@@ -119,6 +135,8 @@ def _relevant(plain: Mapping[str, Any], upstream: FinishedRun | None) -> dict[st
         return config
     for name in GENERATIVE:
         made = upstream.config[name]
+        if name == "prior" and made != config[name]:
+            log.info("The prior is the one of the simulations; it is not the one of this command.")
         if name == "simulator" and made.get("_target_") != config[name].get("_target_"):
             raise ValueError(
                 f"{upstream.path} holds simulations of {made.get('_target_')}, but this command asks for "
@@ -129,67 +147,64 @@ def _relevant(plain: Mapping[str, Any], upstream: FinishedRun | None) -> dict[st
     return config
 
 
-def _pair_source(
+def _inputs(upstream: FinishedRun | None, pool: Design | None) -> dict[str, str]:
+    if upstream is not None:
+        return {"simulations": upstream.sha256}
+    return {} if pool is None else {"designs": sha256_of_design(pool)}
+
+
+def _parts(
     config: Mapping[str, Any],
     settings: TrainingSettings,
     upstream: FinishedRun | None,
-    run: RunDirectory,
     *,
     device: torch.device,
     trust: tuple[str, ...],
-) -> tuple[PairSource, Simulator]:
+) -> _Parts:
+    summary, flow = (_buildable(config[name], trust, where=name) for name in ("summary", "flow"))
     seed = int(config["seed"])
-    if upstream is not None:
-        simulator: Simulator = instantiate(config["simulator"], trust=trust, where="simulator")
-        stored = StoredSimulations.open(upstream.path)
-        if (upstream.path / "design").exists():
-            save_design(run.path / "design", load_design(upstream.path / "design"))
-        pairs = StoredPairs(
-            stored,
-            batch_size=settings.batch_size,
-            validation_size=settings.validation_size,
-            seed=seed,
-            device=device,
+    if upstream is None:
+        prior, designs, simulator = generative_parts(config, trust)
+        pool = getattr(designs, "pool", None)
+        source = OnlinePairs(
+            prior, designs, simulator, settings.batch_size, seed, device, max_failed=settings.max_failed
         )
-        return pairs, simulator
-    prior, designs, simulator = generative_parts(config, trust)
-    pool = getattr(designs, "pool", None)
-    if pool is not None:
-        save_design(run.path / "design", pool)
-    online = OnlinePairs(
-        prior,
-        designs,
-        simulator,
-        settings.batch_size,
-        seed,
-        device,
-        max_failed=settings.max_failed,
+        return _Parts(source, simulator, prior, pool, summary, flow)
+    prior, simulator = (instantiate(config[name], trust=trust, where=name) for name in ("prior", "simulator"))
+    stored = StoredPairs(
+        StoredSimulations.open(upstream.path),
+        batch_size=settings.batch_size,
+        validation_size=settings.validation_size,
+        seed=seed,
+        device=device,
     )
-    return online, simulator
+    pool = load_design(upstream.path / "design") if (upstream.path / "design").exists() else None
+    return _Parts(stored, simulator, prior, pool, summary, flow)
 
 
 def _network(
-    config: Mapping[str, Any],
-    settings: TrainingSettings,
-    source: PairSource,
-    simulator: Simulator,
-    *,
-    device: torch.device,
-    trust: tuple[str, ...],
+    parts: _Parts, settings: TrainingSettings, *, seed: int, device: torch.device
 ) -> tuple[PosteriorNetwork, DataShape]:
-    summary = instantiate(config["summary"], trust=trust, where="summary")
-    flow = instantiate(config["flow"], trust=trust, where="flow")
-    prior = instantiate(config["prior"], trust=trust, where="prior")
-    pilot = source.pilot(settings.pilot_size)
-    shape = DataShape.of(pilot, simulator)
+    pilot = parts.source.pilot(settings.pilot_size)
+    shape = DataShape.of(pilot, parts.simulator)
     # Weights are drawn from the global generator by torch's layers: fork it, so that nothing else sees the seed.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeded("cpu", int(config["seed"]), WEIGHTS_STREAM).initial_seed())
-        network = build_network(shape, summary, flow, dimension=pilot.phi.shape[1])
+        torch.manual_seed(seeded("cpu", seed, WEIGHTS_STREAM).initial_seed())
+        network = build_network(shape, parts.summary, parts.flow, dimension=pilot.phi.shape[1])
     network.to(device)
     network.summary.fit_scaling(pilot)
-    network.scaling.fit(prior)
+    network.scaling.fit(parts.prior)
     return network, shape
+
+
+def _buildable(section: Mapping[str, Any], trust: tuple[str, ...], *, where: str) -> Any:
+    """What a section describes, refused where it is not something that builds a network."""
+    settings = instantiate(section, trust=trust, where=where)
+    if not callable(getattr(settings, "build", None)):
+        raise ValueError(
+            f"{where} is a {type(settings).__name__}, which builds no network; choose one of conf/{where}."
+        )
+    return settings
 
 
 def _train(
