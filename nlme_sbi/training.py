@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,10 +17,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nlme_sbi.networks.posterior import PosteriorNetwork
+from nlme_sbi.progress import Progress
 from nlme_sbi.runs import write_atomically
+from nlme_sbi.simulation import simulate_batch
 from nlme_sbi.types import DesignSource, Prior, Simulations, Simulator
 
 TRAINING_STREAM, VALIDATION_STREAM, PILOT_STREAM, WEIGHTS_STREAM = range(4)
@@ -120,11 +122,8 @@ class OnlinePairs:
 
     def _draw(self, count: int, *stream: int) -> Simulations:
         generator = seeded(self.device, self.seed, *stream)
-        phi = self.prior.sample(count, generator)
-        design = self.designs.sample(count, generator)
-        output = self.simulator.simulate(phi, design, generator)
-        drawn = Simulations(phi=phi, values=output.values, design=design, status=output.status)
-        good = (output.status == 0) & torch.isfinite(output.values).flatten(1).all(1)
+        drawn = simulate_batch(self.prior, self.designs, self.simulator, count, generator)
+        good = drawn.status == 0
         if bool(good.all()):
             return drawn
         failed = int((~good).sum())
@@ -283,16 +282,16 @@ def train(
     if checkpoint is not None and checkpoint.exists():
         state = load_checkpoint(checkpoint, network, optimizer, device)
     held_out = source.validation(settings.validation_size)
-    bar = tqdm(total=settings.steps, initial=state.step, desc="train", unit="step", disable=not progress, mininterval=1)
     saved_at = state.step
+    bar = Progress(settings.steps, "step", "train", done=state.step) if progress else None
     try:
-        with bar:
+        with bar or nullcontext():
             while state.step < settings.steps and state.worse < settings.patience:
                 _step(network, optimizer, source, settings, state)
-                bar.update()
+                if bar is not None:
+                    bar.update(1, best=state.best_loss)
                 if state.step % settings.validate_every == 0 or state.step == settings.steps:
                     row = _validate(network, held_out, settings, state)
-                    bar.set_postfix(loss=f"{row['validation_loss']:.3f}", best=f"{state.best_loss:.3f}")
                     if report is not None:
                         report(row)
                     if checkpoint is not None:
