@@ -27,9 +27,7 @@ def differences(run: Path) -> dict[str, dict[str, float]]:
     unknowns = {entry["name"]: entry["estimate"] for entry in json.loads((run / "fit.json").read_text())["unknowns"]}
     return {
         "fixed": {name: abs(unknowns[f"mean.{name}"] - value) / se for name, (value, se) in FIXED_EFFECTS.items()},
-        "omega": {
-            name: abs(math.exp(unknowns[f"log_sd.{name}"]) - value) / se for name, (value, se) in OMEGAS.items()
-        },
+        "omega": {name: abs(math.exp(unknowns[f"log_sd.{name}"]) - value) / se for name, (value, se) in OMEGAS.items()},
         "residual": {"sigma": abs(unknowns["mean.sigma"] - RESIDUAL[0]) / RESIDUAL[1]},
     }
 
