@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torchdiffeq import odeint
 
 RightHandSide = Callable[[Tensor, Tensor], Tensor]  # (time (*batch), state (*batch, X)) -> derivative (*batch, X)
 
@@ -42,7 +43,7 @@ def solve(
         state: initial state.
         start: when it holds.
         times: non-decreasing along the last dimension.
-        solver: :class:`RungeKutta4` or :class:`DormandPrince5`.
+        solver: :class:`RungeKutta4`, :class:`DormandPrince5` or :class:`TorchDiffEq`.
     """
     found = []
     now, suggested = start, torch.full_like(start, torch.nan)
@@ -150,6 +151,45 @@ class DormandPrince5:
         largest = torch.maximum(state.abs(), proposal.abs())
         scaled = error / (self.absolute_tolerance + self.relative_tolerance * largest)
         return scaled.square().mean(-1).sqrt().nan_to_num(nan=torch.inf)
+
+
+@dataclass(frozen=True)
+class TorchDiffEq:
+    """Any method of torchdiffeq (Chen 2018), for orders and implicit methods that the two above lack.
+
+    The whole batch shares one step size: the hardest individual sets the pace, and where one cannot be solved all
+    become NaN. Prefer :class:`DormandPrince5` unless its method is the wrong one.
+
+    Args:
+        method: as torchdiffeq names it: dopri8, dopri5, bosh3, adaptive_heun, implicit_adams, ...
+        relative_tolerance: local error allowed, relative to the state.
+        absolute_tolerance: local error allowed where the state is small, in the state's unit.
+    """
+
+    method: str = "dopri8"
+    relative_tolerance: float = 1e-5
+    absolute_tolerance: float = 1e-7
+
+    def __post_init__(self) -> None:
+        if not (self.relative_tolerance > 0 and self.absolute_tolerance > 0):
+            raise ValueError(f"Tolerances must be positive; got {self}.")
+        # torchdiffeq refuses a method that it does not know, with the list of those it does, only when it solves.
+        odeint(lambda _, state: -state, torch.ones(1), torch.tensor([0.0, 1.0]), method=self.method)
+
+    def advance(self, slope: RightHandSide, state: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        ends = torch.tensor([0.0, 1.0], dtype=step.dtype, device=step.device)
+        try:
+            solution: Tensor = odeint(
+                lambda place, moved: slope(place.expand(step.shape), moved),
+                state,
+                ends,
+                method=self.method,
+                rtol=self.relative_tolerance,
+                atol=self.absolute_tolerance,
+            )[-1]
+        except AssertionError:  # how torchdiffeq says that its step size fell to nothing
+            return torch.full_like(state, torch.nan), step
+        return solution, step
 
 
 def _growth(size: Tensor) -> Tensor:

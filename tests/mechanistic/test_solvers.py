@@ -10,7 +10,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from nlme_sbi.solvers import DormandPrince5, RungeKutta4, Solver, solve
+from nlme_sbi.solvers import DormandPrince5, RungeKutta4, Solver, TorchDiffEq, solve
 
 
 def _pendulum(time: Tensor, state: Tensor) -> Tensor:
@@ -105,7 +105,15 @@ def test_before_the_start_the_state_is_the_initial_one_and_the_start_is_differen
     assert slope.item() == pytest.approx(0.7 * math.exp(-1.4), rel=1e-8)
 
 
-@pytest.mark.parametrize(("solver", "tolerance"), [(RungeKutta4(64), 1e-7), (DormandPrince5(1e-10, 1e-12), 1e-7)])
+@pytest.mark.parametrize(
+    ("solver", "tolerance"),
+    [
+        (RungeKutta4(64), 1e-7),
+        (DormandPrince5(1e-10, 1e-12), 1e-7),
+        # torchdiffeq steps over the end and interpolates back, to a lower order than it solves.
+        (TorchDiffEq("dopri8", 1e-10, 1e-12), 1e-5),
+    ],
+)
 def test_gradients_agree_with_differences_of_a_closed_form(solver: Solver, tolerance: float) -> None:
     rate = torch.tensor([0.3, 1.1], dtype=torch.float64, requires_grad=True)
     begin = torch.tensor([[2.0], [1.0]], dtype=torch.float64, requires_grad=True)
@@ -159,3 +167,16 @@ def test_impossible_settings_are_refused(message: str, options: dict[str, float]
     kind = RungeKutta4 if "steps" in options else DormandPrince5
     with pytest.raises(ValueError, match=message):
         kind(**options)
+
+
+def test_torchdiffeq_methods_solve_the_same_problems_and_share_their_fate() -> None:
+    found = _solve_pendulum(TorchDiffEq("dopri8", 1e-9, 1e-11), TIMES, BEGIN)
+    assert float((found - EXACT).abs().max()) < 1e-6
+    begin = torch.tensor([[1.0], [0.1]], dtype=torch.float64)  # infinite at t = 1 and 10
+    times = torch.tensor([[0.5, 2.0]] * 2, dtype=torch.float64)
+    start = torch.zeros(2, dtype=torch.float64)
+    blown = solve(lambda _, state: state**2, begin, start=start, times=times, solver=TorchDiffEq("dopri5"))[..., 0]
+    assert torch.isnan(blown[:, 1]).all()
+    assert blown[0, 0].item() == pytest.approx(2, rel=1e-4)
+    with pytest.raises(ValueError, match="dopri99"):
+        TorchDiffEq("dopri99")
