@@ -18,7 +18,7 @@ from torch import Tensor
 from nlme_sbi.plots.canvas import BLACK, GREY, SERIES, TEXT_SIZE, canvas, legend_above, require_names
 from nlme_sbi.types import Prior
 
-Draws = Float[Tensor, "S D"]
+Draws = Float[Tensor, "_ D"]  # sets of draws to compare may have different sizes
 Columns = NDArray[np.float64]
 _CELLS = 80  # across a panel, for the contours
 

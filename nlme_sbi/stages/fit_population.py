@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm.auto import tqdm
 
+from nlme_sbi.conversion import convert
+from nlme_sbi.designs import Reader
 from nlme_sbi.devices import choose_device
-from nlme_sbi.instantiate import instantiate
 from nlme_sbi.io import describe
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.population.fit import fit_population as fit_population_model
 from nlme_sbi.population.result import PopulationFit
-from nlme_sbi.population.roles import FitProgress
+from nlme_sbi.population.roles import Estimator, FitProgress, PopulationSpecification
 from nlme_sbi.runs import (
     FinishedRun,
     RunDirectory,
@@ -30,12 +32,35 @@ from nlme_sbi.runs import (
     write_atomically,
 )
 from nlme_sbi.stages.fit_figures import save_figures
+from nlme_sbi.stages.parts import part
 from nlme_sbi.training import seeded
 from nlme_sbi.types import Observations
 
 log = logging.getLogger(__name__)
 
 DRAWS_STREAM, FIGURES_STREAM = range(10, 12)
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """The sections ``fit`` and ``figures``: starting points, wished Monte-Carlo error in SE, panels of fits."""
+
+    starts: int
+    accuracy: float
+    panels: int
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> FitSettings:
+        """Read and check; raises ``ValueError`` with the key."""
+        starts = convert(plain["fit"]["starts"], int, "fit.starts")
+        accuracy = convert(plain["fit"]["accuracy"], float, "fit.accuracy")
+        panels = convert(plain["figures"]["individuals"], int, "figures.individuals")
+        for key, value in (("fit.starts", starts), ("figures.individuals", panels)):
+            if value < 1:
+                raise ValueError(f"{key} must be at least 1; got {value}.")
+        if not accuracy > 0:
+            raise ValueError(f"fit.accuracy must be positive; got {accuracy:g}.")
+        return cls(starts, accuracy, panels)
 
 
 def fit_population(cfg: DictConfig) -> float:
@@ -55,12 +80,14 @@ def fit_population(cfg: DictConfig) -> float:
     trust = tuple(plain["trust"])
     device = choose_device(plain["device"])
     upstream = _upstream(plain)
-    observations = instantiate(plain["data"], trust=trust, where="data").read()
+    settings = FitSettings.of(plain)
+    observations: Observations = part(plain["data"], Reader, where="data", trust=trust).read()
     log.info("%s", describe(observations))
     posterior = AmortizedPosterior.load(upstream, device=str(device), trust=trust)
     posterior.check(observations)
-    population = instantiate(plain["population"], trust=trust, where="population").bind(posterior.parameters)
-    estimator = instantiate(plain["estimator"], trust=trust, where="estimator")
+    specification = part(plain["population"], PopulationSpecification, where="population", trust=trust)
+    population = specification.bind(posterior.parameters)
+    estimator = part(plain["estimator"], Estimator, where="estimator", trust=trust)
     run = open_run(
         stage="fit_population",
         experiment=plain["experiment"]["name"],
@@ -81,8 +108,8 @@ def fit_population(cfg: DictConfig) -> float:
                 population,
                 estimator=estimator,
                 generator=seeded(device, seed, DRAWS_STREAM),
-                starts=int(plain["fit"]["starts"]),
-                accuracy=float(plain["fit"]["accuracy"]),
+                starts=settings.starts,
+                accuracy=settings.accuracy,
                 progress=progress.report,
             )
         _save_tables(run, fit)
@@ -93,7 +120,7 @@ def fit_population(cfg: DictConfig) -> float:
             posterior,
             observations,
             generator=seeded(device, seed, FIGURES_STREAM),
-            individuals=int(plain["figures"]["individuals"]),
+            individuals=settings.panels,
         )
         run.finish(_results(fit))
     log.info("Results: %s (table.txt, parameters.csv, fit.json, individuals.csv, *.png)", run.path)
@@ -137,8 +164,8 @@ def _save_tables(run: RunDirectory, fit: PopulationFit) -> None:
     table = fit.table()
     texts = {
         "table.txt": str(table) + "\n",
-        "parameters.csv": table.to_frame().to_csv(),
-        "individuals.csv": fit.individuals_frame().to_csv(),
+        "parameters.csv": table.to_frame().to_csv(index=False),
+        "individuals.csv": fit.individuals_frame().to_csv(index=False),
     }
     for name, text in texts.items():
         write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]

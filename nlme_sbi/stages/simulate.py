@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from nlme_sbi.devices import choose_device
 from nlme_sbi.instantiate import instantiate
 from nlme_sbi.runs import RunDirectory, load_run, open_run, save_design, sha256_of_design
-from nlme_sbi.simulation import SimulationSettings, check_compatible, write_shards
+from nlme_sbi.simulation import SimulationSettings, write_shards
+from nlme_sbi.stages.parts import generative_parts
 from nlme_sbi.stored_simulations import SHARDS
 from nlme_sbi.types import Design, DesignSource, Prior, Simulator
 
@@ -55,27 +56,6 @@ def simulate(cfg: DictConfig) -> float:
         if pool is not None:
             save_design(run.path / "design", pool)
         return _simulate_into(run, settings, prior, designs, simulator, device=device)
-
-
-def generative_parts(config: Mapping[str, Any], trust: tuple[str, ...]) -> tuple[Prior, DesignSource, Simulator]:
-    """Prior, design source and simulator of a plain configuration, checked to belong together."""
-    prior, designs, simulator = (
-        instantiate(config[name], trust=trust, where=name) for name in ("prior", "design", "simulator")
-    )
-    roles = (("prior", prior, Prior), ("design", designs, DesignSource), ("simulator", simulator, Simulator))
-    for name, part, role in roles:
-        if not isinstance(part, role):
-            lacking = [member for member in sorted(_members(role)) if not hasattr(part, member)]
-            raise ValueError(
-                f"{name} is a {type(part).__name__}, which is no {role.__name__}: it lacks {', '.join(lacking)}."
-            )
-    check_compatible(prior, designs, simulator)
-    return prior, designs, simulator
-
-
-def _members(role: type) -> set[str]:
-    names = {*getattr(role, "__annotations__", {}), *vars(role)}
-    return {name for name in names if not name.startswith("_")}
 
 
 def _relevant(plain: Mapping[str, Any], settings: SimulationSettings, device: torch.device) -> dict[str, Any]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save as safetensors_bytes
+from torch import nn
 
 from nlme_sbi.devices import choose_device
 from nlme_sbi.instantiate import instantiate
@@ -31,7 +32,8 @@ from nlme_sbi.runs import (
     sha256_of_design,
     write_atomically,
 )
-from nlme_sbi.stages.simulate import GENERATIVE, generative_parts
+from nlme_sbi.stages.parts import generative_parts, part
+from nlme_sbi.stages.simulate import GENERATIVE
 from nlme_sbi.stored_simulations import StoredSimulations
 from nlme_sbi.training import (
     WEIGHTS_STREAM,
@@ -46,6 +48,13 @@ from nlme_sbi.training import (
 from nlme_sbi.types import Design, Prior, Simulator
 
 log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class NetworkSettings(Protocol):
+    """A choice in the config groups ``summary`` and ``flow``."""
+
+    build: Callable[..., nn.Module]
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +170,7 @@ def _parts(
     device: torch.device,
     trust: tuple[str, ...],
 ) -> _Parts:
-    summary, flow = (_buildable(config[name], trust, where=name) for name in ("summary", "flow"))
+    summary, flow = (part(config[name], NetworkSettings, where=name, trust=trust) for name in ("summary", "flow"))
     seed = int(config["seed"])
     if upstream is None:
         prior, designs, simulator = generative_parts(config, trust)
@@ -195,16 +204,6 @@ def _network(
     network.summary.fit_scaling(pilot)
     network.scaling.fit(parts.prior)
     return network, shape
-
-
-def _buildable(section: Mapping[str, Any], trust: tuple[str, ...], *, where: str) -> Any:
-    """What a section describes, refused where it is not something that builds a network."""
-    settings = instantiate(section, trust=trust, where=where)
-    if not callable(getattr(settings, "build", None)):
-        raise ValueError(
-            f"{where} is a {type(settings).__name__}, which builds no network; choose one of conf/{where}."
-        )
-    return settings
 
 
 def _train(

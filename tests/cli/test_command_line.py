@@ -16,7 +16,8 @@ from omegaconf import DictConfig
 
 from nlme_sbi import cli
 from nlme_sbi.runs import find_run, load_design, load_run
-from nlme_sbi.stages.simulate import generative_parts, simulate
+from nlme_sbi.stages.parts import generative_parts
+from nlme_sbi.stages.simulate import simulate
 from nlme_sbi.stored_simulations import StoredSimulations
 
 ROOT = Path(__file__).resolve().parents[2]

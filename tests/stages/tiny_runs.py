@@ -28,6 +28,7 @@ TRAINING = [
     "summary.width=8",
     "summary.layers=1",
 ]
+FIT = ["fit.starts=1", "estimator.draws=200", "estimator.max_draws=200", "figures.individuals=2"]
 EXPERIMENTS = {
     "mrna_two_rate": [],
     "theophylline": [f"data.path={THEOPHYLLINE}"],
@@ -40,7 +41,7 @@ def tiny(stage: str, experiment: str, root: Path, *overrides: str) -> DictConfig
     own = {
         "simulate": SIMULATION,
         "train_flow": [*TRAINING, *SUMMARIES[experiment]],
-        "fit_population": [],
+        "fit_population": FIT,
     }[stage]
     chosen = [f"experiment={experiment}", f"output_root={root}", "device=cpu", *own, *EXPERIMENTS[experiment]]
     return compose_config(stage, [*chosen, *overrides])

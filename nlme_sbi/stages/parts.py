@@ -1,0 +1,41 @@
+"""Parts of a run from their config sections, refused by name where they are of another kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nlme_sbi.instantiate import instantiate
+from nlme_sbi.simulation import check_compatible
+from nlme_sbi.types import DesignSource, Prior, Simulator
+
+
+def part(section: Any, role: type, *, where: str, trust: tuple[str, ...]) -> Any:
+    """What a config section describes, which must have the members of the Protocol ``role``.
+
+    Raises:
+        ValueError: for a section that cannot be built, or that builds something of another kind; the latter is often a
+            ``_target_`` of another group.
+    """
+    made = instantiate(section, trust=trust, where=where)
+    lacking = [name for name in sorted(_members(role)) if not hasattr(made, name)]
+    if lacking:
+        raise ValueError(
+            f"{where} is a {type(made).__name__}, which is no {role.__name__}: it lacks {', '.join(lacking)}."
+        )
+    return made
+
+
+def generative_parts(config: Mapping[str, Any], trust: tuple[str, ...]) -> tuple[Prior, DesignSource, Simulator]:
+    """Prior, design source and simulator of a plain configuration, checked to belong together."""
+    prior, designs, simulator = (
+        part(config[name], role, where=name, trust=trust)
+        for name, role in (("prior", Prior), ("design", DesignSource), ("simulator", Simulator))
+    )
+    check_compatible(prior, designs, simulator)
+    return prior, designs, simulator
+
+
+def _members(role: type) -> set[str]:
+    names = {*getattr(role, "__annotations__", {}), *vars(role)}
+    return {name for name in names if not name.startswith("_")}
