@@ -6,7 +6,7 @@ import math
 
 import torch
 from jaxtyping import Float
-from scipy.stats import chi2
+from scipy.stats import binom, chi2
 from torch import Tensor
 
 from nlme_sbi.population.roles import PopulationModel
@@ -14,6 +14,7 @@ from nlme_sbi.types import Design, Observations, PosteriorSamples, Prior
 
 _NAMED = 5  # individuals named in one sentence
 _FALSE_ALARMS = 0.01  # chance that anybody is named where posteriors are exact and Gaussian
+_TAIL = 0.025  # what lies in the tails: beyond 2.2 SD in one dimension
 _SAMPLED = 20_000  # individuals sampled from the population to see how many lie outside the prior
 _OUTSIDE = 1e-3  # share of the population outside the prior's support that is worth a warning
 
@@ -90,17 +91,27 @@ def low_effective_draws(effective: Float[Tensor, " I"], draws: int, ids: tuple[s
 
 
 def in_tails(distance: Float[Tensor, " I"], ids: tuple[str, ...], names: list[str]) -> tuple[str, ...]:
-    """A sentence on individuals for whom the constants lie outside where they have draws."""
-    limit = math.sqrt(chi2.isf(_FALSE_ALARMS / len(distance), len(names)))
-    far = torch.nonzero(distance > limit)[:, 0]
+    """A sentence on individuals in whose tails the constants lie: one far out, or more of them than chance allows.
+
+    A sampler's density is least reliable in its tails, and every individual's enters the common value as a factor.
+    """
+    alone = math.sqrt(chi2.isf(_FALSE_ALARMS / len(distance), len(names)))
+    crowd = math.sqrt(chi2.isf(_TAIL, len(names)))
+    expected = _TAIL * len(distance)
+    beyond = distance > crowd
+    crowded = int(beyond.sum()) > binom.isf(_FALSE_ALARMS, len(distance), _TAIL)
+    far = torch.nonzero(beyond if crowded else distance > alone)[:, 0]
     if len(far) == 0:
         return ()
     far = far[torch.argsort(distance[far], descending=True)]
     worst = ", ".join(f"{ids[int(place)]} ({float(distance[place]):.1f} SD)" for place in far[:_NAMED])
+    limit = f"{crowd if crowded else alone:.1f} SD"
+    share = f", where {expected:.1f} were to be expected" if crowded else ""
     return (
-        f"The common value of {', '.join(names)} lies more than {limit:.1f} SD from the draws of {len(far)} of "
-        f"{len(distance)} individuals; the farthest: {worst}. Their density there is extrapolated. Let the parameter "
-        "vary, or look at these individuals.",
+        f"The common value of {', '.join(names)} lies more than {limit} from the draws of {len(far)} of "
+        f"{len(distance)} individuals{share}; the farthest: {worst}. There the density of the draws is extrapolated or "
+        "rests on the sampler's tails, which pull the common value: train longer, compare with a fit in which the "
+        "parameter varies, or look at these individuals.",
     )
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+Criterion = Literal["aic", "bic", "fixed"]
 
 FLOOR = 1e-6  # added to the variance of every component, relative to that of the draws
 _ITERATIONS = 80
@@ -20,7 +23,7 @@ _REFINING = 15  # steps when mixtures are only adapted to other draws
 _TOLERANCE = 1e-4  # in log likelihood per draw and step
 _CHECK = 5  # steps between two looks at who has converged
 _PATIENCE = 10  # looks' worth of the present gain that a mixture is credited with before it is given up
-_SEARCHED = 500  # draws that the number of components is chosen from
+_SEARCHED = 1000  # draws that the number of components is chosen from
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +79,7 @@ def log_densities(
 
 
 def fit_standardised(
-    draws: Float[Tensor, "I F S"], size: int, *, largest: int, fixed: bool, start: Components | None
+    draws: Float[Tensor, "I F S"], size: int, *, largest: int, criterion: Criterion, start: Components | None
 ) -> Components:
     """Mixtures for standardised draws, given as :func:`features`; see :func:`nlme_sbi.population.mixture.fit_mixtures`.
 
@@ -84,14 +87,14 @@ def fit_standardised(
         draws: features of the draws.
         size: ``D``.
         largest: the largest number of components.
-        fixed: whether everybody gets that number; otherwise the Bayesian information criterion decides.
+        criterion: what decides on their number.
         start: mixtures to adapt without changing their number of components.
     """
     if start is not None:
-        return _maximise(draws, start, size, iterations=_REFINING)[0]
+        return _by_count(draws, start, size)
     stride = max(1, draws.shape[2] // _SEARCHED)
     searched = draws[:, :, ::stride].contiguous()
-    found = _search(searched, size, largest=largest, penalties=None if fixed else (draws.shape[2], stride))
+    found = _search(searched, size, largest=largest, price=_price(criterion, draws.shape[2], stride))
     if stride == 1:
         return found
     return _by_count(draws, found, size)
@@ -110,23 +113,29 @@ def _by_count(draws: Tensor, found: Components, size: int) -> Components:
     return found
 
 
-def _search(draws: Tensor, size: int, *, largest: int, penalties: tuple[int, int] | None) -> Components:
-    """Add components while the criterion improves; ``penalties`` holds the number of draws that the choice is made for
-    and how many of them each of the given ones stands for, or is None where everybody gets ``largest``."""
+def _price(criterion: Criterion, draws: int, stands_for: int) -> float:
+    """Log likelihood on the searched draws that a parameter must bring, where each of them stands for several.
+
+    What is fitted noise does not grow with the draws that a draw stands for: in a regular model half a nat for each
+    parameter, but a new component may choose its place and finds more.
+    """
+    if criterion == "fixed":
+        return -math.inf
+    return 1.0 if criterion == "aic" else 1 + (0.5 * math.log(draws) - 1) / stands_for
+
+
+def _search(draws: Tensor, size: int, *, largest: int, price: float) -> Components:
+    """Add components while each of their parameters brings ``price`` in log likelihood."""
     one = _single(draws, size)
     best, reached = one, _log_likelihood(draws, one)
     active = torch.arange(len(draws), device=draws.device)
     more = 1 + size + size * (size + 1) // 2  # parameters that a component adds
     for count in range(2, largest + 1):
         mine, before = draws[active], reached[active]
-        needed = before - math.inf
-        if penalties is not None:
-            # Half a nat for each parameter is fitted noise, which does not grow with the draws that a draw stands for.
-            total, stands_for = penalties
-            needed = before + 0.5 * more * (1 + (math.log(total) - 1) / stands_for)
+        needed = before + more * price
         begun = _split(mine, Components(*(part[active] for part in _parts(best))), size)
         found, log_likelihood = _maximise(mine, begun, size, iterations=_ITERATIONS, needed=needed)
-        fed = (found.log_weights.exp() * draws.shape[2]).amin(1) >= 2 * (size + 1)
+        fed = (found.log_weights.exp() * draws.shape[2]).amin(1) >= 3 * (size + 1)
         better = fed & (log_likelihood > needed)
         best = best.padded(count)
         active, chosen = active[better], found[better]
@@ -165,7 +174,12 @@ def _log_likelihood(draws: Tensor, components: Components) -> Float[Tensor, " I"
 
 
 def _moments(sums: Float[Tensor, "I K F"], size: int, draws: int) -> Components:
-    """Weights, means and covariances from summed features."""
+    """Weights, means and covariances from summed features.
+
+    Every covariance is drawn towards the average one of the individual's components with the weight of D + 2 draws
+    (Fraley and Raftery 2007, J. Classif. 24:155): without that, a component of few draws collapses onto them, and its
+    density is a needle that other draws would put elsewhere.
+    """
     count = sums[..., 0].clamp_min(1e-12)
     means = sums[..., 1 : 1 + size] / count[..., None]
     rows, columns = torch.triu_indices(size, size, device=sums.device)
@@ -173,6 +187,9 @@ def _moments(sums: Float[Tensor, "I K F"], size: int, draws: int) -> Components:
     second[..., rows, columns] = sums[..., 1 + size :]
     second[..., columns, rows] = sums[..., 1 + size :]
     covariances = second / count[..., None, None] - means[..., None] * means[..., None, :]
+    pooled = (count[..., None, None] * covariances).sum(1, keepdim=True) / count.sum(1)[:, None, None, None]
+    share = ((size + 2) / (count + size + 2))[..., None, None]
+    covariances = covariances + share * (pooled - covariances)
     covariances = covariances + FLOOR * torch.eye(size, dtype=sums.dtype, device=sums.device)
     return Components((count / draws).log(), means, covariances)
 

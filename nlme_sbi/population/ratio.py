@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population import checks
+from nlme_sbi.population.expectation import Criterion
 from nlme_sbi.population.mixture import ConditionalDensity, GaussianMixtures, fit_mixtures
 from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions
@@ -46,6 +47,7 @@ class PriorRatio:
         draws: posterior draws for each individual to begin with.
         max_draws: how far they are doubled while the Monte-Carlo error is too large.
         components: the largest number of mixture components for the density of constant parameters.
+        criterion: how many there are for an individual; see :func:`nlme_sbi.population.mixture.fit_mixtures`.
         memory: GiB that draws and what is stored beside them may take; float32 storage is chosen above half of it, and
             no more draws are made beyond it.
         max_outside: largest share of an individual's draws that may lie where the prior has no density (a flow leaks
@@ -56,6 +58,7 @@ class PriorRatio:
     draws: int = 2000
     max_draws: int = 16000
     components: int = 6
+    criterion: Criterion = "aic"
     memory: float | int = 4.0
     max_outside: float | int = 0.0
     chunk: int | None = None
@@ -68,6 +71,8 @@ class PriorRatio:
             raise ValueError(f"estimator: needs 2 <= draws <= max_draws; got {self.draws} and {self.max_draws}.")
         if self.components < 1 or self.memory <= 0 or not 0 <= self.max_outside < 1:
             raise ValueError("estimator: needs components >= 1, memory > 0 and 0 <= max_outside < 1.")
+        if self.criterion not in ("aic", "bic", "fixed"):
+            raise ValueError(f'estimator.criterion: "{self.criterion}" is not one of aic, bic, fixed.')
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"estimator.chunk is a number of draws, at least 1; got {self.chunk}.")
 
@@ -123,7 +128,7 @@ class PriorRatio:
     ) -> RatioDraws:
         checks.require_matching(samples, observations, population)
         phi = checks.inside_prior(samples, observations.ids, generator, max_outside=self.max_outside)
-        mixtures = fit_mixtures(phi, self.components) if population.constant else None
+        mixtures = fit_mixtures(phi, self.components, criterion=self.criterion) if population.constant else None
         chunk = self.chunk or _CHUNK.get(phi.device.type, _CHUNK["cuda"])
         numbers = (
             phi.shape[0] * phi.shape[1] * (len(population.varying) + 1 + _conditional_numbers(mixtures, population))
@@ -252,7 +257,13 @@ class RatioDraws:
             constant = list(self.population.constant)
             values = self.population.constants(theta, self.design)
             distances = self.mixtures.marginal(constant).distance(values)
-            found += checks.in_tails(distances, ids, [self.population.parameters.names[place] for place in constant])
+            names = [self.population.parameters.names[place] for place in constant]
+            found += checks.in_tails(distances, ids, names)
+            found += (
+                f"{', '.join(names)}: a value common to all is where {len(ids)} densities of the sampler, multiplied, "
+                "peak. A network's errors in its tails add up there and are in no standard error: compare with a fit "
+                "in which the parameter varies.",
+            )
         return found
 
 

@@ -45,7 +45,7 @@ def test_every_vector_is_a_correlation_matrix_and_comes_back(values: list[float]
 
 
 def test_a_singular_correlation_is_refused_in_words() -> None:
-    with pytest.raises(ValueError, match="singular.*covariance=diagonal"):
+    with pytest.raises(ValueError, match=r"singular.*covariance=diagonal"):
         partial_from_correlation(torch.ones((2, 2), dtype=torch.float64))
 
 
@@ -106,7 +106,8 @@ def test_m_step_is_where_the_expected_likelihood_is_flat(specification: Gaussian
     theta = random_theta(model, 5)
     # Statistics of two blocks add up to those of all.
     parts = [model.statistics(weights[rows], phi[rows], theta, design(10)) for rows in (slice(10), slice(10, 20))]
-    assert parts[0] is not None and parts[1] is not None
+    assert parts[0] is not None
+    assert parts[1] is not None
     found = model.m_step(parts[0] + parts[1], theta).requires_grad_(True)
     (weights * model.log_prob(phi, found, design(20))).sum().backward()
     touched = model.unknowns.free
