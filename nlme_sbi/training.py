@@ -18,10 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.networks.posterior import PosteriorNetwork
+from nlme_sbi.devices import choose_device
+from nlme_sbi.networks.flows import AffineCouplingFlow
+from nlme_sbi.networks.posterior import AmortizedPosterior, PosteriorNetwork, initial_network
+from nlme_sbi.networks.summaries import SummarySettings
 from nlme_sbi.progress import Progress
 from nlme_sbi.runs import write_atomically
-from nlme_sbi.simulation import simulate_batch
+from nlme_sbi.simulation import check_compatible, simulate_batch
 from nlme_sbi.types import DesignSource, Prior, Simulations, Simulator
 
 TRAINING_STREAM, VALIDATION_STREAM, PILOT_STREAM, WEIGHTS_STREAM = range(4)
@@ -82,6 +85,11 @@ def seeded(device: torch.device | str, *entropy: int) -> torch.Generator:
     """A generator that depends on all of ``entropy``: the run's seed, the purpose, the step."""
     state = np.random.SeedSequence(entropy).generate_state(1, dtype=np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) >> 1)
+
+
+def weights_seed(seed: int) -> int:
+    """The seed of a network's first weights, which depends on the run's."""
+    return seeded("cpu", seed, WEIGHTS_STREAM).initial_seed()
 
 
 @runtime_checkable
@@ -305,6 +313,54 @@ def train(
     network.eval()
     stopped_early = state.step < settings.steps
     return TrainingResult(state.history, state.best_loss, state.best_step, state.step, stopped_early)
+
+
+def train_posterior(
+    simulator: Simulator,
+    prior: Prior,
+    designs: DesignSource,
+    *,
+    summary: SummarySettings,
+    flow: AffineCouplingFlow | None = None,
+    settings: TrainingSettings | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+) -> tuple[AmortizedPosterior, TrainingResult]:
+    """Train on fresh simulations, for notebooks: no configuration, nothing on disk.
+
+    The network is the one that ``train_flow.py simulations=online`` makes of the same choices and seed.
+
+    Args:
+        simulator: makes the data.
+        prior: of the individual parameters, named as the simulator's.
+        designs: times, doses and covariates of simulated individuals.
+        summary: ``GridSummary()`` where all are measured at the same times, else ``PooledSummary()``.
+        flow: ``AffineCouplingFlow()`` when left out.
+        settings: ``TrainingSettings()`` when left out.
+        seed: of everything that is random.
+        device: auto, cpu, cuda or cuda:N.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: for parts that do not belong together.
+        TrainingError: for a loss that is not finite, or too many failed simulations.
+    """
+    check_compatible(prior, designs, simulator)
+    chosen = settings or TrainingSettings()
+    source = OnlinePairs(
+        prior, designs, simulator, chosen.batch_size, seed, choose_device(device), max_failed=chosen.max_failed
+    )
+    network, _ = initial_network(
+        source.pilot(chosen.pilot_size),
+        simulator,
+        prior,
+        summary=summary,
+        flow=flow or AffineCouplingFlow(),
+        seed=weights_seed(seed),
+    )
+    result = train(network, source, chosen, progress=progress)
+    return AmortizedPosterior(network, simulator, prior, designs), result
 
 
 def _step(

@@ -19,7 +19,7 @@ from nlme_sbi.networks.summaries import DataShape, GridNetwork, PooledNetwork, S
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run
 from nlme_sbi.standardize import ParameterScaling
-from nlme_sbi.types import Design, DesignSource, Observations, PosteriorSamples, Prior, Simulator
+from nlme_sbi.types import Design, DesignSource, Observations, PosteriorSamples, Prior, Simulations, Simulator
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -88,6 +88,36 @@ def build_network(
     """A network with random weights (from torch's global generator) and scalings that are not fitted yet."""
     summary_network = summary.build(shape)
     return PosteriorNetwork(summary_network, flow.build(dimension, summary_network.width), dimension)
+
+
+def initial_network(
+    pilot: Simulations,
+    simulator: Simulator,
+    prior: Prior,
+    *,
+    summary: SummarySettings,
+    flow: AffineCouplingFlow,
+    seed: int,
+) -> tuple[PosteriorNetwork, DataShape]:
+    """A network ready to be trained: random weights, scalings from pilot simulations, on their device.
+
+    Args:
+        pilot: simulations that show shape and spread of the data.
+        simulator: that made them.
+        prior: that their parameters were drawn from.
+        summary: which summary network.
+        flow: which flow.
+        seed: of the weights; torch's global generator stays as it was.
+    """
+    shape = DataShape.of(pilot, simulator)
+    # torch's layers draw their weights from the global generator: fork it, so that nothing else sees the seed.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_network(shape, summary, flow, dimension=pilot.phi.shape[1])
+    network.to(pilot.phi.device)
+    network.summary.fit_scaling(pilot)
+    network.scaling.fit(prior)
+    return network, shape
 
 
 @dataclass(frozen=True, eq=False)

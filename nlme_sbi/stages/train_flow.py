@@ -18,7 +18,7 @@ from torch import nn
 from nlme_sbi.devices import choose_device
 from nlme_sbi.instantiate import instantiate
 from nlme_sbi.networks.flows import AffineCouplingFlow
-from nlme_sbi.networks.posterior import PosteriorNetwork, build_network
+from nlme_sbi.networks.posterior import PosteriorNetwork, initial_network
 from nlme_sbi.networks.summaries import DataShape, SummarySettings
 from nlme_sbi.plots.loss import plot_history
 from nlme_sbi.runs import (
@@ -36,14 +36,13 @@ from nlme_sbi.stages.parts import generative_parts, part
 from nlme_sbi.stages.simulate import GENERATIVE
 from nlme_sbi.stored_simulations import StoredSimulations
 from nlme_sbi.training import (
-    WEIGHTS_STREAM,
     OnlinePairs,
     PairSource,
     StoredPairs,
     TrainingResult,
     TrainingSettings,
-    seeded,
     train,
+    weights_seed,
 )
 from nlme_sbi.types import Design, Prior, Simulator
 
@@ -105,7 +104,7 @@ def train_flow(cfg: DictConfig) -> float:
             return float(load_run(run.path, stage="train_flow").results["validation_loss"])
         if parts.pool is not None:
             save_design(run.path / "design", parts.pool)
-        network, shape = _network(parts, settings, seed=int(config["seed"]), device=device)
+        network, shape = _network(parts, settings, seed=int(config["seed"]))
         result = _train(network, parts.source, settings, run)
         _save(run, network, shape, result)
         results = {
@@ -191,19 +190,15 @@ def _parts(
     return _Parts(stored, simulator, prior, pool, summary, flow)
 
 
-def _network(
-    parts: _Parts, settings: TrainingSettings, *, seed: int, device: torch.device
-) -> tuple[PosteriorNetwork, DataShape]:
-    pilot = parts.source.pilot(settings.pilot_size)
-    shape = DataShape.of(pilot, parts.simulator)
-    # Weights are drawn from the global generator by torch's layers: fork it, so that nothing else sees the seed.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeded("cpu", seed, WEIGHTS_STREAM).initial_seed())
-        network = build_network(shape, parts.summary, parts.flow, dimension=pilot.phi.shape[1])
-    network.to(device)
-    network.summary.fit_scaling(pilot)
-    network.scaling.fit(parts.prior)
-    return network, shape
+def _network(parts: _Parts, settings: TrainingSettings, *, seed: int) -> tuple[PosteriorNetwork, DataShape]:
+    return initial_network(
+        parts.source.pilot(settings.pilot_size),
+        parts.simulator,
+        parts.prior,
+        summary=parts.summary,
+        flow=parts.flow,
+        seed=weights_seed(seed),
+    )
 
 
 def _train(

@@ -16,10 +16,14 @@ from safetensors.torch import load_file, save_file
 
 import nlme_sbi.stages.train_flow as stage
 import nlme_sbi.training
+from nlme_sbi.instantiate import instantiate
 from nlme_sbi.networks.posterior import AmortizedPosterior, PosteriorNetwork
+from nlme_sbi.priors import GaussianPrior
 from nlme_sbi.runs import FinishedRun, load_run
+from nlme_sbi.stages.parts import generative_parts
 from nlme_sbi.stages.simulate import simulate
 from nlme_sbi.stages.train_flow import train_flow
+from nlme_sbi.training import train_posterior
 from nlme_sbi.types import Observations
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -151,6 +155,22 @@ def test_an_interrupted_training_resumed_by_the_same_command_ends_with_the_same_
     assert done == list(range(14)) + list(range(13, 20))
     assert resumed.path == path
     assert bytes_of(resumed) == bytes_of(undisturbed)
+
+
+def test_training_from_python_gives_the_network_of_the_command(tmp_path: Path) -> None:
+    run = trained(tmp_path, "mrna_two_rate", online=True)
+    prior, designs, simulator = generative_parts(run.config, ())
+    summary, flow, settings = (instantiate(run.config[name], where=name) for name in ("summary", "flow", "training"))
+    posterior, result = train_posterior(
+        simulator, prior, designs, summary=summary, flow=flow, settings=settings, device="cpu", progress=False
+    )
+    assert result.best_loss == run.results["validation_loss"]
+    weights = load_file(run.path / "weights.safetensors")
+    found = posterior.network.state_dict()
+    assert set(found) == set(weights)
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    with pytest.raises(ValueError, match="the prior that belongs to the simulator"):
+        train_posterior(simulator, GaussianPrior({"ka": {"mean": 0.0, "sd": 1.0}}), designs, summary=summary)
 
 
 def test_training_online_on_the_designs_of_changed_data_is_another_run(tmp_path: Path) -> None:
