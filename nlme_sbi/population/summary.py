@@ -88,7 +88,7 @@ def _propagated(function: object, theta: Tensor, covariance: Tensor, free: Tenso
     if not callable(function):
         raise TypeError("A reader of the population model is a function of theta.")
     slopes = torch.func.jacfwd(function)(theta)[..., free]
-    untouched = (slopes == 0).all(-1)
+    untouched = (slopes.abs() < 1e-12).all(-1)  # of quantities of order 1: what rounding leaves
     se = torch.einsum("...p,pq,...q->...", slopes, covariance, slopes).clamp_min(0).sqrt()
     return function(theta).detach(), torch.where(untouched, 0.0, se).detach(), untouched
 

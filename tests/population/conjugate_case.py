@@ -114,7 +114,7 @@ class ConjugateCase:
             leaf = torch.tensor(point, requires_grad=True)
             value = negative(leaf)
             value.backward()
-            return float(value), leaf.grad.numpy()
+            return float(value.detach()), leaf.grad.numpy()
 
         found = minimize(with_gradient, start[free].numpy(), jac=True, method="BFGS", options={"gtol": 1e-6})
         best = torch.tensor(found.x)
