@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.result import PopulationFit, Restart
 from nlme_sbi.population.roles import (
     Estimator,
+    FollowingEstimator,
     FitProgress,
     PopulationModel,
     PopulationSpecification,
@@ -29,12 +30,13 @@ from nlme_sbi.population.starts import starting_points
 from nlme_sbi.population.uncertainty import MonteCarloError, covariance_from, monte_carlo_error
 from nlme_sbi.population.verdicts import compared, described, doubted
 from nlme_sbi.population.weighting import contributions, rough_information
-from nlme_sbi.types import Observations, Posterior
+from nlme_sbi.types import Observations, Posterior, PosteriorSamples
 
 logger = logging.getLogger(__name__)
 
 _EXPLORED_INDIVIDUALS = 1000  # starts are compared on so many individuals
 _EXPLORED_DRAWS = 500  # with so many draws
+_ROUNDS = 10  # of draws that follow the optimum
 _CONVERGED = 0.01  # largest Newton step that may be left, in standard errors
 _SINGULAR = 0.999  # correlation above which a covariance counts as singular
 
@@ -109,7 +111,10 @@ def fit_population(
     with torch.no_grad():
         state: WeightedDraws = chosen.prepare(posterior_or_samples, observations, model, generator)
     explored = _explore(state, observations.ids, generator, starts=starts, say=say)
-    optimum = _optimise(state, explored.best.theta, explored.information, say)
+    state, theta, information = _followed(
+        chosen, state, explored, (posterior_or_samples, observations, generator), say=say
+    )
+    optimum = _optimise(state, theta, information, say)
     shortage = ""
     while not max(optimum.worst(model.unknowns.free)) < accuracy:
         if optimum.covariance is None:
@@ -134,6 +139,48 @@ def fit_population(
     for warning in said:
         logger.warning(warning)
     return _result(state, optimum, explored.restarts, chosen=chosen, ids=observations.ids, said=said)
+
+
+def _followed(
+    chosen: Estimator,
+    state: WeightedDraws,
+    explored: _Explored,
+    inputs: tuple[Source, Observations, torch.Generator],
+    *,
+    say: Report,
+) -> tuple[WeightedDraws, Tensor, Tensor]:
+    """For estimators whose draws are made for one theta: draws, optimum on them, draws there, until it stands still.
+
+    On a random part of many individuals first: most of the way does not need them all.
+    """
+    source, observations, generator = inputs
+    theta, information = explored.best.theta, explored.information
+    if not isinstance(chosen, FollowingEstimator):
+        return state, theta, information
+    individuals = len(observations)
+    stages = [(torch.arange(individuals), 0.25)]
+    if individuals > 2 * _EXPLORED_INDIVIDUALS:
+        shuffled = torch.randperm(individuals, generator=generator, device=generator.device)
+        stages.insert(0, (shuffled[:_EXPLORED_INDIVIDUALS].sort().values.cpu(), 0.5))
+    for rows, near in stages:
+        some = observations if len(rows) == individuals else observations[rows]
+        given = source
+        if isinstance(source, PosteriorSamples) and len(rows) < individuals:
+            given = replace(source, phi=source.phi[rows], log_q=source.log_q[rows])
+        for done in range(_ROUNDS):
+            with torch.no_grad():
+                state = chosen.follow(given, some, theta, state, generator)
+            information = rough_information(state, theta)
+            summit = climb(state, theta, information, tolerance=0.02)
+            se = torch.linalg.inv(information).diagonal().sqrt()
+            moved = float(((summit.theta - theta)[state.population.unknowns.free].abs() / se).max())
+            theta = summit.theta
+            say(FitProgress(f"rounds on {len(rows)} individuals", done + 1, 0, summit.objective))
+            if moved < near:
+                break
+    with torch.no_grad():  # draws made for the optimum itself
+        state = chosen.follow(source, observations, theta, state, generator)
+    return state, theta, rough_information(state, theta)
 
 
 def _bound(

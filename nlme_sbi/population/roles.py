@@ -197,6 +197,24 @@ class Estimator(Protocol):
         """Better draws because those at hand were too few at ``theta``; or the reason why there are none."""
 
 
+@runtime_checkable
+class FollowingEstimator(Estimator, Protocol):
+    """An estimator whose draws are made for one theta and made anew where the optimum went.
+
+    What :meth:`Estimator.prepare` returns then only serves to compare starts, on as many individuals as it likes.
+    """
+
+    def follow(
+        self,
+        source: Source,
+        observations: Observations,
+        theta: Tensor,
+        previous: WeightedDraws,
+        generator: torch.Generator,
+    ) -> WeightedDraws:
+        """Draws of all individuals made for ``theta``; ``previous`` is what the fit had before."""
+
+
 @dataclass(frozen=True)
 class FitProgress:
     """How far a fit is: ``done`` of ``total`` steps of a named stage (total 0: not known), and its objective."""

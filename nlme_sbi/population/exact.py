@@ -1,0 +1,413 @@
+r"""The exact estimator: the population likelihood itself, for simulators whose likelihood can be evaluated.
+
+.. math:: \log p(y_i \mid \theta) = \log \int p(y_i \mid v, s_\theta)\, p(v \mid \theta)\, dv
+
+with the varying parameters v integrated by importance sampling from a heavy-tailed mixture of each individual's own
+(:mod:`nlme_sbi.population.proposals`), and the constant parameters s as arguments of the likelihood: they are never
+sampled. The network only tells where to begin.
+
+Between two sets of draws the likelihood's dependence on s is the second-order expansion of each draw's own
+log-likelihood about the values that the draws were made for. Draws are made anew at the optimum until that no longer
+moves, so that the expansion point *is* the estimate, where values, gradients and curvatures are exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.population.joint import JointDensity, chosen_rows, interleaved
+from nlme_sbi.population.proposals import Mixtures, Pieces, along_profiles, mixtures, modes
+from nlme_sbi.population.ratio import PriorRatio
+from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
+from nlme_sbi.population.weighting import contributions
+from nlme_sbi.threads import over_blocks
+from nlme_sbi.types import Design, Observations, PosteriorSamples, Prior, TractableSimulator
+
+_EXPLORED = 500  # individuals whose flow draws tell where the population is
+_FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from
+_CLIMBERS = 3  # starts of Newton's method for each individual, before symmetries
+_BLOCK = 4096  # draws in a block of the objective
+_STEP = 1e-4  # of finite differences in constants
+_TRUST = 0.5  # how far a constant may move on one set of draws, on the unconstrained scale
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Settings of the exact estimator.
+
+    Args:
+        draws: of each individual's mixture to begin with.
+        max_draws: how far they are doubled while the Monte-Carlo error is too large.
+        exploring: draws of the network with which the fit's starts are compared, by the prior ratio.
+        simulator: whose likelihood it is; taken from the posterior when left out.
+    """
+
+    draws: int = 128
+    max_draws: int = 4096
+    exploring: int = 300
+    simulator: TractableSimulator | None = None
+
+    name = "exact"
+    absolute = True
+
+    def __post_init__(self) -> None:
+        if self.draws < 16 or self.max_draws < self.draws or self.exploring < 20:
+            raise ValueError(
+                f"estimator: needs 16 <= draws <= max_draws and exploring >= 20; got {self.draws}, {self.max_draws} "
+                f"and {self.exploring}."
+            )
+
+    def prepare(
+        self, source: Source, observations: Observations, population: PopulationModel, generator: torch.Generator
+    ) -> WeightedDraws:
+        """The network's draws of some individuals, on which starts are compared by the prior ratio.
+
+        Raises:
+            ValueError: where the simulator has no likelihood.
+        """
+        self._tractable(source)
+        chosen = torch.arange(len(observations))
+        if len(observations) > _EXPLORED:
+            chosen = torch.randperm(len(observations), generator=generator, device=generator.device)[:_EXPLORED]
+            chosen = chosen.sort().values.cpu()
+        if isinstance(source, PosteriorSamples):
+            source = _rows_of(source, chosen)
+        ratio = PriorRatio(draws=self.exploring, max_draws=self.exploring, components=4)
+        return ratio.prepare(source, observations[chosen], population, generator)
+
+    def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
+        """Estimated ``log p(y_i | theta)`` of every individual."""
+        return contributions(state, theta)
+
+    def follow(
+        self,
+        source: Source,
+        observations: Observations,
+        theta: Float[Tensor, " P"],
+        previous: WeightedDraws,
+        generator: torch.Generator,
+    ) -> ExactDraws:
+        """Draws made for ``theta``: modes, mixtures, draws with their likelihoods expanded in the constants."""
+        simulator = self._tractable(source)
+        exact = _in_double(observations, theta.device)
+        joint = JointDensity(simulator, previous.population, exact, theta.detach())
+        known = previous.modes if isinstance(previous, ExactDraws) and previous.individuals == len(exact) else None
+        if known is None:
+            rows, starts = _first_climbers(joint, _network_draws(source, observations, generator).to(theta))
+        else:
+            rows, starts = known.rows, known.means
+        rows, starts = _with_images(simulator, previous.population, rows, starts)
+        laplace, at = modes(joint, rows, starts)
+        _require_everybody(laplace.rows, observations)
+        mixed = mixtures(along_profiles(joint, laplace, at), len(exact), self._draws_of(previous))
+        return _drawn(joint, laplace, mixed, self._training(source), generator)
+
+    def improve(
+        self,
+        state: WeightedDraws,
+        theta: Float[Tensor, " P"],
+        observations: Observations,  # noqa: ARG002 - the draws carry theirs
+        generator: torch.Generator,
+    ) -> WeightedDraws | str:
+        """Twice as many draws, or why there are none."""
+        if not isinstance(state, ExactDraws):
+            raise TypeError(f"exact made no such draws: {type(state).__name__}.")
+        if 2 * state.draws > self.max_draws:
+            return f"max_draws={self.max_draws} is reached"
+        joint = replace(state.joint, theta=theta.detach())
+        mixed = replace(state.mixed, counts=2 * state.mixed.counts)
+        return _drawn(joint, state.modes, mixed, state.training, generator)
+
+    def _draws_of(self, previous: WeightedDraws) -> int:
+        return previous.draws if isinstance(previous, ExactDraws) else self.draws
+
+    def _tractable(self, source: Source) -> TractableSimulator:
+        simulator = self.simulator or getattr(source, "simulator", None)
+        if simulator is None:
+            raise ValueError("estimator exact: draws do not tell the simulator; pass Exact(simulator=...).")
+        if not isinstance(simulator, TractableSimulator):
+            raise ValueError(
+                f"estimator exact needs a likelihood, and {type(simulator).__name__} has none (it lacks predict or "
+                "log_likelihood). Use estimator=prior_ratio."
+            )
+        return simulator
+
+    def _training(self, source: Source) -> Prior:
+        return source.prior
+
+
+@dataclass(frozen=True, eq=False)
+class ExactBlock:
+    """Some individuals' draws: ``phi (i, S, V)``, ``log_ratio (i, S)`` = log-likelihood minus proposal density, and
+    the likelihood's first two derivatives in the constants (empty where there are none)."""
+
+    population: PopulationModel
+    rows: Tensor
+    design: Design
+    phi: Float[Tensor, "I S V"]
+    log_ratio: Float[Tensor, "I S"]
+    slopes: Float[Tensor, "I S W"]
+    curvatures: Float[Tensor, "I S W W"]
+    constants: Float[Tensor, "I W"]
+
+    def varying(self) -> Float[Tensor, "I S V"]:
+        """Draws of the varying parameters."""
+        return self.phi
+
+    def log_weights(self, theta: Float[Tensor, " P"]) -> Float[Tensor, "I S"]:
+        """``log p(y | v, s_theta) + log p(v | theta) - log q(v)``."""
+        found = self.log_ratio + self.population.log_prob(self.phi, theta, self.design)
+        if self.constants.shape[1] == 0:
+            return found
+        change = self.population.constants(theta, self.design) - self.constants
+        found = found + (self.slopes @ change[..., None])[..., 0]
+        found = found + 0.5 * torch.einsum("iw,iswu,iu->is", change, self.curvatures, change)
+        # Beyond the reach of an expansion nothing is claimed; draws made there will tell.
+        excess = (change.abs() - _TRUST).clamp_min(0).square().sum(1, keepdim=True)
+        return found - 1e4 * excess
+
+
+@dataclass(frozen=True, eq=False)
+class ExactDraws:
+    """Draws of every individual from its own mixture, made for ``joint.theta``."""
+
+    joint: JointDensity
+    modes: Pieces
+    mixed: Mixtures
+    training: Prior
+    blocks: tuple[ExactBlock, ...]
+    individuals: int
+    draws: int
+
+    fitted = False
+
+    @property
+    def population(self) -> PopulationModel:
+        """The model that the weights belong to."""
+        return self.joint.population
+
+    @property
+    def made_for(self) -> Float[Tensor, " P"]:
+        """Theta that the draws were made for."""
+        return self.joint.theta
+
+    def part(self, individuals: Tensor, draws: slice) -> ExactDraws:
+        """Some individuals with some of their draws."""
+        observations = chosen_rows(self.joint.observations, individuals)
+        whole = _joined(self.blocks)
+        cut = replace(
+            whole,
+            design=observations.design,
+            phi=whole.phi[individuals, draws],
+            log_ratio=whole.log_ratio[individuals, draws],
+            slopes=whole.slopes[individuals, draws],
+            curvatures=whole.curvatures[individuals, draws],
+            constants=whole.constants[individuals],
+        )
+        return replace(
+            self,
+            joint=replace(self.joint, observations=observations),
+            modes=_modes_of(self.modes, individuals),
+            mixed=self.mixed[individuals],
+            blocks=_in_blocks(cut),
+            individuals=len(individuals),
+            draws=cut.phi.shape[1],
+        )
+
+    def half(self, which: int) -> ExactDraws:
+        """Every other draw."""
+        blocks = tuple(
+            replace(
+                block,
+                phi=block.phi[:, which::2],
+                log_ratio=block.log_ratio[:, which::2],
+                slopes=block.slopes[:, which::2],
+                curvatures=block.curvatures[:, which::2],
+            )
+            for block in self.blocks
+        )
+        return replace(self, blocks=blocks, draws=blocks[0].phi.shape[1])
+
+    def training_draws(self) -> tuple[Tensor, Prior]:
+        """Draws of all parameters, constants at their values."""
+        joined = _joined(self.blocks)
+        constants = joined.constants[:, None].expand(-1, joined.phi.shape[1], -1)
+        return interleaved(self.population, joined.phi, constants), self.training
+
+    def warnings(self, theta: Float[Tensor, " P"], ids: tuple[str, ...]) -> tuple[str, ...]:  # noqa: ARG002
+        """Nothing beyond what the effective numbers of draws tell."""
+        return ()
+
+
+def _rows_of(samples: PosteriorSamples, chosen: Tensor) -> PosteriorSamples:
+    return replace(samples, phi=samples.phi[chosen], log_q=samples.log_q[chosen])
+
+
+def _network_draws(source: Source, observations: Observations, generator: torch.Generator) -> Float[Tensor, "I S D"]:
+    if isinstance(source, PosteriorSamples):
+        return source.phi[:, :_FIRST_DRAWS]
+    return source.sample(observations, _FIRST_DRAWS, generator).phi
+
+
+def _in_double(observations: Observations, device: torch.device) -> Observations:
+    moved = observations.to(device)
+    return replace(
+        moved,
+        values=moved.values.double(),
+        lower=None if moved.lower is None else moved.lower.double(),
+        upper=None if moved.upper is None else moved.upper.double(),
+        design=replace(moved.design, times=moved.design.times.double()),
+    )
+
+
+def _first_climbers(joint: JointDensity, draws: Float[Tensor, "I S D"]) -> tuple[Tensor, Tensor]:
+    """The best draw of each individual, and the best ones among those that are far from the earlier choices; and a
+    typical individual, in case the network was wrong altogether."""
+    varying = draws[..., list(joint.population.varying)]
+    individuals, count, size = varying.shape
+    every = torch.arange(individuals, device=draws.device)
+    value = joint.value(every, varying)
+    spread = varying.std(1, keepdim=True).clamp_min(1e-6 * joint.scale)
+    chosen = []
+    for _ in range(min(_CLIMBERS, count)):
+        best = value.argmax(1)
+        chosen.append(varying[every, best])
+        distance = ((varying - chosen[-1][:, None]) / spread).norm(dim=2)
+        value = torch.where(distance < 1.0, -torch.inf, value)
+    typical = joint.centre.expand(individuals, size)
+    points = torch.stack([*chosen, typical], 1)
+    return every.repeat_interleave(points.shape[1]), points.flatten(0, 1)
+
+
+def _with_images(
+    simulator: TractableSimulator, population: PopulationModel, rows: Tensor, points: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The points and, where the simulator declares parameters that may be exchanged, their mirror images."""
+    for first, second in getattr(simulator, "exchangeable", ()):
+        columns = [population.parameters.index(first), population.parameters.index(second)]
+        if not all(column in population.varying for column in columns):
+            continue
+        places = [population.varying.index(column) for column in columns]
+        image = points.clone()
+        image[:, places] = points[:, places[::-1]]
+        rows, points = torch.cat([rows, rows]), torch.cat([points, image])
+    return rows, points
+
+
+def _require_everybody(rows: Tensor, observations: Observations) -> None:
+    there = torch.zeros(len(observations), dtype=torch.bool, device=rows.device)
+    there[rows] = True
+    missing = torch.nonzero(~there)[:, 0].tolist()
+    if missing:
+        names = ", ".join(observations.ids[place] for place in missing[:5])
+        raise ValueError(
+            f"The likelihood of {len(missing)} of {len(observations)} individuals is 0 or not finite wherever the search "
+            f"began; first: {names}. Check their data, and whether the model can produce them (a proportional error "
+            "around a prediction of 0 cannot)."
+        )
+
+
+def _drawn(
+    joint: JointDensity, laplace: Pieces, mixed: Mixtures, training: Prior, generator: torch.Generator
+) -> ExactDraws:
+    """Draws from the mixtures, block by block."""
+    individuals, draws = len(mixed.counts), int(mixed.counts[0].sum())
+    step = max(1, _BLOCK // draws)
+    sampled = []
+    for rows in torch.split(torch.arange(individuals, device=joint.theta.device), step):
+        sampled.append((rows, *mixed[rows].sample(generator)))
+    blocks = over_blocks(lambda part: _block(joint, *part), sampled, joint.theta.device)
+    return ExactDraws(joint, laplace, mixed, training, tuple(blocks), individuals, draws)
+
+
+def _block(joint: JointDensity, rows: Tensor, phi: Tensor, log_q: Tensor) -> ExactBlock:
+    """Likelihoods of draws, expanded in the constants."""
+    design = joint.observations.design[rows]
+    constants = joint.population.constants(joint.theta, design).detach()
+    width = constants.shape[1]
+    values, slopes, curvatures = [], [], []
+    predicted = joint.observations.values.shape[1] * joint.observations.values.shape[2] * (2 * width + 1)
+    for place in torch.split(torch.arange(phi.shape[1]), max(1, 200_000 // (predicted * len(rows)))):
+        value, slope, curvature = _expanded(joint, rows, phi[:, place], constants)
+        values.append(value)
+        slopes.append(slope)
+        curvatures.append(curvature)
+    log_likelihood = torch.cat(values, 1)
+    log_ratio = torch.where(torch.isfinite(log_likelihood), log_likelihood - log_q, -torch.inf)
+    broken = ~torch.isfinite(log_ratio)
+    return ExactBlock(
+        population=joint.population,
+        rows=rows,
+        design=design,
+        phi=phi,
+        log_ratio=log_ratio,
+        slopes=torch.cat(slopes, 1).masked_fill(broken[..., None], 0.0),
+        curvatures=torch.cat(curvatures, 1).masked_fill(broken[..., None, None], 0.0),
+        constants=constants,
+    )
+
+
+def _expanded(
+    joint: JointDensity, rows: Tensor, phi: Float[Tensor, "I n V"], constants: Float[Tensor, "I W"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-likelihood of each draw, its gradient and (central differences of exact gradients) Hessian in the constants."""
+    observations = chosen_rows(joint.observations, rows)
+    width = constants.shape[1]
+    if width == 0:
+        with torch.no_grad():
+            value = joint.simulator.log_likelihood(observations, interleaved(joint.population, phi, phi[..., :0]))
+        return value, phi[..., :0], phi[..., None, :0][..., :0, :]
+    identity = torch.eye(width, dtype=phi.dtype, device=phi.device)
+    shifts = torch.cat([torch.zeros_like(identity[:1]), _STEP * identity, -_STEP * identity])
+    with torch.enable_grad():
+        leaf = (constants[:, None, None] + shifts).expand(-1, phi.shape[1], -1, -1).clone().requires_grad_(True)
+        points = phi[:, :, None].expand(-1, -1, len(shifts), -1)
+        value = joint.simulator.log_likelihood(observations, interleaved(joint.population, points, leaf))
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    hessian = (gradient[:, :, 1 : 1 + width] - gradient[:, :, 1 + width :]) / (2 * _STEP)
+    return value[:, :, 0].detach(), gradient[:, :, 0], 0.5 * (hessian + hessian.mT)
+
+
+def _joined(blocks: tuple[ExactBlock, ...]) -> ExactBlock:
+    """All blocks as one; they are in the order of the data. The design stays that of the first block."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return replace(
+        blocks[0],
+        rows=torch.cat([block.rows for block in blocks]),
+        phi=torch.cat([block.phi for block in blocks]),
+        log_ratio=torch.cat([block.log_ratio for block in blocks]),
+        slopes=torch.cat([block.slopes for block in blocks]),
+        curvatures=torch.cat([block.curvatures for block in blocks]),
+        constants=torch.cat([block.constants for block in blocks]),
+    )
+
+
+def _in_blocks(whole: ExactBlock) -> tuple[ExactBlock, ...]:
+    individuals, draws = whole.phi.shape[:2]
+    rows = torch.arange(individuals, device=whole.phi.device)
+    return tuple(
+        replace(
+            whole,
+            rows=some,
+            design=whole.design[some],
+            phi=whole.phi[some],
+            log_ratio=whole.log_ratio[some],
+            slopes=whole.slopes[some],
+            curvatures=whole.curvatures[some],
+            constants=whole.constants[some],
+        )
+        for some in torch.split(rows, max(1, _BLOCK // draws))
+    )
+
+
+def _modes_of(modes: Pieces, individuals: Tensor) -> Pieces:
+    """Modes of the chosen individuals, each once, renumbered."""
+    place = torch.full((int(modes.rows.max()) + 1,), -1, dtype=torch.int64, device=modes.rows.device)
+    place[individuals] = torch.arange(len(individuals), device=place.device)
+    kept = modes[place[modes.rows] >= 0]
+    return replace(kept, rows=place[kept.rows])
