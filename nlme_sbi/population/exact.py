@@ -6,8 +6,8 @@ with the varying parameters v integrated by importance sampling from a heavy-tai
 (:mod:`nlme_sbi.population.proposals`), and the constant parameters s as arguments of the likelihood: they are never
 sampled. The network only tells where to begin.
 
-Between two sets of draws the likelihood's dependence on s is the second-order expansion of each draw's own
-log-likelihood about the values that the draws were made for. Draws are made anew at the optimum until that no longer
+Between two sets of draws the likelihood's dependence on s is its expansion about the values that the draws were made
+for: each draw's own gradient, and the mean Hessian of draws of the individual chosen by weight. Draws are made anew at the optimum until that no longer
 moves, so that the expansion point *is* the estimate, where values, gradients and curvatures are exact.
 """
 
@@ -31,6 +31,9 @@ _EXPLORED = 500  # individuals whose flow draws tell where the population is
 _FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from
 _CLIMBERS = 3  # starts of Newton's method for each individual, before symmetries
 _BLOCK = 4096  # draws in a block of the objective
+_PREDICTED = 100_000  # predictions that are worked on at once
+_CURVED = 16  # draws of each individual that tell the curvature in the constants
+_CURVED_ALL = 6000  # or as many as make so many over all individuals
 _STEP = 1e-4  # of finite differences in constants
 _TRUST = 0.5  # how far a constant may move on one set of draws, on the unconstrained scale
 
@@ -98,9 +101,9 @@ class Exact:
         known = previous.modes if isinstance(previous, ExactDraws) and previous.individuals == len(exact) else None
         if known is None:
             rows, starts = _first_climbers(joint, _network_draws(source, observations, generator).to(theta))
+            rows, starts = _with_images(simulator, previous.population, rows, starts)
         else:
             rows, starts = known.rows, known.means
-        rows, starts = _with_images(simulator, previous.population, rows, starts)
         laplace, at = modes(joint, rows, starts)
         _require_everybody(laplace.rows, observations)
         mixed = mixtures(along_profiles(joint, laplace, at), len(exact), self._draws_of(previous))
@@ -143,7 +146,7 @@ class Exact:
 @dataclass(frozen=True, eq=False)
 class ExactBlock:
     """Some individuals' draws: ``phi (i, S, V)``, ``log_ratio (i, S)`` = log-likelihood minus proposal density, and
-    the likelihood's first two derivatives in the constants (empty where there are none)."""
+    the likelihood's derivatives in the constants: each draw's own first ones, the mean second ones."""
 
     population: PopulationModel
     rows: Tensor
@@ -151,7 +154,7 @@ class ExactBlock:
     phi: Float[Tensor, "I S V"]
     log_ratio: Float[Tensor, "I S"]
     slopes: Float[Tensor, "I S W"]
-    curvatures: Float[Tensor, "I S W W"]
+    curvatures: Float[Tensor, "I W W"]
     constants: Float[Tensor, "I W"]
 
     def varying(self) -> Float[Tensor, "I S V"]:
@@ -165,7 +168,7 @@ class ExactBlock:
             return found
         change = self.population.constants(theta, self.design) - self.constants
         found = found + (self.slopes @ change[..., None])[..., 0]
-        found = found + 0.5 * torch.einsum("iw,iswu,iu->is", change, self.curvatures, change)
+        found = found + 0.5 * torch.einsum("iw,iwu,iu->i", change, self.curvatures, change)[:, None]
         # Beyond the reach of an expansion nothing is claimed; draws made there will tell.
         excess = (change.abs() - _TRUST).clamp_min(0).square().sum(1, keepdim=True)
         return found - 1e4 * excess
@@ -205,7 +208,7 @@ class ExactDraws:
             phi=whole.phi[individuals, draws],
             log_ratio=whole.log_ratio[individuals, draws],
             slopes=whole.slopes[individuals, draws],
-            curvatures=whole.curvatures[individuals, draws],
+            curvatures=whole.curvatures[individuals],
             constants=whole.constants[individuals],
         )
         return replace(
@@ -226,7 +229,6 @@ class ExactDraws:
                 phi=block.phi[:, which::2],
                 log_ratio=block.log_ratio[:, which::2],
                 slopes=block.slopes[:, which::2],
-                curvatures=block.curvatures[:, which::2],
             )
             for block in self.blocks
         )
@@ -319,57 +321,72 @@ def _drawn(
     step = max(1, _BLOCK // draws)
     sampled = []
     for rows in torch.split(torch.arange(individuals, device=joint.theta.device), step):
-        sampled.append((rows, *mixed[rows].sample(generator)))
+        order = torch.rand((len(rows), draws), generator=generator, device=generator.device).argsort(1)
+        sampled.append((rows, *mixed[rows].sample(generator), order.to(rows.device)))
     blocks = over_blocks(lambda part: _block(joint, *part), sampled, joint.theta.device)
     return ExactDraws(joint, laplace, mixed, training, tuple(blocks), individuals, draws)
 
 
-def _block(joint: JointDensity, rows: Tensor, phi: Tensor, log_q: Tensor) -> ExactBlock:
-    """Likelihoods of draws, expanded in the constants."""
+def _block(joint: JointDensity, rows: Tensor, phi: Tensor, log_q: Tensor, order: Tensor) -> ExactBlock:
+    """Likelihoods of draws, expanded in the constants: the gradient of every draw, the mean Hessian of a few of them
+    that are chosen by weight (``order (I, S)`` is random)."""
     design = joint.observations.design[rows]
     constants = joint.population.constants(joint.theta, design).detach()
-    width = constants.shape[1]
-    values, slopes, curvatures = [], [], []
-    predicted = joint.observations.values.shape[1] * joint.observations.values.shape[2] * (2 * width + 1)
-    for place in torch.split(torch.arange(phi.shape[1]), max(1, 200_000 // (predicted * len(rows)))):
-        value, slope, curvature = _expanded(joint, rows, phi[:, place], constants)
-        values.append(value)
-        slopes.append(slope)
-        curvatures.append(curvature)
-    log_likelihood = torch.cat(values, 1)
+    log_likelihood, slopes = _first_order(joint, rows, phi, constants)
     log_ratio = torch.where(torch.isfinite(log_likelihood), log_likelihood - log_q, -torch.inf)
-    broken = ~torch.isfinite(log_ratio)
+    curvatures = constants[:, :, None] * constants[:, None]
+    if constants.shape[1] > 0:
+        log_weights = log_ratio + joint.population.log_prob(phi, joint.theta, design)
+        few = _systematic(torch.softmax(log_weights, 1), order, max(_CURVED, _CURVED_ALL // len(joint.observations)))
+        chosen = phi.gather(1, few[..., None].expand(-1, -1, phi.shape[2]))
+        curvatures = _second_order(joint, rows, chosen, constants)
     return ExactBlock(
         population=joint.population,
         rows=rows,
         design=design,
         phi=phi,
         log_ratio=log_ratio,
-        slopes=torch.cat(slopes, 1).masked_fill(broken[..., None], 0.0),
-        curvatures=torch.cat(curvatures, 1).masked_fill(broken[..., None, None], 0.0),
+        slopes=slopes.masked_fill(~torch.isfinite(log_ratio)[..., None], 0.0),
+        curvatures=curvatures,
         constants=constants,
     )
 
 
-def _expanded(
-    joint: JointDensity, rows: Tensor, phi: Float[Tensor, "I n V"], constants: Float[Tensor, "I W"]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-likelihood of each draw, its gradient and (central differences of exact gradients) Hessian in the constants."""
+def _systematic(weights: Float[Tensor, "I S"], order: Tensor, count: int) -> Tensor:
+    """Systematic resampling of ``count`` draws in a random order."""
+    shuffled = weights.gather(1, order)
+    ends = shuffled.cumsum(1)
+    wished = (torch.arange(count, dtype=weights.dtype, device=weights.device) + 0.5) / count
+    place = torch.searchsorted(ends.contiguous(), wished.expand(len(weights), -1).contiguous())
+    return order.gather(1, place.clamp_max(weights.shape[1] - 1))
+
+
+def _first_order(joint: JointDensity, rows: Tensor, phi: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-likelihood of each draw and its gradient in the constants, a few draws at once."""
     observations = chosen_rows(joint.observations, rows)
-    width = constants.shape[1]
-    if width == 0:
-        with torch.no_grad():
-            value = joint.simulator.log_likelihood(observations, interleaved(joint.population, phi, phi[..., :0]))
-        return value, phi[..., :0], phi[..., None, :0][..., :0, :]
-    identity = torch.eye(width, dtype=phi.dtype, device=phi.device)
-    shifts = torch.cat([torch.zeros_like(identity[:1]), _STEP * identity, -_STEP * identity])
-    with torch.enable_grad():
-        leaf = (constants[:, None, None] + shifts).expand(-1, phi.shape[1], -1, -1).clone().requires_grad_(True)
-        points = phi[:, :, None].expand(-1, -1, len(shifts), -1)
-        value = joint.simulator.log_likelihood(observations, interleaved(joint.population, points, leaf))
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    hessian = (gradient[:, :, 1 : 1 + width] - gradient[:, :, 1 + width :]) / (2 * _STEP)
-    return value[:, :, 0].detach(), gradient[:, :, 0], 0.5 * (hessian + hessian.mT)
+    predicted = joint.observations.values.shape[1] * joint.observations.values.shape[2] * len(rows)
+    values, slopes = [], []
+    for place in torch.split(torch.arange(phi.shape[1]), max(1, _PREDICTED // predicted)):
+        some = phi[:, place]
+        with torch.set_grad_enabled(constants.shape[1] > 0):
+            leaf = constants[:, None].expand(-1, len(place), -1).clone().requires_grad_(constants.shape[1] > 0)
+            value = joint.simulator.log_likelihood(observations, interleaved(joint.population, some, leaf))
+            slopes.append(torch.autograd.grad(value.sum(), leaf)[0] if constants.shape[1] > 0 else leaf)
+        values.append(value.detach())
+    return torch.cat(values, 1), torch.cat(slopes, 1)
+
+
+def _second_order(
+    joint: JointDensity, rows: Tensor, phi: Float[Tensor, "I n V"], constants: Float[Tensor, "I W"]
+) -> Float[Tensor, "I W W"]:
+    """Mean Hessian of the log-likelihood in the constants over some draws: central differences of exact gradients."""
+    columns = []
+    for step in _STEP * torch.eye(constants.shape[1], dtype=phi.dtype, device=phi.device):
+        above = _first_order(joint, rows, phi, constants + step)[1]
+        below = _first_order(joint, rows, phi, constants - step)[1]
+        columns.append(((above - below) / (2 * _STEP)).mean(1))
+    hessian = torch.stack(columns, 1)
+    return 0.5 * (hessian + hessian.mT)
 
 
 def _joined(blocks: tuple[ExactBlock, ...]) -> ExactBlock:

@@ -16,8 +16,10 @@ from nlme_sbi.threads import over_blocks
 from nlme_sbi.types import Observations, TractableSimulator
 
 _NUMBERS = {"cpu": 100_000, "cuda": 50_000_000}  # predicted values in a block: a CPU's cache, a GPU's width
-_STEP = 1e-4  # of finite differences of gradients, in SDs of the population
+_STEP = 1e-5  # of finite differences of gradients, in SDs of the population
 _FLOOR = 0.05  # least curvature that a Newton step assumes, in units of the population's
+_RACE = 5  # Newton steps after which an individual's points are compared
+_HOPELESS = 30.0  # log density below the best at which a point is given up
 _LONGEST = 3.0  # longest Newton step, in SDs of the population
 
 
@@ -112,9 +114,9 @@ class JointDensity:
         return torch.cat(over_blocks(of_block, self.blocks(rows, points.shape[1]), rows.device))
 
     def expand(self, rows: Int[Tensor, " B"], points: Float[Tensor, "B V"]) -> Expansion:
-        """Value, exact gradient, and Hessian by central differences of exact gradients; NaN where not finite."""
+        """Value, exact gradient, and Hessian by differences of exact gradients; NaN where not finite."""
         size = points.shape[1]
-        shifts = torch.cat([torch.zeros(1, size).to(points), *(_STEP * sign * torch.diag(self.scale) for sign in (1, -1))])
+        shifts = torch.cat([torch.zeros(1, size).to(points), _STEP * torch.diag(self.scale)])
 
         def of_block(some: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
@@ -123,9 +125,9 @@ class JointDensity:
                 (gradient,) = torch.autograd.grad(found.sum(), leaf)
             return found[:, 0].detach(), gradient
 
-        parts = over_blocks(of_block, self.blocks(rows, 2 * size + 1), rows.device)
+        parts = over_blocks(of_block, self.blocks(rows, size + 1), rows.device)
         gradient = torch.cat([slopes for _, slopes in parts])
-        hessian = (gradient[:, 1 : 1 + size] - gradient[:, 1 + size :]) / (2 * _STEP * self.scale[:, None])
+        hessian = (gradient[:, 1:] - gradient[:, :1]) / (_STEP * self.scale[:, None])
         return Expansion(torch.cat([value for value, _ in parts]), gradient[:, 0], 0.5 * (hessian + hessian.mT))
 
     def _log_prob(self, rows: Tensor, points: Float[Tensor, "B n V"]) -> Float[Tensor, "B n"]:
@@ -167,7 +169,9 @@ def ascend(
     at = joint.expand(rows, points)
     damping = torch.full_like(at.value, 1e-3)
     active = torch.arange(len(rows), device=rows.device)
-    for _ in range(iterations):
+    for done in range(iterations):
+        if done == _RACE:
+            active = active[_in_the_race(rows, at.value)[active]]
         step, promise = _newton_step(at[active], joint.scale, damping[active], None if free is None else free[active])
         going = (promise > tolerance) & (damping[active] < 1e8)
         active, step = active[going], step[going]
@@ -183,6 +187,13 @@ def ascend(
         losers = active[~better]
         damping[losers] = 10 * damping[losers].clamp_min(0.1)
     return Summits(points, at)
+
+
+def _in_the_race(rows: Tensor, value: Tensor) -> Bool[Tensor, " B"]:
+    """Points that are not hopelessly below the best of their individual."""
+    best = torch.full((int(rows.max()) + 1,), -torch.inf, dtype=value.dtype, device=value.device)
+    best = best.scatter_reduce(0, rows, value.nan_to_num(-torch.inf), "amax")
+    return value > best[rows] - _HOPELESS
 
 
 def _newton_step(
