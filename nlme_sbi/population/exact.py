@@ -23,7 +23,8 @@ from nlme_sbi.population.joint import JointDensity, chosen_rows, interleaved
 from nlme_sbi.population.proposals import Mixtures, Pieces, along_profiles, mixtures, modes
 from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
-from nlme_sbi.population.weighting import contributions
+from nlme_sbi.population.refinement import refined
+from nlme_sbi.population.weighting import contributions, effective_draws
 from nlme_sbi.threads import over_blocks
 from nlme_sbi.types import Design, Observations, PosteriorSamples, Prior, TractableSimulator
 
@@ -32,6 +33,7 @@ _FIRST_DRAWS = 20  # of the network for each individual, of which the best few a
 _CLIMBERS = 3  # starts of Newton's method for each individual, before symmetries
 _BLOCK = 4096  # draws in a block of the objective
 _PREDICTED = 100_000  # predictions that are worked on at once
+_BAD = 0.3  # share of effective draws below which a mixture is refined
 _CURVED = 16  # draws of each individual that tell the curvature in the constants
 _CURVED_ALL = 6000  # or as many as make so many over all individuals
 _STEP = 1e-4  # of finite differences in constants
@@ -107,7 +109,8 @@ class Exact:
         laplace, at = modes(joint, rows, starts)
         _require_everybody(laplace.rows, observations)
         mixed = mixtures(along_profiles(joint, laplace, at), len(exact), self._draws_of(previous))
-        return _drawn(joint, laplace, mixed, self._training(source), generator)
+        state = _drawn(joint, laplace, mixed, self._training(source), generator)
+        return _with_bad_ones_refined(state, generator)
 
     def improve(
         self,
@@ -316,15 +319,39 @@ def _require_everybody(rows: Tensor, observations: Observations) -> None:
 def _drawn(
     joint: JointDensity, laplace: Pieces, mixed: Mixtures, training: Prior, generator: torch.Generator
 ) -> ExactDraws:
-    """Draws from the mixtures, block by block."""
-    individuals, draws = len(mixed.counts), int(mixed.counts[0].sum())
-    step = max(1, _BLOCK // draws)
+    """Draws of everybody from their mixtures."""
+    rows = torch.arange(len(mixed.counts), device=joint.theta.device)
+    blocks = _drawn_blocks(joint, mixed, rows, generator)
+    return ExactDraws(joint, laplace, mixed, training, blocks, len(rows), int(mixed.counts[0].sum()))
+
+
+def _drawn_blocks(
+    joint: JointDensity, mixed: Mixtures, rows: Tensor, generator: torch.Generator
+) -> tuple[ExactBlock, ...]:
+    """Draws of the individuals at ``rows`` from their mixtures, block by block."""
+    draws = int(mixed.counts[0].sum())
     sampled = []
-    for rows in torch.split(torch.arange(individuals, device=joint.theta.device), step):
-        order = torch.rand((len(rows), draws), generator=generator, device=generator.device).argsort(1)
-        sampled.append((rows, *mixed[rows].sample(generator), order.to(rows.device)))
-    blocks = over_blocks(lambda part: _block(joint, *part), sampled, joint.theta.device)
-    return ExactDraws(joint, laplace, mixed, training, tuple(blocks), individuals, draws)
+    for places in torch.split(torch.arange(len(rows), device=rows.device), max(1, _BLOCK // draws)):
+        order = torch.rand((len(places), draws), generator=generator, device=generator.device).argsort(1)
+        sampled.append((rows[places], *mixed[places].sample(generator), order.to(rows.device)))
+    return tuple(over_blocks(lambda part: _block(joint, *part), sampled, joint.theta.device))
+
+
+def _with_bad_ones_refined(state: ExactDraws, generator: torch.Generator) -> ExactDraws:
+    """Mixtures with few effective draws are refined, and their individuals drawn again where that helped."""
+    before = effective_draws(state, state.made_for)
+    bad = torch.nonzero(before < _BAD * state.draws)[:, 0]
+    if len(bad) == 0:
+        return state
+    better = refined(state.joint, state.mixed[bad], bad, state.draws, generator)
+    redrawn = _joined(_drawn_blocks(state.joint, better, bad, generator))
+    whole = _joined(state.blocks)
+    changed = {
+        name: getattr(whole, name).index_copy(0, bad, getattr(redrawn, name))
+        for name in ("phi", "log_ratio", "slopes", "curvatures")
+    }
+    blocks = _in_blocks(replace(whole, design=state.joint.observations.design, **changed))
+    return replace(state, blocks=blocks, mixed=state.mixed.updated(bad, better))
 
 
 def _block(joint: JointDensity, rows: Tensor, phi: Tensor, log_q: Tensor, order: Tensor) -> ExactBlock:

@@ -9,7 +9,7 @@ population reaches: a nested Laplace approximation (Rue, Martino and Chopin 2009
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -86,9 +86,7 @@ def _distinct(pieces: Pieces) -> Int[Tensor, " kept"]:
     """
     count = len(pieces.rows)
     keep = torch.ones(count, dtype=torch.bool, device=pieces.rows.device)
-    best = torch.full((int(pieces.rows.max()) + 1,), -math.inf, dtype=pieces.log_mass.dtype, device=keep.device)
-    best = best.scatter_reduce(0, pieces.rows, pieces.log_mass, "amax")
-    keep &= pieces.log_mass > best[pieces.rows] - _NEGLIGIBLE
+    keep &= pieces.log_mass > _largest(pieces)[pieces.rows] - _NEGLIGIBLE
     _, sizes = torch.unique_consecutive(pieces.rows, return_counts=True)
     precision = torch.linalg.inv(pieces.covariances)
     for apart in range(1, int(sizes.max())):
@@ -108,8 +106,16 @@ def along_profiles(joint: JointDensity, laplace: Pieces, at: Expansion) -> Piece
         return laplace
     parts = [_lowered(laplace, bent.any(1))]
     for side in (1.0, -1.0):
-        parts.append(_profile(joint, laplace[which], at.value[which], column, side))
+        nodes = _profile(joint, laplace[which], at.value[which], column, side)
+        # At a kink of the likelihood curvatures mean nothing: no node counts more than its individual's modes.
+        parts.append(replace(nodes, log_mass=torch.minimum(nodes.log_mass, _largest(laplace)[nodes.rows])))
     return Pieces.joined(parts)
+
+
+def _largest(pieces: Pieces) -> Float[Tensor, " I"]:
+    """Largest log mass of each individual."""
+    best = torch.full((int(pieces.rows.max()) + 1,), -math.inf, dtype=pieces.log_mass.dtype, device=pieces.rows.device)
+    return best.scatter_reduce(0, pieces.rows, pieces.log_mass, "amax")
 
 
 def _lowered(laplace: Pieces, bent: Tensor) -> Pieces:
@@ -128,9 +134,7 @@ def _bent(joint: JointDensity, laplace: Pieces, at: Expansion) -> Bool[Tensor, "
     departure = (dropped + 0.5 * _PROBE**2).abs()
     size = sd.shape[1]
     bent = torch.maximum(departure[:, :size], departure[:, size:]) > _DEPARTURE
-    best = torch.full((int(laplace.rows.max()) + 1,), -math.inf, dtype=sd.dtype, device=sd.device)
-    best = best.scatter_reduce(0, laplace.rows, laplace.log_mass, "amax")
-    return bent & (laplace.log_mass > best[laplace.rows] - 7)[:, None]
+    return bent & (laplace.log_mass > _largest(laplace)[laplace.rows] - 7)[:, None]
 
 
 def _profile(joint: JointDensity, mode: Pieces, top: Tensor, column: Int[Tensor, " B"], side: float) -> Pieces:
@@ -203,6 +207,26 @@ class Mixtures:
     def __getitem__(self, rows: Tensor) -> Mixtures:
         used = max(1, int((self.counts[rows] > 0).sum(1).max()))
         return Mixtures(self.counts[rows, :used], self.means[rows, :used], self.factors[rows, :used])
+
+    def updated(self, rows: Tensor, others: Mixtures) -> Mixtures:
+        """With the mixtures at ``rows`` replaced."""
+        most = max(self.counts.shape[1], others.counts.shape[1])
+        mine, theirs = self._padded(most), others._padded(most)
+        return Mixtures(
+            mine.counts.index_copy(0, rows, theirs.counts),
+            mine.means.index_copy(0, rows, theirs.means),
+            mine.factors.index_copy(0, rows, theirs.factors),
+        )
+
+    def _padded(self, most: int) -> Mixtures:
+        more = most - self.counts.shape[1]
+        size = self.means.shape[2]
+        identity = torch.eye(size, dtype=self.means.dtype, device=self.means.device)
+        return Mixtures(
+            torch.nn.functional.pad(self.counts, (0, more)),
+            torch.nn.functional.pad(self.means, (0, 0, 0, more)),
+            torch.cat([self.factors, identity.expand(len(self.factors), more, -1, -1)], 1),
+        )
 
     def sample(self, generator: torch.Generator) -> tuple[Float[Tensor, "I S V"], Float[Tensor, "I S"]]:
         """Stratified draws in random order, and the log density of the mixture with the drawn proportions."""
