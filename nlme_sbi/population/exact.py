@@ -33,8 +33,8 @@ _FIRST_DRAWS = 20  # of the network for each individual, of which the best few a
 _CLIMBERS = 3  # starts of Newton's method for each individual, before symmetries
 _BLOCK = 4096  # draws in a block of the objective
 _PREDICTED = 100_000  # predictions that are worked on at once
-_BAD = 0.3  # share of effective draws below which a mixture is refined
-_CURVED = 16  # draws of each individual that tell the curvature in the constants
+_BAD = 0.25  # share of effective draws below which a mixture is refined
+_CURVED = 4  # draws of each individual that tell the curvature in the constants
 _CURVED_ALL = 6000  # or as many as make so many over all individuals
 _STEP = 1e-4  # of finite differences in constants
 _TRUST = 0.5  # how far a constant may move on one set of draws, on the unconstrained scale
@@ -51,7 +51,7 @@ class Exact:
         simulator: whose likelihood it is; taken from the posterior when left out.
     """
 
-    draws: int = 128
+    draws: int = 64
     max_draws: int = 4096
     exploring: int = 300
     simulator: TractableSimulator | None = None
@@ -100,12 +100,16 @@ class Exact:
         simulator = self._tractable(source)
         exact = _in_double(observations, theta.device)
         joint = JointDensity(simulator, previous.population, exact, theta.detach())
-        known = previous.modes if isinstance(previous, ExactDraws) and previous.individuals == len(exact) else None
+        known = previous if isinstance(previous, ExactDraws) and previous.individuals == len(exact) else None
+        if known is not None and _is_near(joint, known.proposed_for):
+            # The mixtures still fit: draws from them, with likelihoods at the new theta.
+            state = _drawn(joint, known.modes, known.mixed, self._training(source), generator)
+            return replace(_with_bad_ones_refined(state, generator), proposed_for=known.proposed_for)
         if known is None:
             rows, starts = _first_climbers(joint, _network_draws(source, observations, generator).to(theta))
             rows, starts = _with_images(simulator, previous.population, rows, starts)
         else:
-            rows, starts = known.rows, known.means
+            rows, starts = known.modes.rows, known.modes.means
         laplace, at = modes(joint, rows, starts)
         _require_everybody(laplace.rows, observations)
         mixed = mixtures(along_profiles(joint, laplace, at), len(exact), self._draws_of(previous))
@@ -126,7 +130,8 @@ class Exact:
             return f"max_draws={self.max_draws} is reached"
         joint = replace(state.joint, theta=theta.detach())
         mixed = replace(state.mixed, counts=2 * state.mixed.counts)
-        return _drawn(joint, state.modes, mixed, state.training, generator)
+        drawn = _drawn(joint, state.modes, mixed, state.training, generator)
+        return replace(drawn, proposed_for=state.proposed_for)
 
     def _draws_of(self, previous: WeightedDraws) -> int:
         return previous.draws if isinstance(previous, ExactDraws) else self.draws
@@ -179,7 +184,7 @@ class ExactBlock:
 
 @dataclass(frozen=True, eq=False)
 class ExactDraws:
-    """Draws of every individual from its own mixture, made for ``joint.theta``."""
+    """Draws of every individual from its own mixture, made for ``joint.theta``; mixtures for ``proposed_for``."""
 
     joint: JointDensity
     modes: Pieces
@@ -188,6 +193,7 @@ class ExactDraws:
     blocks: tuple[ExactBlock, ...]
     individuals: int
     draws: int
+    proposed_for: Float[Tensor, " P"]
 
     fitted = False
 
@@ -303,6 +309,16 @@ def _with_images(
     return rows, points
 
 
+def _is_near(joint: JointDensity, theta: Tensor) -> bool:
+    """Whether mixtures that were made for ``theta`` still serve: the population has hardly moved, in its own SDs."""
+    population = joint.population
+    varying, constant = list(population.varying), list(population.constant)
+    change = population.mean(joint.theta) - population.mean(theta)
+    sd = [population.covariance(at).diagonal()[varying].sqrt() for at in (joint.theta, theta)]
+    near = bool((change[varying].abs() < 0.15 * sd[0]).all()) and bool(((sd[0] / sd[1]).log().abs() < 0.15).all())
+    return near and bool((change[constant].abs() < 0.01).all())
+
+
 def _require_everybody(rows: Tensor, observations: Observations) -> None:
     there = torch.zeros(len(observations), dtype=torch.bool, device=rows.device)
     there[rows] = True
@@ -322,7 +338,7 @@ def _drawn(
     """Draws of everybody from their mixtures."""
     rows = torch.arange(len(mixed.counts), device=joint.theta.device)
     blocks = _drawn_blocks(joint, mixed, rows, generator)
-    return ExactDraws(joint, laplace, mixed, training, blocks, len(rows), int(mixed.counts[0].sum()))
+    return ExactDraws(joint, laplace, mixed, training, blocks, len(rows), int(mixed.counts[0].sum()), joint.theta)
 
 
 def _drawn_blocks(

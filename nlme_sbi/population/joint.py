@@ -18,8 +18,8 @@ from nlme_sbi.types import Observations, TractableSimulator
 _NUMBERS = {"cpu": 100_000, "cuda": 50_000_000}  # predicted values in a block: a CPU's cache, a GPU's width
 _STEP = 1e-5  # of finite differences of gradients, in SDs of the population
 _FLOOR = 0.05  # least curvature that a Newton step assumes, in units of the population's
-_RACE = 5  # Newton steps after which an individual's points are compared
-_HOPELESS = 30.0  # log density below the best at which a point is given up
+_RACE = 12  # Newton steps after which an individual's points are compared; kinks are climbed slowly
+_HOPELESS = 100.0  # log density below the best at which a point is given up
 _LONGEST = 3.0  # longest Newton step, in SDs of the population
 
 

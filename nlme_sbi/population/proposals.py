@@ -19,7 +19,7 @@ from nlme_sbi.population.joint import Expansion, JointDensity, Summits, ascend
 
 _FREEDOM = 6  # degrees of freedom of every component; even, so that exponentials make its chi-square numbers
 _PROBE = 2.5  # SDs at which a coordinate is probed
-_DEPARTURE = 0.4  # from the parabola, in log density, that calls for components along the profile
+_DEPARTURE = 1.0  # from the parabola, in log density, that calls for components along the profile
 _NODES = (1.2, 2.8, 5.0, 8.5, 14.0)  # of a profile, in SDs, on each side
 _REACH = 4.5  # SDs of the population beyond which no component lies
 _DROP = 9.0  # log density below the mode at which a profile ends
@@ -155,7 +155,7 @@ def _profile(joint: JointDensity, mode: Pieces, top: Tensor, column: Int[Tensor,
             break
         step = (side * (offset - before))[active]
         guess = points[active] + step[:, None] * slope[active]
-        found = ascend(joint, mode.rows[active], guess, free=free[active], iterations=6, tolerance=0.05)
+        found = ascend(joint, mode.rows[active], guess, free=free[active], iterations=3, tolerance=0.2)
         beyond = _NODES[place + 1] if place + 1 < len(_NODES) else multiple
         spacing = 0.5 * (torch.minimum(beyond * sd, farthest) - before)[active].clamp_min(1e-9)
         spacing = torch.maximum(spacing, 0.5 * (offset - before)[active])
