@@ -5,13 +5,14 @@ Every batch is a function of (seed, step) alone, so a resumed run sees exactly t
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -230,7 +231,14 @@ def save_checkpoint(
 ) -> None:
     """Write weights, optimiser and position atomically."""
     content = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "state": vars(state)}
-    write_atomically(path, lambda file: torch.save(content, file))
+    # In memory first: where a disk is full, torch's zip writer raises an error of its own that hides the reason.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+
+    def write(file: BinaryIO) -> None:
+        file.write(buffer.getbuffer())
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(

@@ -206,7 +206,7 @@ def _begin(run: RunDirectory) -> None:
     clock = run.log_directory / _CLOCK
     run._seconds_before = _seconds_of_earlier_sessions(run.path, clock)
     save_json(clock, {"before": run._seconds_before, "started": time.time()})
-    run._handler = logging.FileHandler(run.log_directory / f"{run.stage}.log", encoding="utf-8")
+    run._handler = _log_file(run.log_directory / f"{run.stage}.log")
     run._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("nlme_sbi").addHandler(run._handler)
     _log.info("%s %s", "resuming" if run.resumed else "writing", run.path)
@@ -333,6 +333,24 @@ def _made(directory: Path) -> Path:
     except OSError as error:
         raise could_not_write(directory, error) from error
     return directory
+
+
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written is no reason to stop, nor for a traceback at every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what is still to be written when the disk is full
+            super().close()
+
+
+def _log_file(path: Path) -> logging.FileHandler:
+    try:
+        return _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        raise could_not_write(path, error) from error
 
 
 def _write(file: Any, text: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -204,16 +205,43 @@ def _network(parts: _Parts, settings: TrainingSettings, *, seed: int) -> tuple[P
 def _train(
     network: PosteriorNetwork, source: PairSource, settings: TrainingSettings, run: RunDirectory
 ) -> TrainingResult:
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only this stage needs it
-
     checkpoint = run.checkpoint_directory / "training.pt"
-    with SummaryWriter(str(run.log_directory / "tensorboard")) as writer:
+    with _Curves(run.log_directory / "tensorboard") as curves:
+        return train(network, source, settings, checkpoint=checkpoint, report=curves.add)
 
-        def report(row: dict[str, float]) -> None:
+
+class _Curves:
+    """The history for TensorBoard. It is no result: where it cannot be written, training goes on without it."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only this stage needs it
+
+        self._writer: SummaryWriter | None = None
+        with self._or_do_without():
+            self._writer = SummaryWriter(str(directory))
+
+    def add(self, row: dict[str, float]) -> None:
+        """Add a row of the history."""
+        with self._or_do_without():
             for name in ("train_loss", "validation_loss", "learning_rate"):
-                writer.add_scalar(name, row[name], int(row["step"]))
+                if self._writer is not None:
+                    self._writer.add_scalar(name, row[name], int(row["step"]))
 
-        return train(network, source, settings, checkpoint=checkpoint, report=report)
+    @contextmanager
+    def _or_do_without(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            log.warning("The curves for TensorBoard could not be written (%s); training goes on.", error)
+
+    def __enter__(self) -> _Curves:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._or_do_without():
+            if self._writer is not None:
+                self._writer.close()
 
 
 def _save(run: RunDirectory, network: PosteriorNetwork, shape: DataShape, result: TrainingResult) -> None:
