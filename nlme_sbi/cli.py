@@ -201,7 +201,13 @@ def _debug() -> bool:
 
 
 def _command() -> str:
-    return shlex.join(["python", *sys.argv])
+    started = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if _in_team() else ["python"]
+    return shlex.join([*started, *sys.argv])
+
+
+def _in_team() -> bool:
+    """Whether torchrun started this process, beside others that do the same."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _tell(sentence: str) -> None:
@@ -228,7 +234,8 @@ def _configure_logging() -> None:
         handler.of_nlme_sbi = True  # type: ignore[attr-defined]
         handler.setFormatter(_Words())
         root.addHandler(handler)
-    logging.getLogger("nlme_sbi").setLevel(logging.INFO)
+    follows = _in_team() and os.environ["RANK"] != "0"  # the first process says the same
+    logging.getLogger("nlme_sbi").setLevel(logging.ERROR if follows else logging.INFO)
     logging.captureWarnings(True)
 
 

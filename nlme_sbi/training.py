@@ -17,9 +17,10 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from nlme_sbi.devices import choose_device
+from nlme_sbi.distributed import ALONE, Team
 from nlme_sbi.networks.flows import AffineCouplingFlow
 from nlme_sbi.networks.posterior import AmortizedPosterior, PosteriorNetwork, initial_network
 from nlme_sbi.networks.summaries import SummarySettings
@@ -278,6 +279,7 @@ def train(
     checkpoint: Path | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
     progress: bool = True,
+    team: Team = ALONE,
 ) -> TrainingResult:
     """Train until the steps are used up or the held-out loss has stopped falling; keep the best weights.
 
@@ -288,6 +290,7 @@ def train(
         checkpoint: file to resume from when it exists, and to write at every validation and on interruption.
         report: called with every new row of the history.
         progress: whether to show a bar.
+        team: processes that train together; ``source`` then gives this one's share of each batch.
 
     Raises:
         TrainingError: the loss is not finite; the checkpoint keeps the best weights.
@@ -299,15 +302,17 @@ def train(
         state = load_checkpoint(checkpoint, network, optimizer, device)
     held_out = source.validation(settings.validation_size)
     saved_at = state.step
-    bar = Progress(settings.steps, "step", "train", done=state.step) if progress else None
+    replica = team.replica(network)
+    checkpoint = checkpoint if team.is_first else None  # read by all, written by one
+    bar = Progress(settings.steps, "step", "train", done=state.step) if progress and team.is_first else None
     try:
         with bar or nullcontext():
             while state.step < settings.steps and state.worse < settings.patience:
-                _step(network, optimizer, source, settings, state)
+                _step(replica, optimizer, source, settings, state, team=team)
                 if bar is not None:
                     bar.update(1, best=state.best_loss)
                 if state.step % settings.validate_every == 0 or state.step == settings.steps:
-                    row = _validate(network, held_out, settings, state)
+                    row = _validate(network, held_out, settings, state, team=team)
                     if report is not None:
                         report(row)
                     if checkpoint is not None:
@@ -372,11 +377,13 @@ def train_posterior(
 
 
 def _step(
-    network: PosteriorNetwork,
+    network: nn.Module,
     optimizer: torch.optim.Optimizer,
     source: PairSource,
     settings: TrainingSettings,
     state: TrainingState,
+    *,
+    team: Team,
 ) -> None:
     pairs = source.batch(state.step)
     network.train()
@@ -384,7 +391,7 @@ def _step(
         group["lr"] = settings.learning_rate_at(state.step)
     optimizer.zero_grad(set_to_none=True)
     loss = -network(pairs.phi, pairs.values, pairs.design).mean()
-    value = float(loss.detach())
+    value = team.mean(float(loss.detach()))
     if not math.isfinite(value):
         kept = f"the best weights so far (step {state.best_step}) are in the checkpoint" if state.best_weights else ""
         raise TrainingError(
@@ -400,9 +407,9 @@ def _step(
 
 
 def _validate(
-    network: PosteriorNetwork, held_out: Simulations, settings: TrainingSettings, state: TrainingState
+    network: PosteriorNetwork, held_out: Simulations, settings: TrainingSettings, state: TrainingState, *, team: Team
 ) -> dict[str, float]:
-    loss = float(validation_loss(network, held_out))
+    loss = team.mean(float(validation_loss(network, held_out)))
     if not math.isfinite(loss):
         raise TrainingError(
             f"The validation loss is {loss} at step {state.step}; the checkpoint keeps the best weights (step "

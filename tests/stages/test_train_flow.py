@@ -138,12 +138,12 @@ def test_an_interrupted_training_resumed_by_the_same_command_ends_with_the_same_
     done: list[int] = []
     step = nlme_sbi.training._step
 
-    def interrupted(network, optimizer, source, settings, state):  # type: ignore[no-untyped-def]
+    def interrupted(network, optimizer, source, settings, state, **team):  # type: ignore[no-untyped-def]
         if state.step == 13 and 13 not in done:
             done.append(13)
             raise KeyboardInterrupt
         done.append(state.step)
-        step(network, optimizer, source, settings, state)
+        step(network, optimizer, source, settings, state, **team)
 
     monkeypatch.setattr(nlme_sbi.training, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
