@@ -135,7 +135,7 @@ class _Job:
         try:
             prepared(cfg, HydraConfig.get().runtime.choices.get("experiment"))
             _make_importable(cfg)
-            return _resolved(self._stage)(cfg)
+            return self._recorded(cfg) if sweep else _resolved(self._stage)(cfg)
         except Exception as error:
             if sweep:  # the launcher counts failures, perhaps in another process; it needs an exception
                 overrides = " ".join(HydraConfig.get().overrides.task)
@@ -143,6 +143,14 @@ class _Job:
             # Hydra would print its own line; keep the error for the end instead.
             self.error = error
             return None
+
+    def _recorded(self, cfg: DictConfig) -> float | None:
+        """Run the stage as a job of a sweep, whose directory then tells which run it was."""
+        from nlme_sbi.sweeps import recorded_job  # loads torch: not before a launcher has set a job's threads
+
+        told = HydraConfig.get()
+        with recorded_job(Path(told.sweep.dir), told.job.num, list(told.overrides.task)):
+            return _resolved(self._stage)(cfg)
 
 
 def _resolved(stage: Stage | str) -> Stage:

@@ -20,7 +20,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -45,6 +46,7 @@ CONFIG, MANIFEST = "config.yaml", "manifest.json"
 _LOCK, _LOG, _CHECKPOINT, _CLOCK = ".lock", "log", "checkpoint", "clock.json"
 _NOT_RESULTS = (_LOG, _CHECKPOINT)
 _log = logging.getLogger(__name__)
+_opened: ContextVar[list[Path] | None] = ContextVar("opened_runs", default=None)
 
 
 @dataclass(eq=False)
@@ -182,12 +184,26 @@ def open_run(
         input_paths={name: str(where) for name, where in (input_paths or {}).items()},
         _lock=lock,
     )
+    opened = _opened.get()
+    if opened is not None:
+        opened.append(path)
     try:
         _begin(run)
     except BaseException:
         run.close()
         raise
     return run
+
+
+@contextlib.contextmanager
+def opened_runs() -> Iterator[list[Path]]:
+    """Collects the directories that :func:`open_run` gives inside the ``with``: which run a stage has made or found."""
+    paths: list[Path] = []
+    token = _opened.set(paths)
+    try:
+        yield paths
+    finally:
+        _opened.reset(token)
 
 
 def _begin(run: RunDirectory) -> None:
