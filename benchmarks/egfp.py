@@ -1,8 +1,9 @@
 """The real eGFP cells (Fröhlich et al. 2018) through the three stages; keeps the pictures for docs/.
 
-    python benchmarks/egfp.py --sheet 20160427_mean_eGFP.xlsx --posterior RUN [--images docs/images]
+    python scripts/download_data.py data=egfp
+    python benchmarks/egfp.py --posterior RUN [--sheet FILE] [--images docs/images]
 
-``RUN`` is a train_flow run of experiment mrna_two_rate. Where the sheet comes from: conf/data/egfp.yaml.
+``RUN`` is a train_flow run of experiment mrna_two_rate; ``FILE`` a copy of the sheet that lies elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from stages import finished_run, run_stage
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sheet", type=Path, required=True)
+    parser.add_argument("--sheet", type=Path)
     parser.add_argument("--posterior", type=Path, required=True)
     parser.add_argument("--images", type=Path)
     options = parser.parse_args()
@@ -31,7 +32,7 @@ def main() -> None:
                 "fit_population",
                 "experiment=mrna_two_rate",
                 "data=egfp",
-                f"data.path={options.sheet.resolve()}",
+                *([f"data.path={options.sheet.resolve()}"] if options.sheet else []),
                 f"posterior={options.posterior.resolve()}",
                 directory=directory,
             )

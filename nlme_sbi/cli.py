@@ -135,7 +135,7 @@ class _Job:
         try:
             prepared(cfg, HydraConfig.get().runtime.choices.get("experiment"))
             _make_importable(cfg)
-            return _resolved(self._stage)(cfg)
+            return self._recorded(cfg) if sweep else _resolved(self._stage)(cfg)
         except Exception as error:
             if sweep:  # the launcher counts failures, perhaps in another process; it needs an exception
                 overrides = " ".join(HydraConfig.get().overrides.task)
@@ -143,6 +143,14 @@ class _Job:
             # Hydra would print its own line; keep the error for the end instead.
             self.error = error
             return None
+
+    def _recorded(self, cfg: DictConfig) -> float | None:
+        """Run the stage as a job of a sweep, whose directory then tells which run it was."""
+        from nlme_sbi.sweeps import recorded_job  # loads torch: not before a launcher has set a job's threads
+
+        told = HydraConfig.get()
+        with recorded_job(Path(told.sweep.dir), told.job.num, list(told.overrides.task)):
+            return _resolved(self._stage)(cfg)
 
 
 def _resolved(stage: Stage | str) -> Stage:
@@ -201,7 +209,13 @@ def _debug() -> bool:
 
 
 def _command() -> str:
-    return shlex.join(["python", *sys.argv])
+    started = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if _in_team() else ["python"]
+    return shlex.join([*started, *sys.argv])
+
+
+def _in_team() -> bool:
+    """Whether torchrun started this process, beside others that do the same."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _tell(sentence: str) -> None:
@@ -228,7 +242,8 @@ def _configure_logging() -> None:
         handler.of_nlme_sbi = True  # type: ignore[attr-defined]
         handler.setFormatter(_Words())
         root.addHandler(handler)
-    logging.getLogger("nlme_sbi").setLevel(logging.INFO)
+    follows = _in_team() and os.environ["RANK"] != "0"  # the first process says the same
+    logging.getLogger("nlme_sbi").setLevel(logging.ERROR if follows else logging.INFO)
     logging.captureWarnings(True)
 
 

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +41,7 @@ __all__ = [
 
 NOT_FINITE = 1  # status of a simulation with NaN or infinite data
 _WORTH_WORKERS = 15.0  # seconds of remaining work; starting workers costs each of them the import of torch
+_CLUSTER_TIMEOUT = 20  # seconds until a scheduler must have answered
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,15 @@ class SimulationSettings:
         shard_size: simulations in a shard, the unit of work and of resuming; part of the result's identity.
         workers: processes; ``auto`` starts one a core when the work is long enough to pay for it.
         max_failed: largest share of failed simulations that is accepted.
+        cluster: address of a Dask scheduler, ``tcp://host:8786``, whose workers then make the shards; they need this
+            installation and the same file system.
     """
 
     n: int
     shard_size: int = 10_000
     workers: int | Literal["auto"] = "auto"
     max_failed: float = 0.0
+    cluster: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("n", "shard_size"):
@@ -295,6 +299,11 @@ def _made_shards(
 ) -> Iterator[tuple[int, dict[int, int]]]:
     """Make the missing shards here or in workers, and yield each as it is done."""
     rest = list(missing)
+    if settings.cluster is not None and rest:
+        # Its workers stand in other directories.
+        with _dask(settings.cluster):
+            yield from _in_parallel(replace(maker, directory=maker.directory.absolute()), rest, -1)
+        return
     workers: int | None = None if settings.workers == "auto" else settings.workers
     if maker.device.type != "cpu":
         workers = 1
@@ -322,6 +331,24 @@ def _in_parallel(
             "A simulation worker was killed, probably for want of memory. Finished shards are kept: run the same "
             "command again with simulation.workers=1, or start anew with a smaller simulation.shard_size."
         ) from error
+
+
+@contextmanager
+def _dask(address: str) -> Iterator[None]:
+    """joblib's work goes to the workers of a Dask scheduler."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ValueError("simulation.cluster needs Dask: pip install -e .[dask].") from None
+    try:
+        client = Client(address, timeout=_CLUSTER_TIMEOUT)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"There is no Dask scheduler at simulation.cluster={address} ({str(error).splitlines()[0]}); start one "
+            "with `dask scheduler` and workers with `dask worker`, or leave simulation.cluster out."
+        ) from None
+    with client, joblib.parallel_config("dask", wait_for_workers_timeout=60):
+        yield
 
 
 @contextmanager

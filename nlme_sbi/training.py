@@ -5,20 +5,22 @@ Every batch is a function of (seed, step) alone, so a resumed run sees exactly t
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from nlme_sbi.devices import choose_device
+from nlme_sbi.distributed import ALONE, Team
 from nlme_sbi.networks.flows import AffineCouplingFlow
 from nlme_sbi.networks.posterior import AmortizedPosterior, PosteriorNetwork, initial_network
 from nlme_sbi.networks.summaries import SummarySettings
@@ -230,7 +232,14 @@ def save_checkpoint(
 ) -> None:
     """Write weights, optimiser and position atomically."""
     content = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "state": vars(state)}
-    write_atomically(path, lambda file: torch.save(content, file))
+    # In memory first: where a disk is full, torch's zip writer raises an error of its own that hides the reason.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+
+    def write(file: BinaryIO) -> None:
+        file.write(buffer.getbuffer())
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(
@@ -270,6 +279,7 @@ def train(
     checkpoint: Path | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
     progress: bool = True,
+    team: Team = ALONE,
 ) -> TrainingResult:
     """Train until the steps are used up or the held-out loss has stopped falling; keep the best weights.
 
@@ -280,6 +290,7 @@ def train(
         checkpoint: file to resume from when it exists, and to write at every validation and on interruption.
         report: called with every new row of the history.
         progress: whether to show a bar.
+        team: processes that train together; ``source`` then gives this one's share of each batch.
 
     Raises:
         TrainingError: the loss is not finite; the checkpoint keeps the best weights.
@@ -291,15 +302,17 @@ def train(
         state = load_checkpoint(checkpoint, network, optimizer, device)
     held_out = source.validation(settings.validation_size)
     saved_at = state.step
-    bar = Progress(settings.steps, "step", "train", done=state.step) if progress else None
+    replica = team.replica(network)
+    checkpoint = checkpoint if team.is_first else None  # read by all, written by one
+    bar = Progress(settings.steps, "step", "train", done=state.step) if progress and team.is_first else None
     try:
         with bar or nullcontext():
             while state.step < settings.steps and state.worse < settings.patience:
-                _step(network, optimizer, source, settings, state)
+                _step(replica, optimizer, source, settings, state, team=team)
                 if bar is not None:
                     bar.update(1, best=state.best_loss)
                 if state.step % settings.validate_every == 0 or state.step == settings.steps:
-                    row = _validate(network, held_out, settings, state)
+                    row = _validate(network, held_out, settings, state, team=team)
                     if report is not None:
                         report(row)
                     if checkpoint is not None:
@@ -364,11 +377,13 @@ def train_posterior(
 
 
 def _step(
-    network: PosteriorNetwork,
+    network: nn.Module,
     optimizer: torch.optim.Optimizer,
     source: PairSource,
     settings: TrainingSettings,
     state: TrainingState,
+    *,
+    team: Team,
 ) -> None:
     pairs = source.batch(state.step)
     network.train()
@@ -376,7 +391,7 @@ def _step(
         group["lr"] = settings.learning_rate_at(state.step)
     optimizer.zero_grad(set_to_none=True)
     loss = -network(pairs.phi, pairs.values, pairs.design).mean()
-    value = float(loss.detach())
+    value = team.mean(float(loss.detach()))
     if not math.isfinite(value):
         kept = f"the best weights so far (step {state.best_step}) are in the checkpoint" if state.best_weights else ""
         raise TrainingError(
@@ -392,9 +407,9 @@ def _step(
 
 
 def _validate(
-    network: PosteriorNetwork, held_out: Simulations, settings: TrainingSettings, state: TrainingState
+    network: PosteriorNetwork, held_out: Simulations, settings: TrainingSettings, state: TrainingState, *, team: Team
 ) -> dict[str, float]:
-    loss = float(validation_loss(network, held_out))
+    loss = team.mean(float(validation_loss(network, held_out)))
     if not math.isfinite(loss):
         raise TrainingError(
             f"The validation loss is {loss} at step {state.step}; the checkpoint keeps the best weights (step "

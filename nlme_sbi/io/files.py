@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
+from nlme_sbi.io.download import cached, published
 from nlme_sbi.io.wording import check_choice, did_you_mean, listed, quoted
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -90,9 +91,14 @@ class TableFile:
 def locate(path: str | os.PathLike[str]) -> Path:
     """The file meant by ``path``: as it stands or under the working directory, else under the project root.
 
+    ``cached:NAME`` is a published file that was downloaded.
+
     Raises:
         ValueError: nothing is there, or a directory is; with the places that were looked at.
     """
+    file = published(path)
+    if file is not None:
+        return cached(file)
     given = Path(path).expanduser()
     candidates = list(dict.fromkeys((Path.cwd() / given, PROJECT_ROOT / given)))
     try:

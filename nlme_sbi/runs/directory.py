@@ -20,7 +20,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -45,6 +46,7 @@ CONFIG, MANIFEST = "config.yaml", "manifest.json"
 _LOCK, _LOG, _CHECKPOINT, _CLOCK = ".lock", "log", "checkpoint", "clock.json"
 _NOT_RESULTS = (_LOG, _CHECKPOINT)
 _log = logging.getLogger(__name__)
+_opened: ContextVar[list[Path] | None] = ContextVar("opened_runs", default=None)
 
 
 @dataclass(eq=False)
@@ -182,12 +184,26 @@ def open_run(
         input_paths={name: str(where) for name, where in (input_paths or {}).items()},
         _lock=lock,
     )
+    opened = _opened.get()
+    if opened is not None:
+        opened.append(path)
     try:
         _begin(run)
     except BaseException:
         run.close()
         raise
     return run
+
+
+@contextlib.contextmanager
+def opened_runs() -> Iterator[list[Path]]:
+    """Collects the directories that :func:`open_run` gives inside the ``with``: which run a stage has made or found."""
+    paths: list[Path] = []
+    token = _opened.set(paths)
+    try:
+        yield paths
+    finally:
+        _opened.reset(token)
 
 
 def _begin(run: RunDirectory) -> None:
@@ -206,7 +222,7 @@ def _begin(run: RunDirectory) -> None:
     clock = run.log_directory / _CLOCK
     run._seconds_before = _seconds_of_earlier_sessions(run.path, clock)
     save_json(clock, {"before": run._seconds_before, "started": time.time()})
-    run._handler = logging.FileHandler(run.log_directory / f"{run.stage}.log", encoding="utf-8")
+    run._handler = _log_file(run.log_directory / f"{run.stage}.log")
     run._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("nlme_sbi").addHandler(run._handler)
     _log.info("%s %s", "resuming" if run.resumed else "writing", run.path)
@@ -333,6 +349,24 @@ def _made(directory: Path) -> Path:
     except OSError as error:
         raise could_not_write(directory, error) from error
     return directory
+
+
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written is no reason to stop, nor for a traceback at every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what is still to be written when the disk is full
+            super().close()
+
+
+def _log_file(path: Path) -> logging.FileHandler:
+    try:
+        return _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        raise could_not_write(path, error) from error
 
 
 def _write(file: Any, text: str) -> None:

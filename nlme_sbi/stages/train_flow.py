@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
-import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from nlme_sbi.devices import choose_device
+from nlme_sbi.distributed import SharedPairs, Team, joined
 from nlme_sbi.instantiate import instantiate
 from nlme_sbi.networks.flows import AffineCouplingFlow
 from nlme_sbi.networks.posterior import PosteriorNetwork, initial_network
@@ -47,6 +49,8 @@ from nlme_sbi.training import (
 from nlme_sbi.types import Design, Prior, Simulator
 
 log = logging.getLogger(__name__)
+
+_CHECKPOINT = "training.pt"
 
 
 @runtime_checkable
@@ -83,13 +87,20 @@ def train_flow(cfg: DictConfig) -> float:
         ValueError: one sentence for each wrong input, before training starts.
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    with joined(choose_device(plain["device"])) as team:
+        return _train_in_team(plain, team)
+
+
+def _train_in_team(plain: Mapping[str, Any], team: Team) -> float:
+    """The stage in one of the processes that train together, which is usually the only one."""
     trust = tuple(plain["trust"])
-    device = choose_device(plain["device"])
     upstream = _upstream(plain)
-    config = _relevant(plain, upstream)
+    config = _relevant(plain, upstream, team)
     settings: TrainingSettings = instantiate(config["training"], trust=trust, where="training")
     # Whatever can be refused without simulating is refused before a directory is made.
-    parts = _parts(config, settings, upstream, device=device, trust=trust)
+    parts = _parts(config, settings, upstream, team=team, trust=trust)
+    if not team.is_first:
+        return _follow(parts, settings, team, seed=int(config["seed"]))
     run = open_run(
         stage="train_flow",
         experiment=plain["experiment"]["name"],
@@ -99,13 +110,14 @@ def train_flow(cfg: DictConfig) -> float:
         fresh=plain["fresh"],
     )
     with run:
+        team.from_first(None if run.finished else str(run.checkpoint_directory))
         if run.finished:
             log.info("This training is finished already: %s (fresh=true trains again)", run.path)
             return float(load_run(run.path, stage="train_flow").results["validation_loss"])
         if parts.pool is not None:
             save_design(run.path / "design", parts.pool)
         network, shape = _network(parts, settings, seed=int(config["seed"]))
-        result = _train(network, parts.source, settings, run)
+        result = _train(network, parts.source, settings, run, team)
         _save(run, network, shape, result)
         results = {
             "validation_loss": result.best_loss,
@@ -135,10 +147,12 @@ def _upstream(plain: Mapping[str, Any]) -> FinishedRun | None:
     return run
 
 
-def _relevant(plain: Mapping[str, Any], upstream: FinishedRun | None) -> dict[str, Any]:
+def _relevant(plain: Mapping[str, Any], upstream: FinishedRun | None, team: Team) -> dict[str, Any]:
     """The part of the configuration that decides the outcome; simulator, prior and design as they were simulated."""
     config = {name: plain[name] for name in (*GENERATIVE, "summary", "flow", "training", "seed")}
     config["source"] = "online" if upstream is None else "stored"
+    if team.size > 1:  # sums are rounded otherwise, and fresh pairs are other ones
+        config["processes"] = team.size
     if upstream is None:
         return config
     for name in GENERATIVE:
@@ -166,28 +180,26 @@ def _parts(
     settings: TrainingSettings,
     upstream: FinishedRun | None,
     *,
-    device: torch.device,
+    team: Team,
     trust: tuple[str, ...],
 ) -> _Parts:
     summary, flow = (part(config[name], NetworkSettings, where=name, trust=trust) for name in ("summary", "flow"))
-    seed = int(config["seed"])
+    seed, batch_size = int(config["seed"]), team.share_of(settings.batch_size)
     if upstream is None:
         prior, designs, simulator = generative_parts(config, trust)
         pool = getattr(designs, "pool", None)
-        source = OnlinePairs(
-            prior, designs, simulator, settings.batch_size, seed, device, max_failed=settings.max_failed
-        )
-        return _Parts(source, simulator, prior, pool, summary, flow)
+        source = OnlinePairs(prior, designs, simulator, batch_size, seed, team.device, max_failed=settings.max_failed)
+        return _Parts(SharedPairs(source, team), simulator, prior, pool, summary, flow)
     prior, simulator = (instantiate(config[name], trust=trust, where=name) for name in ("prior", "simulator"))
     stored = StoredPairs(
         StoredSimulations.open(upstream.path),
-        batch_size=settings.batch_size,
+        batch_size=batch_size,
         validation_size=settings.validation_size,
         seed=seed,
-        device=device,
+        device=team.device,
     )
     pool = load_design(upstream.path / "design") if (upstream.path / "design").exists() else None
-    return _Parts(stored, simulator, prior, pool, summary, flow)
+    return _Parts(SharedPairs(stored, team), simulator, prior, pool, summary, flow)
 
 
 def _network(parts: _Parts, settings: TrainingSettings, *, seed: int) -> tuple[PosteriorNetwork, DataShape]:
@@ -202,18 +214,54 @@ def _network(parts: _Parts, settings: TrainingSettings, *, seed: int) -> tuple[P
 
 
 def _train(
-    network: PosteriorNetwork, source: PairSource, settings: TrainingSettings, run: RunDirectory
+    network: PosteriorNetwork, source: PairSource, settings: TrainingSettings, run: RunDirectory, team: Team
 ) -> TrainingResult:
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only this stage needs it
+    checkpoint = run.checkpoint_directory / _CHECKPOINT
+    with _Curves(run.log_directory / "tensorboard") as curves:
+        return train(network, source, settings, checkpoint=checkpoint, report=curves.add, team=team)
 
-    checkpoint = run.checkpoint_directory / "training.pt"
-    with SummaryWriter(str(run.log_directory / "tensorboard")) as writer:
 
-        def report(row: dict[str, float]) -> None:
+def _follow(parts: _Parts, settings: TrainingSettings, team: Team, *, seed: int) -> float:
+    """Train along with the first process, which has the run and writes; the best loss."""
+    checkpoints = team.from_first(None)
+    if checkpoints is None:  # finished already
+        return math.nan
+    network, _ = _network(parts, settings, seed=seed)
+    return train(network, parts.source, settings, checkpoint=Path(checkpoints) / _CHECKPOINT, team=team).best_loss
+
+
+class _Curves:
+    """The history for TensorBoard. It is no result: where it cannot be written, training goes on without it."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only this stage needs it
+
+        self._writer: SummaryWriter | None = None
+        with self._or_do_without():
+            self._writer = SummaryWriter(str(directory))
+
+    def add(self, row: dict[str, float]) -> None:
+        """Add a row of the history."""
+        with self._or_do_without():
             for name in ("train_loss", "validation_loss", "learning_rate"):
-                writer.add_scalar(name, row[name], int(row["step"]))
+                if self._writer is not None:
+                    self._writer.add_scalar(name, row[name], int(row["step"]))
 
-        return train(network, source, settings, checkpoint=checkpoint, report=report)
+    @contextmanager
+    def _or_do_without(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            log.warning("The curves for TensorBoard could not be written (%s); training goes on.", error)
+
+    def __enter__(self) -> _Curves:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._or_do_without():
+            if self._writer is not None:
+                self._writer.close()
 
 
 def _save(run: RunDirectory, network: PosteriorNetwork, shape: DataShape, result: TrainingResult) -> None:

@@ -138,12 +138,12 @@ def test_an_interrupted_training_resumed_by_the_same_command_ends_with_the_same_
     done: list[int] = []
     step = nlme_sbi.training._step
 
-    def interrupted(network, optimizer, source, settings, state):  # type: ignore[no-untyped-def]
+    def interrupted(network, optimizer, source, settings, state, **team):  # type: ignore[no-untyped-def]
         if state.step == 13 and 13 not in done:
             done.append(13)
             raise KeyboardInterrupt
         done.append(state.step)
-        step(network, optimizer, source, settings, state)
+        step(network, optimizer, source, settings, state, **team)
 
     monkeypatch.setattr(nlme_sbi.training, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -323,6 +323,24 @@ def test_code_that_is_not_trusted_does_not_run_when_a_posterior_is_loaded(
     assert load_run(run.path).config["simulator"]["_target_"] == target
     with pytest.raises(ValueError, match=sentence):
         AmortizedPosterior.load(run.path)
+
+
+@pytest.mark.parametrize("section", ["simulator", "prior"])
+def test_code_that_is_not_trusted_does_not_run_when_simulations_are_read(own_copy: Path, section: str) -> None:
+    forge(only_run(own_copy, "simulate"), **{f"{section}___target_": "os.system", f"{section}__command": "true"})
+    asked = ["simulator._target_=os.system"] if section == "simulator" else []
+    with pytest.raises(ValueError, match=rf"^{section}\._target_: os\.system comes from os, which is neither part of"):
+        train_flow(tiny("train_flow", "mrna_two_rate", own_copy, "seed=5", *asked))
+
+
+@pytest.mark.parametrize("name", ["phi", "values", "status"])
+def test_cut_off_arrays_are_refused_although_the_seal_is_right(own_copy: Path, name: str) -> None:
+    run = only_run(own_copy, "simulate")
+    path = run.path / "shards" / "000001" / f"{name}.npy"
+    path.write_bytes(path.read_bytes()[:-40])
+    forge(run)
+    with pytest.raises(ValueError, match=rf"{name}\.npy is damaged: \d+ bytes instead of the \d+ that it announces"):
+        train_flow(tiny("train_flow", "mrna_two_rate", own_copy, "seed=5"))
 
 
 def test_a_network_description_that_is_damaged_is_refused(own_copy: Path) -> None:

@@ -1,0 +1,36 @@
+"""After a sweep: one table of its jobs, told and stored beside them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import BinaryIO
+
+from omegaconf import DictConfig
+
+from nlme_sbi import sweeps
+from nlme_sbi.conversion import convert
+from nlme_sbi.runs import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+def sweep_table(cfg: DictConfig) -> None:
+    """Tell and write ``table.csv`` and ``table.txt`` in the sweep's directory.
+
+    Args:
+        cfg: composed configuration with ``sweep`` (a directory or latest) and ``output_root``.
+
+    Raises:
+        ValueError: where there is no such sweep, or one of its runs was edited.
+    """
+    directory = sweeps.find_sweep(convert(cfg.sweep, str, "sweep"), Path(cfg.output_root))
+    table = sweeps.sweep_table(directory)
+    text = table.to_string(index=False, float_format="{:.5g}".format, na_rep="") + "\n"
+    for name, content in (("table.csv", table.to_csv(index=False)), ("table.txt", text)):
+        write_atomically(directory / name, lambda file, content=content: _write(file, content))  # type: ignore[misc]
+    log.info("%s\nWritten: %s (table.csv, table.txt)", text, directory)
+
+
+def _write(file: BinaryIO, text: str) -> None:
+    file.write(text.encode())
