@@ -33,6 +33,8 @@ class MechanisticSimulator(ABC):
         time_unit: unit of ``design.times``.
         covariates: the covariates that :meth:`predict` reads from the design.
         takes_doses: whether :meth:`predict` reads ``design.events``.
+        exchangeable: pairs of parameters that may be swapped without changing the prediction (label switching); where
+            there are such, searches for modes look at the mirror image, too.
     """
 
     parameters: ParameterSpace
@@ -42,6 +44,7 @@ class MechanisticSimulator(ABC):
     time_unit: str = "h"
     covariates: tuple[str, ...] = ()
     takes_doses: bool = False
+    exchangeable: tuple[tuple[str, str], ...] = ()
 
     @abstractmethod
     def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T C"]:

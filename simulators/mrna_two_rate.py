@@ -36,6 +36,7 @@ class MrnaTwoRate(MechanisticSimulator):
     signals: tuple[str, ...] = ("log_fluorescence",)
     signal_units: tuple[str, ...] = ("log a.u.",)
     noise = Additive(sd="sigma")
+    exchangeable = (("delta", "gamma"),)
 
     def predict(self, phi: Float[Tensor, "I *batch 6"], design: Design) -> Float[Tensor, "I *batch T 1"]:
         """Log of protein plus background at ``design.times``, log a.u."""

@@ -1,5 +1,6 @@
 """Population models and their estimators; posteriors are known only as the Protocol in :mod:`nlme_sbi.types`."""
 
+from nlme_sbi.population.exact import Exact
 from nlme_sbi.population.fit import fit_population
 from nlme_sbi.population.models import GaussianPopulation
 from nlme_sbi.population.ratio import PriorRatio
@@ -8,6 +9,7 @@ from nlme_sbi.population.roles import FitProgress
 from nlme_sbi.population.table import PopulationTable
 
 __all__ = [
+    "Exact",
     "FitProgress",
     "GaussianPopulation",
     "PopulationFit",

@@ -22,8 +22,8 @@ from torch import Tensor
 from nlme_sbi.population.joint import JointDensity, chosen_rows, interleaved
 from nlme_sbi.population.proposals import Mixtures, Pieces, along_profiles, mixtures, modes
 from nlme_sbi.population.ratio import PriorRatio
-from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.refinement import refined
+from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions, effective_draws
 from nlme_sbi.threads import over_blocks
 from nlme_sbi.types import Design, Observations, PosteriorSamples, Prior, TractableSimulator
@@ -34,6 +34,8 @@ _CLIMBERS = 3  # starts of Newton's method for each individual, before symmetrie
 _BLOCK = 4096  # draws in a block of the objective
 _PREDICTED = 100_000  # predictions that are worked on at once
 _BAD = 0.25  # share of effective draws below which a mixture is refined
+_REFINEMENTS = 3  # of mixtures that stay bad
+_DRAWS_ALL = 100_000  # draws of all individuals together that there are at least
 _CURVED = 4  # draws of each individual that tell the curvature in the constants
 _CURVED_ALL = 6000  # or as many as make so many over all individuals
 _STEP = 1e-4  # of finite differences in constants
@@ -45,14 +47,14 @@ class Exact:
     """Settings of the exact estimator.
 
     Args:
-        draws: of each individual's mixture to begin with.
-        max_draws: how far they are doubled while the Monte-Carlo error is too large.
+        draws: of each individual's mixture to begin with, at least; few individuals get more.
+        max_draws: how far their number is raised while the Monte-Carlo error is too large.
         exploring: draws of the network with which the fit's starts are compared, by the prior ratio.
         simulator: whose likelihood it is; taken from the posterior when left out.
     """
 
     draws: int = 64
-    max_draws: int = 4096
+    max_draws: int = 8192
     exploring: int = 300
     simulator: TractableSimulator | None = None
 
@@ -103,7 +105,7 @@ class Exact:
         known = previous if isinstance(previous, ExactDraws) and previous.individuals == len(exact) else None
         if known is not None and _is_near(joint, known.proposed_for):
             # The mixtures still fit: draws from them, with likelihoods at the new theta.
-            state = _drawn(joint, known.modes, known.mixed, self._training(source), generator)
+            state = _drawn(joint, known.modes, known.mixed, source.prior, generator)
             return replace(_with_bad_ones_refined(state, generator), proposed_for=known.proposed_for)
         if known is None:
             rows, starts = _first_climbers(joint, _network_draws(source, observations, generator).to(theta))
@@ -112,8 +114,8 @@ class Exact:
             rows, starts = known.modes.rows, known.modes.means
         laplace, at = modes(joint, rows, starts)
         _require_everybody(laplace.rows, observations)
-        mixed = mixtures(along_profiles(joint, laplace, at), len(exact), self._draws_of(previous))
-        state = _drawn(joint, laplace, mixed, self._training(source), generator)
+        mixed = mixtures(along_profiles(joint, laplace, at), len(exact), self._draws_of(previous, len(exact)))
+        state = _drawn(joint, laplace, mixed, source.prior, generator)
         return _with_bad_ones_refined(state, generator)
 
     def improve(
@@ -122,19 +124,23 @@ class Exact:
         theta: Float[Tensor, " P"],
         observations: Observations,  # noqa: ARG002 - the draws carry theirs
         generator: torch.Generator,
+        *,
+        times: int = 2,
     ) -> WeightedDraws | str:
-        """Twice as many draws, or why there are none."""
+        """``times`` as many draws, or why there are none."""
         if not isinstance(state, ExactDraws):
             raise TypeError(f"exact made no such draws: {type(state).__name__}.")
-        if 2 * state.draws > self.max_draws:
+        if state.draws >= self.max_draws:
             return f"max_draws={self.max_draws} is reached"
+        draws = min(times * state.draws, self.max_draws)
         joint = replace(state.joint, theta=theta.detach())
-        mixed = replace(state.mixed, counts=2 * state.mixed.counts)
-        drawn = _drawn(joint, state.modes, mixed, state.training, generator)
-        return replace(drawn, proposed_for=state.proposed_for)
+        drawn = _drawn(joint, state.modes, state.mixed.with_draws(draws), state.training, generator)
+        return _with_bad_ones_refined(replace(drawn, proposed_for=state.proposed_for), generator)
 
-    def _draws_of(self, previous: WeightedDraws) -> int:
-        return previous.draws if isinstance(previous, ExactDraws) else self.draws
+    def _draws_of(self, previous: WeightedDraws, individuals: int) -> int:
+        if isinstance(previous, ExactDraws) and previous.individuals == individuals:
+            return previous.draws
+        return max(self.draws, min(self.max_draws, _DRAWS_ALL // individuals))
 
     def _tractable(self, source: Source) -> TractableSimulator:
         simulator = self.simulator or getattr(source, "simulator", None)
@@ -146,9 +152,6 @@ class Exact:
                 "log_likelihood). Use estimator=prior_ratio."
             )
         return simulator
-
-    def _training(self, source: Source) -> Prior:
-        return source.prior
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +232,16 @@ class ExactDraws:
             individuals=len(individuals),
             draws=cut.phi.shape[1],
         )
+
+    def replaced(self, rows: Tensor, mixed: Mixtures, blocks: tuple[ExactBlock, ...]) -> ExactDraws:
+        """With other mixtures and draws of some individuals."""
+        given, whole = _joined(blocks), _joined(self.blocks)
+        changed = {
+            name: getattr(whole, name).index_copy(0, rows, getattr(given, name))
+            for name in ("phi", "log_ratio", "slopes", "curvatures")
+        }
+        whole = replace(whole, design=self.joint.observations.design, **changed)
+        return replace(self, blocks=_in_blocks(whole), mixed=self.mixed.updated(rows, mixed))
 
     def half(self, which: int) -> ExactDraws:
         """Every other draw."""
@@ -355,19 +368,20 @@ def _drawn_blocks(
 
 def _with_bad_ones_refined(state: ExactDraws, generator: torch.Generator) -> ExactDraws:
     """Mixtures with few effective draws are refined, and their individuals drawn again where that helped."""
-    before = effective_draws(state, state.made_for)
-    bad = torch.nonzero(before < _BAD * state.draws)[:, 0]
-    if len(bad) == 0:
-        return state
-    better = refined(state.joint, state.mixed[bad], bad, state.draws, generator)
-    redrawn = _joined(_drawn_blocks(state.joint, better, bad, generator))
-    whole = _joined(state.blocks)
-    changed = {
-        name: getattr(whole, name).index_copy(0, bad, getattr(redrawn, name))
-        for name in ("phi", "log_ratio", "slopes", "curvatures")
-    }
-    blocks = _in_blocks(replace(whole, design=state.joint.observations.design, **changed))
-    return replace(state, blocks=blocks, mixed=state.mixed.updated(bad, better))
+    for _ in range(_REFINEMENTS):
+        before = effective_draws(state, state.made_for)
+        bad = torch.nonzero(before < _BAD * state.draws)[:, 0]
+        if len(bad) == 0:
+            break
+        better = refined(state.joint, state.mixed[bad], bad, state.draws, generator)
+        trial = state.replaced(bad, better, _drawn_blocks(state.joint, better, bad, generator))
+        helped = effective_draws(trial, state.made_for)[bad] > before[bad]
+        if not bool(helped.any()):
+            break
+        chosen = bad[helped]
+        kept = _rows(_joined(trial.blocks), chosen)
+        state = state.replaced(chosen, better[torch.nonzero(helped)[:, 0]], (kept,))
+    return state
 
 
 def _block(joint: JointDensity, rows: Tensor, phi: Tensor, log_q: Tensor, order: Tensor) -> ExactBlock:
@@ -444,6 +458,19 @@ def _joined(blocks: tuple[ExactBlock, ...]) -> ExactBlock:
         slopes=torch.cat([block.slopes for block in blocks]),
         curvatures=torch.cat([block.curvatures for block in blocks]),
         constants=torch.cat([block.constants for block in blocks]),
+    )
+
+
+def _rows(whole: ExactBlock, rows: Tensor) -> ExactBlock:
+    """Some individuals of a block that holds everybody; the design stays."""
+    return replace(
+        whole,
+        rows=rows,
+        phi=whole.phi[rows],
+        log_ratio=whole.log_ratio[rows],
+        slopes=whole.slopes[rows],
+        curvatures=whole.curvatures[rows],
+        constants=whole.constants[rows],
     )
 
 

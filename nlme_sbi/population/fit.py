@@ -18,8 +18,8 @@ from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.result import PopulationFit, Restart
 from nlme_sbi.population.roles import (
     Estimator,
-    FollowingEstimator,
     FitProgress,
+    FollowingEstimator,
     PopulationModel,
     PopulationSpecification,
     Report,
@@ -30,12 +30,13 @@ from nlme_sbi.population.starts import starting_points
 from nlme_sbi.population.uncertainty import MonteCarloError, covariance_from, monte_carlo_error
 from nlme_sbi.population.verdicts import compared, described, doubted
 from nlme_sbi.population.weighting import contributions, rough_information
-from nlme_sbi.types import Observations, Posterior, PosteriorSamples
+from nlme_sbi.types import Censoring, Observations, Posterior, PosteriorSamples
 
 logger = logging.getLogger(__name__)
 
 _EXPLORED_INDIVIDUALS = 1000  # starts are compared on so many individuals
 _EXPLORED_DRAWS = 500  # with so many draws
+_STANDS_STILL = 0.5  # standard errors between two rounds; Monte-Carlo error is judged apart
 _ROUNDS = 10  # of draws that follow the optimum
 _CONVERGED = 0.01  # largest Newton step that may be left, in standard errors
 _SINGULAR = 0.999  # correlation above which a covariance counts as singular
@@ -120,7 +121,8 @@ def fit_population(
         if optimum.covariance is None:
             break
         with torch.no_grad():
-            better = chosen.improve(state, optimum.summit.theta, observations, generator)
+            times = _how_many_times(max(optimum.worst(model.unknowns.free)) / accuracy)
+            better = chosen.improve(state, optimum.summit.theta, observations, generator, times=times)
         if isinstance(better, str):
             shortage = better
             break
@@ -138,7 +140,7 @@ def fit_population(
     )
     for warning in said:
         logger.warning(warning)
-    return _result(state, optimum, explored.restarts, chosen=chosen, ids=observations.ids, said=said)
+    return _result(state, optimum, explored.restarts, chosen=chosen, observations=observations, said=said)
 
 
 def _followed(
@@ -158,10 +160,10 @@ def _followed(
     if not isinstance(chosen, FollowingEstimator):
         return state, theta, information
     individuals = len(observations)
-    stages = [(torch.arange(individuals), 0.25)]
+    stages = [(torch.arange(individuals), _STANDS_STILL)]
     if individuals > 2 * _EXPLORED_INDIVIDUALS:
         shuffled = torch.randperm(individuals, generator=generator, device=generator.device)
-        stages.insert(0, (shuffled[:_EXPLORED_INDIVIDUALS].sort().values.cpu(), 0.5))
+        stages.insert(0, (shuffled[:_EXPLORED_INDIVIDUALS].sort().values.cpu(), 1.0))
     for rows, near in stages:
         some = observations if len(rows) == individuals else observations[rows]
         given = source
@@ -181,6 +183,11 @@ def _followed(
     with torch.no_grad():  # draws made for the optimum itself
         state = chosen.follow(source, observations, theta, state, generator)
     return state, theta, rough_information(state, theta)
+
+
+def _how_many_times(ratio: float) -> int:
+    """How many times as many draws would bring an error down by ``ratio``: a power of 2, at most 16 at once."""
+    return 2 ** min(4, max(1, math.ceil(2 * math.log2(ratio)))) if math.isfinite(ratio) else 2
 
 
 def _bound(
@@ -331,7 +338,7 @@ def _result(
     restarts: tuple[Restart, ...],
     *,
     chosen: Estimator,
-    ids: tuple[str, ...],
+    observations: Observations,
     said: tuple[str, ...],
 ) -> PopulationFit:
     theta, free = optimum.summit.theta, state.population.unknowns.free.to(optimum.summit.theta.device)
@@ -344,7 +351,7 @@ def _result(
     outcome = f"Converged (largest step left: {left})." if converged else f"NOT converged (largest step left: {left})."
     return PopulationFit(
         population=state.population,
-        ids=ids,
+        ids=observations.ids,
         estimator=chosen.name,
         absolute=chosen.absolute,
         theta=theta,
@@ -357,8 +364,16 @@ def _result(
         converged=converged,
         message=f"{outcome} {described(restarts)}",
         warnings=said,
+        measurements=_measurements(observations),
         state=state,
     )
+
+
+def _measurements(observations: Observations) -> int:
+    plain = observations.design.observed
+    if observations.censoring is not None:
+        plain = plain & (observations.censoring == int(Censoring.NONE))
+    return int(plain.sum())
 
 
 def _silent(progress: FitProgress) -> None:

@@ -72,9 +72,7 @@ def modes(joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B
     place = place[torch.argsort(found.at.value[place], descending=True, stable=True)]
     place = place[torch.argsort(rows[place], stable=True)]
     covariances = covariance_of(-found.at.hessian[place], joint.scale)
-    pieces = Pieces(
-        rows[place], found.at.value[place] + _log_volume(covariances), found.points[place], covariances
-    )
+    pieces = Pieces(rows[place], found.at.value[place] + _log_volume(covariances), found.points[place], covariances)
     kept = _distinct(pieces)
     return pieces[kept], found.at[place[kept]]
 
@@ -207,6 +205,16 @@ class Mixtures:
     def __getitem__(self, rows: Tensor) -> Mixtures:
         used = max(1, int((self.counts[rows] > 0).sum(1).max()))
         return Mixtures(self.counts[rows, :used], self.means[rows, :used], self.factors[rows, :used])
+
+    def with_draws(self, draws: int) -> Mixtures:
+        """The same components in about the same proportions with another number of draws, at least one each while
+        there are enough; the largest component takes what rounding leaves."""
+        there = self.counts > 0
+        share = self.counts / self.counts.sum(1, keepdim=True)
+        counts = ((draws - there.sum(1, keepdim=True)).clamp_min(0) * share).floor().to(torch.int64) + there
+        counts = torch.where(counts.cumsum(1) <= draws, counts, 0)
+        largest = counts.argmax(1, keepdim=True)
+        return replace(self, counts=counts.scatter_add(1, largest, draws - counts.sum(1, keepdim=True)))
 
     def updated(self, rows: Tensor, others: Mixtures) -> Mixtures:
         """With the mixtures at ``rows`` replaced."""

@@ -100,8 +100,10 @@ class PriorRatio:
         theta: Float[Tensor, " P"],  # noqa: ARG002 - draws from q do not depend on it
         observations: Observations,
         generator: torch.Generator,
+        *,
+        times: int = 2,
     ) -> WeightedDraws | str:
-        """Twice as many draws, or why there are none."""
+        """``times`` as many draws, or as many as settings and memory allow, or why there are none."""
         if not isinstance(state, RatioDraws):
             raise TypeError(f"prior_ratio made no such draws: {type(state).__name__}.")
         if not isinstance(state.source, Posterior):
@@ -110,7 +112,9 @@ class PriorRatio:
             return f"max_draws={self.max_draws} is reached"
         if 2 * state.size_in_bytes() > self.memory * _GIB:
             return f"{2 * state.draws} draws would take more than memory={self.memory} GiB"
-        more = state.source.sample(observations, state.draws, generator)
+        largest = int(self.memory * _GIB / state.size_in_bytes() * state.draws)
+        total = min(times * state.draws, self.max_draws, largest)
+        more = state.source.sample(observations, total - state.draws, generator)
         joined = PosteriorSamples(
             names=more.names,
             phi=torch.cat([state.phi, more.phi.to(state.phi)], 1),

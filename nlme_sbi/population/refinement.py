@@ -32,8 +32,7 @@ def refined(
     """
     old = _as_pieces(mixed)
     for _ in range(_PASSES):
-        scaled = Mixtures(_scaled(mixed.counts, _TRIED), mixed.means, mixed.factors)
-        phi, log_q = scaled.sample(generator)
+        phi, log_q = mixed.with_draws(_TRIED).sample(generator)
         log_weights = joint.value(rows, phi) - log_q
         chosen = _resampled(phi, log_weights, generator)
         # A little noise keeps copies of one heavy draw from being taken for a mode without width.
@@ -65,13 +64,6 @@ def _as_pieces(mixed: Mixtures) -> Pieces:
     share = mixed.counts.double() / mixed.counts.sum(1, keepdim=True)
     factors = mixed.factors[owner, component]
     return Pieces(owner, share[owner, component].log(), mixed.means[owner, component], factors @ factors.mT)
-
-
-def _scaled(counts: Int[Tensor, "I K"], draws: int) -> Int[Tensor, "I K"]:
-    """Counts in about the same proportions that add up to ``draws``; the largest takes what rounding leaves."""
-    scaled = (counts * draws) // counts.sum(1, keepdim=True)
-    largest = scaled.argmax(1, keepdim=True)
-    return scaled.scatter_add(1, largest, draws - scaled.sum(1, keepdim=True))
 
 
 def _resampled(phi: Tensor, log_weights: Float[Tensor, "B S"], generator: torch.Generator) -> Float[Tensor, "B R V"]:

@@ -58,6 +58,7 @@ class PopulationFit:
         converged: whether the optimum is one within tolerance.
         message: how the fit ended, in words.
         warnings: what a reader must know before using the numbers.
+        measurements: number of values in the data; bounds of censored ones do not count.
         state: the weighted draws, for predictions and plots.
     """
 
@@ -75,6 +76,7 @@ class PopulationFit:
     converged: bool
     message: str
     warnings: tuple[str, ...]
+    measurements: int
     state: WeightedDraws = field(repr=False)
 
     @property
@@ -90,8 +92,15 @@ class PopulationFit:
 
     @property
     def minus_two_log_likelihood(self) -> float | None:
-        """-2 log L; None where the estimator does not give it."""
-        return -2 * self.objective if self.absolute else None
+        """-2 log L, corrected for the bias that the log of a mean of weights has; None where the estimator does not
+        give it."""
+        return -2 * (self.objective - self.monte_carlo.objective_bias) if self.absolute else None
+
+    @property
+    def objective_function_value(self) -> float | None:
+        """-2 log L without the constant n log 2 pi of the n measurements, as other software prints it (OFV)."""
+        deviance = self.minus_two_log_likelihood
+        return None if deviance is None else deviance - self.measurements * math.log(2 * math.pi)
 
     @property
     def estimated(self) -> int:
@@ -102,12 +111,17 @@ class PopulationFit:
     def aic(self) -> float:
         """-2 objective + 2 unknowns. From a likelihood ratio only differences mean something, and only between
         population models for the same network, prior and data."""
-        return -2 * self.objective + 2 * self.estimated
+        return self._deviance + 2 * self.estimated
 
     @property
     def bic(self) -> float:
         """-2 objective + unknowns x log(individuals); to be compared like :attr:`aic`."""
-        return -2 * self.objective + math.log(len(self.ids)) * self.estimated
+        return self._deviance + math.log(len(self.ids)) * self.estimated
+
+    @property
+    def _deviance(self) -> float:
+        deviance = self.minus_two_log_likelihood
+        return -2 * self.objective if deviance is None else deviance
 
     @property
     def standard_errors(self) -> Float[Tensor, " P"]:
@@ -161,6 +175,7 @@ class PopulationFit:
             "draws": self.draws,
             "log_likelihood_ratio": number_or_none(self.log_likelihood_ratio),
             "minus_two_log_likelihood": number_or_none(self.minus_two_log_likelihood),
+            "objective_function_value": number_or_none(self.objective_function_value),
             "aic": number(self.aic),
             "bic": number(self.bic),
             "estimated_unknowns": self.estimated,
@@ -192,12 +207,15 @@ class PopulationFit:
     def _heading(self) -> tuple[str, ...]:
         error, ess = self.monte_carlo, self.ess
         what = "log L" if self.absolute else "log likelihood ratio to the training prior"
-        absolute = f"{-2 * self.objective:.2f}" if self.absolute else "not available with this estimator"
+        said = "not available with this estimator"
+        deviance, ofv = self.minus_two_log_likelihood, self.objective_function_value
+        if deviance is not None and ofv is not None:
+            said = f"{deviance:.2f} (Monte-Carlo SE {2 * error.objective_se:.2g}, corrected for bias), OFV {ofv:.2f}"
         return (
             f"{len(self.ids)} individuals, estimator {self.estimator}, {self.draws} draws each "
             f"(effective: median {float(ess.median()):.0f}, smallest {float(ess.min()):.0f})",
             f"{what}: {self.objective:.2f} (Monte-Carlo SE {error.objective_se:.2f}, bias {error.objective_bias:.2f})",
-            f"-2 log L: {absolute}",
+            f"-2 log L: {said}",
         )
 
 

@@ -192,9 +192,16 @@ class Estimator(Protocol):
         """Each individual's contribution, ``(I,)``."""
 
     def improve(
-        self, state: WeightedDraws, theta: Tensor, observations: Observations, generator: torch.Generator
+        self,
+        state: WeightedDraws,
+        theta: Tensor,
+        observations: Observations,
+        generator: torch.Generator,
+        *,
+        times: int = 2,
     ) -> WeightedDraws | str:
-        """Better draws because those at hand were too few at ``theta``; or the reason why there are none."""
+        """``times`` as many draws because those at hand were too few at ``theta``, or as many as there may be; or the
+        reason why there are no more."""
 
 
 @runtime_checkable
