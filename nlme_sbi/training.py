@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.devices import choose_device
+from nlme_sbi.networks.densities import FlowSettings
 from nlme_sbi.networks.flows import AffineCouplingFlow
 from nlme_sbi.networks.posterior import AmortizedPosterior, PosteriorNetwork, initial_network
 from nlme_sbi.networks.summaries import SummarySettings
@@ -321,7 +322,7 @@ def train_posterior(
     designs: DesignSource,
     *,
     summary: SummarySettings,
-    flow: AffineCouplingFlow | None = None,
+    flow: FlowSettings | None = None,
     settings: TrainingSettings | None = None,
     seed: int = 0,
     device: str = "auto",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nlme_sbi.designs import ResampledDesigns
 from nlme_sbi.devices import choose_device
 from nlme_sbi.instantiate import instantiate
-from nlme_sbi.networks.flows import AffineCouplingFlow, ConditionalFlow
+from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings
 from nlme_sbi.networks.summaries import DataShape, GridNetwork, PooledNetwork, SummarySettings
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run
@@ -61,7 +61,7 @@ def load_shape(path: Path) -> DataShape:
 class PosteriorNetwork(nn.Module):
     """Density ``q(phi | y, design)``: everything that has weights or scalings, and nothing else."""
 
-    def __init__(self, summary: GridNetwork | PooledNetwork, flow: ConditionalFlow, dimension: int) -> None:
+    def __init__(self, summary: GridNetwork | PooledNetwork, flow: ConditionalDensity, dimension: int) -> None:
         super().__init__()
         self.summary = summary
         self.flow = flow
@@ -83,7 +83,7 @@ class PosteriorNetwork(nn.Module):
 
 
 def build_network(
-    shape: DataShape, summary: SummarySettings, flow: AffineCouplingFlow, *, dimension: int
+    shape: DataShape, summary: SummarySettings, flow: FlowSettings, *, dimension: int
 ) -> PosteriorNetwork:
     """A network with random weights (from torch's global generator) and scalings that are not fitted yet."""
     summary_network = summary.build(shape)
@@ -96,7 +96,7 @@ def initial_network(
     prior: Prior,
     *,
     summary: SummarySettings,
-    flow: AffineCouplingFlow,
+    flow: FlowSettings,
     seed: int,
 ) -> tuple[PosteriorNetwork, DataShape]:
     """A network ready to be trained: random weights, scalings from pilot simulations, on their device.

@@ -17,7 +17,7 @@ from torch import nn
 
 from nlme_sbi.devices import choose_device
 from nlme_sbi.instantiate import instantiate
-from nlme_sbi.networks.flows import AffineCouplingFlow
+from nlme_sbi.networks.densities import FlowSettings
 from nlme_sbi.networks.posterior import PosteriorNetwork, initial_network
 from nlme_sbi.networks.summaries import DataShape, SummarySettings
 from nlme_sbi.plots.loss import plot_history
@@ -65,7 +65,7 @@ class _Parts:
     prior: Prior
     pool: Design | None
     summary: SummarySettings
-    flow: AffineCouplingFlow
+    flow: FlowSettings
 
 
 def train_flow(cfg: DictConfig) -> float:
