@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nlme_sbi.designs import FixedGrid, RandomTimes, ResampledDesigns
     from nlme_sbi.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel
+    from nlme_sbi.networks.ensembles import PosteriorEnsemble
     from nlme_sbi.networks.flows import AffineCouplingFlow, SplineAutoregressiveFlow, SplineCouplingFlow
     from nlme_sbi.networks.mixtures import GaussianMixtureFlow
     from nlme_sbi.networks.posterior import AmortizedPosterior
@@ -43,6 +44,7 @@ __all__ = [
     "ParameterSpace",
     "PooledSummary",
     "PopulationFit",
+    "PosteriorEnsemble",
     "PriorRatio",
     "RandomTimes",
     "ResampledDesigns",
@@ -59,6 +61,7 @@ __all__ = [
 _ROOMS = {
     "designs": ("FixedGrid", "RandomTimes", "ResampledDesigns"),
     "mechanistic": ("MechanisticSimulator", "NumpySimulator", "OdeModel"),
+    "networks.ensembles": ("PosteriorEnsemble",),
     "networks.flows": ("AffineCouplingFlow", "SplineAutoregressiveFlow", "SplineCouplingFlow"),
     "networks.mixtures": ("GaussianMixtureFlow",),
     "networks.posterior": ("AmortizedPosterior",),

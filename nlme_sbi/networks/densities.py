@@ -73,6 +73,12 @@ class Conditioner(nn.Module):
         return output
 
 
+def working_bytes_per_row(network: nn.Module) -> int:
+    """Memory that one row takes on its way through a network, about: a few tensors as wide as its widest layer."""
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    return 32 * max((layer.in_features + layer.out_features for layer in layers), default=1)
+
+
 def draws_each(rows: int, individuals: int) -> int:
     """How many of ``rows`` belong to each individual; raises ``ValueError`` where they do not divide."""
     if individuals < 1 or rows % individuals:
