@@ -65,24 +65,23 @@ def rational_quadratic_spline(
     return torch.where(inside, mapped, values), log_slope
 
 
-def _knots(raw: Tensor, bins: int, bound: float) -> Tensor:
-    """Increasing knots from ``-bound`` to ``bound``, ``(..., bins + 1)``."""
-    shares = MIN_SHARE + (1 - MIN_SHARE * bins) * torch.softmax(raw, dim=-1)
-    inner = shares[..., :-1].cumsum(dim=-1) * (2 * bound) - bound
-    lowest = torch.full_like(inner[..., :1], -bound)
-    return torch.cat((lowest, inner, -lowest), dim=-1)
-
-
 def _bin_of(
     values: Tensor, raw: Tensor, *, bins: int, bound: float, by_height: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Left and bottom end, width and height of the bin that each value lies in, and the slopes at its ends."""
-    across, upwards = (_knots(part, bins, bound) for part in (raw[..., :bins], raw[..., bins : 2 * bins]))
-    slopes = MIN_SLOPE + functional.softplus(raw[..., 2 * bins :] + _UNIT_SLOPE)
-    slopes = functional.pad(slopes, (1, 1), value=1.0)
-    knots = upwards if by_height else across
-    place = (values[..., None] >= knots[..., 1:-1]).sum(dim=-1, keepdim=True)
-    both = torch.stack((across, upwards, slopes), dim=-2)
-    ends = [both.gather(-1, index[..., None, :].expand(*both.shape[:-1], 1))[..., 0] for index in (place, place + 1)]
-    (left, bottom, slope_left), (right, top, slope_right) = (end.unbind(-1) for end in ends)
+    # Bins first: a softmax over a last dimension of eight costs twenty times one over a first dimension.
+    raw = raw.movedim(-1, 0).contiguous()
+    shares = torch.softmax(raw[: 2 * bins].view(2, bins, *values.shape), dim=1)
+    inner = (MIN_SHARE + (1 - MIN_SHARE * bins) * shares[:, :-1]).cumsum(dim=1) * (2 * bound) - bound
+    slopes = MIN_SLOPE + functional.softplus(raw[None, 2 * bins :] + _UNIT_SLOPE)
+    # Ends of the interval across and upwards, and slope 1, stand before the first and after the last inner knot.
+    first, last = (
+        raw.new_tensor([end, end, 1.0]).view(3, 1, *(1,) * values.ndim).expand(3, 1, *values.shape)
+        for end in (-bound, bound)
+    )
+    table = torch.cat((first, torch.cat((inner, slopes)), last), dim=1)
+    place = (values >= inner[int(by_height)]).sum(dim=0)
+    index = torch.stack((place, place + 1)).expand(3, 2, *values.shape)
+    lower, upper = table.gather(1, index).unbind(1)
+    (left, bottom, slope_left), (right, top, slope_right) = lower.unbind(0), upper.unbind(0)
     return left, bottom, right - left, top - bottom, (slope_left, slope_right)
