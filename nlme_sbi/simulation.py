@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -314,9 +316,25 @@ def _in_parallel(
     # pre_dispatch keeps few tasks pickled ahead; joblib's own backend context (Dask, Ray) is respected.
     parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")
     try:
-        yield from parallel(joblib.delayed(maker)(shard, count) for shard, count in shards)
+        with _interrupts_held_back():
+            made = parallel(joblib.delayed(maker)(shard, count) for shard, count in shards)
+        yield from made
     except TerminatedWorkerError as error:
         raise OSError(
             "A simulation worker was killed, probably for want of memory. Finished shards are kept: run the same "
             "command again with simulation.workers=1, or start anew with a smaller simulation.shard_size."
         ) from error
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Hold Ctrl-C back for a moment. Processes that are started meanwhile never see it (the mask is inherited): a
+    terminal sends it to them, too, and each would print a traceback; they end with this process instead."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

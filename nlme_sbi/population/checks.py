@@ -16,6 +16,9 @@ _NAMED = 5  # individuals named in one sentence
 _FALSE_ALARMS = 0.01  # chance that anybody is named where posteriors are exact and Gaussian
 _TAIL = 0.025  # what lies in the tails: beyond 2.2 SD in one dimension
 _SAMPLED = 20_000  # individuals sampled from the population to see how many lie outside the prior
+_TRAINED = 100_000  # prior samples that tell where the network was trained
+_MARGIN = 20.0  # below the least log density of them; about 8.5 SD in six dimensions
+_STRAY = 0.01  # share of draws outside that region that is worth a warning
 _OUTSIDE = 1e-3  # share of the population outside the prior's support that is worth a warning
 
 
@@ -73,6 +76,29 @@ def inside_prior(
     own = torch.arange(outside.shape[1], device=outside.device).expand(outside.shape)
     index = torch.where(outside, replacement.to(outside.device), own)
     return samples.phi.gather(1, index[..., None].expand(samples.phi.shape))
+
+
+def trained_level(prior: Prior, device: torch.device) -> float:
+    """Log prior density below which no simulation of a training set lies, nor anything near one.
+
+    Out there neither draws nor density of a network mean anything, and weights ``1 / p(phi)`` have no bound: one stray
+    draw, or the tail of one wide mixture, would carry the whole fit.
+    """
+    generator = torch.Generator(device=device).manual_seed(0)  # a property of the prior: the same every time
+    return float(prior.log_prob(prior.sample(_TRAINED, generator).double()).min()) - _MARGIN
+
+
+def stray_draws(stray: Float[Tensor, " I"], ids: tuple[str, ...]) -> tuple[str, ...]:
+    """A sentence where more than 1% of the draws (share by individual) lie where the network was never trained."""
+    share = float(stray.mean())
+    if share <= _STRAY:
+        return ()
+    worst = torch.argsort(stray, descending=True)[: int((stray > _STRAY).sum())]
+    return (
+        f"{100 * share:.2g}% of the draws lie so far outside the training prior that no simulation was ever near; they "
+        f"count as impossible. Individuals, worst first: {named(ids, worst)}. The network is not trained well enough "
+        "for these data: train longer, or with a prior that covers them.",
+    )
 
 
 def low_effective_draws(effective: Float[Tensor, " I"], draws: int, ids: tuple[str, ...]) -> tuple[str, ...]:

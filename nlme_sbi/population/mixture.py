@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nlme_sbi.population.expectation import Components, Criterion, features, fit_standardised, log_densities
+from nlme_sbi.threads import over_blocks
 
 _BLOCK = 131072  # draws that are worked on at once: small enough for a cache, large enough to hide overheads
 
@@ -141,21 +142,20 @@ def fit_mixtures(
     if draws < 2 * (size + 1):
         raise ValueError(f"A mixture over {size} parameters needs at least {2 * (size + 1)} draws; got {draws}.")
     step = max(1, block // draws)
-    pieces = []
-    for first in range(0, individuals, step):
-        rows = slice(first, min(first + step, individuals))
+
+    def of_rows(rows: Tensor) -> Components:
         piece = phi[rows].double()
-        centre, scale = _standardisation(piece, first)
+        centre, scale = _standardisation(piece, int(rows[0]))
         standard = torch.linalg.solve_triangular(scale, (piece - centre).mT, upper=False).mT
-        begun = None if start is None else _to_standard(start, torch.arange(*rows.indices(individuals)), centre, scale)
+        begun = None if start is None else _to_standard(start, rows, centre, scale)
         fitted = fit_standardised(features(standard), size, largest=components, criterion=criterion, start=begun)
-        pieces.append(
-            Components(
-                fitted.log_weights,
-                centre + fitted.means @ scale.mT,
-                scale[:, None] @ fitted.covariances @ scale[:, None].mT,
-            )
+        return Components(
+            fitted.log_weights,
+            centre + fitted.means @ scale.mT,
+            scale[:, None] @ fitted.covariances @ scale[:, None].mT,
         )
+
+    pieces = over_blocks(of_rows, torch.split(torch.arange(individuals, device=phi.device), step), phi.device)
     most = max(piece.log_weights.shape[1] for piece in pieces)
     padded = [piece.padded(most) for piece in pieces]
     return GaussianMixtures(

@@ -33,6 +33,7 @@ from nlme_sbi.population.expectation import Criterion
 from nlme_sbi.population.mixture import ConditionalDensity, GaussianMixtures, fit_mixtures
 from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions
+from nlme_sbi.threads import over_blocks
 from nlme_sbi.types import Design, Observations, Posterior, PosteriorSamples, Prior
 
 _CHUNK = {"cpu": 65536, "cuda": 4_000_000}  # draws in a block: a CPU's cache, a GPU's width
@@ -147,6 +148,7 @@ class PriorRatio:
                 source=source,
                 chunk=chunk,
                 storage=torch.float64 if wide else torch.float32,
+                level=checks.trained_level(samples.prior, phi.device),
             )
         )
 
@@ -157,6 +159,7 @@ class RatioBlock:
 
     ``stored (i, S, V)`` and ``log_base (i, S)`` are in the storage type; ``anchor (D,)`` is one draw, at which a prior
     that is a product over varying and constant parameters is evaluated instead of at all draws; None where it is not.
+    Where the log prior is below ``level``, weights are zero (see :func:`nlme_sbi.population.checks.trained_level`).
     """
 
     population: PopulationModel
@@ -167,6 +170,7 @@ class RatioBlock:
     log_base: Tensor | None
     conditional: ConditionalDensity | None
     anchor: Tensor | None
+    level: float
 
     def varying(self) -> Float[Tensor, "I S V"]:
         """Draws of the varying parameters in float64."""
@@ -188,7 +192,7 @@ class RatioBlock:
             free = self.anchor.expand(len(values), -1).index_copy(1, torch.tensor(constant).to(values.device), values)
             change = self.prior.log_prob(free) - self.prior.log_prob(self.anchor)
             log_prior = change[:, None] - self._base()
-        return torch.where(torch.isfinite(log_prior), log_population + log_conditional - log_prior, -torch.inf)
+        return torch.where(log_prior >= self.level, log_population + log_conditional - log_prior, -torch.inf)
 
     def _base(self) -> Float[Tensor, "I S"]:
         if self.log_base is None:
@@ -211,6 +215,7 @@ class RatioDraws:
     source: Source
     chunk: int
     storage: torch.dtype
+    level: float
 
     @property
     def fitted(self) -> bool:
@@ -252,7 +257,9 @@ class RatioDraws:
 
     def warnings(self, theta: Float[Tensor, " P"], ids: tuple[str, ...]) -> tuple[str, ...]:
         """Constants in the tails of some individuals, and a population that outgrows the prior."""
-        found = checks.outgrown(self.prior, self.population, theta, self.design)
+        log_prior = torch.cat([self.prior.log_prob(phi.double()) for phi in torch.split(self.phi, 256)])
+        found = checks.stray_draws((log_prior < self.level).double().mean(1), ids)
+        found += checks.outgrown(self.prior, self.population, theta, self.design)
         if self.mixtures is not None:
             constant = list(self.population.constant)
             values = self.population.constants(theta, self.design)
@@ -282,8 +289,8 @@ def _assemble(draws: RatioDraws) -> RatioDraws:
         order = torch.argsort(draws.mixtures.components, stable=True)
     anchor = _anchor(draws)
     step = max(1, draws.chunk // draws.draws)
-    blocks = tuple(_block(draws, rows, anchor) for rows in torch.split(order, step))
-    return replace(draws, blocks=blocks)
+    blocks = over_blocks(lambda rows: _block(draws, rows, anchor), torch.split(order, step), order.device)
+    return replace(draws, blocks=tuple(blocks))
 
 
 def _anchor(draws: RatioDraws) -> Tensor | None:
@@ -322,6 +329,8 @@ def _block(draws: RatioDraws, rows: Tensor, anchor: Tensor | None) -> RatioBlock
         phi[..., constant] = anchor[constant]
     if anchor is not None or conditional is None:
         log_base = -draws.prior.log_prob(phi).to(draws.storage)
+    if log_base is not None and conditional is None:
+        log_base = torch.where(-log_base >= draws.level, log_base, -torch.inf)
     return RatioBlock(
         population=population,
         prior=draws.prior,
@@ -331,6 +340,7 @@ def _block(draws: RatioDraws, rows: Tensor, anchor: Tensor | None) -> RatioBlock
         log_base=log_base,
         conditional=conditional,
         anchor=anchor,
+        level=draws.level,
     )
 
 

@@ -1,7 +1,7 @@
 """What every estimator on weighted draws shares: objective, derivatives, weights and their Monte-Carlo error.
 
 An individual's objective is ``log mean_j exp(l_ij(theta))``. Everything runs block by block of individuals, so that
-memory is bounded; derivatives are exact (autograd), second ones forward over reverse.
+memory is bounded, and blocks side by side; derivatives are exact (autograd).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.roles import DrawBlock, WeightedDraws
+from nlme_sbi.threads import over_blocks
 
 _ROUGH = 200  # individuals that tell the scales of a search
-_DIRECTIONS = 8  # derivatives taken at once: bounds memory
 
 
 def _mean_log_weight(block: DrawBlock, theta: Tensor) -> Float[Tensor, " I"]:
@@ -33,33 +33,48 @@ def _summed_mean_log_weight(block: DrawBlock, theta: Tensor) -> Float[Tensor, ""
 @torch.no_grad()
 def contributions(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, " I"]:
     """Objective of every individual."""
-    result = torch.empty(state.individuals, dtype=theta.dtype, device=theta.device)
-    for block in state.blocks:
-        result[block.rows] = _mean_log_weight(block, theta)
-    return result
+    return _in_rows(state, theta, over_blocks(lambda block: _mean_log_weight(block, theta), state.blocks, theta.device))
 
 
 def value_and_gradient(state: WeightedDraws, theta: Float[Tensor, " P"]) -> tuple[float, Float[Tensor, " P"]]:
     """Objective summed over individuals, and its exact gradient."""
-    leaf = theta.detach().clone().requires_grad_(True)
-    total = torch.zeros((), dtype=theta.dtype, device=theta.device)
-    for block in state.blocks:
-        value = _mean_log_weight(block, leaf).sum()
-        value.backward()  # type: ignore[no-untyped-call]
-        total += value.detach()
-    if leaf.grad is None:
+    if not state.blocks:
         raise ValueError("The objective does not depend on theta: there are no individuals.")
-    return float(total), leaf.grad
+
+    def of_block(block: DrawBlock) -> tuple[Tensor, Tensor]:
+        leaf = theta.detach().clone().requires_grad_(True)
+        value = _summed_mean_log_weight(block, leaf)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        return value.detach(), gradient
+
+    with torch.enable_grad():
+        found = over_blocks(of_block, state.blocks, theta.device)
+    value = torch.stack([value for value, _ in found]).sum()
+    return float(value), torch.stack([gradient for _, gradient in found]).sum(0)
+
+
+def _in_rows(state: WeightedDraws, theta: Tensor, parts: list[Tensor]) -> Tensor:
+    """What blocks gave for their individuals, in the order of the data."""
+    result = torch.empty((state.individuals, *parts[0].shape[1:]), dtype=theta.dtype, device=theta.device)
+    for block, part in zip(state.blocks, parts, strict=True):
+        result[block.rows] = part
+    return result
 
 
 def _along(function: Callable[[Tensor], Tensor], theta: Tensor, directions: Tensor) -> Tensor:
-    """Derivatives of ``function`` along each row of ``directions``, stacked first."""
+    """Derivatives of ``function`` along each row of ``directions``, stacked first.
 
-    def derivative(direction: Tensor) -> Tensor:
-        tangent: Tensor = torch.func.jvp(function, (theta,), (direction,))[1]
-        return tangent
-
-    return torch.func.vmap(derivative, chunk_size=_DIRECTIONS)(directions)
+    By two reverse passes: the first is linear in its cotangent, and the derivative along a direction is the slope of
+    that linear map. torch's forward mode has one global level and does not run in threads.
+    """
+    with torch.enable_grad():
+        leaf = theta.detach().clone().requires_grad_(True)
+        value = function(leaf)
+        cotangent = torch.zeros_like(value, requires_grad=True)
+        (pulled,) = torch.autograd.grad(value, leaf, cotangent, create_graph=True)
+        return torch.stack(
+            [torch.autograd.grad(pulled @ direction, cotangent, retain_graph=True)[0] for direction in directions]
+        )
 
 
 def _axes(state: WeightedDraws, theta: Tensor) -> Tensor:
@@ -71,49 +86,52 @@ def _axes(state: WeightedDraws, theta: Tensor) -> Tensor:
 def scores(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "I free"]:
     """Gradient of every individual's objective with respect to the free unknowns."""
     axes = _axes(state, theta)
-    result = torch.empty((state.individuals, len(axes)), dtype=theta.dtype, device=theta.device)
     with torch.no_grad():
-        for block in state.blocks:
-            result[block.rows] = _along(partial(_mean_log_weight, block), theta, axes).T
-    return result
+        parts = over_blocks(
+            lambda block: _along(partial(_mean_log_weight, block), theta, axes).T, state.blocks, theta.device
+        )
+    return _in_rows(state, theta, parts)
 
 
 def rough_information(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "free free"]:
     """Information from outer products of individuals' scores, over enough blocks to know the scales, made positive
     definite: coordinates for a search, not standard errors."""
     axes = _axes(state, theta)
-    total = torch.zeros((len(axes), len(axes)), dtype=theta.dtype, device=theta.device)
-    seen = 0
     # Blocks may be ordered by what they hold; strides keep those that are looked at typical.
     stride = max(1, state.individuals // _ROUGH)
     with torch.no_grad():
-        for block in state.blocks[::stride]:
-            slopes = _along(partial(_mean_log_weight, block), theta, axes)
-            total += slopes @ slopes.T
-            seen += slopes.shape[1]
-    total *= state.individuals / seen
+        parts = over_blocks(
+            lambda block: _along(partial(_mean_log_weight, block), theta, axes), state.blocks[::stride], theta.device
+        )
+    slopes = torch.cat(parts, 1)
+    total = slopes @ slopes.T * (state.individuals / slopes.shape[1])
     # With fewer individuals than unknowns the sum of outer products is singular.
     return total + torch.diag(0.05 * total.diagonal().clamp_min(1e-8))
 
 
 def hessian(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "free free"]:
-    """Second derivatives of the objective in the free unknowns, forward over reverse."""
-    axes = _axes(state, theta)
+    """Second derivatives of the objective in the free unknowns, reverse over reverse."""
     free = state.population.unknowns.free.to(theta.device)
-    total = torch.zeros((len(axes), len(axes)), dtype=theta.dtype, device=theta.device)
-    for block in state.blocks:
-        gradient = torch.func.grad(partial(_summed_mean_log_weight, block))
-        total += _along(gradient, theta, axes)[:, free].detach()
+
+    def of_block(block: DrawBlock) -> Tensor:
+        with torch.enable_grad():
+            leaf = theta.detach().clone().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(_summed_mean_log_weight(block, leaf), leaf, create_graph=True)
+            rows = [torch.autograd.grad(slope, leaf, retain_graph=True)[0] for slope in gradient[free]]
+            return torch.stack(rows)[:, free]
+
+    total = torch.stack(over_blocks(of_block, state.blocks, theta.device)).sum(0)
     return 0.5 * (total + total.T)
 
 
 @torch.no_grad()
 def effective_draws(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, " I"]:
     """Effective number of draws of every individual, ``(sum w)^2 / sum w^2``."""
-    result = torch.empty(state.individuals, dtype=theta.dtype, device=theta.device)
-    for block in state.blocks:
-        result[block.rows] = 1 / torch.softmax(block.log_weights(theta), 1).square().sum(1)
-    return result
+
+    def of_block(block: DrawBlock) -> Tensor:
+        return 1 / torch.softmax(block.log_weights(theta), 1).square().sum(1)
+
+    return _in_rows(state, theta, over_blocks(of_block, state.blocks, theta.device))
 
 
 @torch.no_grad()
@@ -123,14 +141,15 @@ def score_variance(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Te
     .. math:: \sum_i \sum_j w_{ij}^2 (g_{ij} - \bar g_i)(g_{ij} - \bar g_i)^T, \quad \bar g_i = \sum_j w_{ij} g_{ij}
     """
     axes = _axes(state, theta)
-    total = torch.zeros((len(axes), len(axes)), dtype=theta.dtype, device=theta.device)
-    for block in state.blocks:
+
+    def of_block(block: DrawBlock) -> Tensor:
         slopes = _along(block.log_weights, theta, axes)  # (free, i, S)
         weights = torch.softmax(block.log_weights(theta), 1)
         deviations = weights * (slopes - (weights * slopes).sum(2, keepdim=True))
         flat = deviations.flatten(1)
-        total += flat @ flat.T
-    return total
+        return flat @ flat.T
+
+    return torch.stack(over_blocks(of_block, state.blocks, theta.device)).sum(0)
 
 
 @torch.no_grad()
@@ -139,13 +158,14 @@ def expected_statistics(
 ) -> tuple[float, Float[Tensor, " statistics"] | None]:
     """E-step: the summed objective, and the population model's statistics under the reweighted draws (None where its
     M-step has no closed form)."""
-    objective, total = 0.0, None
-    for block in state.blocks:
+
+    def of_block(block: DrawBlock) -> tuple[float, Tensor | None]:
         log_weights = block.log_weights(theta)
         level = torch.logsumexp(log_weights, 1, keepdim=True)
-        objective += float((level - math.log(log_weights.shape[1])).sum())
         weights = (log_weights - level).exp()
         statistics = state.population.statistics(weights, block.varying(), theta, block.design)
-        if statistics is not None:
-            total = statistics if total is None else total + statistics
-    return objective, total
+        return float((level - math.log(log_weights.shape[1])).sum()), statistics
+
+    found = over_blocks(of_block, state.blocks, theta.device)
+    added = [statistics for _, statistics in found if statistics is not None]
+    return sum(value for value, _ in found), torch.stack(added).sum(0) if added else None

@@ -17,8 +17,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Only budgets are changed: what the README does not show must not be needed.
 BUDGETS = {
-    "simulate": ["simulation.n=1500"],
-    "train_flow": ["training.steps=100", "training.batch_size=64", "training.validation_size=200"],
+    "simulate": ["simulation.n=6000"],
+    "train_flow": ["training.steps=500", "training.batch_size=128", "training.validation_size=200"],
     "fit_population": ["fit.starts=1", "estimator.draws=500", "estimator.max_draws=500", "figures.individuals=2"],
 }
 

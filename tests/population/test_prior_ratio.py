@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conjugate_case import ConjugateCase, observations, parameter_space
+from scipy.stats import chi2
 from torch.distributions import MultivariateNormal, Normal
 
 from nlme_sbi.population import GaussianPopulation, PriorRatio
+from nlme_sbi.population.checks import trained_level
 from nlme_sbi.population.ratio import RatioDraws
 from nlme_sbi.population.weighting import (
     contributions,
@@ -351,3 +353,43 @@ def test_draws_of_other_individuals_are_refused() -> None:
 def test_impossible_settings_are_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match="estimator"):
         PriorRatio(**settings)
+
+
+def test_draws_where_no_simulation_ever_was_count_as_impossible_and_are_told() -> None:
+    """A stray draw's weight 1/p(phi) would otherwise carry everything: 30 prior SDs out it is exp(450)."""
+    case = ConjugateCase.simulated(MEAN, OMEGA, individuals=6, seed=17, noise=0.1)
+    samples = case.samples(200, seed=1)
+    model = GaussianPopulation().bind(case.parameters)
+    theta = model.from_moments(torch.tensor(MEAN, dtype=DOUBLE), OMEGA)
+    before = contributions(PriorRatio().prepare(samples, case.observations, model, seeded()), theta)
+    samples.phi[2, :50] = 45.0
+    state = PriorRatio().prepare(samples, case.observations, model, seeded())
+    wide = model.from_moments(torch.tensor(MEAN, dtype=DOUBLE), 400 * torch.eye(3, dtype=DOUBLE))
+    assert bool((torch.cat([block.log_weights(wide) for block in state.blocks])[2, :50] == -math.inf).all())
+    after = contributions(state, theta)
+    torch.testing.assert_close(after[[0, 1, 3, 4, 5]], before[[0, 1, 3, 4, 5]])
+    assert abs(float(after[2] - before[2])) < 1  # a quarter of the draws less, no more than that
+    said = " ".join(state.warnings(theta, case.observations.ids))
+    assert "4.2% of the draws lie so far outside the training prior" in said
+    assert "worst first: cell_2." in said
+    clean = PriorRatio().prepare(case.samples(200, seed=1), case.observations, model, seeded())
+    assert "so far outside" not in " ".join(clean.warnings(theta, case.observations.ids))
+
+
+def test_a_constant_where_no_simulation_ever_was_has_no_likelihood() -> None:
+    """Else a mixture wider than the prior would pull the constant to infinity, where 1/p grows faster than it falls."""
+    case = ConjugateCase.simulated(MEAN, NO_SIGMA, individuals=6, seed=18, noise=3.0)
+    model = GaussianPopulation(constant=("sigma",)).bind(case.parameters)
+    state = PriorRatio().prepare(case.samples(300, seed=1), case.observations, model, seeded())
+    near, far = (model.from_moments(torch.tensor([0.5, -0.3, s], dtype=DOUBLE), NO_SIGMA) for s in (5.0, 30.0))
+    assert bool(torch.isfinite(contributions(state, near)).all())
+    assert bool((contributions(state, far) == -math.inf).all())
+
+
+def test_the_level_of_the_training_prior_is_that_of_its_farthest_simulations() -> None:
+    prior = GaussianPrior({name: {"mean": 1.0, "sd": 2.0} for name in ("uptake", "decay", "sigma")})
+    level = trained_level(prior, torch.device("cpu"))
+    peak = float(prior.log_prob(torch.ones(3, dtype=DOUBLE)))
+    # The largest of 1e5 chi-square(3) numbers: 24 to 38 in all but one of 200 samples.
+    assert 0.5 * chi2.isf(0.005 / 1e5, 3) + 20 > peak - level > 0.5 * chi2.isf(5.3 / 1e5, 3) + 20
+    assert trained_level(box(-6.0, 6.0), torch.device("cpu")) == pytest.approx(-3 * math.log(12) - 20)
