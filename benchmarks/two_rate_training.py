@@ -4,6 +4,9 @@ Mean -log q(phi|y) over 2000 fixed pairs that no training sees, in nats on the s
 parameters); the prior alone has 12.93. Each training uses one thread, so two of them share two cores.
 
     python benchmarks/two_rate_training.py [--cpu-minutes 10] [--seeds 0 1 2] [--pooled-seeds 0] [--jobs 2]
+    python benchmarks/two_rate_training.py --one 0 flow=spline_coupling flow.couplings=4    # prints one training
+
+``--keep FOLDER`` leaves the weights there, for benchmarks/two_rate_sharpness.py.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -24,51 +29,72 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from record import ROOT, stopwatch, write_result
+from safetensors.torch import save_file
 
 from nlme_sbi.instantiate import instantiate
-from nlme_sbi.networks.posterior import PosteriorNetwork, build_network
-from nlme_sbi.networks.summaries import DataShape
-from nlme_sbi.training import OnlinePairs, TrainingSettings, train
+from nlme_sbi.networks.posterior import PosteriorNetwork, initial_network
+from nlme_sbi.training import OnlinePairs, TrainingSettings, train, weights_seed
 
 TEST_SEED, TEST_PAIRS = 20_181_116, 2_000
 PROBE_STEPS = 300
+# What each figure trains, beside the defaults of the experiment; "best" is the winner of docs/flow_sweep.md.
+NETWORKS: dict[str, list[str]] = {
+    "affine": ["flow=affine_coupling"],
+    "best": ["flow=spline_coupling"],
+    "pooled": ["summary=pooled"],
+}
+PARTS = ("simulator", "prior", "design", "summary", "flow", "training")
 
 
-def configuration(summary: str) -> dict[str, object]:
+def configuration(overrides: list[str]) -> dict[str, object]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train_flow", overrides=["experiment=mrna_two_rate", f"summary={summary}"])
-    return {name: instantiate(cfg[name], where=name) for name in ("simulator", "prior", "design", "summary", "flow")}
+        cfg = compose("train_flow", overrides=["experiment=mrna_two_rate", *overrides])
+    return {name: instantiate(cfg[name], where=name) for name in PARTS}
 
 
-def fresh(parts: dict[str, object], source: OnlinePairs, settings: TrainingSettings, seed: int) -> PosteriorNetwork:
-    pilot = source.pilot(settings.pilot_size)
-    torch.manual_seed(seed)
-    shape = DataShape.of(pilot, parts["simulator"])
-    network = build_network(shape, parts["summary"], parts["flow"], dimension=pilot.phi.shape[1])
-    network.summary.fit_scaling(pilot)
-    network.scaling.fit(parts["prior"])
+def fresh(parts: dict[str, object], source: OnlinePairs, seed: int) -> PosteriorNetwork:
+    network, _ = initial_network(
+        source.pilot(parts["training"].pilot_size),
+        parts["simulator"],
+        parts["prior"],
+        summary=parts["summary"],
+        flow=parts["flow"],
+        seed=weights_seed(seed),
+    )
     return network
 
 
-def one_training(summary: str, seed: int, cpu_minutes: float) -> dict[str, float]:
+def trained(overrides: list[str], seed: int, cpu_minutes: float) -> tuple[PosteriorNetwork, dict[str, object], int]:
     """Train once within the budget, everything counted (simulation, validation, the probe of the step's cost)."""
     began = time.process_time()
     torch.set_num_threads(1)
-    parts = configuration(summary)
-    defaults = TrainingSettings()
+    parts = configuration(overrides)
+    defaults: TrainingSettings = parts["training"]
     source = OnlinePairs(
         parts["prior"], parts["design"], parts["simulator"], defaults.batch_size, seed, torch.device("cpu")
     )
-    network = fresh(parts, source, defaults, seed)
+    network = fresh(parts, source, seed)
     probe_start = time.process_time()
-    probe = TrainingSettings(steps=PROBE_STEPS, validate_every=PROBE_STEPS)
+    probe = replace(defaults, steps=PROBE_STEPS, validate_every=PROBE_STEPS)
     train(copy.deepcopy(network), source, probe, progress=False)
     cost = (time.process_time() - probe_start) / PROBE_STEPS
     left = 60 * cpu_minutes - (time.process_time() - began)
     steps = int(0.95 * left / cost)
-    settings = TrainingSettings(steps=steps, validate_every=max(500, steps // 20), patience=steps)
+    settings = replace(defaults, steps=steps, validate_every=max(500, steps // 20), patience=steps)
     result = train(network, source, settings, progress=False)
+    return network, parts, result.steps
+
+
+def one_training(overrides: list[str], seed: int, cpu_minutes: float, keep: Path | None = None) -> dict[str, float]:
+    """The held-out loss of one training."""
+    began = time.process_time()
+    network, parts, steps = trained(overrides, seed, cpu_minutes)
     spent = time.process_time() - began
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in network.state_dict().items()}, keep / f"{seed}.safetensors"
+        )
     test = OnlinePairs(
         parts["prior"], parts["design"], parts["simulator"], 1, TEST_SEED, torch.device("cpu")
     ).validation(TEST_PAIRS)
@@ -83,13 +109,14 @@ def one_training(summary: str, seed: int, cpu_minutes: float) -> dict[str, float
         "mean": float(loss.mean()),
         "median": float(loss.median()),
         "se": float(loss.std() / TEST_PAIRS**0.5),
-        "steps": result.steps,
+        "steps": steps,
         "cpu_seconds": spent,
     }
 
 
-def in_a_process(summary: str, seed: int, cpu_minutes: float) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", summary, str(seed), "--cpu-minutes", str(cpu_minutes)]
+def in_a_process(name: str, seed: int, cpu_minutes: float, keep: Path | None) -> dict[str, float]:
+    command = [sys.executable, __file__, "--one", str(seed), *NETWORKS[name], "--cpu-minutes", str(cpu_minutes)]
+    command += [] if keep is None else ["--keep", str(keep / name)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -100,18 +127,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pooled-seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--one", nargs=2, metavar=("SUMMARY", "SEED"))
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--one", nargs="+", metavar=("SEED", "KEY=VALUE"))
     options = parser.parse_args()
     if options.one:
-        summary, seed = options.one
-        print(json.dumps(one_training(summary, int(seed), options.cpu_minutes)))
+        seed, *overrides = options.one
+        print(json.dumps(one_training(overrides, int(seed), options.cpu_minutes, options.keep)))
         return
-    jobs = [("grid", seed) for seed in options.seeds] + [("pooled", seed) for seed in options.pooled_seeds]
+    jobs = [(name, seed) for name in ("affine", "best") for seed in options.seeds]
+    jobs += [("pooled", seed) for seed in options.pooled_seeds]
     with stopwatch() as spent, ThreadPoolExecutor(options.jobs) as pool:
-        found = list(pool.map(lambda job: in_a_process(*job, options.cpu_minutes), jobs))
+        found = list(pool.map(lambda job: in_a_process(*job, options.cpu_minutes, options.keep), jobs))
     figures = {}
-    for summary, name in (("grid", "affine"), ("pooled", "pooled")):
-        rows = [result for job, result in zip(jobs, found, strict=True) if job[0] == summary]
+    for name in NETWORKS:
+        rows = [result for job, result in zip(jobs, found, strict=True) if job[0] == name]
         means = np.array([row["mean"] for row in rows])
         unit = f"nats, {len(rows)} training seed(s)"
         figures[f"nlp_{name}"] = (float(means.mean()), unit)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nlme_sbi.designs import FixedGrid, RandomTimes, ResampledDesigns
     from nlme_sbi.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel
-    from nlme_sbi.networks.flows import AffineCouplingFlow
+    from nlme_sbi.networks.ensembles import PosteriorEnsemble
+    from nlme_sbi.networks.flows import AffineCouplingFlow, SplineAutoregressiveFlow, SplineCouplingFlow
+    from nlme_sbi.networks.mixtures import GaussianMixtureFlow
     from nlme_sbi.networks.posterior import AmortizedPosterior
     from nlme_sbi.networks.summaries import GridSummary, PooledSummary
     from nlme_sbi.parameters import Parameter, ParameterSpace
@@ -29,6 +31,7 @@ __all__ = [
     "AmortizedPosterior",
     "Design",
     "FixedGrid",
+    "GaussianMixtureFlow",
     "GaussianPopulation",
     "GaussianPrior",
     "GridSummary",
@@ -41,9 +44,12 @@ __all__ = [
     "ParameterSpace",
     "PooledSummary",
     "PopulationFit",
+    "PosteriorEnsemble",
     "PriorRatio",
     "RandomTimes",
     "ResampledDesigns",
+    "SplineAutoregressiveFlow",
+    "SplineCouplingFlow",
     "TrainingSettings",
     "UniformPrior",
     "find_run",
@@ -55,7 +61,9 @@ __all__ = [
 _ROOMS = {
     "designs": ("FixedGrid", "RandomTimes", "ResampledDesigns"),
     "mechanistic": ("MechanisticSimulator", "NumpySimulator", "OdeModel"),
-    "networks.flows": ("AffineCouplingFlow",),
+    "networks.ensembles": ("PosteriorEnsemble",),
+    "networks.flows": ("AffineCouplingFlow", "SplineAutoregressiveFlow", "SplineCouplingFlow"),
+    "networks.mixtures": ("GaussianMixtureFlow",),
     "networks.posterior": ("AmortizedPosterior",),
     "networks.summaries": ("GridSummary", "PooledSummary"),
     "parameters": ("Parameter", "ParameterSpace"),

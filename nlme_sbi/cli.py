@@ -135,6 +135,9 @@ class _Job:
         try:
             prepared(cfg, HydraConfig.get().runtime.choices.get("experiment"))
             _make_importable(cfg)
+            from nlme_sbi.devices import keep_freed_memory  # with torch, which --help can do without
+
+            keep_freed_memory()
             return self._recorded(cfg) if sweep else _resolved(self._stage)(cfg)
         except Exception as error:
             if sweep:  # the launcher counts failures, perhaps in another process; it needs an exception

@@ -29,8 +29,8 @@ class _LogExpm1Ratio(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        safe = x.clamp(min=1e-30)
-        return safe.neg().expm1_().div_(safe).neg_().log_()
+        negative = x.clamp(min=1e-30).neg_()
+        return negative.expm1().div_(negative).log_()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -63,6 +63,45 @@ def _slope(x: Tensor) -> Tensor:
     return torch.where(small, series * near - 0.5, torch.exp(-away) / -torch.expm1(-away) - 1 / away)
 
 
+def log_positive(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """``log x``, and ``-inf`` with zero derivatives where ``x <= 0``.
+
+    Its own function, because masking with ``torch.where`` costs more than all of a simulation's logarithms.
+    """
+    found: Tensor = _LogPositive.apply(x)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _LogPositive(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clamp(min=0).log_()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        del output
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * _reciprocal(x)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return tangent * _reciprocal(x)
+
+
+def _reciprocal(x: Tensor) -> Tensor:
+    """Derivative of :func:`log_positive`."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).reciprocal(), 0.0)
+
+
 def log_bateman(
     elapsed: Float[Tensor, "*#shape"], rate_a: Float[Tensor, "*#shape"], rate_b: Float[Tensor, "*#shape"]
 ) -> Float[Tensor, "*shape"]:
@@ -84,7 +123,5 @@ def log_bateman(
     first_is_slow = rate_a <= rate_b
     slow = torch.where(first_is_slow, rate_a, rate_b)
     fast = torch.where(first_is_slow, rate_b, rate_a)
-    after_onset = elapsed > 0
-    tau = torch.where(after_onset, elapsed, 1.0)
-    found = torch.log(tau) - slow * tau + log_expm1_ratio((fast - slow) * tau)
-    return torch.where(after_onset, found, -torch.inf)
+    tau = torch.relu(elapsed)
+    return torch.addcmul(log_expm1_ratio((fast - slow) * tau) + log_positive(elapsed), slow, tau, value=-1)

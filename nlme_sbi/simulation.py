@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
+from nlme_sbi.devices import keep_freed_memory
 from nlme_sbi.progress import Progress
 from nlme_sbi.runs.files import PARTIAL, could_not_write, save_array, save_json
 from nlme_sbi.runs.stored_designs import save_design
@@ -168,6 +169,7 @@ class _ShardMaker:
 
     def __call__(self, shard: int, count: int) -> tuple[int, dict[int, int]]:
         """Simulate and store one shard; its size and its failures by status."""
+        keep_freed_memory()  # here, because this may be another process
         generator = torch.Generator(self.device).manual_seed(shard_seed(self.seed, shard))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # sums depend on the number of threads, shards must not

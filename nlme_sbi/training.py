@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nlme_sbi.devices import choose_device
 from nlme_sbi.distributed import ALONE, Team
+from nlme_sbi.networks.densities import FlowSettings
 from nlme_sbi.networks.flows import AffineCouplingFlow
 from nlme_sbi.networks.posterior import AmortizedPosterior, PosteriorNetwork, initial_network
 from nlme_sbi.networks.summaries import SummarySettings
@@ -42,6 +43,7 @@ class TrainingSettings:
 
     Args:
         steps: gradient steps at most; the learning rate decays over them.
+        simulations: pairs to train on, instead of ``steps``, which then follow; stored pairs count whenever seen.
         batch_size: pairs in each step.
         learning_rate: peak of the schedule (linear warm-up, then a cosine down to zero).
         warmup_steps: steps of the warm-up.
@@ -54,6 +56,7 @@ class TrainingSettings:
     """
 
     steps: int = 20_000
+    simulations: int | None = None
     batch_size: int = 512
     learning_rate: float = 2e-3
     warmup_steps: int = 200
@@ -65,6 +68,13 @@ class TrainingSettings:
     max_failed: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.simulations is not None:
+            if self.simulations < self.batch_size:
+                raise ValueError(
+                    f"training.simulations={self.simulations} is less than one batch of {self.batch_size} pairs; raise "
+                    "it, or lower training.batch_size."
+                )
+            object.__setattr__(self, "steps", self.simulations // max(1, self.batch_size))
         for name in ("steps", "batch_size", "validation_size", "validate_every", "patience", "pilot_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be at least 1; got {getattr(self, name)}.")
@@ -263,12 +273,28 @@ def load_checkpoint(
 @torch.no_grad()
 def validation_loss(network: PosteriorNetwork, held_out: Simulations, rows: int = 2_000) -> Float[Tensor, ""]:
     """Mean ``-log q(phi|y)`` over held-out pairs."""
+    return _pair_losses(network, held_out, rows).mean()
+
+
+@torch.no_grad()
+def _pair_losses(network: PosteriorNetwork, pairs: Simulations, rows: int = 2_000) -> Float[Tensor, " N"]:
     network.eval()
-    total = torch.zeros((), dtype=torch.float64, device=held_out.phi.device)
-    for start in range(0, len(held_out), rows):
-        part = held_out[start : start + rows]
-        total += network(part.phi, part.values, part.design).double().sum()
-    return -total / len(held_out)
+    parts = (pairs[start : start + rows] for start in range(0, len(pairs), rows))
+    return -torch.cat([network(part.phi, part.values, part.design).double() for part in parts])
+
+
+def generalisation_gap(
+    network: PosteriorNetwork, source: PairSource, settings: TrainingSettings
+) -> tuple[float, float]:
+    """How much higher the loss is on held-out pairs than on pairs that trained the network, and its standard error.
+
+    In expectation half of it goes with twice as many simulations: what a fit gains by chance falls as 1/N.
+    """
+    held_out = _pair_losses(network, source.validation(settings.validation_size))
+    batches = range(math.ceil(settings.validation_size / settings.batch_size))
+    seen = torch.cat([_pair_losses(network, source.batch(step)) for step in batches])
+    variance = held_out.var() / len(held_out) + seen.var() / len(seen)
+    return float(held_out.mean() - seen.mean()), float(variance.sqrt())
 
 
 def train(
@@ -334,7 +360,7 @@ def train_posterior(
     designs: DesignSource,
     *,
     summary: SummarySettings,
-    flow: AffineCouplingFlow | None = None,
+    flow: FlowSettings | None = None,
     settings: TrainingSettings | None = None,
     seed: int = 0,
     device: str = "auto",

@@ -11,9 +11,23 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from nflows.transforms import CompositeTransform
-from nflows.transforms.coupling import AffineCouplingTransform
+from nflows.transforms import CompositeTransform, ReversePermutation
+from nflows.transforms.autoregressive import AutoregressiveTransform
+from nflows.transforms.coupling import AffineCouplingTransform, CouplingTransform
+from nflows.transforms.made import MADE
 from torch import Tensor, nn
+
+from nlme_sbi.networks.densities import (
+    ConditionalDensity,
+    Conditioner,
+    bounded,
+    draws_each,
+    require_positive,
+    standard_normal_log_prob,
+)
+from nlme_sbi.networks.splines import MIN_SHARE, rational_quadratic_spline, raw_width
+
+MakeConditioner = Callable[[int, int], nn.Module]
 
 
 class BoundedAffineCoupling(AffineCouplingTransform):  # type: ignore[misc]
@@ -23,15 +37,13 @@ class BoundedAffineCoupling(AffineCouplingTransform):  # type: ignore[misc]
     cannot expand, from data to noise it cannot stretch a posterior that is narrower than the prior.
     """
 
-    def __init__(
-        self, mask: Tensor, transform_net_create_fn: Callable[[int, int], nn.Module], *, log_scale_bound: float
-    ) -> None:
+    def __init__(self, mask: Tensor, transform_net_create_fn: MakeConditioner, *, log_scale_bound: float) -> None:
         super().__init__(mask, transform_net_create_fn)
         self.log_scale_bound = log_scale_bound
 
     def _log_scale_and_shift(self, transform_params: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = transform_params.chunk(2, dim=1)
-        return self.log_scale_bound * torch.tanh(raw / self.log_scale_bound), shift
+        return bounded(raw, self.log_scale_bound), shift
 
     def _scale_and_shift(self, transform_params: Tensor) -> tuple[Tensor, Tensor]:
         log_scale, shift = self._log_scale_and_shift(transform_params)
@@ -46,26 +58,91 @@ class BoundedAffineCoupling(AffineCouplingTransform):  # type: ignore[misc]
         return (inputs - shift) * (-log_scale).exp(), -log_scale.sum(1)
 
 
-class Conditioner(nn.Module):
-    """Residual network from the untouched coordinates and the summary to a coupling's parameters.
+@dataclass(frozen=True)
+class SplineShape:
+    """An affine map followed by a spline, from data to noise: the affine map brings narrow posteriors, wherever they
+    lie, to the interval on which the spline bends."""
 
-    The last layer starts at zero, so that an untrained coupling is the identity.
-    """
+    bins: int
+    bound: float
+    log_scale_bound: float
 
-    def __init__(self, inputs: int, outputs: int, *, context: int, hidden: int, layers: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(inputs + context, hidden)
-        self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
-        self.last = nn.Linear(hidden, outputs)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+    @property
+    def width(self) -> int:
+        """Raw numbers for each coordinate: shift, log-scale, spline."""
+        return 2 + raw_width(self.bins)
 
-    def forward(self, coordinates: Float[Tensor, "B d"], context: Float[Tensor, "B H"]) -> Float[Tensor, "B out"]:
-        hidden = nn.functional.silu(self.first(torch.cat((coordinates, context), dim=1)))
-        for block in self.blocks:
-            hidden = hidden + nn.functional.silu(block(hidden))
-        output: Tensor = self.last(hidden)
-        return output
+    def forward(self, z: Float[Tensor, "B d"], raw: Float[Tensor, "B P"]) -> tuple[Tensor, Tensor]:
+        """Towards noise: mapped coordinates ``(B, d)`` and log determinants ``(B,)``."""
+        shift, log_scale, spline = self._parts(raw, z.shape[1])
+        mapped, log_slope = rational_quadratic_spline(
+            z * log_scale.exp() + shift, spline, bins=self.bins, bound=self.bound, inverse=False
+        )
+        return mapped, (log_scale + log_slope).sum(1)
+
+    def inverse(self, noise: Float[Tensor, "B d"], raw: Float[Tensor, "B P"]) -> tuple[Tensor, Tensor]:
+        """From noise: mapped coordinates ``(B, d)`` and log determinants ``(B,)``."""
+        shift, log_scale, spline = self._parts(raw, noise.shape[1])
+        mapped, log_slope = rational_quadratic_spline(noise, spline, bins=self.bins, bound=self.bound, inverse=True)
+        return (mapped - shift) * (-log_scale).exp(), (log_slope - log_scale).sum(1)
+
+    def _parts(self, raw: Tensor, coordinates: int) -> tuple[Tensor, Tensor, Tensor]:
+        raw = raw.view(len(raw), coordinates, self.width)
+        return raw[..., 0], bounded(raw[..., 1], self.log_scale_bound), raw[..., 2:]
+
+
+class SplineCoupling(CouplingTransform):  # type: ignore[misc]
+    """Coupling of affine maps followed by splines; one conditioner gives the parameters of both."""
+
+    def __init__(self, mask: Tensor, transform_net_create_fn: MakeConditioner, shape: SplineShape) -> None:
+        # The number of outputs is asked for while nn.Module is not set up yet: a plain attribute can be set before.
+        self.shape = shape
+        super().__init__(mask, transform_net_create_fn)
+
+    def _transform_dim_multiplier(self) -> int:
+        return self.shape.width
+
+    def _coupling_transform_forward(self, inputs: Tensor, transform_params: Tensor) -> tuple[Tensor, Tensor]:
+        return self.shape.forward(inputs, transform_params)
+
+    def _coupling_transform_inverse(self, inputs: Tensor, transform_params: Tensor) -> tuple[Tensor, Tensor]:
+        return self.shape.inverse(inputs, transform_params)
+
+
+class SplineAutoregression(AutoregressiveTransform):  # type: ignore[misc]
+    """Every coordinate mapped by an affine map and a spline whose parameters see the coordinates before it."""
+
+    def __init__(self, dimension: int, shape: SplineShape, *, context: int, hidden: int, layers: int) -> None:
+        network = MADE(
+            dimension,
+            hidden,
+            context_features=context,
+            num_blocks=layers,
+            output_multiplier=shape.width,
+            activation=nn.functional.silu,
+        )
+        nn.init.zeros_(network.final_layer.weight)
+        nn.init.zeros_(network.final_layer.bias)
+        super().__init__(network)
+        self.shape = shape
+
+    def forward(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = super().forward(inputs, _for_every_draw(context, len(inputs)))
+        return found
+
+    def inverse(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = super().inverse(inputs, _for_every_draw(context, len(inputs)))
+        return found
+
+    def _elementwise_forward(self, inputs: Tensor, autoregressive_params: Tensor) -> tuple[Tensor, Tensor]:
+        return self.shape.forward(inputs, autoregressive_params)
+
+    def _elementwise_inverse(self, inputs: Tensor, autoregressive_params: Tensor) -> tuple[Tensor, Tensor]:
+        return self.shape.inverse(inputs, autoregressive_params)
+
+
+def _for_every_draw(context: Float[Tensor, "I H"], rows: int) -> Float[Tensor, "B H"]:
+    return context.repeat_interleave(draws_each(rows, len(context)), dim=0)
 
 
 def coupling_masks(dimension: int, couplings: int, seed: int = 0) -> list[Tensor]:
@@ -84,30 +161,24 @@ def coupling_masks(dimension: int, couplings: int, seed: int = 0) -> list[Tensor
     return masks[:couplings]
 
 
-class ConditionalFlow(nn.Module):
-    """Density and sampler of scaled parameters ``z (B, D)`` given a summary ``context (B, H)``."""
+class ConditionalFlow(ConditionalDensity):
+    """The density of standard normal noise pulled through an invertible transform."""
 
     def __init__(self, transform: nn.Module, dimension: int) -> None:
         super().__init__()
         self.transform = transform
-        self.dimension = dimension
+        self.noise_width = dimension
 
-    def log_prob(self, z: Float[Tensor, "B D"], context: Float[Tensor, "B H"]) -> Float[Tensor, " B"]:
-        """Normalised log density, ``(B,)``."""
+    def log_prob(self, z: Float[Tensor, "B D"], context: Float[Tensor, "I H"]) -> Float[Tensor, " B"]:
         noise, log_determinant = self.transform(z, context)
-        density: Tensor = _standard_normal_log_prob(noise) + log_determinant
+        density: Tensor = standard_normal_log_prob(noise) + log_determinant
         return density
 
     def sample(
-        self, noise: Float[Tensor, "B D"], context: Float[Tensor, "B H"]
+        self, noise: Float[Tensor, "B D"], context: Float[Tensor, "I H"]
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
-        """Push standard normal ``noise`` through the flow: draws ``(B, D)`` and their log density ``(B,)``."""
         z, log_determinant = self.transform.inverse(noise, context)  # type: ignore[operator]
-        return z, _standard_normal_log_prob(noise) - log_determinant
-
-
-def _standard_normal_log_prob(noise: Tensor) -> Tensor:
-    return -0.5 * noise.square().sum(1) - 0.5 * noise.shape[1] * math.log(2 * math.pi)
+        return z, standard_normal_log_prob(noise) - log_determinant
 
 
 @dataclass(frozen=True)
@@ -127,8 +198,7 @@ class AffineCouplingFlow:
     log_scale_bound: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.couplings < 1 or self.hidden < 1 or self.layers < 1 or not self.log_scale_bound > 0:
-            raise ValueError(f"flow: couplings, hidden, layers and log_scale_bound must be positive; got {self}.")
+        require_positive(self, "couplings", "hidden", "layers", "log_scale_bound")
 
     def build(self, dimension: int, context: int) -> ConditionalFlow:
         """A fresh flow over ``dimension`` parameters given a summary of width ``context``."""
@@ -141,3 +211,80 @@ class AffineCouplingFlow:
             for mask in coupling_masks(dimension, self.couplings)
         ]
         return ConditionalFlow(CompositeTransform(couplings), dimension)
+
+
+def _spline_shape(settings: SplineCouplingFlow | SplineAutoregressiveFlow) -> SplineShape:
+    if not 2 <= settings.bins <= 0.5 / MIN_SHARE:
+        raise ValueError(f"bins must lie between 2 and {0.5 / MIN_SHARE:g}; got {settings.bins}.")
+    return SplineShape(settings.bins, settings.bound, settings.log_scale_bound)
+
+
+@dataclass(frozen=True)
+class SplineCouplingFlow:
+    """Couplings of affine maps and monotone rational-quadratic splines (Durkan et al. 2019, NeurIPS).
+
+    Args:
+        couplings: number of coupling layers; an even number changes every coordinate equally often.
+        hidden: width of each conditioner.
+        layers: hidden layers of each conditioner.
+        bins: of each spline.
+        bound: splines bend between ``-bound`` and ``bound``, in SDs of the noise, and are straight beyond.
+        log_scale_bound: largest absolute log-scale of one coupling's affine map.
+    """
+
+    couplings: int = 6
+    hidden: int = 128
+    layers: int = 2
+    bins: int = 8
+    bound: float = 4.0
+    log_scale_bound: float = 3.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "couplings", "hidden", "layers", "bound", "log_scale_bound")
+        _spline_shape(self)
+
+    def build(self, dimension: int, context: int) -> ConditionalFlow:
+        """A fresh flow over ``dimension`` parameters given a summary of width ``context``."""
+
+        def conditioner(inputs: int, outputs: int) -> nn.Module:
+            return Conditioner(inputs, outputs, context=context, hidden=self.hidden, layers=self.layers)
+
+        shape = _spline_shape(self)
+        couplings = [SplineCoupling(mask, conditioner, shape) for mask in coupling_masks(dimension, self.couplings)]
+        return ConditionalFlow(CompositeTransform(couplings), dimension)
+
+
+@dataclass(frozen=True)
+class SplineAutoregressiveFlow:
+    """Autoregressive affine maps and splines: densities in one pass a layer, draws in as many as there are parameters.
+
+    Args:
+        transforms: number of autoregressive layers, the order of the parameters reversed between them.
+        hidden: width of each masked network.
+        layers: residual blocks of each masked network.
+        bins: of each spline.
+        bound: splines bend between ``-bound`` and ``bound``, in SDs of the noise, and are straight beyond.
+        log_scale_bound: largest absolute log-scale of one layer's affine map.
+    """
+
+    transforms: int = 4
+    hidden: int = 128
+    layers: int = 1
+    bins: int = 8
+    bound: float = 4.0
+    log_scale_bound: float = 3.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "transforms", "hidden", "layers", "bound", "log_scale_bound")
+        _spline_shape(self)
+
+    def build(self, dimension: int, context: int) -> ConditionalFlow:
+        """A fresh flow over ``dimension`` parameters given a summary of width ``context``."""
+        shape = _spline_shape(self)
+        chain: list[nn.Module] = []
+        for _ in range(self.transforms):
+            chain += [
+                SplineAutoregression(dimension, shape, context=context, hidden=self.hidden, layers=self.layers),
+                ReversePermutation(dimension),
+            ]
+        return ConditionalFlow(CompositeTransform(chain[:-1]), dimension)

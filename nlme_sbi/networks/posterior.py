@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,18 @@ from torch import Tensor, nn
 from nlme_sbi.designs import ResampledDesigns
 from nlme_sbi.devices import choose_device
 from nlme_sbi.instantiate import instantiate
-from nlme_sbi.networks.flows import AffineCouplingFlow, ConditionalFlow
+from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings, working_bytes_per_row
 from nlme_sbi.networks.summaries import DataShape, GridNetwork, PooledNetwork, SummarySettings
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run
 from nlme_sbi.standardize import ParameterScaling
 from nlme_sbi.types import Design, DesignSource, Observations, PosteriorSamples, Prior, Simulations, Simulator
+
+# What a network works in: small enough for a CPU's cache, large enough to fill a GPU.
+_MEMORY = {"cpu": 2**25, "cuda": 2**30}
+_NOISE_ROWS = 2**16
+# Features of a value, and what pooling makes of its row.
+_BYTES_PER_VALUE = 512
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -61,7 +68,7 @@ def load_shape(path: Path) -> DataShape:
 class PosteriorNetwork(nn.Module):
     """Density ``q(phi | y, design)``: everything that has weights or scalings, and nothing else."""
 
-    def __init__(self, summary: GridNetwork | PooledNetwork, flow: ConditionalFlow, dimension: int) -> None:
+    def __init__(self, summary: GridNetwork | PooledNetwork, flow: ConditionalDensity, dimension: int) -> None:
         super().__init__()
         self.summary = summary
         self.flow = flow
@@ -69,21 +76,25 @@ class PosteriorNetwork(nn.Module):
 
     def forward(self, phi: Float[Tensor, "B D"], values: Float[Tensor, "B T C"], design: Design) -> Float[Tensor, " B"]:
         """``log q(phi | y)`` on the scale of ``phi``, ``(B,)``."""
+        return self.log_prob(phi, self.summary(values, design))
+
+    def log_prob(self, phi: Float[Tensor, "B D"], context: Float[Tensor, "I H"]) -> Float[Tensor, " B"]:
+        """``log q(phi | y)`` given summaries, the same number of rows for each; differentiable."""
         scaled, log_jacobian = self.scaling(phi)
-        density: Tensor = self.flow.log_prob(scaled, self.summary(values, design)) + log_jacobian
+        density: Tensor = self.flow.log_prob(scaled, context) + log_jacobian
         return density
 
     def sample(
-        self, noise: Float[Tensor, "B D"], context: Float[Tensor, "B H"]
+        self, noise: Float[Tensor, "B W"], context: Float[Tensor, "I H"]
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
-        """Draws of ``phi`` and ``log q`` from standard normal ``noise`` and summaries, ``(B, D)`` and ``(B,)``."""
+        """Draws of ``phi (B, D)`` and ``log q (B,)`` from standard normal ``noise`` and summaries."""
         scaled, log_density = self.flow.sample(noise, context)
         phi = self.scaling.inverse(scaled)
         return phi, log_density + self.scaling(phi)[1]
 
 
 def build_network(
-    shape: DataShape, summary: SummarySettings, flow: AffineCouplingFlow, *, dimension: int
+    shape: DataShape, summary: SummarySettings, flow: FlowSettings, *, dimension: int
 ) -> PosteriorNetwork:
     """A network with random weights (from torch's global generator) and scalings that are not fitted yet."""
     summary_network = summary.build(shape)
@@ -96,7 +107,7 @@ def initial_network(
     prior: Prior,
     *,
     summary: SummarySettings,
-    flow: AffineCouplingFlow,
+    flow: FlowSettings,
     seed: int,
 ) -> tuple[PosteriorNetwork, DataShape]:
     """A network ready to be trained: random weights, scalings from pilot simulations, on their device.
@@ -129,18 +140,25 @@ class AmortizedPosterior:
         simulator: what it was trained on.
         prior: what its parameters were simulated from.
         designs: which designs it was trained on.
-        chunk: rows (individuals x draws) that go through the network at once; bounds the memory.
+        memory: bytes that the network may work in, beside what it is given and returns; None chooses by device.
+
+    Draws depend on the generator and not on ``memory``, but for the last digits of float32.
     """
 
     network: PosteriorNetwork
     simulator: Simulator
     prior: Prior
     designs: DesignSource
-    chunk: int = 100_000
+    memory: int | None = None
 
     @classmethod
     def load(
-        cls, run: str | Path | FinishedRun, *, device: str = "auto", trust: tuple[str, ...] = (), chunk: int = 100_000
+        cls,
+        run: str | Path | FinishedRun,
+        *,
+        device: str = "auto",
+        trust: tuple[str, ...] = (),
+        memory: int | None = None,
     ) -> AmortizedPosterior:
         """The posterior that a ``train_flow`` run holds, ready to sample.
 
@@ -148,7 +166,7 @@ class AmortizedPosterior:
             run: the run's directory.
             device: auto, cpu, cuda or cuda:N.
             trust: module prefixes, beside the project's own, that the run's simulator may come from.
-            chunk: rows (individuals x draws) that go through the network at once.
+            memory: bytes that the network may work in; None chooses by device.
 
         Raises:
             ValueError: the run is unfinished, of another stage, edited or damaged, or its simulator is not trusted.
@@ -171,7 +189,7 @@ class AmortizedPosterior:
             if pool.exists()
             else instantiate(config["design"], trust=trust, where="design")
         )
-        return cls(network, simulator, parts["prior"], designs, chunk)
+        return cls(network, simulator, parts["prior"], designs, memory)
 
     @property
     def parameters(self) -> ParameterSpace:
@@ -207,16 +225,22 @@ class AmortizedPosterior:
                 "(for example design=of_data), or leave these individuals out."
             )
 
+    def _rows_at_once(self, bytes_per_row: int) -> int:
+        memory = _MEMORY.get(self.device.type, _MEMORY["cuda"]) if self.memory is None else self.memory
+        return max(1, memory // bytes_per_row)
+
     @torch.no_grad()
     def summarize(self, observations: Observations) -> Float[Tensor, "I H"]:
         """Summary vectors, ``(I, H)``; checks the observations first."""
         self.check(observations)
-        rows = max(1, self.chunk // 10)
-        parts = []
+        summary = self.network.summary
+        per_row = working_bytes_per_row(summary) + _BYTES_PER_VALUE * observations.values[0].numel()
+        rows = self._rows_at_once(per_row)
+        result = torch.empty((len(observations), summary.width), device=self.device)
         for start in range(0, len(observations), rows):
             part = observations[start : start + rows].to(self.device)
-            parts.append(self.network.summary(part.values.float(), part.design))
-        return torch.cat(parts)
+            result[start : start + rows] = summary(part.values.float(), part.design)
+        return result
 
     @torch.no_grad()
     def sample(self, observations: Observations, draws: int, generator: torch.Generator) -> PosteriorSamples:
@@ -233,29 +257,38 @@ class AmortizedPosterior:
         if draws < 1:
             raise ValueError(f"The number of draws must be at least 1; got {draws}.")
         context = self.summarize(observations)
-        individuals, dimension = len(observations), len(self.parameters)
-        phi = torch.empty((individuals, draws, dimension), device=self.device)
+        individuals, flow = len(observations), self.network.flow
+        phi = torch.empty((individuals, draws, len(self.parameters)), device=self.device)
         log_q = torch.empty((individuals, draws), device=self.device)
-        rows = max(1, self.chunk // draws)
-        for start in range(0, individuals, rows):
-            some = context[start : start + rows].repeat_interleave(draws, dim=0)
-            noise = torch.randn((len(some), dimension), generator=generator, device=self.device)
-            drawn, density = self.network.sample(noise, some)
-            phi[start : start + rows] = drawn.view(-1, draws, dimension)
-            log_q[start : start + rows] = density.view(-1, draws)
+        rows = self._rows_at_once(working_bytes_per_row(flow))
+        # Noise comes in blocks of a fixed size: what a generator gives depends on how many numbers are asked for.
+        block = max(1, _NOISE_ROWS // draws)
+        for start in range(0, individuals, block):
+            some = slice(start, min(start + block, individuals))
+            shape = (some.stop - some.start, draws, flow.noise_width)
+            noise = torch.randn(shape, generator=generator, device=self.device)
+            for who, which in _pieces(len(noise), draws, rows):
+                piece = noise[who, which]
+                drawn, density = self.network.sample(piece.flatten(0, 1), context[some][who])
+                phi[some][who, which] = drawn.view(*piece.shape[:2], -1)
+                log_q[some][who, which] = density.view(piece.shape[:2])
         return PosteriorSamples(names=self.parameters.names, phi=phi, log_q=log_q, prior=self.prior)
 
     @torch.no_grad()
     def log_prob(self, phi: Float[Tensor, "I S D"], observations: Observations) -> Float[Tensor, "I S"]:
         """Normalised ``log q(phi | y_i)``, ``(I, S)``."""
         context = self.summarize(observations)
-        individuals, draws = phi.shape[:2]
-        result = torch.empty((individuals, draws), device=self.device)
-        rows = max(1, self.chunk // draws)
-        for start in range(0, individuals, rows):
-            some = context[start : start + rows].repeat_interleave(draws, dim=0)
-            flat = phi[start : start + rows].to(self.device).float().reshape(-1, phi.shape[2])
-            scaled, log_jacobian = self.network.scaling(flat)
-            density = self.network.flow.log_prob(scaled, some) + log_jacobian
-            result[start : start + rows] = density.view(-1, draws)
+        result = torch.empty(phi.shape[:2], device=self.device)
+        rows = self._rows_at_once(working_bytes_per_row(self.network.flow))
+        for who, which in _pieces(phi.shape[0], phi.shape[1], rows):
+            piece = phi[who, which].to(self.device).float()
+            result[who, which] = self.network.log_prob(piece.flatten(0, 1), context[who]).view(piece.shape[:2])
         return result
+
+
+def _pieces(individuals: int, draws: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of individuals and of draws that cover all, at most ``rows`` pairs each."""
+    each, together = min(draws, rows), max(1, rows // draws)
+    for start in range(0, individuals, together):
+        for first in range(0, draws, each):
+            yield slice(start, start + together), slice(first, first + each)

@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from nlme_sbi.diagnostics.predictive import dense_design, predictive_bands
+from nlme_sbi.networks.ensembles import PosteriorEnsemble
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.plots.canvas import parameter_labels
 from nlme_sbi.plots.individual_fits import plot_individual_fits
@@ -27,7 +28,7 @@ _POPULATION_INDIVIDUALS = 500  # more would only blacken the panel
 def save_figures(
     directory: Path,
     fit: PopulationFit,
-    posterior: AmortizedPosterior,
+    posterior: AmortizedPosterior | PosteriorEnsemble,
     observations: Observations,
     *,
     generator: torch.Generator,

@@ -17,6 +17,7 @@ from nlme_sbi.conversion import convert
 from nlme_sbi.designs import Reader
 from nlme_sbi.devices import choose_device
 from nlme_sbi.io import describe
+from nlme_sbi.networks.ensembles import PosteriorEnsemble
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.population.fit import fit_population as fit_population_model
 from nlme_sbi.population.result import PopulationFit
@@ -67,8 +68,9 @@ def fit_population(cfg: DictConfig) -> float:
     """Fit a population model to a data set with a trained posterior; the run holds table, individuals and figures.
 
     Args:
-        cfg: composed configuration with ``experiment``, ``posterior`` (RUN or latest), ``data``, ``population``,
-            ``estimator``, ``fit``, ``figures``, ``seed``, ``device``, ``output_root``, ``fresh`` and ``trust``.
+        cfg: composed configuration with ``experiment``, ``posterior`` (RUN, latest or a list of RUNs), ``data``,
+            ``population``, ``estimator``, ``fit``, ``figures``, ``seed``, ``device``, ``output_root``, ``fresh`` and
+            ``trust``.
 
     Returns:
         The log likelihood ratio (or log likelihood) at the optimum, which sweepers maximise.
@@ -83,7 +85,7 @@ def fit_population(cfg: DictConfig) -> float:
     settings = FitSettings.of(plain)
     observations: Observations = part(plain["data"], Reader, where="data", trust=trust).read()
     log.info("%s", describe(observations))
-    posterior = AmortizedPosterior.load(upstream, device=str(device), trust=trust)
+    posterior = _posterior(upstream, device, trust)
     posterior.check(observations)
     specification = part(plain["population"], PopulationSpecification, where="population", trust=trust)
     population = specification.bind(posterior.parameters)
@@ -92,7 +94,7 @@ def fit_population(cfg: DictConfig) -> float:
         stage="fit_population",
         experiment=plain["experiment"]["name"],
         config=_relevant(plain, device),
-        inputs={"posterior": upstream.sha256, "data": sha256_of_observations(observations)},
+        inputs={**_posterior_hashes(upstream), "data": sha256_of_observations(observations)},
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
     )
@@ -136,9 +138,18 @@ def sha256_of_observations(observations: Observations) -> str:
     return digest.hexdigest()
 
 
-def _upstream(plain: Mapping[str, Any]) -> FinishedRun:
+def _upstream(plain: Mapping[str, Any]) -> list[FinishedRun]:
+    """The run, or the runs of an ensemble."""
+    named = plain["posterior"]
+    runs = [_found(str(reference), plain) for reference in (named if isinstance(named, list) else [named])]
+    if not runs:
+        raise ValueError("posterior=[] names no run; give RUN, latest or [RUN,RUN].")
+    return runs
+
+
+def _found(reference: str, plain: Mapping[str, Any]) -> FinishedRun:
     run = find_run(
-        str(plain["posterior"]),
+        reference,
         stage="train_flow",
         experiment=plain["experiment"]["name"],
         root=Path(plain["output_root"]),
@@ -151,6 +162,20 @@ def _upstream(plain: Mapping[str, Any]) -> FinishedRun:
         )
     log.info("Posterior: %s", run.path)
     return run
+
+
+def _posterior(
+    runs: list[FinishedRun], device: torch.device, trust: tuple[str, ...]
+) -> AmortizedPosterior | PosteriorEnsemble:
+    if len(runs) == 1:
+        return AmortizedPosterior.load(runs[0], device=str(device), trust=trust)
+    return PosteriorEnsemble.load(runs, device=str(device), trust=trust)
+
+
+def _posterior_hashes(runs: list[FinishedRun]) -> dict[str, str]:
+    if len(runs) == 1:
+        return {"posterior": runs[0].sha256}
+    return {f"posterior_{position}": run.sha256 for position, run in enumerate(runs)}
 
 
 def _relevant(plain: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import nn
 from nlme_sbi.devices import choose_device
 from nlme_sbi.distributed import SharedPairs, Team, joined
 from nlme_sbi.instantiate import instantiate
-from nlme_sbi.networks.flows import AffineCouplingFlow
+from nlme_sbi.networks.densities import FlowSettings
 from nlme_sbi.networks.posterior import PosteriorNetwork, initial_network
 from nlme_sbi.networks.summaries import DataShape, SummarySettings
 from nlme_sbi.plots.loss import plot_history
@@ -43,6 +43,7 @@ from nlme_sbi.training import (
     StoredPairs,
     TrainingResult,
     TrainingSettings,
+    generalisation_gap,
     train,
     weights_seed,
 )
@@ -69,7 +70,7 @@ class _Parts:
     prior: Prior
     pool: Design | None
     summary: SummarySettings
-    flow: AffineCouplingFlow
+    flow: FlowSettings
 
 
 def train_flow(cfg: DictConfig) -> float:
@@ -119,23 +120,37 @@ def _train_in_team(plain: Mapping[str, Any], team: Team) -> float:
         network, shape = _network(parts, settings, seed=int(config["seed"]))
         result = _train(network, parts.source, settings, run, team)
         _save(run, network, shape, result)
+        gap = None if upstream is None else generalisation_gap(network, parts.source, settings)
         results = {
             "validation_loss": result.best_loss,
             "best_step": result.best_step,
             "steps": result.steps,
             "stopped_early": result.stopped_early,
+            "generalisation_gap": None if gap is None else gap[0],
             "weights": sum(parameter.numel() for parameter in network.parameters()),
         }
         run.finish(results)
     log.info(
-        "Trained %d steps; best held-out loss %.3f nats at step %d.%s\nRun: %s",
+        "Trained %d steps; best held-out loss %.3f nats at step %d.%s%s\nRun: %s",
         result.steps,
         result.best_loss,
         result.best_step,
         " Stopped early: the loss had stopped falling." if result.stopped_early else "",
+        "" if gap is None else advice(*gap),
         run.path,
     )
     return result.best_loss
+
+
+def advice(gap: float, standard_error: float) -> str:
+    """Whether more simulations would help, in a sentence; empty where the gap is within its noise or negligible."""
+    if gap < max(2 * standard_error, 0.02):
+        return ""
+    return (
+        f"\nMore simulations would help: the held-out loss is {gap:.2f} (SE {standard_error:.2f}) nats above that of "
+        f"the pairs it was trained on. Twice as many (simulation.n) should lower it by about {gap / 2:.2f} nats; "
+        "simulations=online never repeats a pair."
+    )
 
 
 def _upstream(plain: Mapping[str, Any]) -> FinishedRun | None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlme_sbi.designs import FixedGrid
+from nlme_sbi.networks.densities import working_bytes_per_row
 from nlme_sbi.networks.flows import AffineCouplingFlow
 from nlme_sbi.networks.posterior import AmortizedPosterior, build_network, load_weights
 from nlme_sbi.networks.summaries import DataShape, GridSummary
@@ -77,10 +79,51 @@ def test_densities_told_while_sampling_are_those_computed_afterwards(
     torch.testing.assert_close(again, draws.log_q, rtol=1e-4, atol=1e-4)
 
 
-def test_densities_do_not_depend_on_the_chunk(trained: AmortizedPosterior, observations: Observations) -> None:
+class LargestTensor(TorchDispatchMode):
+    """Watches every tensor that is made and keeps the size of the largest, in bytes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, torch.Tensor) and not func.is_view and tensor._base is None:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return made
+
+
+# 60 individuals x 7 draws: some and all individuals at once, and one individual in pieces that do not divide 7.
+@pytest.mark.parametrize("rows", [1, 2, 5, 7, 20, 10_000])
+def test_draws_and_densities_do_not_depend_on_the_memory(
+    trained: AmortizedPosterior, observations: Observations, rows: int
+) -> None:
+    small = replace(trained, memory=rows * working_bytes_per_row(trained.network.flow))
     phi = torch.randn(60, 7, 2)
-    small = replace(trained, chunk=20)
     torch.testing.assert_close(small.log_prob(phi, observations), trained.log_prob(phi, observations))
+    found, expected = (
+        posterior.sample(observations, 7, torch.Generator().manual_seed(4)) for posterior in (small, trained)
+    )
+    torch.testing.assert_close(found.phi, expected.phi, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.log_q, expected.log_q, rtol=1e-4, atol=1e-4)
+
+
+def test_the_network_works_within_its_memory(trained: AmortizedPosterior, observations: Observations) -> None:
+    with LargestTensor() as watched:
+        replace(trained, memory=2**15).sample(observations, 50, torch.Generator().manual_seed(4))
+    # Beside what is returned (48 kB) and its noise: no tensor of the network passes a quarter of the memory.
+    assert watched.largest == 60 * 50 * 2 * 4
+    with LargestTensor() as watched:
+        replace(trained, memory=2**25).sample(observations, 50, torch.Generator().manual_seed(4))
+    assert watched.largest > 60 * 50 * 2 * 4
+
+
+def test_many_draws_of_one_individual_are_worked_on_in_pieces(
+    trained: AmortizedPosterior, observations: Observations
+) -> None:
+    draws = replace(trained, memory=2**20).sample(observations[:1], 70_001, torch.Generator().manual_seed(4))
+    mean, sd = LinearGaussian.posterior(observations.values[:1])
+    assert bool(torch.isfinite(draws.log_q).all())
+    assert float(((draws.phi.mean(1) - mean) / sd).abs().max()) < 0.5
 
 
 def test_the_same_seed_gives_the_same_draws(trained: AmortizedPosterior, observations: Observations) -> None:

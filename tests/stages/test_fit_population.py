@@ -317,3 +317,22 @@ def test_a_simulator_without_a_likelihood_is_fitted_without_the_figure_that_need
     assert abs(row["estimate"] - means.mean()) < 0.5 * means.std() / np.sqrt(60)
     assert abs(row["omega"] - omega) < 0.5 * means.std() / np.sqrt(2 * 60)
     assert np.sqrt(means.var()) - omega > 0.5 * means.std() / np.sqrt(2 * 60)
+
+
+def test_several_posteriors_are_fitted_as_their_mixture(
+    root: Path, few_cells: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "save_figures", no_figures)
+    train_flow(tiny("train_flow", "mrna_two_rate", root, "simulations=online", "seed=7"))
+    runs = sorted(str(path) for path in (root / "train_flow").glob("mrna_two_rate-*"))
+    assert len(runs) == 2
+    fit_population(
+        tiny("fit_population", "mrna_two_rate", root, f"posterior=[{','.join(runs)}]", f"data.path={few_cells}")
+    )
+    inputs = only_run(root, "fit_population").manifest["inputs"]
+    assert {f"posterior_{place}" for place in (0, 1)} < set(inputs)
+    for named, refusal in ((f"[{runs[0]},{runs[0]}]", "is named twice"), ("[]", "names no run")):
+        with pytest.raises(ValueError, match=refusal):
+            fit_population(
+                tiny("fit_population", "mrna_two_rate", root, f"posterior={named}", f"data.path={few_cells}")
+            )

@@ -22,7 +22,7 @@ from nlme_sbi.priors import GaussianPrior
 from nlme_sbi.runs import FinishedRun, load_run
 from nlme_sbi.stages.parts import generative_parts
 from nlme_sbi.stages.simulate import simulate
-from nlme_sbi.stages.train_flow import train_flow
+from nlme_sbi.stages.train_flow import advice, train_flow
 from nlme_sbi.training import train_posterior
 from nlme_sbi.types import Observations
 
@@ -365,3 +365,9 @@ def test_a_checkpoint_that_is_damaged_is_refused_and_says_what_to_do(
         trained(tmp_path, "mrna_two_rate", online=True)
     checkpoint.unlink()
     assert math.isfinite(trained(tmp_path, "mrna_two_rate", online=True).results["validation_loss"])
+
+
+def test_advice_tells_how_much_more_simulations_would_bring_and_is_silent_within_noise() -> None:
+    assert "is 0.60 (SE 0.05) nats above" in advice(0.6, 0.05)
+    assert "lower it by about 0.30 nats" in advice(0.6, 0.05)
+    assert advice(0.1, 0.06) == advice(-0.5, 0.01) == advice(0.01, 0.001) == ""

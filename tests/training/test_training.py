@@ -15,7 +15,7 @@ from nlme_sbi.networks.flows import AffineCouplingFlow
 from nlme_sbi.networks.posterior import PosteriorNetwork, build_network
 from nlme_sbi.networks.summaries import DataShape, GridSummary
 from nlme_sbi.priors import GaussianPrior
-from nlme_sbi.training import OnlinePairs, StoredPairs, TrainingError, TrainingSettings, train
+from nlme_sbi.training import OnlinePairs, StoredPairs, TrainingError, TrainingSettings, generalisation_gap, train
 from nlme_sbi.types import Design, Simulations
 from simulators.mrna_two_rate import MrnaTwoRate
 
@@ -175,3 +175,43 @@ def test_the_learning_rate_warms_up_and_decays_to_nothing() -> None:
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"training.{next(iter(wrong))}"):
         TrainingSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_budget_in_simulations_gives_the_steps() -> None:
+    assert TrainingSettings(simulations=10_000, batch_size=256).steps == 39
+    with pytest.raises(ValueError, match=r"training\.simulations=100 is less than one batch of 512"):
+        TrainingSettings(simulations=100)
+
+
+class FewPairs:
+    """The same 64 pairs again and again."""
+
+    def __init__(self) -> None:
+        self.few = pairs(seed=1).pilot(64)
+
+    def batch(self, step: int) -> Simulations:
+        first = 32 * (step % 2)
+        return self.few[first : first + 32]
+
+    def validation(self, count: int) -> Simulations:
+        return pairs(seed=2).pilot(count)
+
+    pilot = validation
+
+
+def test_a_network_that_has_learned_its_pairs_by_heart_shows_a_gap_and_a_fresh_one_none() -> None:
+    settings = replace(SETTINGS, steps=150, patience=100, validation_size=400)
+    network, few = fresh_network(), FewPairs()
+    gap, standard_error = generalisation_gap(network, few, settings)
+    assert abs(gap) < 4 * standard_error  # nothing was trained: seen and unseen pairs are alike
+    last = train(network, few, replace(settings, steps=60, validate_every=60), progress=False)
+    gap, standard_error = generalisation_gap(network, few, settings)
+    assert gap > 4 * standard_error
+    # Held-out loss as the history has it, minus that of the 64 pairs, computed here.
+    with torch.no_grad():
+        seen = -float(network(few.few.phi, few.few.values, few.few.design).mean())
+    assert gap == pytest.approx(last.best_loss - seen, rel=1e-4)
+    network = fresh_network()
+    train(network, pairs(), settings, progress=False)
+    gap, standard_error = generalisation_gap(network, pairs(), settings)
+    assert abs(gap) < 4 * standard_error
