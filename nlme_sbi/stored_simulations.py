@@ -15,6 +15,7 @@ from nlme_sbi.runs import FinishedRun, load_array, load_json, load_run
 from nlme_sbi.runs.stored_designs import StoredDesign, read_parts
 from nlme_sbi.types import Simulations
 
+_KEPT_IN_MEMORY = 2**30  # bytes
 SHARDS = "shards"  # the folder in a run of simulate
 
 
@@ -103,6 +104,18 @@ class StoredSimulations:
         wanted = indices.cpu().numpy()
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(f"Rows {wanted.min()} to {wanted.max()} are asked for; there are {len(self)}, from 0.")
+        whole = self._in_memory
+        return self._read(wanted) if whole is None else whole[torch.from_numpy(wanted)]
+
+    @cached_property
+    def _in_memory(self) -> Simulations | None:
+        """Everything, where it is small enough: a batch out of fifty shards of fifteen arrays each is 750 small reads,
+        which take longer than a training step."""
+        stored = sum(path.stat().st_size for shard in self._shards for path in shard.path.rglob("*.npy"))
+        return self._read(np.arange(len(self))) if stored <= _KEPT_IN_MEMORY else None
+
+    def _read(self, wanted: np.ndarray) -> Simulations:
+        """Chosen rows from disk."""
         # Each shard is read once and in ascending order, as a disk likes it.
         order = np.argsort(wanted, kind="stable")
         cuts = np.searchsorted(wanted[order], self._starts)
