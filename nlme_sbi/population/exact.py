@@ -7,8 +7,9 @@ with the varying parameters v integrated by importance sampling from a heavy-tai
 sampled. The network only tells where to begin.
 
 Between two sets of draws the likelihood's dependence on s is its expansion about the values that the draws were made
-for: each draw's own gradient, and the mean Hessian of draws of the individual chosen by weight. Draws are made anew at the optimum until that no longer
-moves, so that the expansion point *is* the estimate, where values, gradients and curvatures are exact.
+for: each draw's own gradient, and the mean Hessian of draws of the individual that are chosen by weight. Draws are made
+anew at the optimum until that no longer moves, so that the expansion point *is* the estimate, where values, gradients
+and curvatures are exact.
 """
 
 from __future__ import annotations
@@ -339,9 +340,9 @@ def _require_everybody(rows: Tensor, observations: Observations) -> None:
     if missing:
         names = ", ".join(observations.ids[place] for place in missing[:5])
         raise ValueError(
-            f"The likelihood of {len(missing)} of {len(observations)} individuals is 0 or not finite wherever the search "
-            f"began; first: {names}. Check their data, and whether the model can produce them (a proportional error "
-            "around a prediction of 0 cannot)."
+            f"The likelihood of {len(missing)} of {len(observations)} individuals is 0 or not finite wherever the "
+            f"search began; first: {names}. Check their data, and whether the model can produce them (a "
+            "proportional error around a prediction of 0 cannot)."
         )
 
 

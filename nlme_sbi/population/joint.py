@@ -1,6 +1,6 @@
 """Likelihood times population density of single individuals: values, derivatives and modes, in batches of points.
 
-A batch is flat: point ``b`` belongs to individual ``rows[b]``, so that individuals may have as many points as they need.
+A batch is flat: point ``b`` belongs to individual ``rows[b]``, so that individuals may have as many as they need.
 """
 
 from __future__ import annotations

@@ -55,13 +55,15 @@ def covariance_of(curvature: Float[Tensor, "B V V"], scale: Float[Tensor, " V"])
     """Inverse of ``curvature`` with its eigenvalues kept above a ninth of the population's (SDs below three of it)."""
     values, vectors = torch.linalg.eigh(curvature * scale[:, None] * scale)
     values = values.abs().clamp_min(1 / 9)
-    return (vectors / values[:, None]) @ vectors.mT * scale[:, None] * scale
+    inverse: Tensor = (vectors / values[:, None]) @ vectors.mT * scale[:, None] * scale
+    return inverse
 
 
 def _log_volume(covariance: Tensor) -> Float[Tensor, " B"]:
     """Half the log determinant of 2 pi times a covariance."""
     factor = torch.linalg.cholesky(covariance)
-    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * covariance.shape[-1] * math.log(2 * math.pi)
+    log_determinant: Tensor = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return log_determinant + 0.5 * covariance.shape[-1] * math.log(2 * math.pi)
 
 
 def modes(joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]) -> tuple[Pieces, Expansion]:
