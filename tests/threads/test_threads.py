@@ -75,7 +75,11 @@ def test_with_one_core_the_caller_does_the_work() -> None:
 
 @pytest.mark.usefixtures("two_threads")
 def test_threads_are_as_before_after_a_block_with_others() -> None:
-    with pytest.raises(RuntimeError, match="inside"), torch_threads(1):
-        assert torch.get_num_threads() == 1
-        raise RuntimeError("inside")
+    def fails_inside() -> None:
+        with torch_threads(1):
+            assert torch.get_num_threads() == 1
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fails_inside()
     assert torch.get_num_threads() == 2
