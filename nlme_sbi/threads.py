@@ -9,8 +9,9 @@ depend on how many threads there are.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _inside = threading.local()
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads for torch's operations, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def over_blocks(function: Callable[[Item], Result], blocks: Iterable[Item], device: torch.device) -> list[Result]:

@@ -232,10 +232,10 @@ class SplineCouplingFlow:
         log_scale_bound: largest absolute log-scale of one coupling's affine map.
     """
 
-    couplings: int = 6
+    couplings: int = 4
     hidden: int = 128
     layers: int = 2
-    bins: int = 8
+    bins: int = 6
     bound: float = 4.0
     log_scale_bound: float = 3.0
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from nlme_sbi.threads import over_blocks
+from nlme_sbi.threads import over_blocks, torch_threads
 
 CPU = torch.device("cpu")
 
@@ -71,3 +71,15 @@ def test_with_one_core_the_caller_does_the_work() -> None:
         assert over_blocks(lambda _: threading.current_thread().name, range(3), CPU) == ["MainThread"] * 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_are_as_before_after_a_block_with_others() -> None:
+    def fails_inside() -> None:
+        with torch_threads(1):
+            assert torch.get_num_threads() == 1
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fails_inside()
+    assert torch.get_num_threads() == 2
