@@ -57,6 +57,15 @@ def published_cells(cells: int = CELLS) -> SyntheticCells:
     return SyntheticCells(phi[:cells], values[:cells], mean, variance)
 
 
+def fresh_cells(cells: int, *, seed: int) -> SyntheticCells:
+    """Another population from the published law, by a seed of its own."""
+    mean, variance = law()
+    random = np.random.default_rng(seed)
+    phi = mean + np.sqrt(variance) * random.standard_normal((cells, len(mean)))
+    values = log_signal(phi) + np.exp(phi[:, 5:]) * random.standard_normal((cells, len(TIMES)))
+    return SyntheticCells(phi, values, mean, variance)
+
+
 def write_wide(path: Path, values: np.ndarray) -> None:
     """Raw data as a lab would have them: one column a cell, fluorescence and not its log, time in hours."""
     header = ",".join(["time", *(f"cell_{cell}" for cell in range(values.shape[0]))])
