@@ -1,10 +1,10 @@
 """How the estimate approaches the truth with the number of cells: estimators exact and prior_ratio, two-rate cells.
 
-    python benchmarks/population_convergence.py --posterior RUN [--populations 10 5] [--prefixes 50 100 200 500 1000 10000]
+    python benchmarks/population_convergence.py --posterior RUN [--populations 10 5] [--prefixes 50 100 200 1000]
 
 Fresh populations of 1000 and of 10,000 cells from the published law with seeds of their own, then prefixes of the
-published cells. ``RUN`` is a train_flow run of experiment mrna_two_rate. The error is the mean squared error of 6 means and
-6 variances (log scale) against the sample truth, under the nearer of the two labellings.
+published cells. ``RUN`` is a train_flow run of experiment mrna_two_rate. The error is the mean squared error of 6 means
+and 6 variances (log scale) against the sample truth, under the nearer of the two labellings.
 """
 
 from __future__ import annotations

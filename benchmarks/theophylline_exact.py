@@ -3,7 +3,7 @@
     python benchmarks/theophylline_exact.py --posterior RUN [--individuals anchors.csv] [--seeds 3]
 
 ``RUN`` is a train_flow run of experiment theophylline (``make demo`` leaves one). ``anchors.csv`` has one row an
-individual with columns id, eta_ka_mean, eta_ka_sd, eta_cl_mean, ... of that quadrature. Figures are the worst over seeds.
+individual with columns id, eta_ka_mean, eta_ka_sd, eta_cl_mean, ... of that quadrature. Figures: worst over seeds.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ def read_data() -> Observations:
     return instantiate(data, where="data").read()
 
 
+def fitted(posterior: AmortizedPosterior, data: Observations, seed: int) -> PopulationFit:
+    generator = torch.Generator().manual_seed(seed)
+    model = GaussianPopulation(constant=("sigma",))
+    return fit_population(posterior, data, model, generator=generator, estimator=Exact())
+
+
 def worst_distance(fit: PopulationFit) -> float:
     """Largest distance of an estimate from the exact one, in the exact fit's standard errors."""
     found = dict(zip(fit.population.unknowns.names, fit.theta.tolist(), strict=True))
@@ -59,18 +65,8 @@ def main() -> None:
     options = parser.parse_args()
     data = read_data()
     posterior = AmortizedPosterior.load(options.posterior, device="cpu")
-    fits = []
     with stopwatch() as spent:
-        for seed in range(options.seeds):
-            fits.append(
-                fit_population(
-                    posterior,
-                    data,
-                    GaussianPopulation(constant=("sigma",)),
-                    generator=torch.Generator().manual_seed(seed),
-                    estimator=Exact(),
-                )
-            )
+        fits = [fitted(posterior, data, seed) for seed in range(options.seeds)]
     print(fits[0].table())
     deviances = [float(fit.minus_two_log_likelihood or math.nan) for fit in fits]
     errors = [2 * fit.monte_carlo.objective_se for fit in fits]

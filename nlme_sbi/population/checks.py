@@ -102,8 +102,8 @@ def stray_draws(stray: Float[Tensor, " I"], ids: tuple[str, ...]) -> tuple[str, 
 
 
 def low_effective_draws(effective: Float[Tensor, " I"], draws: int, ids: tuple[str, ...]) -> tuple[str, ...]:
-    """A sentence on individuals whose weights rest on fewer than 50 draws (a tenth where there are few) or 1%."""
-    floor = max(min(50.0, 0.1 * draws), 0.01 * draws)
+    """A sentence on individuals whose weights rest on fewer than 50 draws (an eighth where there are few) or 1%."""
+    floor = max(min(50.0, 0.125 * draws), 0.01 * draws)
     low = torch.nonzero(effective < floor)[:, 0]
     if len(low) == 0:
         return ()

@@ -27,7 +27,7 @@ from nlme_sbi.population.refinement import refined
 from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions, effective_draws
 from nlme_sbi.threads import over_blocks
-from nlme_sbi.types import Design, Observations, PosteriorSamples, Prior, TractableSimulator
+from nlme_sbi.types import Design, Observations, PosteriorSamples, Prior, Simulator, TractableSimulator
 
 _EXPLORED = 500  # individuals whose flow draws tell where the population is
 _FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from
@@ -57,7 +57,7 @@ class Exact:
     draws: int = 64
     max_draws: int = 8192
     exploring: int = 300
-    simulator: TractableSimulator | None = None
+    simulator: Simulator | None = None
 
     name = "exact"
     absolute = True

@@ -118,7 +118,7 @@ class PriorRatio:
         joined = PosteriorSamples(
             names=more.names,
             phi=torch.cat([state.phi, more.phi.to(state.phi)], 1),
-            log_q=torch.cat([torch.zeros_like(more.log_q), more.log_q], 1),  # not read by this estimator
+            log_q=torch.cat([more.log_q.new_zeros(state.phi.shape[:2]), more.log_q], 1),  # not read by this estimator
             prior=more.prior,
         )
         return self._assembled(joined, state.source, observations, state.population, generator)
