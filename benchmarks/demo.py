@@ -2,13 +2,15 @@
 
 Oracle: exact maximum likelihood of the same model and data by adaptive Gauss-Hermite quadrature, all 132 observations.
 
-    python benchmarks/demo.py
+    python benchmarks/demo.py [--images docs/images]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -33,6 +35,9 @@ def differences(run: Path) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path)
+    images = parser.parse_args().images
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "nlme_sbi"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
@@ -41,6 +46,8 @@ def main() -> None:
         run = finished_run("fit_population", clone)
         found = differences(run)
         print((run / "table.txt").read_text())
+        if images is not None:
+            shutil.copy(run / "individual_fits.png", images / "theophylline_fits.png")
         stages = {
             stage: json.loads((finished_run(stage, clone) / "manifest.json").read_text())["seconds"]
             for stage in ("simulate", "train_flow", "fit_population")
