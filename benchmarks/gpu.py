@@ -17,7 +17,8 @@ from record import ROOT, write_result
 from nlme_sbi.instantiate import instantiate
 from nlme_sbi.networks.posterior import AmortizedPosterior, build_network
 from nlme_sbi.networks.summaries import DataShape
-from nlme_sbi.training import OnlinePairs, TrainingSettings, seeded, train
+from nlme_sbi.training import TrainingSettings, train
+from nlme_sbi.training_pairs import OnlinePairs, seeded
 from nlme_sbi.types import Observations
 
 

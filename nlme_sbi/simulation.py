@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -166,10 +167,14 @@ class _ShardMaker:
     seed: int
     directory: Path
     device: torch.device
+    owner: int  # process that asked for the shards
 
     def __call__(self, shard: int, count: int) -> tuple[int, dict[int, int]]:
         """Simulate and store one shard; its size and its failures by status."""
         keep_freed_memory()  # here, because this may be another process
+        if os.getpid() != self.owner and threading.current_thread() is threading.main_thread():
+            # Ctrl-C is for the process that asked, which ends its workers; one that replaced another has no mask.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         generator = torch.Generator(self.device).manual_seed(shard_seed(self.seed, shard))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # sums depend on the number of threads, shards must not
@@ -235,7 +240,7 @@ def write_shards(
         ValueError: as soon as more simulations have failed than ``settings.max_failed`` allows.
         OSError: where a shard cannot be written, or a worker died; finished shards are kept.
     """
-    maker = _ShardMaker(prior, designs, simulator, seed, directory, torch.device(device))
+    maker = _ShardMaker(prior, designs, simulator, seed, directory, torch.device(device), os.getpid())
     tally = _Tally(settings)
     missing = []
     for shard, count in enumerate(settings.shard_sizes):

@@ -34,7 +34,7 @@ from nlme_sbi.runs import (
 )
 from nlme_sbi.stages.fit_figures import save_figures
 from nlme_sbi.stages.parts import part
-from nlme_sbi.training import seeded
+from nlme_sbi.training_pairs import seeded
 from nlme_sbi.types import Observations
 
 log = logging.getLogger(__name__)

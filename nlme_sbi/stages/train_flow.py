@@ -37,16 +37,8 @@ from nlme_sbi.runs import (
 from nlme_sbi.stages.parts import generative_parts, part
 from nlme_sbi.stages.simulate import GENERATIVE
 from nlme_sbi.stored_simulations import StoredSimulations
-from nlme_sbi.training import (
-    OnlinePairs,
-    PairSource,
-    StoredPairs,
-    TrainingResult,
-    TrainingSettings,
-    generalisation_gap,
-    train,
-    weights_seed,
-)
+from nlme_sbi.training import TrainingResult, TrainingSettings, generalisation_gap, train
+from nlme_sbi.training_pairs import OnlinePairs, PairSource, StoredPairs, weights_seed
 from nlme_sbi.types import Design, Prior, Simulator
 
 log = logging.getLogger(__name__)

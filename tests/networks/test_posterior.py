@@ -17,7 +17,8 @@ from nlme_sbi.networks.flows import AffineCouplingFlow
 from nlme_sbi.networks.posterior import AmortizedPosterior, build_network, load_weights
 from nlme_sbi.networks.summaries import DataShape, GridSummary
 from nlme_sbi.priors import GaussianPrior
-from nlme_sbi.training import OnlinePairs, TrainingSettings, train
+from nlme_sbi.training import TrainingSettings, train
+from nlme_sbi.training_pairs import OnlinePairs
 from nlme_sbi.types import Observations
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -21,7 +21,7 @@ from nlme_sbi.mechanistic import MechanisticSimulator
 from nlme_sbi.noise import Additive
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import Exact, GaussianPopulation, fit_population
-from nlme_sbi.population.exact import ExactDraws
+from nlme_sbi.population.exact_draws import ExactDraws
 from nlme_sbi.population.proposals import Mixtures
 from nlme_sbi.population.weighting import contributions, effective_draws, hessian, scores, value_and_gradient
 from nlme_sbi.priors import GaussianPrior
