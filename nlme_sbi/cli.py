@@ -34,6 +34,7 @@ Stage = Callable[[DictConfig], "float | None"]
 CONFIG_DIRECTORY = Path(nlme_sbi.__file__).resolve().parents[1] / "conf"
 FAILED, INTERRUPTED = 1, 130
 _COMMON = {"seed": int, "device": str, "output_root": str, "fresh": bool, "trust": list[str], "debug": bool}
+_FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package")
 _log = logging.getLogger(__name__)
 
 
@@ -41,12 +42,13 @@ class JobFailed(Exception):
     """A job of a sweep failed and said why."""
 
 
-def entry_point(stage: Stage | str, config_name: str) -> Callable[[], None]:
+def entry_point(stage: Stage | str, config_name: str, *, words: str | None = None) -> Callable[[], None]:
     """What a thin script runs as ``main``: the stage under Hydra, with sentences instead of tracebacks.
 
     Args:
         stage: the stage function, or better ``"module:function"``, which is imported when it is needed only.
         config_name: primary configuration in ``conf/``.
+        words: the key, a list, that arguments without "=" belong to; none when left out.
 
     Returns:
         A function without arguments that reads ``sys.argv`` and ends with ``SystemExit`` where something went wrong:
@@ -54,12 +56,29 @@ def entry_point(stage: Stage | str, config_name: str) -> Callable[[], None]:
     """
 
     def main() -> None:
+        if words is not None:
+            sys.argv[1:] = _with_words(sys.argv[1:], words)
         _configure_logging()
         code = _run(stage, config_name)
         if code:
             sys.exit(code)
 
     return main
+
+
+def _with_words(arguments: Sequence[str], key: str) -> list[str]:
+    """Arguments in which those that are neither flags nor KEY=VALUE have become the list ``key``."""
+    words, rest, follows = [], [], False
+    for argument in arguments:
+        if follows or argument.startswith("-") or "=" in argument:
+            rest.append(argument)
+            follows = argument in _FLAGS_WITH_VALUE
+        else:
+            words.append(argument)
+    if not words:
+        return rest
+    quoted = ['"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"' for word in words]
+    return [*rest, f"{key}=[{','.join(quoted)}]"]
 
 
 def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:

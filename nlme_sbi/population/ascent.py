@@ -20,7 +20,7 @@ EM_STEPS = 30
 EVALUATIONS = 200  # of objective and gradient in one L-BFGS climb
 NEWTON_STEPS = 5
 _EM_TOLERANCE = 0.1  # in the summed objective
-_FAR = 1e30  # stands for minus infinity in a line search
+NOWHERE = 1e30  # stands for minus infinity in a line search
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +62,8 @@ def climb(
     tolerance: float = 1e-3,
     evaluations: int = EVALUATIONS,
     watch: Callable[[float], None] | None = None,
+    free: Tensor | None = None,
+    multiplicity: Float[Tensor, " I"] | None = None,
 ) -> Summit:
     """L-BFGS with exact gradients in coordinates in which the objective is about a unit sphere.
 
@@ -73,8 +75,10 @@ def climb(
         tolerance: largest gradient component at which the climb ends.
         evaluations: most evaluations of objective and gradient.
         watch: told the objective at each evaluation.
+        free: positions of the unknowns that may move, which ``information`` is about; all free ones when left out.
+        multiplicity: how often each individual counts; once when left out.
     """
-    free = state.population.unknowns.free.to(theta.device)
+    free = state.population.unknowns.free.to(theta.device) if free is None else free
     factor = torch.linalg.cholesky(torch.linalg.inv(information))
     count = 0
 
@@ -84,10 +88,10 @@ def climb(
     def downhill(u: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         nonlocal count
         count += 1
-        value, gradient = value_and_gradient(state, place(u))
+        value, gradient = value_and_gradient(state, place(u), multiplicity=multiplicity)
         inner = (factor.T @ gradient[free]).cpu().numpy()
         if not (np.isfinite(value) and np.isfinite(inner).all()):
-            return _FAR, np.zeros_like(inner)
+            return NOWHERE, np.zeros_like(inner)
         if watch is not None:
             watch(value)
         return -value, -inner

@@ -128,6 +128,25 @@ class ExactDraws:
         )
         return replace(self, blocks=blocks, draws=blocks[0].phi.shape[1])
 
+    def expanded_at(self, theta: Float[Tensor, " P"]) -> ExactDraws:
+        """The same draws, their likelihoods expanded about the constants at ``theta``, where they are then exact."""
+        if not self.population.constant:
+            return self
+        joint = replace(self.joint, theta=theta.detach())
+
+        def again(block: ExactBlock) -> ExactBlock:
+            log_q = self.mixed[block.rows].log_prob(block.phi)
+            order = torch.arange(self.draws, device=block.phi.device).expand(len(block.rows), -1)
+            return _block(joint, block.rows, block.phi, log_q, order)
+
+        return replace(self, joint=joint, blocks=tuple(over_blocks(again, self.blocks, theta.device)))
+
+    def bridged(self, other: ExactDraws, generator: torch.Generator) -> ExactDraws:
+        """Fresh draws from these and the other's mixtures alike, as many as both have together: for comparing two theta
+        on common draws that serve both. Likelihoods are expanded about this one's constants."""
+        mixed = self.mixed.beside(other.mixed)
+        return drawn(self.joint, self.modes, mixed, self.training, generator)
+
     def training_draws(self) -> tuple[Tensor, Prior]:
         """Draws of all parameters, constants at their values."""
         joined = _joined(self.blocks)

@@ -13,6 +13,7 @@ from torch import Tensor
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population import checks
 from nlme_sbi.population.ascent import Summit, climb, polish, rise
+from nlme_sbi.population.boundary import variance_tests
 from nlme_sbi.population.individuals import individual_estimates
 from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.result import PopulationFit, Restart
@@ -22,12 +23,15 @@ from nlme_sbi.population.roles import (
     FollowingEstimator,
     PopulationModel,
     PopulationSpecification,
+    Redraw,
     Report,
     Source,
     WeightedDraws,
 )
 from nlme_sbi.population.starts import starting_points
+from nlme_sbi.population.tails import heavy_tails
 from nlme_sbi.population.uncertainty import MonteCarloError, covariance_from, monte_carlo_error
+from nlme_sbi.population.vanished import settled
 from nlme_sbi.population.verdicts import compared, described, doubted
 from nlme_sbi.population.weighting import contributions, rough_information
 from nlme_sbi.types import Censoring, Observations, Posterior, PosteriorSamples
@@ -86,7 +90,8 @@ def fit_population(
     compared on at most 1000 individuals with 500 draws, with at most 30 EM steps and 200 evaluations each. The best is
     polished on everything (at most 200 evaluations and 5 Newton steps) and counts as converged when the Newton step
     that is left is below 0.01 standard errors. While Monte-Carlo SE or bias of an unknown exceed ``accuracy`` standard
-    errors, the estimator is asked for better draws.
+    errors, the estimator is asked for better draws. A variance that runs to 0 is set to 0 (its parameter becomes
+    constant, which ``variance_tests`` tell) and the rest fitted again.
 
     Args:
         posterior_or_samples: a posterior to draw from, or draws.
@@ -104,6 +109,39 @@ def fit_population(
     """
     if starts < 1 or accuracy <= 0:
         raise ValueError(f"starts must be at least 1 and accuracy above 0; got {starts} and {accuracy}.")
+
+    def fitted(specification: PopulationSpecification | PopulationModel) -> PopulationFit:
+        return _fitted(
+            posterior_or_samples,
+            observations,
+            specification,
+            generator=generator,
+            estimator=estimator,
+            parameters=parameters,
+            starts=starts,
+            accuracy=accuracy,
+            progress=progress,
+        )
+
+    fit = settled(fitted(population), population, fitted)
+    for warning in fit.warnings:
+        logger.warning(warning)
+    return fit
+
+
+def _fitted(
+    posterior_or_samples: Source,
+    observations: Observations,
+    population: PopulationSpecification | PopulationModel,
+    *,
+    generator: torch.Generator,
+    estimator: Estimator | None,
+    parameters: ParameterSpace | None,
+    starts: int,
+    accuracy: float,
+    progress: Report | None,
+) -> PopulationFit:
+    """One fit, with all of its variances."""
     model = _bound(population, posterior_or_samples, parameters)
     _require_enough(model, len(observations))
     chosen: Estimator = PriorRatio() if estimator is None else estimator
@@ -138,9 +176,18 @@ def fit_population(
         ),
         *state.warnings(optimum.summit.theta, observations.ids),
     )
-    for warning in said:
-        logger.warning(warning)
-    return _result(state, optimum, explored.restarts, chosen=chosen, observations=observations, said=said)
+    redraw = _redraw(chosen, posterior_or_samples, observations)
+    return _result(
+        state, optimum, explored.restarts, chosen=chosen, observations=observations, said=said, redraw=redraw
+    )
+
+
+def _redraw(chosen: Estimator, source: Source, observations: Observations) -> Redraw | None:
+    """How draws for another theta are made; None where draws do not depend on it."""
+    if not isinstance(chosen, FollowingEstimator):
+        return None
+    follow = chosen.follow
+    return lambda theta, previous, generator: follow(source, observations, theta, previous, generator)
 
 
 def _followed(
@@ -340,6 +387,7 @@ def _result(
     chosen: Estimator,
     observations: Observations,
     said: tuple[str, ...],
+    redraw: Redraw | None,
 ) -> PopulationFit:
     theta, free = optimum.summit.theta, state.population.unknowns.free.to(optimum.summit.theta.device)
     covariance = torch.zeros((len(theta), len(theta)), dtype=theta.dtype, device=theta.device)
@@ -349,6 +397,7 @@ def _result(
     converged = step is not None and step < _CONVERGED and optimum.covariance is not None
     left = "unknown" if step is None else f"{step:.1g} standard errors"
     outcome = f"Converged (largest step left: {left})." if converged else f"NOT converged (largest step left: {left})."
+    individuals = individual_estimates(state, theta)
     return PopulationFit(
         population=state.population,
         ids=observations.ids,
@@ -358,14 +407,16 @@ def _result(
         covariance=covariance,
         objective=optimum.summit.objective,
         monte_carlo=optimum.error,
-        individuals=individual_estimates(state, theta),
+        individuals=individuals,
         draws=state.draws,
         restarts=restarts,
         converged=converged,
         message=f"{outcome} {described(restarts)}",
-        warnings=said,
+        warnings=(*said, *heavy_tails(individuals.pareto_k, observations.ids)),
         measurements=_measurements(observations),
         state=state,
+        variance_tests=variance_tests(state, theta),
+        redraw=redraw,
     )
 
 

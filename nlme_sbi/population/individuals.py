@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.roles import DrawBlock, WeightedDraws
+from nlme_sbi.population.tails import pareto_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,12 +17,13 @@ class IndividualEstimates:
     """Posterior of every individual's parameters given the population estimate, unconstrained scale.
 
     ``mean`` and ``sd`` are ``(I, D)``; constants have the population's value and SD 0. ``ess (I,)`` is the effective
-    number of draws behind them.
+    number of draws behind them, ``pareto_k (I,)`` the shape of their weights' tail (None where draws carry no weights).
     """
 
     mean: Float[Tensor, "I D"]
     sd: Float[Tensor, "I D"]
     ess: Float[Tensor, " I"]
+    pareto_k: Float[Tensor, " I"] | None = None
 
 
 @torch.no_grad()
@@ -30,18 +32,20 @@ def individual_estimates(state: WeightedDraws, theta: Float[Tensor, " P"]) -> In
     size = len(state.population.parameters)
     mean = torch.zeros((state.individuals, size), dtype=theta.dtype, device=theta.device)
     sd = torch.zeros_like(mean)
-    effective = torch.zeros_like(mean[:, 0])
+    effective, shape = torch.zeros_like(mean[:, 0]), torch.zeros_like(mean[:, 0])
     columns = torch.tensor(state.population.varying, device=theta.device)
     for block in state.blocks:
-        weights = torch.softmax(block.log_weights(theta), 1)
+        log_weights = block.log_weights(theta)
+        weights = torch.softmax(log_weights, 1)
         phi = block.varying()
         centre = torch.einsum("is,isv->iv", weights, phi)
         spread = torch.einsum("is,isv->iv", weights, (phi - centre[:, None]).square()).sqrt()
         mean[block.rows[:, None], columns] = centre
         sd[block.rows[:, None], columns] = spread
         effective[block.rows] = 1 / weights.square().sum(1)
+        shape[block.rows] = pareto_shape(log_weights)
     mean = _with_constants(state, theta, mean)
-    return IndividualEstimates(mean=mean, sd=sd, ess=effective)
+    return IndividualEstimates(mean=mean, sd=sd, ess=effective, pareto_k=shape)
 
 
 @torch.no_grad()

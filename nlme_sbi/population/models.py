@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -49,6 +49,14 @@ class GaussianPopulation:
             unknown = sorted(set(given) - {"mean", "sd"})
             if unknown:
                 raise ValueError(f"population.{key}: {unknown} is not known; it may hold mean and sd.")
+
+    def without_variability(self, name: str) -> GaussianPopulation:
+        """The same with this parameter constant, too; a wished start of its SD is dropped."""
+        start = {
+            key: {other: value for other, value in given.items() if key != "sd" or other != name}
+            for key, given in self.start.items()
+        }
+        return replace(self, constant=(*self.constant, name), start=start)
 
     def bind(self, parameters: ParameterSpace) -> BoundGaussian:
         """The model for a simulator's parameters.

@@ -228,6 +228,13 @@ class Mixtures:
             mine.factors.index_copy(0, rows, theirs.factors),
         )
 
+    def beside(self, other: Mixtures) -> Mixtures:
+        """All components of both, each with its draws; those without draws last."""
+        counts, order = torch.cat([self.counts, other.counts], 1).sort(dim=1, descending=True)
+        every = torch.arange(len(order), device=order.device)[:, None]
+        means, factors = torch.cat([self.means, other.means], 1), torch.cat([self.factors, other.factors], 1)
+        return Mixtures(counts, means[every, order], factors[every, order])
+
     def _padded(self, most: int) -> Mixtures:
         more = most - self.counts.shape[1]
         size = self.means.shape[2]

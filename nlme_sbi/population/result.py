@@ -11,8 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.population.boundary import VarianceTest, told
+from nlme_sbi.population.criteria import corrected_bic
 from nlme_sbi.population.individuals import IndividualEstimates, resampled_draws
-from nlme_sbi.population.roles import PopulationModel, WeightedDraws
+from nlme_sbi.population.intervals import Interval, interval_lines
+from nlme_sbi.population.roles import PopulationModel, Redraw, WeightedDraws
 from nlme_sbi.population.table import PopulationTable, number, population_table
 from nlme_sbi.population.uncertainty import MonteCarloError
 
@@ -60,6 +63,9 @@ class PopulationFit:
         warnings: what a reader must know before using the numbers.
         measurements: number of values in the data; bounds of censored ones do not count.
         state: the weighted draws, for predictions and plots.
+        variance_tests: whether parameters without variability vary after all.
+        intervals: by all methods that were asked for; see :mod:`nlme_sbi.population.intervals`.
+        redraw: makes draws for another theta; None where draws do not depend on it.
     """
 
     population: PopulationModel
@@ -78,6 +84,9 @@ class PopulationFit:
     warnings: tuple[str, ...]
     measurements: int
     state: WeightedDraws = field(repr=False)
+    variance_tests: tuple[VarianceTest, ...] = ()
+    intervals: tuple[Interval, ...] = ()
+    redraw: Redraw | None = field(default=None, repr=False)
 
     @property
     def ess(self) -> Float[Tensor, " I"]:
@@ -119,9 +128,13 @@ class PopulationFit:
         return self._deviance + math.log(len(self.ids)) * self.estimated
 
     @property
+    def bicc(self) -> float:
+        """The BIC that Monolix calls corrected (BICc): see :func:`nlme_sbi.population.criteria.corrected_bic`."""
+        return corrected_bic(self._deviance, self.state, self.theta, measurements=self.measurements)
+
+    @property
     def _deviance(self) -> float:
-        deviance = self.minus_two_log_likelihood
-        return -2 * self.objective if deviance is None else deviance
+        return -2 * (self.objective - self.monte_carlo.objective_bias)
 
     @property
     def standard_errors(self) -> Float[Tensor, " P"]:
@@ -136,7 +149,12 @@ class PopulationFit:
             self.covariance,
             self.individuals.mean,
             heading=self._heading(),
-            notes=(self.message, *(f"WARNING: {warning}" for warning in self.warnings)),
+            notes=(
+                *interval_lines(self.intervals),
+                *told(self.variance_tests),
+                self.message,
+                *(f"WARNING: {warning}" for warning in self.warnings),
+            ),
         )
 
     def individual_draws(self, count: int, generator: torch.Generator) -> Float[Tensor, "I count D"]:
@@ -157,6 +175,8 @@ class PopulationFit:
             columns[f"{name}.mean"] = found.mean[:, place].cpu().numpy()
             columns[f"{name}.sd"] = found.sd[:, place].cpu().numpy()
         columns["ess"] = found.ess.cpu().numpy()
+        if found.pareto_k is not None:
+            columns["pareto_k"] = found.pareto_k.cpu().numpy()
         frame = pd.DataFrame(columns, index=pd.Index(self.ids, name="id"))
         if ids is not None:
             missing = [name for name in ids if name not in frame.index]
@@ -178,6 +198,8 @@ class PopulationFit:
             "objective_function_value": number_or_none(self.objective_function_value),
             "aic": number(self.aic),
             "bic": number(self.bic),
+            "bicc": number(self.bicc),
+            "measurements": self.measurements,
             "estimated_unknowns": self.estimated,
             "monte_carlo": {
                 "objective_se": number(error.objective_se),
@@ -197,6 +219,9 @@ class PopulationFit:
             ],
             "covariance": [[number(value) for value in row] for row in self.covariance.tolist()],
             "table": self.table().to_dict(),
+            "intervals": [_plain(asdict(interval)) for interval in self.intervals],
+            "population_model": type(self.population).__name__,
+            "variance_tests": [_plain(asdict(test)) for test in self.variance_tests],
             "ess": {"mean": float(ess.mean()), "median": float(ess.median()), "smallest": float(ess.min())},
             "restarts": [_plain(asdict(restart)) for restart in self.restarts],
             "converged": self.converged,

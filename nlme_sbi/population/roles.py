@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -112,6 +112,14 @@ class PopulationSpecification(Protocol):
 
 
 @runtime_checkable
+class VariabilitySpecification(PopulationSpecification, Protocol):
+    """A specification in which parameters can be made constant: where a variance vanishes, that is what is fitted."""
+
+    def without_variability(self, name: str) -> PopulationSpecification:
+        """The same with this parameter constant."""
+
+
+@runtime_checkable
 class DrawBlock(Protocol):
     """Some individuals whose draws fit into memory (and a CPU's cache) together."""
 
@@ -165,6 +173,21 @@ class WeightedDraws(Protocol):
 
     def warnings(self, theta: Tensor, ids: tuple[str, ...]) -> tuple[str, ...]:
         """What a reader must know of these draws at ``theta``, beyond their effective number."""
+
+
+@runtime_checkable
+class MovableDraws(WeightedDraws, Protocol):
+    """Draws whose likelihoods are expanded in the constants, and which can be compared with draws made elsewhere."""
+
+    @property
+    def made_for(self) -> Tensor:
+        """Theta about whose constants they are expanded."""
+
+    def expanded_at(self, theta: Tensor) -> WeightedDraws:
+        """The same draws expanded about the constants at ``theta``."""
+
+    def bridged(self, other: Any, generator: torch.Generator) -> WeightedDraws:
+        """Fresh draws that serve the theta of these and that of the other draws alike."""
 
 
 @runtime_checkable
@@ -233,3 +256,4 @@ class FitProgress:
 
 
 Report = Callable[[FitProgress], None]
+Redraw = Callable[[Tensor, WeightedDraws, torch.Generator], WeightedDraws]  # theta, previous draws -> draws made for it

@@ -59,6 +59,20 @@ def covariance_from(information: Float[Tensor, "free free"]) -> Float[Tensor, "f
     return torch.cholesky_inverse(factor) * scale[:, None] * scale
 
 
+def sandwich(
+    state: WeightedDraws, theta: Float[Tensor, " P"], covariance: Float[Tensor, "free free"]
+) -> Float[Tensor, "free free"]:
+    r"""Robust covariance :math:`H^{-1} \left(\sum_i s_i s_i^T\right) H^{-1}` of the free unknowns.
+
+    It holds where the population model is wrong in its shape, as long as individuals are independent; the inverse
+    information ``covariance`` holds only where the model is right. With few individuals it is too small.
+
+    Source: Huber (1967); White (1982), Econometrica 50:1.
+    """
+    slopes = scores(state, theta) @ covariance
+    return slopes.T @ slopes
+
+
 def monte_carlo_error(
     state: WeightedDraws,
     theta: Float[Tensor, " P"],

@@ -36,14 +36,17 @@ def contributions(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Ten
     return _in_rows(state, theta, over_blocks(lambda block: _mean_log_weight(block, theta), state.blocks, theta.device))
 
 
-def value_and_gradient(state: WeightedDraws, theta: Float[Tensor, " P"]) -> tuple[float, Float[Tensor, " P"]]:
-    """Objective summed over individuals, and its exact gradient."""
+def value_and_gradient(
+    state: WeightedDraws, theta: Float[Tensor, " P"], *, multiplicity: Float[Tensor, " I"] | None = None
+) -> tuple[float, Float[Tensor, " P"]]:
+    """Objective summed over individuals, each as often as ``multiplicity`` says (once), and its exact gradient."""
     if not state.blocks:
         raise ValueError("The objective does not depend on theta: there are no individuals.")
 
     def of_block(block: DrawBlock) -> tuple[Tensor, Tensor]:
         leaf = theta.detach().clone().requires_grad_(True)
-        value = _summed_mean_log_weight(block, leaf)
+        each = _mean_log_weight(block, leaf)
+        value = each.sum() if multiplicity is None else each @ multiplicity[block.rows]
         (gradient,) = torch.autograd.grad(value, leaf)
         return value.detach(), gradient
 
@@ -122,6 +125,23 @@ def hessian(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "
 
     total = torch.stack(over_blocks(of_block, state.blocks, theta.device)).sum(0)
     return 0.5 * (total + total.T)
+
+
+def slopes_along(
+    state: WeightedDraws, theta: Float[Tensor, " P"], directions: Float[Tensor, "n P"]
+) -> Float[Tensor, "I n"]:
+    """Derivative of every individual's objective along each of the directions, fixed unknowns included."""
+    with torch.no_grad():
+        parts = over_blocks(
+            lambda block: _along(partial(_mean_log_weight, block), theta, directions).T, state.blocks, theta.device
+        )
+    return _in_rows(state, theta, parts)
+
+
+@torch.no_grad()
+def normalised_weights(block: DrawBlock, theta: Float[Tensor, " P"]) -> Float[Tensor, "I S"]:
+    """Weights of a block's draws at ``theta``, adding up to 1 for every individual."""
+    return torch.softmax(block.log_weights(theta), 1)
 
 
 @torch.no_grad()

@@ -19,7 +19,10 @@ from nlme_sbi.devices import choose_device
 from nlme_sbi.io import describe
 from nlme_sbi.networks.ensembles import PosteriorEnsemble
 from nlme_sbi.networks.posterior import AmortizedPosterior
+from nlme_sbi.population.assessment import Assessment, assessed
+from nlme_sbi.population.bootstrap import Weights
 from nlme_sbi.population.fit import fit_population as fit_population_model
+from nlme_sbi.population.intervals import intervals_frame
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import Estimator, FitProgress, PopulationSpecification
 from nlme_sbi.runs import (
@@ -40,6 +43,7 @@ from nlme_sbi.types import Observations
 log = logging.getLogger(__name__)
 
 DRAWS_STREAM, FIGURES_STREAM = range(10, 12)
+UNCERTAINTY_STREAM = 30
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class FitSettings:
     starts: int
     accuracy: float
     panels: int
+    uncertainty: Assessment
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> FitSettings:
@@ -61,7 +66,19 @@ class FitSettings:
                 raise ValueError(f"{key} must be at least 1; got {value}.")
         if not accuracy > 0:
             raise ValueError(f"fit.accuracy must be positive; got {accuracy:g}.")
-        return cls(starts, accuracy, panels)
+        return cls(starts, accuracy, panels, _assessment(plain["fit"]))
+
+
+def _assessment(plain: Mapping[str, Any]) -> Assessment:
+    """How uncertainty is told; raises ``ValueError`` with the key."""
+    try:
+        return Assessment(
+            methods=tuple(convert(plain["uncertainty"], list[str], "fit.uncertainty")),
+            replicates=convert(plain["bootstrap"]["replicates"], int, "fit.bootstrap.replicates"),
+            weights=convert(plain["bootstrap"]["weights"], Weights, "fit.bootstrap.weights"),
+        )
+    except ValueError as problem:
+        raise ValueError(str(problem) if str(problem).startswith("fit.") else f"fit: {problem}") from None
 
 
 def fit_population(cfg: DictConfig) -> float:
@@ -114,7 +131,13 @@ def fit_population(cfg: DictConfig) -> float:
                 accuracy=settings.accuracy,
                 progress=progress.report,
             )
-        _save_tables(run, fit)
+            fit = assessed(
+                fit,
+                settings.uncertainty,
+                generator=seeded(device, seed, UNCERTAINTY_STREAM),
+                progress=progress.report,
+            )
+        _save_tables(run, fit, upstream[0].config["simulator"])
         log.info("\n%s", fit.table())
         save_figures(
             run.path,
@@ -125,7 +148,7 @@ def fit_population(cfg: DictConfig) -> float:
             individuals=settings.panels,
         )
         run.finish(_results(fit))
-    log.info("Results: %s (table.txt, parameters.csv, fit.json, individuals.csv, *.png)", run.path)
+    log.info("Results: %s (table.txt, parameters.csv, intervals.csv, fit.json, individuals.csv, *.png)", run.path)
     return fit.objective
 
 
@@ -185,16 +208,17 @@ def _relevant(plain: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {**sections, "data": data, "device": device.type}
 
 
-def _save_tables(run: RunDirectory, fit: PopulationFit) -> None:
+def _save_tables(run: RunDirectory, fit: PopulationFit, simulator: Mapping[str, Any]) -> None:
     table = fit.table()
     texts = {
         "table.txt": str(table) + "\n",
+        "intervals.csv": intervals_frame(fit.intervals).to_csv(index=False),
         "parameters.csv": table.to_frame().to_csv(index=False),
         "individuals.csv": fit.individuals_frame().to_csv(index=False),
     }
     for name, text in texts.items():
         write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
-    save_json(run.path / "fit.json", fit.to_dict())
+    save_json(run.path / "fit.json", {**fit.to_dict(), "simulator": simulator})
 
 
 def _write(file: Any, text: str) -> None:

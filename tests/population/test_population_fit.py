@@ -450,8 +450,11 @@ def test_a_fit_is_plain_numbers() -> None:
     assert written["minus_two_log_likelihood"] is None
     assert written["log_likelihood_ratio"] == pytest.approx(fit.objective)
     assert written["estimated_unknowns"] == 4
-    assert fit.aic == pytest.approx(-2 * fit.objective + 8)
-    assert fit.bic == pytest.approx(-2 * fit.objective + 4 * math.log(12))
+    deviance = -2 * (fit.objective - fit.monte_carlo.objective_bias)
+    assert fit.aic == pytest.approx(deviance + 8)
+    assert fit.bic == pytest.approx(deviance + 4 * math.log(12))
+    # Two means and one SD of parameters that vary; the value of the one that does not counts with its measurements.
+    assert fit.bicc == pytest.approx(deviance + 3 * math.log(12) + math.log(36))
     frame = fit.individuals_frame()
     assert list(frame["id"]) == list(case.observations.ids)
     assert frame["uptake"].tolist() == pytest.approx(fit.individuals.mean[:, 0].exp().tolist())

@@ -1,0 +1,136 @@
+"""Intervals of the unknowns by several methods, side by side: rows for tables, files and notebooks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import pandas as pd
+import torch
+
+from nlme_sbi.parameters import ParameterSpace
+from nlme_sbi.population.roles import PopulationModel
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One unknown's interval by one method.
+
+    Args:
+        unknown: entry of theta, such as ``mean.ka`` or ``log_sd.ka``.
+        method: information, sandwich, profile or bootstrap.
+        level: such as 0.95.
+        estimate: on the scale of theta.
+        se: standard error there; None for profiles, which have none.
+        lower: limit there; minus infinity where a profile has none.
+        upper: the other one.
+        quantity: what ``natural`` is: the typical value in its unit, the SD between individuals, or the unknown itself.
+        natural: the estimate on the natural scale (parameter's unit; SD).
+        natural_lower: limit there; 0 for an SD without a lower limit.
+        natural_upper: the other one.
+        monte_carlo_se: standard error of the limits on the scale of theta that comes from finitely many draws and
+            replicates; apart from the sampling error, which the interval is about. None where it is not known.
+    """
+
+    unknown: str
+    method: str
+    level: float
+    estimate: float
+    se: float | None
+    lower: float
+    upper: float
+    quantity: str
+    natural: float
+    natural_lower: float
+    natural_upper: float
+    monte_carlo_se: float | None
+
+
+def made_interval(
+    population: PopulationModel,
+    unknown: str,
+    limits: tuple[float, float, float],
+    *,
+    method: str,
+    level: float,
+    se: float | None,
+    monte_carlo_se: float | None,
+) -> Interval:
+    """An interval with its natural values, from estimate, lower and upper limit on the scale of theta."""
+    quantity, natural = _naturally(population, unknown, limits)
+    estimate, lower, upper = limits
+    return Interval(
+        unknown=unknown,
+        method=method,
+        level=level,
+        estimate=estimate,
+        se=se,
+        lower=lower,
+        upper=upper,
+        quantity=quantity,
+        natural=natural[0],
+        natural_lower=natural[1],
+        natural_upper=natural[2],
+        monte_carlo_se=monte_carlo_se,
+    )
+
+
+def _naturally(
+    population: PopulationModel, unknown: str, values: tuple[float, float, float]
+) -> tuple[str, tuple[float, float, float]]:
+    """What an unknown stands for in words that people use, and the values as such."""
+    kind, _, name = unknown.partition(".")
+    table, names = population.unknowns, population.parameters.names
+    transform = table.transforms[table.names.index(unknown)]
+    if kind == "mean" and name in names:
+        space = ParameterSpace((population.parameters[name],))
+        column = torch.tensor(values, dtype=torch.float64)[:, None]
+        lower, middle, upper = sorted(space.to_natural(column)[:, 0].tolist())
+        return f"{name} (typical)", (middle, lower, upper)
+    if transform == "log":
+        label = f"{name} (SD)" if kind == "log_sd" else f"exp({unknown})"
+        return label, (_exp(values[0]), _exp(values[1]), _exp(values[2]))
+    if transform == "partial_correlation":
+        return unknown, (math.tanh(values[0]), math.tanh(values[1]), math.tanh(values[2]))
+    return unknown, values
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def intervals_frame(intervals: Sequence[Interval]) -> pd.DataFrame:
+    """One row an interval, with the names of :class:`Interval` as columns."""
+    return pd.DataFrame([asdict(interval) for interval in intervals], columns=list(Interval.__annotations__))
+
+
+def interval_lines(intervals: Sequence[Interval]) -> tuple[str, ...]:
+    """Aligned lines: a row for each unknown, two columns for each method beyond the information, which the table has.
+
+    Nothing where there is no other method.
+    """
+    methods = list(dict.fromkeys(interval.method for interval in intervals))
+    others = [method for method in methods if method != "information"]
+    if not others:
+        return ()
+    found = {(interval.quantity, interval.method): interval for interval in intervals}
+    header = ["interval by", *(word for method in others for word in _headings(method, intervals))]
+    rows = [header]
+    for quantity in dict.fromkeys(interval.quantity for interval in intervals):
+        cells = [quantity]
+        for method in others:
+            interval = found.get((quantity, method))
+            if method != "profile":
+                cells.append("-" if interval is None or interval.se is None else f"{interval.se:.3g}")
+            cells.append("-" if interval is None else f"[{interval.natural_lower:.4g}, {interval.natural_upper:.4g}]")
+        rows.append(cells)
+    widths = [max(len(row[place]) for row in rows) for place in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return (lines[0], "-" * max(map(len, lines)), *lines[1:], "")
+
+
+def _headings(method: str, intervals: Sequence[Interval]) -> tuple[str, ...]:
+    level = next(interval.level for interval in intervals if interval.method == method)
+    limits = f"{method} [{100 * level:g}% CI]"
+    return (limits,) if method == "profile" else (f"{method} SE", limits)

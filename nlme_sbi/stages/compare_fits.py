@@ -1,0 +1,79 @@
+"""After several fits of the same data: criteria, differences and likelihood-ratio tests in one table."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from omegaconf import DictConfig, OmegaConf
+
+from nlme_sbi.conversion import convert
+from nlme_sbi.population.comparison import ComparedFit, compared_fits
+from nlme_sbi.runs import FinishedRun, load_run, open_run, save_json, write_atomically
+from nlme_sbi.runs.files import load_json, sha256_of_plain
+
+log = logging.getLogger(__name__)
+
+
+def compare_fits(cfg: DictConfig) -> None:
+    """Compare fits; the run holds ``comparison.txt``, ``.csv`` and ``.json``.
+
+    Args:
+        cfg: composed configuration with ``fits`` (run directories of fit_population, at least two), ``output_root``
+            and ``fresh``.
+
+    Raises:
+        ValueError: where a run is missing, unfinished or edited, or likelihoods are not comparable.
+    """
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    named = convert(plain["fits"], list[str], "fits")
+    if len(named) < 2:
+        raise ValueError(
+            f"A comparison needs at least two fits; got {len(named)}. For example: python scripts/compare_fits.py "
+            "outputs/fit_population/RUN outputs/fit_population/RUN"
+        )
+    root = Path(plain["output_root"])
+    runs = [_found(reference, root) for reference in named]
+    if len({run.sha256 for run in runs}) < len(runs):
+        raise ValueError("The same fit was named twice; a comparison is between different ones.")
+    found = compared_fits([_read(run) for run in runs])
+    made = open_run(
+        stage="compare_fits",
+        experiment=runs[0].manifest["experiment"],
+        config={"fits": [run.path.name for run in runs]},
+        inputs={f"fit_{place}": run.sha256 for place, run in enumerate(runs)},
+        root=root,
+        fresh=plain["fresh"],
+    )
+    with made as run:
+        if not run.finished:
+            texts = {"comparison.txt": found.text(), "comparison.csv": found.frame().to_csv(index=False)}
+            for name, text in texts.items():
+                write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
+            tests = found.tests_frame().to_dict("records")
+            content = {"fits": found.frame().to_dict("records"), "tests": tests, "notes": list(found.notes)}
+            save_json(run.path / "comparison.json", content)
+            run.finish({"best_aic": found.fits[0].label, "fits": len(runs), "tests": len(tests)})
+    log.info("%s\nWritten: %s (comparison.txt, comparison.csv, comparison.json)", found.text(), made.path)
+
+
+def _found(reference: str, root: Path) -> FinishedRun:
+    below = root / "fit_population" / reference
+    path = below if not Path(reference).exists() and below.exists() else Path(reference)
+    return load_run(path, stage="fit_population")
+
+
+def _read(run: FinishedRun) -> ComparedFit:
+    inputs = run.manifest["inputs"]
+    networks = {name: value for name, value in inputs.items() if name.startswith("posterior")}
+    return ComparedFit.of(
+        load_json(run.file("fit.json")),
+        label=run.path.name,
+        data=str(inputs["data"]),
+        posterior=sha256_of_plain(networks),
+    )
+
+
+def _write(file: BinaryIO, text: str) -> None:
+    file.write(text.encode())
