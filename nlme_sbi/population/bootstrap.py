@@ -29,7 +29,6 @@ from nlme_sbi.population.weighting import scores, value_and_gradient
 Weights = Literal["multinomial", "exponential"]
 _EVALUATIONS = 60
 _EXPANSIONS = 3
-_MOVED = 0.1  # standard errors of a constant after which likelihoods are expanded anew
 _TOLERANCE = 0.02  # in standard errors
 _FARTHEST = 3.0  # standard errors that a first step may take
 _NOISE = 0.1  # Monte-Carlo error, in standard errors, up to which draws are left out
@@ -169,7 +168,7 @@ def _replicate(fit: PopulationFit, slopes: Float[Tensor, "I free"], multiplicity
         theta = fit.theta
     information = torch.linalg.inv(covariance)
     for done in range(_EXPANSIONS):
-        moved = expanded(state, theta, _MOVED * fit.standard_errors)
+        moved = expanded(state, theta, fit.standard_errors)
         if moved is None and done > 0:
             break
         state = state if moved is None else moved

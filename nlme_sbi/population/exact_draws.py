@@ -129,15 +129,23 @@ class ExactDraws:
         return replace(self, blocks=blocks, draws=blocks[0].phi.shape[1])
 
     def expanded_at(self, theta: Float[Tensor, " P"]) -> ExactDraws:
-        """The same draws, their likelihoods expanded about the constants at ``theta``, where they are then exact."""
+        """The same draws, their likelihoods expanded about the constants at ``theta``, where values and gradients then
+        are exact; the curvatures stay."""
         if not self.population.constant:
             return self
         joint = replace(self.joint, theta=theta.detach())
 
         def again(block: ExactBlock) -> ExactBlock:
-            log_q = self.mixed[block.rows].log_prob(block.phi)
-            order = torch.arange(self.draws, device=block.phi.device).expand(len(block.rows), -1)
-            return _block(joint, block.rows, block.phi, log_q, order)
+            constants = joint.population.constants(joint.theta, block.design).detach()
+            log_likelihood, slopes = _first_order(joint, block.rows, block.phi, constants)
+            log_ratio = log_likelihood - self.mixed[block.rows].log_prob(block.phi)
+            there = torch.isfinite(log_ratio)
+            return replace(
+                block,
+                log_ratio=torch.where(there, log_ratio, -torch.inf),
+                slopes=slopes.masked_fill(~there[..., None], 0.0),
+                constants=constants,
+            )
 
         return replace(self, joint=joint, blocks=tuple(over_blocks(again, self.blocks, theta.device)))
 

@@ -26,7 +26,7 @@ _TOLERANCE = 0.005  # of the signed root: a limit is known to about so many stan
 _STEPS = 24  # of one search for a limit
 _INTERPOLATED = 4  # steps after which every other one halves the bracket: interpolation may stick to one end
 _REACH = 12.0  # standard errors beyond which a limit counts as infinite
-_MOVED = 0.1  # standard errors of a constant after which likelihoods are expanded anew
+_CUBIC = 0.01  # error of an estimate, in standard errors, that an expansion in the constants may leave
 _EXPANSIONS = 3
 _IMPRECISE = 0.05  # Monte-Carlo error of a limit, in standard errors, above which draws are made anew
 
@@ -226,26 +226,30 @@ def _constrained(line: _Line, guess: _Point) -> _Point:
         if len(line.others) > 0:
             summit = climb(state, theta, line.information, tolerance=0.01, free=line.others)
             theta, value = summit.theta, summit.objective
-        moved = expanded(state, theta, _MOVED * line.se)
+        moved = expanded(state, theta, line.se)
         if moved is None:
             break
         state = moved
     return _Point(guess.offset, theta, value, state)
 
 
-def expanded(state: WeightedDraws, theta: Float[Tensor, " P"], tolerance: Float[Tensor, " P"]) -> WeightedDraws | None:
-    """The draws with likelihoods expanded about the constants at ``theta``, where they have moved by more than
-    ``tolerance`` since; None where they are near enough, or nothing was expanded."""
+def expanded(state: WeightedDraws, theta: Float[Tensor, " P"], se: Float[Tensor, " P"]) -> WeightedDraws | None:
+    """The draws with likelihoods expanded about the constants at ``theta``; None where they were already near enough,
+    or nothing was expanded.
+
+    What an expansion to second order leaves out moves an estimate by the square of the distance, where third
+    derivatives are about as large as second ones: on logarithmic scales they are. That must stay small beside the
+    standard error.
+    """
     if not isinstance(state, MovableDraws) or not state.population.constant:
         return None
     names = [f"mean.{state.population.parameters.names[column]}" for column in state.population.constant]
     design = state.blocks[0].design
     shift = (state.population.constants(theta, design) - state.population.constants(state.made_for, design)).abs()
     known = state.population.unknowns.names
-    limit = [float(tolerance[known.index(name)]) if name in known else 0.0 for name in names]
-    if bool((shift.amax(0) <= torch.tensor(limit, dtype=shift.dtype, device=shift.device)).all()):
-        return None
-    return state.expanded_at(theta)
+    errors = torch.stack([se[known.index(name)] if name in known else torch.zeros_like(se[0]) for name in names])
+    allowed = torch.minimum((_CUBIC * errors).sqrt(), errors)
+    return None if bool((shift.amax(0) <= allowed).all()) else state.expanded_at(theta)
 
 
 def _error(start: _Point, end: _Point, slope: float, target: float) -> float:

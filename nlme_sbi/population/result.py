@@ -143,11 +143,13 @@ class PopulationFit:
 
     def table(self) -> PopulationTable:
         """The table of parameters, with the objective above it and warnings below."""
+        vanished = tuple(test.parameter for test in self.variance_tests if test.estimated)
         return population_table(
             self.population,
             self.theta,
             self.covariance,
             self.individuals.mean,
+            vanished=vanished,
             heading=self._heading(),
             notes=(
                 *interval_lines(self.intervals),

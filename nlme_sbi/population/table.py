@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 import torch
@@ -34,7 +34,8 @@ class TableRow:
     """One parameter. Numbers that do not exist are None; SEs of fixed values are 0.
 
     ``estimate`` and ``omega`` are on the unconstrained ``scale``; ``natural`` is in ``unit`` (for log parameters the
-    median of the population); ``status`` is estimated, fixed or, for omega only, constant.
+    median of the population); ``status`` is estimated, fixed or, for omega only, constant (given as 0) or boundary
+    (estimated as 0).
     """
 
     parameter: str
@@ -119,6 +120,7 @@ def population_table(
     covariance: Float[Tensor, "P P"],
     individual_means: Float[Tensor, "I D"],
     *,
+    vanished: tuple[str, ...] = (),
     heading: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> PopulationTable:
@@ -129,13 +131,17 @@ def population_table(
         theta: estimates.
         covariance: of the estimates; zero rows where fixed, NaN where not known.
         individual_means: posterior means given the fit, for shrinkage = 1 - SD(means)/omega.
+        vanished: constants whose variance was estimated, as 0.
         heading: sentences above the table.
         notes: sentences below it.
     """
     found = summarise(population, theta, covariance)
     spread = individual_means.std(0) if len(individual_means) > 1 else torch.full_like(found.sd, math.nan)
-    rows = tuple(_row(population, found, spread, column) for column in range(len(population.parameters)))
-    return PopulationTable(rows=rows, correlations=_correlation_rows(population, found), heading=heading, notes=notes)
+    rows = [_row(population, found, spread, column) for column in range(len(population.parameters))]
+    rows = [replace(row, omega_status="boundary") if row.parameter in vanished else row for row in rows]
+    return PopulationTable(
+        rows=tuple(rows), correlations=_correlation_rows(population, found), heading=heading, notes=notes
+    )
 
 
 def number(value: Tensor | float) -> float | None:
@@ -206,8 +212,8 @@ def _interval(lower: float | None, upper: float | None) -> str:
 def _cells(row: TableRow) -> tuple[str, ...]:
     given = row.status == "fixed"
     natural = _written(row.natural) + ("" if given else f" {_interval(row.natural_lower, row.natural_upper)}")
-    omega = ("-", "-", "-", "-", "-")
-    if row.omega_status != "constant":
+    omega = ("0, at its boundary" if row.omega_status == "boundary" else "-", "-", "-", "-", "-")
+    if row.omega_status not in ("constant", "boundary"):
         shrinkage = None if row.shrinkage is None else 100 * row.shrinkage
         fixed = row.omega_status == "fixed"
         omega = (

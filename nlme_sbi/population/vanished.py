@@ -9,11 +9,15 @@ from dataclasses import replace
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import PopulationModel, PopulationSpecification, VariabilitySpecification
 from nlme_sbi.population.summary import summarise
+from nlme_sbi.population.tails import UNRELIABLE
 
+_TINY = 0.02  # of the training prior's SD: below it a variance is looked at
 _UNSURE = 0.5  # standard error of a log SD from which it may be running to minus infinity
 _SHRUNK = 0.7  # shrinkage from which the individuals say next to nothing on their variability
+_HALF_SHRUNK = 0.5  # the same where the draws have collapsed, which makes individual means noisy
 _CLEAR = 2.0  # score above which a variance is not at its boundary, whatever the fit did
 _TIED = 0.05  # log-likelihoods this near are equal before Monte-Carlo error
+_TRIED = 2  # candidates that are refitted, at most, before a variance counts as inside
 
 
 def settled(
@@ -23,9 +27,11 @@ def settled(
 ) -> PopulationFit:
     """The fit with variances that ran to 0 set to 0: such parameters become constant, one after the other.
 
-    A variance has vanished when its log SD is not determined (a standard error above 0.5, or none), the individuals do
-    not tell it apart from 0, and, with the parameter constant, the likelihood rises neither with its variance (the
-    score is not positive) nor lies below the present one.
+    A variance is looked at where its SD is tiny, where its log SD is not determined and the individuals do not tell it
+    apart from 0, or where the draws have collapsed: as a density narrows, the draws that were made for a wider one
+    become spikes, on which small numbers look precise. It has vanished when, with the parameter constant, the
+    likelihood does not rise with its variance (the score is not positive). A fit that can be trusted must also be no
+    better than the one without; for one that cannot, a score that is not clearly positive is enough.
 
     Args:
         fit: as it came.
@@ -54,7 +60,7 @@ def _marked(trial: PopulationFit, fit: PopulationFit, name: str) -> PopulationFi
 
 
 def _candidates(fit: PopulationFit) -> list[str]:
-    """Parameters whose variance seems to vanish, the most shrunk first."""
+    """Parameters whose variance seems to vanish, the most doubtful first."""
     if len(fit.ids) < 2 or len(fit.population.varying) < 2:
         return []
     found = summarise(fit.population, fit.theta, fit.covariance)
@@ -62,23 +68,45 @@ def _candidates(fit: PopulationFit) -> list[str]:
     names = fit.population.parameters.names
     candidates = []
     for column in fit.population.varying:
-        unsure = not float(found.sd_se[column] / found.sd[column]) < _UNSURE
-        shrinkage = 1 - float(spread[column] / found.sd[column])
-        if not bool(found.sd_fixed[column]) and unsure and not shrinkage < _SHRUNK:
-            candidates.append((shrinkage if math.isfinite(shrinkage) else math.inf, names[column]))
-    return [name for _, name in sorted(candidates, reverse=True)]
+        if bool(found.sd_fixed[column]):
+            continue
+        sd = float(found.sd[column])
+        shrinkage = 1 - float(spread[column]) / sd if sd > 0 else 1.0
+        unsure = not float(found.sd_se[column]) < _UNSURE * sd
+        tiny = names[column] in _tiny(fit)
+        shrunk = not shrinkage < (_HALF_SHRUNK if _collapsed(fit) else _SHRUNK)
+        if tiny or (shrunk and (unsure or _collapsed(fit))):
+            candidates.append((tiny, shrinkage if math.isfinite(shrinkage) else 1.0, names[column]))
+    return [name for _, _, name in sorted(candidates, reverse=True)][:_TRIED]
+
+
+def _tiny(fit: PopulationFit) -> list[str]:
+    """Parameters whose SD is next to nothing beside the training prior's."""
+    _, prior = fit.state.training_draws()
+    reference = prior.covariance.diagonal().sqrt().to(fit.theta)
+    sd = fit.population.covariance(fit.theta).diagonal().sqrt()
+    return [
+        fit.population.parameters.names[column]
+        for column in fit.population.varying
+        if sd[column] < _TINY * reference[column]
+    ]
+
+
+def _collapsed(fit: PopulationFit) -> bool:
+    """Whether the weights of most individuals rest on single draws."""
+    shapes = fit.individuals.pareto_k
+    return shapes is not None and float((shapes > UNRELIABLE).double().mean()) > 0.5
 
 
 def _at_boundary(trial: PopulationFit, fit: PopulationFit, name: str) -> bool:
     test = next((test for test in trial.variance_tests if test.parameter == name), None)
     if test is None:
         return False
+    if not fit.converged or _collapsed(fit):
+        return test.slope <= 0 or test.z < _CLEAR
     noise = math.hypot(trial.monte_carlo.objective_se, fit.monte_carlo.objective_se)
     lost = _corrected(fit) - _corrected(trial)
-    if lost > _TIED + 3 * noise:
-        return False
-    # A fit that has not arrived at an inner maximum says nothing against one at the edge; a clear score does.
-    return test.slope <= 0 or not (fit.converged or test.z > _CLEAR)
+    return test.slope <= 0 and (name in _tiny(fit) or lost < _TIED + 3 * noise)
 
 
 def _corrected(fit: PopulationFit) -> float:

@@ -105,3 +105,15 @@ def one_level(*, mean: float, sd: float, noise: float, individuals: int, seed: i
         loadings=torch.eye(1, dtype=torch.float64),
         noise=torch.full((individuals, 1), noise, dtype=torch.float64),
     )
+
+
+def even_case(mean: list[float], sds: list[float], *, noise: float, individuals: int, seed: int) -> ConjugateCase:
+    """Independent parameters, one noise level for all: what :class:`test_exact.Linear` simulates."""
+    omega = torch.diag(torch.tensor(sds, dtype=torch.float64).square())
+    case = ConjugateCase.simulated(mean, omega, individuals=individuals, seed=seed)
+    random = np.random.default_rng(seed)
+    phi = np.array(mean) + np.array(sds) * random.standard_normal((individuals, len(mean)))
+    error = noise * random.standard_normal((individuals, len(mean)))
+    return replace(
+        case, y=torch.tensor(phi) @ case.loadings.T + torch.tensor(error), noise=torch.full_like(case.noise, noise)
+    )

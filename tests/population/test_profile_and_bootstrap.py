@@ -260,7 +260,7 @@ def test_what_has_no_interval_is_refused(level: tuple[ConjugateCase, PopulationF
     case, fit = level
     with pytest.raises(ValueError, match=r'no unknown "log_sd.decay" in this fit; it has mean.uptake, log_sd.uptake'):
         profile_interval(fit, "log_sd.decay")
-    with pytest.raises(ValueError, match="level of an interval lies between 0 and 1; got 95.0"):
+    with pytest.raises(ValueError, match=r"level of an interval lies between 0 and 1; got 95\.0"):
         profile_interval(fit, "mean.uptake", level=95.0)
     fixed = closed_fit(case, GaussianPopulation(fixed={"sd": {"uptake": 0.6}}))
     with pytest.raises(ValueError, match=r'"log_sd.uptake" is fixed in this fit'):

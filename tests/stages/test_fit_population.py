@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import ROOT, THEOPHYLLINE, bytes_of, only_run, tiny
 
 CELLS = ROOT / "data" / "mrna_two_rate_cells" / "cells.csv"
-TABLES = {"table.txt", "parameters.csv", "individuals.csv", "fit.json"}
+TABLES = {"table.txt", "parameters.csv", "intervals.csv", "individuals.csv", "fit.json"}
 FIGURES = {"individual_fits.png", "population.png", "pairs_typical.png", "pairs_worst.png"}
 
 
@@ -229,6 +229,11 @@ REFUSED = {
     "no starts": (["fit.starts=0"], r"^fit\.starts must be at least 1; got 0\.$"),
     "starts in words": (["fit.starts=many"], r"^fit\.starts must be an integer; got 'many' \(text\)\.$"),
     "no accuracy": (["fit.accuracy=0"], r"^fit\.accuracy must be positive; got 0\.$"),
+    "no such uncertainty": (
+        ["fit.uncertainty=[information,jackknife]"],
+        r"^fit: uncertainty: \['information', 'jackknife'\] must be different ones of information, sandwich, profile,",
+    ),
+    "too few replicates": (["fit.bootstrap.replicates=10"], r"^fit: 10 bootstrap replicates have no 95% interval"),
     "no panels": (["figures.individuals=0"], r"^figures\.individuals must be at least 1; got 0\.$"),
     "no such posterior": (["posterior=outputs/nothing"], r"^There is no run directory outputs/nothing; give the path"),
 }

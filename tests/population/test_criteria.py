@@ -1,0 +1,181 @@
+"""Information criteria, likelihood-ratio tests by SciPy and by simulation, and which fits may be compared."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from closed_form import closed_fit, even_case
+from scipy.optimize import brentq
+from scipy.stats import binom, chi2
+
+from nlme_sbi.population import GaussianPopulation
+from nlme_sbi.population.comparison import ComparedFit, compared_fits, restrictions
+from nlme_sbi.population.criteria import likelihood_ratio_p
+
+
+def test_p_values_are_those_of_chi_square_and_of_its_mixtures() -> None:
+    assert likelihood_ratio_p(3.0, restrictions=2) == pytest.approx(chi2.sf(3.0, 2))
+    assert likelihood_ratio_p(2.7055, restrictions=0, variances_at_zero=1) == pytest.approx(0.05, abs=1e-4)
+    assert likelihood_ratio_p(3.0, restrictions=1, variances_at_zero=1) == pytest.approx(
+        0.5 * chi2.sf(3.0, 1) + 0.5 * chi2.sf(3.0, 2)
+    )
+    assert likelihood_ratio_p(0.0, restrictions=0, variances_at_zero=1) == 1.0
+    assert likelihood_ratio_p(-0.3, restrictions=1) == 1.0
+    # Two variances: above the mixture 1/4, 1/2, 1/4 of independent estimates, and of any other weights.
+    independent = 0.5 * chi2.sf(4.0, 1) + 0.25 * chi2.sf(4.0, 2)
+    assert likelihood_ratio_p(4.0, restrictions=0, variances_at_zero=2) > independent
+    with pytest.raises(ValueError, match="needs at least one restriction"):
+        likelihood_ratio_p(1.0, restrictions=0)
+
+
+def test_the_mixture_is_the_law_of_the_statistic_and_the_plain_chi_square_is_not() -> None:
+    """``y ~ N(mu, noise^2 + omega^2)`` with omega = 0: the statistic in closed form, 4000 data sets."""
+    y = np.random.default_rng(1).standard_normal((4000, 200))
+    variance = y.var(1)
+    statistics = np.where(variance > 1, 200 * (variance - 1 - np.log(variance)), 0.0)
+    critical = brentq(lambda value: likelihood_ratio_p(value, restrictions=0, variances_at_zero=1) - 0.05, 1.0, 9.0)
+    plain = brentq(lambda value: likelihood_ratio_p(value, restrictions=1) - 0.05, 1.0, 9.0)
+    # At 200 individuals the true level differs from 5% by less than 1%.
+    assert binom.ppf(0.0005, 4000, 0.04) <= (statistics > critical).sum() <= binom.ppf(0.9995, 4000, 0.06)
+    assert (statistics > plain).sum() < binom.ppf(0.0005, 4000, 0.04)
+
+
+NAMES = ["mean.a", "mean.b", "log_sd.a", "log_sd.b"]
+
+
+def written(label: str, **changes: object) -> ComparedFit:
+    """A fit's numbers as they are stored, with all four unknowns free unless said otherwise."""
+    names = changes.pop("names", NAMES)
+    fixed = changes.pop("fixed", {})
+    vanished = changes.pop("vanished", [])
+    deviance = changes.pop("deviance", 100.0)
+    places = {key: changes.pop(key, key) for key in ("data", "posterior")}
+    count = len(names) - len(fixed)
+    plain = {
+        "estimator": "exact",
+        "log_likelihood_ratio": None,
+        "estimated_unknowns": count,
+        "aic": deviance + 2 * count,
+        "bic": deviance + 3 * count,
+        "bicc": deviance + 3 * count + 1,
+        "monte_carlo": {"objective_se": 0.1},
+        "unknowns": [{"name": name, "fixed": name in fixed, "estimate": fixed.get(name, 0.0)} for name in names],
+        "variance_tests": [{"parameter": name, "estimated": True} for name in vanished],
+        "population_model": "BoundGaussian",
+        "simulator": {"_target_": "any"},
+        "converged": True,
+        **changes,
+    }
+    return ComparedFit.of(plain, label=label, **places)
+
+
+RATIO = {"estimator": "prior_ratio", "log_likelihood_ratio": 3.0}
+CONSTANT = ["mean.a", "mean.b", "log_sd.a"]
+
+
+def test_the_table_has_differences_from_the_best_and_tests_of_nested_pairs() -> None:
+    small, large = written("small", names=CONSTANT, deviance=108.0), written("large", deviance=100.0)
+    found = compared_fits([small, large])
+    frame = found.frame().set_index("fit")
+    assert frame.index.tolist() == ["large", "small"]
+    assert frame.loc["small", "aic_difference"] == pytest.approx(8 - 2)
+    assert frame.loc["small", "bic_difference"] == pytest.approx(8 - 3)
+    assert frame.loc["large", "minus_two_log_likelihood"] == 100.0
+    assert frame.loc["small", "difference_monte_carlo_se"] == pytest.approx(0.2 * math.sqrt(2))
+    (test,) = found.tests
+    assert (test.smaller, test.larger, test.statistic, test.restrictions, test.variances_at_zero) == (
+        "small",
+        "large",
+        8.0,
+        0,
+        1,
+    )
+    assert test.p == pytest.approx(0.5 * chi2.sf(8.0, 1))
+    assert test.monte_carlo_se == pytest.approx(0.2 * math.sqrt(2))
+    text = found.text()
+    assert "small within large: likelihood ratio 8.00 (Monte-Carlo SE 0.28)" in text
+    assert "50:50 mixture of chi-square(0) and chi-square(1)" in text
+    json.dumps(found.frame().to_dict("records"))
+
+
+def test_what_a_model_restricts_in_another_is_counted() -> None:
+    full = written("full", names=[*NAMES, "partial_correlation.a.b"])
+    large, constant = written("large"), written("constant", names=CONSTANT)
+    given = written("given", fixed={"mean.a": 1.5})
+    assert restrictions(large, full) == (1, 0)
+    assert restrictions(constant, full) == (1, 1)  # with the variance goes its correlation
+    assert restrictions(given, large) == (1, 0)
+    assert restrictions(constant, large) == (0, 1)
+    vanished = written("vanished", names=CONSTANT, vanished=["b"])
+    assert restrictions(constant, vanished) == (0, 1)  # the variance was free there, and found to be 0
+    for pair in (
+        (full, large),
+        (large, constant),
+        (large, large),
+        (large, given),
+        (written("other value", fixed={"mean.a": 1.0}), given),
+        (constant, written("fixed sd", fixed={"log_sd.b": -1.0})),
+        (written("b varies", names=["mean.a", "mean.b", "log_sd.b"]), constant),
+        (constant, written("other simulator", simulator={"_target_": "other"})),
+        (constant, written("other class", population_model="Mixture")),
+    ):
+        assert restrictions(*pair) is None
+    same = written("same value", names=CONSTANT, fixed={"mean.a": 1.5})
+    assert restrictions(same, given) == (0, 1)
+
+
+def test_likelihoods_of_different_things_are_refused() -> None:
+    exact, ratio = written("A"), written("B", **RATIO)
+    with pytest.raises(
+        ValueError, match=r"A and B have likelihoods that cannot be compared: that of A is the likelihood"
+    ):
+        compared_fits([exact, ratio])
+    with pytest.raises(ValueError, match=r"that of B is Laplace's approximation \(laplace\)\. Fit both with the same"):
+        compared_fits([exact, written("B", estimator="laplace", approximation="Laplace")])
+    with pytest.raises(ValueError, match="A and B are fits of different data"):
+        compared_fits([exact, written("B", data="other")])
+    with pytest.raises(ValueError, match="C and B rest on different trained posteriors"):
+        compared_fits([written("C", posterior="other", **RATIO), ratio])
+    with pytest.raises(ValueError, match="at least two fits; got 1"):
+        compared_fits([exact])
+    with pytest.raises(ValueError, match=r"old was made by an earlier version \(no bicc, variance_tests"):
+        ComparedFit.of({"aic": 1.0}, label="old", data="", posterior="")
+    with pytest.raises(ValueError, match="none has no finite likelihood"):
+        written("none", aic=None)
+    # And what may be compared: exact likelihoods from other networks, and of other simulators without tests.
+    assert len(compared_fits([exact, written("B", posterior="other", names=CONSTANT)]).tests) == 1
+    other = compared_fits([exact, written("B", simulator={"_target_": "other"}, names=CONSTANT)])
+    assert other.tests == ()
+    assert "The simulators differ" in other.text()
+    assert "only differences mean something" in compared_fits([ratio, written("D", **RATIO, names=CONSTANT)]).text()
+
+
+def test_a_larger_model_that_fits_worse_and_a_fit_that_has_not_converged_are_told() -> None:
+    small, large = written("small", names=CONSTANT, deviance=95.0), written("large", converged=False)
+    found = compared_fits([small, large])
+    assert "its fit has not found the highest maximum" in found.tests[0].note
+    assert found.tests[0].p == 1.0
+    assert "large has not converged" in found.text()
+
+
+def test_criteria_of_a_fit_count_what_was_estimated() -> None:
+    case = even_case([0.5, -0.3], [0.6, 0.0], noise=0.5, individuals=50, seed=4)
+    fit = closed_fit(case, GaussianPopulation())  # the SD of decay ends at its boundary
+    deviance = -2 * fit.objective
+    assert fit.aic == pytest.approx(deviance + 2 * 3)
+    assert fit.bic == pytest.approx(deviance + 3 * math.log(50))
+    assert fit.bicc == pytest.approx(deviance + 2 * math.log(50) + math.log(100))
+    varying = closed_fit(case, GaussianPopulation(fixed={"sd": {"decay": 0.2}}))
+    assert varying.bicc == pytest.approx(-2 * varying.objective + 3 * math.log(50))
+    same = [
+        ComparedFit.of({**each.to_dict(), "simulator": "x"}, label=str(place), data="", posterior="")
+        for place, each in enumerate((fit, varying))
+    ]
+    assert same[0].vanished == {"decay"}
+    assert same[1].fixed == {"log_sd.decay": pytest.approx(math.log(0.2))}
+    (test,) = compared_fits(same).tests  # an SD of 0.2 is one value of those that the other fit could choose
+    assert (test.restrictions, test.variances_at_zero) == (1, 0)
+    assert test.statistic == pytest.approx(2 * (fit.objective - varying.objective))
