@@ -60,7 +60,9 @@ def main() -> None:
     for unknown in fit["unknowns"]:
         if unknown["name"].startswith("mean."):
             figures[unknown["name"]] = (unknown["estimate"], f"log, SE {unknown['se']:.3g}")
-    write_result("egfp", figures, title=f"1079 real cells, two-rate model, diagonal Gaussian population, {options.estimator}.")
+    write_result(
+        "egfp", figures, title=f"1079 real cells, two-rate model, diagonal Gaussian population, {options.estimator}."
+    )
 
 
 if __name__ == "__main__":
