@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -30,9 +31,14 @@ from nlme_sbi.population.roles import (
 )
 from nlme_sbi.population.starts import starting_points
 from nlme_sbi.population.tails import heavy_tails
-from nlme_sbi.population.uncertainty import MonteCarloError, covariance_from, monte_carlo_error
+from nlme_sbi.population.uncertainty import (
+    MonteCarloError,
+    covariance_from,
+    monte_carlo_error,
+    rough_monte_carlo_error,
+)
 from nlme_sbi.population.vanished import settled
-from nlme_sbi.population.verdicts import compared, described, doubted
+from nlme_sbi.population.verdicts import compared, degenerate, described, doubted, few_individuals
 from nlme_sbi.population.weighting import contributions, rough_information
 from nlme_sbi.types import Censoring, Observations, Posterior, PosteriorSamples
 
@@ -42,8 +48,9 @@ _EXPLORED_INDIVIDUALS = 1000  # starts are compared on so many individuals
 _EXPLORED_DRAWS = 500  # with so many draws
 _STANDS_STILL = 0.5  # standard errors between two rounds; Monte-Carlo error is judged apart
 _ROUNDS = 10  # of draws that follow the optimum
+_PRUDENCE = 1.1  # factor on the rough error of fewer individuals before it sets the draws of all
+_LEFT_BY_A_MOVE = 0.05  # standard errors
 _CONVERGED = 0.01  # largest Newton step that may be left, in standard errors
-_SINGULAR = 0.999  # correlation above which a covariance counts as singular
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,19 +117,17 @@ def fit_population(
     if starts < 1 or accuracy <= 0:
         raise ValueError(f"starts must be at least 1 and accuracy above 0; got {starts} and {accuracy}.")
 
-    def fitted(specification: PopulationSpecification | PopulationModel) -> PopulationFit:
-        return _fitted(
-            posterior_or_samples,
-            observations,
-            specification,
-            generator=generator,
-            estimator=estimator,
-            parameters=parameters,
-            starts=starts,
-            accuracy=accuracy,
-            progress=progress,
-        )
-
+    fitted = partial(
+        _fitted,
+        posterior_or_samples,
+        observations,
+        generator=generator,
+        estimator=estimator,
+        parameters=parameters,
+        starts=starts,
+        accuracy=accuracy,
+        progress=progress,
+    )
     fit = settled(fitted(population), population, fitted)
     for warning in fit.warnings:
         logger.warning(warning)
@@ -151,7 +156,7 @@ def _fitted(
         state: WeightedDraws = chosen.prepare(posterior_or_samples, observations, model, generator)
     explored = _explore(state, observations.ids, generator, starts=starts, say=say)
     state, theta, information = _followed(
-        chosen, state, explored, (posterior_or_samples, observations, generator), say=say
+        chosen, state, explored, (posterior_or_samples, observations, generator), accuracy=accuracy, say=say
     )
     optimum = _optimise(state, theta, information, say)
     shortage = ""
@@ -167,10 +172,10 @@ def _fitted(
         state = better
         optimum = _optimise(state, optimum.summit.theta, optimum.information, say)
     said = (
-        *_few(model, len(observations)),
+        *few_individuals(model, len(observations)),
         *doubted(explored.restarts),
         *_imprecise(model, optimum, accuracy, shortage),
-        *_degenerate(model, optimum),
+        *degenerate(model, optimum.summit.theta),
         *checks.low_effective_draws(
             individual_estimates(state, optimum.summit.theta).ess, state.draws, observations.ids
         ),
@@ -196,6 +201,7 @@ def _followed(
     explored: _Explored,
     inputs: tuple[Source, Observations, torch.Generator],
     *,
+    accuracy: float,
     say: Report,
 ) -> tuple[WeightedDraws, Tensor, Tensor]:
     """For estimators whose draws are made for one theta: draws, optimum on them, draws there, until it stands still.
@@ -211,11 +217,14 @@ def _followed(
     if individuals > 2 * _EXPLORED_INDIVIDUALS:
         shuffled = torch.randperm(individuals, generator=generator, device=generator.device)
         stages.insert(0, (shuffled[:_EXPLORED_INDIVIDUALS].sort().values.cpu(), 1.0))
+    moved, lacking = math.inf, 0.0
     for rows, near in stages:
         some = observations if len(rows) == individuals else observations[rows]
         given = source
         if isinstance(source, PosteriorSamples) and len(rows) < individuals:
             given = replace(source, phi=source.phi[rows], log_q=source.log_q[rows])
+        if lacking > 0:  # as many draws as fewer individuals needed: the ratio of the errors is the same
+            chosen = chosen.with_draws(math.ceil(state.draws * _times_for(lacking)))
         for done in range(_ROUNDS):
             with torch.no_grad():
                 state = chosen.follow(given, some, theta, state, generator)
@@ -225,11 +234,23 @@ def _followed(
             moved = float(((summit.theta - theta)[state.population.unknowns.free].abs() / se).max())
             theta = summit.theta
             say(FitProgress(f"rounds on {len(rows)} individuals", done + 1, 0, summit.objective))
-            if moved < near:
+            if moved < near or chosen.serves(state, theta):
                 break
-    with torch.no_grad():  # draws made for the optimum itself
-        state = chosen.follow(source, observations, theta, state, generator)
+        lacking = _PRUDENCE * rough_monte_carlo_error(state, theta, information) / accuracy
+    # What draws made for another theta leave in the estimate is of second order in how far that is.
+    lacking /= _PRUDENCE  # the errors that count are judged again
+    if lacking > 1 or moved**2 / (2 * math.sqrt(individuals)) > _LEFT_BY_A_MOVE:
+        with torch.no_grad():
+            better: WeightedDraws | str = ""
+            if lacking > 1:
+                better = chosen.improve(state, theta, observations, generator, times=max(2, round(_times_for(lacking))))
+            state = chosen.follow(source, observations, theta, state, generator) if isinstance(better, str) else better
     return state, theta, rough_information(state, theta)
+
+
+def _times_for(lacking: float) -> float:
+    """How many times as many evenly spread draws would help, whose error falls faster than that of random ones."""
+    return min(16.0, math.pow(lacking, 1.6))
 
 
 def _how_many_times(ratio: float) -> int:
@@ -263,16 +284,6 @@ def _require_enough(model: PopulationModel, individuals: int) -> None:
             f"varying parameters: at least {needed} are needed. Give more data, fix SDs, keep parameters constant"
             + (", or use population.covariance=diagonal." if correlated else ".")
         )
-
-
-def _few(model: PopulationModel, individuals: int) -> tuple[str, ...]:
-    unknowns = len(model.unknowns.free)
-    if individuals >= unknowns:
-        return ()
-    return (
-        f"{individuals} individuals for {unknowns} unknowns: estimates of SDs and their errors are not to be trusted. "
-        "Use a simpler population model.",
-    )
 
 
 def _explore(
@@ -359,23 +370,6 @@ def _imprecise(model: PopulationModel, optimum: _Optimum, accuracy: float, short
     return (
         f"Monte-Carlo error is above {accuracy:g} standard errors: SE up to {largest:.2g}, bias up to {bias:.2g} "
         f"(worst: {name}). No more draws: {shortage}.",
-    )
-
-
-def _degenerate(model: PopulationModel, optimum: _Optimum) -> tuple[str, ...]:
-    """A sentence on a covariance between individuals that has become singular."""
-    varying = list(model.varying)
-    omega = model.covariance(optimum.summit.theta)[varying][:, varying]
-    sd = omega.diagonal().sqrt()
-    correlation = (omega / (sd[:, None] * sd)).abs().tril(-1)
-    places = torch.nonzero(correlation > _SINGULAR).tolist()
-    if not places:
-        return ()
-    names = [model.parameters.names[column] for column in varying]
-    pairs = ", ".join(f"{names[column]} and {names[row]}" for row, column in places)
-    return (
-        f"The covariance between individuals is singular: {pairs} are perfectly correlated. Use "
-        "population.covariance=diagonal, or keep one of them constant.",
     )
 
 

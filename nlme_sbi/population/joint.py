@@ -59,6 +59,15 @@ class Expansion:
     def __getitem__(self, rows: Tensor) -> Expansion:
         return Expansion(self.value[rows], self.gradient[rows], self.hessian[rows])
 
+    @classmethod
+    def joined(cls, parts: list[Expansion]) -> Expansion:
+        """All of them."""
+        return cls(
+            torch.cat([part.value for part in parts]),
+            torch.cat([part.gradient for part in parts]),
+            torch.cat([part.hessian for part in parts]),
+        )
+
     def updated(self, rows: Tensor, others: Expansion) -> Expansion:
         """With the points at ``rows`` replaced."""
         return Expansion(
@@ -187,6 +196,12 @@ def ascend(
         losers = active[~better]
         damping[losers] = 10 * damping[losers].clamp_min(0.1)
     return Summits(points, at)
+
+
+def promised_gain(joint: JointDensity, at: Expansion) -> Float[Tensor, " B"]:
+    """How much a Newton step from each point would gain; nan where the expansion is not finite."""
+    step, promise = _newton_step(at, joint.scale, torch.full_like(at.value, 1e-3), None)
+    return torch.where(torch.isfinite(at.value) & torch.isfinite(step).all(1), promise, torch.nan)
 
 
 def _in_the_race(rows: Tensor, value: Tensor) -> Bool[Tensor, " B"]:

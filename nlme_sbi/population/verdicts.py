@@ -10,11 +10,12 @@ from torch import Tensor
 
 from nlme_sbi.population.ascent import Summit
 from nlme_sbi.population.result import Restart
-from nlme_sbi.population.roles import WeightedDraws
+from nlme_sbi.population.roles import PopulationModel, WeightedDraws
 from nlme_sbi.population.weighting import effective_draws
 
 _SAME = 0.1  # largest distance of one and the same optimum, in standard errors
 _LEVEL = 0.05  # objectives this near are equal before Monte-Carlo error
+_SINGULAR = 0.999  # correlation above which a covariance counts as singular
 _DIFFERS = 3.0  # standard errors between the means of a parameter that is named
 
 
@@ -102,3 +103,31 @@ def doubted(restarts: tuple[Restart, ...]) -> tuple[str, ...]:
             "look at whether the model is identified.",
         )
     return ()
+
+
+def few_individuals(model: PopulationModel, individuals: int) -> tuple[str, ...]:
+    """A sentence where there are fewer individuals than unknowns."""
+    unknowns = len(model.unknowns.free)
+    if individuals >= unknowns:
+        return ()
+    return (
+        f"{individuals} individuals for {unknowns} unknowns: estimates of SDs and their errors are not to be trusted. "
+        "Use a simpler population model.",
+    )
+
+
+def degenerate(model: PopulationModel, theta: Float[Tensor, " P"]) -> tuple[str, ...]:
+    """A sentence on a covariance between individuals that has become singular."""
+    varying = list(model.varying)
+    omega = model.covariance(theta)[varying][:, varying]
+    sd = omega.diagonal().sqrt()
+    correlation = (omega / (sd[:, None] * sd)).abs().tril(-1)
+    places = torch.nonzero(correlation > _SINGULAR).tolist()
+    if not places:
+        return ()
+    names = [model.parameters.names[column] for column in varying]
+    pairs = ", ".join(f"{names[column]} and {names[row]}" for row, column in places)
+    return (
+        f"The covariance between individuals is singular: {pairs} are perfectly correlated. Use "
+        "population.covariance=diagonal, or keep one of them constant.",
+    )
