@@ -25,7 +25,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from nlme_sbi.population.roles import WeightedDraws
-from nlme_sbi.population.weighting import scores, slopes_along
+from nlme_sbi.population.weighting import halves, scores, slopes_along
 
 _STEP = 1e-4  # of central differences of exact derivatives
 
@@ -112,10 +112,11 @@ def _tested(name: str, gain: Float[Tensor, " I"], slopes: Float[Tensor, "I free"
 
 
 def _noise(state: WeightedDraws, theta: Tensor, direction: Tensor) -> float:
-    """Monte-Carlo standard error of the sum, from how every individual's halves of draws differ."""
-    if state.fitted:  # halves would have to be fitted again for each parameter
-        return math.nan
-    first, second = (variance_slopes(state.half(which), theta, direction) for which in (0, 1))
+    """Monte-Carlo standard error of the sum, from how every individual's halves of draws differ; that of densities
+    which were fitted to the draws is not in it."""
+    if state.draws < 2:
+        return 0.0
+    first, second = (variance_slopes(half, theta, direction) for half in halves(state))
     return 0.5 * float((first - second).square().sum().sqrt())
 
 

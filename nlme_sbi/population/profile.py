@@ -20,7 +20,7 @@ from torch import Tensor
 from nlme_sbi.population.ascent import NOWHERE, climb
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import MovableDraws, WeightedDraws
-from nlme_sbi.population.weighting import normalised_weights, value_and_gradient
+from nlme_sbi.population.weighting import contributions, halves, value_and_gradient
 
 _TOLERANCE = 0.005  # of the signed root: a limit is known to about so many standard errors
 _STEPS = 24  # of one search for a limit
@@ -254,15 +254,14 @@ def expanded(state: WeightedDraws, theta: Float[Tensor, " P"], se: Float[Tensor,
 
 def _error(start: _Point, end: _Point, slope: float, target: float) -> float:
     """Monte-Carlo error of a limit, in standard errors: of the difference of two log-likelihoods on common draws, its
-    bias included, over the profile's slope."""
-    if math.isinf(slope):
+    bias included, over the profile's slope. From how every individual's halves of draws differ."""
+    if math.isinf(slope) or start.state.draws < 2:
         return 0.0
-    variance = bias = 0.0
-    for first, second in zip(start.state.blocks, end.state.blocks, strict=True):
-        before, after = normalised_weights(first, start.theta), normalised_weights(second, end.theta)
-        variance += float((after - before).square().sum())
-        bias -= 0.5 * float(after.square().sum() - before.square().sum())
-    return math.hypot(math.sqrt(variance), bias) / (target * slope)
+    pairs = zip(halves(start.state), halves(end.state), strict=True)
+    first, second = (contributions(far, end.theta) - contributions(near, start.theta) for near, far in pairs)
+    noise = 0.5 * float((first - second).square().sum().sqrt())
+    bias = 0.5 * float((first + second).sum()) - (end.value - start.value)
+    return math.hypot(noise, bias) / (target * slope)
 
 
 def _served(fit: PopulationFit, line: _Line, end: _Point, generator: torch.Generator) -> _Point | None:

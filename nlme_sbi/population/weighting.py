@@ -138,10 +138,10 @@ def slopes_along(
     return _in_rows(state, theta, parts)
 
 
-@torch.no_grad()
-def normalised_weights(block: DrawBlock, theta: Float[Tensor, " P"]) -> Float[Tensor, "I S"]:
-    """Weights of a block's draws at ``theta``, adding up to 1 for every individual."""
-    return torch.softmax(block.log_weights(theta), 1)
+def halves(state: WeightedDraws) -> tuple[WeightedDraws, WeightedDraws]:
+    """Every other draw, nothing refitted."""
+    everybody = torch.arange(state.individuals, device=state.blocks[0].rows.device)
+    return state.part(everybody, slice(0, None, 2)), state.part(everybody, slice(1, None, 2))
 
 
 @torch.no_grad()
