@@ -168,21 +168,20 @@ def _in_double(observations: Observations, device: torch.device) -> Observations
 
 
 def _first_climbers(joint: JointDensity, draws: Float[Tensor, "I S D"]) -> tuple[Tensor, Tensor]:
-    """The best draw of each individual, and the best ones among those that are far from the earlier choices; and a
-    typical individual, in case the network was wrong altogether."""
+    """The best draw of each individual, and the best ones among those that are far from the earlier choices; and the
+    individual's own typical values, in case the network was wrong altogether."""
     varying = draws[..., list(joint.population.varying)]
-    individuals, count, size = varying.shape
+    individuals, count, _ = varying.shape
     every = torch.arange(individuals, device=draws.device)
     value = joint.value(every, varying)
-    spread = varying.std(1, keepdim=True).clamp_min(1e-6 * joint.scale)
+    spread = varying.std(1, keepdim=True).clamp_min(1e-6 * joint.scales[:, None])
     chosen = []
     for _ in range(min(_CLIMBERS, count)):
         best = value.argmax(1)
         chosen.append(varying[every, best])
         distance = ((varying - chosen[-1][:, None]) / spread).norm(dim=2)
         value = torch.where(distance < 1.0, -torch.inf, value)
-    typical = joint.centre.expand(individuals, size)
-    points = torch.stack([*chosen, typical], 1)
+    points = torch.stack([*chosen, joint.centres], 1)
     return every.repeat_interleave(points.shape[1]), points.flatten(0, 1)
 
 
@@ -202,13 +201,13 @@ def _with_images(
 
 
 def _is_near(joint: JointDensity, theta: Tensor) -> bool:
-    """Whether mixtures that were made for ``theta`` still serve: the population has hardly moved, in its own SDs."""
-    population = joint.population
-    varying, constant = list(population.varying), list(population.constant)
-    change = population.mean(joint.theta) - population.mean(theta)
-    sd = [population.covariance(at).diagonal()[varying].sqrt() for at in (joint.theta, theta)]
-    near = bool((change[varying].abs() < 0.15 * sd[0]).all()) and bool(((sd[0] / sd[1]).log().abs() < 0.15).all())
-    return near and bool((change[constant].abs() < 0.01).all())
+    """Whether mixtures that were made for ``theta`` still serve: what is typical of each individual has hardly moved,
+    in SDs of the population."""
+    population, design, before = joint.population, joint.observations.design, replace(joint, theta=theta)
+    moved = (joint.centres - before.centres).abs() < 0.15 * joint.scales
+    wider = (joint.scales / before.scales).log().abs() < 0.15
+    change = population.constants(joint.theta, design) - population.constants(theta, design)
+    return bool(moved.all()) and bool(wider.all()) and bool((change.abs() < 0.01).all())
 
 
 def _require_everybody(rows: Tensor, observations: Observations) -> None:

@@ -51,11 +51,12 @@ class Pieces:
         return Pieces(self.rows[chosen], self.log_mass[chosen], self.means[chosen], self.covariances[chosen])
 
 
-def covariance_of(curvature: Float[Tensor, "B V V"], scale: Float[Tensor, " V"]) -> Float[Tensor, "B V V"]:
+def covariance_of(curvature: Float[Tensor, "B V V"], scale: Float[Tensor, "B V"]) -> Float[Tensor, "B V V"]:
     """Inverse of ``curvature`` with its eigenvalues kept above a ninth of the population's (SDs below three of it)."""
-    values, vectors = torch.linalg.eigh(curvature * scale[:, None] * scale)
+    sizes = scale[:, :, None] * scale[:, None]
+    values, vectors = torch.linalg.eigh(curvature * sizes)
     values = values.abs().clamp_min(1 / 9)
-    inverse: Tensor = (vectors / values[:, None]) @ vectors.mT * scale[:, None] * scale
+    inverse: Tensor = (vectors / values[:, None]) @ vectors.mT * sizes
     return inverse
 
 
@@ -73,7 +74,7 @@ def modes(joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B
     place = torch.nonzero(finite)[:, 0]
     place = place[torch.argsort(found.at.value[place], descending=True, stable=True)]
     place = place[torch.argsort(rows[place], stable=True)]
-    covariances = covariance_of(-found.at.hessian[place], joint.scale)
+    covariances = covariance_of(-found.at.hessian[place], joint.scales[rows[place]])
     pieces = Pieces(rows[place], found.at.value[place] + _log_volume(covariances), found.points[place], covariances)
     kept = _distinct(pieces)
     return pieces[kept], found.at[place[kept]]
@@ -142,7 +143,7 @@ def _profile(joint: JointDensity, mode: Pieces, top: Tensor, column: Int[Tensor,
     every = torch.arange(len(column), device=column.device)
     sd = mode.covariances[every, column, column].sqrt()
     slope = mode.covariances[every, :, column] / sd.square()[:, None]  # change of the others with the coordinate
-    centre, reach = joint.centre[column], _REACH * joint.scale[column]
+    centre, reach = joint.centres[mode.rows, column], _REACH * joint.scales[mode.rows, column]
     farthest = torch.maximum(side * (centre + side * reach - mode.means[every, column]), 1.2 * sd)
     free = torch.ones_like(mode.means, dtype=torch.bool)
     free[every, column] = False
@@ -182,8 +183,8 @@ def _node(
     cross = torch.where(fixed, 0.0, curvature[every, :, column])
     identity = torch.eye(size, dtype=curvature.dtype, device=curvature.device)
     outside = fixed[:, :, None] | fixed[:, None]
-    scale = joint.scale
-    alone = torch.where(outside, identity / (scale[:, None] * scale), curvature)
+    scale = joint.scales[rows]
+    alone = torch.where(outside, identity / (scale[:, :, None] * scale[:, None]), curvature)
     alone = torch.where(torch.isfinite(alone), alone, 0.0) + 0 * identity
     across = torch.where(outside, 0.0, covariance_of(alone, scale))
     tangent = torch.where(fixed, 1.0, -(across @ cross[..., None])[..., 0])
