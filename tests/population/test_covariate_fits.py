@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conjugate_case import parameter_space, with_covariates
+from scipy.optimize import minimize
 from scipy.stats import norm
 from torch import Tensor
 from torch.distributions import Normal
 
 from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, fit_population
+from nlme_sbi.population.weighting import contributions, effective_draws
 from nlme_sbi.priors import GaussianPrior
 from nlme_sbi.types import Design, Observations, PosteriorSamples
+from simulators.theophylline import Theophylline
 
 DOUBLE = torch.float64
 NOISE = 0.2
@@ -296,3 +300,62 @@ def test_blocks_leave_the_other_correlations_out_of_the_table() -> None:
     assert pairs == [("uptake", "decay")]
     (row,) = again.table().correlations_frame().to_dict("records")
     assert -1 < row["lower"] < row["correlation"] < row["upper"] < 1
+
+
+# Theophylline: the objective with weight on clearance and volume, and on the log SD of volume, by quadrature.
+
+ROOT = Path(__file__).resolve().parents[2]
+TYPICAL, SDS, RESIDUAL = np.array([0.46, 1.02, 3.46]), np.array([0.64, 0.26, 0.12]), 0.7
+EXPONENTS, WIDER = (0.75, 1.0), 0.8  # of weight on CL and V; on the log SD of V
+
+
+def log_likelihood_by_quadrature(times: np.ndarray, values: np.ndarray, dose: float, weight: float) -> float:
+    """``log p(y)`` of one person by Gauss-Hermite quadrature, 17 nodes a dimension, about the mode."""
+    share = math.log(weight / 70)
+    mean = TYPICAL + share * np.array([0.0, *EXPONENTS])
+    sd = SDS * np.array([1.0, 1.0, math.exp(WIDER * share)])
+
+    def log_joint(eta: np.ndarray) -> np.ndarray:
+        ka, clearance, volume = np.exp(mean + sd * eta).reshape(-1, 3).T[..., None]
+        elimination = clearance / volume
+        level = dose * ka / (volume * (ka - elimination)) * (np.exp(-elimination * times) - np.exp(-ka * times))
+        return norm.logpdf(values, level, RESIDUAL).sum(-1) + norm.logpdf(eta.reshape(-1, 3)).sum(-1)
+
+    found = minimize(lambda eta: -log_joint(eta)[0], np.zeros(3), method="BFGS", options={"gtol": 1e-6})
+    factor = np.linalg.cholesky(found.hess_inv)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(17)
+    grid = np.stack(np.meshgrid(nodes, nodes, nodes, indexing="ij"), -1).reshape(-1, 3)
+    log_weights = sum(np.log(part) for part in np.meshgrid(weights, weights, weights, indexing="ij")).ravel()
+    terms = log_joint(found.x + grid @ factor.T) + 0.5 * (grid**2).sum(1) + log_weights
+    return float(np.logaddexp.reduce(terms) + np.log(np.diag(factor)).sum())
+
+
+def test_proposals_cover_everybodys_own_population_on_theophylline() -> None:
+    data = Observations.read_events(
+        ROOT / "data" / "theophylline" / "theophylline.csv", signals="concentration", covariates=["WT"], time_unit="h"
+    )
+    simulator = Theophylline()
+    weight = {"WT": {"form": "power", "reference": 70}}
+    specification = GaussianPopulation(
+        constant=("sigma",), covariates={"CL": weight, "V": weight}, log_sd_covariates={"V": weight}
+    )
+    model = specification.bind(simulator.parameters, data)
+    theta = torch.tensor([*TYPICAL, math.log(RESIDUAL), *np.log(SDS), *EXPONENTS, WIDER], dtype=DOUBLE)
+    prior = GaussianPrior({name: {"mean": 0.5, "sd": 1.5} for name in simulator.parameters.names})
+    phi = prior.sample(12 * 60, seeded(3)).double().reshape(12, 60, 4)
+    samples = PosteriorSamples(prior.names, phi, torch.zeros((12, 60), dtype=DOUBLE), prior)
+    estimator = Exact(draws=1000, max_draws=1000, simulator=simulator)
+    state = estimator.follow(samples, data, theta, estimator.prepare(samples, data, model, seeded()), seeded())
+    found = contributions(state, theta)
+    expected = []
+    for row in range(12):
+        seen = data.design.observed[row, :, 0].numpy()
+        times, values = data.design.times[row].double().numpy()[seen], data.values[row, :, 0].double().numpy()[seen]
+        person = (float(data.design.events.amount[row, 0]), float(data.design.covariates.column("WT")[row]))
+        expected.append(log_likelihood_by_quadrature(times, values, *person))
+    error = (1 / effective_draws(state, theta) - 1 / state.draws).clamp_min(1e-12).sqrt()
+    assert float(error.max()) < 0.05
+    assert bool(((found - torch.tensor(expected, dtype=DOUBLE)).abs() < 5 * error + 1e-3).all())
+    # The oracle tells covariates: without them the likelihood of somebody is another one.
+    plain = log_likelihood_by_quadrature(times, values, person[0], 70.0)
+    assert abs(plain - expected[-1]) > 0.05
