@@ -2,6 +2,7 @@
 
 from nlme_sbi.population.exact import Exact
 from nlme_sbi.population.fit import fit_population
+from nlme_sbi.population.laplace import Laplace
 from nlme_sbi.population.models import GaussianPopulation
 from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.result import PopulationFit, individual_draws
@@ -12,6 +13,7 @@ __all__ = [
     "Exact",
     "FitProgress",
     "GaussianPopulation",
+    "Laplace",
     "PopulationFit",
     "PopulationTable",
     "PriorRatio",

@@ -20,16 +20,18 @@ from nlme_sbi.population.roles import (
     Estimator,
     FitProgress,
     FollowingEstimator,
+    Found,
     PopulationModel,
     PopulationSpecification,
     Report,
+    SearchingEstimator,
     Source,
     WeightedDraws,
 )
 from nlme_sbi.population.starts import starting_points
-from nlme_sbi.population.uncertainty import MonteCarloError, covariance_from, monte_carlo_error
+from nlme_sbi.population.uncertainty import MonteCarloError, covariance_from, likelihood_error, monte_carlo_error
 from nlme_sbi.population.verdicts import compared, described, doubted
-from nlme_sbi.population.weighting import contributions, rough_information
+from nlme_sbi.population.weighting import contributions, hessian, rough_information
 from nlme_sbi.types import Censoring, Observations, Posterior, PosteriorSamples
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class _Optimum:
     information: Float[Tensor, "free free"]
     covariance: Float[Tensor, "free free"] | None
     error: MonteCarloError
+    found: Found | None = None  # by an estimator that searches itself
 
     def worst(self, free: Tensor) -> tuple[float, float]:
         """Largest Monte-Carlo SE and bias in standard errors; infinite where there are none."""
@@ -112,22 +115,12 @@ def fit_population(
     with torch.no_grad():
         state: WeightedDraws = chosen.prepare(posterior_or_samples, observations, model, generator)
     explored = _explore(state, observations.ids, generator, starts=starts, say=say)
-    state, theta, information = _followed(
-        chosen, state, explored, (posterior_or_samples, observations, generator), say=say
-    )
-    optimum = _optimise(state, theta, information, say)
-    shortage = ""
-    while not max(optimum.worst(model.unknowns.free)) < accuracy:
-        if optimum.covariance is None:
-            break
-        with torch.no_grad():
-            times = _how_many_times(max(optimum.worst(model.unknowns.free)) / accuracy)
-            better = chosen.improve(state, optimum.summit.theta, observations, generator, times=times)
-        if isinstance(better, str):
-            shortage = better
-            break
-        state = better
-        optimum = _optimise(state, optimum.summit.theta, optimum.information, say)
+    inputs = (posterior_or_samples, observations, generator)
+    if isinstance(chosen, SearchingEstimator):
+        state, optimum = _searched(chosen, state, explored, inputs, accuracy=accuracy, say=say)
+        shortage = "" if optimum.found is None else optimum.found.shortage
+    else:
+        state, optimum, shortage = _climbed(chosen, state, explored, inputs, accuracy=accuracy, say=say)
     said = (
         *_few(model, len(observations)),
         *doubted(explored.restarts),
@@ -137,10 +130,61 @@ def fit_population(
             individual_estimates(state, optimum.summit.theta).ess, state.draws, observations.ids
         ),
         *state.warnings(optimum.summit.theta, observations.ids),
+        *(() if optimum.found is None else optimum.found.warnings),
     )
     for warning in said:
         logger.warning(warning)
     return _result(state, optimum, explored.restarts, chosen=chosen, observations=observations, said=said)
+
+
+def _climbed(
+    chosen: Estimator,
+    state: WeightedDraws,
+    explored: _Explored,
+    inputs: tuple[Source, Observations, torch.Generator],
+    *,
+    accuracy: float,
+    say: Report,
+) -> tuple[WeightedDraws, _Optimum, str]:
+    """The optimum on draws that are good enough, or as good as they get and why they are no better."""
+    state, theta, information = _followed(chosen, state, explored, inputs, say=say)
+    optimum = _optimise(state, theta, information, say)
+    free = state.population.unknowns.free
+    while not max(optimum.worst(free)) < accuracy:
+        if optimum.covariance is None:
+            break
+        with torch.no_grad():
+            times = _how_many_times(max(optimum.worst(free)) / accuracy)
+            better = chosen.improve(state, optimum.summit.theta, inputs[1], inputs[2], times=times)
+        if isinstance(better, str):
+            return state, optimum, better
+        state = better
+        optimum = _optimise(state, optimum.summit.theta, optimum.information, say)
+    return state, optimum, ""
+
+
+def _searched(
+    chosen: SearchingEstimator,
+    state: WeightedDraws,
+    explored: _Explored,
+    inputs: tuple[Source, Observations, torch.Generator],
+    *,
+    accuracy: float,
+    say: Report,
+) -> tuple[WeightedDraws, _Optimum]:
+    """The estimator's own estimate, as it is, with likelihood and information from its draws there."""
+    source, observations, generator = inputs
+    start = explored.best.theta
+    found = chosen.search(source, observations, start, state, generator, accuracy=accuracy, report=say)
+    say(FitProgress("likelihood", 0, 0))
+    with torch.no_grad():
+        state = chosen.follow(source, observations, found.theta, state, generator)
+    objective = float(contributions(state, found.theta).sum())
+    say(FitProgress("curvature", 0, 0, objective))
+    information = -hessian(state, found.theta)
+    covariance = covariance_from(information)
+    error = likelihood_error(state, found.theta, se=found.monte_carlo_se, bias=found.left)
+    return state, _Optimum(Summit(found.theta, objective, 0), information, covariance, error, found)
 
 
 def _followed(
@@ -349,6 +393,9 @@ def _result(
     converged = step is not None and step < _CONVERGED and optimum.covariance is not None
     left = "unknown" if step is None else f"{step:.1g} standard errors"
     outcome = f"Converged (largest step left: {left})." if converged else f"NOT converged (largest step left: {left})."
+    if optimum.found is not None:
+        converged = optimum.found.converged and optimum.covariance is not None
+        outcome = optimum.found.message
     return PopulationFit(
         population=state.population,
         ids=observations.ids,
@@ -366,6 +413,7 @@ def _result(
         warnings=said,
         measurements=_measurements(observations),
         state=state,
+        approximation=chosen.approximation,
     )
 
 

@@ -102,6 +102,14 @@ def monte_carlo_error(
     )
 
 
+def likelihood_error(
+    state: WeightedDraws, theta: Float[Tensor, " P"], *, se: Float[Tensor, " P"], bias: Float[Tensor, " P"]
+) -> MonteCarloError:
+    """Error of the objective from the draws, where that of the unknowns (``se``, ``bias``) is known from elsewhere."""
+    excess = float((1 / effective_draws(state, theta) - 1 / state.draws).clamp_min(0).sum())
+    return MonteCarloError(math.sqrt(excess), -0.5 * excess, None, se, bias)
+
+
 def _between_halves(halves: list[WeightedDraws], theta: Tensor) -> tuple[float, Float[Tensor, "free free"]]:
     """Standard error of the objective and variance of its gradient from how every individual's halves of draws differ.
 
