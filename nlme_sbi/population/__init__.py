@@ -7,6 +7,7 @@ from nlme_sbi.population.models import GaussianPopulation
 from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.result import PopulationFit, individual_draws
 from nlme_sbi.population.roles import FitProgress
+from nlme_sbi.population.saem import Saem
 from nlme_sbi.population.table import PopulationTable
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "PopulationFit",
     "PopulationTable",
     "PriorRatio",
+    "Saem",
     "fit_population",
     "individual_draws",
 ]

@@ -65,13 +65,18 @@ def in_double(observations: Observations, device: torch.device) -> Observations:
 
 
 def first_climbers(
-    joint: JointDensity, source: Source, observations: Observations, generator: torch.Generator
+    joint: JointDensity,
+    source: Source,
+    observations: Observations,
+    generator: torch.Generator,
+    *,
+    mirrored: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Individual ``(B,)`` and point ``(B, V)`` of everybody's starts of a search for modes.
 
     The best of the network's draws, the best ones among those that are far from the earlier choices, a typical
     individual in case the network was wrong altogether, and the mirror images of all of them where the simulator
-    declares parameters that may be exchanged.
+    declares parameters that may be exchanged (unless not ``mirrored``).
     """
     draws = _network_draws(source, observations, generator).to(joint.theta)
     varying = draws[..., list(joint.population.varying)]
@@ -88,7 +93,7 @@ def first_climbers(
     typical = joint.centre.expand(individuals, size)
     points = torch.stack([*chosen, typical], 1)
     rows, points = every.repeat_interleave(points.shape[1]), points.flatten(0, 1)
-    for image in images(joint.simulator, joint.population):
+    for image in images(joint.simulator, joint.population) if mirrored else ():
         rows, points = torch.cat([rows, rows]), torch.cat([points, points[:, image]])
     return rows, points
 

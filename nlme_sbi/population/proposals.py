@@ -243,17 +243,22 @@ class Mixtures:
         """Stratified draws in random order, and the log density of the mixture with the drawn proportions."""
         individuals, size = self.means.shape[0], self.means.shape[2]
         draws = int(self.counts[0].sum())
-        device, dtype = self.means.device, self.means.dtype
+        device = self.means.device
         component = _strata(self.counts, draws)
-        noise = torch.randn((individuals, draws, size), generator=generator, device=generator.device, dtype=dtype)
-        waits = torch.empty((individuals, draws, _FREEDOM // 2), device=generator.device, dtype=dtype)
-        chi_square = 2 * waits.exponential_(generator=generator).sum(-1)
+        standard = self.standard((individuals, draws, size), generator)
         order = torch.rand((individuals, draws), generator=generator, device=generator.device).argsort(1).to(device)
         component = component.gather(1, order)
-        standard = (noise * (_FREEDOM / chi_square).sqrt()[..., None]).to(device)
         every = torch.arange(individuals, device=device)[:, None]
         phi = self.means[every, component] + (self.factors[every, component] @ standard[..., None])[..., 0]
         return phi, self.log_prob(phi)
+
+    def standard(self, shape: tuple[int, int, int], generator: torch.Generator) -> Float[Tensor, "I S V"]:
+        """Draws of a component before its location and factor."""
+        dtype = self.means.dtype
+        noise = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+        waits = torch.empty((*shape[:2], _FREEDOM // 2), device=generator.device, dtype=dtype)
+        chi_square = 2 * waits.exponential_(generator=generator).sum(-1)
+        return (noise * (_FREEDOM / chi_square).sqrt()[..., None]).to(self.means.device)
 
     def log_prob(self, phi: Float[Tensor, "I S V"]) -> Float[Tensor, "I S"]:
         """Log density of the mixture."""
