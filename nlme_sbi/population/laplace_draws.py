@@ -39,10 +39,10 @@ class _Last:
 
 @dataclass(frozen=True, eq=False)
 class LaplaceBlock:
-    """Some individuals: their modes for ``joint.theta``, and draws around them.
+    """Some individuals and their modes for ``joint.theta``.
 
     ``owners (B,)`` tells which row of the block a mode belongs to; ``place (i, M)`` lists the modes of each row, with
-    ``B`` where there are no more.
+    ``B`` where there are no more; ``chosen`` are those of the :data:`DRAWS` draws around them that count.
     """
 
     joint: JointDensity
@@ -50,7 +50,7 @@ class LaplaceBlock:
     modes: Pieces
     owners: Int[Tensor, " B"]
     place: Int[Tensor, "I M"]
-    phi: Float[Tensor, "I S V"]
+    chosen: tuple[int, ...]
     last: _Last = field(default_factory=_Last, repr=False)
 
     @property
@@ -64,15 +64,27 @@ class LaplaceBlock:
         return self.joint.observations.design[self.rows]
 
     def varying(self) -> Float[Tensor, "I S V"]:
-        """Draws of the varying parameters from the approximation at the theta that it was made for."""
-        return self.phi
+        """Draws of the varying parameters from the approximation at the theta that weights were last asked for."""
+        theta = self.joint.theta if self.last.theta is None else self.last.theta
+        found = self.at(theta)
+        there = torch.isfinite(found.log_mass)
+        local = Pieces(self.owners, found.log_mass, found.points, found.covariances)[there]
+        mixed = mixtures(local, len(self.rows), DRAWS, inflation=1.0, spread=0.0)
+        ends = mixed.counts.cumsum(1).contiguous()
+        every = torch.arange(DRAWS, device=ends.device)
+        component = torch.searchsorted(ends, every.expand(len(ends), -1).contiguous(), right=True)
+        rank = every - (ends - mixed.counts).gather(1, component)
+        normal = _standard(found.points.shape[1]).to(found.points)[rank]
+        individual = torch.arange(len(ends), device=ends.device)[:, None]
+        spread = (mixed.factors[individual, component] @ normal[..., None])[..., 0]
+        return (mixed.means[individual, component] + spread)[:, list(self.chosen)]
 
     def log_weights(self, theta: Float[Tensor, " P"]) -> Float[Tensor, "I S"]:
         """The individual's approximation at ``theta``, its modes climbed anew, the same for every draw."""
         mass: Tensor = _LogMass.apply(theta, self)  # type: ignore[no-untyped-call]
         nothing = torch.full((1,), -torch.inf, dtype=mass.dtype, device=mass.device)
         total = torch.logsumexp(torch.cat([mass, nothing])[self.place], 1)
-        return total[:, None].expand(-1, self.phi.shape[1])
+        return total[:, None].expand(-1, len(self.chosen))
 
     def at(self, theta: Float[Tensor, " P"]) -> Approximations:
         """Approximations at the modes under ``theta``; modes that have become one count once."""
@@ -145,7 +157,6 @@ class LaplaceDraws:
     training: Prior
     modes: Pieces
     blocks: tuple[LaplaceBlock, ...]
-    draws: int
 
     fitted = False
 
@@ -159,24 +170,32 @@ class LaplaceDraws:
         """Their number."""
         return len(self.joint.observations)
 
+    @property
+    def draws(self) -> int:
+        """Of each individual."""
+        return len(self.blocks[0].chosen)
+
     def part(self, individuals: Tensor, draws: slice) -> LaplaceDraws:
-        """Some individuals, with as many draws as the slice has."""
+        """Some individuals, with some of their draws."""
         position = torch.full((self.individuals,), -1, dtype=torch.int64, device=individuals.device)
         position[individuals] = torch.arange(len(individuals), device=individuals.device)
         kept = self.modes[position[self.modes.rows] >= 0]
         kept = replace(kept, rows=position[kept.rows])
         joint = replace(self.joint, observations=self.joint.observations[individuals])
-        count = len(range(*draws.indices(self.draws)))
-        return assembled(joint, self.training, kept[torch.argsort(kept.rows, stable=True)], draws=count)
+        some = assembled(joint, self.training, kept[torch.argsort(kept.rows, stable=True)])
+        return some.with_draws(self.blocks[0].chosen[draws])
 
     def half(self, which: int) -> LaplaceDraws:
         """Every other draw: the same approximation."""
-        blocks = tuple(replace(block, phi=block.phi[:, which::2]) for block in self.blocks)
-        return replace(self, blocks=blocks, draws=blocks[0].phi.shape[1])
+        return self.with_draws(self.blocks[0].chosen[which::2])
+
+    def with_draws(self, chosen: tuple[int, ...]) -> LaplaceDraws:
+        """The same with other of the draws around modes."""
+        return replace(self, blocks=tuple(replace(block, chosen=chosen) for block in self.blocks))
 
     def training_draws(self) -> tuple[Tensor, Prior]:
         """Draws of all parameters, constants at their values."""
-        phi = torch.cat([block.phi for block in self.blocks])
+        phi = torch.cat([block.varying() for block in self.blocks])
         constants = self.population.constants(self.joint.theta, self.joint.observations.design)
         return interleaved(self.population, phi, constants[:, None].expand(-1, phi.shape[1], -1)), self.training
 
@@ -210,43 +229,30 @@ class LaplaceDraws:
         return tuple(said)
 
 
-def assembled(joint: JointDensity, training: Prior, modes: Pieces, *, draws: int = DRAWS) -> LaplaceDraws:
-    """Draws around modes that are sorted by individual, for ``joint.theta``."""
-    individuals = len(joint.observations)
-    everybody = torch.arange(individuals, device=joint.theta.device)
-    blocks = tuple(_block(joint, modes, rows, draws) for rows in torch.split(everybody, _BLOCK))
-    return LaplaceDraws(joint, training, modes, blocks, draws)
+def assembled(joint: JointDensity, training: Prior, modes: Pieces) -> LaplaceDraws:
+    """The state of a fit from modes that are sorted by individual, for ``joint.theta``."""
+    everybody = torch.arange(len(joint.observations), device=joint.theta.device)
+    blocks = tuple(_block(joint, modes, rows) for rows in torch.split(everybody, _BLOCK))
+    return LaplaceDraws(joint, training, modes, blocks)
 
 
-def _block(joint: JointDensity, modes: Pieces, rows: Tensor, draws: int) -> LaplaceBlock:
+def _block(joint: JointDensity, modes: Pieces, rows: Tensor) -> LaplaceBlock:
     mine = modes[(modes.rows >= rows[0]) & (modes.rows <= rows[-1])]
     owners = mine.rows - rows[0]
     sizes = torch.bincount(owners, minlength=len(rows))
     first = sizes.cumsum(0) - sizes
     place = first[:, None] + torch.arange(int(sizes.max()), device=rows.device)
     place = torch.where(place < (first + sizes)[:, None], place, len(owners))
-    local = replace(mine, rows=owners)
-    mixed = mixtures(local, len(rows), draws, inflation=1.0, spread=0.0)
-    ends = mixed.counts.cumsum(1).contiguous()
-    every = torch.arange(draws, device=rows.device)
-    component = torch.searchsorted(ends, every.expand(len(rows), -1).contiguous(), right=True)
-    rank = every - (ends - mixed.counts).gather(1, component)
-    normal = _standard(draws, mine.means.shape[1]).to(joint.theta)[rank]
-    individual = torch.arange(len(rows), device=rows.device)[:, None]
-    spread = (mixed.factors[individual, component] @ normal[..., None])[..., 0]
-    return LaplaceBlock(joint, rows, mine, owners, place, mixed.means[individual, component] + spread)
+    return LaplaceBlock(joint, rows, mine, owners, place, tuple(range(DRAWS)))
 
 
-def _standard(draws: int, size: int) -> Float[Tensor, "S V"]:
+def _standard(size: int) -> Float[Tensor, "S V"]:
     """Normal draws whose mean is exactly 0 and whose covariance is exactly the identity; the same every time."""
     generator = torch.Generator().manual_seed(0)
-    half = torch.randn(((draws + 1) // 2, size), generator=generator, dtype=torch.float64)
-    both = torch.stack([half, -half], 1).flatten(0, 1)[:draws]
-    if draws < 4 * size:
-        return both
-    centred = both - both.mean(0)
-    factor = torch.linalg.cholesky(centred.T @ centred / draws)
-    found: Tensor = torch.linalg.solve_triangular(factor, centred.T, upper=False).T
+    half = torch.randn((DRAWS // 2, size), generator=generator, dtype=torch.float64)
+    both = torch.stack([half, -half], 1).flatten(0, 1)
+    factor = torch.linalg.cholesky(both.T @ both / DRAWS)
+    found: Tensor = torch.linalg.solve_triangular(factor, both.T, upper=False).T
     return found
 
 
