@@ -35,7 +35,7 @@ _POWER = 0.7  # of the decreasing steps
 _SETTLED = 0.25  # first part of the averaging phase that is left out of the average
 _DRIFT = 3.0  # standard errors between the halves of a window that count as drift
 _REFRESHED = (5, 15, 40, 80)  # sweeps before which proposals are placed anew, then whenever a phase begins
-_CURVED = 10  # sweeps between looks at the information of stepped entries, once burnt in
+_CURVED = 5  # sweeps between looks at the information of stepped entries, after the first few
 _LEARNING = 0.6  # power with which the adaptation of random walks fades
 _ROUNDS = 4  # of averaging and judging
 _WATCHED = 100  # sweeps at the average, at least
@@ -208,7 +208,7 @@ class _Run:
         run = replace(self, chains=chains, kernels=kernels, sweeps=turn + 1)
         if step is None:
             return run
-        curved = step == 1.0 or turn % _CURVED == 0
+        curved = turn < _REFRESHED[1] or turn % _CURVED == 0
         recursion, theta = updated(self.recursion, self.data, chains, self.theta, step=step, curved=curved)
         return replace(run.at(theta), recursion=recursion)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -39,9 +40,9 @@ from nlme_sbi.types import Observations, PosteriorSamples
 @pytest.mark.parametrize(("constant", "covariance"), [(("sigma",), "diagonal"), ((), "full")])
 def test_where_everything_is_linear_it_is_exact(constant: tuple[str, ...], covariance: str) -> None:
     omega = NO_SIGMA if constant else OMEGA
-    case, simulator = linear_case(omega, individuals=30, seed=3)
+    case, simulator = linear_case(omega, individuals=14, seed=3)
     fit = fit_population(
-        case.samples(200, seed=1),
+        case.samples(80, seed=1),
         case.observations,
         GaussianPopulation(constant=constant, covariance=covariance),
         generator=seeded(),
@@ -62,23 +63,10 @@ def test_where_everything_is_linear_it_is_exact(constant: tuple[str, ...], covar
     mean, spread = case.posterior(fit.population.mean(fit.theta), fit.population.covariance(fit.theta))
     torch.testing.assert_close(fit.individuals.mean, mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(fit.individuals.sd.square(), spread.diagonal(dim1=1, dim2=2), rtol=1e-6, atol=1e-9)
-
-
-def test_the_table_says_that_it_is_an_approximation_and_where_the_exact_number_is() -> None:
-    case, simulator = linear_case(OMEGA, individuals=12, seed=4)
-    fit = fit_population(
-        case.samples(100, seed=1),
-        case.observations,
-        GaussianPopulation(),
-        generator=seeded(),
-        parameters=case.parameters,
-        estimator=Laplace(simulator=simulator),
-        starts=1,
-    )
+    # It is named wherever it is shown, with what tells its error; nobody is called poor.
     text = fit.table().text()
     assert fit.approximation == fit.to_dict()["approximation"] == "Laplace"
     assert "compare only with other fits of it" in text
-    assert "OFV" in text
     assert "Monte-Carlo SE" not in "".join(fit.table().heading)
     assert any("estimator=exact tells it" in warning for warning in fit.warnings)
     assert not any("is poor" in warning for warning in fit.warnings)
@@ -87,6 +75,7 @@ def test_the_table_says_that_it_is_an_approximation_and_where_the_exact_number_i
 # Theophylline: third derivatives that matter, a constant, correlations.
 
 
+@cache
 def theophylline(*, full: bool) -> tuple[LaplaceDraws, torch.Tensor, Observations]:
     from omegaconf import OmegaConf
 
@@ -147,17 +136,19 @@ def test_theophylline_against_a_laplace_of_numpy() -> None:
 
 def test_derivatives_against_finite_differences() -> None:
     state, theta, _ = theophylline(full=True)
+    state = state.part(torch.arange(3), slice(0, 8))
     theta = theta.clone()
     theta[-3:] = torch.tensor([0.2, -0.3, 0.1])
     _, gradient = value_and_gradient(state, theta)
-    step = 1e-4 * torch.eye(len(theta), dtype=DOUBLE)
-    above, below = ([value_and_gradient(state, theta + sign * way) for way in step] for sign in (1, -1))
-    numeric = torch.tensor([(up[0] - down[0]) / 2e-4 for up, down in zip(above, below, strict=True)], dtype=DOUBLE)
-    # Central differences are off by step^2 / 6 times third derivatives of order 100.
-    torch.testing.assert_close(gradient, numeric, rtol=0, atol=1e-5)
+    curvature = hessian(state, theta)
+    generator = seeded(5)
+    for _ in range(3):
+        way = torch.randn(len(theta), generator=generator, dtype=DOUBLE)
+        (up, rising), (down, falling) = (value_and_gradient(state, theta + sign * 1e-4 * way) for sign in (1, -1))
+        # Central differences are off by step^2 / 6 times third derivatives of order 100.
+        assert float(gradient @ way) == pytest.approx((up - down) / 2e-4, abs=3e-6)
+        torch.testing.assert_close(curvature @ way, (rising - falling) / 2e-4, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scores(state, theta).sum(0), gradient, rtol=1e-10, atol=1e-10)
-    slopes = torch.stack([(up[1] - down[1]) / 2e-4 for up, down in zip(above, below, strict=True)])
-    torch.testing.assert_close(hessian(state, theta), slopes, rtol=1e-5, atol=1e-5)
 
 
 def test_the_gradient_needs_the_movement_of_the_modes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,12 +180,12 @@ def one_dimension(shape: str, values: list[float], *, sd: float, sigma: float) -
 
 
 def test_the_modes_of_an_individual_are_added_up() -> None:
-    values = [1.5, 3.0]
+    values = [1.5]
     state, theta = one_dimension("square", values, sd=1.5, sigma=0.05)
     expected = [by_quadrature("square", y, mean=-0.4, sd=1.5, sigma=0.05) for y in values]
     # Next term of Laplace's series at these modes: sigma^2 / y^2 of order 1e-3.
     np.testing.assert_allclose(contributions(state, theta).numpy(), expected, atol=3e-3)
-    assert torch.bincount(state.modes.rows).tolist() == [2, 2]
+    assert torch.bincount(state.modes.rows).tolist() == [2]
     one = replace(state.blocks[0], place=state.blocks[0].place[:, :1])
     assert bool((one.log_weights(theta)[:, 0] < contributions(state, theta) - 0.2).all())
     mean = state.blocks[0].varying().mean(1)[:, 0]
