@@ -6,10 +6,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from nlme_sbi.population.joint import JointDensity
+from nlme_sbi.population.joint import Expansion, JointDensity, promised_gain
+from nlme_sbi.population.proposals import Pieces, modes
 from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
 from nlme_sbi.types import Observations, PosteriorSamples, Simulator, TractableSimulator
@@ -17,6 +18,8 @@ from nlme_sbi.types import Observations, PosteriorSamples, Simulator, TractableS
 _EXPLORED = 500  # individuals whose flow draws tell where the population is
 _FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from
 _CLIMBERS = 3  # starts of Newton's method for each individual, before symmetries
+_OUT_OF_REACH = 500.0  # log density of a mirror image below its mode at which it is given up without a look
+_HOPELESS = 15.0  # and below which its summit is expected when it is not climbed
 
 
 def tractable(simulator: Simulator | None, source: Source, estimator: str) -> TractableSimulator:
@@ -72,30 +75,29 @@ def first_climbers(
     *,
     mirrored: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Individual ``(B,)`` and point ``(B, V)`` of everybody's starts of a search for modes.
+    """Individual ``(B,)`` and point ``(B, V)`` of everybody's starts of a search for modes: the best point of each,
+    and the best ones among those that are far from the earlier choices.
 
-    The best of the network's draws, the best ones among those that are far from the earlier choices, a typical
-    individual in case the network was wrong altogether, and the mirror images of all of them where the simulator
-    declares parameters that may be exchanged (unless not ``mirrored``).
+    To choose from there are the network's draws, their mirror images where the simulator declares parameters that may
+    be exchanged (unless not ``mirrored``), and a typical individual, in case the network was wrong altogether.
     """
     draws = _network_draws(source, observations, generator).to(joint.theta)
     varying = draws[..., list(joint.population.varying)]
-    individuals, count, size = varying.shape
+    individuals, _, size = varying.shape
     every = torch.arange(individuals, device=draws.device)
-    value = joint.value(every, varying)
     spread = varying.std(1, keepdim=True).clamp_min(1e-6 * joint.scale)
+    pool = [varying, joint.centre.expand(individuals, 1, size)]
+    if mirrored:
+        pool[0] = _with_images(joint, varying)
+    points = torch.cat(pool, 1)
+    value = joint.value(every, points)
     chosen = []
-    for _ in range(min(_CLIMBERS, count)):
+    for _ in range(min(_CLIMBERS, points.shape[1])):
         best = value.argmax(1)
-        chosen.append(varying[every, best])
-        distance = ((varying - chosen[-1][:, None]) / spread).norm(dim=2)
+        chosen.append(points[every, best])
+        distance = ((points - chosen[-1][:, None]) / spread).norm(dim=2)
         value = torch.where(distance < 1.0, -torch.inf, value)
-    typical = joint.centre.expand(individuals, size)
-    points = torch.stack([*chosen, typical], 1)
-    rows, points = every.repeat_interleave(points.shape[1]), points.flatten(0, 1)
-    for image in images(joint.simulator, joint.population) if mirrored else ():
-        rows, points = torch.cat([rows, rows]), torch.cat([points, points[:, image]])
-    return rows, points
+    return every.repeat_interleave(len(chosen)), torch.stack(chosen, 1).flatten(0, 1)
 
 
 def _network_draws(source: Source, observations: Observations, generator: torch.Generator) -> Float[Tensor, "I S D"]:
@@ -116,6 +118,48 @@ def images(simulator: TractableSimulator, population: PopulationModel) -> list[l
         order[here], order[there] = there, here
         found.append(order)
     return found
+
+
+def _with_images(joint: JointDensity, points: Float[Tensor, "I S V"]) -> Float[Tensor, "I more V"]:
+    """The points and, for every pair of parameters that may be exchanged, their mirror images."""
+    for order in images(joint.simulator, joint.population):
+        points = torch.cat([points, points[..., order]], 1)
+    return points
+
+
+def modes_with_images(
+    joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]
+) -> tuple[Pieces, Expansion]:
+    """Distinct modes that the starts lead to, and those that hopeful mirror images of them lead to."""
+    found, at = modes(joint, rows, starts)
+    mirrored, points = _hopeful_images(joint, found, at)
+    if len(mirrored) == 0:
+        return found, at
+    return modes(joint, torch.cat([found.rows, mirrored]), torch.cat([found.means, points]))
+
+
+def _hopeful_images(joint: JointDensity, found: Pieces, at: Expansion) -> tuple[Tensor, Tensor]:
+    """Mirror images of modes that are not so low that the population rules them out."""
+    mirrored = _with_images(joint, found.means[:, None])[:, 1:]
+    rows = found.rows[:, None].expand(-1, mirrored.shape[1]).flatten()
+    points, top = mirrored.flatten(0, 1), at.value[:, None].expand(-1, mirrored.shape[1]).flatten()
+    if len(rows) == 0:
+        return rows, points
+    # The likelihood of an image is that of its mode: only the population speaks against it, and it is about quadratic.
+    worth = torch.nonzero(joint.value(rows, points[:, None])[:, 0] > top - _OUT_OF_REACH)[:, 0]
+    there = joint.expand(rows[worth], points[worth])
+    hopeful = worth[there.value + 2 * promised_gain(joint, there) > top[worth] - _HOPELESS]
+    return rows[hopeful], points[hopeful]
+
+
+def is_near(joint: JointDensity, theta: Tensor) -> bool:
+    """Whether mixtures that were made for ``theta`` still serve: the population has hardly moved, in its own SDs."""
+    population = joint.population
+    varying, constant = list(population.varying), list(population.constant)
+    change = population.mean(joint.theta) - population.mean(theta)
+    sd = [population.covariance(at).diagonal()[varying].sqrt() for at in (joint.theta, theta)]
+    near = bool((change[varying].abs() < 0.15 * sd[0]).all()) and bool(((sd[0] / sd[1]).log().abs() < 0.15).all())
+    return near and bool((change[constant].abs() < 0.01).all())
 
 
 def require_everybody(rows: Tensor, observations: Observations) -> None:

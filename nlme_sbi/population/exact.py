@@ -20,10 +20,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.beginnings import explorable, first_climbers, in_double, require_everybody, tractable
+from nlme_sbi.population.beginnings import (
+    explorable,
+    first_climbers,
+    in_double,
+    is_near,
+    modes_with_images,
+    require_everybody,
+    tractable,
+)
 from nlme_sbi.population.exact_draws import ExactDraws, drawn, with_bad_ones_refined
 from nlme_sbi.population.joint import JointDensity
-from nlme_sbi.population.proposals import along_profiles, mixtures, modes
+from nlme_sbi.population.proposals import along_profiles, mixtures
 from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions
 from nlme_sbi.types import Observations, Simulator
@@ -86,7 +94,7 @@ class Exact:
         exact = in_double(observations, theta.device)
         joint = JointDensity(simulator, previous.population, exact, theta.detach())
         known = previous if isinstance(previous, ExactDraws) and previous.individuals == len(exact) else None
-        if known is not None and _is_near(joint, known.proposed_for):
+        if known is not None and is_near(joint, known.proposed_for):
             # The mixtures still fit: draws from them, with likelihoods at the new theta.
             state = drawn(joint, known.modes, known.mixed, source.prior, generator)
             return replace(with_bad_ones_refined(state, generator), proposed_for=known.proposed_for)
@@ -94,11 +102,15 @@ class Exact:
             rows, starts = first_climbers(joint, source, observations, generator)
         else:
             rows, starts = known.modes.rows, known.modes.means
-        laplace, at = modes(joint, rows, starts)
+        laplace, at = modes_with_images(joint, rows, starts)
         require_everybody(laplace.rows, observations)
         mixed = mixtures(along_profiles(joint, laplace, at), len(exact), self._draws_of(previous, len(exact)))
         state = drawn(joint, laplace, mixed, source.prior, generator)
         return with_bad_ones_refined(state, generator)
+
+    def serves(self, state: WeightedDraws, theta: Float[Tensor, " P"]) -> bool:
+        """Whether draws that were made for another theta are as good at this one."""
+        return isinstance(state, ExactDraws) and is_near(replace(state.joint, theta=theta), state.proposed_for)
 
     def improve(
         self,
@@ -123,13 +135,3 @@ class Exact:
         if isinstance(previous, ExactDraws) and previous.individuals == individuals:
             return previous.draws
         return max(self.draws, min(self.max_draws, _DRAWS_ALL // individuals))
-
-
-def _is_near(joint: JointDensity, theta: Tensor) -> bool:
-    """Whether mixtures that were made for ``theta`` still serve: the population has hardly moved, in its own SDs."""
-    population = joint.population
-    varying, constant = list(population.varying), list(population.constant)
-    change = population.mean(joint.theta) - population.mean(theta)
-    sd = [population.covariance(at).diagonal()[varying].sqrt() for at in (joint.theta, theta)]
-    near = bool((change[varying].abs() < 0.15 * sd[0]).all()) and bool(((sd[0] / sd[1]).log().abs() < 0.15).all())
-    return near and bool((change[constant].abs() < 0.01).all())

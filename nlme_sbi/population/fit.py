@@ -29,7 +29,13 @@ from nlme_sbi.population.roles import (
     WeightedDraws,
 )
 from nlme_sbi.population.starts import starting_points
-from nlme_sbi.population.uncertainty import MonteCarloError, covariance_from, likelihood_error, monte_carlo_error
+from nlme_sbi.population.uncertainty import (
+    MonteCarloError,
+    covariance_from,
+    likelihood_error,
+    monte_carlo_error,
+    rough_monte_carlo_error,
+)
 from nlme_sbi.population.verdicts import compared, described, doubted
 from nlme_sbi.population.weighting import contributions, hessian, rough_information
 from nlme_sbi.types import Censoring, Observations, Posterior, PosteriorSamples
@@ -40,6 +46,7 @@ _EXPLORED_INDIVIDUALS = 1000  # starts are compared on so many individuals
 _EXPLORED_DRAWS = 500  # with so many draws
 _STANDS_STILL = 0.5  # standard errors between two rounds; Monte-Carlo error is judged apart
 _ROUNDS = 10  # of draws that follow the optimum
+_PRUDENCE = 1.25  # factor on a rough error before it is believed
 _CONVERGED = 0.01  # largest Newton step that may be left, in standard errors
 _SINGULAR = 0.999  # correlation above which a covariance counts as singular
 
@@ -147,7 +154,7 @@ def _climbed(
     say: Report,
 ) -> tuple[WeightedDraws, _Optimum, str]:
     """The optimum on draws that are good enough, or as good as they get and why they are no better."""
-    state, theta, information = _followed(chosen, state, explored, inputs, say=say)
+    state, theta, information = _followed(chosen, state, explored, inputs, accuracy=accuracy, say=say)
     optimum = _optimise(state, theta, information, say)
     free = state.population.unknowns.free
     while not max(optimum.worst(free)) < accuracy:
@@ -193,6 +200,7 @@ def _followed(
     explored: _Explored,
     inputs: tuple[Source, Observations, torch.Generator],
     *,
+    accuracy: float,
     say: Report,
 ) -> tuple[WeightedDraws, Tensor, Tensor]:
     """For estimators whose draws are made for one theta: draws, optimum on them, draws there, until it stands still.
@@ -222,10 +230,14 @@ def _followed(
             moved = float(((summit.theta - theta)[state.population.unknowns.free].abs() / se).max())
             theta = summit.theta
             say(FitProgress(f"rounds on {len(rows)} individuals", done + 1, 0, summit.objective))
-            if moved < near:
+            if moved < near or chosen.serves(state, theta):
                 break
-    with torch.no_grad():  # draws made for the optimum itself
-        state = chosen.follow(source, observations, theta, state, generator)
+    with torch.no_grad():  # draws made for the optimum itself, as many as they have to be
+        lacking = _PRUDENCE * rough_monte_carlo_error(state, theta, information) / accuracy
+        better: WeightedDraws | str = ""
+        if lacking > 1:
+            better = chosen.improve(state, theta, observations, generator, times=_how_many_times(lacking))
+        state = chosen.follow(source, observations, theta, state, generator) if isinstance(better, str) else better
     return state, theta, rough_information(state, theta)
 
 

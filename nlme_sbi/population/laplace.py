@@ -12,16 +12,23 @@ Source: Wolfinger (1993), Biometrika 80:791.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.beginnings import explorable, first_climbers, in_double, require_everybody, tractable
+from nlme_sbi.population.beginnings import (
+    explorable,
+    first_climbers,
+    in_double,
+    is_near,
+    modes_with_images,
+    require_everybody,
+    tractable,
+)
 from nlme_sbi.population.joint import JointDensity
 from nlme_sbi.population.laplace_draws import LaplaceDraws, assembled
-from nlme_sbi.population.proposals import modes
 from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions
 from nlme_sbi.types import Observations, Simulator
@@ -78,9 +85,14 @@ class Laplace:
             rows, starts = previous.modes.rows, previous.modes.means
         else:
             rows, starts = first_climbers(joint, source, observations, generator)
-        found, _ = modes(joint, rows, starts)
+        found, _ = modes_with_images(joint, rows, starts)
         require_everybody(found.rows, observations)
         return assembled(joint, source.prior, found)
+
+    def serves(self, state: WeightedDraws, theta: Float[Tensor, " P"]) -> bool:
+        """Whether there is no need to look for other modes at ``theta``; those that are known are climbed anew for
+        every theta."""
+        return isinstance(state, LaplaceDraws) and is_near(replace(state.joint, theta=theta), state.joint.theta)
 
     def improve(
         self,

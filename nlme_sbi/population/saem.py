@@ -115,6 +115,10 @@ class Saem:
         """Importance sampling at ``theta``, as the exact estimator does it."""
         return self._sampling.follow(source, observations, theta, previous, generator)
 
+    def serves(self, state: WeightedDraws, theta: Float[Tensor, " P"]) -> bool:
+        """Whether the importance sampling for another theta is as good at this one."""
+        return self._sampling.serves(state, theta)
+
     def improve(
         self,
         state: WeightedDraws,
