@@ -74,10 +74,10 @@ class Saem:
     approximation = ""
 
     def __post_init__(self) -> None:
-        if self.burn_in < 40 or self.averaging < 80 or self.max_sweeps < self.burn_in + 2 * self.averaging:
+        if self.burn_in < 40 or self.averaging < 80 or self.max_sweeps < self.burn_in + self.averaging + _WATCHED:
             raise ValueError(
-                "estimator: needs burn_in >= 40, averaging >= 80 and max_sweeps >= burn_in + 2 averaging; got "
-                f"{self.burn_in}, {self.averaging} and {self.max_sweeps}."
+                f"estimator: needs burn_in >= 40, averaging >= 80 and max_sweeps >= burn_in + averaging + {_WATCHED}; "
+                f"got {self.burn_in}, {self.averaging} and {self.max_sweeps}."
             )
         if self.chains < 0 or not 0 < self.acceptance < 1 or self.draws < 16 or self.exploring < 20:
             raise ValueError(
@@ -268,6 +268,7 @@ class _Run:
         trace: list[Tensor] = []
         ahead = settings.averaging
         for left_over in reversed(range(_ROUNDS)):
+            watched = max(_WATCHED, (ahead - len(trace)) // 2)
             while len(trace) < ahead:
                 run = run.swept((len(trace) + 1) ** -_POWER)
                 trace.append(run.theta)
@@ -275,12 +276,11 @@ class _Run:
             kept = trace[int(_SETTLED * len(trace)) :]
             mean = torch.stack(kept).mean(0)
             run = run.at(mean)
-            watched = max(_WATCHED, len(trace) // 2)
             judged, chains = standstill(run.data, run.chains, run.kernels, mean, run.generator, sweeps=watched)
             run = replace(run, chains=chains, sweeps=run.sweeps + watched)
             se, beyond = judged.sweep_se / len(kept) ** 0.5 / judged.se, _beyond_chance(judged)
-            room = settings.max_sweeps - run.sweeps
             still = float(beyond.abs().max()) < wished
+            room = (settings.max_sweeps - run.sweeps) * 2 // 3  # a third of it for judging
             if (float(se.max()) < wished and still) or not left_over or room < 2 * _WATCHED:
                 break
             if not still:
