@@ -91,9 +91,8 @@ def deviance(fit: PopulationFit) -> float:
     return math.nan if fit.minus_two_log_likelihood is None else fit.minus_two_log_likelihood
 
 
-def figures_of(
-    name: str, exact: Fitted, saem: Fitted, laplace: Fitted, distance: dict[str, float]
-) -> dict[str, Figure]:
+def figures_of(name: str, fits: dict[str, Fitted], distance: dict[str, float]) -> dict[str, Figure]:
+    exact, saem, laplace = (fits[key] for key in ("exact", "saem", "laplace"))
     error = 2 * math.hypot(exact[0].monte_carlo.objective_se, saem[0].monte_carlo.objective_se)
     found: dict[str, Figure] = {
         f"worst_se_{name}": (distance["saem"], "standard errors of the exact fit, saem against exact"),
