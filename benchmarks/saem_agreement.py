@@ -1,6 +1,6 @@
 """Two independent ways to the maximum of the likelihood: estimators saem and exact on the same data.
 
-    python benchmarks/saem_agreement.py --theophylline RUN --two-rate RUN [--cells 1000] [--people 100]
+    python benchmarks/saem_agreement.py --theophylline RUN --two-rate RUN [--cells 1000] [--people 100] [--data cells]
 
 The RUNs are train_flow runs of the two experiments. Data: theophylline as it was measured; the first published two-rate
 cells; and a simulated trial of theophylline, people of the published law with the designs of the real ones, resampled.
@@ -26,6 +26,7 @@ from nlme_sbi.designs import ResampledDesigns
 from nlme_sbi.devices import keep_freed_memory
 from nlme_sbi.population import Exact, GaussianPopulation, Laplace, PopulationFit, Saem, fit_population
 
+DATA = ("theophylline", "trial", "cells")
 Fitted = tuple[PopulationFit, Spent]
 
 
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--two-rate", type=Path, required=True)
     parser.add_argument("--cells", type=int, default=1000)
     parser.add_argument("--people", type=int, default=100)
+    parser.add_argument("--data", nargs="+", choices=DATA, default=DATA, help="only these; all when left out")
     options = parser.parse_args()
     keep_freed_memory()
     oral = AmortizedPosterior.load(options.theophylline, device="cpu")
@@ -136,7 +138,7 @@ def main() -> None:
     )
     figures: dict[str, Figure] = {}
     worst: list[float] = []
-    for name, (posterior, data, constant) in sets.items():
+    for name, (posterior, data, constant) in ((name, sets[name]) for name in options.data):
         estimators = {"exact": Exact(), "saem": Saem(), "laplace": Laplace()}
         fits = {key: fitted(posterior, data, constant, estimator) for key, estimator in estimators.items()}
         pairs = tuple(getattr(posterior.simulator, "exchangeable", ()))
