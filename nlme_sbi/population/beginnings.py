@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nlme_sbi.population.joint import Expansion, JointDensity, promised_gain
-from nlme_sbi.population.proposals import Pieces, modes
+from nlme_sbi.population.proposals import Pieces, modes, with_others
 from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
 from nlme_sbi.types import Observations, PosteriorSamples, Simulator, TractableSimulator
@@ -131,11 +131,9 @@ def modes_with_images(
     joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]
 ) -> tuple[Pieces, Expansion]:
     """Distinct modes that the starts lead to, and those that hopeful mirror images of them lead to."""
-    found, at = modes(joint, rows, starts)
-    mirrored, points = _hopeful_images(joint, found, at)
-    if len(mirrored) == 0:
-        return found, at
-    return modes(joint, torch.cat([found.rows, mirrored]), torch.cat([found.means, points]))
+    found = modes(joint, rows, starts)
+    mirrored, points = _hopeful_images(joint, *found)
+    return found if len(mirrored) == 0 else with_others(joint, found, modes(joint, mirrored, points))
 
 
 def _hopeful_images(joint: JointDensity, found: Pieces, at: Expansion) -> tuple[Tensor, Tensor]:

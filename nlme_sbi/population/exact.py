@@ -108,6 +108,10 @@ class Exact:
         state = drawn(joint, laplace, mixed, source.prior, generator)
         return with_bad_ones_refined(state, generator)
 
+    def with_draws(self, draws: int) -> Exact:
+        """The same with so many draws of each individual, at least those it had and at most ``max_draws``."""
+        return replace(self, draws=min(max(draws, self.draws), self.max_draws))
+
     def serves(self, state: WeightedDraws, theta: Float[Tensor, " P"]) -> bool:
         """Whether draws that were made for another theta are as good at this one."""
         return isinstance(state, ExactDraws) and is_near(replace(state.joint, theta=theta), state.proposed_for)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population import checks
-from nlme_sbi.population.ascent import Summit, climb, polish, rise
+from nlme_sbi.population.ascent import Summit, climb, polish
+from nlme_sbi.population.exploring import EXPLORED_INDIVIDUALS, Explored, explore
 from nlme_sbi.population.individuals import individual_estimates
 from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.result import PopulationFit, Restart
@@ -28,7 +29,6 @@ from nlme_sbi.population.roles import (
     Source,
     WeightedDraws,
 )
-from nlme_sbi.population.starts import starting_points
 from nlme_sbi.population.uncertainty import (
     MonteCarloError,
     covariance_from,
@@ -36,28 +36,18 @@ from nlme_sbi.population.uncertainty import (
     monte_carlo_error,
     rough_monte_carlo_error,
 )
-from nlme_sbi.population.verdicts import compared, described, doubted
+from nlme_sbi.population.verdicts import described, doubted
 from nlme_sbi.population.weighting import contributions, hessian, rough_information
 from nlme_sbi.types import Censoring, Observations, Posterior, PosteriorSamples
 
 logger = logging.getLogger(__name__)
 
-_EXPLORED_INDIVIDUALS = 1000  # starts are compared on so many individuals
-_EXPLORED_DRAWS = 500  # with so many draws
 _STANDS_STILL = 0.5  # standard errors between two rounds; Monte-Carlo error is judged apart
 _ROUNDS = 10  # of draws that follow the optimum
-_PRUDENCE = 1.25  # factor on a rough error before it is believed
+_PRUDENCE = 1.1  # factor on the rough error of fewer individuals before it sets the draws of all
+_LEFT_BY_A_MOVE = 0.05  # standard errors
 _CONVERGED = 0.01  # largest Newton step that may be left, in standard errors
 _SINGULAR = 0.999  # correlation above which a covariance counts as singular
-
-
-@dataclass(frozen=True, eq=False)
-class _Explored:
-    """Where the starts ended; ``information`` is rough, for all individuals."""
-
-    best: Summit
-    restarts: tuple[Restart, ...]
-    information: Float[Tensor, "free free"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +111,7 @@ def fit_population(
     say(FitProgress("draws", 0, 0))
     with torch.no_grad():
         state: WeightedDraws = chosen.prepare(posterior_or_samples, observations, model, generator)
-    explored = _explore(state, observations.ids, generator, starts=starts, say=say)
+    explored = explore(state, observations.ids, generator, starts=starts, say=say)
     inputs = (posterior_or_samples, observations, generator)
     if isinstance(chosen, SearchingEstimator):
         state, optimum = _searched(chosen, state, explored, inputs, accuracy=accuracy, say=say)
@@ -147,7 +137,7 @@ def fit_population(
 def _climbed(
     chosen: Estimator,
     state: WeightedDraws,
-    explored: _Explored,
+    explored: Explored,
     inputs: tuple[Source, Observations, torch.Generator],
     *,
     accuracy: float,
@@ -173,7 +163,7 @@ def _climbed(
 def _searched(
     chosen: SearchingEstimator,
     state: WeightedDraws,
-    explored: _Explored,
+    explored: Explored,
     inputs: tuple[Source, Observations, torch.Generator],
     *,
     accuracy: float,
@@ -197,7 +187,7 @@ def _searched(
 def _followed(
     chosen: Estimator,
     state: WeightedDraws,
-    explored: _Explored,
+    explored: Explored,
     inputs: tuple[Source, Observations, torch.Generator],
     *,
     accuracy: float,
@@ -213,14 +203,17 @@ def _followed(
         return state, theta, information
     individuals = len(observations)
     stages = [(torch.arange(individuals), _STANDS_STILL)]
-    if individuals > 2 * _EXPLORED_INDIVIDUALS:
+    if individuals > 2 * EXPLORED_INDIVIDUALS:
         shuffled = torch.randperm(individuals, generator=generator, device=generator.device)
-        stages.insert(0, (shuffled[:_EXPLORED_INDIVIDUALS].sort().values.cpu(), 1.0))
+        stages.insert(0, (shuffled[:EXPLORED_INDIVIDUALS].sort().values.cpu(), 1.0))
+    moved, lacking = math.inf, 0.0
     for rows, near in stages:
         some = observations if len(rows) == individuals else observations[rows]
         given = source
         if isinstance(source, PosteriorSamples) and len(rows) < individuals:
             given = replace(source, phi=source.phi[rows], log_q=source.log_q[rows])
+        if lacking > 0:  # as many draws as fewer individuals needed: the ratio of the errors is the same
+            chosen = chosen.with_draws(math.ceil(state.draws * _times_for(lacking)))
         for done in range(_ROUNDS):
             with torch.no_grad():
                 state = chosen.follow(given, some, theta, state, generator)
@@ -232,13 +225,21 @@ def _followed(
             say(FitProgress(f"rounds on {len(rows)} individuals", done + 1, 0, summit.objective))
             if moved < near or chosen.serves(state, theta):
                 break
-    with torch.no_grad():  # draws made for the optimum itself, as many as they have to be
         lacking = _PRUDENCE * rough_monte_carlo_error(state, theta, information) / accuracy
-        better: WeightedDraws | str = ""
-        if lacking > 1:
-            better = chosen.improve(state, theta, observations, generator, times=_how_many_times(lacking))
-        state = chosen.follow(source, observations, theta, state, generator) if isinstance(better, str) else better
+    # What draws made for another theta leave in the estimate is of second order in how far that is.
+    lacking /= _PRUDENCE  # the errors that count are judged again
+    if lacking > 1 or moved**2 / (2 * math.sqrt(individuals)) > _LEFT_BY_A_MOVE:
+        with torch.no_grad():
+            better: WeightedDraws | str = ""
+            if lacking > 1:
+                better = chosen.improve(state, theta, observations, generator, times=max(2, round(_times_for(lacking))))
+            state = chosen.follow(source, observations, theta, state, generator) if isinstance(better, str) else better
     return state, theta, rough_information(state, theta)
+
+
+def _times_for(lacking: float) -> float:
+    """How many times as many evenly spread draws would help, whose error falls faster than that of random ones."""
+    return min(16.0, math.pow(lacking, 1.6))
 
 
 def _how_many_times(ratio: float) -> int:
@@ -281,52 +282,6 @@ def _few(model: PopulationModel, individuals: int) -> tuple[str, ...]:
     return (
         f"{individuals} individuals for {unknowns} unknowns: estimates of SDs and their errors are not to be trusted. "
         "Use a simpler population model.",
-    )
-
-
-def _explore(
-    state: WeightedDraws, ids: tuple[str, ...], generator: torch.Generator, *, starts: int, say: Report
-) -> _Explored:
-    """Run every start on a part of the data that is large enough to compare them."""
-    part = _part(state, generator)
-    phi, prior = part.training_draws()
-    ends: list[tuple[str, Summit | None]] = []
-    points = starting_points(phi, prior, state.population, count=starts, generator=generator)
-    for done, (name, theta) in enumerate(points):
-        say(FitProgress("starts", done, len(points), _highest(ends)))
-        finite = bool(torch.isfinite(contributions(part, theta)).all())
-        end = rise(part, theta) if finite else None
-        ends.append((name, end if end is not None and math.isfinite(end.objective) else None))
-    reached = [end for _, end in ends if end is not None]
-    if not reached:
-        raise ValueError(_nowhere(part, points[0][1], ids))
-    best = max(reached, key=lambda end: end.objective)
-    information = rough_information(part, best.theta)
-    restarts = compared(ends, best, part, torch.linalg.inv(information))
-    return _Explored(best, restarts, information * (state.individuals / part.individuals))
-
-
-def _part(state: WeightedDraws, generator: torch.Generator) -> WeightedDraws:
-    if state.individuals <= _EXPLORED_INDIVIDUALS and state.draws <= _EXPLORED_DRAWS:
-        return state
-    chosen = torch.arange(state.individuals, device=generator.device)
-    if state.individuals > _EXPLORED_INDIVIDUALS:
-        shuffled = torch.randperm(state.individuals, generator=generator, device=generator.device)
-        chosen = shuffled[:_EXPLORED_INDIVIDUALS].sort().values
-    stride = max(1, state.draws // _EXPLORED_DRAWS)
-    return state.part(chosen, slice(0, stride * _EXPLORED_DRAWS, stride))
-
-
-def _highest(ends: list[tuple[str, Summit | None]]) -> float | None:
-    return max((end.objective for _, end in ends if end is not None), default=None)
-
-
-def _nowhere(state: WeightedDraws, theta: Tensor, ids: tuple[str, ...]) -> str:
-    broken = torch.nonzero(~torch.isfinite(contributions(state, theta)))[:, 0]
-    names = f" First: {checks.named(ids, broken)}." if len(ids) == state.individuals else ""
-    return (
-        f"The objective is not finite at any start, for {len(broken)} of {state.individuals} individuals.{names} "
-        "A fixed or constant value may lie outside the training prior, or the draws are degenerate."
     )
 
 

@@ -89,6 +89,10 @@ class Laplace:
         require_everybody(found.rows, observations)
         return assembled(joint, source.prior, found)
 
+    def with_draws(self, draws: int) -> Laplace:  # noqa: ARG002
+        """Itself: draws decide nothing."""
+        return self
+
     def serves(self, state: WeightedDraws, theta: Float[Tensor, " P"]) -> bool:
         """Whether there is no need to look for other modes at ``theta``; those that are known are climbed anew for
         every theta."""

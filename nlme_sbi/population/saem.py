@@ -87,7 +87,8 @@ class Saem:
 
     @property
     def _sampling(self) -> Exact:
-        return Exact(draws=self.draws, exploring=self.exploring, simulator=self.simulator)
+        most = Exact.max_draws
+        return Exact(draws=min(self.draws, most), max_draws=most, exploring=self.exploring, simulator=self.simulator)
 
     def prepare(
         self, source: Source, observations: Observations, population: PopulationModel, generator: torch.Generator
@@ -114,6 +115,10 @@ class Saem:
     ) -> WeightedDraws:
         """Importance sampling at ``theta``, as the exact estimator does it."""
         return self._sampling.follow(source, observations, theta, previous, generator)
+
+    def with_draws(self, draws: int) -> Saem:
+        """The same with so many draws in the importance sampling at the estimate, at least those it had."""
+        return replace(self, draws=max(draws, self.draws))
 
     def serves(self, state: WeightedDraws, theta: Float[Tensor, " P"]) -> bool:
         """Whether the importance sampling for another theta is as good at this one."""
