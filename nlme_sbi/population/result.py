@@ -84,7 +84,8 @@ class PopulationFit:
 
     @property
     def ess(self) -> Float[Tensor, " I"]:
-        """Effective number of draws of every individual at the optimum."""
+        """Effective number of draws of every individual at the optimum; all of them where the likelihood is an
+        approximation, which needs none."""
         return self.individuals.ess
 
     @property
@@ -201,7 +202,10 @@ class PopulationFit:
             ],
             "covariance": [[number(value) for value in row] for row in self.covariance.tolist()],
             "table": self.table().to_dict(),
-            "ess": {"mean": float(ess.mean()), "median": float(ess.median()), "smallest": float(ess.min())},
+            "ess": {
+                name: None if self.approximation else float(value)
+                for name, value in (("mean", ess.mean()), ("median", ess.median()), ("smallest", ess.min()))
+            },
             "restarts": [_plain(asdict(restart)) for restart in self.restarts],
             "converged": self.converged,
             "message": self.message,
