@@ -113,11 +113,7 @@ def fit_population(
         state: WeightedDraws = chosen.prepare(posterior_or_samples, observations, model, generator)
     explored = explore(state, observations.ids, generator, starts=starts, say=say)
     inputs = (posterior_or_samples, observations, generator)
-    if isinstance(chosen, SearchingEstimator):
-        state, optimum = _searched(chosen, state, explored, inputs, accuracy=accuracy, say=say)
-        shortage = "" if optimum.found is None else optimum.found.shortage
-    else:
-        state, optimum, shortage = _climbed(chosen, state, explored, inputs, accuracy=accuracy, say=say)
+    state, optimum, shortage = _climbed(chosen, state, explored, inputs, accuracy=accuracy, say=say)
     said = (
         *_few(model, len(observations)),
         *doubted(explored.restarts),
@@ -144,6 +140,8 @@ def _climbed(
     say: Report,
 ) -> tuple[WeightedDraws, _Optimum, str]:
     """The optimum on draws that are good enough, or as good as they get and why they are no better."""
+    if isinstance(chosen, SearchingEstimator):
+        return _searched(chosen, state, explored, inputs, accuracy=accuracy, say=say)
     state, theta, information = _followed(chosen, state, explored, inputs, accuracy=accuracy, say=say)
     optimum = _optimise(state, theta, information, say)
     free = state.population.unknowns.free
@@ -168,7 +166,7 @@ def _searched(
     *,
     accuracy: float,
     say: Report,
-) -> tuple[WeightedDraws, _Optimum]:
+) -> tuple[WeightedDraws, _Optimum, str]:
     """The estimator's own estimate, as it is, with likelihood and information from its draws there."""
     source, observations, generator = inputs
     start = explored.best.theta
@@ -181,7 +179,8 @@ def _searched(
     information = -hessian(state, found.theta)
     covariance = covariance_from(information)
     error = likelihood_error(state, found.theta, se=found.monte_carlo_se, bias=found.left)
-    return state, _Optimum(Summit(found.theta, objective, 0), information, covariance, error, found)
+    optimum = _Optimum(Summit(found.theta, objective, 0), information, covariance, error, found)
+    return state, optimum, found.shortage
 
 
 def _followed(
