@@ -37,7 +37,7 @@ from nlme_sbi.population.uncertainty import (
     rough_monte_carlo_error,
 )
 from nlme_sbi.population.verdicts import described, doubted
-from nlme_sbi.population.weighting import contributions, hessian, rough_information
+from nlme_sbi.population.weighting import hessian, rough_information, value_and_gradient
 from nlme_sbi.types import Censoring, Observations, Posterior, PosteriorSamples
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ _ROUNDS = 10  # of draws that follow the optimum
 _PRUDENCE = 1.1  # factor on the rough error of fewer individuals before it sets the draws of all
 _LEFT_BY_A_MOVE = 0.05  # standard errors
 _CONVERGED = 0.01  # largest Newton step that may be left, in standard errors
+_CONTRADICTED = 0.3  # standard errors between a search's estimate and the summit of the likelihood there
 _SINGULAR = 0.999  # correlation above which a covariance counts as singular
 
 
@@ -123,7 +124,7 @@ def fit_population(
             individual_estimates(state, optimum.summit.theta).ess, state.draws, observations.ids
         ),
         *state.warnings(optimum.summit.theta, observations.ids),
-        *(() if optimum.found is None else optimum.found.warnings),
+        *_second_opinion(optimum),
     )
     for warning in said:
         logger.warning(warning)
@@ -174,12 +175,16 @@ def _searched(
     say(FitProgress("likelihood", 0, 0))
     with torch.no_grad():
         state = chosen.follow(source, observations, found.theta, state, generator)
-    objective = float(contributions(state, found.theta).sum())
+    objective, gradient = value_and_gradient(state, found.theta)
     say(FitProgress("curvature", 0, 0, objective))
     information = -hessian(state, found.theta)
     covariance = covariance_from(information)
+    step = None
+    if covariance is not None:  # a second opinion, which the estimate does not follow
+        newton = covariance @ gradient[state.population.unknowns.free.to(gradient.device)]
+        step = float((newton.abs() / covariance.diagonal().sqrt()).max())
     error = likelihood_error(state, found.theta, se=found.monte_carlo_se, bias=found.left)
-    optimum = _Optimum(Summit(found.theta, objective, 0), information, covariance, error, found)
+    optimum = _Optimum(Summit(found.theta, objective, 1, step), information, covariance, error, found)
     return state, optimum, found.shortage
 
 
@@ -325,6 +330,20 @@ def _imprecise(model: PopulationModel, optimum: _Optimum, accuracy: float, short
     )
 
 
+def _second_opinion(optimum: _Optimum) -> tuple[str, ...]:
+    """What a search says of itself, and a sentence where the likelihood at its estimate contradicts it."""
+    if optimum.found is None:
+        return ()
+    step = optimum.summit.step
+    if step is None or step < _CONTRADICTED:
+        return optimum.found.warnings
+    return (
+        *optimum.found.warnings,
+        f"The likelihood of the draws made at the estimate is highest {step:.2g} standard errors away: the search may "
+        "have ended too early. Wish for a smaller fit.accuracy, or compare with estimator=exact.",
+    )
+
+
 def _degenerate(model: PopulationModel, optimum: _Optimum) -> tuple[str, ...]:
     """A sentence on a covariance between individuals that has become singular."""
     varying = list(model.varying)
@@ -357,11 +376,11 @@ def _result(
     covariance[free[:, None], free] = known.to(covariance)
     step = optimum.summit.step
     converged = step is not None and step < _CONVERGED and optimum.covariance is not None
-    left = "unknown" if step is None else f"{step:.1g} standard errors"
+    left = "unknown" if step is None else f"{step:.2g} standard errors"
     outcome = f"Converged (largest step left: {left})." if converged else f"NOT converged (largest step left: {left})."
     if optimum.found is not None:
         converged = optimum.found.converged and optimum.covariance is not None
-        outcome = optimum.found.message
+        outcome = f"{optimum.found.message} The likelihood of the draws made there is highest {left} away."
     return PopulationFit(
         population=state.population,
         ids=observations.ids,
