@@ -89,18 +89,19 @@ def _sorted_out(rows: Tensor, points: Tensor, at: Expansion, scale: Tensor) -> t
     place = place[torch.argsort(rows[place], stable=True)]
     covariances = covariance_of(-at.hessian[place], scale)
     pieces = Pieces(rows[place], at.value[place] + _log_volume(covariances), points[place], covariances)
-    kept = _distinct(pieces)
+    kept = distinct(pieces)
     return pieces[kept], at[place[kept]]
 
 
-def _distinct(pieces: Pieces) -> Int[Tensor, " kept"]:
-    """Positions of pieces that are neither near an earlier one of the same individual nor negligible.
+def distinct(pieces: Pieces, *, negligible: float = _NEGLIGIBLE) -> Int[Tensor, " kept"]:
+    """Positions of pieces that are neither near an earlier one of the same individual nor ``negligible`` nats below
+    its largest.
 
     Pieces are sorted by individual. Each is compared with its predecessors at distance 1, 2, ... in the list.
     """
     count = len(pieces.rows)
     keep = torch.ones(count, dtype=torch.bool, device=pieces.rows.device)
-    keep &= pieces.log_mass > _largest(pieces)[pieces.rows] - _NEGLIGIBLE
+    keep &= pieces.log_mass > _largest(pieces)[pieces.rows] - negligible
     _, sizes = torch.unique_consecutive(pieces.rows, return_counts=True)
     precision = torch.linalg.inv(pieces.covariances)
     for apart in range(1, int(sizes.max())):
@@ -279,6 +280,14 @@ class Mixtures:
         phi = self.means[every, component] + (self.factors[every, component] @ standard[..., None])[..., 0]
         return phi, self.log_prob(phi)
 
+    def standard(self, shape: tuple[int, int, int], generator: torch.Generator) -> Float[Tensor, "I S V"]:
+        """Draws of a component before its location and factor."""
+        dtype = self.means.dtype
+        noise = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+        waits = torch.empty((*shape[:2], _FREEDOM // 2), device=generator.device, dtype=dtype)
+        chi_square = 2 * waits.exponential_(generator=generator).sum(-1)
+        return (noise * (_FREEDOM / chi_square).sqrt()[..., None]).to(self.means.device)
+
     def log_prob(self, phi: Float[Tensor, "I S V"]) -> Float[Tensor, "I S"]:
         """Log density of the mixture."""
         size = phi.shape[2]
@@ -347,10 +356,12 @@ def _strata(counts: Int[Tensor, "I K"], draws: int) -> Int[Tensor, "I S"]:
     return torch.searchsorted(ends, place, right=True)
 
 
-def mixtures(pieces: Pieces, individuals: int, draws: int, *, inflation: float = 1.1) -> Mixtures:
+def mixtures(
+    pieces: Pieces, individuals: int, draws: int, *, inflation: float = 1.1, spread: float = _SPREAD
+) -> Mixtures:
     """Components of every individual side by side, and how many of the ``draws`` each gets.
 
-    In proportion to mass, a share alike, and at least one each while there are enough.
+    In proportion to mass, a share ``spread`` alike, and at least one each while there are enough.
     """
     order = torch.argsort(pieces.log_mass, descending=True, stable=True)
     order = order[torch.argsort(pieces.rows[order], stable=True)]
@@ -370,14 +381,14 @@ def mixtures(pieces: Pieces, individuals: int, draws: int, *, inflation: float =
     means[pieces.rows, place] = pieces.means
     factors = torch.eye(size, dtype=dtype, device=device).expand(*shape, -1, -1).clone()
     factors[pieces.rows, place] = math.sqrt(inflation) * torch.linalg.cholesky(pieces.covariances)
-    return Mixtures(_allotted(log_mass, draws), means, factors)
+    return Mixtures(_allotted(log_mass, draws, spread), means, factors)
 
 
-def _allotted(log_mass: Float[Tensor, "I K"], draws: int) -> Int[Tensor, "I K"]:
+def _allotted(log_mass: Float[Tensor, "I K"], draws: int, spread: float) -> Int[Tensor, "I K"]:
     """Whole numbers of draws that add up, by largest remainders above one each."""
     there = torch.isfinite(log_mass)
     share = torch.softmax(log_mass, 1)
-    share = (1 - _SPREAD) * share + _SPREAD * there / there.sum(1, keepdim=True)
+    share = (1 - spread) * share + spread * there / there.sum(1, keepdim=True)
     left = draws - there.sum(1, keepdim=True)
     wished = share * left
     counts = wished.floor()
