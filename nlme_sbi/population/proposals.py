@@ -71,24 +71,38 @@ def _log_volume(covariance: Tensor) -> Float[Tensor, " B"]:
 def modes(joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]) -> tuple[Pieces, Expansion]:
     """Distinct modes of every individual, best first, with their Laplace approximations."""
     found: Summits = ascend(joint, rows, starts)
-    finite = torch.isfinite(found.at.value) & torch.isfinite(found.at.hessian).flatten(1).all(1)
+    return _sorted_out(joint, rows, found.points, found.at)
+
+
+def with_others(
+    joint: JointDensity, known: tuple[Pieces, Expansion], others: tuple[Pieces, Expansion]
+) -> tuple[Pieces, Expansion]:
+    """Modes of two searches together, each once."""
+    both = Pieces.joined([known[0], others[0]])
+    return _sorted_out(joint, both.rows, both.means, Expansion.joined([known[1], others[1]]))
+
+
+def _sorted_out(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion) -> tuple[Pieces, Expansion]:
+    """Summits in the order of the individuals, best first, without those that are near a better one or negligible."""
+    finite = torch.isfinite(at.value) & torch.isfinite(at.hessian).flatten(1).all(1)
     place = torch.nonzero(finite)[:, 0]
-    place = place[torch.argsort(found.at.value[place], descending=True, stable=True)]
+    place = place[torch.argsort(at.value[place], descending=True, stable=True)]
     place = place[torch.argsort(rows[place], stable=True)]
-    covariances = covariance_of(-found.at.hessian[place], joint.scales[rows[place]])
-    pieces = Pieces(rows[place], found.at.value[place] + _log_volume(covariances), found.points[place], covariances)
-    kept = _distinct(pieces)
-    return pieces[kept], found.at[place[kept]]
+    covariances = covariance_of(-at.hessian[place], joint.scales[rows[place]])
+    pieces = Pieces(rows[place], at.value[place] + _log_volume(covariances), points[place], covariances)
+    kept = distinct(pieces)
+    return pieces[kept], at[place[kept]]
 
 
-def _distinct(pieces: Pieces) -> Int[Tensor, " kept"]:
-    """Positions of pieces that are neither near an earlier one of the same individual nor negligible.
+def distinct(pieces: Pieces, *, negligible: float = _NEGLIGIBLE) -> Int[Tensor, " kept"]:
+    """Positions of pieces that are neither near an earlier one of the same individual nor ``negligible`` nats below
+    its largest.
 
     Pieces are sorted by individual. Each is compared with its predecessors at distance 1, 2, ... in the list.
     """
     count = len(pieces.rows)
     keep = torch.ones(count, dtype=torch.bool, device=pieces.rows.device)
-    keep &= pieces.log_mass > _largest(pieces)[pieces.rows] - _NEGLIGIBLE
+    keep &= pieces.log_mass > _largest(pieces)[pieces.rows] - negligible
     _, sizes = torch.unique_consecutive(pieces.rows, return_counts=True)
     precision = torch.linalg.inv(pieces.covariances)
     for apart in range(1, int(sizes.max())):
@@ -267,6 +281,14 @@ class Mixtures:
         phi = self.means[every, component] + (self.factors[every, component] @ standard[..., None])[..., 0]
         return phi, self.log_prob(phi)
 
+    def standard(self, shape: tuple[int, int, int], generator: torch.Generator) -> Float[Tensor, "I S V"]:
+        """Draws of a component before its location and factor."""
+        dtype = self.means.dtype
+        noise = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+        waits = torch.empty((*shape[:2], _FREEDOM // 2), device=generator.device, dtype=dtype)
+        chi_square = 2 * waits.exponential_(generator=generator).sum(-1)
+        return (noise * (_FREEDOM / chi_square).sqrt()[..., None]).to(self.means.device)
+
     def log_prob(self, phi: Float[Tensor, "I S V"]) -> Float[Tensor, "I S"]:
         """Log density of the mixture."""
         size = phi.shape[2]
@@ -335,10 +357,12 @@ def _strata(counts: Int[Tensor, "I K"], draws: int) -> Int[Tensor, "I S"]:
     return torch.searchsorted(ends, place, right=True)
 
 
-def mixtures(pieces: Pieces, individuals: int, draws: int, *, inflation: float = 1.1) -> Mixtures:
+def mixtures(
+    pieces: Pieces, individuals: int, draws: int, *, inflation: float = 1.1, spread: float = _SPREAD
+) -> Mixtures:
     """Components of every individual side by side, and how many of the ``draws`` each gets.
 
-    In proportion to mass, a share alike, and at least one each while there are enough.
+    In proportion to mass, a share ``spread`` alike, and at least one each while there are enough.
     """
     order = torch.argsort(pieces.log_mass, descending=True, stable=True)
     order = order[torch.argsort(pieces.rows[order], stable=True)]
@@ -358,14 +382,14 @@ def mixtures(pieces: Pieces, individuals: int, draws: int, *, inflation: float =
     means[pieces.rows, place] = pieces.means
     factors = torch.eye(size, dtype=dtype, device=device).expand(*shape, -1, -1).clone()
     factors[pieces.rows, place] = math.sqrt(inflation) * torch.linalg.cholesky(pieces.covariances)
-    return Mixtures(_allotted(log_mass, draws), means, factors)
+    return Mixtures(_allotted(log_mass, draws, spread), means, factors)
 
 
-def _allotted(log_mass: Float[Tensor, "I K"], draws: int) -> Int[Tensor, "I K"]:
+def _allotted(log_mass: Float[Tensor, "I K"], draws: int, spread: float) -> Int[Tensor, "I K"]:
     """Whole numbers of draws that add up, by largest remainders above one each."""
     there = torch.isfinite(log_mass)
     share = torch.softmax(log_mass, 1)
-    share = (1 - _SPREAD) * share + _SPREAD * there / there.sum(1, keepdim=True)
+    share = (1 - spread) * share + spread * there / there.sum(1, keepdim=True)
     left = draws - there.sum(1, keepdim=True)
     wished = share * left
     counts = wished.floor()

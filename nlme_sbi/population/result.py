@@ -49,6 +49,8 @@ class PopulationFit:
         ids: of the individuals.
         estimator: name of the estimator.
         absolute: whether ``objective`` is log p(y | theta); otherwise it is a log likelihood ratio.
+        approximation: what the likelihood is approximated by ("Laplace"), so that it compares only with other fits of
+            the same approximation; "" where only draws limit it.
         theta: ``(P,)`` estimates, unconstrained.
         covariance: ``(P, P)`` of the estimates (inverse observed information); zero for fixed unknowns, NaN where the
             information was not positive definite.
@@ -82,10 +84,12 @@ class PopulationFit:
     measurements: int
     state: WeightedDraws = field(repr=False)
     labelling: tuple[str, ...] = ()
+    approximation: str = ""
 
     @property
     def ess(self) -> Float[Tensor, " I"]:
-        """Effective number of draws of every individual at the optimum."""
+        """Effective number of draws of every individual at the optimum; all of them where the likelihood is an
+        approximation, which needs none."""
         return self.individuals.ess
 
     @property
@@ -97,7 +101,7 @@ class PopulationFit:
     @property
     def minus_two_log_likelihood(self) -> float | None:
         """-2 log L, corrected for the bias that the log of a mean of weights has; None where the estimator does not
-        give it."""
+        give it. With an :attr:`approximation` it is that approximation's value."""
         return -2 * (self.objective - self.monte_carlo.objective_bias) if self.absolute else None
 
     @property
@@ -176,6 +180,7 @@ class PopulationFit:
         ess = self.ess
         return {
             "estimator": self.estimator,
+            "approximation": self.approximation,
             "individuals": len(self.ids),
             "draws": self.draws,
             "log_likelihood_ratio": number_or_none(self.log_likelihood_ratio),
@@ -202,7 +207,10 @@ class PopulationFit:
             ],
             "covariance": [[number(value) for value in row] for row in self.covariance.tolist()],
             "table": self.table().to_dict(),
-            "ess": {"mean": float(ess.mean()), "median": float(ess.median()), "smallest": float(ess.min())},
+            "ess": {
+                name: None if self.approximation else float(value)
+                for name, value in (("mean", ess.mean()), ("median", ess.median()), ("smallest", ess.min()))
+            },
             "restarts": [_plain(asdict(restart)) for restart in self.restarts],
             "converged": self.converged,
             "message": self.message,
@@ -212,13 +220,21 @@ class PopulationFit:
 
     def _heading(self) -> tuple[str, ...]:
         error, ess = self.monte_carlo, self.ess
+        who = f"{len(self.ids)} individuals, estimator {self.estimator}"
         what = "log L" if self.absolute else "log likelihood ratio to the training prior"
         said = "not available with this estimator"
         deviance, ofv = self.minus_two_log_likelihood, self.objective_function_value
+        if self.approximation and deviance is not None and ofv is not None:
+            label = f"{self.approximation}'s approximation; compare only with other fits of it"
+            return (
+                f"{who}, nothing is sampled",
+                f"{what}: {self.objective:.2f} ({label})",
+                f"-2 log L: {deviance:.2f} ({self.approximation}), OFV {ofv:.2f} ({self.approximation})",
+            )
         if deviance is not None and ofv is not None:
             said = f"{deviance:.2f} (Monte-Carlo SE {2 * error.objective_se:.2g}, corrected for bias), OFV {ofv:.2f}"
         return (
-            f"{len(self.ids)} individuals, estimator {self.estimator}, {self.draws} draws each "
+            f"{who}, {self.draws} draws each "
             f"(effective: median {float(ess.median()):.0f}, smallest {float(ess.min()):.0f})",
             f"{what}: {self.objective:.2f} (Monte-Carlo SE {error.objective_se:.2f}, bias {error.objective_bias:.2f})",
             f"-2 log L: {said}",

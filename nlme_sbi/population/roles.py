@@ -252,6 +252,10 @@ class Estimator(Protocol):
     def absolute(self) -> bool:
         """Whether the objective is a log likelihood."""
 
+    @property
+    def approximation(self) -> str:
+        """What the likelihood is approximated by, in a word that tables print; "" where only draws limit it."""
+
     def prepare(
         self, source: Source, observations: Observations, population: PopulationModel, generator: torch.Generator
     ) -> WeightedDraws:
@@ -290,6 +294,9 @@ class FollowingEstimator(Estimator, Protocol):
     ) -> WeightedDraws:
         """Draws of all individuals made for ``theta``; ``previous`` is what the fit had before."""
 
+    def with_draws(self, draws: int) -> FollowingEstimator:
+        """The same estimator that makes so many draws of each individual, within its limits."""
+
     def serves(self, state: WeightedDraws, theta: Tensor) -> bool:
         """Whether draws that were made for another theta are as good at this one."""
 
@@ -305,3 +312,59 @@ class FitProgress:
 
 
 Report = Callable[[FitProgress], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Where an estimator's own search ended.
+
+    Args:
+        theta: ``(P,)`` the estimate.
+        monte_carlo_se: ``(P,)`` what the search's randomness does to it, 0 where fixed.
+        left: ``(P,)`` how far the search sees itself from where it was going: estimate minus optimum, 0 where fixed.
+        converged: whether the search may end there, by its own judgement.
+        message: how it ended, in words.
+        shortage: why its Monte-Carlo error is no smaller.
+        warnings: what a reader must know of the search.
+    """
+
+    theta: Float[Tensor, " P"]
+    monte_carlo_se: Float[Tensor, " P"]
+    left: Float[Tensor, " P"]
+    converged: bool
+    message: str
+    shortage: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class SearchingEstimator(FollowingEstimator, Protocol):
+    """An estimator that finds theta by itself; its draws at that theta then tell everything else.
+
+    What :meth:`Estimator.prepare` returns only serves to find where the search starts. The fit takes the estimate as it
+    is: likelihood, information, individuals and table come from :meth:`FollowingEstimator.follow` at it, the estimate's
+    own Monte-Carlo error from the search.
+    """
+
+    def search(
+        self,
+        source: Source,
+        observations: Observations,
+        theta: Float[Tensor, " P"],
+        previous: WeightedDraws,
+        generator: torch.Generator,
+        *,
+        accuracy: float,
+        report: Report,
+    ) -> Found:
+        """From a start to the estimate.
+
+        Args:
+            source: the posterior or draws, for first guesses of individuals.
+            observations: all data.
+            theta: where exploring ended.
+            previous: the draws that were explored.
+            generator: of everything random.
+            accuracy: wished Monte-Carlo error, in standard errors.
+            report: told how far it is.
+        """
