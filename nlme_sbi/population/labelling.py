@@ -72,28 +72,26 @@ def labelling_notes(model: PopulationModel, declared: tuple[Pair, ...] | None) -
     """A sentence on each exchangeable pair: whether labels are a choice in this model, and which was made."""
     said = []
     for first, second in declared or ():
+        # A line of a table that begins with a parameter's name is its row.
+        exchange = f"Labels: {first} and {second} can be exchanged without changing the"
         if not isinstance(model, ExchangeableModel):
-            said.append(
-                f"{first} and {second} can be exchanged without changing the prediction; these estimates may show one "
-                "of two equivalent labellings."
-            )
+            said.append(f"{exchange} prediction; these estimates may show one of two equivalent labellings.")
             continue
         reason, chain = model.obstacle(first, second), _chain_of(model, first, second)
         if reason:
             said.append(
-                f"{first} and {second} can be exchanged without changing the prediction, but not in this population "
-                f"model, because {reason}: the model itself tells them apart."
+                f"{exchange} prediction, but not in this population model, because {reason}: the model itself tells "
+                "them apart."
             )
         elif chain:
             high, low = (first, second) if chain.index(first) < chain.index(second) else (second, first)
             said.append(
-                f"{first} and {second} can be exchanged without changing the likelihood; shown with {high} > {low} for "
-                "the typical individual (population.ordering)."
+                f"{exchange} likelihood; shown with {high} > {low} for the typical individual (population.ordering)."
             )
         else:
             said.append(
-                f"{first} and {second} can be exchanged without changing the likelihood; these estimates show one of "
-                f"two equivalent labellings. population.ordering=[{first},{second}] makes the choice unique."
+                f"{exchange} likelihood; these estimates show one of two equivalent labellings. "
+                f"population.ordering=[{first},{second}] makes the choice unique."
             )
     return tuple(said)
 

@@ -169,8 +169,8 @@ def test_the_fit_is_presented_under_the_labelling_that_is_asked_for(high: str, l
     assert found[high].omega == pytest.approx(0.2, abs=0.1)
     assert found[low].omega == pytest.approx(0.4, abs=0.15)
     assert fit.labelling == (
-        f"delta and gamma can be exchanged without changing the likelihood; shown with {high} > {low} for the typical "
-        "individual (population.ordering).",
+        "Labels: delta and gamma can be exchanged without changing the likelihood; shown with "
+        f"{high} > {low} for the typical individual (population.ordering).",
     )
     assert fit.labelling[0] in fit.table().text()
     assert fit.to_dict()["labelling"] == list(fit.labelling)
@@ -198,8 +198,8 @@ def test_both_labellings_are_one_maximum_exchanged() -> None:
 def test_without_an_ordering_the_swap_is_named_all_the_same() -> None:
     model = GaussianPopulation(constant=("sigma",)).bind(Mirrored.parameters)
     assert labelling_notes(model, Mirrored.exchangeable) == (
-        "delta and gamma can be exchanged without changing the likelihood; these estimates show one of two equivalent "
-        "labellings. population.ordering=[delta,gamma] makes the choice unique.",
+        "Labels: delta and gamma can be exchanged without changing the likelihood; these estimates show one of two "
+        "equivalent labellings. population.ordering=[delta,gamma] makes the choice unique.",
     )
 
 
