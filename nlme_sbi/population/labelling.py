@@ -87,8 +87,8 @@ def labelling_notes(
             )
         elif chain and in_order(model, theta) is not theta:
             said.append(
-                f"{exchange} likelihood; the fit did not stay under the labelling asked for (population.ordering), so this "
-                "is the other one. Typical values may be equal within their errors."
+                f"{exchange} likelihood; the fit did not stay under the labelling asked for (population.ordering): "
+                "this is the other one. Typical values may be equal within their errors."
             )
         elif chain:
             high, low = (first, second) if chain.index(first) < chain.index(second) else (second, first)
