@@ -79,14 +79,13 @@ def first_climbers(
     and the best ones among those that are far from the earlier choices.
 
     To choose from there are the network's draws, their mirror images where the simulator declares parameters that may
-    be exchanged (unless not ``mirrored``), and a typical individual, in case the network was wrong altogether.
+    be exchanged (unless not ``mirrored``), and the individual's own typical values, in case the network was wrong.
     """
     draws = _network_draws(source, observations, generator).to(joint.theta)
     varying = draws[..., list(joint.population.varying)]
-    individuals, _, size = varying.shape
-    every = torch.arange(individuals, device=draws.device)
-    spread = varying.std(1, keepdim=True).clamp_min(1e-6 * joint.scale)
-    pool = [varying, joint.centre.expand(individuals, 1, size)]
+    every = torch.arange(len(varying), device=draws.device)
+    spread = varying.std(1, keepdim=True).clamp_min(1e-6 * joint.scales[:, None])
+    pool = [varying, joint.centres[:, None]]
     if mirrored:
         pool[0] = _with_images(joint, varying)
     points = torch.cat(pool, 1)
@@ -146,18 +145,18 @@ def _hopeful_images(joint: JointDensity, found: Pieces, at: Expansion) -> tuple[
     # The likelihood of an image is that of its mode: only the population speaks against it, and it is about quadratic.
     worth = torch.nonzero(joint.value(rows, points[:, None])[:, 0] > top - _OUT_OF_REACH)[:, 0]
     there = joint.expand(rows[worth], points[worth])
-    hopeful = worth[there.value + 2 * promised_gain(joint, there) > top[worth] - _HOPELESS]
+    hopeful = worth[there.value + 2 * promised_gain(joint, rows[worth], there) > top[worth] - _HOPELESS]
     return rows[hopeful], points[hopeful]
 
 
 def is_near(joint: JointDensity, theta: Tensor) -> bool:
-    """Whether mixtures that were made for ``theta`` still serve: the population has hardly moved, in its own SDs."""
-    population = joint.population
-    varying, constant = list(population.varying), list(population.constant)
-    change = population.mean(joint.theta) - population.mean(theta)
-    sd = [population.covariance(at).diagonal()[varying].sqrt() for at in (joint.theta, theta)]
-    near = bool((change[varying].abs() < 0.15 * sd[0]).all()) and bool(((sd[0] / sd[1]).log().abs() < 0.15).all())
-    return near and bool((change[constant].abs() < 0.01).all())
+    """Whether mixtures that were made for ``theta`` still serve: what is typical of each individual has hardly moved,
+    in SDs of the population."""
+    population, design, before = joint.population, joint.observations.design, replace(joint, theta=theta)
+    moved = (joint.centres - before.centres).abs() < 0.15 * joint.scales
+    wider = (joint.scales / before.scales).log().abs() < 0.15
+    change = population.constants(joint.theta, design) - population.constants(theta, design)
+    return bool(moved.all()) and bool(wider.all()) and bool((change.abs() < 0.01).all())
 
 
 def require_everybody(rows: Tensor, observations: Observations) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nlme_sbi.population import checks
 from nlme_sbi.population.ascent import Summit, rise
+from nlme_sbi.population.labelling import in_order
 from nlme_sbi.population.result import Restart
 from nlme_sbi.population.roles import FitProgress, Report, WeightedDraws
 from nlme_sbi.population.starts import starting_points
@@ -33,7 +34,8 @@ class Explored:
 def explore(
     state: WeightedDraws, ids: tuple[str, ...], generator: torch.Generator, *, starts: int, say: Report
 ) -> Explored:
-    """Run every start on a part of the data that is large enough to compare them."""
+    """Run every start on a part of the data that is large enough to compare them; the best is shown under the labelling
+    that the population model asks for."""
     part = _part(state, generator)
     phi, prior = part.training_draws()
     ends: list[tuple[str, Summit | None]] = []
@@ -49,6 +51,9 @@ def explore(
     best = max(reached, key=lambda end: end.objective)
     information = rough_information(part, best.theta)
     restarts = compared(ends, best, part, torch.linalg.inv(information))
+    theta = in_order(state.population, best.theta)
+    if theta is not best.theta:
+        best, information = replace(best, theta=theta), rough_information(part, theta)
     return Explored(best, restarts, information * (state.individuals / part.individuals))
 
 

@@ -15,6 +15,7 @@ from nlme_sbi.population import checks
 from nlme_sbi.population.ascent import Summit, climb, polish
 from nlme_sbi.population.exploring import EXPLORED_INDIVIDUALS, Explored, explore
 from nlme_sbi.population.individuals import individual_estimates
+from nlme_sbi.population.labelling import declared_pairs, in_order, labelling_notes, require_orderable
 from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.result import PopulationFit, Restart
 from nlme_sbi.population.roles import (
@@ -47,6 +48,7 @@ _ROUNDS = 10  # of draws that follow the optimum
 _PRUDENCE = 1.1  # factor on the rough error of fewer individuals before it sets the draws of all
 _LEFT_BY_A_MOVE = 0.05  # standard errors
 _CONVERGED = 0.01  # largest Newton step that may be left, in standard errors
+_LABELLINGS = 2  # climbs, the second where the first ended under another labelling than the one asked for
 _CONTRADICTED = 0.3  # standard errors between a search's estimate and the summit of the likelihood there
 _SINGULAR = 0.999  # correlation above which a covariance counts as singular
 
@@ -105,16 +107,25 @@ def fit_population(
     """
     if starts < 1 or accuracy <= 0:
         raise ValueError(f"starts must be at least 1 and accuracy above 0; got {starts} and {accuracy}.")
-    model = _bound(population, posterior_or_samples, parameters)
+    model = _bound(population, posterior_or_samples, parameters, observations)
     _require_enough(model, len(observations))
     chosen: Estimator = PriorRatio() if estimator is None else estimator
+    declared = declared_pairs(posterior_or_samples, chosen)
+    require_orderable(model, declared)
     say = progress or _silent
     say(FitProgress("draws", 0, 0))
     with torch.no_grad():
-        state: WeightedDraws = chosen.prepare(posterior_or_samples, observations, model, generator)
-    explored = explore(state, observations.ids, generator, starts=starts, say=say)
+        first: WeightedDraws = chosen.prepare(posterior_or_samples, observations, model, generator)
+    explored = explore(first, observations.ids, generator, starts=starts, say=say)
     inputs = (posterior_or_samples, observations, generator)
-    state, optimum, shortage = _climbed(chosen, state, explored, inputs, accuracy=accuracy, say=say)
+    for _ in range(_LABELLINGS):
+        state, optimum, shortage = _climbed(chosen, first, explored, inputs, accuracy=accuracy, say=say)
+        wished = in_order(model, optimum.summit.theta)
+        if wished is optimum.summit.theta:
+            break
+        explored = replace(
+            explored, best=replace(optimum.summit, theta=wished), information=rough_information(first, wished)
+        )
     said = (
         *_few(model, len(observations)),
         *doubted(explored.restarts),
@@ -128,7 +139,8 @@ def fit_population(
     )
     for warning in said:
         logger.warning(warning)
-    return _result(state, optimum, explored.restarts, chosen=chosen, observations=observations, said=said)
+    fit = _result(state, optimum, explored.restarts, chosen=chosen, observations=observations, said=said)
+    return replace(fit, labelling=labelling_notes(model, declared))
 
 
 def _climbed(
@@ -252,7 +264,10 @@ def _how_many_times(ratio: float) -> int:
 
 
 def _bound(
-    population: PopulationSpecification | PopulationModel, source: Source, parameters: ParameterSpace | None
+    population: PopulationSpecification | PopulationModel,
+    source: Source,
+    parameters: ParameterSpace | None,
+    observations: Observations,
 ) -> PopulationModel:
     if isinstance(population, PopulationModel):
         return population
@@ -262,21 +277,27 @@ def _bound(
         raise ValueError(
             "Draws alone do not tell the parameters' units and transforms; pass parameters=simulator.parameters."
         )
-    return population.bind(parameters)
+    return population.bind(parameters, observations)
 
 
 def _require_enough(model: PopulationModel, individuals: int) -> None:
     """Refuse what has no maximum: variances from one individual, a full covariance from too few."""
-    varying = len(model.varying)
-    correlated = "partial_correlation" in model.unknowns.transforms
-    free_sd = bool((~model.unknowns.fixed).sum() > len(model.parameters) - int(model.unknowns.fixed.sum()))
-    needed = varying + 1 if correlated else 2 if free_sd else 1
+    varying, table = len(model.varying), model.unknowns
+    correlated = "partial_correlation" in table.transforms
+    free_sd = any(table.transforms[place] == "log" for place in table.free.tolist())
+    needed = _largest_block(model) + 1 if correlated else 2 if free_sd else 1
     if individuals < needed:
         raise ValueError(
             f"{individuals} individuals cannot tell the {'covariance' if correlated else 'variance'} of {varying} "
             f"varying parameters: at least {needed} are needed. Give more data, fix SDs, keep parameters constant"
             + (", or use population.covariance=diagonal." if correlated else ".")
         )
+
+
+def _largest_block(model: PopulationModel) -> int:
+    """The most parameters that one is correlated with, itself included, read off the model at an arbitrary theta."""
+    theta = torch.full((len(model.unknowns),), 0.1, dtype=torch.float64)
+    return int((model.covariance(theta) != 0).sum(1).max())
 
 
 def _few(model: PopulationModel, individuals: int) -> tuple[str, ...]:

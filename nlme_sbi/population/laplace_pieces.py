@@ -74,7 +74,7 @@ def _exact_modes(joint: JointDensity, rows: Tensor, starts: Tensor, *, near: boo
         at = joint.expand(rows, points) if at is None else at
         factor, info = torch.linalg.cholesky_ex(-at.hessian)
         step = torch.cholesky_solve(at.gradient[..., None], factor)[..., 0]
-        small = (info == 0) & ((step / joint.scale).norm(dim=1) < _STILL)
+        small = (info == 0) & ((step / joint.scales[rows]).norm(dim=1) < _STILL)
         points, at = points + torch.where(small[:, None], step, 0.0), None
     return points
 
@@ -92,7 +92,7 @@ def _of_block(joint: JointDensity, rows: Tensor, points: Tensor) -> Approximatio
         data = _derivatives(likelihood, leaves[0])
         prior = _Prior(joint, design).at(leaves[0], theta)
     hessian = (data.hessian + prior.hessian).detach()
-    covariance, sound = _inverse(-hessian, joint.scale)
+    covariance, sound = _inverse(-hessian, joint.scales[rows])
     sound &= torch.isfinite(likelihood)
     with torch.enable_grad():
         slope_v, slope_s = _slopes(0.5 * (covariance * data.hessian).sum(), leaves)
@@ -113,11 +113,11 @@ def _of_block(joint: JointDensity, rows: Tensor, points: Tensor) -> Approximatio
     )
 
 
-def _inverse(curvature: Tensor, scale: Tensor) -> tuple[Float[Tensor, "B V V"], Bool[Tensor, " B"]]:
+def _inverse(curvature: Tensor, scale: Float[Tensor, "B V"]) -> tuple[Float[Tensor, "B V V"], Bool[Tensor, " B"]]:
     """Inverse where it is positive definite; else one that was made so, and False."""
     known = torch.isfinite(curvature).flatten(1).all(1)
-    identity = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
-    curvature = torch.where(known[:, None, None], curvature, identity / scale.square())
+    identity = torch.eye(scale.shape[1], dtype=scale.dtype, device=scale.device)
+    curvature = torch.where(known[:, None, None], curvature, identity / scale.square()[:, None])
     factor, info = torch.linalg.cholesky_ex(curvature)
     definite = (info == 0) & known
     solid = torch.where(definite[:, None, None], factor, identity)

@@ -52,11 +52,12 @@ class Pieces:
         return Pieces(self.rows[chosen], self.log_mass[chosen], self.means[chosen], self.covariances[chosen])
 
 
-def covariance_of(curvature: Float[Tensor, "B V V"], scale: Float[Tensor, " V"]) -> Float[Tensor, "B V V"]:
+def covariance_of(curvature: Float[Tensor, "B V V"], scale: Float[Tensor, "B V"]) -> Float[Tensor, "B V V"]:
     """Inverse of ``curvature`` with its eigenvalues kept above a ninth of the population's (SDs below three of it)."""
-    values, vectors = torch.linalg.eigh(curvature * scale[:, None] * scale)
+    sizes = scale[:, :, None] * scale[:, None]
+    values, vectors = torch.linalg.eigh(curvature * sizes)
     values = values.abs().clamp_min(1 / 9)
-    inverse: Tensor = (vectors / values[:, None]) @ vectors.mT * scale[:, None] * scale
+    inverse: Tensor = (vectors / values[:, None]) @ vectors.mT * sizes
     return inverse
 
 
@@ -70,7 +71,7 @@ def _log_volume(covariance: Tensor) -> Float[Tensor, " B"]:
 def modes(joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]) -> tuple[Pieces, Expansion]:
     """Distinct modes of every individual, best first, with their Laplace approximations."""
     found: Summits = ascend(joint, rows, starts)
-    return _sorted_out(rows, found.points, found.at, joint.scale)
+    return _sorted_out(joint, rows, found.points, found.at)
 
 
 def with_others(
@@ -78,16 +79,16 @@ def with_others(
 ) -> tuple[Pieces, Expansion]:
     """Modes of two searches together, each once."""
     both = Pieces.joined([known[0], others[0]])
-    return _sorted_out(both.rows, both.means, Expansion.joined([known[1], others[1]]), joint.scale)
+    return _sorted_out(joint, both.rows, both.means, Expansion.joined([known[1], others[1]]))
 
 
-def _sorted_out(rows: Tensor, points: Tensor, at: Expansion, scale: Tensor) -> tuple[Pieces, Expansion]:
+def _sorted_out(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion) -> tuple[Pieces, Expansion]:
     """Summits in the order of the individuals, best first, without those that are near a better one or negligible."""
     finite = torch.isfinite(at.value) & torch.isfinite(at.hessian).flatten(1).all(1)
     place = torch.nonzero(finite)[:, 0]
     place = place[torch.argsort(at.value[place], descending=True, stable=True)]
     place = place[torch.argsort(rows[place], stable=True)]
-    covariances = covariance_of(-at.hessian[place], scale)
+    covariances = covariance_of(-at.hessian[place], joint.scales[rows[place]])
     pieces = Pieces(rows[place], at.value[place] + _log_volume(covariances), points[place], covariances)
     kept = distinct(pieces)
     return pieces[kept], at[place[kept]]
@@ -157,7 +158,7 @@ def _profile(joint: JointDensity, mode: Pieces, top: Tensor, column: Int[Tensor,
     every = torch.arange(len(column), device=column.device)
     sd = mode.covariances[every, column, column].sqrt()
     slope = mode.covariances[every, :, column] / sd.square()[:, None]  # change of the others with the coordinate
-    centre, reach = joint.centre[column], _REACH * joint.scale[column]
+    centre, reach = joint.centres[mode.rows, column], _REACH * joint.scales[mode.rows, column]
     farthest = torch.maximum(side * (centre + side * reach - mode.means[every, column]), 1.2 * sd)
     free = torch.ones_like(mode.means, dtype=torch.bool)
     free[every, column] = False
@@ -197,8 +198,8 @@ def _node(
     cross = torch.where(fixed, 0.0, curvature[every, :, column])
     identity = torch.eye(size, dtype=curvature.dtype, device=curvature.device)
     outside = fixed[:, :, None] | fixed[:, None]
-    scale = joint.scale
-    alone = torch.where(outside, identity / (scale[:, None] * scale), curvature)
+    scale = joint.scales[rows]
+    alone = torch.where(outside, identity / (scale[:, :, None] * scale[:, None]), curvature)
     alone = torch.where(torch.isfinite(alone), alone, 0.0) + 0 * identity
     across = torch.where(outside, 0.0, covariance_of(alone, scale))
     tangent = torch.where(fixed, 1.0, -(across @ cross[..., None])[..., 0])

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.individuals import IndividualEstimates, resampled_draws
+from nlme_sbi.population.individuals import IndividualEstimates, individual_typical, resampled_draws
 from nlme_sbi.population.roles import PopulationModel, WeightedDraws
 from nlme_sbi.population.table import PopulationTable, number, population_table
 from nlme_sbi.population.uncertainty import MonteCarloError
@@ -28,6 +28,7 @@ class Restart:
         distance: largest difference of an unknown from the best's, in standard errors.
         verdict: "same", "other point" (the same objective within Monte-Carlo error elsewhere), "lower" or "failed".
         differing: parameters whose means differ by more than 3 standard errors, where the verdict is "other point".
+        exchanged: the two parameters whose exchange takes this end to the best one, where it is a mirror image.
     """
 
     start: str
@@ -36,6 +37,7 @@ class Restart:
     distance: float
     verdict: str
     differing: tuple[str, ...] = ()
+    exchanged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +64,7 @@ class PopulationFit:
         warnings: what a reader must know before using the numbers.
         measurements: number of values in the data; bounds of censored ones do not count.
         state: the weighted draws, for predictions and plots.
+        labelling: which parameters can be exchanged, and how that was settled, in words.
     """
 
     population: PopulationModel
@@ -80,6 +83,7 @@ class PopulationFit:
     warnings: tuple[str, ...]
     measurements: int
     state: WeightedDraws = field(repr=False)
+    labelling: tuple[str, ...] = ()
     approximation: str = ""
 
     @property
@@ -139,8 +143,9 @@ class PopulationFit:
             self.theta,
             self.covariance,
             self.individuals.mean,
+            typical=individual_typical(self.state, self.theta),
             heading=self._heading(),
-            notes=(self.message, *(f"WARNING: {warning}" for warning in self.warnings)),
+            notes=(self.message, *self.labelling, *(f"WARNING: {warning}" for warning in self.warnings)),
         )
 
     def individual_draws(self, count: int, generator: torch.Generator) -> Float[Tensor, "I count D"]:
@@ -209,6 +214,7 @@ class PopulationFit:
             "restarts": [_plain(asdict(restart)) for restart in self.restarts],
             "converged": self.converged,
             "message": self.message,
+            "labelling": list(self.labelling),
             "warnings": list(self.warnings),
         }
 
