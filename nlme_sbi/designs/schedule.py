@@ -70,7 +70,7 @@ class Schedule:
         first, last = _spans(design)
         times = self._times(first, last)
         events = design.events if self.dose is None else self._events(design)
-        return _complete(replace(design, times=times, events=events, occasion=None))
+        return _complete(replace(design, events=events, occasion=None), times)
 
     def for_new(self, design: Design, needed: Sequence[str], *, takes_doses: bool) -> Design | str:
         """The design of one new individual, or the reason why it is not known.
@@ -92,8 +92,8 @@ class Schedule:
             events = design.events[:1]
         first, last = _spans(design)
         times = self._times(first.min().reshape(1), last.max().reshape(1))
-        one = Design(times, design.observed[:1, :1], covariates=covariates, events=events)
-        return _complete(one)
+        one = Design(design.times[:1], design.observed[:1], covariates=covariates, events=events)
+        return _complete(one, times)
 
     def _times(self, first: Float[Tensor, " I"], last: Float[Tensor, " I"]) -> Float[Tensor, "I T"]:
         if self.times is not None:
@@ -200,8 +200,7 @@ def _all_alike(events: Events) -> bool:
     return all(bool((column == column[:1]).all()) for column in vars(events).values())
 
 
-def _complete(design: Design) -> Design:
-    """Every signal at every time."""
-    shape = (len(design), design.times.shape[1], design.observed.shape[2])
-    everything = torch.ones((1, 1, 1), dtype=torch.bool, device=design.times.device)
-    return replace(design, observed=everything.expand(shape))
+def _complete(design: Design, times: Float[Tensor, "I T"]) -> Design:
+    """Every signal at every one of these times."""
+    everything = torch.ones((1, 1, 1), dtype=torch.bool, device=times.device)
+    return replace(design, times=times, observed=everything.expand(*times.shape, design.observed.shape[2]))

@@ -156,7 +156,7 @@ def _best_of(
     density = posterior.log_prob(drawn, observations).to(drawn) - posterior.prior.log_prob(drawn)
     density = density + population.log_prob(drawn[..., list(population.varying)], theta, design)
     best = density.nan_to_num(-torch.inf).argmax(1)
-    kinds: tuple[ModeKind, ...] = ("best draw",) * len(drawn)
+    kinds: tuple[ModeKind, ...] = tuple("best draw" for _ in drawn)
     return IndividualModes(drawn[torch.arange(len(drawn)), best], kinds)
 
 
@@ -167,5 +167,5 @@ def _heaviest(fit: PopulationFit) -> IndividualModes:
     for block in fit.state.blocks:
         best = block.log_weights(fit.theta).argmax(1)
         phi[block.rows[:, None], columns] = block.varying()[torch.arange(len(best)), best]
-    kinds: tuple[ModeKind, ...] = ("heaviest draw",) * len(phi)
+    kinds: tuple[ModeKind, ...] = tuple("heaviest draw" for _ in phi)
     return IndividualModes(phi, kinds)

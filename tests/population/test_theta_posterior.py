@@ -121,7 +121,7 @@ def drawn() -> tuple[ConjugateCase, object, ThetaDraws]:
     state = PriorRatio().prepare(case.samples(500, seed=1), case.observations, model, seeded())
     theta = model.from_moments(torch.tensor([0.5], dtype=DOUBLE), torch.tensor([[0.36]], dtype=DOUBLE))
     prior = ThetaPriors().bind(model, case.prior)
-    settings = EnsembleSampler(ensembles=2, walkers=12, warmup=30, steps=500, ess=1000, max_draws=500)
+    settings = EnsembleSampler(ensembles=2, walkers=12, warmup=30, steps=500, ess=1000, effective=500)
     return case, state, sample_theta(state, theta, prior, generator=seeded(3), settings=settings)
 
 
@@ -153,7 +153,7 @@ def test_the_same_seed_gives_the_same_draws(drawn: tuple) -> None:
     case, state, _ = drawn
     model = state.population
     prior, theta = ThetaPriors().bind(model, case.prior), torch.tensor([0.5, -0.5], dtype=DOUBLE)
-    few = EnsembleSampler(ensembles=2, walkers=4, warmup=5, steps=50)
+    few = EnsembleSampler(ensembles=2, walkers=4, warmup=10, steps=50)
     first, again, other = (
         sample_theta(state, theta, prior, generator=seeded(seed), settings=few) for seed in (5, 5, 6)
     )
@@ -207,7 +207,7 @@ def test_draws_that_do_not_support_the_spread_are_told(drawn: tuple) -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"sampler\.ensembles must be at least 2"):
         EnsembleSampler(ensembles=1)
-    with pytest.raises(ValueError, match=r"sampler: needs warmup >= 0, steps >= 50"):
+    with pytest.raises(ValueError, match=r"sampler: needs warmup >= 10, steps >= 50"):
         EnsembleSampler(steps=10)
     with pytest.raises(ValueError, match=r"sampler\.walkers must be even and at least twice the 12 unknowns; got 20"):
         EnsembleSampler(walkers=20).walkers_for(12)
