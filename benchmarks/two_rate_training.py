@@ -6,7 +6,7 @@ parameters); the prior alone has 12.93. Each training uses one thread, so two of
     python benchmarks/two_rate_training.py [--cpu-minutes 10] [--seeds 0 1 2] [--pooled-seeds 0] [--jobs 2]
     python benchmarks/two_rate_training.py --one 0 flow=spline_coupling flow.couplings=4    # prints one training
 
-``--keep FOLDER`` leaves the weights there, for benchmarks/two_rate_sharpness.py.
+``--keep FOLDER`` leaves the weights there, for benchmarks/two_rate_sharpness.py, and takes up trainings that are there.
 """
 
 from __future__ import annotations
@@ -106,20 +106,27 @@ def one_training(overrides: list[str], seed: int, cpu_minutes: float, keep: Path
                 for part in (test[start : start + 500] for start in range(0, TEST_PAIRS, 500))
             ]
         ).double()
-    return {
+    found = {
         "mean": float(loss.mean()),
         "median": float(loss.median()),
         "se": float(loss.std() / TEST_PAIRS**0.5),
         "steps": steps,
         "cpu_seconds": spent,
     }
+    if keep is not None:
+        (keep / f"{seed}.json").write_text(json.dumps({**found, "cpu_minutes": cpu_minutes, "network": overrides}))
+    return found
 
 
 def in_a_process(name: str, seed: int, cpu_minutes: float, keep: Path | None) -> dict[str, float]:
+    if keep is not None and (done := keep / name / f"{seed}.json").exists():
+        stored = json.loads(done.read_text())
+        if (stored["cpu_minutes"], stored["network"]) == (cpu_minutes, NETWORKS[name]):
+            return stored
     command = [sys.executable, __file__, "--one", str(seed), *NETWORKS[name], "--cpu-minutes", str(cpu_minutes)]
     command += [] if keep is None else ["--keep", str(keep / name)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    finished = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(finished.stdout.splitlines()[-1])
 
 
 def main() -> None:

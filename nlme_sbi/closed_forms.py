@@ -41,12 +41,25 @@ class _LogExpm1Ratio(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return gradient * _slope(x)
+        return gradient * (_slope(x) if torch.is_grad_enabled() else _slope_in_place(x))
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return tangent * _slope(x)
+
+
+def _slope_in_place(x: Tensor) -> Tensor:
+    """:func:`_slope` where no further derivative is asked for: a third of the memory traffic."""
+    square = x * x
+    series = torch.full_like(x, _SERIES[-1])
+    for coefficient in reversed(_SERIES[:-1]):
+        series.mul_(square).add_(coefficient)
+    series.mul_(x).sub_(0.5)
+    # -1/expm1(-x) - 1 - 1/x, which no x overflows; small ones are those of the series.
+    negative = x.clamp(min=_SERIES_BELOW).neg_()
+    away = negative.expm1().reciprocal_().neg_().sub_(1.0).add_(negative.reciprocal_())
+    return torch.where(x < _SERIES_BELOW, series, away)
 
 
 def _slope(x: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.exact_draws import ExactDraws, drawn, with_bad_ones_refined
-from nlme_sbi.population.joint import JointDensity
-from nlme_sbi.population.proposals import along_profiles, mixtures, modes
+from nlme_sbi.population.joint import Expansion, JointDensity, promised_gain
+from nlme_sbi.population.proposals import Pieces, along_profiles, mixtures, modes
 from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions
@@ -31,6 +31,8 @@ from nlme_sbi.types import Observations, PosteriorSamples, Simulator, TractableS
 _EXPLORED = 500  # individuals whose flow draws tell where the population is
 _FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from
 _CLIMBERS = 3  # starts of Newton's method for each individual, before symmetries
+_OUT_OF_REACH = 500.0  # log density of a mirror image below its mode at which it is given up without a look
+_HOPELESS = 15.0  # and below which its summit is expected when it is not climbed
 _DRAWS_ALL = 100_000  # draws of all individuals together that there are at least
 
 
@@ -100,15 +102,22 @@ class Exact:
             state = drawn(joint, known.modes, known.mixed, source.prior, generator)
             return replace(with_bad_ones_refined(state, generator), proposed_for=known.proposed_for)
         if known is None:
-            rows, starts = _first_climbers(joint, _network_draws(source, observations, generator).to(theta))
-            rows, starts = _with_images(simulator, previous.population, rows, starts)
+            drawn_ones = _network_draws(source, observations, generator).to(theta)
+            rows, starts = _first_climbers(joint, drawn_ones, simulator)
         else:
             rows, starts = known.modes.rows, known.modes.means
         laplace, at = modes(joint, rows, starts)
+        hopeful = _hopeful_images(joint, laplace, at, simulator)
+        if len(hopeful[0]) > 0:
+            laplace, at = modes(joint, torch.cat([laplace.rows, hopeful[0]]), torch.cat([laplace.means, hopeful[1]]))
         _require_everybody(laplace.rows, observations)
         mixed = mixtures(along_profiles(joint, laplace, at), len(exact), self._draws_of(previous, len(exact)))
         state = drawn(joint, laplace, mixed, source.prior, generator)
         return with_bad_ones_refined(state, generator)
+
+    def serves(self, state: WeightedDraws, theta: Float[Tensor, " P"]) -> bool:
+        """Whether draws that were made for another theta are as good at this one."""
+        return isinstance(state, ExactDraws) and _is_near(replace(state.joint, theta=theta), state.proposed_for)
 
     def improve(
         self,
@@ -167,38 +176,59 @@ def _in_double(observations: Observations, device: torch.device) -> Observations
     )
 
 
-def _first_climbers(joint: JointDensity, draws: Float[Tensor, "I S D"]) -> tuple[Tensor, Tensor]:
-    """The best draw of each individual, and the best ones among those that are far from the earlier choices; and a
-    typical individual, in case the network was wrong altogether."""
+def _first_climbers(
+    joint: JointDensity, draws: Float[Tensor, "I S D"], simulator: TractableSimulator
+) -> tuple[Tensor, Tensor]:
+    """The best point of each individual, and the best ones among those that are far from the earlier choices.
+
+    To choose from there are the network's draws, their mirror images where the simulator declares parameters that may
+    be exchanged, and a typical individual, in case the network was wrong altogether.
+    """
     varying = draws[..., list(joint.population.varying)]
-    individuals, count, size = varying.shape
+    individuals, _, size = varying.shape
     every = torch.arange(individuals, device=draws.device)
-    value = joint.value(every, varying)
     spread = varying.std(1, keepdim=True).clamp_min(1e-6 * joint.scale)
+    pool = torch.cat([_with_images(simulator, joint.population, varying), joint.centre.expand(individuals, 1, size)], 1)
+    value = joint.value(every, pool)
     chosen = []
-    for _ in range(min(_CLIMBERS, count)):
+    for _ in range(min(_CLIMBERS, pool.shape[1])):
         best = value.argmax(1)
-        chosen.append(varying[every, best])
-        distance = ((varying - chosen[-1][:, None]) / spread).norm(dim=2)
+        chosen.append(pool[every, best])
+        distance = ((pool - chosen[-1][:, None]) / spread).norm(dim=2)
         value = torch.where(distance < 1.0, -torch.inf, value)
-    typical = joint.centre.expand(individuals, size)
-    points = torch.stack([*chosen, typical], 1)
+    points = torch.stack(chosen, 1)
     return every.repeat_interleave(points.shape[1]), points.flatten(0, 1)
 
 
 def _with_images(
-    simulator: TractableSimulator, population: PopulationModel, rows: Tensor, points: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The points and, where the simulator declares parameters that may be exchanged, their mirror images."""
+    simulator: TractableSimulator, population: PopulationModel, points: Float[Tensor, "I S V"]
+) -> Float[Tensor, "I more V"]:
+    """The points and, for every pair of parameters that may be exchanged, their mirror images."""
     for first, second in getattr(simulator, "exchangeable", ()):
         columns = [population.parameters.index(first), population.parameters.index(second)]
         if not all(column in population.varying for column in columns):
             continue
         places = [population.varying.index(column) for column in columns]
         image = points.clone()
-        image[:, places] = points[:, places[::-1]]
-        rows, points = torch.cat([rows, rows]), torch.cat([points, image])
-    return rows, points
+        image[..., places] = points[..., places[::-1]]
+        points = torch.cat([points, image], 1)
+    return points
+
+
+def _hopeful_images(
+    joint: JointDensity, found: Pieces, at: Expansion, simulator: TractableSimulator
+) -> tuple[Tensor, Tensor]:
+    """Mirror images of modes that are not so low that the population rules them out."""
+    images = _with_images(simulator, joint.population, found.means[:, None])[:, 1:]
+    rows = found.rows[:, None].expand(-1, images.shape[1]).flatten()
+    points, top = images.flatten(0, 1), at.value[:, None].expand(-1, images.shape[1]).flatten()
+    if len(rows) == 0:
+        return rows, points
+    # The likelihood of an image is that of its mode: only the population speaks against it, and it is about quadratic.
+    worth = torch.nonzero(joint.value(rows, points[:, None])[:, 0] > top - _OUT_OF_REACH)[:, 0]
+    there = joint.expand(rows[worth], points[worth])
+    hopeful = worth[there.value + 2 * promised_gain(joint, there) > top[worth] - _HOPELESS]
+    return rows[hopeful], points[hopeful]
 
 
 def _is_near(joint: JointDensity, theta: Tensor) -> bool:

@@ -27,7 +27,12 @@ from nlme_sbi.population.roles import (
     WeightedDraws,
 )
 from nlme_sbi.population.starts import starting_points
-from nlme_sbi.population.uncertainty import MonteCarloError, covariance_from, monte_carlo_error
+from nlme_sbi.population.uncertainty import (
+    MonteCarloError,
+    covariance_from,
+    monte_carlo_error,
+    rough_monte_carlo_error,
+)
 from nlme_sbi.population.verdicts import compared, described, doubted
 from nlme_sbi.population.weighting import contributions, rough_information
 from nlme_sbi.types import Censoring, Observations, Posterior, PosteriorSamples
@@ -38,6 +43,7 @@ _EXPLORED_INDIVIDUALS = 1000  # starts are compared on so many individuals
 _EXPLORED_DRAWS = 500  # with so many draws
 _STANDS_STILL = 0.5  # standard errors between two rounds; Monte-Carlo error is judged apart
 _ROUNDS = 10  # of draws that follow the optimum
+_PRUDENCE = 1.25  # factor on a rough error before it is believed
 _CONVERGED = 0.01  # largest Newton step that may be left, in standard errors
 _SINGULAR = 0.999  # correlation above which a covariance counts as singular
 
@@ -113,7 +119,7 @@ def fit_population(
         state: WeightedDraws = chosen.prepare(posterior_or_samples, observations, model, generator)
     explored = _explore(state, observations.ids, generator, starts=starts, say=say)
     state, theta, information = _followed(
-        chosen, state, explored, (posterior_or_samples, observations, generator), say=say
+        chosen, state, explored, (posterior_or_samples, observations, generator), accuracy=accuracy, say=say
     )
     optimum = _optimise(state, theta, information, say)
     shortage = ""
@@ -149,6 +155,7 @@ def _followed(
     explored: _Explored,
     inputs: tuple[Source, Observations, torch.Generator],
     *,
+    accuracy: float,
     say: Report,
 ) -> tuple[WeightedDraws, Tensor, Tensor]:
     """For estimators whose draws are made for one theta: draws, optimum on them, draws there, until it stands still.
@@ -178,10 +185,14 @@ def _followed(
             moved = float(((summit.theta - theta)[state.population.unknowns.free].abs() / se).max())
             theta = summit.theta
             say(FitProgress(f"rounds on {len(rows)} individuals", done + 1, 0, summit.objective))
-            if moved < near:
+            if moved < near or chosen.serves(state, theta):
                 break
-    with torch.no_grad():  # draws made for the optimum itself
-        state = chosen.follow(source, observations, theta, state, generator)
+    with torch.no_grad():  # draws made for the optimum itself, as many as they have to be
+        lacking = _PRUDENCE * rough_monte_carlo_error(state, theta, information) / accuracy
+        better: WeightedDraws | str = ""
+        if lacking > 1:
+            better = chosen.improve(state, theta, observations, generator, times=_how_many_times(lacking))
+        state = chosen.follow(source, observations, theta, state, generator) if isinstance(better, str) else better
     return state, theta, rough_information(state, theta)
 
 

@@ -189,6 +189,12 @@ def ascend(
     return Summits(points, at)
 
 
+def promised_gain(joint: JointDensity, at: Expansion) -> Float[Tensor, " B"]:
+    """How much a Newton step from each point would gain; nan where the expansion is not finite."""
+    step, promise = _newton_step(at, joint.scale, torch.full_like(at.value, 1e-3), None)
+    return torch.where(torch.isfinite(at.value) & torch.isfinite(step).all(1), promise, torch.nan)
+
+
 def _in_the_race(rows: Tensor, value: Tensor) -> Bool[Tensor, " B"]:
     """Points that are not hopelessly below the best of their individual."""
     best = torch.full((int(rows.max()) + 1,), -torch.inf, dtype=value.dtype, device=value.device)

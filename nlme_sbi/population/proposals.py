@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from nlme_sbi.population.joint import Expansion, JointDensity, Summits, ascend
 
-_FREEDOM = 6  # degrees of freedom of every component; even, so that exponentials make its chi-square numbers
+_FREEDOM = 6  # degrees of freedom of every component; even: the chi-square quantile has a closed distribution function
 _PROBE = 2.5  # SDs at which a coordinate is probed
 _DEPARTURE = 1.0  # from the parabola, in log density, that calls for components along the profile
 _NODES = (1.2, 2.8, 5.0, 8.5, 14.0)  # of a profile, in SDs, on each side
@@ -239,18 +240,29 @@ class Mixtures:
         )
 
     def sample(self, generator: torch.Generator) -> tuple[Float[Tensor, "I S V"], Float[Tensor, "I S"]]:
-        """Stratified draws in random order, and the log density of the mixture with the drawn proportions."""
-        individuals, size = self.means.shape[0], self.means.shape[2]
+        """Draws, stratified over components and spread evenly within them, and the log density of the mixture with the
+        drawn proportions."""
+        return self.draws_at(self.shifts(generator))
+
+    def shifts(self, generator: torch.Generator) -> Float[Tensor, "I 1 2 U"]:
+        """All the randomness of :meth:`sample`: for each individual two random shifts of one Sobol' sequence.
+
+        Every second draw belongs to one of two independent sets (randomised quasi-Monte Carlo, Cranley and Patterson
+        1976, SIAM J. Numer. Anal. 13:904), whose difference tells the error that is left.
+        """
+        shape = (len(self.means), 1, 2, self.means.shape[2] + 2)
+        shift = torch.rand(shape, generator=generator, device=generator.device, dtype=self.means.dtype)
+        return shift.to(self.means.device)
+
+    def draws_at(self, shifts: Float[Tensor, "I 1 2 U"]) -> tuple[Float[Tensor, "I S V"], Float[Tensor, "I S"]]:
+        """:meth:`sample`, given the shifts."""
         draws = int(self.counts[0].sum())
-        device, dtype = self.means.device, self.means.dtype
-        component = _strata(self.counts, draws)
-        noise = torch.randn((individuals, draws, size), generator=generator, device=generator.device, dtype=dtype)
-        waits = torch.empty((individuals, draws, _FREEDOM // 2), device=generator.device, dtype=dtype)
-        chi_square = 2 * waits.exponential_(generator=generator).sum(-1)
-        order = torch.rand((individuals, draws), generator=generator, device=generator.device).argsort(1).to(device)
-        component = component.gather(1, order)
-        standard = (noise * (_FREEDOM / chi_square).sqrt()[..., None]).to(device)
-        every = torch.arange(individuals, device=device)[:, None]
+        sequence = sobol_points((draws + 1) // 2, shifts.shape[-1]).to(shifts)
+        even = (sequence[:, None] + shifts).remainder(1.0).flatten(1, 2)[:, :draws].clamp(1e-12, 1 - 1e-12)
+        component = _strata(self.counts, draws).gather(1, even[..., 0].argsort(1).argsort(1))
+        spread = (0.5 * _FREEDOM / gamma_3_quantile(even[..., 1])).sqrt()
+        standard = torch.special.ndtri(even[..., 2:]) * spread[..., None]
+        every = torch.arange(len(even), device=even.device)[:, None]
         phi = self.means[every, component] + (self.factors[every, component] @ standard[..., None])[..., 0]
         return phi, self.log_prob(phi)
 
@@ -271,6 +283,48 @@ class Mixtures:
         share = self.counts.to(phi.dtype).log() - math.log(int(self.counts[0].sum()))
         log_component = (share + normaliser)[:, None] - 0.5 * (_FREEDOM + size) * torch.log1p(distance / _FREEDOM)
         return torch.logsumexp(log_component, -1)
+
+
+@lru_cache(maxsize=8)
+def sobol_points(count: int, size: int) -> Float[Tensor, "n d"]:
+    """The first points of the Sobol' sequence, float64 on the CPU; not to be written to."""
+    engine = torch.quasirandom.SobolEngine(size)  # type: ignore[no-untyped-call]
+    points: Tensor = engine.draw(count, dtype=torch.float64)
+    return points
+
+
+def gamma_3_quantile(probability: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Quantile of the gamma distribution of shape 3, half a chi-square with 6 degrees of freedom.
+
+    Wilson and Hilferty's approximation, then Newton's method on the closed form of the distribution function, in the
+    logarithm of the smaller tail.
+    """
+    normal = torch.special.ndtri(probability)
+    found = 3 * (1 - 1 / 27 + normal / (3 * math.sqrt(3))).clamp_min(0.02) ** 3
+    upper = probability > 0.5
+    wished = torch.where(upper, torch.log1p(-probability), probability.log())
+    for _ in range(8):
+        above = 1 + found + 0.5 * found.square()
+        log_density = 2 * found.log() - found - math.log(2)
+        log_upper = above.log() - found
+        # Below, 1 - exp(-g)(1 + g + g^2/2) cancels; there its series begins with g^3/6.
+        lower = torch.where(found < 0.3, _gamma_3_below(found), -torch.expm1(log_upper))
+        tail = torch.where(upper, log_upper, lower.log())
+        slope = torch.where(upper, -1.0, 1.0) * (log_density - tail).exp()
+        step = ((tail - wished) / (slope * found)).clamp(-1.0, 1.0)
+        found = found * (-step).exp()
+    quantile: Tensor = found
+    return quantile
+
+
+def _gamma_3_below(x: Tensor) -> Tensor:
+    """Distribution function of the gamma distribution of shape 3 near 0, without cancellation."""
+    term: Tensor = x**3 / 6
+    total = term
+    for order in range(4, 14):
+        term = term * x / order
+        total = total + term
+    return total * (-x).exp()
 
 
 def _strata(counts: Int[Tensor, "I K"], draws: int) -> Int[Tensor, "I S"]:

@@ -84,6 +84,7 @@ def monte_carlo_error(
     objective_se = math.sqrt(float(excess))
     if state.fitted:
         objective_se, spread = _between_halves(halves, theta)
+        excess = excess.clamp_max(objective_se**2)  # evenly spread draws err less than their weights tell
     else:
         spread = score_variance(state, theta)
     variance = (covariance @ spread @ covariance).diagonal().clamp_min(0)
@@ -100,6 +101,16 @@ def monte_carlo_error(
         se=torch.zeros_like(theta).index_copy(0, free, variance.sqrt()),
         bias=bias,
     )
+
+
+def rough_monte_carlo_error(
+    state: WeightedDraws, theta: Float[Tensor, " P"], information: Float[Tensor, "free free"]
+) -> float:
+    """Largest Monte-Carlo standard error of an unknown, in standard errors, from how halves of the draws differ."""
+    _, spread = _between_halves([state.half(which) for which in (0, 1)], theta)
+    covariance = torch.linalg.inv(information)
+    variance = (covariance @ spread @ covariance).diagonal() / covariance.diagonal()
+    return float(variance.clamp_min(0).sqrt().max())
 
 
 def _between_halves(halves: list[WeightedDraws], theta: Tensor) -> tuple[float, Float[Tensor, "free free"]]:
