@@ -23,7 +23,7 @@ _REFINEMENTS = 3  # of mixtures that stay bad
 _CURVED = 4  # draws of each individual that tell the curvature in the constants
 _CURVED_ALL = 6000  # or as many as make so many over all individuals
 _STEP = 1e-4  # of finite differences in constants
-TRUST = 0.5  # how far a constant may move on one set of draws, on the unconstrained scale
+_TRUST = 0.5  # how far a constant may move on one set of draws, on the unconstrained scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class ExactBlock:
         found = found + (self.slopes @ change[..., None])[..., 0]
         found = found + 0.5 * torch.einsum("iw,iwu,iu->i", change, self.curvatures, change)[:, None]
         # Beyond the reach of an expansion nothing is claimed; draws made there will tell.
-        excess = (change.abs() - TRUST).clamp_min(0).square().sum(1, keepdim=True)
+        excess = (change.abs() - _TRUST).clamp_min(0).square().sum(1, keepdim=True)
         return found - 1e4 * excess
 
 

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
-from nlme_sbi.population.exact_draws import TRUST, ExactDraws
+from nlme_sbi.population.exact_draws import ExactDraws
+from nlme_sbi.population.interpolation import InterpolatedDraws, interpolated
 from nlme_sbi.population.roles import FitProgress, Report, WeightedDraws
 from nlme_sbi.population.theta_draws import LEAST_ESS, RHAT, ChainCheck, ThetaDraws, convergence_warnings
 from nlme_sbi.population.theta_prior import ThetaPrior
@@ -87,6 +88,7 @@ def sample_theta(
     theta: Float[Tensor, " P"],
     prior: ThetaPrior,
     *,
+    covariance: Float[Tensor, "P P"] | None = None,
     generator: torch.Generator,
     settings: EnsembleSampler | None = None,
     ids: tuple[str, ...] | None = None,
@@ -98,6 +100,7 @@ def sample_theta(
         state: a fit's weighted draws, ``fit.state``.
         theta: its estimate, where the search for the mode begins.
         prior: from :meth:`ThetaPriors.bind`.
+        covariance: of the estimate, ``fit.covariance``: how far constants may go (after an exact fit).
         generator: everything random comes from it.
         settings: of the sampler.
         ids: of the individuals, for messages.
@@ -107,7 +110,7 @@ def sample_theta(
         ValueError: without emcee, or for impossible settings.
     """
     settings = settings or EnsembleSampler()
-    target = _Target(_thinned(state, theta, settings.effective), theta, prior)
+    target = _Target(_prepared(state, theta, covariance, settings.effective), theta, prior)
     walkers = settings.walkers_for(len(target.free))
     mode, factor = _approximation(target)
     seeds = torch.randint(2**31 - 1, (settings.ensembles,), generator=generator, device=generator.device).tolist()
@@ -141,13 +144,17 @@ def sample_theta(
     )
 
 
-def _thinned(state: WeightedDraws, theta: Tensor, effective: int) -> WeightedDraws:
-    """Every n-th draw of everybody, so that most keep about this effective number."""
-    stride = int(torch.quantile(effective_draws(state, theta), 0.05) / effective)
-    if stride < 2:
-        return state
-    rows = torch.arange(state.individuals, device=state.blocks[0].rows.device)
-    return state.part(rows, slice(0, None, stride))
+def _prepared(state: WeightedDraws, theta: Tensor, covariance: Tensor | None, effective: int) -> WeightedDraws:
+    """The first draws of everybody, so many that most keep about this effective number; those of the exact estimator
+    with likelihoods that hold as far as their constants may go."""
+    surplus = float(torch.quantile(effective_draws(state, theta), 0.05)) / effective
+    if surplus >= 2:
+        rows = torch.arange(state.individuals, device=state.blocks[0].rows.device)
+        # The first ones: they are even where the draws are a low-discrepancy sequence, every n-th one would not be.
+        state = state.part(rows, slice(0, 2 * math.ceil(0.5 * state.draws / surplus)))
+    if isinstance(state, ExactDraws) and state.population.constant:
+        return interpolated(state, covariance)
+    return state
 
 
 class _Target:
@@ -355,21 +362,17 @@ def support_warnings(
 
 
 def _beyond_expansion(state: WeightedDraws, drawn: Tensor) -> tuple[str, ...]:
-    """A sentence where constants reach the end of the likelihood's expansion in them."""
-    if not isinstance(state, ExactDraws) or not state.population.constant:
+    """A sentence where constants reach the end of what is known of the likelihood."""
+    if not isinstance(state, InterpolatedDraws):
         return ()
-    constant = list(state.population.constant)
-    centre = state.population.mean(state.made_for)[constant]
-    values = torch.stack([state.population.mean(one) for one in drawn])[:, constant]
-    reached = ((values - centre).abs() > 0.8 * TRUST).double().mean(0)
-    names = [state.population.parameters.names[column] for column in constant]
-    far = [name for name, share in zip(names, reached.tolist(), strict=True) if share > 0.01]
+    names = [state.population.parameters.names[column] for column in state.population.constant]
+    far = [name for name, share in zip(names, state.beyond(drawn).tolist(), strict=True) if share > 0.002]
     if not far:
         return ()
     return (
-        f"{', '.join(far)}: more than 1% of the posterior draws reach the end of the range ({TRUST:g} about the "
-        "estimate) in which the exact estimator's draws know the likelihood; the posterior may be cut off there. Let "
-        "the parameter vary, or give it a narrower prior.",
+        f"{', '.join(far)}: posterior draws reach the end of the range, six standard errors of the estimate, in which "
+        "the likelihood was computed; the posterior is cut off there. Let the parameter vary, or give it a narrower "
+        "prior.",
     )
 
 

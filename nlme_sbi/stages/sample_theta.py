@@ -68,6 +68,7 @@ def sample_theta(cfg: DictConfig) -> float:
                 state,
                 fit.theta,
                 prior,
+                covariance=fit.covariance,
                 generator=seeded(device, seed, CHAINS_STREAM),
                 settings=settings,
                 ids=fit.observations.ids,
