@@ -53,7 +53,7 @@ class Schedule:
             steps = {name: getattr(self, name) for name in ("start", "stop")}
             given = [name for name, value in steps.items() if value is not None]
             if given:
-                raise ValueError(f"design: times are given, so {' and '.join(given)} say nothing; drop one of the two.")
+                raise ValueError(f"design: beside times, {' and '.join(given)} would say nothing; drop one of the two.")
             grid = torch.tensor([float(time) for time in self.times], dtype=torch.float64)
             if len(grid) == 0 or not bool(torch.isfinite(grid).all() & (grid.diff() > 0).all()):
                 raise ValueError(f"design.times must be finite and increase, at least one; got {list(self.times)}.")

@@ -133,8 +133,7 @@ def _reach(exact: ExactDraws, covariance: Float[Tensor, "P P"] | None) -> Float[
     with torch.enable_grad():
         leaf = theta.detach().clone().requires_grad_(True)
         values = population.constants(leaf, exact.joint.observations.design)
-        # The largest deviation of a constant from its typical value (covariates) is the widest reach that is needed.
-        spread = []
+        spread = []  # of each constant, on average over individuals: covariates may make it theirs
         for column in range(values.shape[1]):
             (slope,) = torch.autograd.grad(values[:, column].sum() / len(values), leaf, retain_graph=True)
             spread.append((slope @ covariance.nan_to_num(torch.inf) @ slope).sqrt())
