@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nlme_sbi.population.exact_draws import ExactDraws, drawn, with_bad_ones_refined
 from nlme_sbi.population.joint import Expansion, JointDensity, promised_gain
-from nlme_sbi.population.proposals import Pieces, along_profiles, mixtures, modes
+from nlme_sbi.population.proposals import Pieces, along_profiles, mixtures, modes, with_others
 from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions
@@ -106,14 +106,17 @@ class Exact:
             rows, starts = _first_climbers(joint, drawn_ones, simulator)
         else:
             rows, starts = known.modes.rows, known.modes.means
-        laplace, at = modes(joint, rows, starts)
-        hopeful = _hopeful_images(joint, laplace, at, simulator)
-        if len(hopeful[0]) > 0:
-            laplace, at = modes(joint, torch.cat([laplace.rows, hopeful[0]]), torch.cat([laplace.means, hopeful[1]]))
+        found = modes(joint, rows, starts)
+        hopeful = _hopeful_images(joint, *found, simulator)
+        laplace, at = found if len(hopeful[0]) == 0 else with_others(joint, found, modes(joint, *hopeful))
         _require_everybody(laplace.rows, observations)
         mixed = mixtures(along_profiles(joint, laplace, at), len(exact), self._draws_of(previous, len(exact)))
         state = drawn(joint, laplace, mixed, source.prior, generator)
         return with_bad_ones_refined(state, generator)
+
+    def with_draws(self, draws: int) -> Exact:
+        """The same with so many draws of each individual, at least those it had and at most ``max_draws``."""
+        return replace(self, draws=min(max(draws, self.draws), self.max_draws))
 
     def serves(self, state: WeightedDraws, theta: Float[Tensor, " P"]) -> bool:
         """Whether draws that were made for another theta are as good at this one."""

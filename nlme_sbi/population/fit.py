@@ -43,7 +43,8 @@ _EXPLORED_INDIVIDUALS = 1000  # starts are compared on so many individuals
 _EXPLORED_DRAWS = 500  # with so many draws
 _STANDS_STILL = 0.5  # standard errors between two rounds; Monte-Carlo error is judged apart
 _ROUNDS = 10  # of draws that follow the optimum
-_PRUDENCE = 1.25  # factor on a rough error before it is believed
+_PRUDENCE = 1.1  # factor on the rough error of fewer individuals before it sets the draws of all
+_LEFT_BY_A_MOVE = 0.05  # standard errors
 _CONVERGED = 0.01  # largest Newton step that may be left, in standard errors
 _SINGULAR = 0.999  # correlation above which a covariance counts as singular
 
@@ -171,11 +172,14 @@ def _followed(
     if individuals > 2 * _EXPLORED_INDIVIDUALS:
         shuffled = torch.randperm(individuals, generator=generator, device=generator.device)
         stages.insert(0, (shuffled[:_EXPLORED_INDIVIDUALS].sort().values.cpu(), 1.0))
+    moved, lacking = math.inf, 0.0
     for rows, near in stages:
         some = observations if len(rows) == individuals else observations[rows]
         given = source
         if isinstance(source, PosteriorSamples) and len(rows) < individuals:
             given = replace(source, phi=source.phi[rows], log_q=source.log_q[rows])
+        if lacking > 0:  # as many draws as fewer individuals needed: the ratio of the errors is the same
+            chosen = chosen.with_draws(math.ceil(state.draws * _times_for(lacking)))
         for done in range(_ROUNDS):
             with torch.no_grad():
                 state = chosen.follow(given, some, theta, state, generator)
@@ -187,13 +191,21 @@ def _followed(
             say(FitProgress(f"rounds on {len(rows)} individuals", done + 1, 0, summit.objective))
             if moved < near or chosen.serves(state, theta):
                 break
-    with torch.no_grad():  # draws made for the optimum itself, as many as they have to be
         lacking = _PRUDENCE * rough_monte_carlo_error(state, theta, information) / accuracy
-        better: WeightedDraws | str = ""
-        if lacking > 1:
-            better = chosen.improve(state, theta, observations, generator, times=_how_many_times(lacking))
-        state = chosen.follow(source, observations, theta, state, generator) if isinstance(better, str) else better
+    # What draws made for another theta leave in the estimate is of second order in how far that is.
+    lacking /= _PRUDENCE  # the errors that count are judged again
+    if lacking > 1 or moved**2 / (2 * math.sqrt(individuals)) > _LEFT_BY_A_MOVE:
+        with torch.no_grad():
+            better: WeightedDraws | str = ""
+            if lacking > 1:
+                better = chosen.improve(state, theta, observations, generator, times=max(2, round(_times_for(lacking))))
+            state = chosen.follow(source, observations, theta, state, generator) if isinstance(better, str) else better
     return state, theta, rough_information(state, theta)
+
+
+def _times_for(lacking: float) -> float:
+    """How many times as many evenly spread draws would help, whose error falls faster than that of random ones."""
+    return min(16.0, math.pow(lacking, 1.6))
 
 
 def _how_many_times(ratio: float) -> int:

@@ -59,6 +59,15 @@ class Expansion:
     def __getitem__(self, rows: Tensor) -> Expansion:
         return Expansion(self.value[rows], self.gradient[rows], self.hessian[rows])
 
+    @classmethod
+    def joined(cls, parts: list[Expansion]) -> Expansion:
+        """All of them."""
+        return cls(
+            torch.cat([part.value for part in parts]),
+            torch.cat([part.gradient for part in parts]),
+            torch.cat([part.hessian for part in parts]),
+        )
+
     def updated(self, rows: Tensor, others: Expansion) -> Expansion:
         """With the points at ``rows`` replaced."""
         return Expansion(

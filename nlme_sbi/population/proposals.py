@@ -70,14 +70,27 @@ def _log_volume(covariance: Tensor) -> Float[Tensor, " B"]:
 def modes(joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]) -> tuple[Pieces, Expansion]:
     """Distinct modes of every individual, best first, with their Laplace approximations."""
     found: Summits = ascend(joint, rows, starts)
-    finite = torch.isfinite(found.at.value) & torch.isfinite(found.at.hessian).flatten(1).all(1)
+    return _sorted_out(rows, found.points, found.at, joint.scale)
+
+
+def with_others(
+    joint: JointDensity, known: tuple[Pieces, Expansion], others: tuple[Pieces, Expansion]
+) -> tuple[Pieces, Expansion]:
+    """Modes of two searches together, each once."""
+    both = Pieces.joined([known[0], others[0]])
+    return _sorted_out(both.rows, both.means, Expansion.joined([known[1], others[1]]), joint.scale)
+
+
+def _sorted_out(rows: Tensor, points: Tensor, at: Expansion, scale: Tensor) -> tuple[Pieces, Expansion]:
+    """Summits in the order of the individuals, best first, without those that are near a better one or negligible."""
+    finite = torch.isfinite(at.value) & torch.isfinite(at.hessian).flatten(1).all(1)
     place = torch.nonzero(finite)[:, 0]
-    place = place[torch.argsort(found.at.value[place], descending=True, stable=True)]
+    place = place[torch.argsort(at.value[place], descending=True, stable=True)]
     place = place[torch.argsort(rows[place], stable=True)]
-    covariances = covariance_of(-found.at.hessian[place], joint.scale)
-    pieces = Pieces(rows[place], found.at.value[place] + _log_volume(covariances), found.points[place], covariances)
+    covariances = covariance_of(-at.hessian[place], scale)
+    pieces = Pieces(rows[place], at.value[place] + _log_volume(covariances), points[place], covariances)
     kept = _distinct(pieces)
-    return pieces[kept], found.at[place[kept]]
+    return pieces[kept], at[place[kept]]
 
 
 def _distinct(pieces: Pieces) -> Int[Tensor, " kept"]:

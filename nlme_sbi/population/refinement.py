@@ -11,8 +11,8 @@ from nlme_sbi.population.joint import JointDensity
 from nlme_sbi.population.mixture import fit_mixtures
 from nlme_sbi.population.proposals import Mixtures, Pieces, mixtures
 
-_TRIED = 1024  # draws of the old mixture in each pass
-_RESAMPLED = 512  # of them, by weight, that a new mixture is fitted to
+_TRIED = 768  # draws of the old mixture in each pass
+_RESAMPLED = 320  # of them, by weight, that a new mixture is fitted to
 _COMPONENTS = 6
 _PASSES = 2
 _NEW = 0.8  # share of the fitted components; the rest keeps the old mixture and its tails

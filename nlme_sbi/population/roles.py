@@ -221,6 +221,9 @@ class FollowingEstimator(Estimator, Protocol):
     ) -> WeightedDraws:
         """Draws of all individuals made for ``theta``; ``previous`` is what the fit had before."""
 
+    def with_draws(self, draws: int) -> FollowingEstimator:
+        """The same estimator that makes so many draws of each individual, within its limits."""
+
     def serves(self, state: WeightedDraws, theta: Tensor) -> bool:
         """Whether draws that were made for another theta are as good at this one."""
 
