@@ -50,8 +50,9 @@ def test_modes_of_gaussian_individuals_are_their_means(gaussian: tuple) -> None:
     assert found.kinds == ("climbed",) * 25
     assert bool(((found.phi - mean).abs() <= 0.005 * sd + 1e-9).all())
     assert bool((found.phi[:, 2] == fit.theta[2]).all())
-    # The estimated mean of draws is another number, by Monte-Carlo error: the test would see draws taken for modes.
-    assert float(((fit.individuals.mean - mean).abs() / sd.clamp_min(1e-9))[:, :2].max()) > 0.005
+    # A draw is no mode: the test would see one that is taken for it.
+    one = fit.individual_draws(1, seeded())[:, 0]
+    assert float(((one - mean).abs() / sd.clamp_min(1e-9))[:, :2].max()) > 0.1
 
 
 def test_draws_of_gaussian_individuals_have_the_moments_of_the_closed_form(gaussian: tuple) -> None:
