@@ -116,6 +116,7 @@ def predict(cfg: DictConfig) -> None:
             f"{upstream.path} kept no draws of its individuals (individuals.draws=0), so nothing can be predicted for "
             "them. Fit again with individuals.draws=200, or predict new ones only (individuals=none)."
         )
+    _try_out(fit, plan)
     run = open_run(
         stage="predict",
         experiment=str(upstream.manifest["experiment"]),
@@ -137,6 +138,15 @@ def predict(cfg: DictConfig) -> None:
         _save(run, fit, made, thetas, settings, with_data=plan.like_the_data)
         run.finish(_results(made, settings, said))
     log.info("Results: %s (predictions.csv, *.png)", run.path)
+
+
+def _try_out(fit: StoredFit, plan: Plan) -> None:
+    """One typical individual under every design: what a simulator refuses (doses of a kind) is told before a run is
+    begun."""
+    for group in (plan.known, plan.new):
+        if group is not None:
+            phi = fit.population.mean(fit.theta).expand(len(group.design), 1, -1)
+            outcomes(fit.posterior.simulator, phi, group.design, seeded(fit.device, 0, NOISE_STREAM))
 
 
 def _who(given: Any) -> Literal["all", "none"] | tuple[str, ...]:

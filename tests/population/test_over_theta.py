@@ -148,7 +148,7 @@ def test_bands_of_new_individuals_cover_new_measurements() -> None:
         covered["uncertain"].append(truth.cdf(high) - truth.cdf(low))
         low, high = norm(float(y.mean()), math.sqrt(total)).ppf([0.05, 0.95])
         covered["certain"].append(truth.cdf(high) - truth.cdf(low))
-    # Data sets differ by about 0.1, so 150 of them have a standard error of 0.008. Maximum likelihood takes the variance
-    # of 8 individuals an eighth too small, which costs some of the 90%.
+    # Data sets differ by about 0.1, so 150 of them have a standard error of 0.008. Maximum likelihood takes the
+    # variance of 8 individuals an eighth too small, which costs some of the 90%.
     assert 0.84 < np.mean(covered["uncertain"]) < 0.93
     assert np.mean(covered["certain"]) < 0.835  # bands that take the estimate for the truth are rejected

@@ -208,6 +208,7 @@ def test_what_cannot_be_predicted_is_refused_in_one_sentence(root: Path, case: s
     with pytest.raises(ValueError, match=sentence) as refusal:
         predicted(root, *overrides)
     assert "\n" not in str(refusal.value)
+    assert not (root / "predict").exists()
 
 
 def test_fits_that_cannot_be_gone_on_from_are_refused(root: Path) -> None:
