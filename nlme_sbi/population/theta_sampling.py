@@ -298,9 +298,10 @@ def _moments(
     points: NDArray[np.float64], factor: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and covariance factor of the points; the factor stays where they are too few to tell."""
-    covariance = np.atleast_2d(np.cov(points.T))
+    covariance: NDArray[np.float64] = np.atleast_2d(np.cov(points.T)).astype(np.float64)
     try:
-        return points.mean(axis=0), np.linalg.cholesky(covariance)
+        found: NDArray[np.float64] = np.linalg.cholesky(covariance)
+        return points.mean(axis=0), found
     except np.linalg.LinAlgError:
         return points.mean(axis=0), factor
 

@@ -62,7 +62,7 @@ def _in_rows(state: WeightedDraws, theta: Tensor, parts: list[Tensor]) -> Tensor
     return result
 
 
-def _along(function: Callable[[Tensor], Tensor], theta: Tensor, directions: Tensor) -> Tensor:
+def along(function: Callable[[Tensor], Tensor], theta: Tensor, directions: Tensor) -> Tensor:
     """Derivatives of ``function`` along each row of ``directions``, stacked first.
 
     By two reverse passes: the first is linear in its cotangent, and the derivative along a direction is the slope of
@@ -89,7 +89,7 @@ def scores(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "I
     axes = _axes(state, theta)
     with torch.no_grad():
         parts = over_blocks(
-            lambda block: _along(partial(_mean_log_weight, block), theta, axes).T, state.blocks, theta.device
+            lambda block: along(partial(_mean_log_weight, block), theta, axes).T, state.blocks, theta.device
         )
     return _in_rows(state, theta, parts)
 
@@ -102,7 +102,7 @@ def rough_information(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float
     stride = max(1, state.individuals // _ROUGH)
     with torch.no_grad():
         parts = over_blocks(
-            lambda block: _along(partial(_mean_log_weight, block), theta, axes), state.blocks[::stride], theta.device
+            lambda block: along(partial(_mean_log_weight, block), theta, axes), state.blocks[::stride], theta.device
         )
     slopes = torch.cat(parts, 1)
     total = slopes @ slopes.T * (state.individuals / slopes.shape[1])
@@ -144,7 +144,7 @@ def score_variance(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Te
     axes = _axes(state, theta)
 
     def of_block(block: DrawBlock) -> Tensor:
-        slopes = _along(block.log_weights, theta, axes)  # (free, i, S)
+        slopes = along(block.log_weights, theta, axes)  # (free, i, S)
         weights = torch.softmax(block.log_weights(theta), 1)
         deviations = weights * (slopes - (weights * slopes).sum(2, keepdim=True))
         flat = deviations.flatten(1)

@@ -90,7 +90,7 @@ def fit_population(cfg: DictConfig) -> float:
     posterior = _posterior(upstream, device, trust)
     posterior.check(observations)
     specification = part(plain["population"], PopulationSpecification, where="population", trust=trust)
-    population = specification.bind(posterior.parameters)
+    population = specification.bind(posterior.parameters, observations)
     estimator = part(plain["estimator"], Estimator, where="estimator", trust=trust)
     run = open_run(
         stage="fit_population",
@@ -192,9 +192,11 @@ def _relevant(plain: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 def _save_tables(run: RunDirectory, fit: PopulationFit) -> None:
     table = fit.table()
+    extra = {"covariate_effects.csv": table.effects_frame(), "correlations.csv": table.correlations_frame()}
     texts = {
         "table.txt": str(table) + "\n",
         "parameters.csv": table.to_frame().to_csv(index=False),
+        **{name: frame.to_csv(index=False) for name, frame in extra.items() if len(frame)},
     }
     for name, text in texts.items():
         write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]

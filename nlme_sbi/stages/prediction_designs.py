@@ -98,7 +98,7 @@ def _scheduled(schedule: Schedule, fit: StoredFit, individuals: Who, new: Litera
 
 def needed(fit: StoredFit) -> tuple[str, ...]:
     """Covariates that simulator and population model depend on."""
-    effects = getattr(fit.population.unknowns, "effects", ())
+    effects = fit.population.unknowns.effects
     return tuple(dict.fromkeys([*fit.posterior.simulator.covariates, *(effect.covariate for effect in effects)]))
 
 

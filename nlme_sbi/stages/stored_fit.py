@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +16,6 @@ from torch import Tensor
 from nlme_sbi.conversion import convert
 from nlme_sbi.networks.ensembles import PosteriorEnsemble
 from nlme_sbi.networks.posterior import AmortizedPosterior
-from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.modes import individual_modes
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import PopulationModel, PopulationSpecification
@@ -154,7 +152,7 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
     )
     specification = part(finished.config["population"], PopulationSpecification, where="population", trust=trust)
     observations = load_observations(finished.path / OBSERVATIONS)
-    population = _bound(specification, posterior.parameters, observations)
+    population: PopulationModel = specification.bind(posterior.parameters, observations)
     theta, covariance = _estimates(finished, population)
     where = posterior.device
     draws = None
@@ -169,16 +167,6 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
         covariance=covariance.to(where),
         draws=draws,
     )
-
-
-def _bound(
-    specification: PopulationSpecification, parameters: ParameterSpace, observations: Observations
-) -> PopulationModel:
-    """The model for these parameters and, where the specification asks for them, these data (covariates)."""
-    bind: Callable[..., PopulationModel] = specification.bind
-    if len(inspect.signature(bind).parameters) > 1:
-        return bind(parameters, observations)
-    return bind(parameters)
 
 
 def _estimates(run: FinishedRun, population: PopulationModel) -> tuple[Tensor, Tensor]:
