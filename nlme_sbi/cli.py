@@ -78,7 +78,7 @@ def _with_words(arguments: Sequence[str], key: str) -> list[str]:
     if not words:
         return rest
     quoted = ['"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"' for word in words]
-    return [*rest, f"{key}=[{','.join(quoted)}]"]
+    return [f"{key}=[{','.join(quoted)}]", *rest]
 
 
 def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:

@@ -52,11 +52,12 @@ class Pieces:
         return Pieces(self.rows[chosen], self.log_mass[chosen], self.means[chosen], self.covariances[chosen])
 
 
-def covariance_of(curvature: Float[Tensor, "B V V"], scale: Float[Tensor, " V"]) -> Float[Tensor, "B V V"]:
+def covariance_of(curvature: Float[Tensor, "B V V"], scale: Float[Tensor, "B V"]) -> Float[Tensor, "B V V"]:
     """Inverse of ``curvature`` with its eigenvalues kept above a ninth of the population's (SDs below three of it)."""
-    values, vectors = torch.linalg.eigh(curvature * scale[:, None] * scale)
+    sizes = scale[:, :, None] * scale[:, None]
+    values, vectors = torch.linalg.eigh(curvature * sizes)
     values = values.abs().clamp_min(1 / 9)
-    inverse: Tensor = (vectors / values[:, None]) @ vectors.mT * scale[:, None] * scale
+    inverse: Tensor = (vectors / values[:, None]) @ vectors.mT * sizes
     return inverse
 
 
@@ -70,7 +71,7 @@ def _log_volume(covariance: Tensor) -> Float[Tensor, " B"]:
 def modes(joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]) -> tuple[Pieces, Expansion]:
     """Distinct modes of every individual, best first, with their Laplace approximations."""
     found: Summits = ascend(joint, rows, starts)
-    return _sorted_out(rows, found.points, found.at, joint.scale)
+    return _sorted_out(joint, rows, found.points, found.at)
 
 
 def with_others(
@@ -78,29 +79,30 @@ def with_others(
 ) -> tuple[Pieces, Expansion]:
     """Modes of two searches together, each once."""
     both = Pieces.joined([known[0], others[0]])
-    return _sorted_out(both.rows, both.means, Expansion.joined([known[1], others[1]]), joint.scale)
+    return _sorted_out(joint, both.rows, both.means, Expansion.joined([known[1], others[1]]))
 
 
-def _sorted_out(rows: Tensor, points: Tensor, at: Expansion, scale: Tensor) -> tuple[Pieces, Expansion]:
+def _sorted_out(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion) -> tuple[Pieces, Expansion]:
     """Summits in the order of the individuals, best first, without those that are near a better one or negligible."""
     finite = torch.isfinite(at.value) & torch.isfinite(at.hessian).flatten(1).all(1)
     place = torch.nonzero(finite)[:, 0]
     place = place[torch.argsort(at.value[place], descending=True, stable=True)]
     place = place[torch.argsort(rows[place], stable=True)]
-    covariances = covariance_of(-at.hessian[place], scale)
+    covariances = covariance_of(-at.hessian[place], joint.scales[rows[place]])
     pieces = Pieces(rows[place], at.value[place] + _log_volume(covariances), points[place], covariances)
-    kept = _distinct(pieces)
+    kept = distinct(pieces)
     return pieces[kept], at[place[kept]]
 
 
-def _distinct(pieces: Pieces) -> Int[Tensor, " kept"]:
-    """Positions of pieces that are neither near an earlier one of the same individual nor negligible.
+def distinct(pieces: Pieces, *, negligible: float = _NEGLIGIBLE) -> Int[Tensor, " kept"]:
+    """Positions of pieces that are neither near an earlier one of the same individual nor ``negligible`` nats below
+    its largest.
 
     Pieces are sorted by individual. Each is compared with its predecessors at distance 1, 2, ... in the list.
     """
     count = len(pieces.rows)
     keep = torch.ones(count, dtype=torch.bool, device=pieces.rows.device)
-    keep &= pieces.log_mass > _largest(pieces)[pieces.rows] - _NEGLIGIBLE
+    keep &= pieces.log_mass > _largest(pieces)[pieces.rows] - negligible
     _, sizes = torch.unique_consecutive(pieces.rows, return_counts=True)
     precision = torch.linalg.inv(pieces.covariances)
     for apart in range(1, int(sizes.max())):
@@ -156,7 +158,7 @@ def _profile(joint: JointDensity, mode: Pieces, top: Tensor, column: Int[Tensor,
     every = torch.arange(len(column), device=column.device)
     sd = mode.covariances[every, column, column].sqrt()
     slope = mode.covariances[every, :, column] / sd.square()[:, None]  # change of the others with the coordinate
-    centre, reach = joint.centre[column], _REACH * joint.scale[column]
+    centre, reach = joint.centres[mode.rows, column], _REACH * joint.scales[mode.rows, column]
     farthest = torch.maximum(side * (centre + side * reach - mode.means[every, column]), 1.2 * sd)
     free = torch.ones_like(mode.means, dtype=torch.bool)
     free[every, column] = False
@@ -196,8 +198,8 @@ def _node(
     cross = torch.where(fixed, 0.0, curvature[every, :, column])
     identity = torch.eye(size, dtype=curvature.dtype, device=curvature.device)
     outside = fixed[:, :, None] | fixed[:, None]
-    scale = joint.scale
-    alone = torch.where(outside, identity / (scale[:, None] * scale), curvature)
+    scale = joint.scales[rows]
+    alone = torch.where(outside, identity / (scale[:, :, None] * scale[:, None]), curvature)
     alone = torch.where(torch.isfinite(alone), alone, 0.0) + 0 * identity
     across = torch.where(outside, 0.0, covariance_of(alone, scale))
     tangent = torch.where(fixed, 1.0, -(across @ cross[..., None])[..., 0])
@@ -286,6 +288,14 @@ class Mixtures:
         phi = self.means[every, component] + (self.factors[every, component] @ standard[..., None])[..., 0]
         return phi, self.log_prob(phi)
 
+    def standard(self, shape: tuple[int, int, int], generator: torch.Generator) -> Float[Tensor, "I S V"]:
+        """Draws of a component before its location and factor."""
+        dtype = self.means.dtype
+        noise = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+        waits = torch.empty((*shape[:2], _FREEDOM // 2), device=generator.device, dtype=dtype)
+        chi_square = 2 * waits.exponential_(generator=generator).sum(-1)
+        return (noise * (_FREEDOM / chi_square).sqrt()[..., None]).to(self.means.device)
+
     def log_prob(self, phi: Float[Tensor, "I S V"]) -> Float[Tensor, "I S"]:
         """Log density of the mixture."""
         size = phi.shape[2]
@@ -354,10 +364,12 @@ def _strata(counts: Int[Tensor, "I K"], draws: int) -> Int[Tensor, "I S"]:
     return torch.searchsorted(ends, place, right=True)
 
 
-def mixtures(pieces: Pieces, individuals: int, draws: int, *, inflation: float = 1.1) -> Mixtures:
+def mixtures(
+    pieces: Pieces, individuals: int, draws: int, *, inflation: float = 1.1, spread: float = _SPREAD
+) -> Mixtures:
     """Components of every individual side by side, and how many of the ``draws`` each gets.
 
-    In proportion to mass, a share alike, and at least one each while there are enough.
+    In proportion to mass, a share ``spread`` alike, and at least one each while there are enough.
     """
     order = torch.argsort(pieces.log_mass, descending=True, stable=True)
     order = order[torch.argsort(pieces.rows[order], stable=True)]
@@ -377,14 +389,14 @@ def mixtures(pieces: Pieces, individuals: int, draws: int, *, inflation: float =
     means[pieces.rows, place] = pieces.means
     factors = torch.eye(size, dtype=dtype, device=device).expand(*shape, -1, -1).clone()
     factors[pieces.rows, place] = math.sqrt(inflation) * torch.linalg.cholesky(pieces.covariances)
-    return Mixtures(_allotted(log_mass, draws), means, factors)
+    return Mixtures(_allotted(log_mass, draws, spread), means, factors)
 
 
-def _allotted(log_mass: Float[Tensor, "I K"], draws: int) -> Int[Tensor, "I K"]:
+def _allotted(log_mass: Float[Tensor, "I K"], draws: int, spread: float) -> Int[Tensor, "I K"]:
     """Whole numbers of draws that add up, by largest remainders above one each."""
     there = torch.isfinite(log_mass)
     share = torch.softmax(log_mass, 1)
-    share = (1 - _SPREAD) * share + _SPREAD * there / there.sum(1, keepdim=True)
+    share = (1 - spread) * share + spread * there / there.sum(1, keepdim=True)
     left = draws - there.sum(1, keepdim=True)
     wished = share * left
     counts = wished.floor()

@@ -37,7 +37,7 @@ def refined(
         chosen = _resampled(phi, log_weights, generator)
         # A little noise keeps copies of one heavy draw from being taken for a mode without width.
         noise = torch.randn(chosen.shape, generator=generator, device=generator.device, dtype=chosen.dtype)
-        spread = chosen.std(1, keepdim=True).clamp_min(1e-3 * joint.scale)
+        spread = chosen.std(1, keepdim=True).clamp_min(1e-3 * joint.scales[rows][:, None])
         fitted = fit_mixtures(chosen + 0.15 * spread * noise.to(chosen), _COMPONENTS, criterion="aic")
         there = torch.isfinite(fitted.log_weights)
         owner, component = torch.nonzero(there).unbind(1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nlme_sbi.population.boundary import VarianceTest, told
 from nlme_sbi.population.criteria import corrected_bic
-from nlme_sbi.population.individuals import IndividualEstimates, resampled_draws
+from nlme_sbi.population.individuals import IndividualEstimates, individual_typical, resampled_draws
 from nlme_sbi.population.intervals import Interval, interval_lines
 from nlme_sbi.population.roles import PopulationModel, Redraw, WeightedDraws
 from nlme_sbi.population.table import PopulationTable, number, population_table
@@ -31,6 +31,7 @@ class Restart:
         distance: largest difference of an unknown from the best's, in standard errors.
         verdict: "same", "other point" (the same objective within Monte-Carlo error elsewhere), "lower" or "failed".
         differing: parameters whose means differ by more than 3 standard errors, where the verdict is "other point".
+        exchanged: the two parameters whose exchange takes this end to the best one, where it is a mirror image.
     """
 
     start: str
@@ -39,6 +40,7 @@ class Restart:
     distance: float
     verdict: str
     differing: tuple[str, ...] = ()
+    exchanged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,8 @@ class PopulationFit:
         ids: of the individuals.
         estimator: name of the estimator.
         absolute: whether ``objective`` is log p(y | theta); otherwise it is a log likelihood ratio.
+        approximation: what the likelihood is approximated by ("Laplace"), so that it compares only with other fits of
+            the same approximation; "" where only draws limit it.
         theta: ``(P,)`` estimates, unconstrained.
         covariance: ``(P, P)`` of the estimates (inverse observed information); zero for fixed unknowns, NaN where the
             information was not positive definite.
@@ -66,6 +70,7 @@ class PopulationFit:
         variance_tests: whether parameters without variability vary after all.
         intervals: by all methods that were asked for; see :mod:`nlme_sbi.population.intervals`.
         redraw: makes draws for another theta; None where draws do not depend on it.
+        labelling: which parameters can be exchanged, and how that was settled, in words.
     """
 
     population: PopulationModel
@@ -84,13 +89,16 @@ class PopulationFit:
     warnings: tuple[str, ...]
     measurements: int
     state: WeightedDraws = field(repr=False)
+    labelling: tuple[str, ...] = ()
+    approximation: str = ""
     variance_tests: tuple[VarianceTest, ...] = ()
     intervals: tuple[Interval, ...] = ()
     redraw: Redraw | None = field(default=None, repr=False)
 
     @property
     def ess(self) -> Float[Tensor, " I"]:
-        """Effective number of draws of every individual at the optimum."""
+        """Effective number of draws of every individual at the optimum; all of them where the likelihood is an
+        approximation, which needs none."""
         return self.individuals.ess
 
     @property
@@ -102,7 +110,7 @@ class PopulationFit:
     @property
     def minus_two_log_likelihood(self) -> float | None:
         """-2 log L, corrected for the bias that the log of a mean of weights has; None where the estimator does not
-        give it."""
+        give it. With an :attr:`approximation` it is that approximation's value."""
         return -2 * (self.objective - self.monte_carlo.objective_bias) if self.absolute else None
 
     @property
@@ -150,11 +158,13 @@ class PopulationFit:
             self.covariance,
             self.individuals.mean,
             vanished=vanished,
+            typical=individual_typical(self.state, self.theta),
             heading=self._heading(),
             notes=(
                 *interval_lines(self.intervals),
                 *told(self.variance_tests),
                 self.message,
+                *self.labelling,
                 *(f"WARNING: {warning}" for warning in self.warnings),
             ),
         )
@@ -193,6 +203,7 @@ class PopulationFit:
         ess = self.ess
         return {
             "estimator": self.estimator,
+            "approximation": self.approximation,
             "individuals": len(self.ids),
             "draws": self.draws,
             "log_likelihood_ratio": number_or_none(self.log_likelihood_ratio),
@@ -224,22 +235,34 @@ class PopulationFit:
             "intervals": [_plain(asdict(interval)) for interval in self.intervals],
             "population_model": type(self.population).__name__,
             "variance_tests": [_plain(asdict(test)) for test in self.variance_tests],
-            "ess": {"mean": float(ess.mean()), "median": float(ess.median()), "smallest": float(ess.min())},
+            "ess": {
+                name: None if self.approximation else float(value)
+                for name, value in (("mean", ess.mean()), ("median", ess.median()), ("smallest", ess.min()))
+            },
             "restarts": [_plain(asdict(restart)) for restart in self.restarts],
             "converged": self.converged,
             "message": self.message,
+            "labelling": list(self.labelling),
             "warnings": list(self.warnings),
         }
 
     def _heading(self) -> tuple[str, ...]:
         error, ess = self.monte_carlo, self.ess
+        who = f"{len(self.ids)} individuals, estimator {self.estimator}"
         what = "log L" if self.absolute else "log likelihood ratio to the training prior"
         said = "not available with this estimator"
         deviance, ofv = self.minus_two_log_likelihood, self.objective_function_value
+        if self.approximation and deviance is not None and ofv is not None:
+            label = f"{self.approximation}'s approximation; compare only with other fits of it"
+            return (
+                f"{who}, nothing is sampled",
+                f"{what}: {self.objective:.2f} ({label})",
+                f"-2 log L: {deviance:.2f} ({self.approximation}), OFV {ofv:.2f} ({self.approximation})",
+            )
         if deviance is not None and ofv is not None:
             said = f"{deviance:.2f} (Monte-Carlo SE {2 * error.objective_se:.2g}, corrected for bias), OFV {ofv:.2f}"
         return (
-            f"{len(self.ids)} individuals, estimator {self.estimator}, {self.draws} draws each "
+            f"{who}, {self.draws} draws each "
             f"(effective: median {float(ess.median()):.0f}, smallest {float(ess.min()):.0f})",
             f"{what}: {self.objective:.2f} (Monte-Carlo SE {error.objective_se:.2f}, bias {error.objective_bias:.2f})",
             f"-2 log L: {said}",

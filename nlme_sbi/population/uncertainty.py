@@ -117,6 +117,19 @@ def monte_carlo_error(
     )
 
 
+def likelihood_error(
+    state: WeightedDraws, theta: Float[Tensor, " P"], *, se: Float[Tensor, " P"], bias: Float[Tensor, " P"]
+) -> MonteCarloError:
+    """Error of the objective from the draws, where that of the unknowns (``se``, ``bias``) is known from elsewhere."""
+    excess = float((1 / effective_draws(state, theta) - 1 / state.draws).clamp_min(0).sum())
+    objective_se = math.sqrt(excess)
+    if state.fitted:
+        halves = [contributions(state.half(which), theta) for which in (0, 1)]
+        objective_se = 0.5 * float((halves[0] - halves[1]).norm())
+        excess = min(excess, objective_se**2)
+    return MonteCarloError(objective_se, -0.5 * excess, None, se, bias)
+
+
 def rough_monte_carlo_error(
     state: WeightedDraws, theta: Float[Tensor, " P"], information: Float[Tensor, "free free"]
 ) -> float:
