@@ -87,9 +87,9 @@ def _naturally(
         space = ParameterSpace((population.parameters[name],))
         column = torch.tensor(values, dtype=torch.float64)[:, None]
         lower, middle, upper = sorted(space.to_natural(column)[:, 0].tolist())
-        return f"{name} (typical)", (middle, lower, upper)
+        return f"typical {name}", (middle, lower, upper)
     if transform == "log":
-        label = f"{name} (SD)" if kind == "log_sd" else f"exp({unknown})"
+        label = f"SD of {name}" if kind == "log_sd" else f"exp({unknown})"
         return label, (_exp(values[0]), _exp(values[1]), _exp(values[2]))
     if transform == "partial_correlation":
         return unknown, (math.tanh(values[0]), math.tanh(values[1]), math.tanh(values[2]))
