@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import test_covariate_fits
 import torch
 from conjugate_case import ConjugateCase, observations
 from omegaconf import OmegaConf
@@ -29,7 +31,7 @@ from nlme_sbi.population.recursion import newton_step
 from nlme_sbi.population.roles import FitProgress, FollowingEstimator, Found, PopulationModel, SearchingEstimator
 from nlme_sbi.population.standstill import standstill
 from nlme_sbi.priors import GaussianPrior
-from nlme_sbi.types import Observations, PosteriorSamples
+from nlme_sbi.types import Observations, PosteriorSamples, Simulator
 
 QUICK = {"burn_in": 40, "averaging": 80}
 
@@ -103,6 +105,22 @@ def test_the_fit_tells_likelihood_and_errors_at_its_estimate_and_what_it_cost() 
     assert "estimator saem" in fit.table().text()
     # The wish was out of reach, and that is said with the setting that limits it.
     assert any("Monte-Carlo error is above 0.001" in said and "max_sweeps=220" in said for said in fit.warnings)
+
+
+def quick_saem(simulator: Simulator) -> Saem:
+    return Saem(simulator=simulator, chains=2, max_sweeps=220, **QUICK)
+
+
+@pytest.mark.parametrize(("estimator", "apart"), [(quick_saem, 0.6), (Laplace, 0.01)])
+def test_covariate_effects_are_those_of_regressions(
+    estimator: Callable[..., Saem | Laplace], apart: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linear and normal: Laplace is exact; 220 sweeps leave a Monte-Carlo error of 0.1 to 0.15 standard errors."""
+    monkeypatch.setattr(test_covariate_fits, "Exact", estimator)
+    fit, expected = test_covariate_fits.three_kinds.__wrapped__()
+    found = dict(zip(fit.population.unknowns.names, fit.theta.tolist(), strict=True))
+    assert set(found) == set(expected)
+    assert max(abs(found[name] - value) / error for name, (value, error) in expected.items()) < apart
 
 
 def test_the_same_seed_gives_the_same_estimate() -> None:
