@@ -26,7 +26,8 @@ def _mean_log_weight(block: DrawBlock, theta: Tensor) -> Float[Tensor, " I"]:
     return torch.logsumexp(log_weights, 1) - draws.log()
 
 
-def _summed_mean_log_weight(block: DrawBlock, theta: Tensor) -> Float[Tensor, ""]:
+def summed_objective(block: DrawBlock, theta: Tensor) -> Float[Tensor, ""]:
+    """Objective of a block's individuals together."""
     return _mean_log_weight(block, theta).sum()
 
 
@@ -43,7 +44,7 @@ def value_and_gradient(state: WeightedDraws, theta: Float[Tensor, " P"]) -> tupl
 
     def of_block(block: DrawBlock) -> tuple[Tensor, Tensor]:
         leaf = theta.detach().clone().requires_grad_(True)
-        value = _summed_mean_log_weight(block, leaf)
+        value = summed_objective(block, leaf)
         (gradient,) = torch.autograd.grad(value, leaf)
         return value.detach(), gradient
 
@@ -116,7 +117,7 @@ def hessian(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "
     def of_block(block: DrawBlock) -> Tensor:
         with torch.enable_grad():
             leaf = theta.detach().clone().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(_summed_mean_log_weight(block, leaf), leaf, create_graph=True)
+            (gradient,) = torch.autograd.grad(summed_objective(block, leaf), leaf, create_graph=True)
             rows = [torch.autograd.grad(slope, leaf, retain_graph=True)[0] for slope in gradient[free]]
             return torch.stack(rows)[:, free]
 
