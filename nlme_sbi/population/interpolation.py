@@ -110,9 +110,11 @@ class InterpolatedDraws:
 
     def beyond(self, thetas: Float[Tensor, "K P"]) -> Float[Tensor, " W"]:
         """Share of these thetas whose constants come near the end of the reach, for each constant."""
-        centre = self.population.mean(self.exact.made_for)
-        change = torch.stack([self.population.mean(theta) for theta in thetas]) - centre
-        return (change[:, list(self.population.constant)].abs() > 0.9 * self.reach).double().mean(0)
+        design = self.exact.joint.observations.design
+        centre = self.population.constants(self.exact.made_for, design)
+        # Of whoever's constants change most: covariates may make them each individual's own.
+        change = [(self.population.constants(theta, design) - centre).abs().amax(0) for theta in thetas]
+        return (torch.stack(change) > 0.9 * self.reach).double().mean(0)
 
 
 @torch.no_grad()

@@ -216,7 +216,7 @@ REFUSED = {
     "nothing varies": (["population.constant=[ka,CL,V,sigma]"], r"every parameter is constant; leave at least one"),
     "covariance": (
         ["population.covariance=ful"],
-        r"^population\.covariance must be one of diagonal, full; got 'ful' \(text\)\. Did you mean full\?$",
+        r'^population\.covariance: "ful" is not one of diagonal, full, or a list of blocks .* Did you mean "full"\?$',
     ),
     "unknown population": (["population=gausian"], r"^population has no choice .* Did you mean gaussian\?$"),
     "population of another group": (
