@@ -300,7 +300,7 @@ def _moments(
     """Mean and covariance factor of the points; the factor stays where they are too few to tell."""
     covariance: NDArray[np.float64] = np.atleast_2d(np.cov(points.T)).astype(np.float64)
     try:
-        found: NDArray[np.float64] = np.linalg.cholesky(covariance)
+        found: NDArray[np.float64] = np.asarray(np.linalg.cholesky(covariance), dtype=np.float64)
         return points.mean(axis=0), found
     except np.linalg.LinAlgError:
         return points.mean(axis=0), factor
