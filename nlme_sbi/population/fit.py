@@ -140,7 +140,7 @@ def fit_population(
     for warning in said:
         logger.warning(warning)
     fit = _result(state, optimum, explored.restarts, chosen=chosen, observations=observations, said=said)
-    return replace(fit, labelling=labelling_notes(model, declared))
+    return replace(fit, labelling=labelling_notes(model, declared, optimum.summit.theta))
 
 
 def _climbed(

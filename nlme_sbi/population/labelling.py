@@ -68,8 +68,10 @@ def in_order(model: PopulationModel, theta: Float[Tensor, " P"]) -> Float[Tensor
     return theta
 
 
-def labelling_notes(model: PopulationModel, declared: tuple[Pair, ...] | None) -> tuple[str, ...]:
-    """A sentence on each exchangeable pair: whether labels are a choice in this model, and which was made."""
+def labelling_notes(
+    model: PopulationModel, declared: tuple[Pair, ...] | None, theta: Float[Tensor, " P"]
+) -> tuple[str, ...]:
+    """A sentence on each exchangeable pair: whether labels are a choice in this model, and which ``theta`` shows."""
     said = []
     for first, second in declared or ():
         # A line of a table that begins with a parameter's name is its row.
@@ -82,6 +84,11 @@ def labelling_notes(model: PopulationModel, declared: tuple[Pair, ...] | None) -
             said.append(
                 f"{exchange} prediction, but not in this population model, because {reason}: the model itself tells "
                 "them apart."
+            )
+        elif chain and in_order(model, theta) is not theta:
+            said.append(
+                f"{exchange} likelihood; the fit did not stay under the labelling asked for (population.ordering): "
+                "this is the other one. Typical values may be equal within their errors."
             )
         elif chain:
             high, low = (first, second) if chain.index(first) < chain.index(second) else (second, first)

@@ -270,6 +270,7 @@ class _Run:
     def to_the_end(self, accuracy: float, ids: tuple[str, ...], report: Report) -> Found:
         """Averaging and judging until the average stands still and its Monte-Carlo error is small enough."""
         settings, run, wished = self.settings, self, _MARGIN * accuracy
+        fixed = self.data.population.unknowns.fixed.to(self.theta.device)
         trace: list[Tensor] = []
         ahead = settings.averaging
         for left_over in reversed(range(_ROUNDS)):
@@ -279,7 +280,7 @@ class _Run:
                 trace.append(run.theta)
                 report(FitProgress("SAEM, averaging", len(trace), ahead))
             kept = trace[int(_SETTLED * len(trace)) :]
-            mean = torch.stack(kept).mean(0)
+            mean = torch.where(fixed, self.theta, torch.stack(kept).mean(0))  # fixed values to the last bit
             run = run.at(mean)
             judged, chains = standstill(run.data, run.chains, run.kernels, mean, run.generator, sweeps=watched)
             run = replace(run, chains=chains, sweeps=run.sweeps + watched)

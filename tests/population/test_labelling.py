@@ -78,7 +78,7 @@ def test_where_the_model_tells_them_apart_it_says_why(name: str) -> None:
     assert reason in model.obstacle("fast", "slow")
     with pytest.raises(ValueError, match="fast and slow cannot be exchanged in this population model"):
         model.exchanged(random_theta(model, 1), "fast", "slow")
-    (note,) = labelling_notes(model, (("fast", "slow"),))
+    (note,) = labelling_notes(model, (("fast", "slow"),), random_theta(model, 1))
     assert f"but not in this population model, because {model.obstacle('fast', 'slow')}" in note
 
 
@@ -197,10 +197,17 @@ def test_both_labellings_are_one_maximum_exchanged() -> None:
 
 def test_without_an_ordering_the_swap_is_named_all_the_same() -> None:
     model = GaussianPopulation(constant=("sigma",)).bind(Mirrored.parameters)
-    assert labelling_notes(model, Mirrored.exchangeable) == (
+    assert labelling_notes(model, Mirrored.exchangeable, random_theta(model, 1)) == (
         "Labels: delta and gamma can be exchanged without changing the likelihood; these estimates show one of two "
         "equivalent labellings. population.ordering=[delta,gamma] makes the choice unique.",
     )
+
+
+def test_a_labelling_that_was_not_reached_is_not_claimed() -> None:
+    model = GaussianPopulation(constant=("sigma",), ordering=["delta", "gamma"]).bind(Mirrored.parameters)
+    theta = torch.tensor([1.0, 2.0, 0.0, 0.0, 0.0], dtype=DOUBLE)
+    assert "did not stay" in labelling_notes(model, Mirrored.exchangeable, theta)[0]
+    assert "shown with delta > gamma" in labelling_notes(model, Mirrored.exchangeable, in_order(model, theta))[0]
 
 
 def refused(ordering: list[str], words: str, *, known: bool = True, **settings: object) -> None:
