@@ -294,11 +294,13 @@ def checks(fitted: Fitted, test: Pairs) -> dict[str, float]:
 def one_training(folder: Path, settings: dict[str, object], seed: int, cpu_seconds: float) -> dict[str, object]:
     """Train within the budget, then measure."""
     import torch
+    from record import calibration_seconds
 
     from nlme_sbi.devices import keep_freed_memory
 
     torch.set_num_threads(1)
     keep_freed_memory()
+    calibration = calibration_seconds()
     train = trainer(str(settings["package"]))
     stored = Pairs.load(folder / f"stored-{seed}") if "pairs" in settings else Pairs(np.empty(0), np.empty(0))
     if "pairs" in settings:
@@ -309,7 +311,7 @@ def one_training(folder: Path, settings: dict[str, object], seed: int, cpu_secon
     wall, budget = time.perf_counter(), Budget(cpu_seconds)
     fitted = train(settings, seed, data, budget)
     found = {"cpu_seconds": budget.spent(), "set_up_cpu_seconds": budget.set_up(), "steps": fitted.steps}
-    found["wall_seconds"] = time.perf_counter() - wall
+    found |= {"wall_seconds": time.perf_counter() - wall, "calibration_cpu_seconds": calibration}
     found["training_peak_mebibytes"] = peak_mebibytes()
     test = data.test
     loss = -np.asarray(fitted.log_density(test.phi, test.values), dtype=np.float64)

@@ -49,6 +49,7 @@ METRICS = {
     "draws_with_densities_per_s": ("draws_with_densities_per_s", "draws per CPU s, with log densities"),
     "training_peak": ("training_peak_mebibytes", "MiB, peak of the process"),
     "sampling_peak": ("sampling_peak_mebibytes", "MiB, peak of the process"),
+    "calibration": ("calibration_cpu_seconds", "CPU s, the machine's speed just before each training"),
     "log_normalisation": ("log_normalisation", "log of the densities' integral, should be 0"),
 }
 
