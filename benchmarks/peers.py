@@ -30,7 +30,38 @@ Figures = dict[str, tuple[float | str, str]]
 
 CONTENDERS: dict[str, Settings] = {
     "nlme_sbi, affine": {"package": "nlme_sbi", "flow": "affine_coupling"},
+    "sbi, MAF": {
+        "package": "sbi",
+        "model": "maf",
+        "embedding": "fc",
+        "embedding_options": {"num_layers": 3, "num_hiddens": 256, "output_dim": 64},
+        "z_score_x": "structured",
+        "pairs": 300_000,
+        "batch_size": 256,
+        "learning_rate": 1e-3,
+        "validation_fraction": 0.05,
+    },
+    "BayesFlow, affine": {
+        "package": "bayesflow",
+        "backend": "jax",
+        "flow_options": {"transform": "affine", "depth": 6, "subnet_kwargs": {"dropout": 0.0}},
+        "summary": "perceptron",
+        "summary_options": {"summary_dim": 32, "widths": [256, 256], "dropout": 0.0},
+        "batch_size": 256,
+        "learning_rate": 1e-3,
+    },
     "nlme_sbi, spline": {"package": "nlme_sbi", "flow": "spline_coupling"},
+    "sbi, NSF": {
+        "package": "sbi",
+        "model": "nsf",
+        "embedding": "fc",
+        "embedding_options": {"num_layers": 3, "num_hiddens": 256, "output_dim": 64},
+        "z_score_x": "structured",
+        "pairs": 300_000,
+        "batch_size": 256,
+        "learning_rate": 1e-3,
+        "validation_fraction": 0.05,
+    },
 }
 # What must be importable, and whose versions are told.
 MODULES = {
