@@ -157,15 +157,16 @@ def prepare(folder: Path, seed: int, count: int) -> None:
 
 
 class StoppingPairs:
-    """A source of pairs that ends when the budget does."""
+    """A source of pairs that ends when the budget does, and knows when each batch was asked for."""
 
     def __init__(self, source, budget: Budget) -> None:
         self._source, self._budget = source, budget
-        self.steps = 0
+        self.steps, self.asked = 0, []
 
     def batch(self, step: int):
         self._budget.check()
         self.steps = step + 1
+        self.asked.append(self._budget.spent())
         return self._source.batch(step)
 
     def validation(self, count: int):
@@ -192,16 +193,11 @@ def train_ours(settings: dict[str, object], seed: int, _: Data, budget: Budget) 
     source = StoppingPairs(online, budget)
     network = fresh(parts, online, seed)
 
-    def probe(steps: int) -> float:
-        before = budget.spent()
-        short = replace(defaults, steps=steps, validate_every=steps)
-        train(copy.deepcopy(network), source, short, progress=False)
-        return budget.spent() - before
-
-    # A schedule is in steps. What a step costs is the difference of two probes: both begin cold and validate once.
-    first = probe(PROBE_STEPS // 4)
-    cost = (probe(PROBE_STEPS) - first) / (PROBE_STEPS - PROBE_STEPS // 4)
-    steps = int(0.96 * (budget.seconds - budget.spent()) / cost)
+    # A schedule is in steps, so a few steps of a copy tell what they cost; the first are slower than the rest.
+    short = replace(defaults, steps=PROBE_STEPS, validate_every=PROBE_STEPS)
+    train(copy.deepcopy(network), source, short, progress=False)
+    cost = (source.asked[-1] - source.asked[PROBE_STEPS // 5]) / (PROBE_STEPS - 1 - PROBE_STEPS // 5)
+    steps = max(1, int(0.96 * (budget.seconds - budget.spent()) / cost))
     final = replace(defaults, steps=steps, validate_every=max(500, steps // 10), patience=steps)
     try:
         train(network, source, final, progress=False)

@@ -30,6 +30,15 @@ Figures = dict[str, tuple[float | str, str]]
 
 CONTENDERS: dict[str, Settings] = {
     "nlme_sbi, affine": {"package": "nlme_sbi", "flow": "affine_coupling"},
+    "BayesFlow, affine": {
+        "package": "bayesflow",
+        "backend": "jax",
+        "flow_options": {"transform": "affine", "depth": 6, "subnet_kwargs": {"dropout": 0.0}},
+        "summary": "perceptron",
+        "summary_options": {"summary_dim": 32, "widths": [256, 256], "dropout": 0.0},
+        "batch_size": 256,
+        "learning_rate": 2e-3,
+    },
     "sbi, MAF": {
         "package": "sbi",
         "model": "maf",
@@ -40,15 +49,6 @@ CONTENDERS: dict[str, Settings] = {
         "batch_size": 256,
         "learning_rate": 1e-3,
         "validation_fraction": 0.05,
-    },
-    "BayesFlow, affine": {
-        "package": "bayesflow",
-        "backend": "jax",
-        "flow_options": {"transform": "affine", "depth": 6, "subnet_kwargs": {"dropout": 0.0}},
-        "summary": "perceptron",
-        "summary_options": {"summary_dim": 32, "widths": [256, 256], "dropout": 0.0},
-        "batch_size": 256,
-        "learning_rate": 1e-3,
     },
     "nlme_sbi, spline": {"package": "nlme_sbi", "flow": "spline_coupling"},
     "sbi, NSF": {

@@ -64,6 +64,7 @@ def test_pairs_stop_with_the_budget_and_count_the_steps_before(load) -> None:
     with pytest.raises(trainings.OutOfTime):
         pairs.batch(3)
     assert pairs.steps == 3
+    assert pairs.asked == [0.0, 0.0, 0.0]
 
 
 def test_the_schedule_warms_up_from_a_tenth_and_ends_at_zero(load) -> None:
