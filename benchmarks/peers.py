@@ -23,7 +23,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from record import ROOT, stopwatch, write_result
+from record import ROOT, write_result
 
 Settings = Mapping[str, object]
 Figures = dict[str, tuple[float | str, str]]
@@ -199,22 +199,20 @@ def main() -> None:
     pairs = max((int(str(settings.get("pairs", 0))) for settings in chosen.values()), default=0) or 10_000
     told = versions(options.python)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
-    with stopwatch() as spent:
-        prepare(options.python, folder, options.seeds, pairs)
-        for seed in options.seeds:
-            for name, settings in chosen.items():
-                asked = {"settings": settings, "seed": seed, "cpu_seconds": options.cpu_seconds, "versions": told}
-                path = folder / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}.json"
-                found = kept_result(path, asked) if options.resume else None
-                found = found or one_result(
-                    options.python, folder, settings, seed, options.cpu_seconds, asked=asked, path=path
-                )
-                print(f"{name}, seed {seed}: {found['mean']:.3f} nats, {found['steps']:.0f} steps", flush=True)
-                results[name].append(found)
+    prepare(options.python, folder, options.seeds, pairs)
+    for seed in options.seeds:
+        for name, settings in chosen.items():
+            asked = {"settings": settings, "seed": seed, "cpu_seconds": options.cpu_seconds, "versions": told}
+            path = folder / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}.json"
+            found = kept_result(path, asked) if options.resume else None
+            found = found or one_result(
+                options.python, folder, settings, seed, options.cpu_seconds, asked=asked, path=path
+            )
+            print(f"{name}, seed {seed}: {found['mean']:.3f} nats, {found['steps']:.0f} steps", flush=True)
+            results[name].append(found)
     figures: Figures = {"versions": (told, "")}
     for name, settings in chosen.items():
         figures |= figures_of(name, settings, results[name])
-    figures["seconds"] = (spent.wall, "s, this run, one process at a time")
     title = f"Two-rate model, {options.cpu_seconds:g} CPU seconds a training, {len(options.seeds)} training seed(s)."
     write_result("peers", figures, title=title)
 
