@@ -1,7 +1,7 @@
 """The real eGFP cells (Fröhlich et al. 2018) through the three stages; keeps the pictures for docs/.
 
     python scripts/download_data.py data=egfp
-    python benchmarks/egfp.py --posterior RUN [--sheet FILE] [--images docs/images]
+    python benchmarks/egfp.py --posterior RUN [--sheet FILE] [--estimator exact] [--images docs/images]
 
 ``RUN`` is a train_flow run of experiment mrna_two_rate; ``FILE`` a copy of the sheet that lies elsewhere.
 """
@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--posterior", type=Path, required=True)
+    parser.add_argument("--estimator", default="exact")
     parser.add_argument("--images", type=Path)
     options = parser.parse_args()
     training = json.loads((options.posterior / "manifest.json").read_text())
@@ -34,6 +35,7 @@ def main() -> None:
                 "data=egfp",
                 *([f"data.path={options.sheet.resolve()}"] if options.sheet else []),
                 f"posterior={options.posterior.resolve()}",
+                f"estimator={options.estimator}",
                 directory=directory,
             )
         run = finished_run("fit_population", directory)
@@ -58,7 +60,9 @@ def main() -> None:
     for unknown in fit["unknowns"]:
         if unknown["name"].startswith("mean."):
             figures[unknown["name"]] = (unknown["estimate"], f"log, SE {unknown['se']:.3g}")
-    write_result("egfp", figures, title="1079 real cells, two-rate model, diagonal Gaussian population, prior_ratio.")
+    write_result(
+        "egfp", figures, title=f"1079 real cells, two-rate model, diagonal Gaussian population, {options.estimator}."
+    )
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 Mean -log q(phi|y) over 2000 fixed pairs that no training sees, in nats on the scale of phi (natural logs of the
 parameters); the prior alone has 12.93. Each training uses one thread, so two of them share two cores.
 
-    python benchmarks/two_rate_training.py [--cpu-minutes 10] [--seeds 0 1 2] [--pooled-seeds 0] [--jobs 2]
+    python benchmarks/two_rate_training.py [--cpu-minutes 10] [--seeds 0 1 2] [--pooled-seeds 0] [--only best]
     python benchmarks/two_rate_training.py --one 0 flow=spline_coupling flow.couplings=4    # prints one training
 
-``--keep FOLDER`` leaves the weights there, for benchmarks/two_rate_sharpness.py.
+``--keep FOLDER`` leaves the weights there, for benchmarks/two_rate_sharpness.py, and takes up trainings that are there.
 """
 
 from __future__ import annotations
@@ -106,20 +106,41 @@ def one_training(overrides: list[str], seed: int, cpu_minutes: float, keep: Path
                 for part in (test[start : start + 500] for start in range(0, TEST_PAIRS, 500))
             ]
         ).double()
-    return {
+    found = {
         "mean": float(loss.mean()),
         "median": float(loss.median()),
         "se": float(loss.std() / TEST_PAIRS**0.5),
         "steps": steps,
         "cpu_seconds": spent,
     }
+    if keep is not None:
+        (keep / f"{seed}.json").write_text(json.dumps({**found, "cpu_minutes": cpu_minutes, "network": overrides}))
+    return found
 
 
 def in_a_process(name: str, seed: int, cpu_minutes: float, keep: Path | None) -> dict[str, float]:
+    if keep is not None and (done := keep / name / f"{seed}.json").exists():
+        stored = json.loads(done.read_text())
+        if (stored["cpu_minutes"], stored["network"]) == (cpu_minutes, NETWORKS[name]):
+            return stored
     command = [sys.executable, __file__, "--one", str(seed), *NETWORKS[name], "--cpu-minutes", str(cpu_minutes)]
     command += [] if keep is None else ["--keep", str(keep / name)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    finished = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def left_alone(measured: tuple[str, ...] | list[str]) -> dict[str, tuple[float, str]]:
+    """Figures of networks that this run does not train, as they were measured before, with the commit of then."""
+    path = ROOT / "benchmarks" / "results" / "two_rate_training.json"
+    if set(measured) == set(NETWORKS) or not path.exists():
+        return {}
+    before = json.loads(path.read_text())
+    kept = {}
+    for key, figure in before["figures"].items():
+        if any(f"_{name}" in key for name in NETWORKS if name not in measured):
+            at = "" if "(at " in figure["unit"] else f" (at {before['commit']})"
+            kept[key] = (figure["value"], figure["unit"] + at)
+    return kept
 
 
 def main() -> None:
@@ -129,18 +150,19 @@ def main() -> None:
     parser.add_argument("--pooled-seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--only", nargs="+", choices=tuple(NETWORKS), default=tuple(NETWORKS))
     parser.add_argument("--one", nargs="+", metavar=("SEED", "KEY=VALUE"))
     options = parser.parse_args()
     if options.one:
         seed, *overrides = options.one
         print(json.dumps(one_training(overrides, int(seed), options.cpu_minutes, options.keep)))
         return
-    jobs = [(name, seed) for name in ("affine", "best") for seed in options.seeds]
-    jobs += [("pooled", seed) for seed in options.pooled_seeds]
+    jobs = [(name, seed) for name in ("affine", "best") for seed in options.seeds if name in options.only]
+    jobs += [("pooled", seed) for seed in options.pooled_seeds if "pooled" in options.only]
     with stopwatch() as spent, ThreadPoolExecutor(options.jobs) as pool:
         found = list(pool.map(lambda job: in_a_process(*job, options.cpu_minutes, options.keep), jobs))
-    figures = {}
-    for name in NETWORKS:
+    figures = left_alone(options.only)
+    for name in options.only:
         rows = [result for job, result in zip(jobs, found, strict=True) if job[0] == name]
         means = np.array([row["mean"] for row in rows])
         unit = f"nats, {len(rows)} training seed(s)"

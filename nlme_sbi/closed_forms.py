@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# 1/(exp(x) - 1) - 1/x = -1/2 + sum_n B_2n x^(2n-1) / (2n)!. Below 0.5 the first term left out is under 1e-17.
-_SERIES_BELOW = 0.5
-_SERIES = (1 / 12, -1 / 720, 1 / 30240, -1 / 1209600, 1 / 47900160, -691 / 1307674368000, 1 / 74724249600)
+# 1/(exp(x) - 1) - 1/x = -1/2 + sum_n B_2n x^(2n-1) / (2n)!. Below 0.25 the first term left out is under 2e-16.
+_SERIES_BELOW = 0.25
+_SERIES = (1 / 12, -1 / 720, 1 / 30240, -1 / 1209600, 1 / 47900160)
 
 
 def log_expm1_ratio(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     r"""``log((1 - exp(-x)) / x)`` for ``x >= 0``, with all its derivatives, through ``x = 0``.
 
     The value needs no care beyond ``expm1``. Autograd of that formula, however, divides by ``x`` twice and cancels, so
-    the derivative is stated: :math:`1/(e^x - 1) - 1/x`, below 0.5 its series :math:`-1/2 + x/12 - x^3/720 + \dots`. It
+    the derivative is stated: :math:`1/(e^x - 1) - 1/x`, below 0.25 its series :math:`-1/2 + x/12 - x^3/720 + \dots`. It
     can itself be differentiated, in reverse and forward mode and under ``torch.func``.
     """
     found: Tensor = _LogExpm1Ratio.apply(x)  # type: ignore[no-untyped-call]
@@ -41,12 +41,25 @@ class _LogExpm1Ratio(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return gradient * _slope(x)
+        return gradient * (_slope(x) if torch.is_grad_enabled() else _slope_in_place(x))
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return tangent * _slope(x)
+
+
+def _slope_in_place(x: Tensor) -> Tensor:
+    """:func:`_slope` where no further derivative is asked for: a third of the memory traffic."""
+    square = x * x
+    series = torch.full_like(x, _SERIES[-1])
+    for coefficient in reversed(_SERIES[:-1]):
+        series.mul_(square).add_(coefficient)
+    series.mul_(x).sub_(0.5)
+    # -1/expm1(-x) - 1 - 1/x, which no x overflows; small ones are those of the series.
+    negative = x.clamp(min=_SERIES_BELOW).neg_()
+    away = negative.expm1().reciprocal_().neg_().sub_(1.0).add_(negative.reciprocal_())
+    return torch.where(x < _SERIES_BELOW, series, away)
 
 
 def _slope(x: Tensor) -> Tensor:
@@ -98,6 +111,8 @@ class _LogPositive(torch.autograd.Function):
 
 def _reciprocal(x: Tensor) -> Tensor:
     """Derivative of :func:`log_positive`."""
+    if not torch.is_grad_enabled():
+        return torch.where(x > 0, x.reciprocal(), 0.0)
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).reciprocal(), 0.0)
 

@@ -57,6 +57,8 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     known = [str(key) for key in parent if key not in _HIDDEN] if isinstance(parent, DictConfig) else []
     place = str(error.full_key or error.key)
     owner = place.rpartition(".")[0] or "the configuration"
+    if isinstance(parent, DictConfig) and not known:  # a section that waits for names, such as population.fixed
+        return f"{place} is not a key of {owner}, which is empty; add it with a plus: +{place}=..."
     return f"{place} is not a key of {owner}; keys: {', '.join(known) or 'none'}.{_nearest(str(error.key), known)}"
 
 

@@ -69,6 +69,9 @@ class NoiseModel(ABC):
         """
         sd = self.standard_deviation(prediction, parameters)
         location, measured = self.transform(prediction), self.transform(values)
+        if _all_regular(sd, location, measured):  # the rule, at half the price
+            residual = (measured - location) / sd
+            return self.log_slope(values) - (torch.log(sd) + _HALF_LOG_TWO_PI) - 0.5 * residual.square()
         possible = (sd > 0) & torch.isfinite(location) & torch.isfinite(measured)
         sd = torch.where(possible, sd, 1.0)
         residual = torch.where(possible, measured, 0.0) - torch.where(possible, location, 0.0)
@@ -86,6 +89,15 @@ class NoiseModel(ABC):
         scores = [_score(self.transform(bound), location, sd) for bound in (lower, upper)]
         found = _log_ndtr_difference(*scores)
         return torch.where(possible, found, -torch.inf)
+
+
+@torch.no_grad()
+def _all_regular(sd: Tensor, location: Tensor, measured: Tensor) -> bool:
+    """Whether every SD is positive and every number finite, judged by sums: they are cheaper than looking at each."""
+    try:
+        return bool(torch.isfinite(location.sum() + measured.sum() + sd.sum()) & (sd > 0).all())
+    except RuntimeError:  # under torch.vmap there is no looking at values
+        return False
 
 
 @dataclass(frozen=True)
@@ -196,6 +208,8 @@ def observation_log_prob(
         spread = (tensor.shape[0], *(1,) * (prediction.ndim - 3), *tensor.shape[1:])
         return tensor.reshape(spread).to(prediction.dtype if tensor.is_floating_point() else tensor.dtype)
 
+    if observations.censoring is None and bool(observations.design.observed.all()):
+        return noise.log_prob(aligned(observations.values), prediction, parameters)
     observed = aligned(observations.design.observed)
     # What is not measured is replaced before it meets the density: a NaN there would poison the gradient.
     safe = torch.where(observed, prediction, 1.0)

@@ -46,6 +46,7 @@ class TrainingSettings:
         validation_size: held-out pairs.
         validate_every: steps between validations, which are also the checkpoints.
         patience: validations without a better loss before training stops early.
+        plateau: validations without a better loss after which the learning rate is halved, beside its schedule.
         pilot_size: simulations that fix the scalings.
         max_failed: largest share of failed simulations in a batch of fresh ones.
         threads: of torch on a CPU. Layers of a hundred nodes are as fast on one core as on two, and lose half where
@@ -61,6 +62,7 @@ class TrainingSettings:
     validation_size: int = 2_000
     validate_every: int = 500
     patience: int = 20
+    plateau: int = 8
     pilot_size: int = 10_000
     max_failed: float = 0.0
     threads: int = 1
@@ -73,7 +75,8 @@ class TrainingSettings:
                     "it, or lower training.batch_size."
                 )
             object.__setattr__(self, "steps", self.simulations // max(1, self.batch_size))
-        for name in ("steps", "batch_size", "validation_size", "validate_every", "patience", "pilot_size", "threads"):
+        counts = ("steps", "batch_size", "validation_size", "validate_every", "patience", "plateau", "pilot_size")
+        for name in (*counts, "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be at least 1; got {getattr(self, name)}.")
         for name in ("learning_rate", "gradient_clip"):
@@ -93,12 +96,14 @@ class TrainingSettings:
 
 @dataclass
 class TrainingState:
-    """What a checkpoint holds beside weights and optimiser: where training is and the best that it has seen."""
+    """What a checkpoint holds beside weights and optimiser: where training is and the best that it has seen; ``worse``
+    validations since then, and the factor that plateaus have put on the learning rate."""
 
     step: int = 0
     best_loss: float = math.inf
     best_step: int = 0
     worse: int = 0
+    slowed: float = 1.0
     loss_sum: float = 0.0
     loss_count: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -311,7 +316,7 @@ def _step(
     pairs = source.batch(state.step)
     network.train()
     for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate_at(state.step)
+        group["lr"] = state.slowed * settings.learning_rate_at(state.step)
     optimizer.zero_grad(set_to_none=True)
     loss = -network(pairs.phi, pairs.values, pairs.design).mean()
     value = team.mean(float(loss.detach()))
@@ -342,7 +347,7 @@ def _validate(
         "step": float(state.step),
         "train_loss": state.loss_sum / max(1, state.loss_count),
         "validation_loss": loss,
-        "learning_rate": settings.learning_rate_at(state.step - 1),
+        "learning_rate": state.slowed * settings.learning_rate_at(state.step - 1),
     }
     state.history.append(row)
     state.loss_sum, state.loss_count = 0.0, 0
@@ -351,4 +356,6 @@ def _validate(
         state.best_weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
     else:
         state.worse += 1
+        if state.worse % settings.plateau == 0:
+            state.slowed *= 0.5
     return row

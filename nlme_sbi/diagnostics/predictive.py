@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nlme_sbi.types import Design, EventKind, TractableSimulator
+from nlme_sbi.types import Design, EventKind, Simulator, TractableSimulator
 
 PROBABILITIES = (0.025, 0.25, 0.5, 0.75, 0.975)
 # torch.quantile takes 16 million numbers at once; this also keeps a chunk of float64 under 64 MB.
@@ -22,22 +22,26 @@ class PredictiveBands:
     Args:
         times: ``(I, T)``.
         probabilities: the ``Q`` probabilities, increasing.
-        noise_free: ``(I, Q, T, C)`` of the prediction: what is not known of the individual's curve.
+        noise_free: ``(I, Q, T, C)`` of the prediction: what is not known of the individual's curve. None where the
+            simulator has no noise-free prediction.
         with_noise: ``(I, Q, T, C)`` of a new measurement.
         failed: ``(I,)`` number of draws whose prediction was not finite; they are left out of the quantiles.
     """
 
     times: Float[Tensor, "I T"]
     probabilities: tuple[float, ...]
-    noise_free: Float[Tensor, "I Q T C"]
+    noise_free: Float[Tensor, "I Q T C"] | None
     with_noise: Float[Tensor, "I Q T C"]
     failed: Int[Tensor, " I"]
 
     def quantile(self, probability: float, *, with_noise: bool = False) -> Float[Tensor, "I T C"]:
         """One of the quantiles; raises ``ValueError`` naming those that there are."""
+        found = self.with_noise if with_noise else self.noise_free
+        if found is None:
+            raise ValueError("There are no noise-free bands: the simulator has no prediction without noise.")
         if probability not in self.probabilities:
             raise ValueError(f"There is no quantile {probability}; the bands hold {list(self.probabilities)}.")
-        return (self.with_noise if with_noise else self.noise_free)[:, self.probabilities.index(probability)]
+        return found[:, self.probabilities.index(probability)]
 
 
 def dense_design(design: Design, points: int = 200) -> Design:
@@ -56,9 +60,18 @@ def dense_design(design: Design, points: int = 200) -> Design:
     return replace(design, times=times, observed=observed, occasion=None)
 
 
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """Predictions and new measurements of every draw, NaN where the draw failed; ``noise_free`` is None where the
+    simulator has no noise-free prediction."""
+
+    noise_free: Float[Tensor, "I S T C"] | None
+    with_noise: Float[Tensor, "I S T C"]
+
+
 @torch.no_grad()
 def predictive_bands(
-    simulator: TractableSimulator,
+    simulator: Simulator,
     draws: Float[Tensor, "I S D"],
     design: Design,
     *,
@@ -68,7 +81,7 @@ def predictive_bands(
     """Quantiles of the prediction and of new measurements over each individual's draws.
 
     Args:
-        simulator: with a noise-free prediction.
+        simulator: one without a noise-free prediction has only bands of measurements.
         draws: from ``p(phi | y_i, theta_hat)`` for fits, from the population for new individuals.
         design: ``I`` rows, everything observed (:func:`dense_design`).
         generator: for the measurement noise, on the device of the draws.
@@ -77,25 +90,49 @@ def predictive_bands(
     individuals, count = draws.shape[:2]
     levels = torch.tensor(probabilities, dtype=draws.dtype, device=draws.device)
     at_once = max(1, _CHUNK // (count * design.observed.shape[1] * design.observed.shape[2]))
-    quantiles, failed = [], []
+    noise_free: list[Tensor] = []
+    with_noise, failed = [], []
     for begin in range(0, individuals, at_once):
         rows = slice(begin, begin + at_once)
-        predicted, measured = _outcomes(simulator, draws[rows], design[rows], generator)
-        quantiles.append([torch.nanquantile(one, levels, dim=1).movedim(0, 1) for one in (predicted, measured)])
-        failed.append(predicted.isnan().flatten(2).any(2).sum(1))
-    noise_free, with_noise = (torch.cat(chunks) for chunks in zip(*quantiles, strict=True))
-    return PredictiveBands(design.times, tuple(probabilities), noise_free, with_noise, torch.cat(failed))
+        found = outcomes(simulator, draws[rows], design[rows], generator)
+        if found.noise_free is not None:
+            noise_free.append(_quantiles(found.noise_free, levels))
+        with_noise.append(_quantiles(found.with_noise, levels))
+        failed.append(found.with_noise.isnan().flatten(2).any(2).sum(1))
+    return PredictiveBands(
+        design.times,
+        tuple(probabilities),
+        torch.cat(noise_free) if noise_free else None,
+        torch.cat(with_noise),
+        torch.cat(failed),
+    )
 
 
-def _outcomes(
-    simulator: TractableSimulator, draws: Tensor, design: Design, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Predictions and new measurements ``(I, S, T, C)``, NaN where the draw failed."""
+def _quantiles(values: Float[Tensor, "I S T C"], levels: Tensor) -> Float[Tensor, "I Q T C"]:
+    return torch.nanquantile(values, levels, dim=1).movedim(0, 1)
+
+
+@torch.no_grad()
+def outcomes(
+    simulator: Simulator, draws: Float[Tensor, "I S D"], design: Design, generator: torch.Generator
+) -> Outcomes:
+    """Prediction and new measurement of every draw.
+
+    Args:
+        simulator: of these parameters.
+        draws: of each individual.
+        design: ``I`` rows, everything observed.
+        generator: for the measurement noise, on the device of the draws.
+    """
     individuals, count = draws.shape[:2]
-    predicted = simulator.predict(draws, design)
     repeated = design[torch.arange(individuals, device=draws.device).repeat_interleave(count)]
+    predicted = simulator.predict(draws, design) if isinstance(simulator, TractableSimulator) else None
     output = simulator.simulate(draws.flatten(0, 1), repeated, generator)
-    measured = output.values.reshape(predicted.shape)
-    good = torch.isfinite(predicted).flatten(2).all(2) & (output.status == 0).reshape(individuals, count)
+    measured = output.values.reshape(individuals, count, *output.values.shape[1:])
+    good = (output.status == 0).reshape(individuals, count)
+    if predicted is not None:
+        good = good & torch.isfinite(predicted).flatten(2).all(2)
     keep = good[..., None, None]
-    return torch.where(keep, predicted, torch.nan), torch.where(keep, measured, torch.nan)
+    return Outcomes(
+        None if predicted is None else torch.where(keep, predicted, torch.nan), torch.where(keep, measured, torch.nan)
+    )

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nlme_sbi.events import single_bolus
-from nlme_sbi.standardize import ContextScaling, SignalScaling, TimeScaling
+from nlme_sbi.standardize import ContextScaling, SignalScaling, TimeScaling, compressed
 from nlme_sbi.types import Design, Simulations, Simulator
 
 
@@ -138,12 +138,12 @@ class SeriesFeatures(nn.Module):
         mean, sd = series_statistics(values, observed)
         centred = (values - mean) / (sd + 1e-3 * scaling.step)
         steps = torch.zeros_like(values)
-        steps[:, 1:] = torch.asinh((values[:, 1:] - values[:, :-1]) / scaling.step)
-        coarse = torch.asinh((values - scaling.location) / scaling.coarse)
+        steps[:, 1:] = compressed((values[:, 1:] - values[:, :-1]) / scaling.step)
+        coarse = compressed((values - scaling.location) / scaling.coarse)
         bend_mean, bend_median = noise_level(values, observed)
         floor = 1e-3 * scaling.step
         side = (
-            torch.asinh((mean[:, 0] - scaling.location) / scaling.coarse),
+            compressed((mean[:, 0] - scaling.location) / scaling.coarse),
             torch.log((sd[:, 0] + floor) / scaling.coarse),
             torch.log((bend_mean + floor) / scaling.step),
             torch.log((bend_median + floor) / scaling.step),
@@ -257,7 +257,7 @@ class PooledNetwork(nn.Module):
         place = self._place(design)
         gap = torch.zeros_like(values[..., 0])
         gap[:, 1:] = place[:, 1:] - place[:, :-1]
-        fine = torch.asinh((values - self.features.signals.location) / self.features.signals.fine)
+        fine = compressed((values - self.features.signals.location) / self.features.signals.fine)
         clock = torch.stack((place, gap, place.square()), dim=2)
         inputs = torch.cat((series, fine, observed.to(values.dtype), clock), dim=2)
         rows = self.encode(inputs)

@@ -19,44 +19,52 @@ _CURVES = 60  # individuals drawn; more are one grey mass
 
 def plot_population(
     names: Sequence[str],
-    mean: Float[Tensor, " D"],
-    covariance: Float[Tensor, "D D"],
+    mean: Float[Tensor, "*I D"],
+    covariance: Float[Tensor, "*I D D"],
     draws: Float[Tensor, "I S D"],
 ) -> Figure:
     """One panel a parameter: pooled individual posteriors, single ones, and the fitted population density.
 
     Args:
         names: axis labels (:func:`nlme_sbi.plots.canvas.parameter_labels`).
-        mean: of the population, unconstrained scale.
-        covariance: between individuals; a zero on its diagonal is a parameter that does not vary.
+        mean: of the population, unconstrained scale; with covariates one for each individual, ``(I, D)``.
+        covariance: between individuals, or about each one's mean; a zero on its diagonal is a parameter that does not
+            vary. The density shown is the average over individuals.
         draws: from ``p(phi | y_i, theta_hat)``: reweighted, so that pooled they should look like the population.
     """
     require_names(names, draws.shape[2])
-    variances = _plain(covariance.diagonal())
-    centres, values = _plain(mean), _plain(draws)
+    # Individuals with the same covariates are alike and are looked at once.
+    every = np.concatenate(
+        [_plain(mean).reshape(-1, len(names)), _plain(covariance.diagonal(dim1=-2, dim2=-1)).reshape(-1, len(names))], 1
+    )
+    alike, counts = np.unique(every, axis=0, return_counts=True)
+    centres, variances = np.split(alike, 2, axis=1)
+    shares, values = counts / counts.sum(), _plain(draws)
     # Rows as full as possible.
     columns = 4 if len(names) > 3 and len(names) % 4 in (0, 3) else 3
     figure, axes = panels(len(names), columns=columns, row_height=1.9)
     for column, (ax, name) in enumerate(zip(axes, names, strict=True)):
-        if variances[column] > 0:
-            _varying(ax, values[:, :, column], centres[column], float(np.sqrt(variances[column])))
+        if variances[:, column].max() > 0:
+            _varying(ax, values[:, :, column], (shares, centres[:, column], np.sqrt(variances[:, column])))
         else:
-            _constant(ax, centres[column])
+            _constant(ax, centres[:, column])
         ax.set_xlabel(name, fontsize=TEXT_SIZE)
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
     figure.supylabel("density", fontsize=TEXT_SIZE)
-    drawn = next((ax for column, ax in enumerate(axes) if variances[column] > 0), axes[0])
+    drawn = next((ax for column, ax in enumerate(axes) if variances[:, column].max() > 0), axes[0])
     legend_above(figure, drawn, columns=3)
     return figure
 
 
-def _varying(ax: Axes, draws: Column, centre: float, sd: float) -> None:
+def _varying(ax: Axes, draws: Column, population: tuple[Column, Column, Column]) -> None:
+    """``population`` holds shares, centres and SDs of the normals that the fitted density is a mixture of."""
+    shares, centres, sds = population
     pooled = draws.ravel()
     low, high = np.quantile(pooled, [0.001, 0.999])
-    limits = (min(low, centre - 3.5 * sd), max(high, centre + 3.5 * sd))
+    limits = (min(low, (centres - 3.5 * sds).min()), max(high, (centres + 3.5 * sds).max()))
     places = np.linspace(*limits, 300)
-    density = norm.pdf(places, centre, sd)
+    density = norm.pdf(places[:, None], centres, sds) @ shares
     ax.hist(pooled, bins=50, range=limits, density=True, color=PALE, label="individual posteriors, pooled")
     chosen = draws[np.unique(np.linspace(0, len(draws) - 1, min(_CURVES, len(draws))).round().astype(int))]
     curves = [gaussian_kde(one)(places) for one in chosen if np.ptp(one) > 0]
@@ -70,11 +78,14 @@ def _varying(ax: Axes, draws: Column, centre: float, sd: float) -> None:
     ax.set_ylim(bottom=0)
 
 
-def _constant(ax: Axes, centre: float) -> None:
-    ax.axvline(centre, color=VERMILION, linewidth=1.8, label="does not vary")
-    ax.set_xlim(centre - 1, centre + 1)
+def _constant(ax: Axes, centres: Column) -> None:
+    """A parameter without variability; covariates may give it several values."""
+    low, high = centres.min(), centres.max()
+    for centre in np.unique(centres):
+        ax.axvline(centre, color=VERMILION, linewidth=1.8, label="does not vary")
+    ax.set_xlim(low - 1, high + 1)
     ax.annotate(
-        f"does not vary: {centre:.3g}",
+        f"does not vary: {low:.3g}" if low == high else f"varies with covariates only: {low:.3g} to {high:.3g}",
         xy=(0.5, 1.0),
         xycoords="axes fraction",
         ha="center",

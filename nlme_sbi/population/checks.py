@@ -9,7 +9,7 @@ from jaxtyping import Float
 from scipy.stats import binom, chi2
 from torch import Tensor
 
-from nlme_sbi.population.roles import PopulationModel
+from nlme_sbi.population.roles import PopulationModel, covariances_of, means_of
 from nlme_sbi.types import Design, Observations, PosteriorSamples, Prior
 
 _NAMED = 5  # individuals named in one sentence
@@ -155,20 +155,24 @@ def is_gaussian(prior: Prior) -> bool:
 def outgrown(prior: Prior, population: PopulationModel, theta: Float[Tensor, " P"], design: Design) -> tuple[str, ...]:
     """Sentences on a population that the prior does not cover: the ratio's weights then have no bound."""
     if is_gaussian(prior):
-        return _wider_than_gaussian(prior, population, theta) + _far_from_prior(prior, population, theta)
+        return _wider_than_gaussian(prior, population, theta, design) + _far_from_prior(
+            prior, population, theta, design
+        )
     return _outside_support(prior, population, theta, design)
 
 
 _REMEDY = "Train with a wider prior there, or refine the network towards this population."
 
 
-def _wider_than_gaussian(prior: Prior, population: PopulationModel, theta: Tensor) -> tuple[str, ...]:
-    """Largest eigenvalue of omega against the prior's covariance given the constants."""
+def _wider_than_gaussian(prior: Prior, population: PopulationModel, theta: Tensor, design: Design) -> tuple[str, ...]:
+    """Largest eigenvalue of anybody's omega against the prior's covariance given the constants."""
     varying, constant = list(population.varying), list(population.constant)
     precision = torch.linalg.inv(prior.covariance.double().to(theta))[varying][:, varying]
     factor = torch.linalg.cholesky(precision)
-    omega = population.covariance(theta.detach())[varying][:, varying]
-    values, vectors = torch.linalg.eigh(factor.T @ omega @ factor)
+    omega = _different(covariances_of(population, theta.detach(), design))[:, varying][:, :, varying]
+    every, directions = torch.linalg.eigh(factor.T @ omega @ factor)
+    widest = int(every[:, -1].argmax())
+    values, vectors = every[widest], directions[widest]
     if float(values[-1]) <= 1:
         return ()
     # The direction in phi, each entry in units of the prior's SD: the parameters with large entries are responsible.
@@ -186,9 +190,20 @@ def _wider_than_gaussian(prior: Prior, population: PopulationModel, theta: Tenso
     )
 
 
-def _far_from_prior(prior: Prior, population: PopulationModel, theta: Tensor) -> tuple[str, ...]:
-    distance = (population.mean(theta.detach()) - prior.mean.to(theta)) / prior.covariance.diagonal().sqrt().to(theta)
-    far = [name for name, value in zip(population.parameters.names, distance.tolist(), strict=True) if abs(value) > 3]
+def _different(covariances: Float[Tensor, "I D D"]) -> Float[Tensor, "J D D"]:
+    """One of them where all are one and the same in memory."""
+    return covariances[:1] if covariances.stride(0) == 0 else covariances
+
+
+def _far_from_prior(prior: Prior, population: PopulationModel, theta: Tensor, design: Design) -> tuple[str, ...]:
+    sd = prior.covariance.diagonal().sqrt().to(theta)
+    beyond = (means_of(population, theta.detach(), design) - prior.mean.to(theta)).abs() > 3 * sd
+    counts = dict(zip(population.parameters.names, beyond.sum(0).tolist(), strict=True))
+    far = [
+        name if count == len(design) else f"{name} (of {count} individuals with their covariates)"
+        for name, count in counts.items()
+        if count
+    ]
     if not far:
         return ()
     return (

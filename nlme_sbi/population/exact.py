@@ -20,17 +20,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.population.beginnings import (
+    explorable,
+    first_climbers,
+    in_double,
+    is_near,
+    modes_with_images,
+    require_everybody,
+    tractable,
+)
 from nlme_sbi.population.exact_draws import ExactDraws, drawn, with_bad_ones_refined
 from nlme_sbi.population.joint import JointDensity
-from nlme_sbi.population.proposals import along_profiles, mixtures, modes
-from nlme_sbi.population.ratio import PriorRatio
+from nlme_sbi.population.proposals import along_profiles, mixtures
 from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions
-from nlme_sbi.types import Observations, PosteriorSamples, Simulator, TractableSimulator
+from nlme_sbi.types import Observations, Simulator
 
-_EXPLORED = 500  # individuals whose flow draws tell where the population is
-_FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from
-_CLIMBERS = 3  # starts of Newton's method for each individual, before symmetries
 _DRAWS_ALL = 100_000  # draws of all individuals together that there are at least
 
 
@@ -52,6 +57,7 @@ class Exact:
 
     name = "exact"
     absolute = True
+    approximation = ""
 
     def __post_init__(self) -> None:
         if self.draws < 16 or self.max_draws < self.draws or self.exploring < 20:
@@ -68,15 +74,8 @@ class Exact:
         Raises:
             ValueError: where the simulator has no likelihood.
         """
-        self._tractable(source)
-        chosen = torch.arange(len(observations))
-        if len(observations) > _EXPLORED:
-            chosen = torch.randperm(len(observations), generator=generator, device=generator.device)[:_EXPLORED]
-            chosen = chosen.sort().values.cpu()
-        if isinstance(source, PosteriorSamples):
-            source = _rows_of(source, chosen)
-        ratio = PriorRatio(draws=self.exploring, max_draws=self.exploring, components=4)
-        return ratio.prepare(source, observations[chosen], population, generator)
+        tractable(self.simulator, source, self.name)
+        return explorable(source, observations, population, draws=self.exploring, generator=generator)
 
     def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
         """Estimated ``log p(y_i | theta)`` of every individual."""
@@ -91,24 +90,31 @@ class Exact:
         generator: torch.Generator,
     ) -> ExactDraws:
         """Draws made for ``theta``: modes, mixtures, draws with their likelihoods expanded in the constants."""
-        simulator = self._tractable(source)
-        exact = _in_double(observations, theta.device)
+        simulator = tractable(self.simulator, source, self.name)
+        exact = in_double(observations, theta.device)
         joint = JointDensity(simulator, previous.population, exact, theta.detach())
         known = previous if isinstance(previous, ExactDraws) and previous.individuals == len(exact) else None
-        if known is not None and _is_near(joint, known.proposed_for):
+        if known is not None and is_near(joint, known.proposed_for):
             # The mixtures still fit: draws from them, with likelihoods at the new theta.
             state = drawn(joint, known.modes, known.mixed, source.prior, generator)
             return replace(with_bad_ones_refined(state, generator), proposed_for=known.proposed_for)
         if known is None:
-            rows, starts = _first_climbers(joint, _network_draws(source, observations, generator).to(theta))
-            rows, starts = _with_images(simulator, previous.population, rows, starts)
+            rows, starts = first_climbers(joint, source, observations, generator)
         else:
             rows, starts = known.modes.rows, known.modes.means
-        laplace, at = modes(joint, rows, starts)
-        _require_everybody(laplace.rows, observations)
+        laplace, at = modes_with_images(joint, rows, starts)
+        require_everybody(laplace.rows, observations)
         mixed = mixtures(along_profiles(joint, laplace, at), len(exact), self._draws_of(previous, len(exact)))
         state = drawn(joint, laplace, mixed, source.prior, generator)
         return with_bad_ones_refined(state, generator)
+
+    def with_draws(self, draws: int) -> Exact:
+        """The same with so many draws of each individual, at least those it had and at most ``max_draws``."""
+        return replace(self, draws=min(max(draws, self.draws), self.max_draws))
+
+    def serves(self, state: WeightedDraws, theta: Float[Tensor, " P"]) -> bool:
+        """Whether draws that were made for another theta are as good at this one."""
+        return isinstance(state, ExactDraws) and is_near(replace(state.joint, theta=theta), state.proposed_for)
 
     def improve(
         self,
@@ -133,92 +139,3 @@ class Exact:
         if isinstance(previous, ExactDraws) and previous.individuals == individuals:
             return previous.draws
         return max(self.draws, min(self.max_draws, _DRAWS_ALL // individuals))
-
-    def _tractable(self, source: Source) -> TractableSimulator:
-        simulator = self.simulator or getattr(source, "simulator", None)
-        if simulator is None:
-            raise ValueError("estimator exact: draws do not tell the simulator; pass Exact(simulator=...).")
-        if not isinstance(simulator, TractableSimulator):
-            raise ValueError(
-                f"estimator exact needs a likelihood, and {type(simulator).__name__} has none (it lacks predict or "
-                "log_likelihood). Use estimator=prior_ratio."
-            )
-        return simulator
-
-
-def _rows_of(samples: PosteriorSamples, chosen: Tensor) -> PosteriorSamples:
-    return replace(samples, phi=samples.phi[chosen], log_q=samples.log_q[chosen])
-
-
-def _network_draws(source: Source, observations: Observations, generator: torch.Generator) -> Float[Tensor, "I S D"]:
-    if isinstance(source, PosteriorSamples):
-        return source.phi[:, :_FIRST_DRAWS]
-    return source.sample(observations, _FIRST_DRAWS, generator).phi
-
-
-def _in_double(observations: Observations, device: torch.device) -> Observations:
-    moved = observations.to(device)
-    return replace(
-        moved,
-        values=moved.values.double(),
-        lower=None if moved.lower is None else moved.lower.double(),
-        upper=None if moved.upper is None else moved.upper.double(),
-        design=replace(moved.design, times=moved.design.times.double()),
-    )
-
-
-def _first_climbers(joint: JointDensity, draws: Float[Tensor, "I S D"]) -> tuple[Tensor, Tensor]:
-    """The best draw of each individual, and the best ones among those that are far from the earlier choices; and a
-    typical individual, in case the network was wrong altogether."""
-    varying = draws[..., list(joint.population.varying)]
-    individuals, count, size = varying.shape
-    every = torch.arange(individuals, device=draws.device)
-    value = joint.value(every, varying)
-    spread = varying.std(1, keepdim=True).clamp_min(1e-6 * joint.scale)
-    chosen = []
-    for _ in range(min(_CLIMBERS, count)):
-        best = value.argmax(1)
-        chosen.append(varying[every, best])
-        distance = ((varying - chosen[-1][:, None]) / spread).norm(dim=2)
-        value = torch.where(distance < 1.0, -torch.inf, value)
-    typical = joint.centre.expand(individuals, size)
-    points = torch.stack([*chosen, typical], 1)
-    return every.repeat_interleave(points.shape[1]), points.flatten(0, 1)
-
-
-def _with_images(
-    simulator: TractableSimulator, population: PopulationModel, rows: Tensor, points: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The points and, where the simulator declares parameters that may be exchanged, their mirror images."""
-    for first, second in getattr(simulator, "exchangeable", ()):
-        columns = [population.parameters.index(first), population.parameters.index(second)]
-        if not all(column in population.varying for column in columns):
-            continue
-        places = [population.varying.index(column) for column in columns]
-        image = points.clone()
-        image[:, places] = points[:, places[::-1]]
-        rows, points = torch.cat([rows, rows]), torch.cat([points, image])
-    return rows, points
-
-
-def _is_near(joint: JointDensity, theta: Tensor) -> bool:
-    """Whether mixtures that were made for ``theta`` still serve: the population has hardly moved, in its own SDs."""
-    population = joint.population
-    varying, constant = list(population.varying), list(population.constant)
-    change = population.mean(joint.theta) - population.mean(theta)
-    sd = [population.covariance(at).diagonal()[varying].sqrt() for at in (joint.theta, theta)]
-    near = bool((change[varying].abs() < 0.15 * sd[0]).all()) and bool(((sd[0] / sd[1]).log().abs() < 0.15).all())
-    return near and bool((change[constant].abs() < 0.01).all())
-
-
-def _require_everybody(rows: Tensor, observations: Observations) -> None:
-    there = torch.zeros(len(observations), dtype=torch.bool, device=rows.device)
-    there[rows] = True
-    missing = torch.nonzero(~there)[:, 0].tolist()
-    if missing:
-        names = ", ".join(observations.ids[place] for place in missing[:5])
-        raise ValueError(
-            f"The likelihood of {len(missing)} of {len(observations)} individuals is 0 or not finite wherever the "
-            f"search began; first: {names}. Check their data, and whether the model can produce them (a "
-            "proportional error around a prediction of 0 cannot)."
-        )

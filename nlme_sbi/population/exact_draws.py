@@ -70,7 +70,7 @@ class ExactDraws:
     draws: int
     proposed_for: Float[Tensor, " P"]
 
-    fitted = False
+    fitted = True  # the mixtures to the individuals, and draws are spread evenly: halves tell the error, weights do not
 
     @property
     def population(self) -> PopulationModel:
@@ -149,10 +149,12 @@ def drawn(
 
 
 def with_bad_ones_refined(state: ExactDraws, generator: torch.Generator) -> ExactDraws:
-    """Mixtures with few effective draws are refined, and their individuals drawn again where that helped."""
+    """Mixtures with few effective draws are refined, and their individuals drawn again where that helped; those that
+    were helped and are still bad again."""
+    worth_trying = torch.ones(state.individuals, dtype=torch.bool, device=state.made_for.device)
     for _ in range(_REFINEMENTS):
         before = effective_draws(state, state.made_for)
-        bad = torch.nonzero(before < _BAD * state.draws)[:, 0]
+        bad = torch.nonzero((before < _BAD * state.draws) & worth_trying)[:, 0]
         if len(bad) == 0:
             break
         better = refined(state.joint, state.mixed[bad], bad, state.draws, generator)
@@ -161,6 +163,7 @@ def with_bad_ones_refined(state: ExactDraws, generator: torch.Generator) -> Exac
         if not bool(helped.any()):
             break
         chosen = bad[helped]
+        worth_trying = torch.zeros_like(worth_trying).index_fill(0, chosen, True)
         kept = _rows(_joined(trial.blocks), chosen)
         state = state.replaced(chosen, better[torch.nonzero(helped)[:, 0]], (kept,))
     return state
@@ -174,13 +177,14 @@ def _drawn_blocks(
     sampled = []
     for places in torch.split(torch.arange(len(rows), device=rows.device), max(1, _BLOCK // draws)):
         order = torch.rand((len(places), draws), generator=generator, device=generator.device).argsort(1)
-        sampled.append((rows[places], *mixed[places].sample(generator), order.to(rows.device)))
+        sampled.append((rows[places], mixed[places], mixed[places].shifts(generator), order.to(rows.device)))
     return tuple(over_blocks(lambda part: _block(joint, *part), sampled, joint.theta.device))
 
 
-def _block(joint: JointDensity, rows: Tensor, phi: Tensor, log_q: Tensor, order: Tensor) -> ExactBlock:
+def _block(joint: JointDensity, rows: Tensor, mixed: Mixtures, shifts: Tensor, order: Tensor) -> ExactBlock:
     """Likelihoods of draws, expanded in the constants: the gradient of every draw, the mean Hessian of a few of them
     that are chosen by weight (``order (I, S)`` is random)."""
+    phi, log_q = mixed.draws_at(shifts)
     design = joint.observations.design[rows]
     constants = joint.population.constants(joint.theta, design).detach()
     log_likelihood, slopes = _first_order(joint, rows, phi, constants)

@@ -12,43 +12,45 @@ from torch import Tensor
 
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population import checks
-from nlme_sbi.population.ascent import Summit, climb, polish, rise
+from nlme_sbi.population.ascent import Summit, climb, polish
+from nlme_sbi.population.exploring import EXPLORED_INDIVIDUALS, Explored, explore
 from nlme_sbi.population.individuals import individual_estimates
+from nlme_sbi.population.labelling import declared_pairs, in_order, labelling_notes, require_orderable
 from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.result import PopulationFit, Restart
 from nlme_sbi.population.roles import (
     Estimator,
     FitProgress,
     FollowingEstimator,
+    Found,
     PopulationModel,
     PopulationSpecification,
     Report,
+    SearchingEstimator,
     Source,
     WeightedDraws,
 )
-from nlme_sbi.population.starts import starting_points
-from nlme_sbi.population.uncertainty import MonteCarloError, covariance_from, monte_carlo_error
-from nlme_sbi.population.verdicts import compared, described, doubted
-from nlme_sbi.population.weighting import contributions, rough_information
+from nlme_sbi.population.uncertainty import (
+    MonteCarloError,
+    covariance_from,
+    likelihood_error,
+    monte_carlo_error,
+    rough_monte_carlo_error,
+)
+from nlme_sbi.population.verdicts import described, doubted
+from nlme_sbi.population.weighting import hessian, rough_information, value_and_gradient
 from nlme_sbi.types import Censoring, Observations, Posterior, PosteriorSamples
 
 logger = logging.getLogger(__name__)
 
-_EXPLORED_INDIVIDUALS = 1000  # starts are compared on so many individuals
-_EXPLORED_DRAWS = 500  # with so many draws
 _STANDS_STILL = 0.5  # standard errors between two rounds; Monte-Carlo error is judged apart
 _ROUNDS = 10  # of draws that follow the optimum
+_PRUDENCE = 1.1  # factor on the rough error of fewer individuals before it sets the draws of all
+_LEFT_BY_A_MOVE = 0.05  # standard errors
 _CONVERGED = 0.01  # largest Newton step that may be left, in standard errors
+_LABELLINGS = 2  # climbs, the second where the first ended under another labelling than the one asked for
+_CONTRADICTED = 0.3  # standard errors between a search's estimate and the summit of the likelihood there
 _SINGULAR = 0.999  # correlation above which a covariance counts as singular
-
-
-@dataclass(frozen=True, eq=False)
-class _Explored:
-    """Where the starts ended; ``information`` is rough, for all individuals."""
-
-    best: Summit
-    restarts: tuple[Restart, ...]
-    information: Float[Tensor, "free free"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,7 @@ class _Optimum:
     information: Float[Tensor, "free free"]
     covariance: Float[Tensor, "free free"] | None
     error: MonteCarloError
+    found: Found | None = None  # by an estimator that searches itself
 
     def worst(self, free: Tensor) -> tuple[float, float]:
         """Largest Monte-Carlo SE and bias in standard errors; infinite where there are none."""
@@ -104,30 +107,25 @@ def fit_population(
     """
     if starts < 1 or accuracy <= 0:
         raise ValueError(f"starts must be at least 1 and accuracy above 0; got {starts} and {accuracy}.")
-    model = _bound(population, posterior_or_samples, parameters)
+    model = _bound(population, posterior_or_samples, parameters, observations)
     _require_enough(model, len(observations))
     chosen: Estimator = PriorRatio() if estimator is None else estimator
+    declared = declared_pairs(posterior_or_samples, chosen)
+    require_orderable(model, declared)
     say = progress or _silent
     say(FitProgress("draws", 0, 0))
     with torch.no_grad():
-        state: WeightedDraws = chosen.prepare(posterior_or_samples, observations, model, generator)
-    explored = _explore(state, observations.ids, generator, starts=starts, say=say)
-    state, theta, information = _followed(
-        chosen, state, explored, (posterior_or_samples, observations, generator), say=say
-    )
-    optimum = _optimise(state, theta, information, say)
-    shortage = ""
-    while not max(optimum.worst(model.unknowns.free)) < accuracy:
-        if optimum.covariance is None:
+        first: WeightedDraws = chosen.prepare(posterior_or_samples, observations, model, generator)
+    explored = explore(first, observations.ids, generator, starts=starts, say=say)
+    inputs = (posterior_or_samples, observations, generator)
+    for _ in range(_LABELLINGS):
+        state, optimum, shortage = _climbed(chosen, first, explored, inputs, accuracy=accuracy, say=say)
+        wished = in_order(model, optimum.summit.theta)
+        if wished is optimum.summit.theta:
             break
-        with torch.no_grad():
-            times = _how_many_times(max(optimum.worst(model.unknowns.free)) / accuracy)
-            better = chosen.improve(state, optimum.summit.theta, observations, generator, times=times)
-        if isinstance(better, str):
-            shortage = better
-            break
-        state = better
-        optimum = _optimise(state, optimum.summit.theta, optimum.information, say)
+        explored = replace(
+            explored, best=replace(optimum.summit, theta=wished), information=rough_information(first, wished)
+        )
     said = (
         *_few(model, len(observations)),
         *doubted(explored.restarts),
@@ -137,18 +135,78 @@ def fit_population(
             individual_estimates(state, optimum.summit.theta).ess, state.draws, observations.ids
         ),
         *state.warnings(optimum.summit.theta, observations.ids),
+        *_second_opinion(optimum),
     )
     for warning in said:
         logger.warning(warning)
-    return _result(state, optimum, explored.restarts, chosen=chosen, observations=observations, said=said)
+    fit = _result(state, optimum, explored.restarts, chosen=chosen, observations=observations, said=said)
+    return replace(fit, labelling=labelling_notes(model, declared, optimum.summit.theta))
+
+
+def _climbed(
+    chosen: Estimator,
+    state: WeightedDraws,
+    explored: Explored,
+    inputs: tuple[Source, Observations, torch.Generator],
+    *,
+    accuracy: float,
+    say: Report,
+) -> tuple[WeightedDraws, _Optimum, str]:
+    """The optimum on draws that are good enough, or as good as they get and why they are no better."""
+    if isinstance(chosen, SearchingEstimator):
+        return _searched(chosen, state, explored, inputs, accuracy=accuracy, say=say)
+    state, theta, information = _followed(chosen, state, explored, inputs, accuracy=accuracy, say=say)
+    optimum = _optimise(state, theta, information, say)
+    free = state.population.unknowns.free
+    while not max(optimum.worst(free)) < accuracy:
+        if optimum.covariance is None:
+            break
+        with torch.no_grad():
+            times = _how_many_times(max(optimum.worst(free)) / accuracy)
+            better = chosen.improve(state, optimum.summit.theta, inputs[1], inputs[2], times=times)
+        if isinstance(better, str):
+            return state, optimum, better
+        state = better
+        optimum = _optimise(state, optimum.summit.theta, optimum.information, say)
+    return state, optimum, ""
+
+
+def _searched(
+    chosen: SearchingEstimator,
+    state: WeightedDraws,
+    explored: Explored,
+    inputs: tuple[Source, Observations, torch.Generator],
+    *,
+    accuracy: float,
+    say: Report,
+) -> tuple[WeightedDraws, _Optimum, str]:
+    """The estimator's own estimate, as it is, with likelihood and information from its draws there."""
+    source, observations, generator = inputs
+    start = explored.best.theta
+    found = chosen.search(source, observations, start, state, generator, accuracy=accuracy, report=say)
+    say(FitProgress("likelihood", 0, 0))
+    with torch.no_grad():
+        state = chosen.follow(source, observations, found.theta, state, generator)
+    objective, gradient = value_and_gradient(state, found.theta)
+    say(FitProgress("curvature", 0, 0, objective))
+    information = -hessian(state, found.theta)
+    covariance = covariance_from(information)
+    step = None
+    if covariance is not None:  # a second opinion, which the estimate does not follow
+        newton = covariance @ gradient[state.population.unknowns.free.to(gradient.device)]
+        step = float((newton.abs() / covariance.diagonal().sqrt()).max())
+    error = likelihood_error(state, found.theta, se=found.monte_carlo_se, bias=found.left)
+    optimum = _Optimum(Summit(found.theta, objective, 1, step), information, covariance, error, found)
+    return state, optimum, found.shortage
 
 
 def _followed(
     chosen: Estimator,
     state: WeightedDraws,
-    explored: _Explored,
+    explored: Explored,
     inputs: tuple[Source, Observations, torch.Generator],
     *,
+    accuracy: float,
     say: Report,
 ) -> tuple[WeightedDraws, Tensor, Tensor]:
     """For estimators whose draws are made for one theta: draws, optimum on them, draws there, until it stands still.
@@ -161,14 +219,17 @@ def _followed(
         return state, theta, information
     individuals = len(observations)
     stages = [(torch.arange(individuals), _STANDS_STILL)]
-    if individuals > 2 * _EXPLORED_INDIVIDUALS:
+    if individuals > 2 * EXPLORED_INDIVIDUALS:
         shuffled = torch.randperm(individuals, generator=generator, device=generator.device)
-        stages.insert(0, (shuffled[:_EXPLORED_INDIVIDUALS].sort().values.cpu(), 1.0))
+        stages.insert(0, (shuffled[:EXPLORED_INDIVIDUALS].sort().values.cpu(), 1.0))
+    moved, lacking = math.inf, 0.0
     for rows, near in stages:
         some = observations if len(rows) == individuals else observations[rows]
         given = source
         if isinstance(source, PosteriorSamples) and len(rows) < individuals:
             given = replace(source, phi=source.phi[rows], log_q=source.log_q[rows])
+        if lacking > 0:  # as many draws as fewer individuals needed: the ratio of the errors is the same
+            chosen = chosen.with_draws(math.ceil(state.draws * _times_for(lacking)))
         for done in range(_ROUNDS):
             with torch.no_grad():
                 state = chosen.follow(given, some, theta, state, generator)
@@ -178,11 +239,23 @@ def _followed(
             moved = float(((summit.theta - theta)[state.population.unknowns.free].abs() / se).max())
             theta = summit.theta
             say(FitProgress(f"rounds on {len(rows)} individuals", done + 1, 0, summit.objective))
-            if moved < near:
+            if moved < near or chosen.serves(state, theta):
                 break
-    with torch.no_grad():  # draws made for the optimum itself
-        state = chosen.follow(source, observations, theta, state, generator)
+        lacking = _PRUDENCE * rough_monte_carlo_error(state, theta, information) / accuracy
+    # What draws made for another theta leave in the estimate is of second order in how far that is.
+    lacking /= _PRUDENCE  # the errors that count are judged again
+    if lacking > 1 or moved**2 / (2 * math.sqrt(individuals)) > _LEFT_BY_A_MOVE:
+        with torch.no_grad():
+            better: WeightedDraws | str = ""
+            if lacking > 1:
+                better = chosen.improve(state, theta, observations, generator, times=max(2, round(_times_for(lacking))))
+            state = chosen.follow(source, observations, theta, state, generator) if isinstance(better, str) else better
     return state, theta, rough_information(state, theta)
+
+
+def _times_for(lacking: float) -> float:
+    """How many times as many evenly spread draws would help, whose error falls faster than that of random ones."""
+    return min(16.0, math.pow(lacking, 1.6))
 
 
 def _how_many_times(ratio: float) -> int:
@@ -191,7 +264,10 @@ def _how_many_times(ratio: float) -> int:
 
 
 def _bound(
-    population: PopulationSpecification | PopulationModel, source: Source, parameters: ParameterSpace | None
+    population: PopulationSpecification | PopulationModel,
+    source: Source,
+    parameters: ParameterSpace | None,
+    observations: Observations,
 ) -> PopulationModel:
     if isinstance(population, PopulationModel):
         return population
@@ -201,21 +277,27 @@ def _bound(
         raise ValueError(
             "Draws alone do not tell the parameters' units and transforms; pass parameters=simulator.parameters."
         )
-    return population.bind(parameters)
+    return population.bind(parameters, observations)
 
 
 def _require_enough(model: PopulationModel, individuals: int) -> None:
     """Refuse what has no maximum: variances from one individual, a full covariance from too few."""
-    varying = len(model.varying)
-    correlated = "partial_correlation" in model.unknowns.transforms
-    free_sd = bool((~model.unknowns.fixed).sum() > len(model.parameters) - int(model.unknowns.fixed.sum()))
-    needed = varying + 1 if correlated else 2 if free_sd else 1
+    varying, table = len(model.varying), model.unknowns
+    correlated = "partial_correlation" in table.transforms
+    free_sd = any(table.transforms[place] == "log" for place in table.free.tolist())
+    needed = _largest_block(model) + 1 if correlated else 2 if free_sd else 1
     if individuals < needed:
         raise ValueError(
             f"{individuals} individuals cannot tell the {'covariance' if correlated else 'variance'} of {varying} "
             f"varying parameters: at least {needed} are needed. Give more data, fix SDs, keep parameters constant"
             + (", or use population.covariance=diagonal." if correlated else ".")
         )
+
+
+def _largest_block(model: PopulationModel) -> int:
+    """The most parameters that one is correlated with, itself included, read off the model at an arbitrary theta."""
+    theta = torch.full((len(model.unknowns),), 0.1, dtype=torch.float64)
+    return int((model.covariance(theta) != 0).sum(1).max())
 
 
 def _few(model: PopulationModel, individuals: int) -> tuple[str, ...]:
@@ -225,52 +307,6 @@ def _few(model: PopulationModel, individuals: int) -> tuple[str, ...]:
     return (
         f"{individuals} individuals for {unknowns} unknowns: estimates of SDs and their errors are not to be trusted. "
         "Use a simpler population model.",
-    )
-
-
-def _explore(
-    state: WeightedDraws, ids: tuple[str, ...], generator: torch.Generator, *, starts: int, say: Report
-) -> _Explored:
-    """Run every start on a part of the data that is large enough to compare them."""
-    part = _part(state, generator)
-    phi, prior = part.training_draws()
-    ends: list[tuple[str, Summit | None]] = []
-    points = starting_points(phi, prior, state.population, count=starts, generator=generator)
-    for done, (name, theta) in enumerate(points):
-        say(FitProgress("starts", done, len(points), _highest(ends)))
-        finite = bool(torch.isfinite(contributions(part, theta)).all())
-        end = rise(part, theta) if finite else None
-        ends.append((name, end if end is not None and math.isfinite(end.objective) else None))
-    reached = [end for _, end in ends if end is not None]
-    if not reached:
-        raise ValueError(_nowhere(part, points[0][1], ids))
-    best = max(reached, key=lambda end: end.objective)
-    information = rough_information(part, best.theta)
-    restarts = compared(ends, best, part, torch.linalg.inv(information))
-    return _Explored(best, restarts, information * (state.individuals / part.individuals))
-
-
-def _part(state: WeightedDraws, generator: torch.Generator) -> WeightedDraws:
-    if state.individuals <= _EXPLORED_INDIVIDUALS and state.draws <= _EXPLORED_DRAWS:
-        return state
-    chosen = torch.arange(state.individuals, device=generator.device)
-    if state.individuals > _EXPLORED_INDIVIDUALS:
-        shuffled = torch.randperm(state.individuals, generator=generator, device=generator.device)
-        chosen = shuffled[:_EXPLORED_INDIVIDUALS].sort().values
-    stride = max(1, state.draws // _EXPLORED_DRAWS)
-    return state.part(chosen, slice(0, stride * _EXPLORED_DRAWS, stride))
-
-
-def _highest(ends: list[tuple[str, Summit | None]]) -> float | None:
-    return max((end.objective for _, end in ends if end is not None), default=None)
-
-
-def _nowhere(state: WeightedDraws, theta: Tensor, ids: tuple[str, ...]) -> str:
-    broken = torch.nonzero(~torch.isfinite(contributions(state, theta)))[:, 0]
-    names = f" First: {checks.named(ids, broken)}." if len(ids) == state.individuals else ""
-    return (
-        f"The objective is not finite at any start, for {len(broken)} of {state.individuals} individuals.{names} "
-        "A fixed or constant value may lie outside the training prior, or the draws are degenerate."
     )
 
 
@@ -315,6 +351,20 @@ def _imprecise(model: PopulationModel, optimum: _Optimum, accuracy: float, short
     )
 
 
+def _second_opinion(optimum: _Optimum) -> tuple[str, ...]:
+    """What a search says of itself, and a sentence where the likelihood at its estimate contradicts it."""
+    if optimum.found is None:
+        return ()
+    step = optimum.summit.step
+    if step is None or step < _CONTRADICTED:
+        return optimum.found.warnings
+    return (
+        *optimum.found.warnings,
+        f"The likelihood of the draws made at the estimate is highest {step:.2g} standard errors away: the search may "
+        "have ended too early. Wish for a smaller fit.accuracy, or compare with estimator=exact.",
+    )
+
+
 def _degenerate(model: PopulationModel, optimum: _Optimum) -> tuple[str, ...]:
     """A sentence on a covariance between individuals that has become singular."""
     varying = list(model.varying)
@@ -347,8 +397,11 @@ def _result(
     covariance[free[:, None], free] = known.to(covariance)
     step = optimum.summit.step
     converged = step is not None and step < _CONVERGED and optimum.covariance is not None
-    left = "unknown" if step is None else f"{step:.1g} standard errors"
+    left = "unknown" if step is None else f"{step:.2g} standard errors"
     outcome = f"Converged (largest step left: {left})." if converged else f"NOT converged (largest step left: {left})."
+    if optimum.found is not None:
+        converged = optimum.found.converged and optimum.covariance is not None
+        outcome = f"{optimum.found.message} The likelihood of the draws made there is highest {left} away."
     return PopulationFit(
         population=state.population,
         ids=observations.ids,
@@ -366,6 +419,7 @@ def _result(
         warnings=said,
         measurements=_measurements(observations),
         state=state,
+        approximation=chosen.approximation,
     )
 
 

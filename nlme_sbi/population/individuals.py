@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.roles import DrawBlock, WeightedDraws
+from nlme_sbi.population.roles import DrawBlock, WeightedDraws, covariances_of, means_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,20 @@ def individual_estimates(state: WeightedDraws, theta: Float[Tensor, " P"]) -> In
         effective[block.rows] = 1 / weights.square().sum(1)
     mean = _with_constants(state, theta, mean)
     return IndividualEstimates(mean=mean, sd=sd, ess=effective)
+
+
+@torch.no_grad()
+def individual_typical(
+    state: WeightedDraws, theta: Float[Tensor, " P"]
+) -> tuple[Float[Tensor, "I D"], Float[Tensor, "I D"]]:
+    """Typical values and SDs of individuals with each one's covariates, unconstrained scale; SD 0 for constants."""
+    size = len(state.population.parameters)
+    mean = torch.zeros((state.individuals, size), dtype=theta.dtype, device=theta.device)
+    sd = torch.zeros_like(mean)
+    for block in state.blocks:
+        mean[block.rows] = means_of(state.population, theta, block.design)
+        sd[block.rows] = covariances_of(state.population, theta, block.design).diagonal(dim1=1, dim2=2).sqrt()
+    return mean, sd
 
 
 @torch.no_grad()

@@ -6,12 +6,13 @@ A batch is flat: point ``b`` belongs to individual ``rows[b]``, so that individu
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nlme_sbi.population.roles import PopulationModel
+from nlme_sbi.population.roles import PopulationModel, covariances_of, means_of
 from nlme_sbi.threads import over_blocks
 from nlme_sbi.types import Observations, TractableSimulator
 
@@ -59,6 +60,15 @@ class Expansion:
     def __getitem__(self, rows: Tensor) -> Expansion:
         return Expansion(self.value[rows], self.gradient[rows], self.hessian[rows])
 
+    @classmethod
+    def joined(cls, parts: list[Expansion]) -> Expansion:
+        """All of them."""
+        return cls(
+            torch.cat([part.value for part in parts]),
+            torch.cat([part.gradient for part in parts]),
+            torch.cat([part.hessian for part in parts]),
+        )
+
     def updated(self, rows: Tensor, others: Expansion) -> Expansion:
         """With the points at ``rows`` replaced."""
         return Expansion(
@@ -86,7 +96,7 @@ class JointDensity:
 
     @property
     def scale(self) -> Float[Tensor, " V"]:
-        """SDs of the varying parameters between individuals."""
+        """SDs of the varying parameters between individuals like the typical one."""
         columns = list(self.population.varying)
         sd: Tensor = self.population.covariance(self.theta).diagonal()[columns].sqrt()
         return sd.detach()
@@ -95,6 +105,20 @@ class JointDensity:
     def centre(self) -> Float[Tensor, " V"]:
         """Varying parameters of a typical individual."""
         return self.population.mean(self.theta)[list(self.population.varying)].detach()
+
+    @cached_property
+    def scales(self) -> Float[Tensor, "I V"]:
+        """SDs of the varying parameters about each individual's own typical values."""
+        variances = covariances_of(self.population, self.theta.detach(), self.observations.design)
+        sd: Tensor = variances.diagonal(dim1=1, dim2=2)[:, list(self.population.varying)].sqrt()
+        return sd
+
+    @cached_property
+    def centres(self) -> Float[Tensor, "I V"]:
+        """Typical values of the varying parameters, each individual's own."""
+        return means_of(self.population, self.theta.detach(), self.observations.design)[
+            :, list(self.population.varying)
+        ]
 
     def blocks(self, rows: Tensor, points: int) -> list[Tensor]:
         """Positions in a batch, cut so that ``points`` predictions for each stay within a block's memory."""
@@ -116,18 +140,19 @@ class JointDensity:
     def expand(self, rows: Int[Tensor, " B"], points: Float[Tensor, "B V"]) -> Expansion:
         """Value, exact gradient, and Hessian by differences of exact gradients; NaN where not finite."""
         size = points.shape[1]
-        shifts = torch.cat([torch.zeros(1, size).to(points), _STEP * torch.diag(self.scale)])
+        steps = _STEP * self.scales[rows]
+        shifts = torch.cat([torch.zeros_like(points)[:, None], torch.diag_embed(steps)], 1)
 
         def of_block(some: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
-                leaf = (points[some, None] + shifts).detach().requires_grad_(True)
+                leaf = (points[some, None] + shifts[some]).detach().requires_grad_(True)
                 found = self._log_prob(rows[some], leaf)
                 (gradient,) = torch.autograd.grad(found.sum(), leaf)
             return found[:, 0].detach(), gradient
 
         parts = over_blocks(of_block, self.blocks(rows, size + 1), rows.device)
         gradient = torch.cat([slopes for _, slopes in parts])
-        hessian = (gradient[:, 1:] - gradient[:, :1]) / (_STEP * self.scale[:, None])
+        hessian = (gradient[:, 1:] - gradient[:, :1]) / steps[:, :, None]
         return Expansion(torch.cat([value for value, _ in parts]), gradient[:, 0], 0.5 * (hessian + hessian.mT))
 
     def _log_prob(self, rows: Tensor, points: Float[Tensor, "B n V"]) -> Float[Tensor, "B n"]:
@@ -172,7 +197,8 @@ def ascend(
     for done in range(iterations):
         if done == _RACE:
             active = active[_in_the_race(rows, at.value)[active]]
-        step, promise = _newton_step(at[active], joint.scale, damping[active], None if free is None else free[active])
+        scale = joint.scales[rows[active]]
+        step, promise = _newton_step(at[active], scale, damping[active], None if free is None else free[active])
         going = (promise > tolerance) & (damping[active] < 1e8)
         active, step = active[going], step[going]
         if len(active) == 0:
@@ -189,6 +215,12 @@ def ascend(
     return Summits(points, at)
 
 
+def promised_gain(joint: JointDensity, rows: Int[Tensor, " B"], at: Expansion) -> Float[Tensor, " B"]:
+    """How much a Newton step from each point would gain; nan where the expansion is not finite."""
+    step, promise = _newton_step(at, joint.scales[rows], torch.full_like(at.value, 1e-3), None)
+    return torch.where(torch.isfinite(at.value) & torch.isfinite(step).all(1), promise, torch.nan)
+
+
 def _in_the_race(rows: Tensor, value: Tensor) -> Bool[Tensor, " B"]:
     """Points that are not hopelessly below the best of their individual."""
     best = torch.full((int(rows.max()) + 1,), -torch.inf, dtype=value.dtype, device=value.device)
@@ -197,18 +229,18 @@ def _in_the_race(rows: Tensor, value: Tensor) -> Bool[Tensor, " B"]:
 
 
 def _newton_step(
-    at: Expansion, scale: Tensor, damping: Tensor, free: Tensor | None
+    at: Expansion, scale: Float[Tensor, "B V"], damping: Tensor, free: Tensor | None
 ) -> tuple[Float[Tensor, "B V"], Float[Tensor, " B"]]:
     """Step and promised gain; in units of the population's SDs, in which it has unit curvature."""
     gradient = at.gradient * scale
-    curvature = -at.hessian * scale[:, None] * scale
+    curvature = -at.hessian * scale[:, :, None] * scale[:, None]
     if free is not None:
         gradient = torch.where(free, gradient, 0.0)
         both = free[:, :, None] & free[:, None]
-        identity = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
+        identity = torch.eye(scale.shape[1], dtype=scale.dtype, device=scale.device)
         curvature = torch.where(both, curvature, identity)
     known = torch.isfinite(curvature).flatten(1).all(1) & torch.isfinite(gradient).all(1)
-    identity = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
+    identity = torch.eye(scale.shape[1], dtype=scale.dtype, device=scale.device)
     curvature = torch.where(known[:, None, None], curvature, identity)
     gradient = torch.where(known[:, None], gradient, 0.0)
     values, vectors = torch.linalg.eigh(curvature)

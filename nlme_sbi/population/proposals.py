@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from nlme_sbi.population.joint import Expansion, JointDensity, Summits, ascend
 
-_FREEDOM = 6  # degrees of freedom of every component; even, so that exponentials make its chi-square numbers
+_FREEDOM = 6  # degrees of freedom of every component; even: the chi-square quantile has a closed distribution function
 _PROBE = 2.5  # SDs at which a coordinate is probed
 _DEPARTURE = 1.0  # from the parabola, in log density, that calls for components along the profile
 _NODES = (1.2, 2.8, 5.0, 8.5, 14.0)  # of a profile, in SDs, on each side
@@ -51,11 +52,12 @@ class Pieces:
         return Pieces(self.rows[chosen], self.log_mass[chosen], self.means[chosen], self.covariances[chosen])
 
 
-def covariance_of(curvature: Float[Tensor, "B V V"], scale: Float[Tensor, " V"]) -> Float[Tensor, "B V V"]:
+def covariance_of(curvature: Float[Tensor, "B V V"], scale: Float[Tensor, "B V"]) -> Float[Tensor, "B V V"]:
     """Inverse of ``curvature`` with its eigenvalues kept above a ninth of the population's (SDs below three of it)."""
-    values, vectors = torch.linalg.eigh(curvature * scale[:, None] * scale)
+    sizes = scale[:, :, None] * scale[:, None]
+    values, vectors = torch.linalg.eigh(curvature * sizes)
     values = values.abs().clamp_min(1 / 9)
-    inverse: Tensor = (vectors / values[:, None]) @ vectors.mT * scale[:, None] * scale
+    inverse: Tensor = (vectors / values[:, None]) @ vectors.mT * sizes
     return inverse
 
 
@@ -69,24 +71,38 @@ def _log_volume(covariance: Tensor) -> Float[Tensor, " B"]:
 def modes(joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]) -> tuple[Pieces, Expansion]:
     """Distinct modes of every individual, best first, with their Laplace approximations."""
     found: Summits = ascend(joint, rows, starts)
-    finite = torch.isfinite(found.at.value) & torch.isfinite(found.at.hessian).flatten(1).all(1)
+    return _sorted_out(joint, rows, found.points, found.at)
+
+
+def with_others(
+    joint: JointDensity, known: tuple[Pieces, Expansion], others: tuple[Pieces, Expansion]
+) -> tuple[Pieces, Expansion]:
+    """Modes of two searches together, each once."""
+    both = Pieces.joined([known[0], others[0]])
+    return _sorted_out(joint, both.rows, both.means, Expansion.joined([known[1], others[1]]))
+
+
+def _sorted_out(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion) -> tuple[Pieces, Expansion]:
+    """Summits in the order of the individuals, best first, without those that are near a better one or negligible."""
+    finite = torch.isfinite(at.value) & torch.isfinite(at.hessian).flatten(1).all(1)
     place = torch.nonzero(finite)[:, 0]
-    place = place[torch.argsort(found.at.value[place], descending=True, stable=True)]
+    place = place[torch.argsort(at.value[place], descending=True, stable=True)]
     place = place[torch.argsort(rows[place], stable=True)]
-    covariances = covariance_of(-found.at.hessian[place], joint.scale)
-    pieces = Pieces(rows[place], found.at.value[place] + _log_volume(covariances), found.points[place], covariances)
-    kept = _distinct(pieces)
-    return pieces[kept], found.at[place[kept]]
+    covariances = covariance_of(-at.hessian[place], joint.scales[rows[place]])
+    pieces = Pieces(rows[place], at.value[place] + _log_volume(covariances), points[place], covariances)
+    kept = distinct(pieces)
+    return pieces[kept], at[place[kept]]
 
 
-def _distinct(pieces: Pieces) -> Int[Tensor, " kept"]:
-    """Positions of pieces that are neither near an earlier one of the same individual nor negligible.
+def distinct(pieces: Pieces, *, negligible: float = _NEGLIGIBLE) -> Int[Tensor, " kept"]:
+    """Positions of pieces that are neither near an earlier one of the same individual nor ``negligible`` nats below
+    its largest.
 
     Pieces are sorted by individual. Each is compared with its predecessors at distance 1, 2, ... in the list.
     """
     count = len(pieces.rows)
     keep = torch.ones(count, dtype=torch.bool, device=pieces.rows.device)
-    keep &= pieces.log_mass > _largest(pieces)[pieces.rows] - _NEGLIGIBLE
+    keep &= pieces.log_mass > _largest(pieces)[pieces.rows] - negligible
     _, sizes = torch.unique_consecutive(pieces.rows, return_counts=True)
     precision = torch.linalg.inv(pieces.covariances)
     for apart in range(1, int(sizes.max())):
@@ -142,7 +158,7 @@ def _profile(joint: JointDensity, mode: Pieces, top: Tensor, column: Int[Tensor,
     every = torch.arange(len(column), device=column.device)
     sd = mode.covariances[every, column, column].sqrt()
     slope = mode.covariances[every, :, column] / sd.square()[:, None]  # change of the others with the coordinate
-    centre, reach = joint.centre[column], _REACH * joint.scale[column]
+    centre, reach = joint.centres[mode.rows, column], _REACH * joint.scales[mode.rows, column]
     farthest = torch.maximum(side * (centre + side * reach - mode.means[every, column]), 1.2 * sd)
     free = torch.ones_like(mode.means, dtype=torch.bool)
     free[every, column] = False
@@ -182,8 +198,8 @@ def _node(
     cross = torch.where(fixed, 0.0, curvature[every, :, column])
     identity = torch.eye(size, dtype=curvature.dtype, device=curvature.device)
     outside = fixed[:, :, None] | fixed[:, None]
-    scale = joint.scale
-    alone = torch.where(outside, identity / (scale[:, None] * scale), curvature)
+    scale = joint.scales[rows]
+    alone = torch.where(outside, identity / (scale[:, :, None] * scale[:, None]), curvature)
     alone = torch.where(torch.isfinite(alone), alone, 0.0) + 0 * identity
     across = torch.where(outside, 0.0, covariance_of(alone, scale))
     tangent = torch.where(fixed, 1.0, -(across @ cross[..., None])[..., 0])
@@ -239,20 +255,39 @@ class Mixtures:
         )
 
     def sample(self, generator: torch.Generator) -> tuple[Float[Tensor, "I S V"], Float[Tensor, "I S"]]:
-        """Stratified draws in random order, and the log density of the mixture with the drawn proportions."""
-        individuals, size = self.means.shape[0], self.means.shape[2]
+        """Draws, stratified over components and spread evenly within them, and the log density of the mixture with the
+        drawn proportions."""
+        return self.draws_at(self.shifts(generator))
+
+    def shifts(self, generator: torch.Generator) -> Float[Tensor, "I 1 2 U"]:
+        """All the randomness of :meth:`sample`: for each individual two random shifts of one Sobol' sequence.
+
+        Every second draw belongs to one of two independent sets (randomised quasi-Monte Carlo, Cranley and Patterson
+        1976, SIAM J. Numer. Anal. 13:904), whose difference tells the error that is left.
+        """
+        shape = (len(self.means), 1, 2, self.means.shape[2] + 2)
+        shift = torch.rand(shape, generator=generator, device=generator.device, dtype=self.means.dtype)
+        return shift.to(self.means.device)
+
+    def draws_at(self, shifts: Float[Tensor, "I 1 2 U"]) -> tuple[Float[Tensor, "I S V"], Float[Tensor, "I S"]]:
+        """:meth:`sample`, given the shifts."""
         draws = int(self.counts[0].sum())
-        device, dtype = self.means.device, self.means.dtype
-        component = _strata(self.counts, draws)
-        noise = torch.randn((individuals, draws, size), generator=generator, device=generator.device, dtype=dtype)
-        waits = torch.empty((individuals, draws, _FREEDOM // 2), device=generator.device, dtype=dtype)
-        chi_square = 2 * waits.exponential_(generator=generator).sum(-1)
-        order = torch.rand((individuals, draws), generator=generator, device=generator.device).argsort(1).to(device)
-        component = component.gather(1, order)
-        standard = (noise * (_FREEDOM / chi_square).sqrt()[..., None]).to(device)
-        every = torch.arange(individuals, device=device)[:, None]
+        sequence = sobol_points((draws + 1) // 2, shifts.shape[-1]).to(shifts)
+        even = (sequence[:, None] + shifts).remainder(1.0).flatten(1, 2)[:, :draws].clamp(1e-12, 1 - 1e-12)
+        component = _strata(self.counts, draws).gather(1, even[..., 0].argsort(1).argsort(1))
+        spread = (0.5 * _FREEDOM / gamma_3_quantile(even[..., 1])).sqrt()
+        standard = torch.special.ndtri(even[..., 2:]) * spread[..., None]
+        every = torch.arange(len(even), device=even.device)[:, None]
         phi = self.means[every, component] + (self.factors[every, component] @ standard[..., None])[..., 0]
         return phi, self.log_prob(phi)
+
+    def standard(self, shape: tuple[int, int, int], generator: torch.Generator) -> Float[Tensor, "I S V"]:
+        """Draws of a component before its location and factor."""
+        dtype = self.means.dtype
+        noise = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+        waits = torch.empty((*shape[:2], _FREEDOM // 2), device=generator.device, dtype=dtype)
+        chi_square = 2 * waits.exponential_(generator=generator).sum(-1)
+        return (noise * (_FREEDOM / chi_square).sqrt()[..., None]).to(self.means.device)
 
     def log_prob(self, phi: Float[Tensor, "I S V"]) -> Float[Tensor, "I S"]:
         """Log density of the mixture."""
@@ -273,6 +308,48 @@ class Mixtures:
         return torch.logsumexp(log_component, -1)
 
 
+@lru_cache(maxsize=8)
+def sobol_points(count: int, size: int) -> Float[Tensor, "n d"]:
+    """The first points of the Sobol' sequence, float64 on the CPU; not to be written to."""
+    engine = torch.quasirandom.SobolEngine(size)  # type: ignore[no-untyped-call]
+    points: Tensor = engine.draw(count, dtype=torch.float64)
+    return points
+
+
+def gamma_3_quantile(probability: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Quantile of the gamma distribution of shape 3, half a chi-square with 6 degrees of freedom.
+
+    Wilson and Hilferty's approximation, then Newton's method on the closed form of the distribution function, in the
+    logarithm of the smaller tail.
+    """
+    normal = torch.special.ndtri(probability)
+    found = 3 * (1 - 1 / 27 + normal / (3 * math.sqrt(3))).clamp_min(0.02) ** 3
+    upper = probability > 0.5
+    wished = torch.where(upper, torch.log1p(-probability), probability.log())
+    for _ in range(8):
+        above = 1 + found + 0.5 * found.square()
+        log_density = 2 * found.log() - found - math.log(2)
+        log_upper = above.log() - found
+        # Below, 1 - exp(-g)(1 + g + g^2/2) cancels; there its series begins with g^3/6.
+        lower = torch.where(found < 0.3, _gamma_3_below(found), -torch.expm1(log_upper))
+        tail = torch.where(upper, log_upper, lower.log())
+        slope = torch.where(upper, -1.0, 1.0) * (log_density - tail).exp()
+        step = ((tail - wished) / (slope * found)).clamp(-1.0, 1.0)
+        found = found * (-step).exp()
+    quantile: Tensor = found
+    return quantile
+
+
+def _gamma_3_below(x: Tensor) -> Tensor:
+    """Distribution function of the gamma distribution of shape 3 near 0, without cancellation."""
+    term: Tensor = x**3 / 6
+    total = term
+    for order in range(4, 14):
+        term = term * x / order
+        total = total + term
+    return total * (-x).exp()
+
+
 def _strata(counts: Int[Tensor, "I K"], draws: int) -> Int[Tensor, "I S"]:
     """Component of each draw, in order: the first ``counts[:, 0]`` draws from component 0, and so on."""
     ends = counts.cumsum(1).contiguous()
@@ -280,10 +357,12 @@ def _strata(counts: Int[Tensor, "I K"], draws: int) -> Int[Tensor, "I S"]:
     return torch.searchsorted(ends, place, right=True)
 
 
-def mixtures(pieces: Pieces, individuals: int, draws: int, *, inflation: float = 1.1) -> Mixtures:
+def mixtures(
+    pieces: Pieces, individuals: int, draws: int, *, inflation: float = 1.1, spread: float = _SPREAD
+) -> Mixtures:
     """Components of every individual side by side, and how many of the ``draws`` each gets.
 
-    In proportion to mass, a share alike, and at least one each while there are enough.
+    In proportion to mass, a share ``spread`` alike, and at least one each while there are enough.
     """
     order = torch.argsort(pieces.log_mass, descending=True, stable=True)
     order = order[torch.argsort(pieces.rows[order], stable=True)]
@@ -303,14 +382,14 @@ def mixtures(pieces: Pieces, individuals: int, draws: int, *, inflation: float =
     means[pieces.rows, place] = pieces.means
     factors = torch.eye(size, dtype=dtype, device=device).expand(*shape, -1, -1).clone()
     factors[pieces.rows, place] = math.sqrt(inflation) * torch.linalg.cholesky(pieces.covariances)
-    return Mixtures(_allotted(log_mass, draws), means, factors)
+    return Mixtures(_allotted(log_mass, draws, spread), means, factors)
 
 
-def _allotted(log_mass: Float[Tensor, "I K"], draws: int) -> Int[Tensor, "I K"]:
+def _allotted(log_mass: Float[Tensor, "I K"], draws: int, spread: float) -> Int[Tensor, "I K"]:
     """Whole numbers of draws that add up, by largest remainders above one each."""
     there = torch.isfinite(log_mass)
     share = torch.softmax(log_mass, 1)
-    share = (1 - _SPREAD) * share + _SPREAD * there / there.sum(1, keepdim=True)
+    share = (1 - spread) * share + spread * there / there.sum(1, keepdim=True)
     left = draws - there.sum(1, keepdim=True)
     wished = share * left
     counts = wished.floor()

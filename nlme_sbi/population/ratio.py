@@ -66,6 +66,7 @@ class PriorRatio:
 
     name = "prior_ratio"
     absolute = False
+    approximation = ""
 
     def __post_init__(self) -> None:
         if self.draws < 2 or self.max_draws < self.draws:

@@ -11,8 +11,8 @@ from nlme_sbi.population.joint import JointDensity
 from nlme_sbi.population.mixture import fit_mixtures
 from nlme_sbi.population.proposals import Mixtures, Pieces, mixtures
 
-_TRIED = 1024  # draws of the old mixture in each pass
-_RESAMPLED = 512  # of them, by weight, that a new mixture is fitted to
+_TRIED = 768  # draws of the old mixture in each pass
+_RESAMPLED = 320  # of them, by weight, that a new mixture is fitted to
 _COMPONENTS = 6
 _PASSES = 2
 _NEW = 0.8  # share of the fitted components; the rest keeps the old mixture and its tails
@@ -37,7 +37,7 @@ def refined(
         chosen = _resampled(phi, log_weights, generator)
         # A little noise keeps copies of one heavy draw from being taken for a mode without width.
         noise = torch.randn(chosen.shape, generator=generator, device=generator.device, dtype=chosen.dtype)
-        spread = chosen.std(1, keepdim=True).clamp_min(1e-3 * joint.scale)
+        spread = chosen.std(1, keepdim=True).clamp_min(1e-3 * joint.scales[rows][:, None])
         fitted = fit_mixtures(chosen + 0.15 * spread * noise.to(chosen), _COMPONENTS, criterion="aic")
         there = torch.isfinite(fitted.log_weights)
         owner, component = torch.nonzero(there).unbind(1)

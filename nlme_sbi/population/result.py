@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.individuals import IndividualEstimates, resampled_draws
+from nlme_sbi.population.individuals import IndividualEstimates, individual_typical, resampled_draws
 from nlme_sbi.population.roles import PopulationModel, WeightedDraws
 from nlme_sbi.population.table import PopulationTable, number, population_table
 from nlme_sbi.population.uncertainty import MonteCarloError
@@ -28,6 +28,7 @@ class Restart:
         distance: largest difference of an unknown from the best's, in standard errors.
         verdict: "same", "other point" (the same objective within Monte-Carlo error elsewhere), "lower" or "failed".
         differing: parameters whose means differ by more than 3 standard errors, where the verdict is "other point".
+        exchanged: the two parameters whose exchange takes this end to the best one, where it is a mirror image.
     """
 
     start: str
@@ -36,6 +37,7 @@ class Restart:
     distance: float
     verdict: str
     differing: tuple[str, ...] = ()
+    exchanged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,8 @@ class PopulationFit:
         ids: of the individuals.
         estimator: name of the estimator.
         absolute: whether ``objective`` is log p(y | theta); otherwise it is a log likelihood ratio.
+        approximation: what the likelihood is approximated by ("Laplace"), so that it compares only with other fits of
+            the same approximation; "" where only draws limit it.
         theta: ``(P,)`` estimates, unconstrained.
         covariance: ``(P, P)`` of the estimates (inverse observed information); zero for fixed unknowns, NaN where the
             information was not positive definite.
@@ -60,6 +64,7 @@ class PopulationFit:
         warnings: what a reader must know before using the numbers.
         measurements: number of values in the data; bounds of censored ones do not count.
         state: the weighted draws, for predictions and plots.
+        labelling: which parameters can be exchanged, and how that was settled, in words.
     """
 
     population: PopulationModel
@@ -78,10 +83,13 @@ class PopulationFit:
     warnings: tuple[str, ...]
     measurements: int
     state: WeightedDraws = field(repr=False)
+    labelling: tuple[str, ...] = ()
+    approximation: str = ""
 
     @property
     def ess(self) -> Float[Tensor, " I"]:
-        """Effective number of draws of every individual at the optimum."""
+        """Effective number of draws of every individual at the optimum; all of them where the likelihood is an
+        approximation, which needs none."""
         return self.individuals.ess
 
     @property
@@ -93,7 +101,7 @@ class PopulationFit:
     @property
     def minus_two_log_likelihood(self) -> float | None:
         """-2 log L, corrected for the bias that the log of a mean of weights has; None where the estimator does not
-        give it."""
+        give it. With an :attr:`approximation` it is that approximation's value."""
         return -2 * (self.objective - self.monte_carlo.objective_bias) if self.absolute else None
 
     @property
@@ -135,8 +143,9 @@ class PopulationFit:
             self.theta,
             self.covariance,
             self.individuals.mean,
+            typical=individual_typical(self.state, self.theta),
             heading=self._heading(),
-            notes=(self.message, *(f"WARNING: {warning}" for warning in self.warnings)),
+            notes=(self.message, *self.labelling, *(f"WARNING: {warning}" for warning in self.warnings)),
         )
 
     def individual_draws(self, count: int, generator: torch.Generator) -> Float[Tensor, "I count D"]:
@@ -171,6 +180,7 @@ class PopulationFit:
         ess = self.ess
         return {
             "estimator": self.estimator,
+            "approximation": self.approximation,
             "individuals": len(self.ids),
             "draws": self.draws,
             "log_likelihood_ratio": number_or_none(self.log_likelihood_ratio),
@@ -197,22 +207,34 @@ class PopulationFit:
             ],
             "covariance": [[number(value) for value in row] for row in self.covariance.tolist()],
             "table": self.table().to_dict(),
-            "ess": {"mean": float(ess.mean()), "median": float(ess.median()), "smallest": float(ess.min())},
+            "ess": {
+                name: None if self.approximation else float(value)
+                for name, value in (("mean", ess.mean()), ("median", ess.median()), ("smallest", ess.min()))
+            },
             "restarts": [_plain(asdict(restart)) for restart in self.restarts],
             "converged": self.converged,
             "message": self.message,
+            "labelling": list(self.labelling),
             "warnings": list(self.warnings),
         }
 
     def _heading(self) -> tuple[str, ...]:
         error, ess = self.monte_carlo, self.ess
+        who = f"{len(self.ids)} individuals, estimator {self.estimator}"
         what = "log L" if self.absolute else "log likelihood ratio to the training prior"
         said = "not available with this estimator"
         deviance, ofv = self.minus_two_log_likelihood, self.objective_function_value
+        if self.approximation and deviance is not None and ofv is not None:
+            label = f"{self.approximation}'s approximation; compare only with other fits of it"
+            return (
+                f"{who}, nothing is sampled",
+                f"{what}: {self.objective:.2f} ({label})",
+                f"-2 log L: {deviance:.2f} ({self.approximation}), OFV {ofv:.2f} ({self.approximation})",
+            )
         if deviance is not None and ofv is not None:
             said = f"{deviance:.2f} (Monte-Carlo SE {2 * error.objective_se:.2g}, corrected for bias), OFV {ofv:.2f}"
         return (
-            f"{len(self.ids)} individuals, estimator {self.estimator}, {self.draws} draws each "
+            f"{who}, {self.draws} draws each "
             f"(effective: median {float(ess.median()):.0f}, smallest {float(ess.min()):.0f})",
             f"{what}: {self.objective:.2f} (Monte-Carlo SE {error.objective_se:.2f}, bias {error.objective_bias:.2f})",
             f"-2 log L: {said}",

@@ -21,6 +21,31 @@ Unknown = Literal["identity", "log", "partial_correlation"]
 Source = Posterior | PosteriorSamples
 
 
+@dataclass(frozen=True)
+class EffectLabel:
+    """What a coefficient of a covariate is, for tables.
+
+    Args:
+        position: in theta.
+        parameter: whose typical value or SD it shifts.
+        on: "mean" or "log_sd".
+        covariate: its name.
+        form: power, exponential, linear, categorical, or what a model of one's own calls it.
+        reference: where the effect is nothing, a number or a level in words.
+        level: of a categorical covariate; "" otherwise.
+        ratio: whether ``exp(coefficient)`` is a ratio of natural values (of SDs), for a level or for one unit.
+    """
+
+    position: int
+    parameter: str
+    on: Literal["mean", "log_sd"]
+    covariate: str
+    form: str
+    reference: str
+    level: str = ""
+    ratio: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class ParameterTable:
     """The population unknowns, in the order of ``theta``.
@@ -30,12 +55,14 @@ class ParameterTable:
         transforms: how an entry of theta relates to the quantity that it stands for.
         starts: ``(P,)`` float64; the given value for fixed entries, a wished start, or NaN: taken from the draws.
         fixed: ``(P,)`` True where the value is given and not estimated.
+        effects: which entries are coefficients of covariates.
     """
 
     names: tuple[str, ...]
     transforms: tuple[Unknown, ...]
     starts: Float[Tensor, " P"]
     fixed: Bool[Tensor, " P"]
+    effects: tuple[EffectLabel, ...] = ()
 
     def __post_init__(self) -> None:
         lengths = {len(self.names), len(self.transforms), len(self.starts), len(self.fixed)}
@@ -58,7 +85,8 @@ class PopulationModel(Protocol):
     """``p(phi | theta, x)`` for one parameter space; ``design`` carries what ``x`` may be.
 
     A new population model is one class with these members; estimators, fit, uncertainty and table need no change.
-    Everything is batched, differentiable in ``theta`` and float64.
+    One with covariates has those of :class:`CovariateModel`, too, and one whose parameters may be exchanged those of
+    :class:`ExchangeableModel`. Everything is batched, differentiable in ``theta`` and float64.
     """
 
     @property
@@ -97,18 +125,59 @@ class PopulationModel(Protocol):
         """Maximiser of the expected complete log-likelihood; entries without closed form (constants) stay."""
 
     def mean(self, theta: Tensor) -> Tensor:
-        """Unconstrained values ``(D,)`` of a typical individual."""
+        """Unconstrained values ``(D,)`` of the typical individual, whose covariates are at their references."""
 
     def covariance(self, theta: Tensor) -> Tensor:
-        """Between-individual covariance ``(D, D)``; zero rows for constants."""
+        """Covariance ``(D, D)`` between individuals like the typical one; zero rows for constants."""
+
+
+@runtime_checkable
+class CovariateModel(PopulationModel, Protocol):
+    """A population model in which individuals have typical values and covariances of their own."""
+
+    def means(self, theta: Tensor, design: Design) -> Tensor:
+        """Each individual's typical value, ``(I, D)`` unconstrained."""
+
+    def covariances(self, theta: Tensor, design: Design) -> Tensor:
+        """Each individual's covariance about it, ``(I, D, D)``; zero rows for constants."""
+
+
+@runtime_checkable
+class ExchangeableModel(PopulationModel, Protocol):
+    """A population model that knows what it becomes when two parameters exchange their names."""
+
+    @property
+    def ordering(self) -> tuple[tuple[str, ...], ...]:
+        """Chains of names whose typical values shall decrease in what is presented."""
+
+    def obstacle(self, first: str, second: str) -> str:
+        """Why the exchange does not leave the model as it was, in words; empty where it does."""
+
+    def exchanged(self, theta: Tensor, first: str, second: str) -> Tensor:
+        """Theta of the same population under exchanged names."""
+
+
+def means_of(population: PopulationModel, theta: Tensor, design: Design) -> Tensor:
+    """Each individual's typical value ``(I, D)``, with or without covariates."""
+    if isinstance(population, CovariateModel):
+        return population.means(theta, design)
+    return population.mean(theta).expand(len(design), -1)
+
+
+def covariances_of(population: PopulationModel, theta: Tensor, design: Design) -> Tensor:
+    """Each individual's covariance ``(I, D, D)``, with or without covariates."""
+    if isinstance(population, CovariateModel):
+        return population.covariances(theta, design)
+    return population.covariance(theta).expand(len(design), -1, -1)
 
 
 @runtime_checkable
 class PopulationSpecification(Protocol):
     """A population model before it knows the simulator's parameters, as a config names it."""
 
-    def bind(self, parameters: ParameterSpace) -> PopulationModel:
-        """The model for these parameters; raises ``ValueError`` for names that are not there."""
+    def bind(self, parameters: ParameterSpace, observations: Observations | None = None) -> PopulationModel:
+        """The model for these parameters and, where it has covariates, for these data; raises ``ValueError`` for names
+        that are not there."""
 
 
 @runtime_checkable
@@ -183,6 +252,10 @@ class Estimator(Protocol):
     def absolute(self) -> bool:
         """Whether the objective is a log likelihood."""
 
+    @property
+    def approximation(self) -> str:
+        """What the likelihood is approximated by, in a word that tables print; "" where only draws limit it."""
+
     def prepare(
         self, source: Source, observations: Observations, population: PopulationModel, generator: torch.Generator
     ) -> WeightedDraws:
@@ -221,6 +294,12 @@ class FollowingEstimator(Estimator, Protocol):
     ) -> WeightedDraws:
         """Draws of all individuals made for ``theta``; ``previous`` is what the fit had before."""
 
+    def with_draws(self, draws: int) -> FollowingEstimator:
+        """The same estimator that makes so many draws of each individual, within its limits."""
+
+    def serves(self, state: WeightedDraws, theta: Tensor) -> bool:
+        """Whether draws that were made for another theta are as good at this one."""
+
 
 @dataclass(frozen=True)
 class FitProgress:
@@ -233,3 +312,59 @@ class FitProgress:
 
 
 Report = Callable[[FitProgress], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Where an estimator's own search ended.
+
+    Args:
+        theta: ``(P,)`` the estimate.
+        monte_carlo_se: ``(P,)`` what the search's randomness does to it, 0 where fixed.
+        left: ``(P,)`` how far the search sees itself from where it was going: estimate minus optimum, 0 where fixed.
+        converged: whether the search may end there, by its own judgement.
+        message: how it ended, in words.
+        shortage: why its Monte-Carlo error is no smaller.
+        warnings: what a reader must know of the search.
+    """
+
+    theta: Float[Tensor, " P"]
+    monte_carlo_se: Float[Tensor, " P"]
+    left: Float[Tensor, " P"]
+    converged: bool
+    message: str
+    shortage: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class SearchingEstimator(FollowingEstimator, Protocol):
+    """An estimator that finds theta by itself; its draws at that theta then tell everything else.
+
+    What :meth:`Estimator.prepare` returns only serves to find where the search starts. The fit takes the estimate as it
+    is: likelihood, information, individuals and table come from :meth:`FollowingEstimator.follow` at it, the estimate's
+    own Monte-Carlo error from the search.
+    """
+
+    def search(
+        self,
+        source: Source,
+        observations: Observations,
+        theta: Float[Tensor, " P"],
+        previous: WeightedDraws,
+        generator: torch.Generator,
+        *,
+        accuracy: float,
+        report: Report,
+    ) -> Found:
+        """From a start to the estimate.
+
+        Args:
+            source: the posterior or draws, for first guesses of individuals.
+            observations: all data.
+            theta: where exploring ended.
+            previous: the draws that were explored.
+            generator: of everything random.
+            accuracy: wished Monte-Carlo error, in standard errors.
+            report: told how far it is.
+        """

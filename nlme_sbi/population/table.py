@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.population.effect_table import EFFECT_HEADINGS, EffectRow, effect_cells, effect_rows, effects_frame
 from nlme_sbi.population.roles import PopulationModel
 from nlme_sbi.population.summary import Summary, summarise
 
@@ -70,12 +71,13 @@ class CorrelationRow:
 
 @dataclass(frozen=True)
 class PopulationTable:
-    """Rows, correlations, and the sentences that belong above and below them."""
+    """Rows, correlations, covariate effects, and the sentences that belong above and below them."""
 
     rows: tuple[TableRow, ...]
     correlations: tuple[CorrelationRow, ...] = ()
     heading: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    effects: tuple[EffectRow, ...] = ()
 
     def __str__(self) -> str:
         return self.text()
@@ -84,6 +86,8 @@ class PopulationTable:
         """Aligned columns for a terminal."""
         lines = [*self.heading, ""] if self.heading else []
         lines += _aligned([_HEADINGS, *(_cells(row) for row in self.rows)])
+        if self.effects:
+            lines += ["", *_aligned([EFFECT_HEADINGS, *(effect_cells(row) for row in self.effects)])]
         if self.correlations:
             header = ("correlation", "estimate", "SE", "[95% CI]")
             lines += ["", *_aligned([header, *(_correlation_cells(row) for row in self.correlations)])]
@@ -102,10 +106,15 @@ class PopulationTable:
         """One row a pair of parameters; empty without correlations."""
         return pd.DataFrame([asdict(row) for row in self.correlations], columns=list(CorrelationRow.__annotations__))
 
+    def effects_frame(self) -> pd.DataFrame:
+        """One row a coefficient of a covariate, with the names of :class:`EffectRow` as columns; empty without them."""
+        return effects_frame(self.effects)
+
     def to_dict(self) -> dict[str, object]:
         """Plain numbers and words, ready for JSON."""
         return {
             "parameters": [asdict(row) for row in self.rows],
+            "covariate_effects": [asdict(row) for row in self.effects],
             "correlations": [asdict(row) for row in self.correlations],
         }
 
@@ -119,6 +128,7 @@ def population_table(
     covariance: Float[Tensor, "P P"],
     individual_means: Float[Tensor, "I D"],
     *,
+    typical: tuple[Float[Tensor, "I D"], Float[Tensor, "I D"]] | None = None,
     heading: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> PopulationTable:
@@ -128,14 +138,24 @@ def population_table(
         population: the bound model.
         theta: estimates.
         covariance: of the estimates; zero rows where fixed, NaN where not known.
-        individual_means: posterior means given the fit, for shrinkage = 1 - SD(means)/omega.
+        individual_means: posterior means given the fit.
+        typical: typical values and SDs of individuals with each one's covariates; shrinkage is 1 - SD(eta/omega), with
+            eta the deviation of a posterior mean from its typical value. Where left out they are the same for all.
         heading: sentences above the table.
         notes: sentences below it.
     """
     found = summarise(population, theta, covariance)
-    spread = individual_means.std(0) if len(individual_means) > 1 else torch.full_like(found.sd, math.nan)
+    centre, sd = (0.0, found.sd) if typical is None else typical
+    eta = (individual_means - centre) / sd
+    spread = eta.std(0) if len(eta) > 1 else torch.full_like(found.sd, math.nan)
     rows = tuple(_row(population, found, spread, column) for column in range(len(population.parameters)))
-    return PopulationTable(rows=rows, correlations=_correlation_rows(population, found), heading=heading, notes=notes)
+    return PopulationTable(
+        rows=rows,
+        correlations=_correlation_rows(population, found),
+        heading=heading,
+        notes=notes,
+        effects=effect_rows(population, theta, covariance),
+    )
 
 
 def number(value: Tensor | float) -> float | None:
@@ -165,7 +185,7 @@ def _row(population: PopulationModel, found: Summary, spread: Tensor, column: in
         omega_upper=number(found.sd_limits[1, column]),
         omega_status="constant" if constant else "fixed" if bool(found.sd_fixed[column]) else "estimated",
         cv_percent=None if constant or parameter.transform != "log" else number(_coefficient_of_variation(sd)),
-        shrinkage=None if constant else number(1 - float(spread[column]) / sd),
+        shrinkage=None if constant else number(1 - float(spread[column])),
     )
 
 

@@ -84,6 +84,7 @@ def monte_carlo_error(
     objective_se = math.sqrt(float(excess))
     if state.fitted:
         objective_se, spread = _between_halves(halves, theta)
+        excess = excess.clamp_max(objective_se**2)  # evenly spread draws err less than their weights tell
     else:
         spread = score_variance(state, theta)
     variance = (covariance @ spread @ covariance).diagonal().clamp_min(0)
@@ -100,6 +101,29 @@ def monte_carlo_error(
         se=torch.zeros_like(theta).index_copy(0, free, variance.sqrt()),
         bias=bias,
     )
+
+
+def likelihood_error(
+    state: WeightedDraws, theta: Float[Tensor, " P"], *, se: Float[Tensor, " P"], bias: Float[Tensor, " P"]
+) -> MonteCarloError:
+    """Error of the objective from the draws, where that of the unknowns (``se``, ``bias``) is known from elsewhere."""
+    excess = float((1 / effective_draws(state, theta) - 1 / state.draws).clamp_min(0).sum())
+    objective_se = math.sqrt(excess)
+    if state.fitted:
+        halves = [contributions(state.half(which), theta) for which in (0, 1)]
+        objective_se = 0.5 * float((halves[0] - halves[1]).norm())
+        excess = min(excess, objective_se**2)
+    return MonteCarloError(objective_se, -0.5 * excess, None, se, bias)
+
+
+def rough_monte_carlo_error(
+    state: WeightedDraws, theta: Float[Tensor, " P"], information: Float[Tensor, "free free"]
+) -> float:
+    """Largest Monte-Carlo standard error of an unknown, in standard errors, from how halves of the draws differ."""
+    _, spread = _between_halves([state.half(which) for which in (0, 1)], theta)
+    covariance = torch.linalg.inv(information)
+    variance = (covariance @ spread @ covariance).diagonal() / covariance.diagonal()
+    return float(variance.clamp_min(0).sqrt().max())
 
 
 def _between_halves(halves: list[WeightedDraws], theta: Tensor) -> tuple[float, Float[Tensor, "free free"]]:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.ascent import Summit
+from nlme_sbi.population.labelling import exchange_between
 from nlme_sbi.population.result import Restart
 from nlme_sbi.population.roles import WeightedDraws
 from nlme_sbi.population.weighting import effective_draws
@@ -49,7 +50,8 @@ def compared(
         elsewhere = "other point" if below < level else "lower"
         verdict = "same" if distance < _SAME else elsewhere
         differing = _differing(state, end.theta, best.theta, covariance) if verdict == "other point" else ()
-        found.append(Restart(start, end.objective, below, distance, verdict, differing))
+        exchanged = exchange_between(state.population, best.theta, end.theta, names=differing, se=se, within=_DIFFERS)
+        found.append(Restart(start, end.objective, below, distance, verdict, differing, exchanged))
     return tuple(found)
 
 
@@ -75,7 +77,14 @@ def described(restarts: tuple[Restart, ...]) -> str:
         return "There was only one start, so nothing tells whether this is the highest maximum."
     counts = {name: sum(restart.verdict == name for restart in restarts) for name in ("same", "other point", "lower")}
     said = [f"{counts['same']} of {total} starts reached this maximum."]
-    other = [restart for restart in restarts if restart.verdict == "other point"]
+    mirrored = [restart for restart in restarts if restart.exchanged]
+    for pair in dict.fromkeys(restart.exchanged for restart in mirrored):
+        count = sum(restart.exchanged == pair for restart in mirrored)
+        said.append(
+            f"{count} reached its mirror image, in which {pair[0]} and {pair[1]} are exchanged: label switching, the "
+            "same population under exchanged names."
+        )
+    other = [restart for restart in restarts if restart.verdict == "other point" and not restart.exchanged]
     if other:
         names = ", ".join(dict.fromkeys(name for restart in other for name in restart.differing)) or "several unknowns"
         reached = "Another start" if len(other) == 1 else f"{len(other)} other starts"

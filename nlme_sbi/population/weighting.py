@@ -26,7 +26,8 @@ def _mean_log_weight(block: DrawBlock, theta: Tensor) -> Float[Tensor, " I"]:
     return torch.logsumexp(log_weights, 1) - draws.log()
 
 
-def _summed_mean_log_weight(block: DrawBlock, theta: Tensor) -> Float[Tensor, ""]:
+def summed_objective(block: DrawBlock, theta: Tensor) -> Float[Tensor, ""]:
+    """Objective of a block's individuals together."""
     return _mean_log_weight(block, theta).sum()
 
 
@@ -43,7 +44,7 @@ def value_and_gradient(state: WeightedDraws, theta: Float[Tensor, " P"]) -> tupl
 
     def of_block(block: DrawBlock) -> tuple[Tensor, Tensor]:
         leaf = theta.detach().clone().requires_grad_(True)
-        value = _summed_mean_log_weight(block, leaf)
+        value = summed_objective(block, leaf)
         (gradient,) = torch.autograd.grad(value, leaf)
         return value.detach(), gradient
 
@@ -61,7 +62,7 @@ def _in_rows(state: WeightedDraws, theta: Tensor, parts: list[Tensor]) -> Tensor
     return result
 
 
-def _along(function: Callable[[Tensor], Tensor], theta: Tensor, directions: Tensor) -> Tensor:
+def along(function: Callable[[Tensor], Tensor], theta: Tensor, directions: Tensor) -> Tensor:
     """Derivatives of ``function`` along each row of ``directions``, stacked first.
 
     By two reverse passes: the first is linear in its cotangent, and the derivative along a direction is the slope of
@@ -88,7 +89,7 @@ def scores(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "I
     axes = _axes(state, theta)
     with torch.no_grad():
         parts = over_blocks(
-            lambda block: _along(partial(_mean_log_weight, block), theta, axes).T, state.blocks, theta.device
+            lambda block: along(partial(_mean_log_weight, block), theta, axes).T, state.blocks, theta.device
         )
     return _in_rows(state, theta, parts)
 
@@ -101,7 +102,7 @@ def rough_information(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float
     stride = max(1, state.individuals // _ROUGH)
     with torch.no_grad():
         parts = over_blocks(
-            lambda block: _along(partial(_mean_log_weight, block), theta, axes), state.blocks[::stride], theta.device
+            lambda block: along(partial(_mean_log_weight, block), theta, axes), state.blocks[::stride], theta.device
         )
     slopes = torch.cat(parts, 1)
     total = slopes @ slopes.T * (state.individuals / slopes.shape[1])
@@ -116,7 +117,7 @@ def hessian(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "
     def of_block(block: DrawBlock) -> Tensor:
         with torch.enable_grad():
             leaf = theta.detach().clone().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(_summed_mean_log_weight(block, leaf), leaf, create_graph=True)
+            (gradient,) = torch.autograd.grad(summed_objective(block, leaf), leaf, create_graph=True)
             rows = [torch.autograd.grad(slope, leaf, retain_graph=True)[0] for slope in gradient[free]]
             return torch.stack(rows)[:, free]
 
@@ -143,7 +144,7 @@ def score_variance(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Te
     axes = _axes(state, theta)
 
     def of_block(block: DrawBlock) -> Tensor:
-        slopes = _along(block.log_weights, theta, axes)  # (free, i, S)
+        slopes = along(block.log_weights, theta, axes)  # (free, i, S)
         weights = torch.softmax(block.log_weights(theta), 1)
         deviations = weights * (slopes - (weights * slopes).sum(2, keepdim=True))
         flat = deviations.flatten(1)

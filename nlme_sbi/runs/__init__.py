@@ -12,6 +12,7 @@ from nlme_sbi.runs.files import (
 )
 from nlme_sbi.runs.finished import FinishedRun, find_run, load_run
 from nlme_sbi.runs.stored_designs import StoredDesign, load_design, save_design, sha256_of_design
+from nlme_sbi.runs.stored_observations import load_observations, save_observations
 
 __all__ = [
     "FinishedRun",
@@ -21,11 +22,13 @@ __all__ = [
     "load_array",
     "load_design",
     "load_json",
+    "load_observations",
     "load_run",
     "open_run",
     "save_array",
     "save_design",
     "save_json",
+    "save_observations",
     "sha256_of_design",
     "sha256_of_file",
     "sha256_of_plain",

@@ -15,6 +15,7 @@ from nlme_sbi.plots.canvas import parameter_labels
 from nlme_sbi.plots.individual_fits import plot_individual_fits
 from nlme_sbi.plots.pairs import plot_pairs
 from nlme_sbi.plots.population import plot_population
+from nlme_sbi.population.individuals import individual_typical
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.runs import write_atomically
 from nlme_sbi.types import Observations, TractableSimulator
@@ -54,9 +55,9 @@ def save_figures(
     else:
         log.info("No individual fits: the simulator has no noise-free prediction.")
     names = parameter_labels(posterior.parameters)
-    mean, covariance = fit.population.mean(fit.theta), fit.population.covariance(fit.theta)
+    means, sds = individual_typical(fit.state, fit.theta)
     some = spread_rows(len(observations), _POPULATION_INDIVIDUALS)
-    _save(directory / "population.png", plot_population(names, mean, covariance, drawn[some]))
+    _save(directory / "population.png", plot_population(names, means, torch.diag_embed(sds.square()), drawn[some]))
     ranked = torch.argsort(fit.ess)
     for name, row in (("typical", int(ranked[len(ranked) // 2])), ("worst", int(ranked[0]))):
         before = posterior.sample(observations[[row]], 4 * _DRAWS, generator).phi[0].double()

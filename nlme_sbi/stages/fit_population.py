@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from tqdm.auto import tqdm
 
 from nlme_sbi.conversion import convert
 from nlme_sbi.designs import Reader
@@ -21,7 +20,7 @@ from nlme_sbi.networks.ensembles import PosteriorEnsemble
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.population.fit import fit_population as fit_population_model
 from nlme_sbi.population.result import PopulationFit
-from nlme_sbi.population.roles import Estimator, FitProgress, PopulationSpecification
+from nlme_sbi.population.roles import Estimator, PopulationSpecification
 from nlme_sbi.runs import (
     FinishedRun,
     RunDirectory,
@@ -33,13 +32,16 @@ from nlme_sbi.runs import (
     write_atomically,
 )
 from nlme_sbi.stages.fit_figures import save_figures
+from nlme_sbi.stages.fit_progress import ProgressBar
 from nlme_sbi.stages.parts import part
+from nlme_sbi.stages.stored_fit import IndividualSettings, save_individuals
 from nlme_sbi.training_pairs import seeded
 from nlme_sbi.types import Observations
 
 log = logging.getLogger(__name__)
 
 DRAWS_STREAM, FIGURES_STREAM = range(10, 12)
+INDIVIDUALS_STREAM = 20
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ def fit_population(cfg: DictConfig) -> float:
 
     Args:
         cfg: composed configuration with ``experiment``, ``posterior`` (RUN, latest or a list of RUNs), ``data``,
-            ``population``, ``estimator``, ``fit``, ``figures``, ``seed``, ``device``, ``output_root``, ``fresh`` and
-            ``trust``.
+            ``population``, ``estimator``, ``fit``, ``individuals``, ``figures``, ``seed``, ``device``,
+            ``output_root``, ``fresh`` and ``trust``.
 
     Returns:
         The log likelihood ratio (or log likelihood) at the optimum, which sweepers maximise.
@@ -82,13 +84,13 @@ def fit_population(cfg: DictConfig) -> float:
     trust = tuple(plain["trust"])
     device = choose_device(plain["device"])
     upstream = _upstream(plain)
-    settings = FitSettings.of(plain)
+    settings, wished = FitSettings.of(plain), IndividualSettings.of(plain)
     observations: Observations = part(plain["data"], Reader, where="data", trust=trust).read()
     log.info("%s", describe(observations))
     posterior = _posterior(upstream, device, trust)
     posterior.check(observations)
     specification = part(plain["population"], PopulationSpecification, where="population", trust=trust)
-    population = specification.bind(posterior.parameters)
+    population = specification.bind(posterior.parameters, observations)
     estimator = part(plain["estimator"], Estimator, where="estimator", trust=trust)
     run = open_run(
         stage="fit_population",
@@ -97,13 +99,14 @@ def fit_population(cfg: DictConfig) -> float:
         inputs={**_posterior_hashes(upstream), "data": sha256_of_observations(observations)},
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
+        input_paths=dict(zip(_posterior_hashes(upstream), [found.path for found in upstream], strict=True)),
     )
     with run:
         if run.finished:
             log.info("\n%s", (run.path / "table.txt").read_text())
             return float(load_run(run.path, stage="fit_population", verify=False).results["objective"])
         seed = int(plain["seed"])
-        with _ProgressBar() as progress:
+        with ProgressBar() as progress:
             fit = fit_population_model(
                 posterior,
                 observations,
@@ -115,6 +118,8 @@ def fit_population(cfg: DictConfig) -> float:
                 progress=progress.report,
             )
         _save_tables(run, fit)
+        generator = seeded(device, seed, INDIVIDUALS_STREAM)
+        save_individuals(run, fit, observations, posterior, settings=wished, generator=generator)
         log.info("\n%s", fit.table())
         save_figures(
             run.path,
@@ -125,7 +130,7 @@ def fit_population(cfg: DictConfig) -> float:
             individuals=settings.panels,
         )
         run.finish(_results(fit))
-    log.info("Results: %s (table.txt, parameters.csv, fit.json, individuals.csv, *.png)", run.path)
+    log.info("Results: %s (table.txt, parameters.csv, fit.json, individuals.csv, *.npy, *.png)", run.path)
     return fit.objective
 
 
@@ -181,16 +186,17 @@ def _posterior_hashes(runs: list[FinishedRun]) -> dict[str, str]:
 def _relevant(plain: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """What decides the bytes. The data enter by their content, so that the same file elsewhere is the same fit."""
     data = {key: value for key, value in plain["data"].items() if key != "path"}
-    sections = {name: plain[name] for name in ("population", "estimator", "fit", "figures", "seed")}
+    sections = {name: plain[name] for name in ("population", "estimator", "fit", "individuals", "figures", "seed")}
     return {**sections, "data": data, "device": device.type}
 
 
 def _save_tables(run: RunDirectory, fit: PopulationFit) -> None:
     table = fit.table()
+    extra = {"covariate_effects.csv": table.effects_frame(), "correlations.csv": table.correlations_frame()}
     texts = {
         "table.txt": str(table) + "\n",
         "parameters.csv": table.to_frame().to_csv(index=False),
-        "individuals.csv": fit.individuals_frame().to_csv(index=False),
+        **{name: frame.to_csv(index=False) for name, frame in extra.items() if len(frame)},
     }
     for name, text in texts.items():
         write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
@@ -211,28 +217,3 @@ def _results(fit: PopulationFit) -> dict[str, Any]:
         "median_ess": float(fit.ess.median()),
         "warnings": list(fit.warnings),
     }
-
-
-class _ProgressBar:
-    """Shows a fit's named stages as one bar each, with the objective."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-        self._stage = ""
-
-    def __enter__(self) -> _ProgressBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def report(self, progress: FitProgress) -> None:
-        if self._bar is None or progress.stage != self._stage:
-            if self._bar is not None:
-                self._bar.close()
-            self._stage = progress.stage
-            self._bar = tqdm(total=progress.total or None, desc=progress.stage, unit="step", mininterval=0.5)
-        self._bar.update(max(0, progress.done - self._bar.n))
-        if progress.objective is not None:
-            self._bar.set_postfix(objective=f"{progress.objective:.3f}")

@@ -20,6 +20,11 @@ STAGES = ("simulate", "train_flow", "fit_population")
         ("training.stepz=3", r"^training\.stepz is not a key of training; keys: steps, .* Did you mean steps\?$"),
         ("sed=3", r"^sed is not a key of the configuration; keys: .*simulator.* Did you mean seed\?$"),
         ("prior.parameters.delta.men=2", r"keys: mean, variance\. Did you mean mean\?$"),
+        (
+            "population.covariates.CL=power",
+            r"^population\.covariates\.CL is not a key of population\.covariates, which is empty; add it with a plus: "
+            r"\+population\.covariates\.CL=\.\.\.$",
+        ),
         ("seed==", r'^"seed==" cannot be read; write KEY=VALUE'),
         ("seed", r'^"seed" cannot be read; write KEY=VALUE'),
         ("training.steps=[1", r"cannot be read; write KEY=VALUE"),

@@ -30,6 +30,7 @@ def substituted(block: str, run: Path) -> str:
     """The block with a run that is there and a training of seconds."""
     for printed, here in {
         "outputs/train_flow/theophylline-1a2b3c4d": str(run),
+        "EnsembleSampler(ess=1000)": "EnsembleSampler(ensembles=2, walkers=14, warmup=10, steps=50)",
         "TrainingSettings(steps=8000)": "TrainingSettings(steps=4, validation_size=100, pilot_size=500)",
     }.items():
         block = block.replace(printed, here)
@@ -63,6 +64,10 @@ def test_the_page_runs_and_its_comments_are_true(ran: dict[str, Any]) -> None:
     assert ran["posterior"].parameters.units == ("1/h", "L/h", "L", "mg/L")
     assert ran["fit"].ess.shape == (12,)
     assert ran["phi"].shape == (12, 200, 4)
+    assert ran["modes"].phi.shape == (12, 4)
+    assert ran["modes"].kinds[0] == "climbed"
+    assert ran["new"].shape == (1, 500, 4)
+    assert ran["sampled"].flat.shape == (2 * 14 * 50, 7)
     assert set(ran["result"].history[-1]) == {"step", "train_loss", "validation_loss", "learning_rate"}
     assert ran["run"].results["n"] == 1000
 
@@ -79,6 +84,7 @@ def test_every_substitution_is_one_that_the_page_needs() -> None:
     page = "\n".join(blocks())
     assert page.count("outputs/train_flow/theophylline-1a2b3c4d") == 1
     assert page.count("TrainingSettings(steps=8000)") == 1
+    assert page.count("EnsembleSampler(ess=1000)") == 1
 
 
 # The names that notebooks import from the top.

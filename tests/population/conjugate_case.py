@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population.roles import PopulationModel
 from nlme_sbi.priors import GaussianPrior
-from nlme_sbi.types import Design, Observations, PosteriorSamples
+from nlme_sbi.types import Covariates, Design, Observations, PosteriorSamples
 
 NAMES = ("uptake", "decay", "sigma")
 
@@ -120,3 +120,16 @@ class ConjugateCase:
         best = torch.tensor(found.x)
         information = torch.func.hessian(negative)(best)
         return start.index_copy(0, free, best), torch.linalg.inv(information).diagonal().sqrt(), -float(found.fun)
+
+
+def with_covariates(columns: dict[str, list[float] | list[str]], values: Tensor | None = None) -> Observations:
+    """Individuals with covariates; a column of words is categorical, its levels in alphabetical order."""
+    count = len(next(iter(columns.values())))
+    plain = observations(torch.zeros((count, 1), dtype=torch.float64) if values is None else values)
+    levels = {name: tuple(sorted(set(column))) for name, column in columns.items() if isinstance(column[0], str)}
+    numbers = [
+        [float(levels[name].index(entry)) if name in levels else float(entry) for entry in column]
+        for name, column in columns.items()
+    ]
+    covariates = Covariates(tuple(columns), torch.tensor(numbers, dtype=torch.float64).T.contiguous(), levels)
+    return replace(plain, design=replace(plain.design, covariates=covariates))

@@ -170,8 +170,8 @@ def test_mirror_modes_give_one_labelling_and_say_so() -> None:
     assert "other point" in verdicts
     mirrored = next(restart for restart in fit.restarts if restart.verdict == "other point")
     assert mirrored.differing == ("uptake", "decay")
-    assert "label switching?" in fit.message
-    assert "uptake, decay differ" in fit.message
+    assert mirrored.exchanged == ("uptake", "decay")
+    assert "its mirror image, in which uptake and decay are exchanged" in fit.message
     assert not any("may not be the highest" in warning for warning in fit.warnings)
 
 

@@ -26,6 +26,7 @@ from tiny_runs import ROOT, THEOPHYLLINE, bytes_of, only_run, tiny
 
 CELLS = ROOT / "data" / "mrna_two_rate_cells" / "cells.csv"
 TABLES = {"table.txt", "parameters.csv", "individuals.csv", "fit.json"}
+KEPT = {"individual_draws.npy", "observations/values.npy", "observations/observations.json"}
 FIGURES = {"individual_fits.png", "population.png", "pairs_typical.png", "pairs_worst.png"}
 
 
@@ -100,7 +101,8 @@ def test_a_fit_repeats_to_the_byte_and_its_files_agree(
     again = fitted_run(roots[1], experiment, where, f"data.path={moved}")
     assert run.path.name == again.path.name
     assert bytes_of(run) == bytes_of(again)
-    assert set(bytes_of(run)) == {"config.yaml", *TABLES, *(FIGURES if with_figures else ())}
+    kept = {name for name in bytes_of(run) if not name.startswith("observations/design/")}
+    assert kept == {"config.yaml", *TABLES, *KEPT, *(FIGURES if with_figures else ())}
     for name in FIGURES & set(bytes_of(run)):
         assert (run.path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -226,6 +228,10 @@ REFUSED = {
         ["estimator=prior_ratio", "estimator.draws=0"],
         r"^estimator: needs 2 <= draws <= max_draws; got 0 and",
     ),
+    "a covariate that is not read": (
+        ["+population.covariates.CL={Wt:{form:power,reference:70}}"],
+        r'^population\.covariates\.CL\.Wt: there is no covariate "Wt"; the data have WT\..* Did you mean "WT"\?$',
+    ),
     "no starts": (["fit.starts=0"], r"^fit\.starts must be at least 1; got 0\.$"),
     "starts in words": (["fit.starts=many"], r"^fit\.starts must be an integer; got 'many' \(text\)\.$"),
     "no accuracy": (["fit.accuracy=0"], r"^fit\.accuracy must be positive; got 0\.$"),
@@ -247,6 +253,25 @@ def test_what_cannot_be_fitted_is_refused_in_one_sentence_before_any_draw(
         fit_population(tiny("fit_population", "theophylline", posteriors, *overrides))
     assert "\n" not in str(refusal.value)
     assert not (posteriors / "fit_population").exists()
+
+
+def test_covariates_reach_the_tables_of_a_run(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "save_figures", no_figures)
+    before = set((finished / "fit_population").iterdir())
+    overrides = ["population=allometric", "population.covariance=[[ka,CL]]", "estimator.exploring=50"]
+    fit_population(tiny("fit_population", "theophylline", finished, *overrides))
+    (path,) = set((finished / "fit_population").iterdir()) - before
+    effects = pd.read_csv(path / "covariate_effects.csv")
+    assert effects["parameter"].tolist() == ["CL", "V"]
+    assert effects["reference"].tolist() == [70, 70]
+    assert bool((effects["lower"] < effects["upper"]).all())
+    correlations = pd.read_csv(path / "correlations.csv")
+    assert correlations[["first", "second"]].values.tolist() == [["ka", "CL"]]
+    text = (path / "table.txt").read_text()
+    assert "WT on CL" in text
+    assert "p (Wald)" in text
+    stored = json.loads((path / "fit.json").read_text())["table"]["covariate_effects"]
+    assert [row["estimate"] for row in stored] == pytest.approx(effects["estimate"].tolist())
 
 
 def test_cells_on_another_grid_are_refused(posteriors: Path, few_cells: Path, tmp_path: Path) -> None:

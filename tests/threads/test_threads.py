@@ -34,6 +34,12 @@ def test_results_come_in_order_from_other_threads_with_one_core_each() -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_a_single_block_has_one_core_too() -> None:
+    assert over_blocks(lambda _: torch.get_num_threads(), [0], CPU) == [1]
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_gradients_are_recorded_where_the_caller_records_them() -> None:
     def recording(_: int) -> bool:
         return torch.is_grad_enabled()

@@ -98,6 +98,28 @@ def test_the_best_weights_are_kept_and_training_stops_when_nothing_gets_better()
     assert float(loss) == pytest.approx(result.best_loss, rel=1e-6)
 
 
+def test_the_learning_rate_is_halved_on_plateaus_and_only_there(tmp_path: Path) -> None:
+    wild = replace(SETTINGS, learning_rate=0.3, gradient_clip=1e3, steps=160, warmup_steps=0, plateau=3)
+    result = train(fresh_network(), pairs(), wild, progress=False)
+    best, worse, factor, slowed = math.inf, 0, 1.0, []
+    for row in result.history:
+        slowed.append(factor)
+        better = row["validation_loss"] < best
+        best, worse = (row["validation_loss"], 0) if better else (best, worse + 1)
+        factor *= 0.5 if worse and worse % 3 == 0 else 1.0
+    expected = [
+        by * wild.learning_rate_at(int(row["step"]) - 1) for by, row in zip(slowed, result.history, strict=True)
+    ]
+    assert [row["learning_rate"] for row in result.history] == pytest.approx(expected, rel=1e-12)
+    assert min(slowed) < 1  # it came to that
+    # An interrupted training remembers.
+    checkpoint = tmp_path / "training.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(fresh_network(), Interrupted(pairs(), 137), wild, checkpoint=checkpoint, progress=False)
+    again = train(fresh_network(), pairs(), wild, checkpoint=checkpoint, progress=False)
+    assert again.history == result.history
+
+
 def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_best_weights(tmp_path: Path) -> None:
     checkpoint = tmp_path / "training.pt"
     with pytest.raises(TrainingError, match=r"nan at step 25; the best weights so far \(step 20\) are in"):
@@ -171,7 +193,15 @@ def test_the_learning_rate_warms_up_and_decays_to_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"learning_rate": -1.0}, {"learning_rate": math.nan}, {"max_failed": 1.0}, {"patience": 0}]
+    "wrong",
+    [
+        {"steps": 0},
+        {"learning_rate": -1.0},
+        {"learning_rate": math.nan},
+        {"max_failed": 1.0},
+        {"patience": 0},
+        {"plateau": 0},
+    ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"training.{next(iter(wrong))}"):

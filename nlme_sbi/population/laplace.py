@@ -1,0 +1,111 @@
+r"""Laplace's approximation of the population likelihood: fast, and approximate.
+
+.. math:: \log p(y_i \mid \theta) \approx \log \sum_m \exp\left[ f_i(\hat v_m, \theta)
+          - \tfrac12 \log\det(-\partial_v^2 f_i) + \tfrac V2 \log 2\pi \right]
+
+summed over the distinct modes of each individual, which are climbed anew at every theta. Constants are arguments of the
+likelihood. Exact for models that are linear in the varying parameters with Gaussian errors; the "LAPLACE" method of
+other software, with exact second derivatives. Values compare with other Laplace fits only.
+
+Source: Wolfinger (1993), Biometrika 80:791.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.population.beginnings import (
+    explorable,
+    first_climbers,
+    in_double,
+    is_near,
+    modes_with_images,
+    require_everybody,
+    tractable,
+)
+from nlme_sbi.population.joint import JointDensity
+from nlme_sbi.population.laplace_draws import LaplaceDraws, assembled
+from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
+from nlme_sbi.population.weighting import contributions
+from nlme_sbi.types import Observations, Simulator
+
+
+@dataclass(frozen=True)
+class Laplace:
+    """Settings of Laplace's approximation.
+
+    Args:
+        exploring: draws of the network with which the fit's starts are compared, by the prior ratio.
+        simulator: whose likelihood it is; taken from the posterior when left out.
+    """
+
+    exploring: int = 300
+    simulator: Simulator | None = None
+
+    name = "laplace"
+    absolute = True
+    approximation = "Laplace"
+
+    def __post_init__(self) -> None:
+        if self.exploring < 20:
+            raise ValueError(f"estimator: needs exploring >= 20; got {self.exploring}.")
+
+    def prepare(
+        self, source: Source, observations: Observations, population: PopulationModel, generator: torch.Generator
+    ) -> WeightedDraws:
+        """The network's draws of some individuals, on which starts are compared by the prior ratio.
+
+        Raises:
+            ValueError: where the simulator has no likelihood.
+        """
+        tractable(self.simulator, source, self.name)
+        return explorable(source, observations, population, draws=self.exploring, generator=generator)
+
+    def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
+        """Approximate ``log p(y_i | theta)`` of every individual."""
+        return contributions(state, theta)
+
+    def follow(
+        self,
+        source: Source,
+        observations: Observations,
+        theta: Float[Tensor, " P"],
+        previous: WeightedDraws,
+        generator: torch.Generator,
+    ) -> LaplaceDraws:
+        """Everybody's modes at ``theta``: from those that were known, or from the network's draws."""
+        simulator = tractable(self.simulator, source, self.name)
+        exact = in_double(observations, theta.device)
+        joint = JointDensity(simulator, previous.population, exact, theta.detach())
+        if isinstance(previous, LaplaceDraws) and previous.individuals == len(exact):
+            rows, starts = previous.modes.rows, previous.modes.means
+        else:
+            rows, starts = first_climbers(joint, source, observations, generator)
+        found, _ = modes_with_images(joint, rows, starts)
+        require_everybody(found.rows, observations)
+        return assembled(joint, source.prior, found)
+
+    def with_draws(self, draws: int) -> Laplace:  # noqa: ARG002
+        """Itself: draws decide nothing."""
+        return self
+
+    def serves(self, state: WeightedDraws, theta: Float[Tensor, " P"]) -> bool:
+        """Whether there is no need to look for other modes at ``theta``; those that are known are climbed anew for
+        every theta."""
+        return isinstance(state, LaplaceDraws) and is_near(replace(state.joint, theta=theta), state.joint.theta)
+
+    def improve(
+        self,
+        state: WeightedDraws,  # noqa: ARG002
+        theta: Float[Tensor, " P"],  # noqa: ARG002
+        observations: Observations,  # noqa: ARG002
+        generator: torch.Generator,  # noqa: ARG002
+        *,
+        times: int = 2,  # noqa: ARG002
+    ) -> WeightedDraws | str:
+        """Nothing is sampled, so there is nothing to add."""
+        return "estimator laplace has no Monte-Carlo error; its approximation is the same with more draws"

@@ -1,0 +1,56 @@
+"""Observations as a directory of arrays: what a later stage needs of the data, wherever their file has gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nlme_sbi.runs.files import load_array, load_json, save_array, save_json
+from nlme_sbi.runs.stored_designs import load_design, save_design
+from nlme_sbi.types import Observations
+
+_DESCRIPTION, _DESIGN = "observations.json", "design"
+_OPTIONAL = ("censoring", "lower", "upper")
+
+
+def save_observations(directory: Path, observations: Observations) -> None:
+    """Write ``values.npy``, what there is of censoring, the design, and ``observations.json`` with names and units."""
+    save_array(directory / "values.npy", observations.values)
+    there = [name for name in _OPTIONAL if getattr(observations, name) is not None]
+    for name in there:
+        save_array(directory / f"{name}.npy", getattr(observations, name))
+    save_design(directory / _DESIGN, observations.design)
+    description = {
+        "ids": observations.ids,
+        "signals": observations.signals,
+        "signal_units": observations.signal_units,
+        "time_unit": observations.time_unit,
+        "arrays": there,
+    }
+    save_json(directory / _DESCRIPTION, description)
+
+
+def load_observations(directory: Path) -> Observations:
+    """What :func:`save_observations` wrote.
+
+    Raises:
+        ValueError: where a file is missing, damaged, or they disagree.
+    """
+    description = load_json(directory / _DESCRIPTION)
+    try:
+        arrays = {
+            name: torch.from_numpy(load_array(directory / f"{name}.npy", mmap=False))
+            for name in ("values", *description["arrays"])
+        }
+        return Observations(
+            ids=tuple(description["ids"]),
+            values=arrays["values"],
+            design=load_design(directory / _DESIGN),
+            signals=tuple(description["signals"]),
+            signal_units=tuple(description["signal_units"]),
+            time_unit=description["time_unit"],
+            **{name: arrays[name] for name in _OPTIONAL if name in arrays},
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{directory / _DESCRIPTION} does not describe observations; run its stage again.") from error

@@ -1,0 +1,122 @@
+"""The posterior of the population parameters of a finished fit."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from nlme_sbi.devices import choose_device
+from nlme_sbi.population.roles import Estimator, FollowingEstimator, WeightedDraws
+from nlme_sbi.population.theta_draws import ThetaDraws
+from nlme_sbi.population.theta_prior import ThetaPriors
+from nlme_sbi.population.theta_sampling import EnsembleSampler
+from nlme_sbi.population.theta_sampling import sample_theta as sampled_from_posterior
+from nlme_sbi.runs import RunDirectory, load_json, load_run, open_run, save_array, write_atomically
+from nlme_sbi.stages.fit_progress import ProgressBar
+from nlme_sbi.stages.parts import part
+from nlme_sbi.stages.stored_fit import StoredFit, find_fit, load_fit
+from nlme_sbi.training_pairs import seeded
+
+log = logging.getLogger(__name__)
+
+STATE_STREAM, CHAINS_STREAM = range(40, 42)
+
+
+def sample_theta(cfg: DictConfig) -> float:
+    """Draw theta from its posterior with the likelihood that the fit maximised.
+
+    Args:
+        cfg: composed configuration with ``fit`` (RUN or latest), ``priors``, ``sampler``, ``seed``, ``device``,
+            ``output_root``, ``fresh`` and ``trust``.
+
+    Returns:
+        The largest R-hat, which sweepers minimise.
+
+    Raises:
+        ValueError: one sentence for each wrong input, before any draw is made.
+    """
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    trust, device = tuple(plain["trust"]), choose_device(plain["device"])
+    upstream = find_fit(plain)
+    priors: ThetaPriors = part(plain["priors"], ThetaPriors, where="priors", trust=trust)
+    settings: EnsembleSampler = part(plain["sampler"], EnsembleSampler, where="sampler", trust=trust)
+    fit = load_fit(upstream, device=str(device), trust=trust)
+    prior = priors.bind(fit.population, fit.posterior.prior)
+    settings.walkers_for(len(fit.population.unknowns.free))
+    estimator = part(upstream.config["estimator"], Estimator, where="estimator", trust=trust)
+    run = open_run(
+        stage="sample_theta",
+        experiment=str(upstream.manifest["experiment"]),
+        config={name: plain[name] for name in ("priors", "sampler", "seed")} | {"device": device.type},
+        inputs={"fit": upstream.sha256},
+        root=Path(plain["output_root"]),
+        fresh=plain["fresh"],
+        input_paths={"fit": upstream.path},
+    )
+    with run:
+        if run.finished:
+            log.info("\n%s", (run.path / "table.txt").read_text())
+            return float(load_run(run.path, stage="sample_theta", verify=False).results["rhat"])
+        seed = int(plain["seed"])
+        state = rebuilt_state(fit, estimator, seeded(device, seed, STATE_STREAM))
+        with ProgressBar() as progress:
+            found = sampled_from_posterior(
+                state,
+                fit.theta,
+                prior,
+                covariance=fit.covariance,
+                generator=seeded(device, seed, CHAINS_STREAM),
+                settings=settings,
+                ids=fit.observations.ids,
+                progress=progress.report,
+            )
+        results = _saved(run, found)
+        log.info("\n%s", (run.path / "table.txt").read_text())
+        run.finish(results)
+    log.info("Results: %s (table.txt, summary.csv, theta.csv, theta.npy)", run.path)
+    return float(results["rhat"])
+
+
+def rebuilt_state(fit: StoredFit, estimator: Estimator, generator: torch.Generator) -> WeightedDraws:
+    """Weighted draws as the fit's estimator makes them at its estimate: as many, but other ones."""
+    source, observations = fit.posterior, fit.observations.to(fit.device)
+    with torch.no_grad():
+        state: WeightedDraws = estimator.prepare(source, observations, fit.population, generator)
+        if isinstance(estimator, FollowingEstimator):
+            state = estimator.follow(source, observations, fit.theta, state, generator)
+        wished = int(load_json(fit.run.file("fit.json"))["draws"])
+        while state.draws < wished:
+            better = estimator.improve(state, fit.theta, observations, generator, times=-(-wished // state.draws))
+            if isinstance(better, str):
+                break
+            state = better
+    return state
+
+
+def _saved(run: RunDirectory, found: ThetaDraws) -> dict[str, Any]:
+    """Write draws, summary and table; the results that the manifest tells."""
+    summary = found.summary()
+    texts = {
+        "table.txt": found.table(),
+        "summary.csv": summary.to_csv(index=False),
+        "theta.csv": found.frame().to_csv(index=False),
+    }
+    for name, text in texts.items():
+        write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
+    save_array(run.path / "theta.npy", found.flat)
+    return {
+        "rhat": float(summary["rhat"].max()),
+        "ess": float(summary[["ess_bulk", "ess_tail"]].to_numpy().min()),
+        "acceptance": found.acceptance,
+        "evaluations": found.evaluations,
+        "draws": len(found.flat),
+        "warnings": list(found.warnings),
+    }
+
+
+def _write(file: BinaryIO, text: str) -> None:
+    file.write(text.encode())

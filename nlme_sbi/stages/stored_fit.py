@@ -1,0 +1,213 @@
+"""What a finished fit leaves for later stages, and how they take it up again: no pickles, everything checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.conversion import convert
+from nlme_sbi.networks.ensembles import PosteriorEnsemble
+from nlme_sbi.networks.posterior import AmortizedPosterior
+from nlme_sbi.population.modes import individual_modes
+from nlme_sbi.population.result import PopulationFit
+from nlme_sbi.population.roles import PopulationModel, PopulationSpecification
+from nlme_sbi.runs import (
+    FinishedRun,
+    RunDirectory,
+    find_run,
+    load_array,
+    load_json,
+    load_observations,
+    load_run,
+    save_array,
+    save_observations,
+    write_atomically,
+)
+from nlme_sbi.stages.parts import part
+from nlme_sbi.types import Observations
+
+log = logging.getLogger(__name__)
+
+DRAWS, OBSERVATIONS = "individual_draws.npy", "observations"
+TrainedPosterior = AmortizedPosterior | PosteriorEnsemble
+
+
+@dataclass(frozen=True)
+class IndividualSettings:
+    """The section ``individuals`` of a fit: stored draws of each (0: none), and whether modes are searched."""
+
+    draws: int
+    modes: bool
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> IndividualSettings:
+        """Read and check; raises ``ValueError`` with the key."""
+        draws = convert(plain["individuals"]["draws"], int, "individuals.draws")
+        if draws < 0:
+            raise ValueError(f"individuals.draws must be 0 or more; got {draws}.")
+        return cls(draws, convert(plain["individuals"]["modes"], bool, "individuals.modes"))
+
+
+def save_individuals(
+    run: RunDirectory,
+    fit: PopulationFit,
+    observations: Observations,
+    posterior: TrainedPosterior,
+    *,
+    settings: IndividualSettings,
+    generator: torch.Generator,
+) -> None:
+    """Write ``individuals.csv``, ``individual_draws.npy`` (float32) and ``observations/``.
+
+    Args:
+        run: the fit's.
+        fit: of these observations.
+        observations: the data.
+        posterior: that the fit's draws came from.
+        settings: what is wished.
+        generator: of the resampling, on the device of the fit.
+    """
+    frame = fit.individuals_frame()
+    if settings.modes:
+        found = individual_modes(fit, observations, posterior, generator=generator)
+        frame = found.added_to(frame, fit.population.parameters.names)
+    text = frame.to_csv(index=False)
+    write_atomically(run.path / "individuals.csv", lambda file: _write(file, text))
+    if settings.draws > 0:
+        save_array(run.path / DRAWS, fit.individual_draws(settings.draws, generator).float())
+    save_observations(run.path / OBSERVATIONS, observations.to("cpu"))
+
+
+@dataclass(frozen=True, eq=False)
+class StoredFit:
+    """A finished fit with what is needed to go on from it; :func:`load_fit` makes it.
+
+    Args:
+        run: its directory.
+        posterior: the network or networks that its draws came from; its ``simulator`` is the fit's.
+        population: the bound population model.
+        observations: the data, on the CPU.
+        theta: ``(P,)`` estimates.
+        covariance: ``(P, P)`` of the estimates; NaN where the fit had none.
+        draws: ``(I, S, D)`` of ``p(phi | y_i, theta_hat)``, or None where the fit kept none.
+    """
+
+    run: FinishedRun
+    posterior: TrainedPosterior
+    population: PopulationModel
+    observations: Observations
+    theta: Float[Tensor, " P"]
+    covariance: Float[Tensor, "P P"]
+    draws: Float[Tensor, "I S D"] | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.theta.device
+
+
+def find_fit(plain: Mapping[str, Any]) -> FinishedRun:
+    """The run that ``fit`` names in a plain configuration; raises ``ValueError`` as :func:`find_run`."""
+    run = find_run(
+        convert(plain["fit"], str, "fit"),
+        stage="fit_population",
+        experiment=plain["experiment"]["name"],
+        root=Path(plain["output_root"]),
+    )
+    log.info("Fit: %s", run.path)
+    return run
+
+
+def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tuple[str, ...] = ()) -> StoredFit:
+    """A finished fit, checked by its hashes, with the posterior that it was made from.
+
+    Args:
+        run: directory of a ``fit_population`` run.
+        device: auto, cpu, cuda or cuda:N.
+        trust: module prefixes, beside the project's own, that simulator and population may come from.
+
+    Raises:
+        ValueError: the run is unfinished, edited, of another stage, or of a version that stored less; or its posterior
+            is no longer there or was changed.
+    """
+    finished = run if isinstance(run, FinishedRun) else load_run(Path(run), stage="fit_population")
+    if not (finished.path / OBSERVATIONS).is_dir():
+        raise ValueError(
+            f"{finished.path} holds no data ({OBSERVATIONS}/): it was made before fits kept what later stages need. "
+            "Run its command again with this nlme_sbi."
+        )
+    upstream = _posterior_runs(finished)
+    posterior: TrainedPosterior = (
+        AmortizedPosterior.load(upstream[0], device=device, trust=trust)
+        if len(upstream) == 1
+        else PosteriorEnsemble.load(upstream, device=device, trust=trust)
+    )
+    specification = part(finished.config["population"], PopulationSpecification, where="population", trust=trust)
+    observations = load_observations(finished.path / OBSERVATIONS)
+    population: PopulationModel = specification.bind(posterior.parameters, observations)
+    theta, covariance = _estimates(finished, population)
+    where = posterior.device
+    draws = None
+    if DRAWS in finished.manifest["outputs"]:
+        draws = torch.from_numpy(np.array(load_array(finished.path / DRAWS))).double().to(where)
+    return StoredFit(
+        run=finished,
+        posterior=posterior,
+        population=population,
+        observations=observations,
+        theta=theta.to(where),
+        covariance=covariance.to(where),
+        draws=draws,
+    )
+
+
+def _estimates(run: FinishedRun, population: PopulationModel) -> tuple[Tensor, Tensor]:
+    """Theta and its covariance, refused where the population model does not have these unknowns."""
+    told = load_json(run.file("fit.json"))
+    names = tuple(entry["name"] for entry in told["unknowns"])
+    if names != population.unknowns.names:
+        raise ValueError(
+            f"{run.path} estimated {', '.join(names)}, but its population model now has "
+            f"{', '.join(population.unknowns.names)}: another version of nlme_sbi made it. Run its command again."
+        )
+    numbers = [[float("nan") if value is None else value for value in row] for row in told["covariance"]]
+    theta = torch.tensor([entry["estimate"] for entry in told["unknowns"]], dtype=torch.float64)
+    return theta, torch.tensor(numbers, dtype=torch.float64)
+
+
+def _posterior_runs(fit: FinishedRun) -> list[FinishedRun]:
+    inputs = fit.manifest["inputs"]
+    names = [name for name in inputs if name == "posterior" or name.startswith("posterior_")]
+    return [_located(fit, inputs[name]) for name in names]
+
+
+def _located(fit: FinishedRun, entry: Mapping[str, Any]) -> FinishedRun:
+    """The posterior's run: where it lay, else beside the fit in the same output root; recognised by its hash."""
+    beside = fit.path.parent.parent / "train_flow"
+    recorded = None if entry["path"] is None else Path(entry["path"])
+    places = [] if recorded is None else [recorded, beside / recorded.name]
+    places += sorted(beside.iterdir()) if beside.is_dir() else []
+    for path in places:
+        try:
+            found = load_run(path, stage="train_flow", verify=False)
+        except ValueError:
+            continue
+        if found.sha256 == entry["sha256"]:
+            return load_run(path, stage="train_flow")
+    told = "" if recorded is None else f" It was {recorded}."
+    raise ValueError(
+        f"The posterior that {fit.path} was made from is not there any more, or was changed.{told} Put it back below "
+        f"{beside}, or fit again with another posterior."
+    )
+
+
+def _write(file: BinaryIO, text: str) -> None:
+    file.write(text.encode())
