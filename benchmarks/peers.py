@@ -7,7 +7,8 @@ of their own, with nlme_sbi in it:
     python3 -m venv PEERS && PEERS/bin/pip install -e . -r benchmarks/peers-requirements.txt -c constraints.txt
     python benchmarks/peers.py --python PEERS/bin/python [--cpu-seconds 240] [--seeds 0 1 2] [--resume]
 
-Each training's figures are kept in --keep as soon as it ends; --resume takes those made with the same settings.
+Each training's figures are kept in --keep as soon as it ends; --resume takes those made with the same settings
+and versions of the packages; whether nlme_sbi's own code has changed since is for you to know.
 """
 
 from __future__ import annotations
