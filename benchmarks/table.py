@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -22,13 +23,38 @@ def shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+CASE = re.compile(r"(.+)\[(.+)\]")
+
+
+def plain_rows(figures: dict[str, dict[str, object]]) -> list[str]:
+    """One row a figure."""
+    rows = [f"| `{key}` | {shown(entry['value'])} | {entry['unit']} |" for key, entry in figures.items()]
+    return ["| figure | value | unit |", "|---|---|---|", *rows]
+
+
+def compared_rows(figures: dict[str, dict[str, object]]) -> list[str]:
+    """Figures named ``metric[case]``: one row a metric, one column a case."""
+    cases = list(dict.fromkeys(CASE.fullmatch(key).group(2) for key in figures))
+    metrics = list(dict.fromkeys(CASE.fullmatch(key).group(1) for key in figures))
+    rows = []
+    for metric in metrics:
+        entries = [figures.get(f"{metric}[{case}]") for case in cases]
+        unit = next(str(entry["unit"]) for entry in entries if entry is not None)
+        cells = ["" if entry is None else shown(entry["value"]) for entry in entries]
+        rows.append(f"| `{metric}` | {' | '.join(cells)} | {unit} |")
+    return [f"| figure | {' | '.join(cases)} | unit |", "|---" * (len(cases) + 2) + "|", *rows]
+
+
 def page() -> str:
     """The whole page as Markdown."""
     parts = [HEAD]
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         result = json.loads(path.read_text())
-        rows = [f"| `{key}` | {shown(entry['value'])} | {entry['unit']} |" for key, entry in result["figures"].items()]
-        table = "\n".join(["| figure | value | unit |", "|---|---|---|", *rows])
+        figures = result["figures"]
+        compared = {key: entry for key, entry in figures.items() if CASE.fullmatch(key)}
+        table = "\n".join(plain_rows({key: entry for key, entry in figures.items() if key not in compared}))
+        if compared:
+            table = "\n".join(compared_rows(compared)) + "\n\n" + table
         source = f"Commit {result['commit']}; {result['machine']}."
         parts.append(f"## {path.stem}\n\n{result['title']}\n\n{table}\n\n{source}\n")
     return "\n".join(parts)

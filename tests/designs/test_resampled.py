@@ -225,6 +225,9 @@ def test_every_design_config_says_what_it_is_and_samples(path: Path, generator: 
     config = OmegaConf.create({"data": OmegaConf.load(ROOT / "conf" / "data" / "theophylline.yaml")})
     config.design = OmegaConf.load(path)
     source = instantiate(config.design)
+    if path.stem == "schedule":  # names what shall be predicted, and is nothing to sample from
+        assert not isinstance(source, DesignSource)
+        return
     design = source.sample(20, generator)
     assert len(design) == 20
     assert source.covers(design) == {}

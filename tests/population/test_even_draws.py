@@ -84,7 +84,7 @@ def test_many_individuals_get_the_draws_that_some_of_them_needed(monkeypatch: py
         return state
 
     monkeypatch.setattr(Exact, "follow", watched)
-    monkeypatch.setattr(fit, "_EXPLORED_INDIVIDUALS", 40)
+    monkeypatch.setattr(fit, "EXPLORED_INDIVIDUALS", 40)
     found = fit_population(
         case.samples(200, seed=1),
         case.observations,
