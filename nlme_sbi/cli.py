@@ -257,7 +257,7 @@ def _configure_logging() -> None:
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if getattr(handler, "of_nlme_sbi", False)]:
         root.removeHandler(handler)
-    results, rest = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    results, rest = _Standard("stdout"), _Standard("stderr")
     results.addFilter(_StageResult())
     rest.addFilter(lambda record: not _StageResult().filter(record))
     for handler in (results, rest):
@@ -267,6 +267,22 @@ def _configure_logging() -> None:
     follows = _in_team() and os.environ["RANK"] != "0"  # the first process says the same
     logging.getLogger("nlme_sbi").setLevel(logging.ERROR if follows else logging.INFO)
     logging.captureWarnings(True)
+
+
+class _Standard(logging.Handler):
+    """Writes to the standard stream of this name as it is now: who redirects or closes it later is followed."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            stream = getattr(sys, self._name)
+            stream.write(self.format(record) + "\n")
+            stream.flush()
+        except Exception:
+            self.handleError(record)
 
 
 class _Words(logging.Formatter):
