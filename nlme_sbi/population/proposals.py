@@ -101,6 +101,8 @@ def distinct(pieces: Pieces, *, negligible: float = _NEGLIGIBLE) -> Int[Tensor, 
     Pieces are sorted by individual. Each is compared with its predecessors at distance 1, 2, ... in the list.
     """
     count = len(pieces.rows)
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64, device=pieces.rows.device)
     keep = torch.ones(count, dtype=torch.bool, device=pieces.rows.device)
     keep &= pieces.log_mass > _largest(pieces)[pieces.rows] - negligible
     _, sizes = torch.unique_consecutive(pieces.rows, return_counts=True)

@@ -27,7 +27,8 @@ def settled(
 ) -> PopulationFit:
     """The fit with variances that ran to 0 set to 0: such parameters become constant, one after the other.
 
-    A variance is looked at where its SD is tiny, where its log SD is not determined and the individuals do not tell it
+    A variance is looked at where its SD is tiny and not sharply told, where
+    its log SD is not determined and the individuals do not tell it
     apart from 0, or where the draws have collapsed: as a density narrows, the draws that were made for a wider one
     become spikes, on which small numbers look precise. It has vanished when, with the parameter constant, the
     likelihood does not rise with its variance (the score is not positive). A fit that can be trusted must also be no
@@ -42,7 +43,10 @@ def settled(
         accepted = None
         for name in _candidates(fit):
             smaller = specification.without_variability(name)
-            trial = refit(smaller)
+            try:
+                trial = refit(smaller)
+            except ValueError:  # without this variance the data have no likelihood: it is there
+                continue
             if _at_boundary(trial, fit, name):
                 accepted = (_marked(trial, fit, name), smaller)
                 break
@@ -75,7 +79,9 @@ def _candidates(fit: PopulationFit) -> list[str]:
         unsure = not float(found.sd_se[column]) < _UNSURE * sd
         tiny = names[column] in _tiny(fit)
         shrunk = not shrinkage < (_HALF_SHRUNK if _collapsed(fit) else _SHRUNK)
-        if tiny or (shrunk and (unsure or _collapsed(fit))):
+        doubtful = unsure or _collapsed(fit)
+        # Small against the training prior is no reason by itself: a sharply estimated small variance is one.
+        if (tiny and (doubtful or shrunk)) or (shrunk and doubtful):
             candidates.append((tiny, shrinkage if math.isfinite(shrinkage) else 1.0, names[column]))
     return [name for _, _, name in sorted(candidates, reverse=True)][:_TRIED]
 
