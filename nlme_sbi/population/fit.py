@@ -33,7 +33,6 @@ from nlme_sbi.population.roles import (
     Source,
     WeightedDraws,
 )
-from nlme_sbi.population.tails import heavy_tails
 from nlme_sbi.population.uncertainty import (
     MonteCarloError,
     covariance_from,
@@ -44,6 +43,7 @@ from nlme_sbi.population.uncertainty import (
 from nlme_sbi.population.vanished import settled
 from nlme_sbi.population.verdicts import degenerate, described, doubted, few_individuals
 from nlme_sbi.population.weighting import hessian, rough_information, value_and_gradient
+from nlme_sbi.tails import heavy_tails
 from nlme_sbi.types import Censoring, Observations, Posterior, PosteriorSamples
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.roles import DrawBlock, WeightedDraws, covariances_of, means_of
-from nlme_sbi.population.tails import pareto_shape
+from nlme_sbi.tails import pareto_shape
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import PopulationModel, PopulationSpecification, VariabilitySpecification
 from nlme_sbi.population.summary import summarise
-from nlme_sbi.population.tails import UNRELIABLE
+from nlme_sbi.tails import UNRELIABLE
 
 _TINY = 0.02  # of the training prior's SD: below it a variance is looked at
 _UNSURE = 0.5  # standard error of a log SD from which it may be running to minus infinity
