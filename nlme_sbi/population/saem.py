@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.beginnings import explorable, first_climbers, in_double, require_everybody, tractable
+from nlme_sbi.population.beginnings import explorable, first_climbers, likelihood_of, require_everybody, tractable
 from nlme_sbi.population.chains import Chains, CompleteData, Kernels, begun, prior_of, swept
 from nlme_sbi.population.checks import named
 from nlme_sbi.population.drift import drift
@@ -27,8 +27,9 @@ from nlme_sbi.population.proposals import Pieces, modes
 from nlme_sbi.population.recursion import Recursion, updated
 from nlme_sbi.population.roles import FitProgress, Found, PopulationModel, Report, Source, WeightedDraws
 from nlme_sbi.population.standstill import Standstill, standstill
+from nlme_sbi.population.subsets import of_individuals, random_part
 from nlme_sbi.population.weighting import contributions
-from nlme_sbi.types import Observations, PosteriorSamples, Simulator, TractableSimulator
+from nlme_sbi.types import Observations, Simulator, TractableSimulator
 
 _CHAINS_ALL = 400  # chains of all individuals together that there are at least
 _POWER = 0.7  # of the decreasing steps
@@ -151,12 +152,9 @@ class Saem:
         simulator = tractable(self.simulator, source, self.name)
         population = previous.population
         if len(observations) > _MANY:
-            rows = torch.randperm(len(observations), generator=generator, device=generator.device)[:_PART]
-            rows = rows.sort().values.cpu()
-            given = source
-            if isinstance(source, PosteriorSamples):
-                given = replace(source, phi=source.phi[rows], log_q=source.log_q[rows])
-            first = _Run.begun(self, simulator, (given, observations[rows], population, theta), generator)
+            rows = random_part(len(observations), _PART, generator)
+            some = (of_individuals(source, rows), observations[rows], population, theta)
+            first = _Run.begun(self, simulator, some, generator)
             theta = first.burn_in(report).theta
         run = _Run.begun(self, simulator, (source, observations, population, theta), generator)
         return run.burn_in(report).to_the_end(accuracy, observations.ids, report)
@@ -188,7 +186,7 @@ class _Run:
     ) -> _Run:
         """Modes, proposals around them and chains drawn from those."""
         source, observations, population, theta = inputs
-        joint = JointDensity(simulator, population, in_double(observations, theta.device), theta.detach())
+        joint = likelihood_of(simulator, population, observations, theta)
         with torch.no_grad():
             rows, starts = first_climbers(joint, source, observations, generator, mirrored=False)
             found, _ = modes(joint, rows, starts)

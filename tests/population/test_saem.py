@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import test_covariate_fits
 import torch
-from conjugate_case import ConjugateCase, observations
+from conjugate_case import ConjugateCase, Linear, observations
 from omegaconf import OmegaConf
 from scipy.optimize import minimize
 from scipy.stats import norm
-from test_exact import DOUBLE, MEAN, NO_SIGMA, OMEGA, Curved, Linear, Opaque, linear_case, log_likelihood, seeded
+from test_exact import DOUBLE, MEAN, NO_SIGMA, OMEGA, Curved, Opaque, linear_case, log_likelihood, seeded
 from test_laplace import theophylline
 
 from nlme_sbi.cli import compose_config
