@@ -37,6 +37,7 @@ from nlme_sbi.population.subsets import of_individuals, random_part
 from nlme_sbi.population.uncertainty import (
     MonteCarloError,
     covariance_from,
+    left_by_expansion,
     likelihood_error,
     monte_carlo_error,
     rough_monte_carlo_error,
@@ -52,7 +53,7 @@ logger = logging.getLogger(__name__)
 _STANDS_STILL = 0.5  # standard errors between two rounds; Monte-Carlo error is judged apart
 _ROUNDS = 10  # of draws that follow the optimum
 _PRUDENCE = 1.1  # factor on the rough error of fewer individuals before it sets the draws of all
-_LEFT_BY_A_MOVE = 0.05  # standard errors
+_LEFT_BY_A_MOVE = 0.05  # standard errors that the expansion in constants may leave in an estimate
 _CONVERGED = 0.01  # largest Newton step that may be left, in standard errors
 _LABELLINGS = 2  # climbs, the second where the first ended under another labelling than the one asked for
 _CONTRADICTED = 0.3  # standard errors between a search's estimate and the summit of the likelihood there
@@ -267,7 +268,7 @@ def _followed(
     stages = [(torch.arange(individuals), _STANDS_STILL)]
     if individuals > 2 * EXPLORED_INDIVIDUALS:
         stages.insert(0, (random_part(individuals, EXPLORED_INDIVIDUALS, generator), 1.0))
-    moved, lacking = math.inf, 0.0
+    made_for, lacking = theta, 0.0
     for rows, near in stages:
         some, given = observations, source
         if len(rows) < individuals:
@@ -281,13 +282,12 @@ def _followed(
             summit = climb(state, theta, information, tolerance=0.02)
             se = torch.linalg.inv(information).diagonal().sqrt()
             moved = float(((summit.theta - theta)[state.population.unknowns.free].abs() / se).max())
-            theta = summit.theta
+            made_for, theta = theta, summit.theta
             say(FitProgress(f"rounds on {len(rows)} individuals", done + 1, 0, summit.objective))
             if moved < near or chosen.serves(state, theta):
                 break
         lacking = rough_monte_carlo_error(state, theta, information) / accuracy
-    # What draws made for another theta leave in the estimate is of second order in how far that is.
-    if lacking > 1 or moved**2 / (2 * math.sqrt(individuals)) > _LEFT_BY_A_MOVE:
+    if lacking > 1 or left_by_expansion(state, made_for, theta, information) > _LEFT_BY_A_MOVE:
         with torch.no_grad():
             better: WeightedDraws | str = ""
             if lacking > 1:
