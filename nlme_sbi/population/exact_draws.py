@@ -17,7 +17,7 @@ from nlme_sbi.threads import over_blocks
 from nlme_sbi.types import Design, Prior
 
 _BLOCK = 32768  # draws in a block of the objective: in much smaller ones most of the time is overhead
-_PREDICTED = 100_000  # predictions that are worked on at once
+_PREDICTED = 200_000  # predictions that are worked on at once
 _BAD = 0.25  # share of effective draws below which a mixture is refined
 _REFINEMENTS = 3  # of mixtures that stay bad
 _CURVED = 4  # draws of each individual that tell the curvature in the constants
