@@ -23,7 +23,7 @@ from nlme_sbi.population.checks import named
 from nlme_sbi.population.drift import drift
 from nlme_sbi.population.exact import Exact
 from nlme_sbi.population.joint import JointDensity
-from nlme_sbi.population.proposals import Pieces, modes
+from nlme_sbi.population.proposals import Pieces, mixtures, modes
 from nlme_sbi.population.recursion import Recursion, updated
 from nlme_sbi.population.roles import FitProgress, Found, PopulationModel, Report, Source, WeightedDraws
 from nlme_sbi.population.standstill import Standstill, standstill
@@ -189,12 +189,12 @@ class _Run:
         joint = likelihood_of(simulator, population, observations, theta)
         with torch.no_grad():
             rows, starts = first_climbers(joint, source, observations, generator, mirrored=False)
-            found, _ = modes(joint, rows, starts)
-        require_everybody(found.rows, observations)
+            found, at = modes(joint, rows, starts)
+            require_everybody(found.rows, observations)
+            kernels = Kernels.around(joint, found, at, target=settings.acceptance)
         count = settings.chains or max(1, -(-_CHAINS_ALL // len(observations)))
         data = CompleteData.of(simulator, population, joint.observations, chains=count)
-        kernels = Kernels.around(joint, found, target=settings.acceptance)
-        best = kernels.laplace.means[:, :1].expand(-1, count, -1)
+        best = mixtures(found, len(observations), 1).means.expand(-1, count, -1)
         chains = begun(data, theta, best.clone())
         return cls(
             settings, data, joint, found, chains, kernels, Recursion.begun(data, chains, theta), theta, generator
@@ -235,10 +235,11 @@ class _Run:
         rows = torch.cat([self.modes.rows, every])
         points = torch.cat([self.modes.means, self.chains.points[:, 0]])
         with torch.no_grad():
-            found, _ = modes(joint, rows, points)
-        if len(torch.unique(found.rows)) < individuals:
-            return self
-        return replace(self, joint=joint, modes=found, kernels=self.kernels.moved_to(joint, found))
+            found, at = modes(joint, rows, points)
+            if len(torch.unique(found.rows)) < individuals:
+                return self
+            kernels = self.kernels.moved_to(joint, found, at)
+        return replace(self, joint=joint, modes=found, kernels=kernels)
 
     def burn_in(self, report: Report) -> _Run:
         """Sweeps with step 1 until the window test sees no drift."""
