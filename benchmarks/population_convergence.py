@@ -87,6 +87,7 @@ def measured(posterior: AmortizedPosterior, job: tuple[str, int, int, str]) -> d
     fit, spent = fitted(posterior, cells, seed=seed, estimator=estimator)
     return {
         "job": list(job),
+        "threads": torch.get_num_threads(),
         "error": estimation_error(*moments(fit), cells.phi),
         "gamma_z": gamma_z(fit, cells),
         "wall": spent.wall,
@@ -113,17 +114,26 @@ def told(rows: list[dict]) -> dict[str, Figure]:
         groups[source, count, name].append(row)
     figures: dict[str, Figure] = {}
     for (source, count, name), found in groups.items():
-        errors = [row["error"] for row in found]
+        once = {row["job"][2]: row for row in found}  # the number of threads changes times only
+        errors = [row["error"] for row in once.values()]
+        most = max(row["threads"] for row in found)
         key = f"{count}_{name}" if source == "law" else f"{count}_{name}_{source}_law"
         if source == "published":
             figures[f"mse_{count}_published"] = (errors[0], f"{found[0]['wall']:.0f} s")
             continue
-        figures[f"mse_{key}"] = (float(np.mean(errors)), f"mean over {len(found)} fresh populations")
+        figures[f"mse_{key}"] = (float(np.mean(errors)), f"mean over {len(errors)} fresh populations")
         figures[f"mse_{key}_worst"] = (max(errors), "the worst of them")
-        figures[f"seconds_{key}"] = (float(np.mean([row["wall"] for row in found])), "s a fit, draws included")
-        figures[f"cpu_seconds_{key}"] = (float(np.mean([row["cpu"] for row in found])), "CPU s a fit")
+        for threads in sorted({row["threads"] for row in found}):
+            timed = [row for row in found if row["threads"] == threads]
+            suffix = "" if threads == most else f"_{threads}_thread"
+            unit = f"s a fit, draws included, {threads} thread(s), {len(timed)} fits"
+            figures[f"seconds_{key}{suffix}"] = (float(np.mean([row["wall"] for row in timed])), unit)
+            figures[f"cpu_seconds_{key}{suffix}"] = (float(np.mean([row["cpu"] for row in timed])), f"CPU {unit}")
     for source, suffix in (("law", ""), ("other", "_other_law")):
-        z = np.array([row["gamma_z"] for row in rows if row["job"][0] == source and row["job"][3] == "exact"])
+        of_source = {
+            tuple(row["job"]): row["gamma_z"] for row in rows if row["job"][0] == source and row["job"][3] == "exact"
+        }
+        z = np.array(list(of_source.values()))
         if len(z):
             unit = f"mean of (estimate - sample truth) / SE of gamma's mean and variance, {len(z)} populations"
             figures[f"worst_bias_se{suffix}"] = (float(np.abs(z.mean(0)).max()), unit)
@@ -137,6 +147,7 @@ def main() -> None:
     parser.add_argument("--populations", type=int, nargs=2, default=(10, 5))
     parser.add_argument("--prefixes", type=int, nargs="*", default=(50, 100, 200, 500, 1000, 10000))
     parser.add_argument("--rows", type=Path, default=ROOT / "outputs" / "convergence_rows.jsonl")
+    parser.add_argument("--again", nargs="*", default=[], help="only these, for their times: law:10000:1:exact")
     options = parser.parse_args()
     keep_freed_memory()
     posterior = AmortizedPosterior.load(options.posterior, device="cpu")
@@ -144,8 +155,10 @@ def main() -> None:
     lines = options.rows.read_text().splitlines() if options.rows.exists() else []
     rows = [json.loads(line) for line in lines]
     done = {tuple(row["job"]) for row in rows}
-    for job in jobs(tuple(options.populations), options.prefixes):
-        if job not in done:
+    again = [tuple(job.split(":")) for job in options.again]
+    wished = [(source, int(count), int(seed), name) for source, count, seed, name in again]
+    for job in wished or jobs(tuple(options.populations), options.prefixes):
+        if job not in done or job in wished:
             rows.append(measured(posterior, job))
             with options.rows.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
