@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -79,11 +79,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Words:
-    """Sentences, or with ``code`` a block to be copied."""
+    """Sentences, or with ``code`` a block to be copied; ``folded`` is what to press on to see it."""
 
     text: str
     code: bool = False
     heading: str = ""
+    folded: str = ""
 
 
 Block = Picture | Table | Words
@@ -128,7 +129,6 @@ class Report:
     answers: tuple[Answer, ...]
     sections: tuple[Section, ...]
     version: str = ""
-    explorer: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
     def pictures(self) -> list[Picture]:

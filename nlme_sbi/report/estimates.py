@@ -277,20 +277,17 @@ def _agreement(intervals: Sequence[Row], individuals: int) -> tuple[Finding, ...
         for (name, method), robust in errors.items()
         if method == "sandwich" and (name, "information") in errors
     }
-    if not ratios:
+    if not ratios or individuals < _FEW:
         return ()
     name = max(ratios, key=lambda key: abs(math.log(ratios[key])))
     rule = (
         f"Green: robust (sandwich) and model-based standard errors differ by less than a factor of {_APART:g}; amber: they "
-        f"differ by more, so the population's shape is doubtful; grey: fewer than {_FEW} individuals, with which the "
-        "sandwich is itself too noisy to tell."
+        f"differ by more, so the population's shape is doubtful. Judged from {_FEW} individuals on; with fewer the sandwich is "
+        "itself too noisy."
     )
     said = f"Robust standard errors are {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times the model-based ones"
     far = max(ratios[name], 1 / ratios[name]) > _APART
     numbers: dict[str, float | int | str | None] = {"unknown": name, "ratio": ratios[name], "individuals": individuals}
-    if individuals < _FEW:
-        said += f"; {individuals} individuals are too few to judge the population's shape by that."
-        return (Finding("robust_errors", "Robust standard errors", "grey", said, rule, numbers),)
     said += (
         f", farthest apart for {name}: the individuals are not distributed as the model says; report the robust errors."
         if far

@@ -94,15 +94,16 @@
       return {x: some.map((row) => x.values[row]), y: some.map((row) => y.values[row]), type: 'scatter', mode: 'markers',
         name: label, text: some.map(words), customdata: some, hovertemplate: '%{text}<extra></extra>', marker};
     }
-    const wanted = figure.ids.indexOf(chosen.find);
-    const data = [points(rows.filter((row) => !flagged.has(row)), 'individuals', {color: '@blue/0.65', size: 7}),
+    const wanted = chosen.find ? figure.ids.map((_, row) => row).filter((row) => figure.ids[row] === chosen.find) : [];
+    const noun = figure.noun || 'individuals';
+    const data = [points(rows.filter((row) => !flagged.has(row)), noun, {color: '@blue/0.65', size: 7}),
       points(rows.filter((row) => flagged.has(row)), 'flagged',
         {color: '@vermilion', size: 9, symbol: 'diamond', line: {color: '@paper', width: 1}})];
-    if (wanted >= 0) data.push(points([wanted], figure.ids[wanted], {color: '@ink', size: 16, symbol: 'circle-open', line: {width: 3}}));
+    if (wanted.length) data.push(points(wanted, chosen.find, {color: '@ink', size: 16, symbol: 'circle-open', line: {width: 3}}));
     const left = figure.total > figure.ids.length ? ` (${figure.ids.length} of ${figure.total} are on the page, all flagged ones first)` : '';
-    tell(name, `${rows.length} individuals shown${left}.` +
-      (chosen.find && wanted < 0 ? ` "${chosen.find}" is not among them.` : '') +
-      (wanted >= 0 ? ` ${words(wanted).replace(/<br>/g, '; ').replace(/<\/?b>/g, '')}.` : ''));
+    tell(name, `${rows.length} ${noun} shown${left}.` +
+      (chosen.find && !wanted.length ? ` "${chosen.find}" is not among them.` : '') +
+      (wanted.length === 1 ? ` ${words(wanted[0]).replace(/<br>/g, '; ').replace(/<\/?b>/g, '')}.` : ''));
     return {data, layout: {xaxis: {title: {text: x.label}, type: x.log ? 'log' : 'linear'},
       yaxis: {title: {text: y.label}, type: y.log ? 'log' : 'linear'}}};
   }
