@@ -14,8 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.conversion import convert
-from nlme_sbi.networks.ensembles import PosteriorEnsemble
-from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.population.modes import individual_modes
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import PopulationModel, PopulationSpecification
@@ -32,12 +30,12 @@ from nlme_sbi.runs import (
     write_atomically,
 )
 from nlme_sbi.stages.parts import part
+from nlme_sbi.stages.trained import TrainedPosterior, load_posterior
 from nlme_sbi.types import Observations
 
 log = logging.getLogger(__name__)
 
 DRAWS, OBSERVATIONS = "individual_draws.npy", "observations"
-TrainedPosterior = AmortizedPosterior | PosteriorEnsemble
 
 
 @dataclass(frozen=True)
@@ -144,12 +142,8 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
             f"{finished.path} holds no data ({OBSERVATIONS}/): it was made before fits kept what later stages need. "
             "Run its command again with this nlme_sbi."
         )
-    upstream = _posterior_runs(finished)
-    posterior: TrainedPosterior = (
-        AmortizedPosterior.load(upstream[0], device=device, trust=trust)
-        if len(upstream) == 1
-        else PosteriorEnsemble.load(upstream, device=device, trust=trust)
-    )
+    upstream = posterior_runs(finished)
+    posterior = load_posterior(upstream, device, trust)
     specification = part(finished.config["population"], PopulationSpecification, where="population", trust=trust)
     observations = load_observations(finished.path / OBSERVATIONS)
     population: PopulationModel = specification.bind(posterior.parameters, observations)
@@ -183,7 +177,8 @@ def _estimates(run: FinishedRun, population: PopulationModel) -> tuple[Tensor, T
     return theta, torch.tensor(numbers, dtype=torch.float64)
 
 
-def _posterior_runs(fit: FinishedRun) -> list[FinishedRun]:
+def posterior_runs(fit: FinishedRun) -> list[FinishedRun]:
+    """The runs that a fit's draws came from, found again by their hashes; raises ``ValueError`` where one is gone."""
     inputs = fit.manifest["inputs"]
     names = [name for name in inputs if name == "posterior" or name.startswith("posterior_")]
     return [_located(fit, inputs[name]) for name in names]

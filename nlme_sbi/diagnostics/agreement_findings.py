@@ -1,0 +1,65 @@
+"""What the agreement with the exact posterior says in plain words."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from scipy.stats import binom
+
+from nlme_sbi.diagnostics.agreement import Agreement
+from nlme_sbi.diagnostics.findings import Finding, Light
+from nlme_sbi.tails import UNRELIABLE
+
+WISHED_SHARE = 0.1
+_FEWEST = 10
+
+
+def agreement_finding(found: Agreement, *, error_rate: float, where: Literal["prior", "data"]) -> Finding:
+    """Green where the typical individual keeps a tenth of its draws, else amber: ``estimator=exact`` makes up for it.
+
+    Args:
+        found: weights of every individual.
+        error_rate: probability of amber where the median is exactly a tenth.
+        where: simulated from the training prior, or measured.
+
+    Raises:
+        ValueError: for fewer than 10 individuals.
+    """
+    count = len(found.ids)
+    if count < _FEWEST:
+        raise ValueError(f"The agreement is told for {_FEWEST} individuals or more; there are {count}.")
+    median, low = float(np.median(found.share)), float(np.quantile(found.share, 0.1))
+    below = int((found.share < WISHED_SHARE).sum())
+    p_value = float(binom.sf(below - 1, count, 0.5))
+    heavy = int((found.shape > UNRELIABLE).sum())
+    light: Light = "amber" if p_value < error_rate else "green"
+    who = "simulated individuals" if where == "prior" else "individuals of the data"
+    sentence = (
+        f"Of {found.draws} draws of the network the typical one of {count} {who} keeps {median:.1%} as draws from the "
+        f"exact posterior, the lowest tenth less than {low:.2%}; {heavy} have weights with a heavy tail (k-hat above "
+        f"{UNRELIABLE:g})."
+    )
+    ranks = found.likelihood_rank[np.isfinite(found.likelihood_rank)]
+    if len(ranks):
+        sentence += f" The truth explains the data better than {ranks.mean():.0%} of the draws do (ideal: 50%)."
+    if light == "amber":
+        sentence += (
+            " The network is a rough guide here, mostly too wide: use estimator=exact, which needs it only as a start, "
+            "or train longer; with estimator=prior_ratio take ensembles and many draws, and look at its warnings."
+        )
+    rule = (
+        f"Amber: the median effective share of all such individuals is below {WISHED_SHARE:.0%} (sign test, error rate "
+        f"{error_rate:g}). Not red, because exact estimators do not rest on it."
+    )
+    numbers: dict[str, float | int | str | None] = {
+        "individuals": count,
+        "draws": found.draws,
+        "median_share": median,
+        "lowest_tenth": low,
+        "heavy_tails": heavy,
+        "p_value": p_value,
+        "mean_likelihood_rank": float(ranks.mean()) if len(ranks) else None,
+    }
+    title = "Agreement with the exact posterior" + (", training prior" if where == "prior" else ", the data")
+    return Finding(f"agreement_{where}", title, light, sentence, rule, numbers=numbers)
