@@ -32,7 +32,7 @@ def browser() -> Iterator[Browser]:
     program = executable()
     if program is None:
         raise FileNotFoundError(f"None of {', '.join(NAMES)} is installed; on Debian: apt-get install chromium")
-    # --no-sandbox: containers run tests as root, where Chromium's sandbox refuses to start; only our own file is opened.
+    # --no-sandbox: as root, which containers run tests as, Chromium's sandbox refuses to start; our own file is opened.
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
     quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:

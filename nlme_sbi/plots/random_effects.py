@@ -32,7 +32,13 @@ def plot_random_effects(frame: pd.DataFrame, shrinkage: Mapping[str, float]) -> 
         bins = int(np.clip(2 * len(some) ** (1 / 3), 6, 40))
         ax.hist(drawn, bins=bins, range=(-reach, reach), density=True, color=PALE, label="one draw each")
         ax.hist(
-            means, bins=bins, range=(-reach, reach), density=True, histtype="step", color=VERMILION, label="posterior means"
+            means,
+            bins=bins,
+            range=(-reach, reach),
+            density=True,
+            histtype="step",
+            color=VERMILION,
+            label="posterior means",
         )
         places = np.linspace(-reach, reach, 200)
         ax.plot(places, norm.pdf(places), color=BLUE, linewidth=1.5, label="population")

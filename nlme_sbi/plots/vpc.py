@@ -14,7 +14,7 @@ _POINTS = 2000  # measurements drawn; more are one grey mass
 
 
 def plot_vpc(check: VisualPredictiveCheck, observations: Observations, *, signal: int = 0) -> Figure:
-    """Observed quantiles over time on the bands in which those of simulated data sets lie; quantiles outside are marked.
+    """Observed quantiles over time on the bands in which those of simulated data sets lie; those outside are marked.
 
     Args:
         check: of these observations.
@@ -28,8 +28,8 @@ def plot_vpc(check: VisualPredictiveCheck, observations: Observations, *, signal
     if found.correction == "none":
         _points(ax, observations, signal)
     middle = check.probabilities.index(min(check.probabilities, key=lambda level: abs(level - 0.5)))
-    for place, level in enumerate(check.probabilities):
-        _quantile(ax, found, place, level, is_middle=place == middle)
+    for place in range(len(check.probabilities)):
+        _quantile(ax, found, place, is_middle=place == middle)
     corrected = "" if found.correction == "none" else ", prediction-corrected"
     name = found.signal.replace("_", " ")
     ax.set_ylabel(labelled(name, observations.signal_units[signal]) + corrected, fontsize=TEXT_SIZE)
@@ -40,7 +40,7 @@ def plot_vpc(check: VisualPredictiveCheck, observations: Observations, *, signal
     return figure
 
 
-def _quantile(ax: Axes, found: SignalQuantiles, place: int, level: float, *, is_middle: bool) -> None:
+def _quantile(ax: Axes, found: SignalQuantiles, place: int, *, is_middle: bool) -> None:
     colour = BLUE if is_middle else PALE
     band = "median" if is_middle else "outer quantiles"
     low, high, seen = found.lower[place], found.upper[place], found.observed[place]
@@ -48,7 +48,14 @@ def _quantile(ax: Axes, found: SignalQuantiles, place: int, level: float, *, is_
         found.times, low, high, color=colour, alpha=0.35 if is_middle else 0.8, linewidth=0, label=f"simulated, {band}"
     )
     style = "-" if is_middle else "--"
-    ax.plot(found.times, seen, style, color=BLACK, linewidth=1.2, label=f"observed {'median' if is_middle else 'outer quantiles'}")
+    ax.plot(
+        found.times,
+        seen,
+        style,
+        color=BLACK,
+        linewidth=1.2,
+        label=f"observed {'median' if is_middle else 'outer quantiles'}",
+    )
     with np.errstate(invalid="ignore"):
         outside = (seen < low) | (seen > high)
     if outside.any():

@@ -153,9 +153,7 @@ def assessed(
             warnings.append(f"{replicates.failed} of {settings.replicates} bootstrap replicates failed; left out.")
     for warning in warnings:
         logger.warning(warning)
-    return replace(
-        fit, intervals=tuple(found), profiles=_curves(profiles), warnings=(*fit.warnings, *warnings)
-    )
+    return replace(fit, intervals=tuple(found), profiles=_curves(profiles), warnings=(*fit.warnings, *warnings))
 
 
 def _curves(profiles: Sequence[Profile]) -> tuple[ProfileCurve, ...]:

@@ -49,13 +49,17 @@ def command_of(run: FinishedRun, inputs: Mapping[str, str] | None = None) -> Com
     given = [f"{key}={_quoted(value)}" for key, value in (inputs or {}).items()]
     wanted = _asked(run)
     if not (_CONF / "experiment" / f"{experiment}.yaml").is_file() or not (_CONF / f"{stage}.yaml").is_file():
-        note = f"The experiment {experiment} is none of conf/; add --config-dir with its folder, and compare config.yaml."
+        note = (
+            f"The experiment {experiment} is none of conf/; add --config-dir with its folder, and compare config.yaml."
+        )
         return Command(_line(stage, [*begin, *given]), note)
     try:
         found = _overrides(stage, begin, wanted)
         left = _differing(wanted, _composed(stage, [*begin, *found]))
     except (HydraException, OmegaConfBaseException) as problem:
-        note = f"Its configuration cannot be composed by this version ({str(problem).splitlines()[0]}); see config.yaml."
+        note = (
+            f"Its configuration cannot be composed by this version ({str(problem).splitlines()[0]}); see config.yaml."
+        )
         return Command(_line(stage, [*begin, *given]), note)
     note = f"Not reached by this command: {', '.join(sorted(left))}; see config.yaml." if left else ""
     return Command(_line(stage, [*begin, *given, *found]), note)

@@ -80,7 +80,9 @@ def composed_report(
         return held[0]
 
     frames: dict[str, pd.DataFrame] = {"individuals": fit.individuals}
-    model = _kept("model", "Model against data", frames, lambda: model_section(fit, among(), generator=generators["model"]))
+    model = _kept(
+        "model", "Model against data", frames, lambda: model_section(fit, among(), generator=generators["model"])
+    )
     population = _kept(
         "population", "Population", frames, lambda: population_section(fit, generator=generators["population"])
     )

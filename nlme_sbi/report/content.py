@@ -66,7 +66,9 @@ class Table:
     def __post_init__(self) -> None:
         wrong = [row for row in self.rows if len(row) != len(self.headings)]
         if wrong or (self.keys and len(self.keys) != len(self.headings)):
-            raise ValueError(f"The table {self.name} has rows or keys that do not fit its {len(self.headings)} headings.")
+            raise ValueError(
+                f"The table {self.name} has rows or keys that do not fit its {len(self.headings)} headings."
+            )
 
     def records(self) -> list[dict[str, float | str | None]]:
         """Plain rows: the number where there is one, else the words."""

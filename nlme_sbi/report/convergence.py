@@ -107,7 +107,8 @@ def monte_carlo_finding(told: Told) -> Finding:
 def weights_finding(told: Told, individuals: pd.DataFrame) -> Finding:
     """Individuals whose importance weights are carried by few draws."""
     rule = (
-        f"An individual is weak with fewer than {LEAST_DRAWS:g} effective draws (an eighth of them where there are few) "
+        f"An individual is weak with fewer than {LEAST_DRAWS:g} effective draws (an eighth of them where there are "
+        "few) "
         f"or a Pareto k-hat above {HEAVY_TAIL:g} (Vehtari et al. 2024). Green: nobody; amber: up to "
         f"{100 * _LARGE_SHARE:g}% of the individuals; red: more."
     )
@@ -132,8 +133,10 @@ def weights_finding(told: Told, individuals: pd.DataFrame) -> Finding:
         return Finding("weights", title, "green", said, rule, numbers)
     names = ", ".join(individuals.loc[weak].sort_values("ess")["id"].head(5))
     said = (
-        f"{count} of {total} individuals are weak: {int(few.sum())} with too few effective draws, {int(heavy.sum())} with "
-        f"heavy-tailed weights (worst: {names}). Their share of the likelihood is uncertain: use more draws, or a network "
+        f"{count} of {total} individuals are weak: {int(few.sum())} with too few effective draws, {int(heavy.sum())} "
+        "with "
+        f"heavy-tailed weights (worst: {names}). Their share of the likelihood is uncertain: use more draws, or a "
+        "network "
         "that was trained longer."
     )
     light = "amber" if count <= _LARGE_SHARE * total else "red"

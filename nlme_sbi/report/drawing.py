@@ -34,7 +34,7 @@ def saved_figure(figure: Figure, kind: str, *, name: str) -> bytes:
     """The bytes of a figure as ``png``, ``pdf`` or ``svg``: the same bytes every time, no dates, ids by ``name``."""
     held = io.BytesIO()
     dates: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
-    settings = {"svg.hashsalt": name, "svg.fonttype": "none", "pdf.fonttype": 42}
+    settings: dict[Any, Any] = {"svg.hashsalt": name, "svg.fonttype": "none", "pdf.fonttype": 42}
     with matplotlib.rc_context(settings):
         figure.savefig(held, format=kind, dpi=_DPI, metadata=dates[kind])
     return held.getvalue()

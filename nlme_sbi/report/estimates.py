@@ -89,7 +89,8 @@ def parameter_table(rows: Sequence[Row]) -> Table:
             "shrinkage_percent",
         ),
         note="Typical values are on the natural scale: the median of the population for a parameter with a logarithm. "
-        "Omega is the SD on the unconstrained scale, about the coefficient of variation where it is small; CV% is exact "
+        "Omega is the SD on the unconstrained scale, about the coefficient of variation where it is small; CV% is "
+        "exact "
         "for log-normal parameters. Intervals: observed information, transformed. %RSE: relative standard error. "
         "Shrinkage: 1 - SD(individual means)/omega; near 100% the data tell little about the individuals.",
     )
@@ -147,13 +148,12 @@ def likelihood_table(told: Row) -> Table:
         ("measurements", "measurements"),
     )
     error = (told.get("monte_carlo") or {}).get("objective_se")
-    rows = [
-        (Cell(words), number(told[key], 7)) for words, key in entries if isinstance(told.get(key), (int, float))
-    ]
+    rows = [(Cell(words), number(told[key], 7)) for words, key in entries if isinstance(told.get(key), (int, float))]
     rows.append((Cell("Monte-Carlo SE of the objective"), number(error, 2)))
     relative = told.get("minus_two_log_likelihood") is None
     note = (
-        "Without an absolute likelihood, AIC and BIC compare population models for the same network, prior and data only."
+        "Without an absolute likelihood, AIC and BIC compare population models for the same network, prior and data "
+        "only."
         if relative
         else "Corrected for the bias that the logarithm of a mean of weights has."
     )
@@ -179,8 +179,8 @@ def interval_table(intervals: Sequence[Row]) -> Table:
         f"{level:g}% intervals by method",
         ("quantity", "estimate", *methods),
         tuple(made),
-        note="information: curvature of the likelihood; sandwich: robust against a population of another shape; profile: "
-        "likelihood-ratio; bootstrap: individuals drawn again.",
+        note="information: curvature of the likelihood; sandwich: robust against a population of another shape; "
+        "profile: likelihood-ratio; bootstrap: individuals drawn again.",
     )
 
 
@@ -204,7 +204,8 @@ def interval_picture(intervals: Sequence[Row]) -> Picture:
         f"{level} intervals by method",
         f"Intervals of {len(unknowns)} unknowns by {', '.join(methods)}, in standard errors from the estimate; their "
         "limits are in the table above.",
-        "Distance of each limit from the estimate on the scale of the estimation, in standard errors. Intervals that are "
+        "Distance of each limit from the estimate on the scale of the estimation, in standard errors. Intervals that "
+        "are "
         "longer to one side, or that differ between methods, say that the normal approximation is rough.",
         drawn=plot_intervals(intervals),
     )
@@ -228,8 +229,8 @@ def unknowns_table(rows: Sequence[Row]) -> Table:
         ("unknown", "estimate", "SE", "Monte-Carlo SE", "Monte-Carlo bias"),
         made,
         keys=("name", "estimate", "se", "monte_carlo_se", "monte_carlo_bias"),
-        note="Standard errors tell what finitely many individuals leave open; Monte-Carlo errors what finitely many draws "
-        "add to that.",
+        note="Standard errors tell what finitely many individuals leave open; Monte-Carlo errors what finitely many "
+        "draws add to that.",
     )
 
 
@@ -281,11 +282,13 @@ def _agreement(intervals: Sequence[Row], individuals: int) -> tuple[Finding, ...
         return ()
     name = max(ratios, key=lambda key: abs(math.log(ratios[key])))
     rule = (
-        f"Green: robust (sandwich) and model-based standard errors differ by less than a factor of {_APART:g}; amber: they "
-        f"differ by more, so the population's shape is doubtful. Judged from {_FEW} individuals on; with fewer the sandwich is "
+        f"Green: robust (sandwich) and model-based standard errors differ by less than a factor of {_APART:g}; amber: "
+        "they "
+        f"differ by more, so the population's shape is doubtful. Judged from {_FEW} individuals on; with fewer the "
+        "sandwich is "
         "itself too noisy."
     )
-    said = f"Robust standard errors are {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times the model-based ones"
+    said = f"Robust standard errors are {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times the others"
     far = max(ratios[name], 1 / ratios[name]) > _APART
     numbers: dict[str, float | int | str | None] = {"unknown": name, "ratio": ratios[name], "individuals": individuals}
     said += (

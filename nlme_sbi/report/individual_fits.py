@@ -21,6 +21,7 @@ from nlme_sbi.types import Censoring, Observations, TractableSimulator
 
 _POINTS = 120  # of a curve
 _DRAWS = 200  # of each individual; a 95% band needs no more
+_COPIES = 5
 _PANELS = 12
 _AT_ONCE = 4_000_000  # measured values that likelihoods are evaluated for in one piece
 Reason = Literal["representative", "worst fit", "fewest effective draws", "chosen"]
@@ -77,7 +78,9 @@ def shown_individuals(
     # From the best fitted to the worst; without a likelihood from the most effective draws to the fewest.
     order = torch.argsort((ess if close is None else close).nan_to_num(-torch.inf), descending=True).tolist()
     count = len(order)
-    spread = [round(place) for place in torch.linspace(0.05 * (count - 1), 0.95 * (count - 1), min(each, count)).tolist()]
+    spread = [
+        round(place) for place in torch.linspace(0.05 * (count - 1), 0.95 * (count - 1), min(each, count)).tolist()
+    ]
     for place in spread:
         found.setdefault(order[place], "representative")
     if close is not None:
@@ -100,7 +103,8 @@ def fits_section(fit: ReportedFit, shown: Shown, *, generator: torch.Generator) 
     stored, draws = fit.with_draws()
     rows = list(shown.rows)
     some = stored.observations[rows].to(stored.device)
-    kept = draws[rows][:, :_DRAWS]
+    # Measurement noise is drawn anew for each copy, which smooths the outer bands; the curve's bands stay the same.
+    kept = draws[rows][:, :_DRAWS].repeat(1, _COPIES, 1)
     simulator = stored.posterior.simulator
     bands = predictive_bands(simulator, kept, dense_design(some.design, _POINTS), generator=generator)
     within = _within(predictive_bands(simulator, kept, some.design, generator=generator), some)
@@ -109,8 +113,8 @@ def fits_section(fit: ReportedFit, shown: Shown, *, generator: torch.Generator) 
     return Section(
         "fits",
         "Individual fits",
-        lead="Representative individuals, those that the model fits worst, those whose weights rest on the fewest draws, "
-        "and those that were asked for.",
+        lead="Representative individuals, those that the model fits worst, those whose weights rest on the fewest "
+        "draws, and those that were asked for.",
         blocks=(viewer, *pictures),
     )
 
@@ -133,8 +137,8 @@ def _viewer(
         {
             "id": some.ids[place],
             "why": f"{reason}; {inside} of {measured} measurements lie within the 95% band of new ones.",
-            "alt": f"Measurements of individual {some.ids[place]} over time with the fitted curve: {inside} of {measured} "
-            "lie within the 95% band of new measurements.",
+            "alt": f"Measurements of individual {some.ids[place]} over time with the fitted curve: {inside} of "
+            f"{measured} lie within the 95% band of new measurements.",
             "signals": [_curves(bands, typical, some, place, signal) for signal in range(len(some.signals))],
         }
         for place, (reason, (inside, measured)) in enumerate(zip(shown.reasons, within, strict=True))
@@ -147,8 +151,10 @@ def _viewer(
         "individual_fit",
         "Fits of single individuals",
         people[0]["alt"] if people else "No individual is shown.",  # type: ignore[arg-type]
-        "Choose an individual; drag to zoom, double-click to go back. Blue: what is not known of the individual's curve "
-        "(95%) and its median; orange: where 95% of new measurements would lie; dashed: the typical individual under the "
+        "Choose an individual; drag to zoom, double-click to go back. Blue: what is not known of the individual's "
+        "curve "
+        "(95%) and its median; orange: where 95% of new measurements would lie; dashed: the typical individual under "
+        "the "
         "same design.",
         interactive={
             "kind": "fits",
@@ -180,7 +186,7 @@ def _curves(
         if values is None:
             return None
         own = values[place] if level is None else values[place, level]
-        return own[:, signal].double().tolist()  # type: ignore[no-any-return]
+        return own[:, signal].double().tolist()
 
     return {
         "t": bands.times[place].double().tolist(),
@@ -217,9 +223,11 @@ def _measured(some: Observations, place: int, signal: int) -> list[dict[str, Any
 
 
 def _panels(fit: TakenUpFit, shown: Shown, some: Observations, bands: PredictiveBands, signal: int) -> Picture:
-    """Half representative (and chosen), half worst."""
-    worst = [place for place, reason in enumerate(shown.reasons) if reason == "worst fit"][-_PANELS // 2 :]
-    rest = [place for place in range(len(shown.rows)) if place not in worst][: _PANELS - len(worst)]
+    """Representative ones (and chosen), then the worst."""
+    worst = [place for place, reason in enumerate(shown.reasons) if reason == "worst fit"]
+    rest = [place for place in range(len(shown.rows)) if place not in worst]
+    rest = rest[: max(_PANELS // 2, _PANELS - len(worst))]
+    worst = worst[len(rest) - _PANELS :]
     chosen = [*rest, *worst]
     simulator = fit.posterior.simulator
     if bands.noise_free is None:
@@ -235,7 +243,8 @@ def _panels(fit: TakenUpFit, shown: Shown, some: Observations, bands: Predictive
     return Picture(
         "individual_fits" if len(some.signals) == 1 else f"individual_fits_{signal + 1}",
         "Individual fits" if len(some.signals) == 1 else f"Individual fits, {name}",
-        f"{len(chosen)} small panels, one an individual ({', '.join(some.ids[place] for place in chosen)}): measurements, "
+        f"{len(chosen)} small panels, one an individual ({', '.join(some.ids[place] for place in chosen)}): "
+        "measurements, "
         f"median curve, its 50% and 95% bands, and a 95% band of new measurements; {told}.",
         f"Measurements and fits of {len(chosen)} individuals; {told}.",
         drawn=drawn,

@@ -79,8 +79,8 @@ def individuals_section(
     return Section(
         "individuals",
         "All individuals",
-        lead="Every individual's numbers against each other. Point at one to read them; choose it to see its fit, where "
-        "that is on the page.",
+        lead="Every individual's numbers against each other. Point at one to read them; choose it to see its fit, "
+        "where that is on the page.",
         blocks=tuple(blocks),
     )
 
@@ -101,7 +101,7 @@ def _map(
     place = {row: position for position, row in enumerate(rows.tolist())}
     ids = list(fit.individuals["id"])
     start = (0, 1)
-    flagged = sum(flags.values()) > 0 if flags else np.zeros(total, bool)
+    flagged = np.any(list(flags.values()), axis=0) if flags else np.zeros(total, bool)
     first, second = quantities[start[0]], quantities[start[1]]
     told = "; ".join(f"{name}: {int(marked.sum())}" for name, marked in flags.items()) or "nobody is flagged"
     return Picture(
@@ -110,7 +110,11 @@ def _map(
         f"Scatter plot of {second.label} against {first.label} of {total} individuals; {told}. The menus choose other "
         "numbers; the table below and individuals.csv hold them all.",
         f"One point an individual; flagged ones are diamonds ({told})."
-        + (f" {len(rows)} of {total} are drawn: all flagged ones as far as they fit, and a random part of the others." if len(rows) < total else ""),
+        + (
+            f" {len(rows)} of {total} are drawn: all flagged ones as far as they fit, and a random part of the others."
+            if len(rows) < total
+            else ""
+        ),
         drawn=plot_individual_map(
             (first.values, second.values), (first.label, second.label), flagged, logs=(first.log, second.log)
         ),
@@ -120,7 +124,8 @@ def _map(
             "ids": [ids[row] for row in rows],
             "total": total,
             "axes": [
-                {"label": one.label, "log": one.log, "values": one.values[rows].astype(float).tolist()} for one in quantities
+                {"label": one.label, "log": one.log, "values": one.values[rows].astype(float).tolist()}
+                for one in quantities
             ],
             "start": start,
             "flags": [

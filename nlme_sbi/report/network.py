@@ -37,7 +37,8 @@ class Diagnosis:
 def network_section(diagnosis: Diagnosis) -> Section:
     """Calibration of the network."""
     lead = (
-        "Whether posteriors of the network have the right width and place: over its prior, and for individuals like the "
+        "Whether posteriors of the network have the right width and place: over its prior, and for individuals like "
+        "the "
         "data's, where it matters."
     )
     if diagnosis.run is None:
@@ -57,8 +58,8 @@ def familiar_section(diagnosis: Diagnosis) -> Section:
     findings = tuple(one for one in diagnosis.findings() if _about_data(one.check))
     if not diagnosis.same_data:
         said = (
-            "The diagnosis was made with other data than this fit, or without data. Run python scripts/diagnose.py with the "
-            "data of the fit, then this report again."
+            "The diagnosis was made with other data than this fit, or without data. Run python scripts/diagnose.py "
+            "fit=RUN, which takes the data of the fit, then this report again."
         )
         findings = (Finding("misspecification", "Familiar data", "grey", said, "Grey: not the data of the fit."),)
         return Section("misspecification", title, lead, findings)
@@ -69,7 +70,8 @@ def familiar_section(diagnosis: Diagnosis) -> Section:
 
 
 def individual_scores(diagnosis: Diagnosis) -> pd.DataFrame | None:
-    """Scores of every individual of the data, indexed by id, where the diagnosis has them: ``score`` and ``flagged``."""
+    """Scores of every individual of the data, indexed by id, where the diagnosis has them: ``score`` and "
+    "``flagged``."""
     if diagnosis.run is None or not diagnosis.same_data:
         return None
     for name in diagnosis.run.manifest["outputs"]:

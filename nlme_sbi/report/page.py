@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from nlme_sbi.report.content import Report
+from nlme_sbi.report.content import Picture, Report
 from nlme_sbi.report.drawing import inline_svg
 
 LIGHT_WORDS = {"green": "Passed", "amber": "Caution", "red": "Do not rely on this", "grey": "Not checked"}
@@ -33,7 +33,7 @@ def page(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "svg": lambda picture: Markup(inline_svg(picture.drawn, name=picture.name)),
+        "svg": _svg,
         "data_uri": _data_uri,
         "exact": repr,
         "plain": _plain,
@@ -75,6 +75,10 @@ def shortened(value: Any) -> Any:
     return [shortened(inner) for inner in value]
 
 
+def _svg(picture: Picture) -> Markup:
+    return Markup("" if picture.drawn is None else inline_svg(picture.drawn, name=picture.name))
+
+
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
@@ -83,4 +87,3 @@ def _plain(value: object) -> str:
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-

@@ -1,7 +1,9 @@
-"""A finished fit as the report sees it: its files always, and what can be computed anew where its posterior is there."""
+"""A finished fit as the report sees it: its files always, and what can be computed anew where its posterior is "
+"there."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.population.over_theta import LogLikelihood
 from nlme_sbi.population.roles import PopulationModel
 from nlme_sbi.runs import FinishedRun, load_json
 from nlme_sbi.types import Observations, Posterior, Simulator
@@ -60,6 +63,9 @@ class TakenUpFit(Protocol):
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
+
+    def log_likelihood(self, rows: Sequence[int]) -> LogLikelihood:
+        """Of chosen individuals, up to a constant."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,9 @@ def measurement_explorer(frame: pd.DataFrame, observations: Observations) -> Pic
     """
     units = {"time": observations.time_unit}
     if len(observations.signals) == 1:
-        units |= dict.fromkeys(("value", "population_prediction", "individual_prediction"), observations.signal_units[0])
+        units |= dict.fromkeys(
+            ("value", "population_prediction", "individual_prediction"), observations.signal_units[0]
+        )
     far = (frame["iwres"].abs() > _FAR).to_numpy()
     rows = np.arange(len(frame))
     if len(frame) > _POINTS:
@@ -43,7 +45,8 @@ def measurement_explorer(frame: pd.DataFrame, observations: Observations) -> Pic
     return Picture(
         "measurements",
         "All measurements",
-        f"Scatter plot of {len(frame)} measurements against their individual predictions; {int(far.sum())} have residuals "
+        f"Scatter plot of {len(frame)} measurements against their individual predictions; {int(far.sum())} have "
+        "residuals "
         "beyond ±3. The menus choose other numbers; tables/goodness_of_fit.csv holds them all.",
         f"One point a measurement. Choose one to see its individual's fit, where that is on the page.{thin}",
         drawn=plot_measurements(some["individual_prediction"].to_numpy(float), some["value"].to_numpy(float), flagged),
@@ -54,7 +57,11 @@ def measurement_explorer(frame: pd.DataFrame, observations: Observations) -> Pic
             "ids": some["id"].astype(str).tolist(),
             "total": len(frame),
             "axes": [
-                {"label": labelled(words, units.get(column, "")), "log": False, "values": some[column].astype(float).tolist()}
+                {
+                    "label": labelled(words, units.get(column, "")),
+                    "log": False,
+                    "values": some[column].astype(float).tolist(),
+                }
                 for column, words in _COLUMNS
             ],
             "start": [0, 1],

@@ -29,9 +29,11 @@ _WORDS: Mapping[Topic, Mapping[Light, str]] = {
     },
 }
 _RULE = (
-    "The light is the gravest of the checks below: red before amber before grey before green. Each check has its own rule, "
+    "The light is the gravest of the checks below: red before amber before grey before green. Each check has its own "
+    "rule, "
     "with its error rate where it is a test."
 )
+_LISTED = 6  # checks that are named in one sentence, at most
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
@@ -40,7 +42,8 @@ def verdict(findings: Mapping[Topic, Sequence[Finding]], *, by_likelihood: bool)
 
     Args:
         findings: by topic; a topic without any is grey.
-        by_likelihood: whether the estimates come from the likelihood, so that the network's own faults do not reach them.
+        by_likelihood: whether the estimates come from the likelihood, so that the network's own faults do not reach
+        them.
     """
     answers = [_answer(topic, tuple(findings.get(topic, ())), by_likelihood=by_likelihood) for topic in _QUESTIONS]
     return (*answers, _limits(findings, by_likelihood=by_likelihood))
@@ -65,6 +68,8 @@ def _summed_up(found: tuple[Finding, ...]) -> str:
     if light == "green":
         if len(found) == 1:
             return first_sentence(found[0].sentence)
+        if len(found) > _LISTED:
+            return f"All {len(found)} checks passed: {_lower(first_sentence(found[0].sentence))}"
         return f"All {len(found)} checks passed: {_listed([_lower(one.title) for one in found])}."
     gravest = [one for one in found if one.light == light]
     if len(found) == 1:
@@ -88,9 +93,13 @@ def _limits(findings: Mapping[Topic, Sequence[Finding]], *, by_likelihood: bool)
             weighed.append(("amber" if capped else one.light, one))
     rule = (
         "The light is the gravest of all checks. "
-        + ("A red one about the network counts as amber, because this estimator uses the likelihood itself. " if by_likelihood else "")
-        + "Named first is the gravest one: of several those about the estimate before those about the model, the data and "
-        "the network."
+        + (
+            "A red one about the network counts as amber, because this estimator uses the likelihood itself. "
+            if by_likelihood
+            else ""
+        )
+        + "Named first is the gravest one: of several those about the estimate before those about the model, the data "
+        "and the network."
     )
     light: Light = max((given for given, _ in weighed), key=_GRAVITY.index, default="grey")
     gravest = [one for given, one in weighed if given == light]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.conversion import convert
 from nlme_sbi.devices import choose_device
+from nlme_sbi.report.arviz import save_inference_data
 from nlme_sbi.report.composition import ReportSettings, composed_report
 from nlme_sbi.report.files import save_report
 from nlme_sbi.report.network import Diagnosis
 from nlme_sbi.report.reported import ReportedFit, read_tables
-from nlme_sbi.runs import FinishedRun, load_run, open_run
+from nlme_sbi.runs import FinishedRun, RunDirectory, load_run, open_run
+from nlme_sbi.runs.files import PARTIAL
 from nlme_sbi.stages.stored_fit import StoredFit, find_fit, load_fit
 from nlme_sbi.training_pairs import seeded
 
@@ -37,6 +40,9 @@ def report(cfg: DictConfig) -> None:
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     settings, device = _settings(plain), choose_device(plain["device"])
+    wished_arviz = convert(plain["report"]["arviz"], bool, "report.arviz")
+    if wished_arviz and importlib.util.find_spec("arviz") is None:
+        raise ValueError('report.arviz=true needs ArviZ: pip install -e ".[arviz]"')
     upstream = find_fit(plain)
     told, individuals = read_tables(upstream)
     stored, missing = _taken_up(upstream, str(device), tuple(plain["trust"]))
@@ -66,6 +72,8 @@ def report(cfg: DictConfig) -> None:
                 },
             )
             save_report(run.path, composed.report, composed.frames)
+            if wished_arviz:
+                _save_arviz(run, stored, missing)
             for answer in composed.report.answers:
                 log.info("%s %s (%s)", answer.question, answer.word, answer.light)
             run.finish({answer.name: answer.light for answer in composed.report.answers})
@@ -97,6 +105,19 @@ def _taken_up(run: FinishedRun, device: str, trust: tuple[str, ...]) -> tuple[St
         return None, str(problem)
 
 
+def _save_arviz(run: RunDirectory, stored: StoredFit | None, missing: str) -> None:
+    """``draws.nc``; where it cannot be made that is told, and the report is there all the same."""
+    try:
+        if stored is None:
+            raise ValueError(missing)
+        # Under a name that an interrupted run clears away; the library writes by path only.
+        partial = run.path / f".draws.nc{PARTIAL}"
+        save_inference_data(partial, stored)
+        partial.replace(run.path / "draws.nc")
+    except ValueError as problem:
+        log.warning("No draws.nc for ArviZ: %s", problem)
+
+
 def _diagnosis(named: str, fit: FinishedRun, root: Path) -> Diagnosis:
     """The diagnosis that is named, if it is one of the fit's network.
 
@@ -104,7 +125,7 @@ def _diagnosis(named: str, fit: FinishedRun, root: Path) -> Diagnosis:
         ValueError: for a run that is named and is none, unfinished or edited.
     """
     experiment = fit.manifest["experiment"]
-    command = f"Run python scripts/diagnose.py experiment={experiment} posterior={_posterior_name(fit)}, then this report again."
+    command = f"Run python scripts/diagnose.py experiment={experiment} fit={fit.path.name}, then this report again."
     if named == "none":
         return Diagnosis(None, f"This report was made without a diagnosis of the network. {command}")
     if named != "latest":
@@ -145,8 +166,3 @@ def _is_of(run: FinishedRun, fit: FinishedRun) -> bool:
 def _same_data(run: FinishedRun, fit: FinishedRun) -> bool:
     theirs, ours = (one.manifest["inputs"].get("data") for one in (run, fit))
     return theirs is not None and ours is not None and theirs["sha256"] == ours["sha256"]
-
-
-def _posterior_name(fit: FinishedRun) -> str:
-    named = [entry["path"] for name, entry in fit.manifest["inputs"].items() if name.split("_")[0] == "posterior"]
-    return Path(named[0]).name if len(named) == 1 and named[0] else "RUN"

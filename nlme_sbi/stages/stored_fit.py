@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nlme_sbi.conversion import convert
 from nlme_sbi.population.modes import individual_modes
+from nlme_sbi.population.over_theta import LogLikelihood
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import PopulationModel, PopulationSpecification
 from nlme_sbi.runs import (
@@ -31,7 +32,7 @@ from nlme_sbi.runs import (
 )
 from nlme_sbi.stages.parts import part
 from nlme_sbi.stages.trained import TrainedPosterior, load_posterior
-from nlme_sbi.types import Observations
+from nlme_sbi.types import Observations, TractableSimulator
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,26 @@ class StoredFit:
     def device(self) -> torch.device:
         """Where its tensors are."""
         return self.theta.device
+
+    def log_likelihood(self, rows: Sequence[int]) -> LogLikelihood:
+        """``log p(y_i | phi)`` of chosen individuals up to a constant: the simulator's, or the network's posterior over
+        its prior where the simulator has none."""
+        return _Likelihood(self, rows)
+
+
+class _Likelihood:
+    def __init__(self, fit: StoredFit, rows: Sequence[int]) -> None:
+        chosen = fit.observations[rows].to(fit.device)
+        times = chosen.design.times.double()
+        self._observations = replace(chosen, values=chosen.values.double(), design=replace(chosen.design, times=times))
+        self._posterior = fit.posterior
+
+    def __call__(self, phi: Float[Tensor, "i n D"], rows: Tensor) -> Float[Tensor, "i n"]:
+        some: Observations = self._observations[rows.tolist()]
+        simulator = self._posterior.simulator
+        if isinstance(simulator, TractableSimulator):
+            return simulator.log_likelihood(some, phi)
+        return self._posterior.log_prob(phi, some).to(phi) - self._posterior.prior.log_prob(phi)
 
 
 def find_fit(plain: Mapping[str, Any]) -> FinishedRun:

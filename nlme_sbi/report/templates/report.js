@@ -35,13 +35,14 @@
       legend: {orientation: 'h', y: 1.02, yanchor: 'bottom', x: 0},
       hoverlabel: {bgcolor: '@raised', bordercolor: '@soft', font: {color: '@ink'}},
       dragmode: coarse ? false : 'zoom',
+      modebar: {bgcolor: 'rgba(0,0,0,0)', color: '@soft', activecolor: '@ink', orientation: 'v'},
     }, own);
     Object.keys(made).filter((key) => /^[xy]axis/.test(key)).forEach((key) => { made[key] = axis(made[key]); });
     if (!made.xaxis) made.xaxis = axis({});
     if (!made.yaxis) made.yaxis = axis({});
     return resolved(made);
   }
-  const config = {responsive: true, displaylogo: false, scrollZoom: false,
+  const config = {responsive: true, displayModeBar: coarse ? false : 'hover', displaylogo: false, scrollZoom: false,
     modeBarButtonsToRemove: ['select2d', 'lasso2d', 'autoScale2d']};
 
   const element = (name) => document.querySelector(`[data-figure="${name}"]`);
