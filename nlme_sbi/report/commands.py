@@ -21,6 +21,7 @@ from nlme_sbi.runs import FinishedRun
 _CONF = Path(nlme_sbi.__file__).resolve().parents[1] / "conf"
 _TAKEN_OVER = {"train_flow": ("simulator", "prior", "design")}  # by a stage from its input, where it has one
 _DERIVED = ("source", "processes")  # written by a stage, no key of its configuration
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _PLAIN = re.compile(r"[A-Za-z_][\w./:-]*|-?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 
@@ -52,7 +53,7 @@ def command_of(run: FinishedRun, inputs: Mapping[str, str] | None = None) -> Com
         note = (
             f"The experiment {experiment} is none of conf/; add --config-dir with its folder, and compare config.yaml."
         )
-        return Command(_line(stage, [*begin, *given]), note)
+        return Command(_line(run, [*begin, *given]), note)
     try:
         found = _overrides(stage, begin, wanted)
         left = _differing(wanted, _composed(stage, [*begin, *found]))
@@ -60,9 +61,9 @@ def command_of(run: FinishedRun, inputs: Mapping[str, str] | None = None) -> Com
         note = (
             f"Its configuration cannot be composed by this version ({str(problem).splitlines()[0]}); see config.yaml."
         )
-        return Command(_line(stage, [*begin, *given]), note)
+        return Command(_line(run, [*begin, *given]), note)
     note = f"Not reached by this command: {', '.join(sorted(left))}; see config.yaml." if left else ""
-    return Command(_line(stage, [*begin, *given, *found]), note)
+    return Command(_line(run, [*begin, *given, *found]), note)
 
 
 def _asked(run: FinishedRun) -> dict[str, Any]:
@@ -73,11 +74,14 @@ def _asked(run: FinishedRun) -> dict[str, Any]:
     return {key: value for key, value in run.config.items() if key not in skipped}
 
 
-def _line(stage: str, overrides: Sequence[str]) -> str:
-    return shlex.join(["python", f"scripts/{stage}.py", *overrides])
+def _line(run: FinishedRun, overrides: Sequence[str]) -> str:
+    processes = run.config.get("processes")
+    begin = ["python"] if processes is None else ["torchrun", "--nproc-per-node", str(processes)]
+    online = ["simulations=online"] if run.config.get("source") == "online" else []
+    return shlex.join([*begin, f"scripts/{run.manifest['stage']}.py", *overrides, *online])
 
 
-def _composed(stage: str, overrides: Sequence[str]) -> dict[str, Any]:
+def _composed(stage: str, overrides: Sequence[str], *, resolve: bool = True) -> dict[str, Any]:
     # A script is itself inside Hydra, which composes one configuration at a time; what it holds is put back.
     ours = GlobalHydra.instance()
     held, ours.hydra = ours.hydra, None
@@ -86,7 +90,7 @@ def _composed(stage: str, overrides: Sequence[str]) -> dict[str, Any]:
             cfg = compose(stage, overrides=list(overrides))
     finally:
         ours.hydra = held
-    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)  # type: ignore[return-value]
+    return OmegaConf.to_container(cfg, resolve=resolve, throw_on_missing=False)  # type: ignore[return-value]
 
 
 def _overrides(stage: str, begin: Sequence[str], wanted: Mapping[str, Any]) -> list[str]:
@@ -99,7 +103,25 @@ def _overrides(stage: str, begin: Sequence[str], wanted: Mapping[str, Any]) -> l
                 choices.append(f"{section}={choice}")
     if choices:
         base = _composed(stage, [*begin, *choices])
-    return [*choices, *_changes(wanted, base, ())]
+    changes = list(_changes(wanted, base, ()))
+    if not changes:
+        return choices
+    raw = _composed(stage, [*begin, *choices], resolve=False)
+    return [*choices, *dict.fromkeys(_redirected(change, raw) for change in changes)]
+
+
+def _redirected(change: str, raw: Mapping[str, Any]) -> str:
+    """The same change where the value stands: a section may be a reference to another one (``design.data: ${data}``)."""
+    sign = change[0] if change[0] in "+~" else ""
+    path, equals, value = change[len(sign) :].partition("=")
+    node: Any = raw
+    keys = path.split(".")
+    for place, key in enumerate(keys):
+        node = node.get(key) if isinstance(node, Mapping) else None
+        found = _REFERENCE.fullmatch(node) if isinstance(node, str) else None
+        if found is not None:
+            return _redirected(f"{sign}{'.'.join([found.group(1), *keys[place + 1 :]])}{equals}{value}", raw)
+    return change
 
 
 def _target(section: object) -> object:

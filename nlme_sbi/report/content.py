@@ -189,14 +189,14 @@ def attempted_blocks(
     return tuple(findings), tuple(blocks)
 
 
-def number(value: float | None, digits: int = 4) -> Cell:
+def number(value: float | int | None, digits: int = 4) -> Cell:
     """A number with so many significant digits; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return Cell("–")
     return Cell(f"{value:.{digits}g}", float(value))
 
 
-def interval(lower: float | None, upper: float | None) -> Cell:
+def interval(lower: float | int | None, upper: float | int | None) -> Cell:
     """Two limits in brackets, a dash where there are none; infinite ones are written so."""
     if lower is None or upper is None or math.isnan(lower) or math.isnan(upper):
         return Cell("–")

@@ -150,10 +150,22 @@ def _table(chain: Sequence[Origin]) -> Table:
     return Table("runs", "Runs behind this report", headings, tuple(rows), note=note)
 
 
+def _named(one: Origin, chain: Sequence[Origin]) -> Mapping[str, str]:
+    """The runs that a command names; a diagnosis of a fit's network and data names the fit, which brings both."""
+    data = one.run.manifest["inputs"].get("data")
+    if one.run.manifest["stage"] != "diagnose" or data is None:
+        return one.inputs
+    for other in chain:
+        theirs = other.run.manifest["inputs"].get("data")
+        if other.run.manifest["stage"] == "fit_population" and theirs and theirs["sha256"] == data["sha256"]:
+            return {"fit": other.run.path.name}
+    return one.inputs
+
+
 def _commands(chain: Sequence[Origin]) -> list[Block]:
     lines, notes = [], []
     for one in chain:
-        command = command_of(one.run, one.inputs)
+        command = command_of(one.run, _named(one, chain))
         lines.append(command.text)
         if command.note:
             notes.append(f"{one.run.manifest['stage']}: {command.note}")

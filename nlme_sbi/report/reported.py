@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -21,6 +21,7 @@ from nlme_sbi.types import Observations, Posterior, Simulator
 LIKELIHOOD_ESTIMATORS = ("exact", "saem", "laplace")  # their estimates do not rest on the network's density
 
 
+@runtime_checkable
 class TrainedPosterior(Posterior, Protocol):
     """A posterior that knows what it was trained on."""
 
@@ -29,6 +30,7 @@ class TrainedPosterior(Posterior, Protocol):
         """What it inverts."""
 
 
+@runtime_checkable
 class TakenUpFit(Protocol):
     """A stored fit with everything that is needed to compute from it; see ``nlme_sbi.stages.stored_fit``."""
 
