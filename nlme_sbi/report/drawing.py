@@ -49,6 +49,7 @@ def inline_svg(figure: Figure, *, name: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<title>.*?</title>", "", text, flags=re.DOTALL)
     head, body = text.split(">", 1)
+    body = re.sub(r'<g id="[^"]*"', "<g", body)  # every figure has an axes_1; ids on a page are unique
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     return f'{head} class="drawn" aria-hidden="true" focusable="false">' + _HEX.sub(_by_name, body)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -13,31 +14,25 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-import nlme_sbi.stages.fit_population as fit_stage
 from nlme_sbi.cli import compose_config
 from nlme_sbi.report import composition
-from nlme_sbi.report.commands import _quoted, command_of
+from nlme_sbi.report.commands import Command, _quoted, command_of
 from nlme_sbi.report.content import Section
-from nlme_sbi.runs import FinishedRun, load_run, save_json
+from nlme_sbi.runs import FinishedRun, load_run, save_json, sha256_of_file
 from nlme_sbi.runs.directory import sealed
-from nlme_sbi.stages.fit_population import fit_population
 from nlme_sbi.stages.report import report
-from nlme_sbi.stages.train_flow import train_flow
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
-from tiny_runs import only_run, tiny
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "stages")]
+from small_fit import small_fit
+from tiny_runs import only_run
 
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output root with a fit of theophylline and its posterior; not to be written to."""
-    root = tmp_path_factory.mktemp("fits") / "outputs"
-    train_flow(tiny("train_flow", "theophylline", root, "simulations=online"))
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fit_stage, "save_figures", lambda *_, **__: None)
-        fit_population(tiny("fit_population", "theophylline", root, "individuals.modes=false"))
-    return root
+    return small_fit(tmp_path_factory.mktemp("fits") / "outputs")
 
 
 @pytest.fixture
@@ -52,6 +47,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("model_section", "population_section"):
         made = composition.Checked(Section(name.split("_")[0], name))
         monkeypatch.setattr(composition, name, lambda *_, made=made, **__: made)
+    monkeypatch.setattr("nlme_sbi.report.provenance.command_of", lambda *_: Command("python scripts/..."))
     monkeypatch.setattr("nlme_sbi.report.files.saved_figure", lambda *_, **__: b"drawn")
     monkeypatch.setattr("nlme_sbi.report.page.inline_svg", lambda *_, **__: "<svg></svg>")
 
@@ -122,8 +118,6 @@ def test_a_fit_of_an_older_version_gives_what_it_has(root: Path) -> None:
         content.pop(name, None)
     save_json(fit.path / "fit.json", content)
     shutil.rmtree(fit.path / "observations")
-    from nlme_sbi.runs import sha256_of_file
-
     outputs = {name: one for name, one in fit.manifest["outputs"].items() if not name.startswith("observations")}
     path = fit.path / "fit.json"
     outputs["fit.json"] = {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
@@ -167,8 +161,6 @@ def test_a_diagnosis_counts_for_its_own_network_and_data_only(root: Path) -> Non
     made = root / "diagnose" / "theophylline-00000000"
     made.mkdir(parents=True)
     save_json(made / "findings.json", {"findings": [{**one, "numbers": {}} for one in (passed, familiar)]})
-    from nlme_sbi.runs import sha256_of_file
-
     path = made / "findings.json"
     outputs = {"findings.json": {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}}
     inputs = fit.manifest["inputs"]
@@ -199,8 +191,6 @@ def test_commands_compose_to_what_the_run_was_asked_for(fitted: Path) -> None:
         assert command.note == "", stage
         words = command.text.split()
         assert words[:3] == ["python", f"scripts/{stage}.py", "experiment=theophylline"]
-        import shlex
-
         cfg = compose_config(stage, shlex.split(command.text)[2:])
         composed = yaml.safe_load(yaml.safe_dump(_plain(cfg)))
         for section, value in run.config.items():
@@ -209,8 +199,6 @@ def test_commands_compose_to_what_the_run_was_asked_for(fitted: Path) -> None:
 
 
 def _plain(cfg: object) -> object:
-    from omegaconf import OmegaConf
-
     return OmegaConf.to_container(cfg, resolve=True)
 
 
