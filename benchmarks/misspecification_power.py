@@ -1,8 +1,8 @@
-"""How often misspecified data are noticed, and well-specified data are not, by the checks that scripts/diagnose.py runs.
+"""How often misspecified data are noticed, and well-specified ones are not, by the checks of scripts/diagnose.py.
 
-200 cells a repetition, all from the published two-rate population: as they are (`false_alarm`: any of the three tests of
-the simulator accuses it), with mRNA that passes through two further stages before it is translated (`model_power`: the
-test of what cells have in common), and with 5% of the cells raised by 1.0 on the log signal at 10 consecutive times
+200 cells a repetition, all from the published two-rate population: as they are (`false_alarm`: any of the three tests
+of the simulator accuses it), with mRNA that passes through two further stages before it is translated (`model_power`:
+the test of what cells have in common), and with 5% of the cells raised by 1.0 on the log signal at 10 consecutive times
 (`outlier_power`: the test that names single cells).
 
     python benchmarks/misspecification_power.py --posterior RUN [--repetitions 100] [--keep FILE]

@@ -239,7 +239,8 @@ def _whitening(covariance: Float[Tensor, "H H"]) -> Float[Tensor, "H W"]:
     kept = (size > _FLOOR * size[-1]) & (size > 0)
     if not bool(kept.any()):
         raise ValueError("The network's summaries are the same for all simulations; train it first.")
-    return direction[:, kept] * size[kept].rsqrt()
+    scaled: Tensor = direction[:, kept] * size[kept].rsqrt()
+    return scaled
 
 
 def _distance(points: Float[Tensor, "n W"], near: Float[Tensor, "m W"]) -> Float[Tensor, " n"]:
