@@ -162,7 +162,7 @@ def influence_finding(influence: pd.DataFrame) -> Finding:
             "Influence needs at least 3 individuals and a fit with standard errors, whose information without any one "
             "of them is positive definite."
         )
-    sds = sum(name.startswith(("shift.log_sd.", "shift.correlation.")) for name in columns)
+    sds = sum(name.startswith(("shift.log_sd.", "shift.partial_correlation.")) for name in columns)
     chance = chance_of_influence(min(len(shifts), 5000), len(columns) - sds, sds)
     limit = max(_MOVED, chance)
     size = np.abs(shifts).max(1)
