@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nlme_sbi.mechanistic import MechanisticSimulator
@@ -27,7 +27,6 @@ _STEP = 1e-4  # of finite differences on the unconstrained scale
 _LONGEST = 2.0  # prior SDs in one step
 _SINGULAR = 1e-6  # relative singular value of a direction that the data do not tell
 _OTHERS = 500  # fits of other individuals that may serve as starts
-_FREEDOM = 5  # degrees of the t that candidates come from
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +38,14 @@ class BestFits:
         objective: ``(I,)`` its log there, up to a constant of the individual; -inf where nothing can make the data.
         residuals: ``(I, n)`` standardised, signals of a time side by side; 0 where nothing was measured.
         directions: ``(I, D, n)`` orthonormal rows: the directions in which the fit followed; 0 where there are fewer.
-        information: ``(I, D, D)`` of the individual's data on its parameters.
+        sd: ``(I, n)`` of the noise there.
     """
 
     phi: Float[Tensor, "I D"]
     objective: Float[Tensor, " I"]
     residuals: Float[Tensor, "I n"]
     directions: Float[Tensor, "I D n"]
-    information: Float[Tensor, "I D D"]
+    sd: Float[Tensor, "I n"]
 
 
 def require_residuals(simulator: Simulator, observations: Observations) -> MechanisticSimulator:
@@ -73,7 +72,7 @@ def best_fits(
     draws: Float[Tensor, "I S D"],
     *,
     starts: int = 4,
-    steps: int = 14,
+    steps: int = 12,
 ) -> BestFits:
     """Damped Fisher scoring from the best of each individual's draws, and again from elsewhere for those left odd.
 
@@ -87,7 +86,7 @@ def best_fits(
         observations: plain values, on the device of the draws.
         draws: from an approximate posterior: where climbs begin.
         starts: climbs of each individual.
-        steps: of each climb.
+        steps: of the two best climbs of each individual, after a third as many of all.
     """
     data = _Data.of(simulator, prior, observations)
     draws = draws.double()
@@ -105,41 +104,51 @@ def best_fits(
 
 
 @torch.no_grad()
-def exact_draws(
+def copies_with_the_same_fit(
     simulator: MechanisticSimulator,
-    prior: Prior,
     observations: Observations,
     fits: BestFits,
     *,
-    candidates: int,
+    copies: int,
     generator: torch.Generator,
-) -> Float[Tensor, "I D"]:
-    """One draw of each individual from its posterior under the training prior, nearly: of candidates from a t
-    distribution about its best fit one is kept, with the weight of the exact posterior (Rubin 1988).
+) -> Float[Tensor, "I K T C"]:
+    """Data sets of each individual that have the same best fit and the same size of residuals as the real one.
+
+    What the fit left over is replaced by projected noise of the same size in each signal. In a model that is linear
+    near the fit with noise of unknown size this is drawing from the distribution of the data given its sufficient
+    statistics, so the individual is exchangeable with its copies whatever its parameters (Engen and Lillegård 1997,
+    Biometrika 84:235).
 
     Args:
         simulator: with its noise model.
-        prior: of the parameters.
         observations: plain values.
         fits: of these observations.
-        candidates: of each individual.
+        copies: of each individual.
         generator: on the device of the fits.
     """
-    data = _Data.of(simulator, prior, observations)
-    drawn = []
-    for rows in torch.split(torch.arange(len(fits.phi), device=fits.phi.device), data.at_once(candidates)):
-        some = data[rows]
-        factor = torch.linalg.cholesky(torch.linalg.inv(fits.information[rows] + data.precision))
-        shape = (len(rows), candidates, fits.phi.shape[1])
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=fits.phi.device)
-        scale = torch.randn((*shape[:2], _FREEDOM), generator=generator, dtype=torch.float64, device=noise.device)
-        noise = noise * scale.square().mean(2, keepdim=True).rsqrt()
-        phi = fits.phi[rows, None] + noise @ factor.transpose(1, 2)
-        log_t = -0.5 * (_FREEDOM + shape[2]) * torch.log1p(noise.square().sum(2) / _FREEDOM)
-        weights = torch.softmax((some.objective(phi) - log_t).nan_to_num(-1e300, neginf=-1e300), 1)
-        chosen = torch.multinomial(weights, 1, generator=generator)
-        drawn.append(phi.gather(1, chosen[..., None].expand(-1, -1, shape[2]))[:, 0])
-    return torch.cat(drawn)
+    mask = observations.design.observed
+    parts = []
+    for rows in torch.split(
+        torch.arange(len(mask), device=mask.device), max(1, _NUMBERS // (copies * mask[0].numel()))
+    ):
+        there, sd = mask[rows].flatten(1).double(), fits.sd[rows]
+        shape = (len(rows), copies, there.shape[1])
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=mask.device) * there[:, None]
+        left = orthogonal(fits.residuals[rows], fits.directions[rows])
+        fresh = orthogonal(noise, fits.directions[rows])
+        wanted, had = (_size(part, mask[rows]) for part in (left[:, None], fresh))
+        apart = fresh.reshape(*shape[:2], *mask.shape[1:]) * (wanted / had.clamp_min(1e-300))[:, :, None]
+        measured = simulator.noise.transform(observations.values[rows].double()).flatten(1)
+        measured = torch.where(there > 0, measured, 0.0)
+        made = (measured - sd * left)[:, None] + sd[:, None] * apart.flatten(2)
+        values = simulator.noise.inverse(made.reshape(*shape[:2], *mask.shape[1:]))
+        parts.append(torch.where(mask[rows][:, None], values, 0.0))
+    return torch.cat(parts)
+
+
+def _size(values: Float[Tensor, "I K n"], mask: Bool[Tensor, "I T C"]) -> Float[Tensor, "I K C"]:
+    """Root sum of squares in each signal."""
+    return values.reshape(*values.shape[:2], *mask.shape[1:]).square().sum(2).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,16 +234,17 @@ class _Data:
         """Residuals and directions at these parameters."""
         parts = []
         for rows in torch.split(torch.arange(len(phi), device=phi.device), self.at_once(phi.shape[1] + 1)):
-            residuals, slopes, of_sd = self[rows].linearised(phi[rows, None])
-            slopes, of_sd = slopes[:, 0], of_sd[:, 0]
+            some = self[rows]
+            residuals, slopes, _ = some.linearised(phi[rows, None])
+            slopes = slopes[:, 0]
             _, size, basis = torch.linalg.svd(slopes, full_matrices=False)
             told = (size > _SINGULAR * size[:, :1]) & (size > 0)
             short = slopes.shape[1] - basis.shape[1]  # fewer measurements than parameters
             basis = torch.nn.functional.pad(basis * told[..., None], (0, 0, 0, short))
-            information = slopes @ slopes.transpose(1, 2) + 2 * of_sd @ of_sd.transpose(1, 2)
-            parts.append((residuals[:, 0], basis, information))
-        residuals, directions, information = (torch.cat(part) for part in zip(*parts, strict=True))
-        return BestFits(phi, objective, residuals, directions, information)
+            sd = some.moments(phi[rows, None])[1][:, 0].exp().nan_to_num(1.0, posinf=1.0)
+            parts.append((residuals[:, 0], basis, sd))
+        residuals, directions, sd = (torch.cat(part) for part in zip(*parts, strict=True))
+        return BestFits(phi, objective, residuals, directions, sd)
 
 
 def _ranked(data: _Data, draws: Float[Tensor, "I S D"]) -> Int[Tensor, "I S"]:
@@ -245,14 +255,18 @@ def _ranked(data: _Data, draws: Float[Tensor, "I S D"]) -> Int[Tensor, "I S"]:
 def _climbed_all(data: _Data, start: Float[Tensor, "I m D"], steps: int) -> tuple[Tensor, Tensor]:
     """The best end of the climbs from ``start``, ``(I, D)``, and the objective there, ``(I,)``."""
     at_once = data.at_once(start.shape[1] * (start.shape[2] + 1))
-    ends = [
-        _climbed(data[rows], start[rows], steps)
-        for rows in torch.split(torch.arange(len(start), device=start.device), at_once)
-    ]
+    ends = []
+    for rows in torch.split(torch.arange(len(start), device=start.device), at_once):
+        phi, value = _climbed(data[rows], start[rows], steps // 3)
+        best = value.topk(min(2, value.shape[1]), 1).indices
+        phi, value = _climbed(data[rows], phi.gather(1, best[..., None].expand(-1, -1, phi.shape[2])), steps)
+        best = value.argmax(1, keepdim=True)
+        ends.append((phi.gather(1, best[..., None].expand(-1, -1, phi.shape[2]))[:, 0], value.gather(1, best)[:, 0]))
     return torch.cat([phi for phi, _ in ends]), torch.cat([value for _, value in ends])
 
 
 def _climbed(data: _Data, phi: Float[Tensor, "I m D"], steps: int) -> tuple[Tensor, Tensor]:
+    """Where each climb is after so many steps, and the objective there, ``(I, m)``."""
     longest = _LONGEST * data.precision.diagonal().rsqrt()
     damping = torch.full(phi.shape[:2], 1e-2, dtype=phi.dtype, device=phi.device)
     value = data.objective(phi)
@@ -268,8 +282,7 @@ def _climbed(data: _Data, phi: Float[Tensor, "I m D"], steps: int) -> tuple[Tens
         phi = torch.where(better[..., None], proposed, phi)
         value = torch.where(better, reached, value)
         damping = torch.where(better, 0.2 * damping, 5 * damping).clamp(1e-8, 1e8)
-    best = value.argmax(1, keepdim=True)
-    return phi.gather(1, best[..., None].expand(-1, -1, phi.shape[2]))[:, 0], value.gather(1, best)[:, 0]
+    return phi, value
 
 
 def orthogonal(values: Float[Tensor, "I *m n"], directions: Float[Tensor, "I D n"]) -> Float[Tensor, "I *m n"]:
@@ -321,7 +334,7 @@ def _merged(found: BestFits, again: BestFits, rows: Int[Tensor, " odd"]) -> Best
                 (found.objective, again.objective),
                 (found.residuals, again.residuals),
                 (found.directions, again.directions),
-                (found.information, again.information),
+                (found.sd, again.sd),
             )
         )
     )

@@ -1,12 +1,12 @@
 """Whether the simulator can make each individual's data: are residuals about its best fit like noise?
 
 Every statistic of every individual's residuals is compared with the same statistic of simulated noise after the same
-projection (see :mod:`nlme_sbi.diagnostics.best_fits`), so nothing is assumed of the population that the individuals come
-from, and the network only tells where fits begin. ``K`` simulated data sets of noise stand beside the real one; with all
-of them standardised alike, the real one is exchangeable with them where the model is right, and the share of them that
-looks worse is a p-value without further approximation (Monte-Carlo tests: Barnard 1963; Besag and Clifford 1989,
-Biometrika 76:633). The largest score of a data set controls the chance that any individual at all is named wrongly
-(Westfall and Young 1993).
+projection (see :mod:`nlme_sbi.diagnostics.best_fits`), so nothing is assumed of the population that the individuals
+come from, and the network only tells where fits begin. ``K`` simulated data sets of noise stand beside the real one;
+with all of them standardised alike, the real one is exchangeable with them where the model is right (and linear near
+the fits), and the share of them that looks worse is a p-value (Monte-Carlo tests: Barnard 1963; Besag and Clifford
+1989, Biometrika 76:633). The largest score of a data set controls the chance that any individual at all is named
+wrongly (Westfall and Young 1993).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def residual_tests(
     *,
     generator: torch.Generator,
     level: float = 0.025,
-    replicates: int = 199,
+    replicates: int = 299,
 ) -> ResidualTests:
     """Two tests of the simulator: of single individuals, and of what individuals have in common.
 
@@ -119,7 +119,7 @@ def residual_tests(
     values = _all_statistics(fits, mask, generator, replicates)
     values = torch.where(judged[:, None, None], values, 0.0)
     scores = _standardised(values)
-    oddness = _oddness(scores, values)
+    oddness = _oddness(scores)
     oddness[(left >= _LEFT) & ~judged, 0] = math.inf  # nothing that the simulator can do makes these data
     highest = oddness.amax(0)
     p_individuals, limit = _share_above(highest), _upper(highest[1:], level)
@@ -181,7 +181,7 @@ def _in_order(values: Float[Tensor, "I K n"], mask: Bool[Tensor, "I T C"]) -> tu
     there = mask.transpose(1, 2)
     counts = there.sum(2).to(values.dtype)
     if not bool(mask.all()):
-        order = (~there).to(torch.int8).argsort(2, stable=True)
+        order = (~there).to(torch.int8).sort(dim=2, stable=True).indices
         apart = apart.gather(3, order[:, None].expand_as(apart))
     size = (apart.square().sum(3) / counts.clamp_min(1)[:, None]).sqrt()
     return apart / size.clamp_min(1e-300)[..., None], counts
@@ -193,10 +193,9 @@ def _standardised(values: Float[Tensor, "I K 4"]) -> Float[Tensor, "I K 4"]:
     return torch.where(spread > 1e-9, (values - values.mean(1, keepdim=True)) / spread.clamp_min(1e-9), 0.0)
 
 
-def _oddness(scores: Float[Tensor, "I K 4"], values: Float[Tensor, "I K 4"]) -> Float[Tensor, "I K"]:
+def _oddness(scores: Float[Tensor, "I K 4"]) -> Float[Tensor, "I K"]:
     """Minus log of about the smallest p-value: normal for sums, Gumbel for maxima. Any monotone map would be valid;
     these give all four statistics the same chance to be the largest."""
-    del values
     reduced = scores * (math.pi / math.sqrt(6)) + 0.5772156649015329
     far = reduced > 20
     gumbel = torch.where(far, reduced, -torch.log(-torch.expm1(-torch.exp(-reduced.clamp_max(20)))))
@@ -274,8 +273,8 @@ def individuals_finding(tests: ResidualTests) -> Finding:
         sentence = f"No individual's residuals are unlike noise (the oddest: p = {tests.p_individuals:.2g} of all)."
     else:
         sentence = (
-            f"{count} of {len(tests.ids)} individuals have data that the simulator cannot make: {listed}. Look at their "
-            "fits for outliers, artefacts or another kind of individual, and fit once without them."
+            f"{count} of {len(tests.ids)} individuals have data that the simulator cannot make: {listed}. Look at "
+            "their fits for outliers, artefacts or another kind of individual, and fit once without them."
         )
     return Finding(
         check="misspecification_individuals",

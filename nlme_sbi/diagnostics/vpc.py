@@ -6,17 +6,18 @@ Wallin and Karlsson (2011), AAPS J. 13:143, for the correction by predictions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nlme_sbi.diagnostics.findings import Finding, Light
+from nlme_sbi.diagnostics.replicates import replicated
 from nlme_sbi.types import Censoring, Observations, Simulator, TractableSimulator
 
 Correction = Literal["none", "ratio", "difference"]
@@ -108,7 +109,8 @@ def visual_predictive_check(
             that are logs; "auto" takes the ratio where all predictions are positive.
         typical: unconstrained parameters of each individual's typical value, whose prediction corrects; without it, or
             without a noise-free prediction, the median over data sets does.
-        bins: of time, of equal counts; the usual number of measurements of an individual, at most 20, when left out.
+        bins: of time, of equal counts where times differ much; the usual number of measurements of an individual, at
+            most 20, when left out.
         probabilities: increasing.
         confidence: of the bands.
 
@@ -116,9 +118,285 @@ def visual_predictive_check(
         ValueError: for fewer than 100 data sets, for correction of censored data, or where limits of quantification
             differ within a signal.
     """
-    raise NotImplementedError
+    if phi.shape[1] < _LEAST_REPLICATES:
+        raise ValueError(
+            f"A visual predictive check needs at least {_LEAST_REPLICATES} simulated data sets; got {phi.shape[1]}."
+        )
+    limits = _limits(observations)
+    if correction != "none" and limits is not None:
+        raise ValueError(
+            "Measurements below a limit of quantification cannot be corrected by predictions; take correction=none."
+        )
+    factors = None if correction == "none" else _predictions(simulator, phi, observations, typical, generator)
+    plans = [
+        _plan(observations, signal, bins, correction, None if factors is None else factors[..., signal])
+        for signal in range(len(observations.signals))
+    ]
+    floors = [None if limits is None else limits[signal] for signal in range(len(plans))]
+    data = observations.values.double()
+    if limits is not None and observations.censoring is not None:
+        data = torch.where(observations.censoring == int(Censoring.LEFT), -torch.inf, data)
+    found = [
+        _quantiles(data[:, None, :, place], plan, probabilities, floor)
+        for place, (plan, floor) in enumerate(zip(plans, floors, strict=True))
+    ]
+    simulated = _simulated(simulator, phi, observations, plans, floors, probabilities, generator)
+    checks, scores = [], []
+    for place, (plan, (own, share)) in enumerate(zip(plans, found, strict=True)):
+        among, shares = simulated[place]
+        checks.append(_signal(observations.signals[place], plan, (own[0], share[0]), (among, shares), confidence))
+        scores.append(torch.cat([own, among]).flatten(1))
+    distance = _distance(torch.cat(scores, 1))
+    inside = torch.cat([torch.from_numpy(_outside(one)) for one in checks], 1)
+    return VisualPredictiveCheck(
+        probabilities=tuple(probabilities),
+        confidence=confidence,
+        replicates=phi.shape[1],
+        signals=tuple(checks),
+        outside=float(inside.nanmean()),
+        p_value=float((distance >= distance[0]).double().mean()),
+    )
 
 
-def vpc_finding(check: VisualPredictiveCheck) -> Finding:
-    """Amber where quantiles leave their bands more than simulated data do at 5%, red where most of them do."""
-    raise NotImplementedError
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """Where the measurements of one signal go: their places among ``I T``, sorted by bin, and how they are corrected:
+    ``y scale + shift``."""
+
+    places: Int[Tensor, " n"]
+    starts: list[int]  # of the bins among the places, and the end
+    edges: Float[np.ndarray, " edges"]
+    times: Float[np.ndarray, " B"]
+    scale: Float[Tensor, " n"]
+    shift: Float[Tensor, " n"]
+    correction: Correction
+
+
+def _plan(
+    observations: Observations,
+    signal: int,
+    bins: int | None,
+    correction: Correction | Literal["auto"],
+    prediction: Float[Tensor, "I T"] | None,
+) -> _Plan:
+    observed = observations.design.observed[..., signal]
+    places = torch.nonzero(observed.flatten())[:, 0]
+    if len(places) == 0:
+        raise ValueError(f'The data have no measurements of the signal "{observations.signals[signal]}".')
+    times = observations.design.times.double().flatten()[places]
+    wished = int(observed.sum(1).double().quantile(0.5)) if bins is None else bins
+    edges = _edges(times, max(1, min(wished, _MOST_BINS) if bins is None else wished))
+    bin_of = torch.searchsorted(edges[1:-1].contiguous(), times, right=True)
+    order = bin_of.sort(stable=True).indices
+    counts = torch.bincount(bin_of, minlength=len(edges) - 1)
+    starts = [0, *counts.cumsum(0).tolist()]
+    sorted_times = times[order]
+    middle = [float(sorted_times[low:high].median()) for low, high in pairwise(starts)]
+    scale, shift = torch.ones_like(times), torch.zeros_like(times)
+    chosen: Correction = "none"
+    if prediction is not None:
+        own = prediction.double().flatten()[places][order]
+        positive = bool((own > 0).all())
+        chosen = ("ratio" if positive else "difference") if correction == "auto" else correction
+        typical = torch.cat([own[low:high].median().expand(high - low) for low, high in pairwise(starts)])
+        if chosen == "ratio":
+            # A prediction of exactly 0, before a first dose say, has no ratio: such measurements stay as they are.
+            scale = torch.where(own.abs() > 0, typical / torch.where(own == 0, 1.0, own), 1.0)
+        else:
+            shift = typical - own
+    return _Plan(places[order], starts, edges.cpu().numpy(), np.array(middle), scale, shift, chosen)
+
+
+def _edges(times: Float[Tensor, " n"], bins: int) -> Float[Tensor, " edges"]:
+    """Between bins of about equal counts, each edge in the middle of the gap between two times."""
+    values, counts = torch.unique(times, return_counts=True)
+    if len(values) <= bins:
+        middle = 0.5 * (values[1:] + values[:-1])
+    else:
+        share = counts.cumsum(0) / counts.sum()
+        wished = torch.arange(1, bins, dtype=share.dtype, device=share.device) / bins
+        last = torch.unique((share[None] - wished[:, None]).abs().argmin(1))  # the last time of each bin
+        last = last[last < len(values) - 1]
+        middle = 0.5 * (values[last] + values[last + 1])
+    return torch.cat([values[:1], middle, values[-1:]])
+
+
+def _limits(observations: Observations) -> list[float | None] | None:
+    """Lower limit of quantification of each signal, None where it has none; None without censoring."""
+    if observations.censoring is None:
+        return None
+    codes = torch.where(observations.design.observed, observations.censoring, int(Censoring.NONE))
+    if bool(((codes != int(Censoring.NONE)) & (codes != int(Censoring.LEFT))).any()):
+        raise ValueError(
+            "Visual predictive checks take measurements below a limit of quantification, but not right- or "
+            "interval-censored ones; look at the prediction errors, which take all kinds."
+        )
+    limits: list[float | None] = []
+    for signal, name in enumerate(observations.signals):
+        below = codes[..., signal] == int(Censoring.LEFT)
+        if not bool(below.any()) or observations.upper is None:
+            limits.append(None)
+            continue
+        values = torch.unique(observations.upper[..., signal][below])
+        if len(values) > 1:
+            raise ValueError(
+                f'The signal "{name}" has {len(values)} limits of quantification; a visual predictive check needs one. '
+                "Look at the prediction errors, which take all kinds."
+            )
+        limits.append(float(values[0]))
+    return limits
+
+
+def _predictions(
+    simulator: Simulator,
+    phi: Float[Tensor, "I K D"],
+    observations: Observations,
+    typical: Float[Tensor, "I D"] | None,
+    generator: torch.Generator,
+) -> Float[Tensor, "I T C"]:
+    """What corrects: the prediction for typical parameters, or the median over simulated data sets."""
+    if typical is not None and isinstance(simulator, TractableSimulator):
+        return simulator.predict(typical[:, None], observations.design)[:, 0]
+    step = max(1, _NUMBERS // (phi.shape[1] * observations.values[0].numel()))
+    blocks = torch.split(torch.arange(len(phi), device=phi.device), step)
+    return torch.cat(
+        [replicated(simulator, phi[rows], observations.design[rows], generator).nanmedian(1).values for rows in blocks]
+    )
+
+
+def _simulated(
+    simulator: Simulator,
+    phi: Float[Tensor, "I K D"],
+    observations: Observations,
+    plans: list[_Plan],
+    floors: list[float | None],
+    probabilities: tuple[float, ...],
+    generator: torch.Generator,
+) -> list[tuple[Tensor, Tensor]]:
+    """Quantiles and censored shares of every simulated data set, some data sets at a time."""
+    step = max(1, _NUMBERS // observations.values.numel())
+    parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in plans]
+    for some in torch.split(phi, step, dim=1):
+        values = replicated(simulator, some, observations.design, generator)
+        for place, (plan, floor) in enumerate(zip(plans, floors, strict=True)):
+            parts[place].append(_quantiles(values[..., place], plan, probabilities, floor))
+    return [(torch.cat([own for own, _ in part]), torch.cat([share for _, share in part])) for part in parts]
+
+
+def _quantiles(
+    values: Float[Tensor, "I K T"], plan: _Plan, probabilities: tuple[float, ...], floor: float | None
+) -> tuple[Float[Tensor, "K Q B"], Float[Tensor, "K B"]]:
+    """Quantiles of every data set in every bin, and the share below the limit of quantification; -inf stands for what
+    is below it, NaN for what failed."""
+    flat = values.double().movedim(1, 0).flatten(1)[:, plan.places]
+    if floor is not None:
+        flat = torch.where(flat < floor, -torch.inf, flat)
+    share = torch.stack([torch.isneginf(flat[:, low:high]).double().mean(1) for low, high in pairwise(plan.starts)], 1)
+    corrected = torch.where(torch.isneginf(flat), flat, flat * plan.scale + plan.shift)
+    found = torch.stack(
+        [_sorted_quantiles(corrected[:, low:high], probabilities) for low, high in pairwise(plan.starts)], 2
+    )
+    return found, share
+
+
+def _sorted_quantiles(values: Float[Tensor, "K n"], probabilities: tuple[float, ...]) -> Float[Tensor, "K Q"]:
+    """Linear between order statistics, NaN left out; NaN where a quantile lies below the limit of quantification."""
+    ordered = values.sort(1).values  # NaN last
+    count = (~torch.isnan(values)).sum(1, keepdim=True)
+    levels = torch.tensor(probabilities, dtype=values.dtype, device=values.device)
+    place = levels * (count - 1).clamp_min(0)
+    low = place.floor().long()
+    high = torch.minimum(low + 1, (count - 1).clamp_min(0))
+    below, above = ordered.gather(1, low), ordered.gather(1, high)
+    found = torch.where(below == above, below, below + (place - low) * (above - below))
+    return torch.where(torch.isfinite(found), found, torch.nan)
+
+
+def _signal(
+    name: str,
+    plan: _Plan,
+    own: tuple[Tensor, Tensor],
+    among: tuple[Tensor, Tensor],
+    confidence: float,
+) -> SignalQuantiles:
+    levels = torch.tensor([0.5 * (1 - confidence), 0.5, 0.5 * (1 + confidence)], dtype=torch.float64)
+    low, middle, high = (part.cpu().numpy() for part in among[0].nanquantile(levels.to(among[0]), dim=0))
+    censored = None
+    if float(own[1].sum() + among[1].sum()) > 0:
+        censored = torch.cat([own[1][None], among[1].quantile(levels.to(among[1]), dim=0)]).cpu().numpy()
+    return SignalQuantiles(
+        signal=name,
+        edges=plan.edges,
+        times=plan.times,
+        counts=np.diff(plan.starts),
+        observed=own[0].cpu().numpy(),
+        lower=low,
+        median=middle,
+        upper=high,
+        censored=censored,
+        correction=plan.correction,
+    )
+
+
+def _outside(check: SignalQuantiles) -> Float[np.ndarray, "Q B"]:
+    """1 where an observed quantile is outside its band, 0 inside, NaN where there is none."""
+    outside = ((check.observed < check.lower) | (check.observed > check.upper)).astype(float)
+    known = np.isfinite(check.observed) & np.isfinite(check.lower) & np.isfinite(check.upper)
+    return np.where(known, outside, np.nan)
+
+
+def _distance(quantiles: Float[Tensor, "K n"]) -> Float[Tensor, " K"]:
+    """Mean squared distance of each data set's quantiles from the middle of all, in their SDs."""
+    known = torch.isfinite(quantiles).all(0)
+    some = quantiles[:, known]
+    spread = some.std(0)
+    standard = torch.where(spread > 0, (some - some.mean(0)) / spread.clamp_min(1e-300), 0.0)
+    return standard.square().mean(1) if some.shape[1] else torch.zeros(len(quantiles))
+
+
+def _frame(check: SignalQuantiles, probabilities: tuple[float, ...]) -> pd.DataFrame:
+    levels, bins = check.observed.shape
+    which = np.tile(np.arange(bins), levels)
+    return pd.DataFrame(
+        {
+            "signal": check.signal,
+            "bin": which + 1,
+            "from": check.edges[:-1][which],
+            "to": check.edges[1:][which],
+            "time": check.times[which],
+            "count": check.counts[which],
+            "probability": np.repeat(probabilities, bins),
+            "observed": check.observed.ravel(),
+            "lower": check.lower.ravel(),
+            "median": check.median.ravel(),
+            "upper": check.upper.ravel(),
+            "correction": check.correction,
+        }
+    )
+
+
+def vpc_finding(check: VisualPredictiveCheck, *, level: float = 0.05) -> Finding:
+    """Amber where quantiles lie farther from simulated ones than those from each other at 5%, red where most are
+    outside their bands."""
+    corrected = any(one.correction != "none" for one in check.signals)
+    rejected = check.p_value <= level
+    light: Light = "green" if not rejected else "red" if check.outside > 0.5 else "amber"
+    kind = "prediction-corrected quantiles" if corrected else "quantiles"
+    told = (
+        f"{100 * check.outside:.0f}% of the data's {kind} over time lie outside the {100 * check.confidence:g}% bands "
+        f"of {check.replicates} simulated data sets (p = {check.p_value:.2g})"
+    )
+    advice = " The model does not describe how typical values or their spread go with time: see where they leave them."
+    return Finding(
+        check="vpc_corrected" if corrected else "vpc",
+        title="Visual predictive check" + (", prediction-corrected" if corrected else ""),
+        light=light,
+        sentence=f"{told}." + (advice if rejected else ""),
+        rule=(
+            f"Green where the data's quantiles are no farther from the simulated ones (mean squared distance in SDs) "
+            f"than those of a simulated data set are in {100 * level:g}% of cases, so at most {100 * level:g}% false "
+            "alarms (fewer, because parameters were estimated from the same data); red where also more than half are "
+            "outside their bands; amber between."
+        ),
+        numbers={"outside": check.outside, "p": check.p_value, "replicates": check.replicates},
+    )

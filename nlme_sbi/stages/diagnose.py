@@ -25,6 +25,7 @@ from nlme_sbi.runs import (
     save_json,
     write_atomically,
 )
+from nlme_sbi.stages.data_checks import misspecification_checks
 from nlme_sbi.stages.fit_population import sha256_of_observations
 from nlme_sbi.stages.network_checks import (
     Check,
@@ -51,6 +52,7 @@ _ALWAYS: tuple[tuple[str, str, Check], ...] = (
 _WITH_DATA: tuple[tuple[str, str, Check], ...] = (
     ("local", "Calibration of individuals like the data's", local_checks),
     ("agreement_data", "Agreement with the exact posterior, the data", partial(agreement_checks, of_data=True)),
+    ("misspecification", "Misspecification of the data", misspecification_checks),
 )
 
 

@@ -19,6 +19,7 @@ from nlme_sbi.io import describe
 from nlme_sbi.population.assessment import Assessment, assessed
 from nlme_sbi.population.bootstrap import Weights
 from nlme_sbi.population.fit import fit_population as fit_population_model
+from nlme_sbi.population.influence import influence
 from nlme_sbi.population.intervals import intervals_frame
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import Estimator, PopulationSpecification
@@ -138,6 +139,7 @@ def fit_population(cfg: DictConfig) -> float:
                 progress=progress.report,
             )
         _save_tables(run, fit, upstream[0].config["simulator"])
+        _save_influence(run, fit)
         generator = seeded(device, seed, INDIVIDUALS_STREAM)
         save_individuals(run, fit, observations, posterior, settings=wished, generator=generator)
         log.info("\n%s", fit.table())
@@ -182,6 +184,16 @@ def _save_tables(run: RunDirectory, fit: PopulationFit, simulator: Mapping[str, 
     for name, text in texts.items():
         write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
     save_json(run.path / "fit.json", {**fit.to_dict(), "simulator": simulator})
+
+
+def _save_influence(run: RunDirectory, fit: PopulationFit) -> None:
+    """``influence.csv``, or the reason why there is none."""
+    try:
+        text = influence(fit.state, fit.theta, fit.covariance, fit.ids).to_frame().to_csv(index=False)
+    except ValueError as problem:
+        log.info("No influence.csv: %s", problem)
+        return
+    write_atomically(run.path / "influence.csv", lambda file: _write(file, text))
 
 
 def _write(file: Any, text: str) -> None:
