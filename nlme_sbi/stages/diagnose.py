@@ -25,13 +25,13 @@ from nlme_sbi.runs import (
     save_json,
     write_atomically,
 )
+from nlme_sbi.stages.exact_checks import agreement_checks
 from nlme_sbi.stages.fit_population import sha256_of_observations
 from nlme_sbi.stages.network_checks import (
     Check,
     DiagnosisSettings,
     Outcome,
     Subject,
-    agreement_checks,
     attempted_check,
     local_checks,
     prior_checks,
