@@ -84,8 +84,8 @@ def chains_finding(ids: tuple[str, ...], told: Float[np.ndarray, " I"], chains: 
         "smallest_ess": float(chains.ess.min()),
     }
     rule = (
-        f"Amber: a classifier tells the draws of the typical one apart in more than {_TOLD_APART:.0%} of cases (50%: not "
-        f"at all). Grey: the chains of no individual have met (R-hat above {LARGEST_RHAT:g})."
+        f"Amber: a classifier tells the draws of the typical one apart in more than {_TOLD_APART:.0%} of cases (50%: "
+        f"not at all). Grey: the chains of no individual have met (R-hat above {LARGEST_RHAT:g})."
     )
     title = "Long Markov chains of a few individuals"
     if not met.any():

@@ -3,8 +3,8 @@ r"""Exact posteriors of a few individuals by long Markov chains, as something to
 Several independent ensembles of walkers for every individual, all moved at once. A step is one of two moves: stretches
 of each half of the walkers along the other half (Goodman and Weare 2010), which need no tuning because they are affine-
 invariant; and, every fifth step, proposals from the network with the Metropolis-Hastings correction, which carry
-walkers between modes that the network knows. Where the simulator declares exchangeable parameters, walkers are swapped too, so that both
-labellings are visited. Walkers start at network draws that are chosen by their exact weights.
+walkers between modes that the network knows. Where the simulator declares exchangeable parameters, walkers are swapped
+too, so that both labellings are visited. Walkers start at network draws that are chosen by their exact weights.
 
 Ensembles that do not agree (rank-normalised split R-hat) are reported and not used.
 
