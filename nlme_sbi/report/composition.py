@@ -19,7 +19,7 @@ from nlme_sbi.report.estimates import estimates_section
 from nlme_sbi.report.individual_fits import Shown, closeness, fits_section, shown_individuals
 from nlme_sbi.report.individuals import individual_quantities, individuals_section, weight_flags
 from nlme_sbi.report.model_check import Checked, Simulated, model_section, simulated
-from nlme_sbi.report.network import Diagnosis, familiar_section, individual_scores, network_section
+from nlme_sbi.report.network import Diagnosis, familiar_section, individual_scores, network_section, unlike_training
 from nlme_sbi.report.population_check import influence_of, population_section
 from nlme_sbi.report.provenance import provenance_section
 from nlme_sbi.report.reported import ReportedFit
@@ -136,8 +136,10 @@ def _individuals(fit: ReportedFit, diagnosis: Diagnosis, close: Tensor | None, s
     flags = weight_flags(fit)
     scores = individual_scores(diagnosis)
     if scores is not None:
-        others["score"] = ("out-of-distribution score", scores["score"])
-        flagged = scores["flagged"].reindex(fit.individuals["id"]).fillna(False)
+        for key, label in (("oddness", "oddness of the residuals"), ("distance", "distance from training simulations")):
+            if key in scores:
+                others[key] = (label, scores[key])
+        flagged = unlike_training(scores).reindex(fit.individuals["id"], fill_value=False)
         flags["unlike the training data"] = flagged.to_numpy(bool)
     try:
         influence = influence_of(fit).set_index("id")["cook"]

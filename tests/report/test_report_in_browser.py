@@ -143,8 +143,12 @@ def test_individuals_are_filtered_found_and_followed_to_their_fit(desk: Page) ->
         desk.evaluate(f"{flag}.click()")
         desk.wait_for(f"{points} === {count}")
         desk.evaluate(f"{flag}.click()")
-    desk.evaluate("document.querySelector('[data-figure=individuals]').emit('plotly_click', {points: [{customdata: 11}]})")
-    assert desk.evaluate("document.querySelector('[data-controls=individual_fit] select').selectedOptions[0].text") == "12"
+    desk.evaluate(
+        "document.querySelector('[data-figure=individuals]').emit('plotly_click', {points: [{customdata: 11}]})"
+    )
+    assert (
+        desk.evaluate("document.querySelector('[data-controls=individual_fit] select').selectedOptions[0].text") == "12"
+    )
 
 
 def test_colours_follow_the_reader_and_figures_with_them(desk: Page) -> None:
@@ -178,7 +182,9 @@ def test_a_phone_needs_no_sideways_scrolling(chromium: Browser, made: Path) -> N
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE
     assert page.evaluate("window.innerWidth") == PHONE  # a wider page would make the browser zoom out
     # Tables scroll inside their own boxes, which the keyboard reaches.
-    boxes = page.evaluate("[...document.querySelectorAll('.scroll')].map((one) => [one.scrollWidth > one.clientWidth, one.tabIndex])")
+    boxes = page.evaluate(
+        "[...document.querySelectorAll('.scroll')].map((one) => [one.scrollWidth > one.clientWidth, one.tabIndex])"
+    )
     assert any(wide for wide, _ in boxes)
     assert all(index == 0 for _, index in boxes)
     assert page.complaints() == []
