@@ -166,6 +166,10 @@ class Page:
             more = {"captureBeyondViewport": True, "clip": {**size, "scale": 1}}
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png", **more)["data"]))
 
+    def close(self) -> None:
+        """Forget the page."""
+        self.call("Page.close")
+
     def pdf(self, path: Path) -> None:
         """The page as it prints."""
         path.write_bytes(base64.b64decode(self.call("Page.printToPDF", preferCSSPageSize=True)["data"]))

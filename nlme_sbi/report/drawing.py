@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from nlme_sbi.plots.canvas import BLACK, BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, SKY, VERMILION
 
 _DPI = 200
+_PIXELS = 1.6  # of the page for a point (1/72 inch) of the figure: text of 8 points gets 13 pixels
+KINDS = ("png", "pdf", "svg")
 # Colours of the figures and the names of the page's own, which differ between light and dark.
 NAMED = {
     BLACK: "ink",
@@ -40,18 +42,29 @@ def saved_figure(figure: Figure, kind: str, *, name: str) -> bytes:
     return held.getvalue()
 
 
-def inline_svg(figure: Figure, *, name: str) -> str:
-    """A figure as an ``<svg>`` element for the page: as wide as its box, text as text, colours by the page's names.
+def drawn_figure(figure: Figure, *, name: str) -> dict[str, bytes]:
+    """A figure in all :data:`KINDS`. Its layout is worked out once, which takes longer than drawing it."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return {kind: saved_figure(figure, kind, name=name) for kind in KINDS}
+
+
+def inline_svg(svg: bytes) -> str:
+    """An SVG file as an ``<svg>`` element for the page: as wide as its box, text as text, colours by the page's names.
 
     The element is hidden from screen readers, to whom the box around it tells the alternative text.
     """
-    text = _PROLOGUE.sub("", saved_figure(figure, "svg", name=name).decode())
+    text = _PROLOGUE.sub("", svg.decode())
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<title>.*?</title>", "", text, flags=re.DOTALL)
     head, body = text.split(">", 1)
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # every figure has an axes_1; ids on a page are unique
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
-    return f'{head} class="drawn" aria-hidden="true" focusable="false">' + _HEX.sub(_by_name, body)
+    width = float(head.split('viewBox="')[1].split('"')[0].split()[2])
+    return (
+        f'{head} class="drawn" style="max-width: {_PIXELS * width:.0f}px" aria-hidden="true" focusable="false">'
+        + _HEX.sub(_by_name, body)
+    )
 
 
 def _by_name(found: re.Match[str]) -> str:

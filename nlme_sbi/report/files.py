@@ -11,11 +11,9 @@ from typing import BinaryIO
 import pandas as pd
 
 from nlme_sbi.report.content import Report
-from nlme_sbi.report.drawing import saved_figure
+from nlme_sbi.report.drawing import drawn_figure
 from nlme_sbi.report.page import page
 from nlme_sbi.runs import save_json, write_atomically
-
-KINDS = ("png", "pdf", "svg")
 
 
 def save_report(directory: Path, report: Report, frames: Mapping[str, pd.DataFrame]) -> None:
@@ -26,11 +24,12 @@ def save_report(directory: Path, report: Report, frames: Mapping[str, pd.DataFra
         report: what is on the page.
         frames: further numbers, each a CSV in ``tables/``.
     """
+    drawn: dict[str, bytes] = {}
     for picture in report.pictures:
         if picture.drawn is not None:
-            for kind in KINDS:
-                content = saved_figure(picture.drawn, kind, name=picture.name)
+            for kind, content in drawn_figure(picture.drawn, name=picture.name).items():
                 write_atomically(directory / "figures" / f"{picture.name}.{kind}", _writer(content))
+                drawn |= {picture.name: content} if kind == "svg" else {}
         elif picture.png is not None:
             write_atomically(directory / "figures" / f"{picture.name}.png", _writer(picture.png))
     for table in report.tables:
@@ -39,7 +38,7 @@ def save_report(directory: Path, report: Report, frames: Mapping[str, pd.DataFra
         text = frame.to_csv(index=False, float_format="%.8g")
         write_atomically(directory / "tables" / f"{name}.csv", _writer(text.encode()))
     save_json(directory / "report.json", report.to_dict())
-    write_atomically(directory / "report.html", _writer(page(report).encode()))
+    write_atomically(directory / "report.html", _writer(page(report, drawn).encode()))
 
 
 def _csv(records: list[dict[str, float | str | None]]) -> str:

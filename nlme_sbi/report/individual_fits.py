@@ -23,6 +23,7 @@ _POINTS = 120  # of a curve
 _DRAWS = 200  # of each individual; a 95% band needs no more
 _COPIES = 5
 _PANELS = 12
+_EVERYBODY = 24  # individuals, up to which all are shown
 _AT_ONCE = 4_000_000  # measured values that likelihoods are evaluated for in one piece
 Reason = Literal["representative", "worst fit", "fewest effective draws", "chosen"]
 _GROUPS: tuple[tuple[Reason, str], ...] = (
@@ -88,6 +89,9 @@ def shown_individuals(
             found[row] = found[row] if found.get(row) == "chosen" else "worst fit"
     for row in torch.argsort(ess)[: max(1, each // 2)].tolist():
         found.setdefault(row, "fewest effective draws")
+    if count <= _EVERYBODY:
+        for row in range(count):
+            found.setdefault(row, "representative")
     position = {row: place for place, row in enumerate(order)}
     rows = sorted(found, key=lambda row: ([reason for reason, _ in _GROUPS].index(found[row]), position[row]))
     return Shown(tuple(rows), tuple(found[row] for row in rows))

@@ -99,7 +99,7 @@ def _calibration_pictures(run: FinishedRun, findings: Sequence[Finding]) -> Iter
     """Drawn from the tables of the diagnosis; a table that it does not have is left out."""
     for where, beginning, whom in (
         ("prior", "calibration", "individuals simulated from the training prior"),
-        ("data", "local", "individuals simulated like those of the data"),
+        ("local", "local", "individuals simulated like those of the data"),
     ):
         said = {one.check: one.sentence for one in findings}
         ranks, coverage = _of(run, "calibration_curves.csv", where), _of(run, "coverage.csv", where)

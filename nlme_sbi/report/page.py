@@ -12,15 +12,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from nlme_sbi.report.content import Picture, Report
+from nlme_sbi.report.content import Report
 from nlme_sbi.report.drawing import inline_svg
 
 LIGHT_WORDS = {"green": "Passed", "amber": "Caution", "red": "Do not rely on this", "grey": "Not checked"}
 _DIGITS = 5  # of coordinates on the page, which no screen resolves further
 
 
-def page(report: Report) -> str:
+def page(report: Report, drawn: Mapping[str, bytes]) -> str:
     """The whole file as text.
+
+    Args:
+        report: what is on it.
+        drawn: the SVG file of every picture that is drawn and not interactive, by its name.
 
     Whatever comes from data (ids, names of signals, messages) is escaped; the script and its figures are data to the
     page's own script only.
@@ -33,7 +37,7 @@ def page(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "svg": _svg,
+        "svg": lambda picture: Markup(inline_svg(drawn[picture.name])),
         "data_uri": _data_uri,
         "exact": repr,
         "plain": _plain,
@@ -73,10 +77,6 @@ def shortened(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): shortened(inner) for key, inner in value.items()}
     return [shortened(inner) for inner in value]
-
-
-def _svg(picture: Picture) -> Markup:
-    return Markup("" if picture.drawn is None else inline_svg(picture.drawn, name=picture.name))
 
 
 def _data_uri(png: bytes) -> str:

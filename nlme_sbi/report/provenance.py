@@ -113,41 +113,33 @@ def _finding(chain: Sequence[Origin], lost: Sequence[str]) -> Finding:
 
 
 def _table(chain: Sequence[Origin]) -> Table:
-    rows = []
-    for one in chain:
-        manifest = one.run.manifest
-        git = manifest.get("git") or {}
-        versions, machine = manifest.get("versions") or {}, manifest.get("machine") or {}
-        changed = " with uncommitted changes" if git.get("dirty") else ""
-        data = (manifest["inputs"].get("data") or {}).get("sha256")
-        rows.append(
-            (
-                Cell(str(manifest["stage"])),
-                Cell(one.run.path.name),
-                Cell(str(manifest["created"])[:19].replace("T", " ") + " UTC"),
-                Cell(f"{manifest['seconds']:.1f} s"),
-                Cell((str(git.get("commit"))[:12] + changed) if git else "none"),
-                Cell(", ".join(f"{name} {value}" for name, value in (manifest.get("seeds") or {}).items()) or "–"),
-                Cell(one.run.sha256[:16]),
-                Cell(data[:16] if data else "–"),
-                Cell(f"{versions.get('nlme_sbi')}; Python {versions.get('python')}, torch {versions.get('torch')}"),
-                Cell(str(machine.get("gpu") or machine.get("processor") or "–")),
-            )
-        )
-    headings = (
-        "stage",
-        "run",
-        "made",
-        "took",
-        "git commit",
-        "seeds",
-        "hash of the results",
-        "hash of the data",
-        "nlme_sbi and versions",
-        "machine",
-    )
+    """A column a run."""
+    told = [_told(one.run) for one in chain]
+    rows = tuple((Cell(name), *(Cell(column[name]) for column in told)) for name in told[0])
+    headings = ("", *(str(one.run.manifest["stage"]) for one in chain))
     note = "Hashes are SHA-256, shortened; each run's manifest.json has them whole, with every file and every version."
-    return Table("runs", "Runs behind this report", headings, tuple(rows), note=note)
+    return Table("runs", "Runs behind this report", headings, rows, note=note)
+
+
+def _told(run: FinishedRun) -> dict[str, str]:
+    manifest = run.manifest
+    git, versions = manifest.get("git") or {}, manifest.get("versions") or {}
+    machine = manifest.get("machine") or {}
+    data = (manifest["inputs"].get("data") or {}).get("sha256")
+    return {
+        "run": run.path.name,
+        "made (UTC)": str(manifest["created"])[:19].replace("T", " "),
+        "took": f"{manifest['seconds']:.1f} s",
+        "git commit": str(git["commit"])[:12] if git else "none",
+        "uncommitted changes": ("yes" if git.get("dirty") else "no") if git else "unknown",
+        "seeds": ", ".join(str(value) for value in (manifest.get("seeds") or {}).values()) or "–",
+        "hash of the results": run.sha256[:16],
+        "hash of the data": data[:16] if data else "–",
+        "nlme_sbi": str(versions.get("nlme_sbi")),
+        "Python": str(versions.get("python")),
+        "torch": str(versions.get("torch")),
+        "machine": str(machine.get("gpu") or machine.get("processor") or "–"),
+    }
 
 
 def _named(one: Origin, chain: Sequence[Origin]) -> Mapping[str, str]:

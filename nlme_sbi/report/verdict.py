@@ -19,7 +19,7 @@ _QUESTIONS: Mapping[Topic, str] = {
 }
 _WORDS: Mapping[Topic, Mapping[Light, str]] = {
     "network": {"green": "Yes", "amber": "With limits", "red": "No", "grey": "Not checked"},
-    "familiar": {"green": "Yes", "amber": "Not all of them", "red": "No", "grey": "Not checked"},
+    "familiar": {"green": "Yes", "amber": "Not quite", "red": "No", "grey": "Not checked"},
     "model": {"green": "Yes", "amber": "With limits", "red": "No", "grey": "Not fully checked"},
     "trust": {
         "green": "As its errors say",
@@ -33,7 +33,7 @@ _RULE = (
     "rule, "
     "with its error rate where it is a test."
 )
-_LISTED = 6  # checks that are named in one sentence, at most
+_NETWORK_ALONE = ("misspecification_support",)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
@@ -52,7 +52,8 @@ def verdict(findings: Mapping[Topic, Sequence[Finding]], *, by_likelihood: bool)
 def _answer(topic: Topic, found: tuple[Finding, ...], *, by_likelihood: bool) -> Answer:
     light = worst(found) if found else "grey"
     sentence = _summed_up(found)
-    if topic in ("network", "familiar") and by_likelihood and light in ("amber", "red"):
+    failed = [one for one in found if one.light in ("amber", "red")]
+    if by_likelihood and failed and all(_of_the_network(topic, one) for one in failed):
         sentence += (
             " The estimates below come from the likelihood itself, for which the network only told where to begin, so "
             "this does not reach them."
@@ -60,26 +61,24 @@ def _answer(topic: Topic, found: tuple[Finding, ...], *, by_likelihood: bool) ->
     return Answer(topic, _QUESTIONS[topic], light, _WORDS[topic][light], sentence, _RULE, found)
 
 
+def _of_the_network(topic: Topic, finding: Finding) -> bool:
+    """Whether a check is about the network alone: what it says of the simulator concerns every estimator."""
+    return topic == "network" or finding.check in _NETWORK_ALONE
+
+
 def _summed_up(found: tuple[Finding, ...]) -> str:
     """What all checks of a topic say together."""
     if not found:
         return "Nothing of this was checked."
     light = worst(found)
-    if light == "green":
-        if len(found) == 1:
-            return first_sentence(found[0].sentence)
-        if len(found) > _LISTED:
-            return f"All {len(found)} checks passed: {_lower(first_sentence(found[0].sentence))}"
-        return f"All {len(found)} checks passed: {_listed([_lower(one.title) for one in found])}."
-    gravest = [one for one in found if one.light == light]
+    gravest = next(one for one in found if one.light == light)
+    said = first_sentence(gravest.sentence)
     if len(found) == 1:
-        return first_sentence(found[0].sentence)
+        return said
+    if light == "green":
+        return f"All {len(found)} checks passed: {_lower(said)}"
     passed = sum(one.light == "green" for one in found)
-    names = _listed([_lower(one.title) for one in gravest])
-    others = f"{passed} of {len(found)} checks passed"
-    if light == "grey":
-        return f"{others}; not judged: {names} ({_lower(first_sentence(gravest[0].sentence)).rstrip('.')})."
-    return f"{others}; most of all {names} did not: {_lower(first_sentence(gravest[0].sentence))}"
+    return f"{passed} of {len(found)} checks passed; {_lower(said)}"
 
 
 def _limits(findings: Mapping[Topic, Sequence[Finding]], *, by_likelihood: bool) -> Answer:
@@ -89,7 +88,7 @@ def _limits(findings: Mapping[Topic, Sequence[Finding]], *, by_likelihood: bool)
     weighed: list[tuple[Light, Finding]] = []
     for topic in order:
         for one in findings.get(topic, ()):
-            capped = by_likelihood and topic in ("network", "familiar") and one.light == "red"
+            capped = by_likelihood and _of_the_network(topic, one) and one.light == "red"
             weighed.append(("amber" if capped else one.light, one))
     rule = (
         "The light is the gravest of all checks. "
@@ -113,9 +112,9 @@ def _limits(findings: Mapping[Topic, Sequence[Finding]], *, by_likelihood: bool)
     words: Mapping[Light, str] = {"amber": "See here", "red": "Resolve this first", "grey": "Checks are missing"}
     if not gravest:
         return Answer("limits", question, "grey", words["grey"], "Nothing was checked.", rule)
-    said = f"{gravest[0].title}: {gravest[0].sentence}"
+    said = gravest[0].sentence
     if len(gravest) > 1:
-        said += f" Then: {_listed([_lower(one.title) for one in gravest[1:]])}."
+        said += f" Then look at: {', '.join(_quoted(one.title) for one in gravest[1:])}."
     return Answer("limits", question, light, words[light], said, rule, tuple(gravest))
 
 
@@ -130,5 +129,6 @@ def _lower(text: str) -> str:
     return text if len(word) < 2 or word[1:] != word[1:].lower() else text[0].lower() + text[1:]
 
 
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _quoted(title: str) -> str:
+    """Titles may be questions."""
+    return f"\u201c{title}\u201d"

@@ -30,6 +30,9 @@ def drawing() -> Figure:
     return figure
 
 
+SVGS = {"static": saved_figure(drawing(), "svg", name="static")}
+
+
 def whole(words: str) -> Report:
     picture = Picture("scatter", words, words, words, drawn=drawing(), interactive=explorer(words))
     static = Picture("static", words, words, words, drawn=drawing())
@@ -46,7 +49,7 @@ def explorer(words: str) -> dict[str, object]:
 
 
 def test_whatever_data_are_called_stays_text() -> None:
-    text = page(whole(HOSTILE))
+    text = page(whole(HOSTILE), SVGS)
     # Two elements of ours begin before the plotting library's own text, its figures and itself; a third would be the
     # data's.
     assert len(re.findall(r"<script[ >]", text.split("/**\n* plotly.js")[0])) == 2
@@ -59,7 +62,7 @@ def test_whatever_data_are_called_stays_text() -> None:
 
 
 def test_the_page_asks_no_network_and_the_browser_forbids_it() -> None:
-    text = page(whole("plain"))
+    text = page(whole("plain"), SVGS)
     ours = re.sub(r"<script>/\*\*\n\* plotly\.js.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r'(src|href)="(?!#|data:)', ours)
     assert not re.search(r"url\((?!#)", ours)
@@ -74,7 +77,7 @@ def test_numbers_that_json_does_not_have_are_refused_or_null() -> None:
 
 
 def test_pictures_follow_the_page_and_repeat_to_the_byte() -> None:
-    text = inline_svg(drawing(), name="a")
+    text = inline_svg(saved_figure(drawing(), "svg", name="a"))
     assert text.startswith("<svg ")
     assert 'aria-hidden="true"' in text.split(">")[0]
     assert not re.search(r"\s(width|height)=", text.split(">")[0])
@@ -83,7 +86,10 @@ def test_pictures_follow_the_page_and_repeat_to_the_byte() -> None:
     assert "a &lt; b" in text  # text stays text, which can be found and read out
     for kind in ("png", "pdf", "svg"):
         assert saved_figure(drawing(), kind, name="a") == saved_figure(drawing(), kind, name="a"), kind
-    ids = [set(re.findall(r' id="([mpc][0-9a-f]{8,})"', inline_svg(drawing(), name=name))) for name in "ab"]
+    ids = [
+        set(re.findall(r' id="([mpc][0-9a-f]{8,})"', inline_svg(saved_figure(drawing(), "svg", name=name))))
+        for name in "ab"
+    ]
     assert ids[0]
     assert not ids[0] & ids[1]  # two pictures on a page must not share clip paths
 
@@ -137,11 +143,21 @@ def test_a_bad_network_weighs_less_where_the_likelihood_decides() -> None:
     assert "Train longer." in with_ratio[4].sentence
 
 
+def test_a_simulator_that_cannot_make_the_data_concerns_every_estimator() -> None:
+    topics = {"familiar": [finding("misspecification_model", "red"), finding("misspecification_support", "red")]}
+    answers = verdict(topics, by_likelihood=True)
+    assert answers[4].light == "red"
+    assert "does not reach them" not in answers[1].sentence
+    far = verdict({"familiar": topics["familiar"][1:]}, by_likelihood=True)
+    assert far[4].light == "amber"
+    assert "does not reach them" in far[1].sentence
+
+
 def test_the_estimate_is_named_before_the_model_and_the_network() -> None:
     topics = {name: [finding(name, "amber")] for name in ("network", "model", "trust")}
     said = verdict(topics, by_likelihood=False)[4]
     assert [one.check for one in said.findings] == ["trust", "model", "network"]
-    assert said.sentence.startswith("Trust: It is so.")
+    assert said.sentence == "It is so. More follows. Then look at: “Model”, “Network”."
 
 
 def test_first_sentences_end_where_people_would_say() -> None:

@@ -24,7 +24,8 @@ from nlme_sbi.runs import FinishedRun, load_run, save_json, sha256_of_file
 from nlme_sbi.runs.directory import sealed
 from nlme_sbi.stages.report import report
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "stages")]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 from small_fit import small_fit
 from tiny_runs import only_run
 
@@ -48,8 +49,9 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
         made = composition.Checked(Section(name.split("_")[0], name))
         monkeypatch.setattr(composition, name, lambda *_, made=made, **__: made)
     monkeypatch.setattr("nlme_sbi.report.provenance.command_of", lambda *_: Command("python scripts/..."))
-    monkeypatch.setattr("nlme_sbi.report.files.saved_figure", lambda *_, **__: b"drawn")
-    monkeypatch.setattr("nlme_sbi.report.page.inline_svg", lambda *_, **__: "<svg></svg>")
+    monkeypatch.setattr(
+        "nlme_sbi.report.files.drawn_figure", lambda *_, **__: {"svg": b'<svg viewBox="0 0 1 1"></svg>'}
+    )
 
 
 def reported(root: Path, *overrides: str) -> FinishedRun:

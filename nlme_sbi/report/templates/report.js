@@ -176,6 +176,7 @@
       }
       await new Promise((resolve) => setTimeout(resolve)); // the page stays usable between figures
     }
+    performance.mark('drawn');
     root.dataset.drawn = String(names.length);
   }
   names.forEach((name) => {
