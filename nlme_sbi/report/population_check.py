@@ -108,6 +108,8 @@ def _tested(effects: RandomEffects, frames: dict[str, pd.DataFrame]) -> Made:
 
 def _covariates(fit: ReportedFit, effects: RandomEffects, frames: dict[str, pd.DataFrame]) -> Made:
     design = fit.taken_up().observations.design
+    if design.covariates is None:  # then there is nothing to check, which is no gap
+        return (), ()
     tests = covariate_tests(effects, design)
     frames["covariate_tests"] = tests.table
     ranked = tests.table.sort_values("p", kind="stable")
