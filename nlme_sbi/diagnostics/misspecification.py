@@ -37,6 +37,7 @@ from nlme_sbi.diagnostics.misspecification_summaries import (
 from nlme_sbi.types import Observations
 
 COPIES = 9
+DRAWS = 60  # of each individual: enough to begin fits from
 _TESTS = 3  # that share the error rate
 
 
@@ -83,7 +84,7 @@ def misspecification(
     Args:
         network: with summaries; an ensemble gives its first member.
         observations: the data, covered by the network, on its device.
-        draws: from the posterior of each individual, some tens.
+        draws: from the posterior of each individual, :data:`DRAWS` or more.
         generator: on the device of the network.
         error_rate: of the three tests of the simulator together, and of that of the support.
         simulations: from the training prior, for distances.

@@ -24,6 +24,12 @@ from nlme_sbi.diagnostics.findings import Finding, Light
 from nlme_sbi.types import Observations, Prior, Simulator
 
 STATISTICS = ("correlation", "run", "farthest", "waves")
+_WORDS = {
+    "correlation": "neighbouring ones are alike",
+    "run": "ones of the same sign come in runs",
+    "farthest": "single ones stick out",
+    "waves": "they go up and down in waves",
+}
 _WINDOWS = (2, 4, 8, 16)
 _LEFT = 3  # dimensions that fits must leave for residuals to tell anything
 _NUMBERS = 4_000_000
@@ -47,6 +53,7 @@ class ResidualTests:
         named: ``(I,)`` individuals above it.
         p_individuals: that the oddest is like noise, all individuals considered.
         p_model: that the others together are like noise: whether they have something in common that the model lacks.
+        common: ``(4,)`` each statistic's mean over the others, in the SDs that it has between data sets of noise.
         correlation: of neighbouring residuals, mean over individuals, beyond what projected noise has.
         level: of each of the two tests.
         replicates: simulated data sets of noise.
@@ -60,6 +67,7 @@ class ResidualTests:
     named: Bool[Tensor, " I"]
     p_individuals: float
     p_model: float
+    common: Float[Tensor, " 4"]
     correlation: float
     level: float
     replicates: int
@@ -125,7 +133,7 @@ def residual_tests(
     p_individuals, limit = _share_above(highest), _upper(highest[1:], level)
     named = oddness > limit
     kept = judged[:, None] & (~named | (named.double().mean(0) > _MANY))
-    p_model = _share_above(_in_common(scores, kept))
+    common = _in_common(scores, kept)
     missing = torch.where(judged, 0.0, math.nan)[:, None]
     return ResidualTests(
         ids=observations.ids,
@@ -134,7 +142,8 @@ def residual_tests(
         limit=limit,
         named=named[:, 0],
         p_individuals=p_individuals,
-        p_model=p_model,
+        p_model=_share_above(common.amax(1)),
+        common=common[0],
         correlation=_mean_correlation(values, judged, mask),
         level=level,
         replicates=replicates,
@@ -151,10 +160,13 @@ def _all_statistics(
     rows_at_once = max(1, _NUMBERS // ((replicates + 1) * size))
     for rows in torch.split(torch.arange(len(mask), device=mask.device), rows_at_once):
         shape = (len(rows), replicates, size)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=mask.device)
-        together = torch.cat([fits.residuals[rows, None], noise * mask[rows].flatten(1)[:, None]], 1)
-        parts.append(_statistics(orthogonal(together, fits.directions[rows]), mask[rows]))
-    return torch.cat(parts)
+        # Single precision is enough for comparisons, and twice as fast.
+        noise = torch.randn(shape, generator=generator, device=mask.device)
+        residuals = fits.residuals[rows, None]
+        residuals = residuals / residuals.abs().amax(2, keepdim=True).clamp_min(1e-300)
+        together = torch.cat([residuals.float(), noise * mask[rows].flatten(1)[:, None]], 1)
+        parts.append(_statistics(orthogonal(together, fits.directions[rows].float()), mask[rows]))
+    return torch.cat(parts).double()
 
 
 def _statistics(values: Float[Tensor, "I K n"], mask: Bool[Tensor, "I T C"]) -> Float[Tensor, "I K 4"]:
@@ -170,7 +182,7 @@ def _statistics(values: Float[Tensor, "I K n"], mask: Bool[Tensor, "I T C"]) -> 
     widths = [width for width in _WINDOWS if width == _WINDOWS[0] or 2 * width <= longest]
     run = torch.stack([moving(width).abs().amax((2, 3)) for width in widths]).amax(0)
     wide = max(_WINDOWS[0], min(_WINDOWS[2], longest // 4))
-    waves = moving(wide).square().mean((2, 3)).clamp_min(1e-300).log()
+    waves = moving(wide).square().mean((2, 3)).clamp_min(1e-30).log()
     return torch.stack([together, run, unit.abs().amax((2, 3)), waves], 2)
 
 
@@ -184,7 +196,7 @@ def _in_order(values: Float[Tensor, "I K n"], mask: Bool[Tensor, "I T C"]) -> tu
         order = (~there).to(torch.int8).sort(dim=2, stable=True).indices
         apart = apart.gather(3, order[:, None].expand_as(apart))
     size = (apart.square().sum(3) / counts.clamp_min(1)[:, None]).sqrt()
-    return apart / size.clamp_min(1e-300)[..., None], counts
+    return apart / size.clamp_min(1e-30)[..., None], counts
 
 
 def _standardised(values: Float[Tensor, "I K 4"]) -> Float[Tensor, "I K 4"]:
@@ -204,12 +216,12 @@ def _oddness(scores: Float[Tensor, "I K 4"]) -> Float[Tensor, "I K"]:
     return torch.where(kinds, gumbel, normal).amax(2)
 
 
-def _in_common(scores: Float[Tensor, "I K 4"], kept: Bool[Tensor, "I K"]) -> Float[Tensor, " K"]:
-    """The largest of the four means over individuals, each in the SDs that it has between data sets."""
+def _in_common(scores: Float[Tensor, "I K 4"], kept: Bool[Tensor, "I K"]) -> Float[Tensor, "K 4"]:
+    """Means over individuals, each in the SDs that it has between data sets."""
     weight = kept.to(scores.dtype)[..., None]
     bounded = scores.clamp(-_BOUND, _BOUND)
     mean = (bounded * weight).sum(0) / weight.sum(0).clamp_min(1)
-    return _standardised(mean[None])[0].amax(1)
+    return _standardised(mean[None])[0]
 
 
 def _share_above(values: Float[Tensor, " K"]) -> float:
@@ -235,13 +247,14 @@ def model_finding(tests: ResidualTests) -> Finding:
     rejected = tests.p_model <= tests.level or tests.many
     light: Light = "green" if not rejected else "red" if tests.many or tests.correlation > _STRONG else "amber"
     told = f"neighbouring residuals are correlated by {tests.correlation:.2f}"
+    most = _WORDS[STATISTICS[int(tests.common.argmax())]]
     if light == "green":
         sentence = f"Residuals about the individuals' best fits look like noise (p = {tests.p_model:.2g}; {told})."
     else:
         sentence = (
-            f"The simulator cannot make these data: residuals about the individuals' best fits are not like noise "
-            f"(p = {tests.p_model:.2g}; {told}; {100 * share:.0f}% of the individuals are odd by themselves). Look at "
-            "their fits, and change the mechanism or the noise model; posteriors of its parameters are too narrow."
+            f"The simulator cannot make these data: residuals about the individuals' best fits are not like noise, "
+            f"foremost because {most} (p = {tests.p_model:.2g}; {told}; {100 * share:.0f}% of the individuals are odd "
+            "by themselves). Look at their fits, and change the mechanism or the noise model; posteriors of its parameters are too narrow."
         )
     return Finding(
         check="misspecification_model",
