@@ -254,7 +254,8 @@ def model_finding(tests: ResidualTests) -> Finding:
         sentence = (
             f"The simulator cannot make these data: residuals about the individuals' best fits are not like noise, "
             f"foremost because {most} (p = {tests.p_model:.2g}; {told}; {100 * share:.0f}% of the individuals are odd "
-            "by themselves). Look at their fits, and change the mechanism or the noise model; posteriors of its parameters are too narrow."
+            "by themselves). Look at their fits, and change the mechanism or the noise model; posteriors of its "
+            "parameters are too narrow."
         )
     return Finding(
         check="misspecification_model",
