@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
 from scipy.stats import binom
 
 from nlme_sbi.diagnostics.agreement import Agreement
 from nlme_sbi.diagnostics.findings import Finding, Light
+from nlme_sbi.diagnostics.long_chains import LARGEST_RHAT, LongChains
 from nlme_sbi.tails import UNRELIABLE
 
 WISHED_SHARE = 0.1
 _FEWEST = 10
+_TOLD_APART = 0.65
 
 
 def agreement_finding(found: Agreement, *, error_rate: float, where: Literal["prior", "data"]) -> Finding:
@@ -63,3 +66,40 @@ def agreement_finding(found: Agreement, *, error_rate: float, where: Literal["pr
     }
     title = "Agreement with the exact posterior" + (", training prior" if where == "prior" else ", the data")
     return Finding(f"agreement_{where}", title, light, sentence, rule, numbers=numbers)
+
+
+def chains_finding(ids: tuple[str, ...], told: Float[np.ndarray, " I"], chains: LongChains) -> Finding:
+    """Whether a classifier tells the network's draws from those of long chains (C2ST).
+
+    Args:
+        ids: of the individuals.
+        told: C2ST of each; NaN where the chains have not met.
+        chains: of these.
+    """
+    met = np.isfinite(told)
+    numbers: dict[str, float | int | str | None] = {
+        "individuals": len(ids),
+        "converged": int(met.sum()),
+        "largest_rhat": float(chains.rhat.max()),
+        "smallest_ess": float(chains.ess.min()),
+    }
+    rule = (
+        f"Amber: a classifier tells the draws of the typical one apart in more than {_TOLD_APART:.0%} of cases (50%: "
+        f"not at all). Grey: the chains of no individual have met (R-hat above {LARGEST_RHAT:g})."
+    )
+    title = "Long Markov chains of a few individuals"
+    if not met.any():
+        sentence = f"The chains of none of {len(ids)} individuals have met (R-hat {chains.rhat.min():.2f} and more)."
+        return Finding("long_chains", title, "grey", sentence, rule, numbers=numbers)
+    median = float(np.median(told[met]))
+    each = ", ".join(f"{name} {value:.0%}" for name, value in zip(np.array(ids)[met], told[met], strict=True))
+    sentence = (
+        "A classifier tells the network's draws from those of converged Markov chains in these shares of cases, where "
+        f"50% is chance: {each}."
+    )
+    if not met.all():
+        sentence += f" The chains of {int((~met).sum())} more have not met and were not used."
+    light: Light = "amber" if median > _TOLD_APART else "green"
+    if light == "amber":
+        sentence += " Where single individuals matter, use estimator=exact or reweighted draws, not the network's own."
+    return Finding("long_chains", title, light, sentence, rule, numbers={**numbers, "median_c2st": median})

@@ -8,13 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.designs import Reader
 from nlme_sbi.devices import choose_device
 from nlme_sbi.diagnostics.findings import Finding, worst
 from nlme_sbi.io import describe
+from nlme_sbi.plots.calibration import plot_agreement, plot_coverage, plot_ranks, plot_recovery, plot_scores
+from nlme_sbi.plots.canvas import parameter_labels
 from nlme_sbi.runs import (
     FinishedRun,
     RunDirectory,
@@ -26,13 +30,13 @@ from nlme_sbi.runs import (
     write_atomically,
 )
 from nlme_sbi.stages.data_checks import misspecification_checks
+from nlme_sbi.stages.exact_checks import agreement_checks
 from nlme_sbi.stages.fit_population import sha256_of_observations
 from nlme_sbi.stages.network_checks import (
     Check,
     DiagnosisSettings,
     Outcome,
     Subject,
-    agreement_checks,
     attempted_check,
     local_checks,
     prior_checks,
@@ -104,9 +108,29 @@ def diagnose(cfg: DictConfig) -> None:
 def diagnosed(subject: Subject) -> Outcome:
     """All checks; one that refuses leaves a grey finding, and the others go on."""
     outcome = Outcome()
+    parameters = subject.posterior.parameters
+    labels = dict(zip(parameters.names, parameter_labels(parameters), strict=True))
     for check, title, make in (*_ALWAYS, *(() if subject.observations is None else _WITH_DATA)):
         outcome = outcome.joined(attempted_check(check, title, make, subject))
-    return outcome
+    return outcome.joined(Outcome(figures=diagnosis_figures(outcome.tables, labels)))
+
+
+def diagnosis_figures(tables: Mapping[str, pd.DataFrame], labels: Mapping[str, str]) -> dict[str, Figure]:
+    """What the tables hold, in pictures; those whose table is missing are left out."""
+    figures: dict[str, Figure] = {}
+    if "calibration_curves" in tables:
+        for where in dict.fromkeys(tables["calibration_curves"]["where"]):
+            curves, coverage = (
+                frame[frame["where"] == where] for frame in (tables["calibration_curves"], tables["coverage"])
+            )
+            figures[f"ranks_{where}"] = plot_ranks(curves, labels)
+            figures[f"coverage_{where}"] = plot_coverage(coverage, labels)
+    if "recovery_individuals" in tables:
+        figures["recovery"] = plot_recovery(tables["recovery_individuals"], labels)
+        figures["scores"] = plot_scores(tables["recovery_individuals"], labels)
+    if "agreement" in tables:
+        figures["agreement"] = plot_agreement(tables["agreement"])
+    return figures
 
 
 def _inputs(plain: Mapping[str, Any], trust: tuple[str, ...]) -> tuple[list[FinishedRun], Observations | None]:

@@ -12,8 +12,6 @@ import torch
 from matplotlib.figure import Figure
 
 from nlme_sbi.conversion import convert
-from nlme_sbi.diagnostics.agreement import agreement
-from nlme_sbi.diagnostics.agreement_findings import agreement_finding
 from nlme_sbi.diagnostics.calibration import Calibration, calibration
 from nlme_sbi.diagnostics.calibration_findings import Where, calibration_findings, recovery_finding
 from nlme_sbi.diagnostics.findings import Finding
@@ -25,11 +23,11 @@ from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.progress import Progress
 from nlme_sbi.stages.trained import TrainedPosterior
 from nlme_sbi.training_pairs import seeded
-from nlme_sbi.types import DesignSource, Observations, TractableSimulator
+from nlme_sbi.types import DesignSource, Observations
 
 log = logging.getLogger(__name__)
 
-PRIOR_STREAM, LOCAL_STREAM, AGREEMENT_STREAM = range(50, 53)
+PRIOR_STREAM, LOCAL_STREAM = range(50, 52)
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class DiagnosisSettings:
     draws: int
     local: int
     exact: int
+    chains: int
     error_rate: float
     tolerance: float
 
@@ -48,7 +47,8 @@ class DiagnosisSettings:
         """Read and check; raises ``ValueError`` with the key."""
         section = plain["diagnose"]
         counts = {
-            name: convert(section[name], int, f"diagnose.{name}") for name in ("simulations", "draws", "local", "exact")
+            name: convert(section[name], int, f"diagnose.{name}")
+            for name in ("simulations", "draws", "local", "exact", "chains")
         }
         shares = {name: convert(section[name], float, f"diagnose.{name}") for name in ("error_rate", "tolerance")}
         fewest = {"simulations": FEWEST_PAIRS, "draws": FEWEST_DRAWS}
@@ -174,24 +174,3 @@ def _calibration_outcome(found: Calibration, settings: DiagnosisSettings, where:
     }
     tables = {name: frame.assign(where=where) for name, frame in frames.items()}
     return Outcome(calibration_findings(found, tolerance=settings.tolerance, where=where), tables)
-
-
-def agreement_checks(subject: Subject, *, of_data: bool) -> Outcome:
-    """Effective draws against the exact posterior, of simulated or measured individuals."""
-    posterior, settings, simulator = subject.posterior, subject.settings, subject.posterior.simulator
-    if settings.exact == 0 or (of_data and not isinstance(simulator, TractableSimulator)):
-        return Outcome()  # that there is no likelihood is told once
-    if not isinstance(simulator, TractableSimulator):
-        raise ValueError(f"{type(simulator).__name__} has no likelihood: there is no exact posterior to compare with.")
-    generator, truth = subject.generator(AGREEMENT_STREAM, of_data), None
-    if of_data:
-        observations = subject.some_observations(settings.exact)
-    else:
-        made, _ = good_simulations(posterior.prior, subject.designs, simulator, settings.exact, generator)
-        observations, truth = observations_of(made, simulator), made.phi
-    drawn = posterior.sample(observations, settings.draws, generator)
-    with Progress(len(observations), "individual", "likelihood") as progress:
-        found = agreement(simulator, observations, drawn, truth=truth, generator=generator, advance=progress.update)
-    where = "data" if of_data else "prior"
-    finding = agreement_finding(found, error_rate=settings.error_rate, where=where)  # type: ignore[arg-type]
-    return Outcome([finding], {"agreement": found.frame().assign(where=where)})
