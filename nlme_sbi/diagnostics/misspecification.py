@@ -18,20 +18,19 @@ from torch import Tensor
 
 from nlme_sbi.diagnostics.best_fits import copies_with_the_same_fit, require_residuals
 from nlme_sbi.diagnostics.findings import Finding, attempted
-from nlme_sbi.diagnostics.misspecification_residuals import (
-    ResidualTests,
+from nlme_sbi.diagnostics.misspecification_findings import (
     individuals_finding,
     model_finding,
-    residual_tests,
+    replicate_finding,
+    support_finding,
 )
+from nlme_sbi.diagnostics.misspecification_residuals import ResidualTests, residual_tests
 from nlme_sbi.diagnostics.misspecification_summaries import (
     ReplicateTest,
     Summarizing,
     SupportScores,
-    replicate_finding,
     replicate_test,
     simulated_copies,
-    support_finding,
     support_scores,
 )
 from nlme_sbi.types import Observations

@@ -20,23 +20,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nlme_sbi.diagnostics.best_fits import BestFits, best_fits, orthogonal, require_residuals
-from nlme_sbi.diagnostics.findings import Finding, Light
 from nlme_sbi.types import Observations, Prior, Simulator
 
 STATISTICS = ("correlation", "run", "farthest", "waves")
-_WORDS = {
-    "correlation": "neighbouring ones are alike",
-    "run": "ones of the same sign come in runs",
-    "farthest": "single ones stick out",
-    "waves": "they go up and down in waves",
-}
 _WINDOWS = (2, 4, 8, 16)
 _LEFT = 3  # dimensions that fits must leave for residuals to tell anything
 _NUMBERS = 4_000_000
 _BOUND = 3.0  # SDs that one individual may add to what all have in common
-_MANY = 0.2  # share of named individuals from which the model, and not they, is to blame
-_STRONG = 0.5  # correlation of neighbouring residuals that makes a model useless for what lies between
-_NAMED = 5
+MANY = 0.2  # share of named individuals from which the model, and not they, is to blame
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +67,7 @@ class ResidualTests:
     @property
     def many(self) -> bool:
         """Whether so many individuals are odd that the model is to blame."""
-        return float(self.named.double().mean()) > _MANY
+        return float(self.named.double().mean()) > MANY
 
     def to_frame(self) -> pd.DataFrame:
         """One row an individual: id, the four scores, oddness, limit, named."""
@@ -132,7 +123,7 @@ def residual_tests(
     highest = oddness.amax(0)
     p_individuals, limit = _share_above(highest), _upper(highest[1:], level)
     named = oddness > limit
-    kept = judged[:, None] & (~named | (named.double().mean(0) > _MANY))
+    kept = judged[:, None] & (~named | (named.double().mean(0) > MANY))
     common = _in_common(scores, kept)
     missing = torch.where(judged, 0.0, math.nan)[:, None]
     return ResidualTests(
@@ -239,71 +230,3 @@ def _mean_correlation(values: Tensor, judged: Tensor, mask: Tensor) -> float:
     count = mask.flatten(1).sum(1).to(values.dtype)
     excess = (values[:, 0, 0] - values[:, 1:, 0].mean(1)) / count.clamp_min(1).sqrt()
     return float(excess[judged].mean()) if bool(judged.any()) else math.nan
-
-
-def model_finding(tests: ResidualTests) -> Finding:
-    """Whether individuals have something in common that the simulator cannot make."""
-    share = float(tests.named.double().mean())
-    rejected = tests.p_model <= tests.level or tests.many
-    light: Light = "green" if not rejected else "red" if tests.many or tests.correlation > _STRONG else "amber"
-    told = f"neighbouring residuals are correlated by {tests.correlation:.2f}"
-    most = _WORDS[STATISTICS[int(tests.common.argmax())]]
-    if light == "green":
-        sentence = f"Residuals about the individuals' best fits look like noise (p = {tests.p_model:.2g}; {told})."
-    else:
-        sentence = (
-            f"The simulator cannot make these data: residuals about the individuals' best fits are not like noise, "
-            f"foremost because {most} (p = {tests.p_model:.2g}; {told}; {100 * share:.0f}% of the individuals are odd "
-            "by themselves). Look at their fits, and change the mechanism or the noise model; posteriors of its "
-            "parameters are too narrow."
-        )
-    return Finding(
-        check="misspecification_model",
-        title="Can the simulator make these data?",
-        light=light,
-        sentence=sentence,
-        rule=(
-            f"Test of all individuals together, those named as odd left out where they are at most {100 * _MANY:.0f}%, "
-            f"against {tests.replicates} data sets of noise: green above p = {tests.level:g}, which is its "
-            f"false-alarm rate; red where also neighbouring residuals are correlated by more than {_STRONG:g} or more "
-            f"than {100 * _MANY:.0f}% of the individuals are odd; amber between."
-        ),
-        numbers={
-            "p": tests.p_model,
-            "correlation": tests.correlation,
-            "share_named": share,
-            "level": tests.level,
-            "replicates": tests.replicates,
-        },
-    )
-
-
-def individuals_finding(tests: ResidualTests) -> Finding:
-    """Whether single individuals' data cannot be made."""
-    count = int(tests.named.sum())
-    worst = tests.oddness.argsort(descending=True)[: min(count, _NAMED)].tolist()
-    listed = ", ".join(tests.ids[place] for place in worst) + (f" and {count - _NAMED} more" if count > _NAMED else "")
-    if count == 0:
-        sentence = f"No individual's residuals are unlike noise (the oddest: p = {tests.p_individuals:.2g} of all)."
-    else:
-        sentence = (
-            f"{count} of {len(tests.ids)} individuals have data that the simulator cannot make: {listed}. Look at "
-            "their fits for outliers, artefacts or another kind of individual, and fit once without them."
-        )
-    return Finding(
-        check="misspecification_individuals",
-        title="Are there individuals that the simulator cannot make?",
-        light="amber" if count else "green",
-        sentence=sentence,
-        rule=(
-            f"Amber where an individual's residuals are odder than the oddest of a whole data set of noise is in "
-            f"{100 * tests.level:.3g}% of {tests.replicates} simulated ones: the chance to name anybody wrongly."
-        ),
-        numbers={
-            "named": count,
-            "individuals": len(tests.ids),
-            "p": tests.p_individuals,
-            "level": tests.level,
-            "replicates": tests.replicates,
-        },
-    )
