@@ -106,16 +106,17 @@ def checked(posterior: AmortizedPosterior, scenario: str, repetition: int) -> Re
 
 
 def repeated(posterior: AmortizedPosterior, repetitions: int, keep: Path | None) -> dict[str, list[Result]]:
-    """All repetitions, those that ``keep`` holds as they are."""
-    known = json.loads(keep.read_text()) if keep is not None and keep.exists() else {}
-    results: dict[str, list[Result]] = {}
-    for scenario, times in SCENARIOS.items():
-        results[scenario] = known.get(scenario, [])[: times * repetitions]
-        for repetition in range(len(results[scenario]), times * repetitions):
-            results[scenario].append(checked(posterior, scenario, repetition))
-            if keep is not None:
-                keep.write_text(json.dumps({**known, **results}))
-    return results
+    """All repetitions, those that ``keep`` holds as they are; scenarios in turn, so that a part is of use, too."""
+    results: dict[str, list[Result]] = {scenario: [] for scenario in SCENARIOS}
+    if keep is not None and keep.exists():
+        results.update(json.loads(keep.read_text()))
+    for repetition in range(repetitions):
+        for scenario, times in SCENARIOS.items():
+            for number in range(len(results[scenario]), times * (repetition + 1)):
+                results[scenario].append(checked(posterior, scenario, number))
+                if keep is not None:
+                    keep.write_text(json.dumps(results))
+    return {scenario: results[scenario][: times * repetitions] for scenario, times in SCENARIOS.items()}
 
 
 def share(results: list[Result], key: str) -> float:
