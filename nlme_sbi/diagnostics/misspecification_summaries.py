@@ -21,7 +21,7 @@ Clifford (1989), Biometrika 76:633, for exchangeable replicates.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -39,6 +39,7 @@ _TOGETHER = 2000  # vectors that are compared with each other
 _FLOOR = 1e-4  # variance of a direction of summaries, relative to the largest, below which it is left out
 
 
+@runtime_checkable
 class Summarizing(Protocol):
     """A network with summaries; an ensemble gives its first member."""
 
