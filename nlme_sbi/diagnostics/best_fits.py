@@ -89,10 +89,9 @@ def best_fits(
         steps: of the two best climbs of each individual, after a third as many of all.
     """
     data = _Data.of(simulator, prior, observations)
-    draws = draws.double()
     rows = torch.split(torch.arange(len(draws), device=draws.device), data.at_once(draws.shape[1]))
-    ranked = [_ranked(data[some], draws[some]) for some in rows]
-    order = torch.cat(ranked)
+    order = torch.cat([_ranked(data[some], draws[some]) for some in rows])
+    draws = draws.double()
     first = draws.gather(1, order[:, :starts, None].expand(-1, -1, draws.shape[2]))
     found = data.found(*_climbed_all(data, first, steps))
     odd = _odd(found, data)

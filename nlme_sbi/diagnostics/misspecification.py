@@ -18,25 +18,25 @@ from torch import Tensor
 
 from nlme_sbi.diagnostics.best_fits import copies_with_the_same_fit, require_residuals
 from nlme_sbi.diagnostics.findings import Finding, attempted
-from nlme_sbi.diagnostics.misspecification_residuals import (
-    ResidualTests,
+from nlme_sbi.diagnostics.misspecification_findings import (
     individuals_finding,
     model_finding,
-    residual_tests,
+    replicate_finding,
+    support_finding,
 )
+from nlme_sbi.diagnostics.misspecification_residuals import ResidualTests, residual_tests
 from nlme_sbi.diagnostics.misspecification_summaries import (
     ReplicateTest,
     Summarizing,
     SupportScores,
-    replicate_finding,
     replicate_test,
     simulated_copies,
-    support_finding,
     support_scores,
 )
 from nlme_sbi.types import Observations
 
 COPIES = 9
+DRAWS = 60  # of each individual: enough to begin fits from
 _TESTS = 3  # that share the error rate
 
 
@@ -83,7 +83,7 @@ def misspecification(
     Args:
         network: with summaries; an ensemble gives its first member.
         observations: the data, covered by the network, on its device.
-        draws: from the posterior of each individual, some tens.
+        draws: from the posterior of each individual, :data:`DRAWS` or more.
         generator: on the device of the network.
         error_rate: of the three tests of the simulator together, and of that of the support.
         simulations: from the training prior, for distances.

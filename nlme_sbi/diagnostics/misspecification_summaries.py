@@ -21,7 +21,7 @@ Clifford (1989), Biometrika 76:633, for exchangeable replicates.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -29,18 +29,17 @@ from jaxtyping import Bool, Float
 from scipy.stats import binom
 from torch import Tensor
 
-from nlme_sbi.diagnostics.findings import Finding
 from nlme_sbi.diagnostics.pairs import observations_of
 from nlme_sbi.types import Design, Observations, Prior, Simulations, Simulator
 
 FEWEST_SIMULATIONS = 400
 _NEIGHBOURS = 5
-_RARE = 0.01  # share of training simulations that count as outside, too
+RARE = 0.01  # share of training simulations that count as outside, too
 _TOGETHER = 2000  # vectors that are compared with each other
 _FLOOR = 1e-4  # variance of a direction of summaries, relative to the largest, below which it is left out
-_NAMED = 5
 
 
+@runtime_checkable
 class Summarizing(Protocol):
     """A network with summaries; an ensemble gives its first member."""
 
@@ -143,14 +142,14 @@ def support_scores(
     distance, usual = _distance(data, near), _distance(fresh, near)
     above = len(usual) - torch.searchsorted(usual.sort().values, distance)
     p = (1 + above) / (len(usual) + 1)
-    rare = p <= _RARE
+    rare = p <= RARE
     mmd, p_prior = _against_prior(data, simulated, generator)
     return SupportScores(
         ids=observations.ids,
         distance=distance,
         p=p.double(),
         rare=rare,
-        p_value=float(binom.sf(int(rare.sum()) - 1, len(rare), _RARE)),
+        p_value=float(binom.sf(int(rare.sum()) - 1, len(rare), RARE)),
         mmd=mmd,
         p_prior=p_prior,
         simulations=len(simulated),
@@ -298,83 +297,3 @@ def _exchanged(apart: Float[Tensor, "I K W"], exchanges: int, generator: torch.G
     chosen.scatter_(1, taken[:, None], 1.0)
     found = _split_mmd(kernel, chosen.flatten(0, 1))
     return float(found[0]), found[1:]
-
-
-def support_finding(scores: SupportScores, *, level: float = 0.05) -> Finding:
-    """Whether the data lie where the network was trained."""
-    count, total = int(scores.rare.sum()), len(scores.ids)
-    outside = scores.p_value <= level
-    worst = scores.distance.argsort(descending=True)[: min(count, _NAMED)].tolist()
-    listed = ", ".join(scores.ids[place] for place in worst)
-    if not outside:
-        sentence = (
-            f"The data lie where the network was trained: {count} of {total} individuals are as far from its "
-            f"simulations as the rarest {100 * _RARE:g}% of those are."
-        )
-    else:
-        sentence = (
-            f"{count} of {total} individuals are as far from the network's training simulations as the rarest "
-            f"{100 * _RARE:g}% of those are, farthest: {listed}. There the network has learned little: widen the "
-            "training prior towards these data, or leave these individuals out."
-        )
-    return Finding(
-        check="misspecification_support",
-        title="Do the data lie where the network was trained?",
-        light="red" if outside and count > total / 2 else "amber" if outside else "green",
-        sentence=sentence,
-        rule=(
-            f"An individual is far where at most {100 * _RARE:g}% of {scores.simulations // 2} simulations from the "
-            f"training prior are as far; green where so many happen with a chance above {level:g}, which is the "
-            "false-alarm rate for individuals from the training prior; red where most are far."
-        ),
-        numbers={
-            "far": count,
-            "individuals": total,
-            "p": scores.p_value,
-            "mmd_to_training_prior": scores.mmd,
-            "p_same_as_training_prior": scores.p_prior,
-            "level": level,
-        },
-    )
-
-
-def replicate_finding(test: ReplicateTest, *, level: float = 0.05) -> Finding:
-    """Whether the simulator, from each individual's parameters, makes data like the individual's."""
-    rejected = test.p_value <= level
-    whose = "the simulator makes data" if test.exact else "simulator and network make data"
-    if not rejected:
-        sentence = f"In the network's summaries {whose} like each individual's own (p = {test.p_value:.2g})."
-    elif test.exact:
-        sentence = (
-            "Simulated again from its own parameters, an individual looks different to the network than its data do "
-            f"(p = {test.p_value:.2g}): the simulator cannot make these data. Look at fits and residuals."
-        )
-    else:
-        sentence = (
-            "Simulated again from the network's draws, an individual looks different to the network than its data do "
-            f"(p = {test.p_value:.2g}): either the simulator cannot make these data, or the network is not accurate "
-            "there. Look at its calibration at the data first; where that is good, change the simulator."
-        )
-    return Finding(
-        check="misspecification_replicates",
-        title="Do individuals resemble what is simulated from their own parameters?",
-        light="amber" if rejected else "green",
-        sentence=sentence,
-        rule=(
-            f"Amber where the MMD between {test.individuals} individuals and {test.replicates} replicates of each is "
-            f"larger than after exchanging individuals with their replicates at p = {level:g}, the false-alarm rate"
-            + (
-                "."
-                if test.exact
-                else " of a perfect network; the draws are the network's own, so its errors raise alarms, too."
-            )
-        ),
-        numbers={
-            "mmd": test.mmd,
-            "expected": test.expected,
-            "p": test.p_value,
-            "individuals": test.individuals,
-            "replicates": test.replicates,
-            "level": level,
-        },
-    )

@@ -7,7 +7,6 @@ Wallin and Karlsson (2011), AAPS J. 13:143, for the correction by predictions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -18,12 +17,11 @@ from torch import Tensor
 
 from nlme_sbi.diagnostics.findings import Finding, Light
 from nlme_sbi.diagnostics.replicates import replicated
+from nlme_sbi.diagnostics.vpc_bins import BinPlan, Correction, bin_plan, bin_quantiles, limits_of
 from nlme_sbi.types import Censoring, Observations, Simulator, TractableSimulator
 
-Correction = Literal["none", "ratio", "difference"]
 PROBABILITIES = (0.05, 0.5, 0.95)
 _LEAST_REPLICATES = 100
-_MOST_BINS = 20
 _NUMBERS = 8_000_000  # simulated values at once
 
 
@@ -122,14 +120,14 @@ def visual_predictive_check(
         raise ValueError(
             f"A visual predictive check needs at least {_LEAST_REPLICATES} simulated data sets; got {phi.shape[1]}."
         )
-    limits = _limits(observations)
+    limits = limits_of(observations)
     if correction != "none" and limits is not None:
         raise ValueError(
             "Measurements below a limit of quantification cannot be corrected by predictions; take correction=none."
         )
     factors = None if correction == "none" else _predictions(simulator, phi, observations, typical, generator)
     plans = [
-        _plan(observations, signal, bins, correction, None if factors is None else factors[..., signal])
+        bin_plan(observations, signal, bins, correction, None if factors is None else factors[..., signal])
         for signal in range(len(observations.signals))
     ]
     floors = [None if limits is None else limits[signal] for signal in range(len(plans))]
@@ -137,7 +135,7 @@ def visual_predictive_check(
     if limits is not None and observations.censoring is not None:
         data = torch.where(observations.censoring == int(Censoring.LEFT), -torch.inf, data)
     found = [
-        _quantiles(data[:, None, :, place], plan, probabilities, floor)
+        bin_quantiles(data[:, None, :, place], plan, probabilities, floor)
         for place, (plan, floor) in enumerate(zip(plans, floors, strict=True))
     ]
     simulated = _simulated(simulator, phi, observations, plans, floors, probabilities, generator)
@@ -156,95 +154,6 @@ def visual_predictive_check(
         outside=float(inside.nanmean()),
         p_value=float((distance >= distance[0]).double().mean()),
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """Where the measurements of one signal go: their places among ``I T``, sorted by bin, and how they are corrected:
-    ``y scale + shift``."""
-
-    places: Int[Tensor, " n"]
-    starts: list[int]  # of the bins among the places, and the end
-    edges: Float[np.ndarray, " edges"]
-    times: Float[np.ndarray, " B"]
-    scale: Float[Tensor, " n"]
-    shift: Float[Tensor, " n"]
-    correction: Correction
-
-
-def _plan(
-    observations: Observations,
-    signal: int,
-    bins: int | None,
-    correction: Correction | Literal["auto"],
-    prediction: Float[Tensor, "I T"] | None,
-) -> _Plan:
-    observed = observations.design.observed[..., signal]
-    places = torch.nonzero(observed.flatten())[:, 0]
-    if len(places) == 0:
-        raise ValueError(f'The data have no measurements of the signal "{observations.signals[signal]}".')
-    times = observations.design.times.double().flatten()[places]
-    wished = int(observed.sum(1).double().quantile(0.5)) if bins is None else bins
-    edges = _edges(times, max(1, min(wished, _MOST_BINS) if bins is None else wished))
-    bin_of = torch.searchsorted(edges[1:-1].contiguous(), times, right=True)
-    order = bin_of.sort(stable=True).indices
-    counts = torch.bincount(bin_of, minlength=len(edges) - 1)
-    starts = [0, *counts.cumsum(0).tolist()]
-    sorted_times = times[order]
-    middle = [float(sorted_times[low:high].median()) for low, high in pairwise(starts)]
-    scale, shift = torch.ones_like(times), torch.zeros_like(times)
-    chosen: Correction = "none"
-    if prediction is not None:
-        own = prediction.double().flatten()[places][order]
-        positive = bool((own > 0).all())
-        chosen = ("ratio" if positive else "difference") if correction == "auto" else correction
-        typical = torch.cat([own[low:high].median().expand(high - low) for low, high in pairwise(starts)])
-        if chosen == "ratio":
-            # A prediction of exactly 0, before a first dose say, has no ratio: such measurements stay as they are.
-            scale = torch.where(own.abs() > 0, typical / torch.where(own == 0, 1.0, own), 1.0)
-        else:
-            shift = typical - own
-    return _Plan(places[order], starts, edges.cpu().numpy(), np.array(middle), scale, shift, chosen)
-
-
-def _edges(times: Float[Tensor, " n"], bins: int) -> Float[Tensor, " edges"]:
-    """Between bins of about equal counts, each edge in the middle of the gap between two times."""
-    values, counts = torch.unique(times, return_counts=True)
-    if len(values) <= bins:
-        middle = 0.5 * (values[1:] + values[:-1])
-    else:
-        share = counts.cumsum(0) / counts.sum()
-        wished = torch.arange(1, bins, dtype=share.dtype, device=share.device) / bins
-        last = torch.unique((share[None] - wished[:, None]).abs().argmin(1))  # the last time of each bin
-        last = last[last < len(values) - 1]
-        middle = 0.5 * (values[last] + values[last + 1])
-    return torch.cat([values[:1], middle, values[-1:]])
-
-
-def _limits(observations: Observations) -> list[float | None] | None:
-    """Lower limit of quantification of each signal, None where it has none; None without censoring."""
-    if observations.censoring is None:
-        return None
-    codes = torch.where(observations.design.observed, observations.censoring, int(Censoring.NONE))
-    if bool(((codes != int(Censoring.NONE)) & (codes != int(Censoring.LEFT))).any()):
-        raise ValueError(
-            "Visual predictive checks take measurements below a limit of quantification, but not right- or "
-            "interval-censored ones; look at the prediction errors, which take all kinds."
-        )
-    limits: list[float | None] = []
-    for signal, name in enumerate(observations.signals):
-        below = codes[..., signal] == int(Censoring.LEFT)
-        if not bool(below.any()) or observations.upper is None:
-            limits.append(None)
-            continue
-        values = torch.unique(observations.upper[..., signal][below])
-        if len(values) > 1:
-            raise ValueError(
-                f'The signal "{name}" has {len(values)} limits of quantification; a visual predictive check needs one. '
-                "Look at the prediction errors, which take all kinds."
-            )
-        limits.append(float(values[0]))
-    return limits
 
 
 def _predictions(
@@ -268,7 +177,7 @@ def _simulated(
     simulator: Simulator,
     phi: Float[Tensor, "I K D"],
     observations: Observations,
-    plans: list[_Plan],
+    plans: list[BinPlan],
     floors: list[float | None],
     probabilities: tuple[float, ...],
     generator: torch.Generator,
@@ -279,42 +188,13 @@ def _simulated(
     for some in torch.split(phi, step, dim=1):
         values = replicated(simulator, some, observations.design, generator)
         for place, (plan, floor) in enumerate(zip(plans, floors, strict=True)):
-            parts[place].append(_quantiles(values[..., place], plan, probabilities, floor))
+            parts[place].append(bin_quantiles(values[..., place], plan, probabilities, floor))
     return [(torch.cat([own for own, _ in part]), torch.cat([share for _, share in part])) for part in parts]
-
-
-def _quantiles(
-    values: Float[Tensor, "I K T"], plan: _Plan, probabilities: tuple[float, ...], floor: float | None
-) -> tuple[Float[Tensor, "K Q B"], Float[Tensor, "K B"]]:
-    """Quantiles of every data set in every bin, and the share below the limit of quantification; -inf stands for what
-    is below it, NaN for what failed."""
-    flat = values.double().movedim(1, 0).flatten(1)[:, plan.places]
-    if floor is not None:
-        flat = torch.where(flat < floor, -torch.inf, flat)
-    share = torch.stack([torch.isneginf(flat[:, low:high]).double().mean(1) for low, high in pairwise(plan.starts)], 1)
-    corrected = torch.where(torch.isneginf(flat), flat, flat * plan.scale + plan.shift)
-    found = torch.stack(
-        [_sorted_quantiles(corrected[:, low:high], probabilities) for low, high in pairwise(plan.starts)], 2
-    )
-    return found, share
-
-
-def _sorted_quantiles(values: Float[Tensor, "K n"], probabilities: tuple[float, ...]) -> Float[Tensor, "K Q"]:
-    """Linear between order statistics, NaN left out; NaN where a quantile lies below the limit of quantification."""
-    ordered = values.sort(1).values  # NaN last
-    count = (~torch.isnan(values)).sum(1, keepdim=True)
-    levels = torch.tensor(probabilities, dtype=values.dtype, device=values.device)
-    place = levels * (count - 1).clamp_min(0)
-    low = place.floor().long()
-    high = torch.minimum(low + 1, (count - 1).clamp_min(0))
-    below, above = ordered.gather(1, low), ordered.gather(1, high)
-    found = torch.where(below == above, below, below + (place - low) * (above - below))
-    return torch.where(torch.isfinite(found), found, torch.nan)
 
 
 def _signal(
     name: str,
-    plan: _Plan,
+    plan: BinPlan,
     own: tuple[Tensor, Tensor],
     among: tuple[Tensor, Tensor],
     confidence: float,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from nlme_sbi.diagnostics.misspecification import misspecification
+from nlme_sbi.diagnostics.misspecification import DRAWS, misspecification
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.stages.network_checks import Outcome, Subject
 
 MISSPECIFICATION_STREAM = 55
-_DRAWS = 100  # of each individual: where fits begin
-_SIMULATIONS = 4000
 
 
 def misspecification_checks(subject: Subject) -> Outcome:
@@ -21,9 +19,8 @@ def misspecification_checks(subject: Subject) -> Outcome:
     found = misspecification(
         network,
         observations,
-        posterior.sample(observations, _DRAWS, generator).phi,
+        posterior.sample(observations, DRAWS, generator).phi,
         generator=generator,
         error_rate=subject.settings.error_rate,
-        simulations=_SIMULATIONS,
     )
     return Outcome(found.findings, {"misspecification": found.to_frame()})
