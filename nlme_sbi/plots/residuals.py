@@ -11,6 +11,7 @@ from scipy.stats import norm
 from nlme_sbi.plots.canvas import BLUE, GREY, PALE, SKY, TEXT_SIZE, VERMILION, canvas, labelled
 
 _POINTS = 3000  # drawn; more are one mass
+_CLOUD = "#2f8fcb"  # seen on white and on black: what is rasterised cannot follow the colours of a page
 _BINS = 12  # of a running mean
 
 
@@ -108,9 +109,9 @@ def _cloud(ax: Axes, across: pd.Series, up: pd.Series) -> None:
         across.to_numpy()[chosen],
         up.to_numpy()[chosen],
         ".",
-        color=BLUE,
+        color=_CLOUD if len(chosen) > 1000 else BLUE,
         markersize=2.0 if many else 4.0,
-        alpha=0.35 if many else 0.8,
+        alpha=0.4 if many else 0.8,
         markeredgewidth=0,
         rasterized=len(chosen) > 1000,
     )

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from nlme_sbi.report.content import Report
+from nlme_sbi.report.content import Picture, Report
 from nlme_sbi.report.drawing import inline_svg
 
 LIGHT_WORDS = {"green": "Passed", "amber": "Caution", "red": "Do not rely on this", "grey": "Not checked"}
@@ -36,8 +36,12 @@ def page(report: Report, drawn: Mapping[str, bytes]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+    def svg(picture: Picture) -> Markup:
+        return Markup(inline_svg(drawn[picture.name]))
+
     environment.filters |= {
-        "svg": lambda picture: Markup(inline_svg(drawn[picture.name])),
+        "svg": svg,
         "data_uri": _data_uri,
         "exact": repr,
         "plain": _plain,
