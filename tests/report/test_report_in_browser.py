@@ -33,7 +33,7 @@ PHONE = 390
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a report."""
     root = small_fit(tmp_path_factory.mktemp("fits") / "outputs")
-    chosen = ["report.replicates=500", "report.individuals=[12]", "report.each=3"]
+    chosen = ["report.replicates=420", "report.individuals=[12]", "report.each=3"]
     report(compose_config("report", ["experiment=theophylline", f"output_root={root}", "device=cpu", *chosen]))
     return only_run(root, "report").path
 
@@ -60,6 +60,12 @@ def test_nothing_complains_and_nothing_is_asked_of_a_network(desk: Page) -> None
     assert desk.complaints() == []
 
 
+def test_no_button_sends_anything_anywhere(desk: Page) -> None:
+    titles = desk.evaluate("[...new Set([...document.querySelectorAll('.modebar-btn')].map((one) => one.dataset.title))]")
+    assert sorted(titles) == ["Download plot as a PNG", "Pan", "Reset axes", "Zoom", "Zoom in", "Zoom out"]
+    assert desk.evaluate("document.querySelectorAll('form, iframe, object, embed').length") == 0
+
+
 def test_every_figure_is_drawn_and_has_words_for_who_cannot_see_it(desk: Page, made: Path) -> None:
     figures = json.loads((made / "report.json").read_text())["figures"]
     shown = desk.evaluate("[...document.querySelectorAll('figure')].map((one) => one.id.replace('figure-', ''))")
@@ -74,7 +80,10 @@ def test_every_figure_is_drawn_and_has_words_for_who_cannot_see_it(desk: Page, m
         "[...document.querySelectorAll('[data-figure], svg.drawn')].map((one) => one.getBoundingClientRect().width)"
     )
     assert min(sizes) > 300
-    told = desk.evaluate("[...document.querySelectorAll('[role=img]')].map((one) => one.getAttribute('aria-label'))")
+    told = desk.evaluate(
+        "[...document.querySelectorAll('[data-figure], .drawnbox')].map((one) => one.getAttribute('aria-label'))"
+    )
+    assert len(told) == len(figures)
     assert all(len(words) > 30 for words in told)
 
 

@@ -43,7 +43,8 @@
     return resolved(made);
   }
   const config = {responsive: true, displayModeBar: coarse ? false : 'hover', displaylogo: false, scrollZoom: false,
-    modeBarButtonsToRemove: ['select2d', 'lasso2d', 'autoScale2d']};
+    // Named one by one: among the library's own there is one that would send the data to a cloud.
+    modeBarButtons: [['zoom2d', 'pan2d', 'zoomIn2d', 'zoomOut2d', 'resetScale2d', 'toImage']], plotlyServerURL: ''};
 
   const element = (name) => document.querySelector(`[data-figure="${name}"]`);
   const control = (name, role) => document.querySelector(`[data-controls="${name}"] [data-role="${role}"]`);
@@ -116,6 +117,7 @@
     return figure;
   }
   async function draw(name) {
+    if (!window.Plotly) return; // not there yet: what was chosen is drawn when it is
     const content = made(name);
     await Plotly.react(element(name), resolved(content.data), layout(content.layout || {}), config);
   }
@@ -166,6 +168,7 @@
     });
   }
 
+  function redraw() { if (root.dataset.drawn !== undefined) names.forEach(draw); }
   const names = [...document.querySelectorAll('[data-figure]')].map((one) => one.dataset.figure);
   async function drawAll() {
     for (const name of names) {
@@ -183,8 +186,17 @@
     if (store[name].kind === 'fits') chooseFits(name);
     if (store[name].kind === 'explorer') chooseExplorer(name);
   });
-  dark.addEventListener('change', () => names.forEach(draw));
-  window.addEventListener('beforeprint', () => { names.forEach(draw); });
-  window.addEventListener('afterprint', () => { names.forEach(draw); });
-  drawAll();
+  dark.addEventListener('change', () => redraw());
+  window.addEventListener('beforeprint', redraw);
+  window.addEventListener('afterprint', redraw);
+  // The library takes a second to start; verdict and tables are there before it does.
+  setTimeout(() => setTimeout(() => {
+    const library = document.getElementById('library');
+    if (library) {
+      const script = document.createElement('script');
+      script.textContent = library.textContent;
+      document.head.append(script);
+    }
+    drawAll();
+  }));
 })();
