@@ -60,6 +60,11 @@ def individuals_finding(tests: ResidualTests) -> Finding:
     listed = ", ".join(tests.ids[place] for place in worst) + (f" and {count - _NAMED} more" if count > _NAMED else "")
     if count == 0:
         sentence = f"No individual's residuals are unlike noise (the oddest: p = {tests.p_individuals:.2g} of all)."
+    elif tests.many:
+        sentence = (
+            f"{count} of {len(tests.ids)} individuals have data that the simulator cannot make: too many to be "
+            "outliers. The model is to blame; judge single individuals once it is repaired."
+        )
     else:
         sentence = (
             f"{count} of {len(tests.ids)} individuals have data that the simulator cannot make: {listed}. Look at "
