@@ -20,7 +20,7 @@ pytest.importorskip("arviz", reason="the extra arviz is not installed")
 
 
 def stored(draws: torch.Tensor | None) -> Any:
-    """Three individuals of one parameter that varies, known as well as their draws say; the second has one value less."""
+    """Three individuals of one parameter that varies, known as well as their draws say; one has a value less."""
     space = ParameterSpace((Parameter("rate", "1/h"),))
     observed = torch.tensor([[True, True], [True, False], [True, True]])[..., None]
     design = Design(torch.tensor([[1.0, 2.0]]).expand(3, -1), observed)
