@@ -24,7 +24,7 @@ from nlme_sbi.stages.train_flow import train_flow
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import THEOPHYLLINE, bytes_of, only_run, tiny
 
-SMALL = ["simulations=60", "draws=60", "local=50", "exact=12", "chains=1"]
+SMALL = ["simulations=50", "draws=40", "local=50", "exact=12", "chains=1"]
 DATA = ["data=theophylline", f"data.path={THEOPHYLLINE}"]
 ALWAYS = {
     *("calibration_width", "calibration_bias", "calibration_ranks", "calibration_coverage", "calibration_tarp"),
@@ -73,7 +73,7 @@ def test_without_data_the_checks_over_the_prior_are_made(root: Path, tmp_path: P
     assert set(curves["quantity"]) == {"ka", "CL", "V", "sigma", "density", "distance"}
     assert set(curves["where"]) == {"prior"}
     individuals = pd.read_csv(run.path / "recovery_individuals.csv")
-    assert len(individuals) == 60 * 4
+    assert len(individuals) == 50 * 4
     summary = pd.read_csv(run.path / "recovery.csv").set_index("parameter")
     ka = individuals[individuals["parameter"] == "ka"]
     assert np.corrcoef(ka["truth"], ka["mean"])[0, 1] == pytest.approx(summary.loc["ka", "correlation"], abs=1e-5)
