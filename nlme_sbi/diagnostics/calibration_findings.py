@@ -13,8 +13,8 @@ from nlme_sbi.diagnostics.verdicts import Verdict, overall, verdicts
 
 Where = Literal["prior", "local"]
 REMEDY = (
-    "Train longer or on more simulations (simulations=online), average several trainings (posterior=[RUN,RUN,RUN]), or "
-    "train with training.calibrate=balanced; docs/diagnostics.md says when which"
+    "Train longer or on more simulations (simulations=online), or average several trainings (posterior=[RUN,RUN,RUN]); "
+    "docs/diagnostics.md says when which"
 )
 _GRAVE_BIAS = 3.0  # tolerances
 _LITTLE_SUPPORT = 0.02
@@ -62,7 +62,7 @@ def _width(found: Calibration, judged: tuple[Verdict, ...], tolerance: float, wh
         f"posteriors say over all parameters; {worst.name} {_interval(worst)}.{_thin(found)}"
     )
     if word == "overconfident":
-        sentence += f" {REMEDY}."
+        sentence += f" {REMEDY}, and when training.calibrate=balanced is the remedy."
     if word == "conservative":
         sentence += " Where there is a likelihood, estimator=exact makes up for it; longer training narrows them."
     lights: dict[str, Light] = {"overconfident": "red", "conservative": "amber", "undecided": "grey"}

@@ -32,7 +32,7 @@ def test_a_band_holds_uniform_functions_as_a_whole_with_its_probability(size: in
 
 @pytest.mark.parametrize("size", [15, 150])
 def test_p_values_are_small_as_rarely_as_they_say(size: int) -> None:
-    random, repetitions = np.random.default_rng(3), 300
+    random, repetitions = np.random.default_rng(3), 150
     found = np.array([uniformity_p_value(random.random(size)) for _ in range(repetitions)])
     for level in (0.01, 0.05, 0.2):
         assert (found <= level).mean() < level + 5 * math.sqrt(level * (1 - level) / repetitions)

@@ -150,10 +150,10 @@ def test_chains_that_have_not_met_are_not_used(generator: torch.Generator) -> No
 
 def test_the_classifier_tells_samples_apart_as_well_as_can_be(generator: torch.Generator) -> None:
     """Two normals d SDs apart are told apart by the best rule in Phi(d/2) of cases; equal ones in half."""
-    first, second = torch.randn((2, 1000, 3), generator=generator)
-    assert c2st(first, second, generator) == pytest.approx(0.5, abs=0.05)
+    first, second = torch.randn((2, 600, 3), generator=generator)
+    assert c2st(first, second, generator) == pytest.approx(0.5, abs=0.07)
     best = float(torch.special.ndtr(torch.tensor(0.75)))
-    assert c2st(first, second + torch.tensor([1.5, 0.0, 0.0]), generator) == pytest.approx(best, abs=0.05)
+    assert c2st(first, second + torch.tensor([1.5, 0.0, 0.0]), generator) == pytest.approx(best, abs=0.06)
     # The same margins, and another correlation.
     assert c2st(first, torch.cat([second[:, :1], second[:, :1], second[:, 2:]], 1), generator) > 0.8
     with pytest.raises(ValueError, match="50 finite draws of both"):

@@ -1,4 +1,4 @@
-"""The stage diagnose: what a run holds, bytes that repeat, data and fits as inputs, refusals that cost one check only."""
+"""The stage diagnose: what a run holds, bytes that repeat, data and fits as inputs, refusals that cost one check."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import nlme_sbi.stages.diagnose as diagnose_stage
 import nlme_sbi.stages.exact_checks as exact_stage
 import nlme_sbi.stages.fit_population as fit_stage
 from nlme_sbi.cli import compose_config
@@ -23,7 +24,7 @@ from nlme_sbi.stages.train_flow import train_flow
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import THEOPHYLLINE, bytes_of, only_run, tiny
 
-SMALL = ["simulations=60", "draws=60", "local=50", "exact=12", "chains=1"]
+SMALL = ["simulations=50", "draws=40", "local=50", "exact=12", "chains=1"]
 DATA = ["data=theophylline", f"data.path={THEOPHYLLINE}"]
 ALWAYS = {
     *("calibration_width", "calibration_bias", "calibration_ranks", "calibration_coverage", "calibration_tarp"),
@@ -72,14 +73,20 @@ def test_without_data_the_checks_over_the_prior_are_made(root: Path, tmp_path: P
     assert set(curves["quantity"]) == {"ka", "CL", "V", "sigma", "density", "distance"}
     assert set(curves["where"]) == {"prior"}
     individuals = pd.read_csv(run.path / "recovery_individuals.csv")
-    assert len(individuals) == 60 * 4
+    assert len(individuals) == 50 * 4
     summary = pd.read_csv(run.path / "recovery.csv").set_index("parameter")
     ka = individuals[individuals["parameter"] == "ka"]
     assert np.corrcoef(ka["truth"], ka["mean"])[0, 1] == pytest.approx(summary.loc["ka", "correlation"], abs=1e-5)
     assert {"ranks_prior.png", "coverage_prior.pdf", "recovery.png", "scores.png", "agreement.png"} < set(bytes_of(run))
 
 
-def test_a_fit_brings_its_data_and_the_same_command_the_same_bytes(root: Path, tmp_path: Path) -> None:
+def test_a_fit_brings_its_data_and_the_same_command_the_same_bytes(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of the figures one is enough to see that they repeat; all of them take longer than the rest.
+    figures = diagnose_stage.diagnosis_figures
+    one = lambda tables, labels: figures({"agreement": tables["agreement"]}, labels)  # noqa: E731
+    monkeypatch.setattr(diagnose_stage, "diagnosis_figures", one)
     fit = f"fit={only_run(root, 'fit_population').path}"
     first = diagnosed(root, tmp_path / "one", fit)
     found = findings_of(first)
@@ -101,6 +108,7 @@ def test_a_check_that_refuses_leaves_the_others_alone(
         raise ValueError("The network breaks down there.")
 
     monkeypatch.setattr("nlme_sbi.stages.network_checks.calibration", broken)
+    monkeypatch.setattr(diagnose_stage, "diagnosis_figures", lambda *_: {})
     run = diagnosed(root, tmp_path, "diagnose.chains=0")
     found = findings_of(run)
     assert set(found) == {"calibration", "agreement_prior"}
