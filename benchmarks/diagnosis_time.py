@@ -5,7 +5,7 @@ exact posterior on 200 individuals with long chains for four of them.
 
     python benchmarks/diagnosis_time.py --posterior RUN [--data KEY=VALUE ...]
 
-``RUN`` is a train_flow run of experiment mrna_two_rate; ``--data data=mrna_two_rate_cells`` adds what is checked of data.
+``RUN`` is a train_flow run of experiment mrna_two_rate; ``--data data=mrna_two_rate_cells`` adds the data's checks.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
-from record import stopwatch, write_result
+from record import write_result
 from two_rate_training import NETWORKS, configuration, fresh, trained
 
 from nlme_sbi.diagnostics.agreement import agreement
@@ -144,20 +144,19 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     seeds = []
-    with stopwatch() as spent:
-        made = networks(options.weights, options.cpu_minutes)
-        for seed in range(options.seeds):
-            stored = None if options.keep is None else options.keep / f"{seed}.json"
-            if stored is not None and stored.exists():
-                seeds.append(json.loads(stored.read_text()))
-                continue
-            seeds.append(one_seed(made, seed))
-            if stored is not None:
-                stored.parent.mkdir(parents=True, exist_ok=True)
-                stored.write_text(json.dumps(seeds[-1]))
-            print(seed, seeds[-1], flush=True)
+    stored = [options.keep / f"{seed}.json" if options.keep else None for seed in range(options.seeds)]
+    missing = [path for path in stored if path is None or not path.exists()]
+    made = networks(options.weights, options.cpu_minutes) if missing else {}
+    for seed, path in enumerate(stored):
+        if path is not None and path.exists():
+            seeds.append(json.loads(path.read_text()))
+            continue
+        seeds.append(one_seed(made, seed))
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(seeds[-1]))
+        print(seed, seeds[-1], flush=True)
     figures = shares(seeds)
-    figures["seconds"] = (spent.wall, "s")
     if options.show:
         print({name: round(value, 3) for name, (value, _) in figures.items()})
         return

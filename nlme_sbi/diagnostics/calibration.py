@@ -21,6 +21,7 @@ Coogan, Hezaveh and Perreault-Levasseur (2023), ICML, for TARP.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +39,7 @@ DENSITY, DISTANCE, POOLED = "density", "distance", "all parameters"
 COVERAGE_LEVELS = np.arange(1, 20) / 20
 _NUMBERS_AT_ONCE = 4_000_000
 _REFERENCE_SPREAD = 2.0
-_REPLICATES = 500
+_FEWEST_REPLICATES = 500
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ class Calibration:
         parameters: names of the ``D`` parameters.
         ranks: ``(N, D + 2)``: parameters, then density, then distance to the reference.
         p_values: one for each quantity and, last, one for all parameters pooled; exact but for the pooled one, which
-            compares with 500 replicates in which another member of the pool plays the truth.
+            compares with 500 replicates or more in which another member of the pool plays the truth.
         support: ``(N,)`` effective share of the draws.
         error_rate: probability that a right posterior fails any of the tests (Holm's correction).
         failed: simulations that failed and were left out.
@@ -174,19 +175,21 @@ def calibration(
     members, quantities = pairs.draws.shape[1] + 1, len(pairs.names) + 2
     rows = max(1, _NUMBERS_AT_ONCE // (members * quantities))
     levels = torch.as_tensor(evaluation_levels(len(pairs)), device=pairs.truth.device)
-    below = torch.zeros((_REPLICATES, len(levels)), dtype=torch.float64, device=pairs.truth.device)
+    # So many that the pooled test can be rejected after the correction for all tests.
+    replicates = max(_FEWEST_REPLICATES, math.ceil(2 * (quantities + 1) / error_rate))
+    below = torch.zeros((replicates, len(levels)), dtype=torch.float64, device=pairs.truth.device)
     ranks = []
     for start in range(0, len(pairs), rows):
         values, log_weights = _pool(pairs, slice(start, start + rows), generator)
         pool = ranked(values, generator, log_weights=log_weights)
         ranks.append(pool.of_truth(generator))
-        replicates = pool.under_the_null(_REPLICATES, generator)[..., : len(pairs.names)]
+        null = pool.under_the_null(replicates, generator)[..., : len(pairs.names)]
         for place, level in enumerate(levels):
-            below[:, place] += (replicates <= level).sum((0, 2))
+            below[:, place] += (null <= level).sum((0, 2))
     found = torch.cat(ranks).cpu().numpy()
     p_values = [uniformity_p_value(column) for column in found.T]
-    null = (below / (len(pairs) * len(pairs.names))).cpu().numpy()
-    p_values.append(_pooled_p_value(found[:, : len(pairs.names)], null))
+    shares = (below / (len(pairs) * len(pairs.names))).cpu().numpy()
+    p_values.append(_pooled_p_value(found[:, : len(pairs.names)], shares))
     return Calibration(
         pairs.names, found, np.array(p_values), pairs.support.cpu().numpy(), error_rate=error_rate, failed=failed
     )

@@ -1,26 +1,26 @@
-r"""Calibration where the data are: pairs from a density around the observed individuals, judged exactly.
+r"""Calibration where the data are: pairs from the part of the prior around the observed individuals, judged exactly.
 
 A network may be calibrated over its whole training prior and far too wide, or too narrow, at the few places where real
-individuals lie, because those are rare under the prior. So parameters are drawn from a density r around the posterior
-draws of the observed individuals, data are simulated from them with the observed designs, and ranks are taken as over
-the prior. But then :math:`\phi \sim r` and the posterior given the data is not the one under the training prior p that
-the network learned: it is proportional to :math:`p(\phi \mid y)\, r(\phi)/p(\phi)`. Ranks that ignore this accuse a
-perfect network. Here draws *and* truth get the weight :math:`w = r/p`, and ranks are those of weighted pools
-(:mod:`nlme_sbi.diagnostics.ranks`).
+individuals lie, because those are rare under the prior. So parameters are drawn from the training prior p where a bump
+k lets them, a mixture of kernels about posterior draws of the observed individuals: from a density r proportional to
+:math:`k(\phi)\, p(\phi)`. Data are simulated from them with the observed designs, and ranks are taken as over the
+prior. But then the posterior given the data is not the one under p that the network learned: it is proportional to
+:math:`k(\phi)\, p(\phi \mid y)`. Ranks that ignore this accuse a perfect network. Here draws *and* truth get the weight
+:math:`r/p = k`, and ranks are those of weighted pools (:mod:`nlme_sbi.diagnostics.ranks`).
 
 **Valid for** every simulator, with or without a likelihood, and any number of draws: if
 :math:`q(\phi \mid y) = p(\phi \mid y)` for the simulated data, the ranks are exactly uniform, and tests keep their
-error rates. r may depend on network and data in any way, because it is fixed before anything is simulated; designs are
-drawn independently of the parameters. **Less sensitive than** ranks over the prior: where r is narrower than a
-posterior, r and not the network decides the width of the weighted draws, and few effective draws leave much to chance.
-r therefore has kernels as wide as the individuals' posteriors, and the effective share of the draws is told. **Not
-judged**: q outside the places where r has mass, such as a mode that no draw of an observed individual has found.
+error rates. k may depend on network and data in any way, because it is fixed before anything is simulated; designs are
+drawn independently of the parameters. **Less sensitive than** ranks over the prior: where k is narrower than a
+posterior, k and not the network decides the width of the weighted draws, and few effective draws leave much to chance.
+Kernels are therefore twice as wide as the individuals' posteriors, and the effective share of the draws is told. **Not
+judged**: q outside the places where k has mass, such as a mode that no draw of an observed individual has found.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -31,29 +31,33 @@ from nlme_sbi.types import Design, Prior
 _MOST_KERNELS = 200
 _LEAST_DRAWS = 10
 _AT_ONCE = 2_000_000  # parameter vectors times kernels
-_TRIES = 200
+_TRIES = 500
+_PILOT = 10_000
 
 
 @dataclass(frozen=True, eq=False)
 class Neighbourhood:
-    r"""The density r: an equal mixture of normals, each about one draw of an observed individual and with that
-    individual's own posterior covariance, restricted to the support of the training prior.
+    r"""The density r: the training prior times a bump k, the equal mixture of normals, each about one draw of an
+    observed individual and with that individual's own posterior covariance, widened.
 
-    :meth:`of` makes it. It is a :class:`nlme_sbi.types.Prior`, but for the constant that the restriction costs.
+    :meth:`of` makes it. It is a :class:`nlme_sbi.types.Prior`, but for a constant in :meth:`log_prob`.
 
     Args:
         prior: the training prior.
         centres: ``(M, D)``, float64.
         whiteners: ``(M, D, D)`` inverse Cholesky factors of the kernels' covariances.
+        ceiling: log density at which the prior is cut off, so that draws of k can be rejected into draws of r; where
+            the prior is higher (hardly anywhere) r has ``exp(ceiling)`` in its place, and the weight r/p says so.
     """
 
     prior: Prior
     centres: Float[Tensor, "M D"]
     whiteners: Float[Tensor, "M D D"]
+    ceiling: float
 
     @classmethod
     def of(
-        cls, draws: Float[Tensor, "I S D"], prior: Prior, generator: torch.Generator, *, width: float = 1.0
+        cls, draws: Float[Tensor, "I S D"], prior: Prior, generator: torch.Generator, *, width: float = 2.0
     ) -> Neighbourhood:
         """Around the draws of the observed individuals, at most 200 of which get a kernel, evenly chosen.
 
@@ -84,40 +88,51 @@ class Neighbourhood:
             raise ValueError("Draws of an observed individual do not spread in every direction; the network is broken.")
         identity = torch.eye(parameters, dtype=torch.float64, device=draws.device).expand_as(factors)
         whiteners = torch.linalg.solve_triangular(factors, identity, upper=False)
-        return cls(prior, centres, whiteners.repeat_interleave(each, 0))
+        bump = cls(prior, centres, whiteners.repeat_interleave(each, 0), 0.0)
+        highest = float(prior.log_prob(bump._bump_draws(_PILOT, generator)).max())
+        if not math.isfinite(highest):
+            raise ValueError("The network's draws for the data lie outside the support of the training prior.")
+        return replace(bump, ceiling=highest)
 
     @property
     def names(self) -> tuple[str, ...]:
         return self.prior.names
 
     def sample(self, count: int, generator: torch.Generator) -> Float[Tensor, "n D"]:
-        """Independent draws, float32.
+        """Independent draws, float32, by rejection: draws of k that the prior lets pass.
 
-        Raises ``ValueError`` where hardly any lies in the support of the prior.
+        Raises ``ValueError`` where it lets hardly any pass.
         """
         found: list[Tensor] = []
         missing = count
         for _ in range(_TRIES):
-            which = torch.randint(len(self.centres), (count,), generator=generator, device=self.centres.device)
-            noise = torch.randn(
-                (count, self.centres.shape[1], 1), generator=generator, dtype=torch.float64, device=self.centres.device
-            )
-            spread = torch.linalg.solve_triangular(self.whiteners[which], noise, upper=False)[..., 0]
-            phi = (self.centres[which] + spread).float()
-            found.append(phi[torch.isfinite(self.prior.log_prob(phi))][:missing])
-            missing -= len(found[-1])
+            phi = self._bump_draws(_PILOT, generator)
+            chance = torch.rand(len(phi), generator=generator, dtype=torch.float64, device=phi.device)
+            passed = phi[chance.log() < self.prior.log_prob(phi.double()) - self.ceiling][:missing]
+            found.append(passed)
+            missing -= len(passed)
             if missing == 0:
                 return torch.cat(found)
-        raise ValueError("The network's draws for the data lie almost all outside the support of the training prior.")
+        raise ValueError("The network's draws for the data lie almost all where the training prior has no mass.")
 
     def log_prob(self, phi: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
-        """Log density, up to a constant where the prior is bounded; -inf outside its support."""
+        """Log density up to a constant; -inf outside the support of the prior."""
         flat = phi.reshape(-1, phi.shape[-1]).double()
         rows = max(1, _AT_ONCE // len(self.centres))
         parts = [self._mixture(flat[start : start + rows]) for start in range(0, len(flat), rows)]
-        inside = torch.isfinite(self.prior.log_prob(flat))
-        found = torch.where(inside, torch.cat(parts) if parts else flat.new_zeros(0), -torch.inf)
-        return found.reshape(phi.shape[:-1]).to(phi.dtype)
+        bump = torch.cat(parts) if parts else flat.new_zeros(0)
+        found = bump + self.prior.log_prob(flat).clamp_max(self.ceiling)
+        density: Tensor = found.reshape(phi.shape[:-1]).to(phi.dtype)
+        return density
+
+    def _bump_draws(self, count: int, generator: torch.Generator) -> Float[Tensor, "n D"]:
+        device = self.centres.device
+        which = torch.randint(len(self.centres), (count,), generator=generator, device=device)
+        shape = (count, self.centres.shape[1], 1)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
+        spread = torch.linalg.solve_triangular(self.whiteners[which], noise, upper=False)[..., 0]
+        phi: Tensor = (self.centres[which] + spread).float()
+        return phi
 
     def _mixture(self, phi: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
         """All kernels by one product: each log density is a polynomial of second order in phi."""
@@ -136,12 +151,12 @@ class Neighbourhood:
 
     @property
     def mean(self) -> Float[Tensor, " D"]:
-        """Of the mixture before it is restricted."""
+        """Of the bump."""
         return self.centres.mean(0)
 
     @property
     def covariance(self) -> Float[Tensor, "D D"]:
-        """Of the mixture before it is restricted."""
+        """Of the bump."""
         spread = torch.linalg.inv(self.whiteners)
         covariance: Tensor = (spread @ spread.mT).mean(0) + torch.cov(self.centres.T, correction=0)
         return covariance

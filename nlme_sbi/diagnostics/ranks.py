@@ -70,8 +70,12 @@ def ranked(
         weight = torch.full((rows, members), 1 / members, dtype=torch.float64, device=pool.device)
     else:
         weight = torch.softmax(log_weights.double(), 1)
-    shuffled: Int[Tensor, " P"] = torch.randperm(members, generator=generator, device=pool.device)
-    order = shuffled[pool[:, shuffled].argsort(dim=1, stable=True)]
+    # A stable sort of shuffled pools puts equal values in random order; each pool has a shuffle of its own, because one
+    # for all would put the truth before its equals in every pool, or in none.
+    keys = torch.rand((rows, members), generator=generator, device=pool.device)
+    shuffled: Int[Tensor, "N P"] = keys.argsort(dim=1)
+    wide = shuffled[..., None].expand(pool.shape)
+    order = wide.gather(1, pool.gather(1, wide).argsort(dim=1, stable=True))
     sorted_weights = weight[..., None].expand(pool.shape).gather(1, order)
     before = sorted_weights.cumsum(1) - sorted_weights
     return RankedPool(torch.empty_like(before).scatter_(1, order, before), weight)
