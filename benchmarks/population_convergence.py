@@ -2,20 +2,24 @@
 
     python benchmarks/population_convergence.py --posterior RUN [--populations 10 5] [--prefixes 50 100 200 1000]
 
-Fresh populations of 1000 and of 10,000 cells from the published law with seeds of their own, then prefixes of the
-published cells. ``RUN`` is a train_flow run of experiment mrna_two_rate. The error is the mean squared error of 6 means
-and 6 variances (log scale) against the sample truth, under the nearer of the two labellings.
+Fresh populations of 1000 and of 10,000 cells from the published law with seeds of their own, of 1000 from another law,
+and prefixes of the published cells. ``RUN`` is a train_flow run of experiment mrna_two_rate. The error is the mean
+squared error of 6 means and 6 variances (log scale) against the sample truth, under the nearer of the two labellings.
+Every fit is kept as a line of --rows; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from published_population import NAMES, TIMES, SyntheticCells, estimation_error, fresh_cells, published_cells
-from record import Figure, Spent, stopwatch, write_result
+from published_population import NAMES, TIMES, SyntheticCells, estimation_error, fresh_cells, other_law, published_cells
+from record import ROOT, Figure, Spent, stopwatch, write_result
 
 from nlme_sbi import AmortizedPosterior, Observations
 from nlme_sbi.devices import keep_freed_memory
@@ -23,6 +27,7 @@ from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, PriorR
 from nlme_sbi.types import Design
 
 CONSTANT = ("offset", "sigma")
+RATIOS = 2  # populations of each law that the prior ratio is fitted to
 
 
 def observed(cells: SyntheticCells) -> Observations:
@@ -67,46 +72,85 @@ def gamma_z(fit: PopulationFit, cells: SyntheticCells) -> tuple[float, float]:
     return (mean[column] - true_mean) / se[f"mean.{name}"], (variance[column] - true_variance) / variance_se
 
 
+def populations(source: str, count: int, seed: int) -> SyntheticCells:
+    """``count`` cells of the published law, of our own one, or the published ones themselves."""
+    if source == "published":
+        return published_cells(count)
+    return fresh_cells(count, seed=seed, moments=other_law() if source == "other" else None)
+
+
+def measured(posterior: AmortizedPosterior, job: tuple[str, int, int, str]) -> dict[str, object]:
+    """One fit: plain, for a line of JSON."""
+    source, count, seed, name = job
+    cells = populations(source, count, seed)
+    estimator = Exact() if name == "exact" else PriorRatio(max_draws=2000)
+    fit, spent = fitted(posterior, cells, seed=seed, estimator=estimator)
+    return {
+        "job": list(job),
+        "error": estimation_error(*moments(fit), cells.phi),
+        "gamma_z": gamma_z(fit, cells),
+        "wall": spent.wall,
+        "cpu": spent.cpu,
+        "minus_two_log_likelihood": fit.minus_two_log_likelihood,
+        "converged": fit.converged,
+    }
+
+
+def jobs(many: tuple[int, int], prefixes: Sequence[int]) -> Iterator[tuple[str, int, int, str]]:
+    """Source, cells, seed and estimator of every fit, the quick ones first."""
+    for source in ("law", "other"):
+        yield from ((source, 1000, seed, "exact") for seed in range(1, many[0] + 1))
+        yield from ((source, 1000, seed, "prior_ratio") for seed in range(1, min(many[0], RATIOS) + 1))
+    yield from (("published", count, 0, "exact") for count in sorted(prefixes))
+    yield from (("law", 10_000, seed, "exact") for seed in range(1, many[1] + 1))
+
+
+def told(rows: list[dict]) -> dict[str, Figure]:
+    """Figures of all fits that were made."""
+    groups: dict[tuple[str, int, str], list[dict]] = defaultdict(list)
+    for row in rows:
+        source, count, _, name = row["job"]
+        groups[source, count, name].append(row)
+    figures: dict[str, Figure] = {}
+    for (source, count, name), found in groups.items():
+        errors = [row["error"] for row in found]
+        key = f"{count}_{name}" if source == "law" else f"{count}_{name}_{source}_law"
+        if source == "published":
+            figures[f"mse_{count}_published"] = (errors[0], f"{found[0]['wall']:.0f} s")
+            continue
+        figures[f"mse_{key}"] = (float(np.mean(errors)), f"mean over {len(found)} fresh populations")
+        figures[f"mse_{key}_worst"] = (max(errors), "the worst of them")
+        figures[f"seconds_{key}"] = (float(np.mean([row["wall"] for row in found])), "s a fit, draws included")
+        figures[f"cpu_seconds_{key}"] = (float(np.mean([row["cpu"] for row in found])), "CPU s a fit")
+    for source, suffix in (("law", ""), ("other", "_other_law")):
+        z = np.array([row["gamma_z"] for row in rows if row["job"][0] == source and row["job"][3] == "exact"])
+        if len(z):
+            unit = f"mean of (estimate - sample truth) / SE of gamma's mean and variance, {len(z)} populations"
+            figures[f"worst_bias_se{suffix}"] = (float(np.abs(z.mean(0)).max()), unit)
+    figures["converged"] = (sum(row["converged"] for row in rows), f"of {len(rows)} fits")
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--posterior", type=Path, required=True)
     parser.add_argument("--populations", type=int, nargs=2, default=(10, 5))
     parser.add_argument("--prefixes", type=int, nargs="*", default=(50, 100, 200, 500, 1000, 10000))
+    parser.add_argument("--rows", type=Path, default=ROOT / "outputs" / "convergence_rows.jsonl")
     options = parser.parse_args()
     keep_freed_memory()
     posterior = AmortizedPosterior.load(options.posterior, device="cpu")
-    figures: dict[str, Figure] = {}
-    scores: list[tuple[float, float]] = []
-    for count, repeats in zip((1000, 10000), options.populations, strict=True):
-        errors, ratio_errors, walls, cpus = [], [], [], []
-        for seed in range(1, repeats + 1):
-            cells = fresh_cells(count, seed=seed)
-            fit, spent = fitted(posterior, cells, seed=seed, estimator=Exact())
-            errors.append(estimation_error(*moments(fit), cells.phi))
-            scores.append(gamma_z(fit, cells))
-            walls.append(spent.wall)
-            cpus.append(spent.cpu)
-            print(count, seed, errors[-1], scores[-1], spent, f"-2 log L {fit.minus_two_log_likelihood}", flush=True)
-            if seed <= 2 and count == 1000:
-                ratio, _ = fitted(posterior, cells, seed=seed, estimator=PriorRatio(max_draws=2000))
-                ratio_errors.append(estimation_error(*moments(ratio), cells.phi))
-        if errors:
-            figures[f"mse_{count}_exact"] = (float(np.mean(errors)), f"mean over {repeats} fresh populations")
-            figures[f"mse_{count}_exact_worst"] = (max(errors), "the worst of them")
-            figures[f"seconds_{count}_exact"] = (float(np.mean(walls)), "s a fit, draws included")
-            figures[f"cpu_seconds_{count}_exact"] = (float(np.mean(cpus)), "CPU s a fit")
-        if ratio_errors:
-            figures[f"mse_{count}_prior_ratio"] = (float(np.mean(ratio_errors)), f"{len(ratio_errors)} of them")
-    if scores:
-        z = np.array(scores)
-        bias = np.abs(z.mean(0))
-        figures["worst_bias_se"] = (float(bias.max()), f"mean of (estimate - sample truth) / SE, {len(z)} populations")
-    for count in options.prefixes:
-        cells = published_cells(count)
-        fit, spent = fitted(posterior, cells, seed=0, estimator=Exact())
-        figures[f"mse_{count}_published"] = (estimation_error(*moments(fit), cells.phi), f"{spent.wall:.0f} s")
-        print(count, figures[f"mse_{count}_published"], flush=True)
-    write_result("population_convergence", figures, title="Two-rate cells, estimator exact: error with the cells.")
+    options.rows.parent.mkdir(parents=True, exist_ok=True)
+    lines = options.rows.read_text().splitlines() if options.rows.exists() else []
+    rows = [json.loads(line) for line in lines]
+    done = {tuple(row["job"]) for row in rows}
+    for job in jobs(tuple(options.populations), options.prefixes):
+        if job not in done:
+            rows.append(measured(posterior, job))
+            with options.rows.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(rows[-1], flush=True)
+    write_result("population_convergence", told(rows), title="Two-rate cells: error of the estimate with the cells.")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,12 @@ def law() -> tuple[np.ndarray, np.ndarray]:
     return np.append(mean, [np.log(8.0), 0.5 * np.log(0.001)]), np.append(np.log1p(ratio), [0.0, 0.0])
 
 
+def other_law() -> tuple[np.ndarray, np.ndarray]:
+    """A law of our own: both rates vary about values that are near each other, so that which is which differs between
+    cells, expression varies widely, and background and noise are higher."""
+    return np.log([0.5, 0.2, 300.0, 1.5, 20.0, 0.08]), np.array([0.1, 0.2, 0.25, 0.05, 0.0, 0.0])
+
+
 def log_signal(phi: np.ndarray) -> np.ndarray:
     """Noise-free log fluorescence, float64, ``(cells, 180)``."""
     delta, gamma, scale, onset, offset = np.exp(phi[:, :5].T[..., None])
@@ -57,9 +63,9 @@ def published_cells(cells: int = CELLS) -> SyntheticCells:
     return SyntheticCells(phi[:cells], values[:cells], mean, variance)
 
 
-def fresh_cells(cells: int, *, seed: int) -> SyntheticCells:
-    """Another population from the published law, by a seed of its own."""
-    mean, variance = law()
+def fresh_cells(cells: int, *, seed: int, moments: tuple[np.ndarray, np.ndarray] | None = None) -> SyntheticCells:
+    """Another population from the published law (or another one's means and variances), by a seed of its own."""
+    mean, variance = law() if moments is None else moments
     random = np.random.default_rng(seed)
     phi = mean + np.sqrt(variance) * random.standard_normal((cells, len(mean)))
     values = log_signal(phi) + np.exp(phi[:, 5:]) * random.standard_normal((cells, len(TIMES)))

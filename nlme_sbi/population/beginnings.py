@@ -13,6 +13,7 @@ from nlme_sbi.population.joint import Expansion, JointDensity, promised_gain
 from nlme_sbi.population.proposals import Pieces, modes, with_others
 from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
+from nlme_sbi.population.subsets import of_individuals, random_part
 from nlme_sbi.types import Observations, PosteriorSamples, Simulator, TractableSimulator
 
 _EXPLORED = 500  # individuals whose flow draws tell where the population is
@@ -41,18 +42,20 @@ def tractable(simulator: Simulator | None, source: Source, estimator: str) -> Tr
     return found
 
 
+def likelihood_of(
+    simulator: TractableSimulator, population: PopulationModel, observations: Observations, theta: Tensor
+) -> JointDensity:
+    """Likelihood times population density of everybody at ``theta``, in float64 on its device."""
+    return JointDensity(simulator, population, in_double(observations, theta.device), theta.detach())
+
+
 def explorable(
     source: Source, observations: Observations, population: PopulationModel, *, draws: int, generator: torch.Generator
 ) -> WeightedDraws:
     """``draws`` of the network for some individuals, on which starts are compared by the prior ratio."""
-    chosen = torch.arange(len(observations))
-    if len(observations) > _EXPLORED:
-        chosen = torch.randperm(len(observations), generator=generator, device=generator.device)[:_EXPLORED]
-        chosen = chosen.sort().values.cpu()
-    if isinstance(source, PosteriorSamples):
-        source = replace(source, phi=source.phi[chosen], log_q=source.log_q[chosen])
+    chosen = random_part(len(observations), _EXPLORED, generator)
     ratio = PriorRatio(draws=draws, max_draws=draws, components=4)
-    return ratio.prepare(source, observations[chosen], population, generator)
+    return ratio.prepare(of_individuals(source, chosen), observations[chosen], population, generator)
 
 
 def in_double(observations: Observations, device: torch.device) -> Observations:
@@ -87,7 +90,7 @@ def first_climbers(
     spread = varying.std(1, keepdim=True).clamp_min(1e-6 * joint.scales[:, None])
     pool = [varying, joint.centres[:, None]]
     if mirrored:
-        pool[0] = _with_images(joint, varying)
+        pool[0] = with_images(joint, varying)
     points = torch.cat(pool, 1)
     value = joint.value(every, points)
     chosen = []
@@ -119,7 +122,7 @@ def images(simulator: TractableSimulator, population: PopulationModel) -> list[l
     return found
 
 
-def _with_images(joint: JointDensity, points: Float[Tensor, "I S V"]) -> Float[Tensor, "I more V"]:
+def with_images(joint: JointDensity, points: Float[Tensor, "I S V"]) -> Float[Tensor, "I more V"]:
     """The points and, for every pair of parameters that may be exchanged, their mirror images."""
     for order in images(joint.simulator, joint.population):
         points = torch.cat([points, points[..., order]], 1)
@@ -137,7 +140,7 @@ def modes_with_images(
 
 def _hopeful_images(joint: JointDensity, found: Pieces, at: Expansion) -> tuple[Tensor, Tensor]:
     """Mirror images of modes that are not so low that the population rules them out."""
-    mirrored = _with_images(joint, found.means[:, None])[:, 1:]
+    mirrored = with_images(joint, found.means[:, None])[:, 1:]
     rows = found.rows[:, None].expand(-1, mirrored.shape[1]).flatten()
     points, top = mirrored.flatten(0, 1), at.value[:, None].expand(-1, mirrored.shape[1]).flatten()
     if len(rows) == 0:

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nlme_sbi.population.beginnings import images
-from nlme_sbi.population.joint import JointDensity, chosen_rows, interleaved
-from nlme_sbi.population.proposals import Mixtures, Pieces, mixtures
+from nlme_sbi.population.joint import Expansion, JointDensity, chosen_rows, interleaved
+from nlme_sbi.population.proposals import Mixtures, Pieces, along_profiles, mixtures
 from nlme_sbi.population.roles import PopulationModel
 from nlme_sbi.threads import over_blocks
 from nlme_sbi.types import Observations, TractableSimulator
@@ -96,7 +96,7 @@ class Kernels:
     """Proposals of every individual.
 
     Args:
-        laplace: heavy-tailed components around modes, for independence proposals.
+        laplace: heavy-tailed components around modes and along bent profiles, for independence proposals.
         shape: ``(I, V, V)`` factor of Laplace's covariance at the best mode.
         log_joint: ``(I,)`` log step of the walk in that shape.
         log_single: ``(I, V)`` log steps of the walks along coordinates, in SDs of that shape.
@@ -112,23 +112,26 @@ class Kernels:
     target: float
 
     @classmethod
-    def around(cls, joint: JointDensity, modes: Pieces, *, target: float) -> Kernels:
-        """From modes sorted by individual, the best of each first."""
+    def around(cls, joint: JointDensity, modes: Pieces, at: Expansion, *, target: float) -> Kernels:
+        """From modes sorted by individual, the best of each first, and the expansions there.
+
+        Where an individual tells little of a parameter, Laplace's component alone leaves its chains in one place.
+        """
         individuals, size = len(joint.observations), modes.means.shape[1]
-        mixed = mixtures(modes, individuals, _SHARES)
+        mixed = mixtures(along_profiles(joint, modes, at), individuals, _SHARES)
         ones = torch.ones(individuals, dtype=modes.means.dtype, device=modes.means.device)
         return cls(
             laplace=mixed,
-            shape=mixed.factors[:, 0],
+            shape=mixtures(modes, individuals, 1).factors[:, 0],
             log_joint=(2.4 / size**0.5 * ones).log(),
             log_single=(2.4 * ones).log()[:, None].expand(-1, size).clone(),
             exchanges=tuple(tuple(order) for order in images(joint.simulator, joint.population)),
             target=target,
         )
 
-    def moved_to(self, joint: JointDensity, modes: Pieces) -> Kernels:
+    def moved_to(self, joint: JointDensity, modes: Pieces, at: Expansion) -> Kernels:
         """Around other modes, with the steps that were learnt."""
-        fresh = Kernels.around(joint, modes, target=self.target)
+        fresh = Kernels.around(joint, modes, at, target=self.target)
         return replace(fresh, log_joint=self.log_joint, log_single=self.log_single)
 
 

@@ -8,8 +8,8 @@ sampled. The network only tells where to begin.
 
 Between two sets of draws the likelihood's dependence on s is its expansion about the values that the draws were made
 for: each draw's own gradient, and the mean Hessian of draws of the individual that are chosen by weight. Draws are made
-anew at the optimum until that no longer moves, so that the expansion point *is* the estimate, where values, gradients
-and curvatures are exact.
+anew at the optimum until it moves so little that what the expansion leaves in it is below a twentieth of a standard
+error; values, gradients and curvatures are exact at the point that the last draws were made for.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from torch import Tensor
 from nlme_sbi.population.beginnings import (
     explorable,
     first_climbers,
-    in_double,
     is_near,
+    likelihood_of,
     modes_with_images,
     require_everybody,
     tractable,
 )
 from nlme_sbi.population.exact_draws import ExactDraws, drawn, with_bad_ones_refined
-from nlme_sbi.population.joint import JointDensity
 from nlme_sbi.population.proposals import along_profiles, mixtures
 from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions
@@ -91,9 +90,9 @@ class Exact:
     ) -> ExactDraws:
         """Draws made for ``theta``: modes, mixtures, draws with their likelihoods expanded in the constants."""
         simulator = tractable(self.simulator, source, self.name)
-        exact = in_double(observations, theta.device)
-        joint = JointDensity(simulator, previous.population, exact, theta.detach())
-        known = previous if isinstance(previous, ExactDraws) and previous.individuals == len(exact) else None
+        joint = likelihood_of(simulator, previous.population, observations, theta)
+        individuals = len(observations)
+        known = previous if isinstance(previous, ExactDraws) and previous.individuals == individuals else None
         if known is not None and is_near(joint, known.proposed_for):
             # The mixtures still fit: draws from them, with likelihoods at the new theta.
             state = drawn(joint, known.modes, known.mixed, source.prior, generator)
@@ -104,7 +103,7 @@ class Exact:
             rows, starts = known.modes.rows, known.modes.means
         laplace, at = modes_with_images(joint, rows, starts)
         require_everybody(laplace.rows, observations)
-        mixed = mixtures(along_profiles(joint, laplace, at), len(exact), self._draws_of(previous, len(exact)))
+        mixed = mixtures(along_profiles(joint, laplace, at), individuals, self._draws_of(previous, individuals))
         state = drawn(joint, laplace, mixed, source.prior, generator)
         return with_bad_ones_refined(state, generator)
 

@@ -16,8 +16,8 @@ from nlme_sbi.population.weighting import effective_draws
 from nlme_sbi.threads import over_blocks
 from nlme_sbi.types import Design, Prior
 
-_BLOCK = 4096  # draws in a block of the objective
-_PREDICTED = 100_000  # predictions that are worked on at once
+_BLOCK = 32768  # draws in a block of the objective: in much smaller ones most of the time is overhead
+_PREDICTED = 200_000  # predictions that are worked on at once
 _BAD = 0.25  # share of effective draws below which a mixture is refined
 _REFINEMENTS = 3  # of mixtures that stay bad
 _CURVED = 4  # draws of each individual that tell the curvature in the constants
@@ -85,16 +85,8 @@ class ExactDraws:
     def part(self, individuals: Tensor, draws: slice) -> ExactDraws:
         """Some individuals with some of their draws."""
         observations = chosen_rows(self.joint.observations, individuals)
-        whole = _joined(self.blocks)
-        cut = replace(
-            whole,
-            design=observations.design,
-            phi=whole.phi[individuals, draws],
-            log_ratio=whole.log_ratio[individuals, draws],
-            slopes=whole.slopes[individuals, draws],
-            curvatures=whole.curvatures[individuals],
-            constants=whole.constants[individuals],
-        )
+        some = _rows(_joined(self.blocks), individuals)
+        cut = replace(_with_draws(some, draws), design=observations.design)
         return replace(
             self,
             joint=replace(self.joint, observations=observations),
@@ -117,15 +109,7 @@ class ExactDraws:
 
     def half(self, which: int) -> ExactDraws:
         """Every other draw."""
-        blocks = tuple(
-            replace(
-                block,
-                phi=block.phi[:, which::2],
-                log_ratio=block.log_ratio[:, which::2],
-                slopes=block.slopes[:, which::2],
-            )
-            for block in self.blocks
-        )
+        blocks = tuple(_with_draws(block, slice(which, None, 2)) for block in self.blocks)
         return replace(self, blocks=blocks, draws=blocks[0].phi.shape[1])
 
     def expanded_at(self, theta: Float[Tensor, " P"]) -> ExactDraws:
@@ -299,22 +283,16 @@ def _rows(whole: ExactBlock, rows: Tensor) -> ExactBlock:
     )
 
 
+def _with_draws(block: ExactBlock, draws: slice) -> ExactBlock:
+    """Some draws of everybody in it."""
+    return replace(block, phi=block.phi[:, draws], log_ratio=block.log_ratio[:, draws], slopes=block.slopes[:, draws])
+
+
 def _in_blocks(whole: ExactBlock) -> tuple[ExactBlock, ...]:
     individuals, draws = whole.phi.shape[:2]
     rows = torch.arange(individuals, device=whole.phi.device)
-    return tuple(
-        replace(
-            whole,
-            rows=some,
-            design=whole.design[some],
-            phi=whole.phi[some],
-            log_ratio=whole.log_ratio[some],
-            slopes=whole.slopes[some],
-            curvatures=whole.curvatures[some],
-            constants=whole.constants[some],
-        )
-        for some in torch.split(rows, max(1, _BLOCK // draws))
-    )
+    parts = torch.split(rows, max(1, _BLOCK // draws))
+    return tuple(replace(_rows(whole, some), design=whole.design[some]) for some in parts)
 
 
 def _modes_of(modes: Pieces, individuals: Tensor) -> Pieces:

@@ -15,6 +15,7 @@ from nlme_sbi.population.labelling import in_order
 from nlme_sbi.population.result import Restart
 from nlme_sbi.population.roles import FitProgress, Report, WeightedDraws
 from nlme_sbi.population.starts import starting_points
+from nlme_sbi.population.subsets import random_part
 from nlme_sbi.population.verdicts import compared
 from nlme_sbi.population.weighting import contributions, rough_information
 
@@ -60,10 +61,7 @@ def explore(
 def _part(state: WeightedDraws, generator: torch.Generator) -> WeightedDraws:
     if state.individuals <= EXPLORED_INDIVIDUALS and state.draws <= _EXPLORED_DRAWS:
         return state
-    chosen = torch.arange(state.individuals, device=generator.device)
-    if state.individuals > EXPLORED_INDIVIDUALS:
-        shuffled = torch.randperm(state.individuals, generator=generator, device=generator.device)
-        chosen = shuffled[:EXPLORED_INDIVIDUALS].sort().values
+    chosen = random_part(state.individuals, EXPLORED_INDIVIDUALS, generator).to(generator.device)
     stride = max(1, state.draws // _EXPLORED_DRAWS)
     return state.part(chosen, slice(0, stride * _EXPLORED_DRAWS, stride))
 

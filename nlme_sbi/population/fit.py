@@ -16,7 +16,7 @@ from nlme_sbi.population import checks
 from nlme_sbi.population.ascent import Summit, climb, polish
 from nlme_sbi.population.boundary import variance_tests
 from nlme_sbi.population.exploring import EXPLORED_INDIVIDUALS, Explored, explore
-from nlme_sbi.population.individuals import individual_estimates
+from nlme_sbi.population.individuals import IndividualEstimates, individual_estimates
 from nlme_sbi.population.labelling import declared_pairs, in_order, labelling_notes, require_orderable
 from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.result import PopulationFit, Restart
@@ -33,9 +33,11 @@ from nlme_sbi.population.roles import (
     Source,
     WeightedDraws,
 )
+from nlme_sbi.population.subsets import of_individuals, random_part
 from nlme_sbi.population.uncertainty import (
     MonteCarloError,
     covariance_from,
+    left_by_expansion,
     likelihood_error,
     monte_carlo_error,
     rough_monte_carlo_error,
@@ -44,14 +46,14 @@ from nlme_sbi.population.vanished import settled
 from nlme_sbi.population.verdicts import degenerate, described, doubted, few_individuals
 from nlme_sbi.population.weighting import hessian, rough_information, value_and_gradient
 from nlme_sbi.tails import heavy_tails
-from nlme_sbi.types import Censoring, Observations, Posterior, PosteriorSamples
+from nlme_sbi.types import Censoring, Observations, Posterior
 
 logger = logging.getLogger(__name__)
 
 _STANDS_STILL = 0.5  # standard errors between two rounds; Monte-Carlo error is judged apart
 _ROUNDS = 10  # of draws that follow the optimum
 _PRUDENCE = 1.1  # factor on the rough error of fewer individuals before it sets the draws of all
-_LEFT_BY_A_MOVE = 0.05  # standard errors
+_LEFT_BY_A_MOVE = 0.05  # standard errors that the expansion in constants may leave in an estimate
 _CONVERGED = 0.01  # largest Newton step that may be left, in standard errors
 _LABELLINGS = 2  # climbs, the second where the first ended under another labelling than the one asked for
 _CONTRADICTED = 0.3  # standard errors between a search's estimate and the summit of the likelihood there
@@ -161,18 +163,18 @@ def _fitted(
         explored = replace(
             explored, best=replace(optimum.summit, theta=wished), information=rough_information(first, wished)
         )
+    individuals = individual_estimates(state, optimum.summit.theta)
     said = (
         *few_individuals(model, len(observations)),
         *doubted(explored.restarts),
         *_imprecise(model, optimum, accuracy, shortage),
         *degenerate(model, optimum.summit.theta),
-        *checks.low_effective_draws(
-            individual_estimates(state, optimum.summit.theta).ess, state.draws, observations.ids
-        ),
+        *checks.low_effective_draws(individuals.ess, state.draws, observations.ids),
         *state.warnings(optimum.summit.theta, observations.ids),
         *_second_opinion(optimum),
+        *heavy_tails(individuals.pareto_k, observations.ids),
     )
-    fit = _result(state, optimum, explored.restarts, chosen=chosen, observations=observations, said=said)
+    fit = _result(state, optimum, explored.restarts, individuals, chosen=chosen, observations=observations, said=said)
     return replace(
         fit,
         labelling=labelling_notes(model, declared, optimum.summit.theta),
@@ -265,16 +267,14 @@ def _followed(
     individuals = len(observations)
     stages = [(torch.arange(individuals), _STANDS_STILL)]
     if individuals > 2 * EXPLORED_INDIVIDUALS:
-        shuffled = torch.randperm(individuals, generator=generator, device=generator.device)
-        stages.insert(0, (shuffled[:EXPLORED_INDIVIDUALS].sort().values.cpu(), 1.0))
-    moved, lacking = math.inf, 0.0
+        stages.insert(0, (random_part(individuals, EXPLORED_INDIVIDUALS, generator), 1.0))
+    made_for, lacking = theta, 0.0
     for rows, near in stages:
-        some = observations if len(rows) == individuals else observations[rows]
-        given = source
-        if isinstance(source, PosteriorSamples) and len(rows) < individuals:
-            given = replace(source, phi=source.phi[rows], log_q=source.log_q[rows])
+        some, given = observations, source
+        if len(rows) < individuals:
+            some, given = observations[rows], of_individuals(source, rows)
         if lacking > 0:  # as many draws as fewer individuals needed: the ratio of the errors is the same
-            chosen = chosen.with_draws(math.ceil(state.draws * _times_for(lacking)))
+            chosen = chosen.with_draws(math.ceil(state.draws * _times_for(_PRUDENCE * lacking)))
         for done in range(_ROUNDS):
             with torch.no_grad():
                 state = chosen.follow(given, some, theta, state, generator)
@@ -282,14 +282,12 @@ def _followed(
             summit = climb(state, theta, information, tolerance=0.02)
             se = torch.linalg.inv(information).diagonal().sqrt()
             moved = float(((summit.theta - theta)[state.population.unknowns.free].abs() / se).max())
-            theta = summit.theta
+            made_for, theta = theta, summit.theta
             say(FitProgress(f"rounds on {len(rows)} individuals", done + 1, 0, summit.objective))
             if moved < near or chosen.serves(state, theta):
                 break
-        lacking = _PRUDENCE * rough_monte_carlo_error(state, theta, information) / accuracy
-    # What draws made for another theta leave in the estimate is of second order in how far that is.
-    lacking /= _PRUDENCE  # the errors that count are judged again
-    if lacking > 1 or moved**2 / (2 * math.sqrt(individuals)) > _LEFT_BY_A_MOVE:
+        lacking = rough_monte_carlo_error(state, theta, information) / accuracy
+    if lacking > 1 or left_by_expansion(state, made_for, theta, information) > _LEFT_BY_A_MOVE:
         with torch.no_grad():
             better: WeightedDraws | str = ""
             if lacking > 1:
@@ -384,6 +382,7 @@ def _result(
     state: WeightedDraws,
     optimum: _Optimum,
     restarts: tuple[Restart, ...],
+    individuals: IndividualEstimates,
     *,
     chosen: Estimator,
     observations: Observations,
@@ -400,7 +399,6 @@ def _result(
     if optimum.found is not None:
         converged = optimum.found.converged and optimum.covariance is not None
         outcome = f"{optimum.found.message} The likelihood of the draws made there is highest {left} away."
-    individuals = individual_estimates(state, theta)
     return PopulationFit(
         population=state.population,
         ids=observations.ids,
@@ -415,7 +413,7 @@ def _result(
         restarts=restarts,
         converged=converged,
         message=f"{outcome} {described(restarts)}",
-        warnings=(*said, *heavy_tails(individuals.pareto_k, observations.ids)),
+        warnings=said,
         measurements=_measurements(observations),
         state=state,
         approximation=chosen.approximation,

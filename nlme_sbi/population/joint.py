@@ -16,7 +16,7 @@ from nlme_sbi.population.roles import PopulationModel, covariances_of, means_of
 from nlme_sbi.threads import over_blocks
 from nlme_sbi.types import Observations, TractableSimulator
 
-_NUMBERS = {"cpu": 100_000, "cuda": 50_000_000}  # predicted values in a block: a CPU's cache, a GPU's width
+_NUMBERS = {"cpu": 200_000, "cuda": 50_000_000}  # predicted values in a block: a CPU's cache, a GPU's width
 _STEP = 1e-5  # of finite differences of gradients, in SDs of the population
 _FLOOR = 0.05  # least curvature that a Newton step assumes, in units of the population's
 _RACE = 12  # Newton steps after which an individual's points are compared; kinks are climbed slowly

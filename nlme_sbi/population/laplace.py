@@ -21,13 +21,12 @@ from torch import Tensor
 from nlme_sbi.population.beginnings import (
     explorable,
     first_climbers,
-    in_double,
     is_near,
+    likelihood_of,
     modes_with_images,
     require_everybody,
     tractable,
 )
-from nlme_sbi.population.joint import JointDensity
 from nlme_sbi.population.laplace_draws import LaplaceDraws, assembled
 from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions
@@ -79,9 +78,8 @@ class Laplace:
     ) -> LaplaceDraws:
         """Everybody's modes at ``theta``: from those that were known, or from the network's draws."""
         simulator = tractable(self.simulator, source, self.name)
-        exact = in_double(observations, theta.device)
-        joint = JointDensity(simulator, previous.population, exact, theta.detach())
-        if isinstance(previous, LaplaceDraws) and previous.individuals == len(exact):
+        joint = likelihood_of(simulator, previous.population, observations, theta)
+        if isinstance(previous, LaplaceDraws) and previous.individuals == len(observations):
             rows, starts = previous.modes.rows, previous.modes.means
         else:
             rows, starts = first_climbers(joint, source, observations, generator)

@@ -5,7 +5,7 @@ The mode is that of the density over unconstrained ``phi``; on another scale it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.population.beginnings import likelihood_of, with_images
 from nlme_sbi.population.exact_draws import ExactDraws
 from nlme_sbi.population.individuals import resampled_draws
 from nlme_sbi.population.joint import Expansion, JointDensity, ascend, interleaved
@@ -82,22 +83,11 @@ def individual_modes(
     if simulator is None and isinstance(fit.state, ExactDraws):
         simulator = fit.state.joint.simulator
     if isinstance(simulator, TractableSimulator):
-        joint = JointDensity(simulator, fit.population, _in_double(observations, fit.theta.device), fit.theta)
+        joint = likelihood_of(simulator, fit.population, observations, fit.theta)
         return _climbed(joint, drawn, fit.state.modes if isinstance(fit.state, ExactDraws) else None)
     if isinstance(source, Posterior):
         return _best_of(drawn, fit.population, fit.theta, source, observations)
     return _heaviest(fit)
-
-
-def _in_double(observations: Observations, device: torch.device) -> Observations:
-    moved = observations.to(device)
-    return replace(
-        moved,
-        values=moved.values.double(),
-        lower=None if moved.lower is None else moved.lower.double(),
-        upper=None if moved.upper is None else moved.upper.double(),
-        design=replace(moved.design, times=moved.design.times.double()),
-    )
 
 
 def _climbed(joint: JointDensity, drawn: Float[Tensor, "I S D"], known: Pieces | None) -> IndividualModes:
@@ -106,7 +96,8 @@ def _climbed(joint: JointDensity, drawn: Float[Tensor, "I S D"], known: Pieces |
     varying = drawn[..., list(population.varying)].to(joint.theta)
     every = torch.arange(len(varying), device=varying.device)
     best = varying[every, joint.value(every, varying).argmax(1)]
-    rows, points = _mirrored(joint, every, best)
+    candidates = with_images(joint, best[:, None])
+    rows, points = every.repeat_interleave(candidates.shape[1]), candidates.flatten(0, 1)
     if known is not None:
         rows, points = torch.cat([rows, known.rows]), torch.cat([points, known.means])
     with torch.enable_grad():
@@ -121,19 +112,6 @@ def _climbed(joint: JointDensity, drawn: Float[Tensor, "I S D"], known: Pieces |
     constants = population.constants(joint.theta, joint.observations.design)
     kinds: tuple[ModeKind, ...] = tuple("climbed" if there else "highest found" for there in arrived.tolist())
     return IndividualModes(interleaved(population, ends.points[chosen], constants), kinds)
-
-
-def _mirrored(joint: JointDensity, rows: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """The points and their images where parameters may be exchanged."""
-    population = joint.population
-    for pair in getattr(joint.simulator, "exchangeable", ()):
-        columns = [population.parameters.index(name) for name in pair]
-        if all(column in population.varying for column in columns):
-            places = [population.varying.index(column) for column in columns]
-            image = points.clone()
-            image[:, places] = points[:, places[::-1]]
-            rows, points = torch.cat([rows, rows]), torch.cat([points, image])
-    return rows, points
 
 
 def _left(at: Expansion) -> Float[Tensor, " B"]:

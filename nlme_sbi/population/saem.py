@@ -17,18 +17,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.beginnings import explorable, first_climbers, in_double, require_everybody, tractable
+from nlme_sbi.population.beginnings import explorable, first_climbers, likelihood_of, require_everybody, tractable
 from nlme_sbi.population.chains import Chains, CompleteData, Kernels, begun, prior_of, swept
 from nlme_sbi.population.checks import named
 from nlme_sbi.population.drift import drift
 from nlme_sbi.population.exact import Exact
 from nlme_sbi.population.joint import JointDensity
-from nlme_sbi.population.proposals import Pieces, modes
+from nlme_sbi.population.proposals import Pieces, mixtures, modes
 from nlme_sbi.population.recursion import Recursion, updated
 from nlme_sbi.population.roles import FitProgress, Found, PopulationModel, Report, Source, WeightedDraws
 from nlme_sbi.population.standstill import Standstill, standstill
+from nlme_sbi.population.subsets import of_individuals, random_part
 from nlme_sbi.population.weighting import contributions
-from nlme_sbi.types import Observations, PosteriorSamples, Simulator, TractableSimulator
+from nlme_sbi.types import Observations, Simulator, TractableSimulator
 
 _CHAINS_ALL = 400  # chains of all individuals together that there are at least
 _POWER = 0.7  # of the decreasing steps
@@ -151,12 +152,9 @@ class Saem:
         simulator = tractable(self.simulator, source, self.name)
         population = previous.population
         if len(observations) > _MANY:
-            rows = torch.randperm(len(observations), generator=generator, device=generator.device)[:_PART]
-            rows = rows.sort().values.cpu()
-            given = source
-            if isinstance(source, PosteriorSamples):
-                given = replace(source, phi=source.phi[rows], log_q=source.log_q[rows])
-            first = _Run.begun(self, simulator, (given, observations[rows], population, theta), generator)
+            rows = random_part(len(observations), _PART, generator)
+            some = (of_individuals(source, rows), observations[rows], population, theta)
+            first = _Run.begun(self, simulator, some, generator)
             theta = first.burn_in(report).theta
         run = _Run.begun(self, simulator, (source, observations, population, theta), generator)
         return run.burn_in(report).to_the_end(accuracy, observations.ids, report)
@@ -188,15 +186,15 @@ class _Run:
     ) -> _Run:
         """Modes, proposals around them and chains drawn from those."""
         source, observations, population, theta = inputs
-        joint = JointDensity(simulator, population, in_double(observations, theta.device), theta.detach())
+        joint = likelihood_of(simulator, population, observations, theta)
         with torch.no_grad():
             rows, starts = first_climbers(joint, source, observations, generator, mirrored=False)
-            found, _ = modes(joint, rows, starts)
-        require_everybody(found.rows, observations)
+            found, at = modes(joint, rows, starts)
+            require_everybody(found.rows, observations)
+            kernels = Kernels.around(joint, found, at, target=settings.acceptance)
         count = settings.chains or max(1, -(-_CHAINS_ALL // len(observations)))
         data = CompleteData.of(simulator, population, joint.observations, chains=count)
-        kernels = Kernels.around(joint, found, target=settings.acceptance)
-        best = kernels.laplace.means[:, :1].expand(-1, count, -1)
+        best = mixtures(found, len(observations), 1).means.expand(-1, count, -1)
         chains = begun(data, theta, best.clone())
         return cls(
             settings, data, joint, found, chains, kernels, Recursion.begun(data, chains, theta), theta, generator
@@ -237,10 +235,11 @@ class _Run:
         rows = torch.cat([self.modes.rows, every])
         points = torch.cat([self.modes.means, self.chains.points[:, 0]])
         with torch.no_grad():
-            found, _ = modes(joint, rows, points)
-        if len(torch.unique(found.rows)) < individuals:
-            return self
-        return replace(self, joint=joint, modes=found, kernels=self.kernels.moved_to(joint, found))
+            found, at = modes(joint, rows, points)
+            if len(torch.unique(found.rows)) < individuals:
+                return self
+            kernels = self.kernels.moved_to(joint, found, at)
+        return replace(self, joint=joint, modes=found, kernels=kernels)
 
     def burn_in(self, report: Report) -> _Run:
         """Sweeps with step 1 until the window test sees no drift."""

@@ -70,6 +70,7 @@ def _candidates(fit: PopulationFit) -> list[str]:
     found = summarise(fit.population, fit.theta, fit.covariance)
     spread = fit.individuals.mean.std(0)
     names = fit.population.parameters.names
+    tiny_ones, collapsed = _tiny(fit), _collapsed(fit)
     candidates = []
     for column in fit.population.varying:
         if bool(found.sd_fixed[column]):
@@ -77,11 +78,11 @@ def _candidates(fit: PopulationFit) -> list[str]:
         sd = float(found.sd[column])
         shrinkage = 1 - float(spread[column]) / sd if sd > 0 else 1.0
         unsure = not float(found.sd_se[column]) < _UNSURE * sd
-        tiny = names[column] in _tiny(fit)
-        shrunk = not shrinkage < (_HALF_SHRUNK if _collapsed(fit) else _SHRUNK)
-        doubtful = unsure or _collapsed(fit)
+        tiny = names[column] in tiny_ones
+        shrunk = not shrinkage < (_HALF_SHRUNK if collapsed else _SHRUNK)
+        doubtful = unsure or collapsed
         # Small against the training prior is no reason by itself: a sharply estimated small variance is one.
-        if (tiny and (doubtful or shrunk)) or (shrunk and doubtful):
+        if tiny + shrunk + doubtful >= 2:
             candidates.append((tiny, shrinkage if math.isfinite(shrinkage) else 1.0, names[column]))
     return [name for _, _, name in sorted(candidates, reverse=True)][:_TRIED]
 

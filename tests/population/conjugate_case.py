@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
-from torch.distributions import MultivariateNormal
+from torch.distributions import MultivariateNormal, Normal
 
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population.roles import PopulationModel
@@ -133,3 +133,23 @@ def with_covariates(columns: dict[str, list[float] | list[str]], values: Tensor 
     ]
     covariates = Covariates(tuple(columns), torch.tensor(numbers, dtype=torch.float64).T.contiguous(), levels)
     return replace(plain, design=replace(plain.design, covariates=covariates))
+
+
+class Linear:
+    """``y = loadings phi + noise``: the simulator of :class:`ConjugateCase` with one noise level."""
+
+    def __init__(self, case: ConjugateCase, noise: float) -> None:
+        self.parameters = case.parameters
+        self.signals = case.observations.signals
+        self.signal_units, self.time_unit, self.covariates, self.takes_doses = ("",) * len(self.signals), "", (), False
+        self._loadings, self._noise = case.loadings, noise
+
+    def simulate(self, phi, design, generator):
+        raise NotImplementedError
+
+    def predict(self, phi, design):
+        return (phi @ self._loadings.T)[..., None, :]
+
+    def log_likelihood(self, data, phi):
+        values = data.values.reshape(len(data), *(1,) * (phi.ndim - 2), -1)
+        return Normal(phi @ self._loadings.T, self._noise).log_prob(values).sum(-1)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from closed_form import ClosedDraws, ClosedForm, closed_fit, even_case
-from conjugate_case import ConjugateCase
+from conjugate_case import ConjugateCase, Linear
 from scipy.stats import binom, norm
-from test_exact import NO_SIGMA, Linear
+from test_exact import NO_SIGMA
 from torch.distributions import MultivariateNormal
 
 from nlme_sbi.population import Exact, GaussianPopulation, fit_population

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conjugate_case import parameter_space, with_covariates
-from scipy.optimize import minimize
 from scipy.stats import norm
+from theophylline_quadrature import people, quadrature
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -309,25 +309,11 @@ TYPICAL, SDS, RESIDUAL = np.array([0.46, 1.02, 3.46]), np.array([0.64, 0.26, 0.1
 EXPONENTS, WIDER = (0.75, 1.0), 0.8  # of weight on CL and V; on the log SD of V
 
 
-def log_likelihood_by_quadrature(times: np.ndarray, values: np.ndarray, dose: float, weight: float) -> float:
-    """``log p(y)`` of one person by Gauss-Hermite quadrature, 17 nodes a dimension, about the mode."""
+def by_quadrature(person: tuple[np.ndarray, np.ndarray, float], weight: float) -> float:
     share = math.log(weight / 70)
     mean = TYPICAL + share * np.array([0.0, *EXPONENTS])
     sd = SDS * np.array([1.0, 1.0, math.exp(WIDER * share)])
-
-    def log_joint(eta: np.ndarray) -> np.ndarray:
-        ka, clearance, volume = np.exp(mean + sd * eta).reshape(-1, 3).T[..., None]
-        elimination = clearance / volume
-        level = dose * ka / (volume * (ka - elimination)) * (np.exp(-elimination * times) - np.exp(-ka * times))
-        return norm.logpdf(values, level, RESIDUAL).sum(-1) + norm.logpdf(eta.reshape(-1, 3)).sum(-1)
-
-    found = minimize(lambda eta: -log_joint(eta)[0], np.zeros(3), method="BFGS", options={"gtol": 1e-6})
-    factor = np.linalg.cholesky(found.hess_inv)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(17)
-    grid = np.stack(np.meshgrid(nodes, nodes, nodes, indexing="ij"), -1).reshape(-1, 3)
-    log_weights = sum(np.log(part) for part in np.meshgrid(weights, weights, weights, indexing="ij")).ravel()
-    terms = log_joint(found.x + grid @ factor.T) + 0.5 * (grid**2).sum(1) + log_weights
-    return float(np.logaddexp.reduce(terms) + np.log(np.diag(factor)).sum())
+    return quadrature(person, mean=mean, sd=sd, residual=RESIDUAL, nodes=17)
 
 
 def test_proposals_cover_everybodys_own_population_on_theophylline() -> None:
@@ -347,15 +333,10 @@ def test_proposals_cover_everybodys_own_population_on_theophylline() -> None:
     estimator = Exact(draws=1000, max_draws=1000, simulator=simulator)
     state = estimator.follow(samples, data, theta, estimator.prepare(samples, data, model, seeded()), seeded())
     found = contributions(state, theta)
-    expected = []
-    for row in range(12):
-        seen = data.design.observed[row, :, 0].numpy()
-        times, values = data.design.times[row].double().numpy()[seen], data.values[row, :, 0].double().numpy()[seen]
-        person = (float(data.design.events.amount[row, 0]), float(data.design.covariates.column("WT")[row]))
-        expected.append(log_likelihood_by_quadrature(times, values, *person))
+    weights = data.design.covariates.column("WT").tolist()
+    expected = [by_quadrature(person, weight) for person, weight in zip(people(data), weights, strict=True)]
     error = (1 / effective_draws(state, theta) - 1 / state.draws).clamp_min(1e-12).sqrt()
     assert float(error.max()) < 0.05
     assert bool(((found - torch.tensor(expected, dtype=DOUBLE)).abs() < 5 * error + 1e-3).all())
     # The oracle tells covariates: without them the likelihood of somebody is another one.
-    plain = log_likelihood_by_quadrature(times, values, person[0], 70.0)
-    assert abs(plain - expected[-1]) > 0.05
+    assert abs(by_quadrature(people(data)[-1], 70.0) - expected[-1]) > 0.05

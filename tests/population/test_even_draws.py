@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conjugate_case import ConjugateCase
+from conjugate_case import ConjugateCase, Linear
 from scipy.stats import gamma
 from scipy.stats import t as student
 from torch.distributions import Normal
@@ -50,25 +50,6 @@ def test_two_halves_tell_the_error_which_is_smaller_than_that_of_random_draws() 
     x = 0.7
     share = 0.625 * student.cdf(x, 6) + 0.375 * student.cdf(x, 6, loc=3.0, scale=0.5)
     assert float((quarter < x).mean()) == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / repeats))
-
-
-class Linear:
-    """``y = loadings phi + noise``."""
-
-    def __init__(self, case: ConjugateCase, noise: float) -> None:
-        self.parameters, self.signals = case.parameters, case.observations.signals
-        self.signal_units, self.time_unit, self.covariates, self.takes_doses = ("",) * len(self.signals), "", (), False
-        self._loadings, self._noise = case.loadings, noise
-
-    def simulate(self, phi, design, generator):
-        raise NotImplementedError
-
-    def predict(self, phi, design):
-        return (phi @ self._loadings.T)[..., None, :]
-
-    def log_likelihood(self, data, phi):
-        values = data.values.reshape(len(data), *(1,) * (phi.ndim - 2), -1)
-        return Normal(phi @ self._loadings.T, self._noise).log_prob(values).sum(-1)
 
 
 def test_many_individuals_get_the_draws_that_some_of_them_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conjugate_case import ConjugateCase, observations, parameter_space
+from conjugate_case import ConjugateCase, Linear, observations, parameter_space
 from scipy.integrate import quad
-from scipy.optimize import minimize
-from scipy.stats import norm
 from scipy.stats import t as student
-from torch.distributions import Normal
+from theophylline_quadrature import people, quadrature
 
 from nlme_sbi.mechanistic import MechanisticSimulator
 from nlme_sbi.noise import Additive
@@ -35,26 +33,6 @@ NO_SIGMA = torch.diag(torch.tensor([0.6, 0.5, 0.0], dtype=DOUBLE).square())
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-class Linear:
-    """``y = loadings phi + noise``: the simulator of :class:`ConjugateCase` with one noise level."""
-
-    def __init__(self, case: ConjugateCase, noise: float) -> None:
-        self.parameters = case.parameters
-        self.signals = case.observations.signals
-        self.signal_units, self.time_unit, self.covariates, self.takes_doses = ("",) * len(self.signals), "", (), False
-        self._loadings, self._noise = case.loadings, noise
-
-    def simulate(self, phi, design, generator):
-        raise NotImplementedError
-
-    def predict(self, phi, design):
-        return (phi @ self._loadings.T)[..., None, :]
-
-    def log_likelihood(self, data, phi):
-        values = data.values.reshape(len(data), *(1,) * (phi.ndim - 2), -1)
-        return Normal(phi @ self._loadings.T, self._noise).log_prob(values).sum(-1)
 
 
 def linear_case(omega: torch.Tensor, *, individuals: int, seed: int) -> tuple[ConjugateCase, Linear]:
@@ -167,7 +145,8 @@ def curve(shape: str, x: float) -> float:
 
 def by_quadrature(shape: str, y: float, *, mean: float, sd: float, sigma: float) -> float:
     def integrand(x: float) -> float:
-        return float(norm.pdf(y, curve(shape, x), sigma) * norm.pdf(x, mean, sd))
+        exponent = ((y - curve(shape, x)) / sigma) ** 2 + ((x - mean) / sd) ** 2
+        return math.exp(-0.5 * exponent) / (2 * math.pi * sigma * sd)
 
     edges = np.linspace(mean - 9 * sd, mean + 9 * sd, 400)
     return math.log(sum(quad(integrand, a, b, epsabs=1e-14)[0] for a, b in pairwise(edges)))
@@ -285,31 +264,12 @@ def test_impossible_settings_are_refused(settings: dict) -> None:
         Exact(**settings)
 
 
-# Theophylline, all 132 observations: adaptive Gauss-Hermite quadrature written here against the estimator.
+# Theophylline, all 132 observations.
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "theophylline"
 ESTIMATE = {"ka": 0.4593, "CL": 1.0117, "V": 3.4538}
 SDS = {"ka": 0.6364, "CL": 0.2652, "V": 0.1360}
 RESIDUAL = 0.6959
-
-
-def quadrature_of_one(times: np.ndarray, values: np.ndarray, dose: float) -> float:
-    """``log p(y)`` by Gauss-Hermite quadrature, 21 nodes a dimension, about the mode."""
-    beta, sd = np.array(list(ESTIMATE.values())), np.array(list(SDS.values()))
-
-    def log_joint(eta: np.ndarray) -> np.ndarray:
-        ka, clearance, volume = np.exp(beta + sd * eta).reshape(-1, 3).T[..., None]
-        elimination = clearance / volume
-        level = dose * ka / (volume * (ka - elimination)) * (np.exp(-elimination * times) - np.exp(-ka * times))
-        return norm.logpdf(values, level, RESIDUAL).sum(-1) + norm.logpdf(eta.reshape(-1, 3)).sum(-1)
-
-    found = minimize(lambda eta: -log_joint(eta)[0], np.zeros(3), method="BFGS", options={"gtol": 1e-6})
-    factor = np.linalg.cholesky(found.hess_inv)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(21)
-    grid = np.stack(np.meshgrid(nodes, nodes, nodes, indexing="ij"), -1).reshape(-1, 3)
-    log_weights = sum(np.log(part) for part in np.meshgrid(weights, weights, weights, indexing="ij")).ravel()
-    terms = log_joint(found.x + grid @ factor.T) + 0.5 * (grid**2).sum(1) + log_weights
-    return float(np.logaddexp.reduce(terms) + np.log(np.diag(factor)).sum())
 
 
 def test_theophylline_against_quadrature_at_the_exact_estimate() -> None:
@@ -333,11 +293,8 @@ def test_theophylline_against_quadrature_at_the_exact_estimate() -> None:
     estimator = Exact(draws=4000, simulator=simulator)
     state = estimator.follow(samples, data, theta, estimator.prepare(samples, data, model, seeded()), seeded())
     found = contributions(state, theta)
-    expected = []
-    for row in range(12):
-        seen = data.design.observed[row, :, 0].numpy()
-        times, values = data.design.times[row].double().numpy()[seen], data.values[row, :, 0].double().numpy()[seen]
-        expected.append(quadrature_of_one(times, values, float(data.design.events.amount[row, 0])))
+    mean, sd = list(ESTIMATE.values()), list(SDS.values())
+    expected = [quadrature(person, mean=mean, sd=sd, residual=RESIDUAL, nodes=21) for person in people(data)]
     assert -2 * sum(expected) == pytest.approx(360.7009, abs=0.01)  # the published one, with rounded estimates
     error = (1 / effective_draws(state, theta) - 1 / state.draws).clamp_min(1e-12).sqrt()
     assert float(error.max()) < 0.03

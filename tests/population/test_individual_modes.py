@@ -7,8 +7,8 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from conjugate_case import ConjugateCase, observations
-from test_exact import Curved, Linear, linear_case
+from conjugate_case import ConjugateCase, Linear, observations
+from test_exact import Curved, linear_case
 
 from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, PriorRatio, fit_population
 from nlme_sbi.population.modes import individual_modes

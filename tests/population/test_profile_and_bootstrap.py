@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from closed_form import closed_fit, one_level
-from conjugate_case import ConjugateCase
+from conjugate_case import ConjugateCase, Linear
 from scipy.optimize import brentq, minimize
 from scipy.stats import chi2, norm
-from test_exact import NO_SIGMA, Curved, Linear, linear_case
+from test_exact import NO_SIGMA, Curved, linear_case
 
 from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, fit_population
 from nlme_sbi.population.assessment import Assessment, assessed, sandwich_covariance, wald_intervals

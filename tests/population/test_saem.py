@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import test_covariate_fits
 import torch
-from conjugate_case import ConjugateCase, observations
+from conjugate_case import ConjugateCase, Linear, observations
 from omegaconf import OmegaConf
 from scipy.optimize import minimize
 from scipy.stats import norm
-from test_exact import DOUBLE, MEAN, NO_SIGMA, OMEGA, Curved, Linear, Opaque, linear_case, log_likelihood, seeded
+from test_exact import DOUBLE, MEAN, NO_SIGMA, OMEGA, Curved, Opaque, linear_case, log_likelihood, seeded
 from test_laplace import theophylline
 
 from nlme_sbi.cli import compose_config
@@ -164,8 +164,8 @@ def square_case() -> tuple[CompleteData, Kernels, torch.Tensor, torch.Tensor]:
     )
     joint = JointDensity(simulator, model, data, theta)
     rows, starts = torch.tensor([0, 0, 1, 1]), torch.tensor([-0.5, 0.5, -1.0, 1.0], dtype=DOUBLE)[:, None]
-    found, _ = modes(joint, rows, starts)
-    kernels = Kernels.around(joint, found, target=0.35)
+    found, at = modes(joint, rows, starts)
+    kernels = Kernels.around(joint, found, at, target=0.35)
     return CompleteData.of(simulator, model, data, chains=300), kernels, theta, values
 
 
@@ -279,9 +279,9 @@ def test_chains_that_exchange_declared_parameters_find_the_maximum_and_others_do
 def standing(case: ConjugateCase, simulator: Linear, model: PopulationModel, theta: torch.Tensor):
     joint = JointDensity(simulator, model, case.observations, theta)
     every = torch.arange(len(case.y))
-    found, _ = modes(joint, every, joint.centre.expand(len(every), -1))
+    found, at = modes(joint, every, joint.centre.expand(len(every), -1))
     data = CompleteData.of(simulator, model, case.observations, chains=4)
-    kernels = Kernels.around(joint, found, target=0.35)
+    kernels = Kernels.around(joint, found, at, target=0.35)
     chains = begun(data, theta, found.means[:, None].expand(-1, 4, -1).clone())
     return standstill(data, chains, kernels, theta, seeded(), sweeps=60)[0]
 
