@@ -8,6 +8,7 @@ another question with an error rate of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -89,20 +90,34 @@ def misspecification(
         simulations: from the training prior, for distances.
     """
     level = error_rate / _TESTS
+    # Where a p-value is at its level it rests on five data sets of noise, or as many as a thousand allow.
+    replicates_of_noise = max(min(round(5 / level), 1000), math.ceil(1 / level)) - 1
     residuals: list[ResidualTests] = []
     replicates: list[ReplicateTest] = []
     support: list[SupportScores] = []
 
     def of_residuals() -> Finding:
         residuals.append(
-            residual_tests(network.simulator, network.prior, observations, draws, generator=generator, level=level)
+            residual_tests(
+                network.simulator,
+                network.prior,
+                observations,
+                draws,
+                generator=generator,
+                level=level,
+                replicates=replicates_of_noise,
+            )
         )
         return model_finding(residuals[0])
 
     def of_replicates() -> Finding:
         copies = _copies(network, observations, draws, residuals, generator)
         exact = bool(residuals)
-        replicates.append(replicate_test(network, observations, copies, exact=exact, generator=generator))
+        replicates.append(
+            replicate_test(
+                network, observations, copies, exact=exact, generator=generator, exchanges=replicates_of_noise
+            )
+        )
         return replicate_finding(replicates[0], level=level if exact else error_rate)
 
     def of_support() -> Finding:

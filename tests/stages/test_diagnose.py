@@ -30,7 +30,11 @@ ALWAYS = {
     *("calibration_width", "calibration_bias", "calibration_ranks", "calibration_coverage", "calibration_tarp"),
     *("recovery", "agreement_prior"),
 }
-OF_DATA = {"local_width", "local_bias", "local_ranks", "local_coverage", "local_tarp", "agreement_data"}
+OF_DATA = {
+    *("local_width", "local_bias", "local_ranks", "local_coverage", "local_tarp", "agreement_data"),
+    *("misspecification_model", "misspecification_individuals", "misspecification_replicates"),
+    "misspecification_support",
+}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,9 @@ def test_a_fit_brings_its_data_and_the_same_command_the_same_bytes(
     assert first.path.name == named.path.name
     agreement = pd.read_csv(first.path / "agreement.csv")
     assert agreement["where"].value_counts().to_dict() == {"prior": 12, "data": 12}
+    people = pd.read_csv(first.path / "misspecification.csv")
+    assert len(people) == 12
+    assert set(people.columns) >= {"id", "correlation", "oddness", "limit", "named", "distance", "p", "rare"}
     again = diagnosed(root, tmp_path / "one", fit)  # finished: told, not made anew
     assert again.manifest["seconds"] == first.manifest["seconds"]
 
