@@ -15,10 +15,12 @@ help: ## show this list
 	@grep -E '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_]+):.*## /  make \1\t/' | expand -t 16
 	@echo "  VENV=DIR and PYTHON=EXECUTABLE choose the environment (now $(VENV)) and what creates it (now $(PYTHON))."
 
-demo: $(VENV)/.installed-demo ## population parameters of the theophylline data, from simulation to table, in minutes
+demo: $(VENV)/.installed-demo ## population parameters of the theophylline data, from simulation to report, in minutes
 	$(BIN)/python scripts/simulate.py experiment=theophylline
 	$(BIN)/python scripts/train_flow.py experiment=theophylline
 	$(BIN)/python scripts/fit_population.py experiment=theophylline
+	$(BIN)/python scripts/diagnose.py experiment=theophylline fit=latest
+	$(BIN)/python scripts/report.py experiment=theophylline
 
 test: $(VENV)/.installed-test ## all tests with line coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov=nlme_sbi --cov=simulators --cov-report=term:skip-covered \

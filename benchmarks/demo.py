@@ -50,7 +50,7 @@ def main() -> None:
             shutil.copy(run / "individual_fits.png", images / "theophylline_fits.png")
         stages = {
             stage: json.loads((finished_run(stage, clone) / "manifest.json").read_text())["seconds"]
-            for stage in ("simulate", "train_flow", "fit_population")
+            for stage in ("simulate", "train_flow", "fit_population", "diagnose", "report")
         }
     unit = "standard errors of the exact fit"
     write_result(

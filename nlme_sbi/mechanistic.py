@@ -54,7 +54,7 @@ class MechanisticSimulator(ABC):
         """Noisy data; status 1 where a measured value is not finite. What is not measured is 0."""
         with torch.no_grad():
             prediction = self.predict(phi, design)
-            values = self.noise.sample(prediction, self._noise_parameters(phi), generator=generator)
+            values = self.noise.sample(prediction, self.noise_parameters(phi), generator=generator)
             return checked_output(values, design)
 
     def log_likelihood(
@@ -66,10 +66,11 @@ class MechanisticSimulator(ABC):
                 f"The data have the signals {list(observations.signals)}, the simulator {list(self.signals)}."
             )
         prediction = self.predict(phi, observations.design)
-        every = observation_log_prob(self.noise, observations, prediction, self._noise_parameters(phi))
+        every = observation_log_prob(self.noise, observations, prediction, self.noise_parameters(phi))
         return every.sum((-2, -1))
 
-    def _noise_parameters(self, phi: Tensor) -> Mapping[str, Tensor]:
+    def noise_parameters(self, phi: Float[Tensor, "I *batch D"]) -> Mapping[str, Tensor]:
+        """Natural values of the noise model's parameters by name, ``(I, ...)`` each."""
         names = self.noise.parameters
         space = ParameterSpace(tuple(self.parameters[name] for name in names))
         natural = space.to_natural(phi[..., self.parameters.indices(names)])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nlme_sbi.devices import choose_device
 from nlme_sbi.distributed import ALONE, Team
+from nlme_sbi.networks.balance import balanced_losses
 from nlme_sbi.networks.densities import FlowSettings
 from nlme_sbi.networks.flows import AffineCouplingFlow
 from nlme_sbi.networks.posterior import AmortizedPosterior, PosteriorNetwork, initial_network
@@ -30,6 +31,8 @@ from nlme_sbi.simulation import check_compatible
 from nlme_sbi.threads import torch_threads
 from nlme_sbi.training_pairs import OnlinePairs, PairSource, TrainingError, weights_seed
 from nlme_sbi.types import DesignSource, Prior, Simulations, Simulator
+
+_ROWS = 2_000  # held-out pairs at once
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ class TrainingSettings:
         plateau: validations without a better loss after which the learning rate is halved, beside its schedule.
         pilot_size: simulations that fix the scalings.
         max_failed: largest share of failed simulations in a batch of fresh ones.
+        calibrate: ``none``, or ``balanced``: add ``balance`` times the squared departure from balance to the loss
+            (:mod:`nlme_sbi.networks.balance`), so that posteriors are rather too wide than too narrow. For networks
+            that a diagnosis calls overconfident where more simulations cannot be had; a step costs up to twice as much.
+        balance: weight of the departure.
         threads: of torch on a CPU. Layers of a hundred nodes are as fast on one core as on two, and lose half where
             the other core is busy; raise it for networks of thousands of nodes. The bytes depend on it.
     """
@@ -65,6 +72,8 @@ class TrainingSettings:
     plateau: int = 8
     pilot_size: int = 10_000
     max_failed: float = 0.0
+    calibrate: Literal["none", "balanced"] = "none"
+    balance: float = 100.0
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -79,9 +88,11 @@ class TrainingSettings:
         for name in (*counts, "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be at least 1; got {getattr(self, name)}.")
-        for name in ("learning_rate", "gradient_clip"):
+        for name in ("learning_rate", "gradient_clip", "balance"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"training.{name} must be positive and finite; got {getattr(self, name)}.")
+        if self.calibrate == "balanced" and min(self.batch_size, self.validation_size) < 2:
+            raise ValueError("training.calibrate=balanced needs at least 2 pairs in a batch and held out.")
         if self.warmup_steps < 0 or not 0 <= self.max_failed < 1:
             raise ValueError("training.warmup_steps must not be negative and training.max_failed lie in [0, 1).")
 
@@ -115,7 +126,7 @@ class TrainingResult:
     """The end of training; the network holds the best weights.
 
     ``history`` has one row a validation: step, train_loss, validation_loss, learning_rate. Losses are means of
-    ``-log q(phi|y)``, in nats on the scale of ``phi``.
+    ``-log q(phi|y)``, in nats on the scale of ``phi``, plus what the balance costs where that is asked for.
     """
 
     history: list[dict[str, float]]
@@ -159,15 +170,25 @@ def load_checkpoint(
 
 
 @torch.no_grad()
-def validation_loss(network: PosteriorNetwork, held_out: Simulations, rows: int = 2_000) -> Float[Tensor, ""]:
-    """Mean ``-log q(phi|y)`` over held-out pairs."""
-    return _pair_losses(network, held_out, rows).mean()
+def validation_loss(
+    network: PosteriorNetwork, held_out: Simulations, settings: TrainingSettings, prior: Prior | None = None
+) -> Float[Tensor, ""]:
+    """Mean ``-log q(phi|y)`` over held-out pairs, plus the cost of their balance where ``settings`` ask for it."""
+    network.eval()
+    if prior is None or settings.calibrate == "none":
+        return _pair_losses(network, held_out).mean()
+    # A pair that would be left alone at the end has nobody to lend it parameters, and is left out.
+    parts = [held_out[start : start + _ROWS] for start in range(0, max(1, len(held_out) - 1), _ROWS)]
+    losses = [balanced_losses(network, part, prior) for part in parts]
+    departure = sum(len(part) * departed.double() for part, (_, departed) in zip(parts, losses, strict=True))
+    own = torch.cat([loss.double() for loss, _ in losses])
+    return own.mean() + settings.balance * (departure / len(own)) ** 2
 
 
 @torch.no_grad()
-def _pair_losses(network: PosteriorNetwork, pairs: Simulations, rows: int = 2_000) -> Float[Tensor, " N"]:
+def _pair_losses(network: PosteriorNetwork, pairs: Simulations) -> Float[Tensor, " N"]:
     network.eval()
-    parts = (pairs[start : start + rows] for start in range(0, len(pairs), rows))
+    parts = (pairs[start : start + _ROWS] for start in range(0, len(pairs), _ROWS))
     return -torch.cat([network(part.phi, part.values, part.design).double() for part in parts])
 
 
@@ -190,6 +211,7 @@ def train(
     source: PairSource,
     settings: TrainingSettings,
     *,
+    prior: Prior | None = None,
     checkpoint: Path | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
     progress: bool = True,
@@ -201,6 +223,7 @@ def train(
         network: with scalings fitted, on its device; trained in place.
         source: of pairs.
         settings: steps, learning rate and the rest.
+        prior: of the parameters; ``settings.calibrate`` other than ``none`` needs it.
         checkpoint: file to resume from when it exists, and to write at every validation and on interruption.
         report: called with every new row of the history.
         progress: whether to show a bar.
@@ -208,9 +231,21 @@ def train(
 
     Raises:
         TrainingError: the loss is not finite; the checkpoint keeps the best weights.
+        ValueError: a balanced loss is asked for without the prior.
     """
+    if settings.calibrate != "none" and prior is None:
+        raise ValueError("training.calibrate=balanced compares with the prior; pass it to train(..., prior=prior).")
     with torch_threads(settings.threads):
-        return _trained(network, source, settings, checkpoint=checkpoint, report=report, progress=progress, team=team)
+        return _trained(
+            network,
+            source,
+            settings,
+            prior=prior,
+            checkpoint=checkpoint,
+            report=report,
+            progress=progress,
+            team=team,
+        )
 
 
 def _trained(
@@ -218,6 +253,7 @@ def _trained(
     source: PairSource,
     settings: TrainingSettings,
     *,
+    prior: Prior | None,
     checkpoint: Path | None,
     report: Callable[[dict[str, float]], None] | None,
     progress: bool,
@@ -236,11 +272,11 @@ def _trained(
     try:
         with bar or nullcontext():
             while state.step < settings.steps and state.worse < settings.patience:
-                _step(replica, optimizer, source, settings, state, team=team)
+                _step(replica, optimizer, source, settings, state, prior=prior, team=team)
                 if bar is not None:
                     bar.update(1, best=state.best_loss)
                 if state.step % settings.validate_every == 0 or state.step == settings.steps:
-                    row = _validate(network, held_out, settings, state, team=team)
+                    row = _validate(network, held_out, settings, state, prior=prior, team=team)
                     if report is not None:
                         report(row)
                     if checkpoint is not None:
@@ -300,7 +336,7 @@ def train_posterior(
         flow=flow or AffineCouplingFlow(),
         seed=weights_seed(seed),
     )
-    result = train(network, source, chosen, progress=progress)
+    result = train(network, source, chosen, prior=prior, progress=progress)
     return AmortizedPosterior(network, simulator, prior, designs), result
 
 
@@ -311,6 +347,7 @@ def _step(
     settings: TrainingSettings,
     state: TrainingState,
     *,
+    prior: Prior | None,
     team: Team,
 ) -> None:
     pairs = source.batch(state.step)
@@ -318,7 +355,7 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = state.slowed * settings.learning_rate_at(state.step)
     optimizer.zero_grad(set_to_none=True)
-    loss = -network(pairs.phi, pairs.values, pairs.design).mean()
+    loss = _batch_loss(network, pairs, settings, prior)
     value = team.mean(float(loss.detach()))
     if not math.isfinite(value):
         kept = f"the best weights so far (step {state.best_step}) are in the checkpoint" if state.best_weights else ""
@@ -326,7 +363,7 @@ def _step(
             f"The training loss is {value} at step {state.step}{'; ' + kept if kept else ''}. Lower "
             "training.learning_rate or training.gradient_clip, or look for absurd simulations under the prior."
         )
-    loss.backward()
+    torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(network.parameters(), settings.gradient_clip)
     optimizer.step()
     state.step += 1
@@ -334,10 +371,26 @@ def _step(
     state.loss_count += 1
 
 
+def _batch_loss(
+    network: nn.Module, pairs: Simulations, settings: TrainingSettings, prior: Prior | None
+) -> Float[Tensor, ""]:
+    if prior is None or settings.calibrate == "none":
+        loss: Tensor = -network(pairs.phi, pairs.values, pairs.design).mean()
+        return loss
+    losses, departure = balanced_losses(network, pairs, prior)
+    return losses.mean() + settings.balance * departure.square()
+
+
 def _validate(
-    network: PosteriorNetwork, held_out: Simulations, settings: TrainingSettings, state: TrainingState, *, team: Team
+    network: PosteriorNetwork,
+    held_out: Simulations,
+    settings: TrainingSettings,
+    state: TrainingState,
+    *,
+    prior: Prior | None,
+    team: Team,
 ) -> dict[str, float]:
-    loss = team.mean(float(validation_loss(network, held_out)))
+    loss = team.mean(float(validation_loss(network, held_out, settings, prior)))
     if not math.isfinite(loss):
         raise TrainingError(
             f"The validation loss is {loss} at step {state.step}; the checkpoint keeps the best weights (step "

@@ -74,8 +74,8 @@ class PosteriorNetwork(nn.Module):
         self.flow = flow
         self.scaling = ParameterScaling(dimension)
 
-    def forward(self, phi: Float[Tensor, "B D"], values: Float[Tensor, "B T C"], design: Design) -> Float[Tensor, " B"]:
-        """``log q(phi | y)`` on the scale of ``phi``, ``(B,)``."""
+    def forward(self, phi: Float[Tensor, "B D"], values: Float[Tensor, "I T C"], design: Design) -> Float[Tensor, " B"]:
+        """``log q(phi | y)`` on the scale of ``phi``, ``(B,)``, the same number of rows for each of the data."""
         return self.log_prob(phi, self.summary(values, design))
 
     def log_prob(self, phi: Float[Tensor, "B D"], context: Float[Tensor, "I H"]) -> Float[Tensor, " B"]:

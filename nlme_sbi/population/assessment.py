@@ -13,7 +13,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from nlme_sbi.population.bootstrap import Bootstrap, Weights, bootstrap
-from nlme_sbi.population.intervals import Interval, made_interval
+from nlme_sbi.population.intervals import Interval, ProfileCurve, made_interval
 from nlme_sbi.population.profile import Profile, profile_interval
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import FitProgress, Report
@@ -139,6 +139,7 @@ def assessed(
     if "sandwich" in settings.methods:
         found += wald_intervals(fit, sandwich_covariance(fit), method="sandwich", level=settings.level)
     warnings: list[str] = []
+    profiles: tuple[Profile, ...] = ()
     if "profile" in settings.methods:
         profiles = _profiles(fit, settings, generator, progress)
         found += profile_rows(fit, profiles)
@@ -152,7 +153,14 @@ def assessed(
             warnings.append(f"{replicates.failed} of {settings.replicates} bootstrap replicates failed; left out.")
     for warning in warnings:
         logger.warning(warning)
-    return replace(fit, intervals=tuple(found), warnings=(*fit.warnings, *warnings))
+    return replace(fit, intervals=tuple(found), profiles=_curves(profiles), warnings=(*fit.warnings, *warnings))
+
+
+def _curves(profiles: Sequence[Profile]) -> tuple[ProfileCurve, ...]:
+    return tuple(
+        ProfileCurve(one.unknown, one.level, one.estimate, tuple(one.points.tolist()), tuple(one.drops.tolist()))
+        for one in profiles
+    )
 
 
 def _profiles(

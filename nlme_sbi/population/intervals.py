@@ -47,6 +47,18 @@ class Interval:
     monte_carlo_se: float | None
 
 
+@dataclass(frozen=True)
+class ProfileCurve:
+    """The likelihood profile of an unknown on the scale of theta: twice the log-likelihood lost (``drops``) at
+    ``points``, ascending, and the level of the interval that it gives."""
+
+    unknown: str
+    level: float
+    estimate: float
+    points: tuple[float, ...]
+    drops: tuple[float, ...]
+
+
 def made_interval(
     population: PopulationModel,
     unknown: str,

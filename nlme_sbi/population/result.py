@@ -14,7 +14,7 @@ from torch import Tensor
 from nlme_sbi.population.boundary import VarianceTest, told
 from nlme_sbi.population.criteria import corrected_bic
 from nlme_sbi.population.individuals import IndividualEstimates, individual_typical, resampled_draws
-from nlme_sbi.population.intervals import Interval, interval_lines
+from nlme_sbi.population.intervals import Interval, ProfileCurve, interval_lines
 from nlme_sbi.population.roles import PopulationModel, Redraw, WeightedDraws
 from nlme_sbi.population.table import PopulationTable, number, population_table
 from nlme_sbi.population.uncertainty import MonteCarloError
@@ -69,6 +69,7 @@ class PopulationFit:
         state: the weighted draws, for predictions and plots.
         variance_tests: whether parameters without variability vary after all.
         intervals: by all methods that were asked for; see :mod:`nlme_sbi.population.intervals`.
+        profiles: likelihood profiles, where they were asked for.
         redraw: makes draws for another theta; None where draws do not depend on it.
         labelling: which parameters can be exchanged, and how that was settled, in words.
     """
@@ -93,6 +94,7 @@ class PopulationFit:
     approximation: str = ""
     variance_tests: tuple[VarianceTest, ...] = ()
     intervals: tuple[Interval, ...] = ()
+    profiles: tuple[ProfileCurve, ...] = ()
     redraw: Redraw | None = field(default=None, repr=False)
 
     @property
@@ -233,6 +235,7 @@ class PopulationFit:
             "covariance": [[number(value) for value in row] for row in self.covariance.tolist()],
             "table": self.table().to_dict(),
             "intervals": [_plain(asdict(interval)) for interval in self.intervals],
+            "profiles": [asdict(curve) for curve in self.profiles],
             "population_model": type(self.population).__name__,
             "variance_tests": [_plain(asdict(test)) for test in self.variance_tests],
             "ess": {

@@ -16,18 +16,15 @@ from nlme_sbi.conversion import convert
 from nlme_sbi.designs import Reader
 from nlme_sbi.devices import choose_device
 from nlme_sbi.io import describe
-from nlme_sbi.networks.ensembles import PosteriorEnsemble
-from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.population.assessment import Assessment, assessed
 from nlme_sbi.population.bootstrap import Weights
 from nlme_sbi.population.fit import fit_population as fit_population_model
+from nlme_sbi.population.influence import influence
 from nlme_sbi.population.intervals import intervals_frame
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import Estimator, PopulationSpecification
 from nlme_sbi.runs import (
-    FinishedRun,
     RunDirectory,
-    find_run,
     load_run,
     open_run,
     save_json,
@@ -38,6 +35,7 @@ from nlme_sbi.stages.fit_figures import save_figures
 from nlme_sbi.stages.fit_progress import ProgressBar
 from nlme_sbi.stages.parts import part
 from nlme_sbi.stages.stored_fit import IndividualSettings, save_individuals
+from nlme_sbi.stages.trained import find_posteriors, load_posterior, posterior_hashes
 from nlme_sbi.training_pairs import seeded
 from nlme_sbi.types import Observations
 
@@ -100,11 +98,11 @@ def fit_population(cfg: DictConfig) -> float:
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     trust = tuple(plain["trust"])
     device = choose_device(plain["device"])
-    upstream = _upstream(plain)
+    upstream = find_posteriors(plain)
     settings, wished = FitSettings.of(plain), IndividualSettings.of(plain)
     observations: Observations = part(plain["data"], Reader, where="data", trust=trust).read()
     log.info("%s", describe(observations))
-    posterior = _posterior(upstream, device, trust)
+    posterior = load_posterior(upstream, device, trust)
     posterior.check(observations)
     specification = part(plain["population"], PopulationSpecification, where="population", trust=trust)
     population = specification.bind(posterior.parameters, observations)
@@ -113,10 +111,10 @@ def fit_population(cfg: DictConfig) -> float:
         stage="fit_population",
         experiment=plain["experiment"]["name"],
         config=_relevant(plain, device),
-        inputs={**_posterior_hashes(upstream), "data": sha256_of_observations(observations)},
+        inputs={**posterior_hashes(upstream), "data": sha256_of_observations(observations)},
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
-        input_paths=dict(zip(_posterior_hashes(upstream), [found.path for found in upstream], strict=True)),
+        input_paths=dict(zip(posterior_hashes(upstream), [found.path for found in upstream], strict=True)),
     )
     with run:
         if run.finished:
@@ -141,6 +139,7 @@ def fit_population(cfg: DictConfig) -> float:
                 progress=progress.report,
             )
         _save_tables(run, fit, upstream[0].config["simulator"])
+        _save_influence(run, fit)
         generator = seeded(device, seed, INDIVIDUALS_STREAM)
         save_individuals(run, fit, observations, posterior, settings=wished, generator=generator)
         log.info("\n%s", fit.table())
@@ -166,46 +165,6 @@ def sha256_of_observations(observations: Observations) -> str:
     return digest.hexdigest()
 
 
-def _upstream(plain: Mapping[str, Any]) -> list[FinishedRun]:
-    """The run, or the runs of an ensemble."""
-    named = plain["posterior"]
-    runs = [_found(str(reference), plain) for reference in (named if isinstance(named, list) else [named])]
-    if not runs:
-        raise ValueError("posterior=[] names no run; give RUN, latest or [RUN,RUN].")
-    return runs
-
-
-def _found(reference: str, plain: Mapping[str, Any]) -> FinishedRun:
-    run = find_run(
-        reference,
-        stage="train_flow",
-        experiment=plain["experiment"]["name"],
-        root=Path(plain["output_root"]),
-    )
-    made, asked = run.config["simulator"].get("_target_"), plain["simulator"].get("_target_")
-    if made != asked:
-        raise ValueError(
-            f"{run.path} is a posterior of {made}, but this command asks for {asked}; choose the experiment or "
-            "simulator of that run, or another run (posterior=...)."
-        )
-    log.info("Posterior: %s", run.path)
-    return run
-
-
-def _posterior(
-    runs: list[FinishedRun], device: torch.device, trust: tuple[str, ...]
-) -> AmortizedPosterior | PosteriorEnsemble:
-    if len(runs) == 1:
-        return AmortizedPosterior.load(runs[0], device=str(device), trust=trust)
-    return PosteriorEnsemble.load(runs, device=str(device), trust=trust)
-
-
-def _posterior_hashes(runs: list[FinishedRun]) -> dict[str, str]:
-    if len(runs) == 1:
-        return {"posterior": runs[0].sha256}
-    return {f"posterior_{position}": run.sha256 for position, run in enumerate(runs)}
-
-
 def _relevant(plain: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """What decides the bytes. The data enter by their content, so that the same file elsewhere is the same fit."""
     data = {key: value for key, value in plain["data"].items() if key != "path"}
@@ -225,6 +184,16 @@ def _save_tables(run: RunDirectory, fit: PopulationFit, simulator: Mapping[str, 
     for name, text in texts.items():
         write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
     save_json(run.path / "fit.json", {**fit.to_dict(), "simulator": simulator})
+
+
+def _save_influence(run: RunDirectory, fit: PopulationFit) -> None:
+    """``influence.csv``, or the reason why there is none."""
+    try:
+        text = influence(fit.state, fit.theta, fit.covariance, fit.ids).to_frame().to_csv(index=False)
+    except ValueError as problem:
+        log.info("No influence.csv: %s", problem)
+        return
+    write_atomically(run.path / "influence.csv", lambda file: _write(file, text))
 
 
 def _write(file: Any, text: str) -> None:

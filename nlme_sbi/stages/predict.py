@@ -37,7 +37,7 @@ from nlme_sbi.stages.fit_figures import spread_rows
 from nlme_sbi.stages.prediction_designs import Plan, planned
 from nlme_sbi.stages.stored_fit import StoredFit, find_fit, load_fit
 from nlme_sbi.training_pairs import seeded
-from nlme_sbi.types import Design, Observations, Simulator, TractableSimulator
+from nlme_sbi.types import Design, Simulator
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def _predicted(
             thetas,
             fit.population,
             fit.observations[plan.known.rows].design.to(fit.device),
-            log_likelihood=_Likelihood(fit, plan.known.rows),
+            log_likelihood=fit.log_likelihood(plan.known.rows),
             generator=seeded(fit.device, seed, KNOWN_STREAM),
         )
         said += _weakly_supported(found.support, plan.known.ids)
@@ -243,24 +243,6 @@ def _group(
 ) -> Predictions:
     bands = predictive_bands(simulator, phi, design, generator=generator, probabilities=settings.quantiles)
     return Predictions(kind, ids, design, phi, bands)
-
-
-class _Likelihood:
-    """``log p(y_i | phi)`` of chosen individuals up to a constant: the simulator's, or the network's posterior over
-    its prior where the simulator has none."""
-
-    def __init__(self, fit: StoredFit, rows: list[int]) -> None:
-        chosen = fit.observations[rows].to(fit.device)
-        times = chosen.design.times.double()
-        self._observations = replace(chosen, values=chosen.values.double(), design=replace(chosen.design, times=times))
-        self._posterior = fit.posterior
-
-    def __call__(self, phi: Float[Tensor, "i n D"], rows: Tensor) -> Float[Tensor, "i n"]:
-        some: Observations = self._observations[rows.tolist()]
-        simulator = self._posterior.simulator
-        if isinstance(simulator, TractableSimulator):
-            return simulator.log_likelihood(some, phi)
-        return self._posterior.log_prob(phi, some).to(phi) - self._posterior.prior.log_prob(phi)
 
 
 def _weakly_supported(support: Float[Tensor, " I"], ids: tuple[str, ...]) -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,9 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.conversion import convert
-from nlme_sbi.networks.ensembles import PosteriorEnsemble
-from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.population.modes import individual_modes
+from nlme_sbi.population.over_theta import LogLikelihood
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import PopulationModel, PopulationSpecification
 from nlme_sbi.runs import (
@@ -32,12 +31,12 @@ from nlme_sbi.runs import (
     write_atomically,
 )
 from nlme_sbi.stages.parts import part
-from nlme_sbi.types import Observations
+from nlme_sbi.stages.trained import TrainedPosterior, load_posterior
+from nlme_sbi.types import Observations, TractableSimulator
 
 log = logging.getLogger(__name__)
 
 DRAWS, OBSERVATIONS = "individual_draws.npy", "observations"
-TrainedPosterior = AmortizedPosterior | PosteriorEnsemble
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,26 @@ class StoredFit:
         """Where its tensors are."""
         return self.theta.device
 
+    def log_likelihood(self, rows: Sequence[int]) -> LogLikelihood:
+        """``log p(y_i | phi)`` of chosen individuals up to a constant: the simulator's, or the network's posterior over
+        its prior where the simulator has none."""
+        return _Likelihood(self, rows)
+
+
+class _Likelihood:
+    def __init__(self, fit: StoredFit, rows: Sequence[int]) -> None:
+        chosen = fit.observations[rows].to(fit.device)
+        times = chosen.design.times.double()
+        self._observations = replace(chosen, values=chosen.values.double(), design=replace(chosen.design, times=times))
+        self._posterior = fit.posterior
+
+    def __call__(self, phi: Float[Tensor, "i n D"], rows: Tensor) -> Float[Tensor, "i n"]:
+        some: Observations = self._observations[rows.tolist()]
+        simulator = self._posterior.simulator
+        if isinstance(simulator, TractableSimulator):
+            return simulator.log_likelihood(some, phi)
+        return self._posterior.log_prob(phi, some).to(phi) - self._posterior.prior.log_prob(phi)
+
 
 def find_fit(plain: Mapping[str, Any]) -> FinishedRun:
     """The run that ``fit`` names in a plain configuration; raises ``ValueError`` as :func:`find_run`."""
@@ -144,12 +163,8 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
             f"{finished.path} holds no data ({OBSERVATIONS}/): it was made before fits kept what later stages need. "
             "Run its command again with this nlme_sbi."
         )
-    upstream = _posterior_runs(finished)
-    posterior: TrainedPosterior = (
-        AmortizedPosterior.load(upstream[0], device=device, trust=trust)
-        if len(upstream) == 1
-        else PosteriorEnsemble.load(upstream, device=device, trust=trust)
-    )
+    upstream = posterior_runs(finished)
+    posterior = load_posterior(upstream, device, trust)
     specification = part(finished.config["population"], PopulationSpecification, where="population", trust=trust)
     observations = load_observations(finished.path / OBSERVATIONS)
     population: PopulationModel = specification.bind(posterior.parameters, observations)
@@ -183,7 +198,8 @@ def _estimates(run: FinishedRun, population: PopulationModel) -> tuple[Tensor, T
     return theta, torch.tensor(numbers, dtype=torch.float64)
 
 
-def _posterior_runs(fit: FinishedRun) -> list[FinishedRun]:
+def posterior_runs(fit: FinishedRun) -> list[FinishedRun]:
+    """The runs that a fit's draws came from, found again by their hashes; raises ``ValueError`` where one is gone."""
     inputs = fit.manifest["inputs"]
     names = [name for name in inputs if name == "posterior" or name.startswith("posterior_")]
     return [_located(fit, inputs[name]) for name in names]

@@ -110,7 +110,7 @@ def _train_in_team(plain: Mapping[str, Any], team: Team) -> float:
         if parts.pool is not None:
             save_design(run.path / "design", parts.pool)
         network, shape = _network(parts, settings, seed=int(config["seed"]))
-        result = _train(network, parts.source, settings, run, team)
+        result = _train(network, parts, settings, run, team)
         _save(run, network, shape, result)
         gap = None if upstream is None else generalisation_gap(network, parts.source, settings)
         results = {
@@ -221,11 +221,13 @@ def _network(parts: _Parts, settings: TrainingSettings, *, seed: int) -> tuple[P
 
 
 def _train(
-    network: PosteriorNetwork, source: PairSource, settings: TrainingSettings, run: RunDirectory, team: Team
+    network: PosteriorNetwork, parts: _Parts, settings: TrainingSettings, run: RunDirectory, team: Team
 ) -> TrainingResult:
     checkpoint = run.checkpoint_directory / _CHECKPOINT
     with _Curves(run.log_directory / "tensorboard") as curves:
-        return train(network, source, settings, checkpoint=checkpoint, report=curves.add, team=team)
+        return train(
+            network, parts.source, settings, prior=parts.prior, checkpoint=checkpoint, report=curves.add, team=team
+        )
 
 
 def _follow(parts: _Parts, settings: TrainingSettings, team: Team, *, seed: int) -> float:
@@ -234,7 +236,8 @@ def _follow(parts: _Parts, settings: TrainingSettings, team: Team, *, seed: int)
     if checkpoints is None:  # finished already
         return math.nan
     network, _ = _network(parts, settings, seed=seed)
-    return train(network, parts.source, settings, checkpoint=Path(checkpoints) / _CHECKPOINT, team=team).best_loss
+    checkpoint = Path(checkpoints) / _CHECKPOINT
+    return train(network, parts.source, settings, prior=parts.prior, checkpoint=checkpoint, team=team).best_loss
 
 
 class _Curves:

@@ -102,7 +102,12 @@ def test_a_fit_repeats_to_the_byte_and_its_files_agree(
     assert run.path.name == again.path.name
     assert bytes_of(run) == bytes_of(again)
     kept = {name for name in bytes_of(run) if not name.startswith("observations/design/")}
-    assert kept == {"config.yaml", *TABLES, *KEPT, *(FIGURES if with_figures else ())}
+    influence = {"influence.csv"} if "influence.csv" in kept else set()  # needs standard errors
+    assert kept == {"config.yaml", *TABLES, *KEPT, *influence, *(FIGURES if with_figures else ())}
+    if experiment == "theophylline":
+        table = pd.read_csv(run.path / "influence.csv", dtype={"id": str})
+        assert list(table.columns[:5]) == ["id", "objective", "cook", "refitted", "shift.mean.ka"]
+        assert float(table["objective"].sum()) == pytest.approx(run.results["objective"], abs=1e-6)
     for name in FIGURES & set(bytes_of(run)):
         assert (run.path / name).read_bytes().startswith(b"\x89PNG")
 

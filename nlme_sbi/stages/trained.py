@@ -1,0 +1,61 @@
+"""The trained posterior that a command names: one network, or several as an ensemble."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nlme_sbi.networks.ensembles import PosteriorEnsemble
+from nlme_sbi.networks.posterior import AmortizedPosterior
+from nlme_sbi.runs import FinishedRun, find_run
+
+log = logging.getLogger(__name__)
+
+TrainedPosterior = AmortizedPosterior | PosteriorEnsemble
+
+
+def find_posteriors(plain: Mapping[str, Any]) -> list[FinishedRun]:
+    """The run, or the runs of an ensemble, that ``posterior`` names in a plain configuration.
+
+    Raises ``ValueError`` for no run, or one of another simulator.
+    """
+    named = plain["posterior"]
+    runs = [_found(str(reference), plain) for reference in (named if isinstance(named, list) else [named])]
+    if not runs:
+        raise ValueError("posterior=[] names no run; give RUN, latest or [RUN,RUN].")
+    return runs
+
+
+def load_posterior(runs: list[FinishedRun], device: torch.device | str, trust: tuple[str, ...]) -> TrainedPosterior:
+    """The network of a run, or the ensemble of several."""
+    if len(runs) == 1:
+        return AmortizedPosterior.load(runs[0], device=str(device), trust=trust)
+    return PosteriorEnsemble.load(runs, device=str(device), trust=trust)
+
+
+def posterior_hashes(runs: list[FinishedRun]) -> dict[str, str]:
+    """The runs by name, as inputs of another run."""
+    if len(runs) == 1:
+        return {"posterior": runs[0].sha256}
+    return {f"posterior_{position}": run.sha256 for position, run in enumerate(runs)}
+
+
+def _found(reference: str, plain: Mapping[str, Any]) -> FinishedRun:
+    run = find_run(
+        reference,
+        stage="train_flow",
+        experiment=plain["experiment"]["name"],
+        root=Path(plain["output_root"]),
+    )
+    made, asked = run.config["simulator"].get("_target_"), plain["simulator"].get("_target_")
+    if made != asked:
+        raise ValueError(
+            f"{run.path} is a posterior of {made}, but this command asks for {asked}; choose the experiment or "
+            "simulator of that run, or another run (posterior=...)."
+        )
+    log.info("Posterior: %s", run.path)
+    return run
