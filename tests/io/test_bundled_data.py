@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 THEOPHYLLINE = ROOT / "data" / "theophylline"
 CELLS = ROOT / "data" / "mrna_two_rate_cells"
 SHARED = ROOT.parent / "shared" / "data" / "theophylline"
-CONFIGS = sorted((ROOT / "conf" / "data").glob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "conf" / "data").glob("*.yaml") if path.stem != "none")
 FILES = {
     "event_table": THEOPHYLLINE / "theophylline.csv",
     "wide_sheet": CELLS / "cells.csv",
