@@ -50,7 +50,7 @@ def weights_finding(
         sentence = (
             f"{count} of {len(ess)} individuals have fewer than {min(_FEW, 0.5 * draws):g} effective draws or weights "
             f"with heavy tails (k-hat above {UNRELIABLE:g}): {listed}. Their likelihood and draws are uncertain: use "
-            "more draws, estimator=exact where there is a likelihood, or train longer."
+            "more draws, or (unless it was used) estimator=exact where there is a likelihood."
         )
     return Finding(
         check="weights",

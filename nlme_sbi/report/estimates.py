@@ -148,7 +148,11 @@ def likelihood_table(told: Row) -> Table:
         ("measurements", "measurements"),
     )
     error = (told.get("monte_carlo") or {}).get("objective_se")
-    rows = [(Cell(words), number(told[key], 7)) for words, key in entries if isinstance(told.get(key), (int, float))]
+    rows = [
+        (Cell(words), number(told[key], _digits_to_hundredths(told[key])))
+        for words, key in entries
+        if isinstance(told.get(key), (int, float))
+    ]
     rows.append((Cell("Monte-Carlo SE of the objective"), number(error, 2)))
     relative = told.get("minus_two_log_likelihood") is None
     note = (
@@ -160,6 +164,11 @@ def likelihood_table(told: Row) -> Table:
     if told.get("approximation"):
         note = f"{told['approximation']}'s approximation: compare with values of the same approximation only."
     return Table("likelihood", "Likelihood and criteria", ("quantity", "value"), tuple(rows), note=note)
+
+
+def _digits_to_hundredths(value: float) -> int:
+    """Significant digits that show hundredths: differences of likelihoods matter, however large they are."""
+    return max(7, len(str(int(abs(value)))) + 2)
 
 
 def interval_table(intervals: Sequence[Row]) -> Table:
