@@ -166,7 +166,7 @@ def likelihood_table(told: Row) -> Table:
     return Table("likelihood", "Likelihood and criteria", ("quantity", "value"), tuple(rows), note=note)
 
 
-def _digits_to_hundredths(value: float) -> int:
+def _digits_to_hundredths(value: int | float) -> int:
     """Significant digits that show hundredths: differences of likelihoods matter, however large they are."""
     return max(7, len(str(int(abs(value)))) + 2)
 
