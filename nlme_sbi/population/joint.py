@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nlme_sbi.population.factorizations import eigh_or_diagonal
 from nlme_sbi.population.roles import PopulationModel, covariances_of, means_of
 from nlme_sbi.threads import over_blocks
 from nlme_sbi.types import Observations, TractableSimulator
@@ -243,7 +244,7 @@ def _newton_step(
     identity = torch.eye(scale.shape[1], dtype=scale.dtype, device=scale.device)
     curvature = torch.where(known[:, None, None], curvature, identity)
     gradient = torch.where(known[:, None], gradient, 0.0)
-    values, vectors = torch.linalg.eigh(curvature)
+    values, vectors = eigh_or_diagonal(curvature)
     values = values.abs().clamp_min(_FLOOR) * (1 + damping[:, None])
     inner = (vectors.mT @ gradient[..., None])[..., 0]
     step = (vectors @ (inner / values)[..., None])[..., 0]

@@ -245,12 +245,24 @@ class WeightedDraws(Protocol):
 
 
 @runtime_checkable
+class SetsOfDraws(WeightedDraws, Protocol):
+    """Draws that were made in several independent sets, whose differences tell their Monte-Carlo error."""
+
+    def independent(self) -> tuple[WeightedDraws, ...]:
+        """Each set alone."""
+
+
+@runtime_checkable
 class MovableDraws(WeightedDraws, Protocol):
     """Draws whose likelihoods are expanded in the constants, and which can be compared with draws made elsewhere."""
 
     @property
     def made_for(self) -> Tensor:
         """Theta about whose constants they are expanded."""
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether nothing is expanded, because likelihoods are evaluated wherever the constants go."""
 
     def expanded_at(self, theta: Tensor) -> WeightedDraws:
         """The same draws expanded about the constants at ``theta``."""
@@ -302,10 +314,7 @@ class Estimator(Protocol):
 
 @runtime_checkable
 class FollowingEstimator(Estimator, Protocol):
-    """An estimator whose draws are made for one theta and made anew where the optimum went.
-
-    What :meth:`Estimator.prepare` returns then only serves to compare starts, on as many individuals as it likes.
-    """
+    """An estimator of a likelihood whose draws are made for one theta, and made anew for every theta of the search."""
 
     def follow(
         self,
@@ -315,13 +324,28 @@ class FollowingEstimator(Estimator, Protocol):
         previous: WeightedDraws,
         generator: torch.Generator,
     ) -> WeightedDraws:
-        """Draws of all individuals made for ``theta``; ``previous`` is what the fit had before."""
+        """Draws of all individuals made for ``theta``; ``previous`` is what the search had before, or only tells the
+        population model.
+
+        Raises:
+            NoLikelihoodError: where no draw of some individual has a likelihood above 0.
+        """
+
+    def look_again(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Tensor,
+        generator: torch.Generator,
+    ) -> WeightedDraws:
+        """Draws made for ``theta`` that owe nothing to ``state`` but its modes: others are searched for, too."""
 
     def with_draws(self, draws: int) -> FollowingEstimator:
         """The same estimator that makes so many draws of each individual, within its limits."""
 
-    def serves(self, state: WeightedDraws, theta: Tensor) -> bool:
-        """Whether draws that were made for another theta are as good at this one."""
+    def roughly(self, individuals: int) -> FollowingEstimator:
+        """The same estimator with as few draws as comparing starts on so many individuals takes."""
 
 
 @dataclass(frozen=True)
@@ -335,6 +359,10 @@ class FitProgress:
 
 
 Report = Callable[[FitProgress], None]
+
+
+def discard(progress: FitProgress) -> None:
+    """Discard progress reports."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -393,4 +421,14 @@ class SearchingEstimator(FollowingEstimator, Protocol):
         """
 
 
-Redraw = Callable[[Tensor, WeightedDraws, torch.Generator], WeightedDraws]  # theta, previous draws -> draws made for it
+@dataclass(frozen=True, eq=False)
+class Redraw:
+    """Makes draws for another theta, as the fit's estimator does it; a value that can be copied and sent."""
+
+    estimator: FollowingEstimator
+    source: Source
+    observations: Observations
+
+    def __call__(self, theta: Tensor, previous: WeightedDraws, generator: torch.Generator) -> WeightedDraws:
+        """Draws made for ``theta``; ``previous`` is what was there before."""
+        return self.estimator.follow(self.source, self.observations, theta, previous, generator)

@@ -121,9 +121,20 @@ class Saem:
         """The same with so many draws in the importance sampling at the estimate, at least those it had."""
         return replace(self, draws=max(draws, self.draws))
 
-    def serves(self, state: WeightedDraws, theta: Float[Tensor, " P"]) -> bool:
-        """Whether the importance sampling for another theta is as good at this one."""
-        return self._sampling.serves(state, theta)
+    def look_again(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Float[Tensor, " P"],
+        generator: torch.Generator,
+    ) -> WeightedDraws:
+        """Importance sampling at ``theta`` with modes searched for from the beginning, as in the exact estimator."""
+        return self._sampling.look_again(source, observations, state, theta, generator)
+
+    def roughly(self, individuals: int) -> Exact:
+        """The exact estimator with few draws: starts are compared on the likelihood."""
+        return self._sampling.roughly(individuals)
 
     def improve(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.conversion import convert
+from nlme_sbi.population.beginnings import in_double
 from nlme_sbi.population.modes import individual_modes
 from nlme_sbi.population.over_theta import LogLikelihood
 from nlme_sbi.population.result import PopulationFit
@@ -120,9 +121,7 @@ class StoredFit:
 
 class _Likelihood:
     def __init__(self, fit: StoredFit, rows: Sequence[int]) -> None:
-        chosen = fit.observations[rows].to(fit.device)
-        times = chosen.design.times.double()
-        self._observations = replace(chosen, values=chosen.values.double(), design=replace(chosen.design, times=times))
+        self._observations = in_double(fit.observations[rows], fit.device)
         self._posterior = fit.posterior
 
     def __call__(self, phi: Float[Tensor, "i n D"], rows: Tensor) -> Float[Tensor, "i n"]:
