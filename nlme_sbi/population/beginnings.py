@@ -1,5 +1,4 @@
-"""Where estimators with a likelihood begin: what starts are compared on, and the points that climb to an individual's
-modes. Everything comes from the network's draws, the training prior and the data."""
+"""The points that climb to an individual's modes, from the network's draws, the training prior and the data."""
 
 from __future__ import annotations
 
@@ -12,13 +11,11 @@ from torch import Tensor
 from nlme_sbi.population.checks import named
 from nlme_sbi.population.joint import Expansion, JointDensity, promised_gain
 from nlme_sbi.population.proposals import Pieces, modes, with_others
-from nlme_sbi.population.ratio import PriorRatio
-from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
-from nlme_sbi.population.subsets import of_individuals, random_part
+from nlme_sbi.population.roles import PopulationModel, Source
+from nlme_sbi.population.subsets import of_individuals
 from nlme_sbi.population.trust_region import NoLikelihoodError
 from nlme_sbi.types import Observations, PosteriorSamples, Simulator, TractableSimulator
 
-_EXPLORED = 500  # individuals whose flow draws tell where the population is
 _FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from
 _CLIMBERS = 3  # starts of Newton's method for each individual, before symmetries
 _LAST_DRAWS, _LAST_CLIMBERS = 200, 8  # of individuals whose modes were lost
@@ -50,15 +47,6 @@ def likelihood_of(
 ) -> JointDensity:
     """Likelihood times population density of everybody at ``theta``, in float64 on its device."""
     return JointDensity(simulator, population, in_double(observations, theta.device), theta.detach())
-
-
-def explorable(
-    source: Source, observations: Observations, population: PopulationModel, *, draws: int, generator: torch.Generator
-) -> WeightedDraws:
-    """``draws`` of the network for some individuals, on which starts are compared by the prior ratio."""
-    chosen = random_part(len(observations), _EXPLORED, generator)
-    ratio = PriorRatio(draws=draws, max_draws=draws, components=4)
-    return ratio.prepare(of_individuals(source, chosen), observations[chosen], population, generator)
 
 
 def in_double(observations: Observations, device: torch.device) -> Observations:

@@ -20,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.beginnings import (
-    explorable,
     first_climbers,
     is_near,
     lacking,
@@ -33,7 +32,7 @@ from nlme_sbi.population.beginnings import (
 from nlme_sbi.population.exact_draws import ExactDraws, drawn, with_bad_ones_refined, without_variability
 from nlme_sbi.population.joint import JointDensity
 from nlme_sbi.population.proposals import along_profiles, mixtures, modes, with_others
-from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
+from nlme_sbi.population.roles import NoDraws, PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions
 from nlme_sbi.types import Observations, Simulator
 
@@ -48,14 +47,12 @@ class Exact:
     Args:
         draws: of each individual's mixture to begin with, at least; few individuals get more.
         max_draws: how far their number is raised while the Monte-Carlo error is too large.
-        exploring: draws of the network with which the fit's starts are compared, by the prior ratio.
         simulator: whose likelihood it is; taken from the posterior when left out.
         most_at_first: draws of each individual to begin with, at most; ``max_draws`` when left out.
     """
 
     draws: int = 64
     max_draws: int = 8192
-    exploring: int = 300
     simulator: Simulator | None = None
     most_at_first: int | None = None
 
@@ -64,22 +61,23 @@ class Exact:
     approximation = ""
 
     def __post_init__(self) -> None:
-        if self.draws < 16 or self.max_draws < self.draws or self.exploring < 20:
-            raise ValueError(
-                f"estimator: needs 16 <= draws <= max_draws and exploring >= 20; got {self.draws}, {self.max_draws} "
-                f"and {self.exploring}."
-            )
+        if self.draws < 16 or self.max_draws < self.draws:
+            raise ValueError(f"estimator: needs 16 <= draws <= max_draws; got {self.draws} and {self.max_draws}.")
 
     def prepare(
-        self, source: Source, observations: Observations, population: PopulationModel, generator: torch.Generator
-    ) -> WeightedDraws:
-        """The network's draws of some individuals, on which starts are compared by the prior ratio.
+        self,
+        source: Source,
+        observations: Observations,  # noqa: ARG002
+        population: PopulationModel,
+        generator: torch.Generator,  # noqa: ARG002
+    ) -> NoDraws:
+        """Nothing but the population model: draws are made for one theta.
 
         Raises:
             ValueError: where the simulator has no likelihood.
         """
         tractable(self.simulator, source, self.name)
-        return explorable(source, observations, population, draws=self.exploring, generator=generator)
+        return NoDraws(population)
 
     def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
         """Estimated ``log p(y_i | theta)`` of every individual."""
@@ -90,7 +88,7 @@ class Exact:
         source: Source,
         observations: Observations,
         theta: Float[Tensor, " P"],
-        previous: WeightedDraws,
+        previous: WeightedDraws | NoDraws,
         generator: torch.Generator,
     ) -> ExactDraws:
         """Draws made for ``theta``: modes, mixtures, draws with their likelihoods expanded in the constants."""
@@ -182,7 +180,7 @@ class Exact:
         more = drawn(joint, state.modes, state.mixed.with_draws(draws), state.training, generator)
         return with_bad_ones_refined(replace(more, proposed_for=state.proposed_for), generator)
 
-    def _draws_of(self, previous: WeightedDraws, individuals: int) -> int:
+    def _draws_of(self, previous: WeightedDraws | NoDraws, individuals: int) -> int:
         if isinstance(previous, ExactDraws) and previous.individuals == individuals:
             return previous.draws
         most = self.max_draws if self.most_at_first is None else self.most_at_first

@@ -15,17 +15,18 @@ from torch import Tensor
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population import checks
 from nlme_sbi.population.ascent import Summit, climb, polish
+from nlme_sbi.population.auto import Auto, chosen_estimator
 from nlme_sbi.population.boundary import variance_tests
 from nlme_sbi.population.exploring import Explored, explore
 from nlme_sbi.population.individuals import IndividualEstimates, individual_estimates
 from nlme_sbi.population.labelling import declared_pairs, in_order, labelling_notes, require_orderable
 from nlme_sbi.population.likelihood_search import Task, compare_starts, search_likelihood
-from nlme_sbi.population.ratio import PriorRatio
 from nlme_sbi.population.result import PopulationFit, Restart
 from nlme_sbi.population.roles import (
     Estimator,
     FitProgress,
     FollowingEstimator,
+    NoDraws,
     PopulationModel,
     PopulationSpecification,
     Redraw,
@@ -104,7 +105,7 @@ def fit_population(
     population: PopulationSpecification | PopulationModel,
     *,
     generator: torch.Generator,
-    estimator: Estimator | None = None,
+    estimator: Estimator | Auto | None = None,
     parameters: ParameterSpace | None = None,
     starts: int = 5,
     accuracy: float = 0.1,
@@ -125,7 +126,7 @@ def fit_population(
         observations: the individuals' data.
         population: a specification such as :class:`GaussianPopulation`, or a bound model.
         generator: for draws and starts, on the device of the draws.
-        estimator: :class:`PriorRatio` with its defaults when left out.
+        estimator: :class:`Auto` when left out: :class:`Exact` where there is a likelihood, else :class:`PriorRatio`.
         parameters: the simulator's parameters; needed only with samples and an unbound specification.
         starts: how many.
         accuracy: wished Monte-Carlo error, in standard errors.
@@ -161,7 +162,7 @@ def _fitted(
     population: PopulationSpecification | PopulationModel,
     *,
     generator: torch.Generator,
-    estimator: Estimator | None,
+    estimator: Estimator | Auto | None,
     parameters: ParameterSpace | None,
     starts: int,
     accuracy: float,
@@ -171,7 +172,7 @@ def _fitted(
     """One fit, with all of its variances."""
     model = _bound(population, posterior_or_samples, parameters, observations)
     checks.require_enough(model, len(observations))
-    chosen: Estimator = PriorRatio() if estimator is None else estimator
+    chosen, _ = chosen_estimator(Auto() if estimator is None else estimator, posterior_or_samples)
     declared = declared_pairs(posterior_or_samples, chosen)
     require_orderable(model, declared)
     say = progress or discard
@@ -253,12 +254,11 @@ def _searched(
     restarts: tuple[Restart, ...] = ()
     if begin is None:
         begin, restarts = compare_starts(task, starts=starts)
-    placeholder = task.draw(begin, None)
     found = chosen.search(
         task.source,
         task.observations,
         begin,
-        placeholder,
+        NoDraws(task.population),
         task.generator,
         accuracy=accuracy,
         report=task.report,
@@ -314,7 +314,9 @@ def _on_fixed_draws(
     source, observations, generator = inputs
     say(FitProgress("draws", 0, 0))
     with torch.no_grad():
-        first: WeightedDraws = chosen.prepare(source, observations, model, generator)
+        first = chosen.prepare(source, observations, model, generator)
+    if isinstance(first, NoDraws):
+        raise TypeError(f"estimator {chosen.name} neither prepares draws nor makes them for a theta.")
     explored = explore(first, observations.ids, generator, starts=starts, say=say)
     for _ in range(_LABELLINGS):
         state, optimum, shortage = _climbed(chosen, first, explored, inputs, accuracy=accuracy, say=say)

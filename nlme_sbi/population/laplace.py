@@ -19,7 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.beginnings import (
-    explorable,
     first_climbers,
     lacking,
     last_climbers,
@@ -31,7 +30,7 @@ from nlme_sbi.population.beginnings import (
 from nlme_sbi.population.joint import JointDensity
 from nlme_sbi.population.laplace_draws import LaplaceDraws, assembled
 from nlme_sbi.population.proposals import modes, with_others
-from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
+from nlme_sbi.population.roles import NoDraws, PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions
 from nlme_sbi.types import Observations, Simulator
 
@@ -41,31 +40,29 @@ class Laplace:
     """Settings of Laplace's approximation.
 
     Args:
-        exploring: draws of the network with which the fit's starts are compared, by the prior ratio.
         simulator: whose likelihood it is; taken from the posterior when left out.
     """
 
-    exploring: int = 300
     simulator: Simulator | None = None
 
     name = "laplace"
     absolute = True
     approximation = "Laplace"
 
-    def __post_init__(self) -> None:
-        if self.exploring < 20:
-            raise ValueError(f"estimator: needs exploring >= 20; got {self.exploring}.")
-
     def prepare(
-        self, source: Source, observations: Observations, population: PopulationModel, generator: torch.Generator
-    ) -> WeightedDraws:
-        """The network's draws of some individuals, on which starts are compared by the prior ratio.
+        self,
+        source: Source,
+        observations: Observations,  # noqa: ARG002
+        population: PopulationModel,
+        generator: torch.Generator,  # noqa: ARG002
+    ) -> NoDraws:
+        """Nothing but the population model: draws are made for one theta.
 
         Raises:
             ValueError: where the simulator has no likelihood.
         """
         tractable(self.simulator, source, self.name)
-        return explorable(source, observations, population, draws=self.exploring, generator=generator)
+        return NoDraws(population)
 
     def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
         """Approximate ``log p(y_i | theta)`` of every individual."""
@@ -76,7 +73,7 @@ class Laplace:
         source: Source,
         observations: Observations,
         theta: Float[Tensor, " P"],
-        previous: WeightedDraws,
+        previous: WeightedDraws | NoDraws,
         generator: torch.Generator,
     ) -> LaplaceDraws:
         """Everybody's modes at ``theta``: from those that were known, or from the network's draws."""
@@ -109,7 +106,7 @@ class Laplace:
         return self._made(joint, both, source, observations, generator)
 
     def _joint(
-        self, source: Source, observations: Observations, previous: WeightedDraws, theta: Float[Tensor, " P"]
+        self, source: Source, observations: Observations, previous: WeightedDraws | NoDraws, theta: Float[Tensor, " P"]
     ) -> JointDensity:
         if not previous.population.varying:
             raise ValueError(

@@ -23,6 +23,7 @@ from nlme_sbi.population.result import Restart
 from nlme_sbi.population.roles import (
     FitProgress,
     FollowingEstimator,
+    NoDraws,
     PopulationModel,
     Report,
     Source,
@@ -55,13 +56,6 @@ _PRUDENCE = 1.1  # factor on the Monte-Carlo error before it sets the number of 
 
 
 @dataclass(frozen=True, eq=False)
-class _NoDraws:
-    """Stands for the draws before the first ones: only the population is known."""
-
-    population: PopulationModel
-
-
-@dataclass(frozen=True, eq=False)
 class Task:
     """What is fitted: an estimator, where first guesses of individuals come from, data, population model."""
 
@@ -81,9 +75,9 @@ class Task:
 
     def draw(self, theta: Float[Tensor, " P"], before: WeightedDraws | None) -> WeightedDraws:
         """Draws made for ``theta``."""
-        known = _NoDraws(self.population) if before is None else before
+        known = NoDraws(self.population) if before is None else before
         with torch.no_grad():
-            return self.estimator.follow(self.source, self.observations, theta, known, self.generator)  # type: ignore[arg-type]
+            return self.estimator.follow(self.source, self.observations, theta, known, self.generator)
 
     def look_again(self, theta: Float[Tensor, " P"], before: WeightedDraws | None) -> WeightedDraws:
         """Draws made for ``theta`` with modes searched for from the beginning, too."""

@@ -244,6 +244,13 @@ class WeightedDraws(Protocol):
         """What a reader must know of these draws at ``theta``, beyond their effective number."""
 
 
+@dataclass(frozen=True, eq=False)
+class NoDraws:
+    """What an estimator has that makes its draws for one theta, before it knows any: the population model."""
+
+    population: PopulationModel
+
+
 @runtime_checkable
 class SetsOfDraws(WeightedDraws, Protocol):
     """Draws that were made in several independent sets, whose differences tell their Monte-Carlo error."""
@@ -293,8 +300,8 @@ class Estimator(Protocol):
 
     def prepare(
         self, source: Source, observations: Observations, population: PopulationModel, generator: torch.Generator
-    ) -> WeightedDraws:
-        """Draws for every individual."""
+    ) -> WeightedDraws | NoDraws:
+        """Draws for every individual, or nothing yet where draws are made for one theta."""
 
     def objective(self, theta: Tensor, state: WeightedDraws) -> Tensor:
         """Each individual's contribution, ``(I,)``."""
@@ -321,7 +328,7 @@ class FollowingEstimator(Estimator, Protocol):
         source: Source,
         observations: Observations,
         theta: Tensor,
-        previous: WeightedDraws,
+        previous: WeightedDraws | NoDraws,
         generator: torch.Generator,
     ) -> WeightedDraws:
         """Draws of all individuals made for ``theta``; ``previous`` is what the search had before, or only tells the
@@ -392,7 +399,7 @@ class Found:
 class SearchingEstimator(FollowingEstimator, Protocol):
     """An estimator that finds theta by itself; its draws at that theta then tell everything else.
 
-    What :meth:`Estimator.prepare` returns only serves to find where the search starts. The fit takes the estimate as it
+    The fit takes the estimate as it
     is: likelihood, information, individuals and table come from :meth:`FollowingEstimator.follow` at it, the estimate's
     own Monte-Carlo error from the search.
     """
@@ -402,7 +409,7 @@ class SearchingEstimator(FollowingEstimator, Protocol):
         source: Source,
         observations: Observations,
         theta: Float[Tensor, " P"],
-        previous: WeightedDraws,
+        previous: WeightedDraws | NoDraws,
         generator: torch.Generator,
         *,
         accuracy: float,
@@ -413,8 +420,8 @@ class SearchingEstimator(FollowingEstimator, Protocol):
         Args:
             source: the posterior or draws, for first guesses of individuals.
             observations: all data.
-            theta: where exploring ended.
-            previous: the draws that were explored.
+            theta: where the comparison of starts ended.
+            previous: draws that it had, or only the population model.
             generator: of everything random.
             accuracy: wished Monte-Carlo error, in standard errors.
             report: told how far it is.
