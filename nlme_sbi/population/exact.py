@@ -48,13 +48,13 @@ class Exact:
         draws: of each individual's mixture to begin with, at least; few individuals get more.
         max_draws: how far their number is raised while the Monte-Carlo error is too large.
         simulator: whose likelihood it is; taken from the posterior when left out.
-        most_at_first: draws of each individual to begin with, at most; ``max_draws`` when left out.
+        rough: leave out what only matters for the last digits; set where starts are compared.
     """
 
     draws: int = 64
     max_draws: int = 8192
     simulator: Simulator | None = None
-    most_at_first: int | None = None
+    rough: bool = False
 
     name = "exact"
     absolute = True
@@ -93,7 +93,7 @@ class Exact:
     ) -> ExactDraws:
         """Draws made for ``theta``: modes, mixtures, draws with their likelihoods expanded in the constants."""
         simulator = tractable(self.simulator, source, self.name)
-        joint = likelihood_of(simulator, previous.population, observations, theta)
+        joint = replace(likelihood_of(simulator, previous.population, observations, theta), rough=self.rough)
         individuals = len(observations)
         if not previous.population.varying:
             return without_variability(joint, source.prior)
@@ -101,7 +101,8 @@ class Exact:
         if known is not None and is_near(joint, known.proposed_for):
             # The mixtures still fit: draws from them, with likelihoods at the new theta.
             state = drawn(joint, known.modes, known.mixed, source.prior, generator)
-            return replace(with_bad_ones_refined(state, generator), proposed_for=known.proposed_for)
+            state = state if self.rough else with_bad_ones_refined(state, generator)
+            return replace(state, proposed_for=known.proposed_for)
         draws = self._draws_of(previous, individuals)
         if known is None:
             rows, starts = first_climbers(joint, source, observations, generator)
@@ -149,13 +150,15 @@ class Exact:
             more = last_climbers(joint, missing, source, observations, generator)
             laplace, at = with_others(joint, (laplace, at), modes(joint, *more))
         require_everybody(laplace.rows, observations)
+        if self.rough:  # heavy tails around the modes serve to compare starts
+            return drawn(joint, laplace, mixtures(laplace, individuals, draws), source.prior, generator)
         mixed = mixtures(along_profiles(joint, laplace, at), individuals, draws)
         return with_bad_ones_refined(drawn(joint, laplace, mixed, source.prior, generator), generator)
 
     def roughly(self, individuals: int) -> Exact:
-        """The same with as few draws as comparing starts takes."""
+        """The same with as few draws, and as little care for each individual, as comparing starts takes."""
         draws = max(self.draws, min(_ROUGH_MOST, self.max_draws, _ROUGH_ALL // individuals))
-        return replace(self, draws=draws, most_at_first=draws)
+        return replace(self, draws=draws, rough=True)
 
     def with_draws(self, draws: int) -> Exact:
         """The same with so many draws of each individual, at least those it had and at most ``max_draws``."""
@@ -183,5 +186,4 @@ class Exact:
     def _draws_of(self, previous: WeightedDraws | NoDraws, individuals: int) -> int:
         if isinstance(previous, ExactDraws) and previous.individuals == individuals:
             return previous.draws
-        most = self.max_draws if self.most_at_first is None else self.most_at_first
-        return max(self.draws, min(most, _DRAWS_ALL // individuals))
+        return self.draws if self.rough else max(self.draws, min(self.max_draws, _DRAWS_ALL // individuals))

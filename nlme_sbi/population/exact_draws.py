@@ -30,8 +30,8 @@ _BAD = 0.25  # share of effective draws below which a mixture is refined
 _REFINEMENTS = 3  # of mixtures that stay bad
 _CURVED = 4  # draws of each individual that tell the curvature in the constants
 _CURVED_ALL = 6000  # or as many as make so many over all individuals
-_STEP = 1e-4  # of finite differences in constants
-_DIRECT = 4_000_000  # predictions of all draws together up to which likelihoods are evaluated wherever constants go
+_STEP = 3e-5  # of finite differences in constants
+_DIRECT = 2_000_000  # predictions of all draws together up to which likelihoods are evaluated wherever constants go
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,6 +224,11 @@ class ExactDraws:
         mixed = self.mixed.beside(other.mixed)
         return drawn(self.joint, self.modes, mixed, self.training, generator)
 
+    @property
+    def training_prior(self) -> Prior:
+        """The training prior."""
+        return self.training
+
     def training_draws(self) -> tuple[Tensor, Prior]:
         """Draws of all parameters, constants at their values."""
         joined = _joined(self.blocks)
@@ -265,7 +270,7 @@ def without_variability(joint: JointDensity, training: Prior) -> ExactDraws:
         phi=phi,
         log_ratio=torch.where(there, value, -torch.inf),
         slopes=slopes.masked_fill(~there[..., None], 0.0),
-        curvatures=_second_order(joint, rows, phi[:, :1], constants),
+        curvatures=_second_order(joint, rows, phi[:, :1], constants, slopes[:, :1]),
         constants=constants,
         log_q=torch.zeros_like(value),
         likelihood=joint if _is_small(joint, 2) else None,
@@ -319,13 +324,18 @@ def _block(joint: JointDensity, rows: Tensor, mixed: Mixtures, shifts: Tensor, o
     is_small = _is_small(joint, phi.shape[1])
     if constants.shape[1] == 0:
         curvatures = slopes[:, :1, :, None] * slopes[:, :1, None]
-    elif is_small:
-        curvatures = _second_order(joint, rows, phi, constants).masked_fill(~there[..., None, None], 0.0)
+    elif is_small and not joint.rough:
+        curvatures = _second_order(joint, rows, phi, constants, slopes).masked_fill(~there[..., None, None], 0.0)
     else:
         log_weights = log_ratio + joint.population.log_prob(phi, joint.theta, design)
-        few = _systematic(torch.softmax(log_weights, 1), order, max(_CURVED, _CURVED_ALL // len(joint.observations)))
-        chosen = phi.gather(1, few[..., None].expand(-1, -1, phi.shape[2]))
-        curvatures = _second_order(joint, rows, chosen, constants).nan_to_num(0.0, 0.0, 0.0).mean(1, keepdim=True)
+        count = _CURVED if joint.rough else max(_CURVED, _CURVED_ALL // len(joint.observations))
+        few = _systematic(torch.softmax(log_weights, 1), order, count)[..., None]
+        chosen, base = (
+            phi.gather(1, few.expand(-1, -1, phi.shape[2])),
+            slopes.gather(1, few.expand_as(slopes[:, :count])),
+        )
+        found = _second_order(joint, rows, chosen, constants, base).nan_to_num(0.0, 0.0, 0.0)
+        curvatures = found.mean(1, keepdim=True)
     return ExactBlock(
         population=joint.population,
         rows=rows,
@@ -371,15 +381,18 @@ def _first_order(joint: JointDensity, rows: Tensor, phi: Tensor, constants: Tens
 
 
 def _second_order(
-    joint: JointDensity, rows: Tensor, phi: Float[Tensor, "I n V"], constants: Float[Tensor, "I W"]
+    joint: JointDensity,
+    rows: Tensor,
+    phi: Float[Tensor, "I n V"],
+    constants: Float[Tensor, "I W"],
+    slopes: Float[Tensor, "I n W"],
 ) -> Float[Tensor, "I n W W"]:
-    """Hessian of every draw's log-likelihood in the constants: central differences of exact gradients."""
-    columns = []
-    for step in _STEP * torch.eye(constants.shape[1], dtype=phi.dtype, device=phi.device):
-        above = _first_order(joint, rows, phi, constants + step)[1]
-        below = _first_order(joint, rows, phi, constants - step)[1]
-        columns.append((above - below) / (2 * _STEP))
-    hessian = torch.stack(columns, 2)
+    """Hessian of every draw's log-likelihood in the constants: differences of exact gradients from those at hand."""
+    columns = [
+        (_first_order(joint, rows, phi, constants + step)[1] - slopes) / _STEP
+        for step in _STEP * torch.eye(constants.shape[1], dtype=phi.dtype, device=phi.device)
+    ]
+    hessian = torch.stack(columns, 2) if columns else slopes[..., None] * slopes[..., None, :]
     return 0.5 * (hessian + hessian.mT)
 
 

@@ -88,12 +88,14 @@ class JointDensity:
         population: the bound model.
         observations: of all individuals, float64.
         theta: where the population stands.
+        rough: whether only a search's first steps depend on it.
     """
 
     simulator: TractableSimulator
     population: PopulationModel
     observations: Observations
     theta: Float[Tensor, " P"]
+    rough: bool = False
 
     @property
     def scale(self) -> Float[Tensor, " V"]:

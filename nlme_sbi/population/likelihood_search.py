@@ -42,15 +42,16 @@ from nlme_sbi.population.trust_region import (
 from nlme_sbi.population.verification import TOLERANCE, Verification, verified
 from nlme_sbi.types import Observations
 
-_STARTS_ON = 120  # individuals on whom starts are compared
-_PART = 1000  # individuals on whom most of the way is gone where there are many
-_ROUGH = Limits(tolerance=0.1, errors=2.0, passes=25)
+_STARTS_ON = 60  # individuals on whom starts are compared
+_PART = 500  # individuals on whom most of the way is gone where there are many
+_ROUGH = Limits(tolerance=0.15, errors=2.0, passes=25)
+_NEARBY = Limits(tolerance=0.3, errors=2.0, passes=25)
+_LAST = Limits(tolerance=0.5 * TOLERANCE, errors=2.0, passes=30)
 _HOPELESS = 20.0  # log-likelihood below the best start at which another is given up after some passes
-_PATIENCE = 6
+_PATIENCE = 4
 _SAME = 1.0  # standard errors between ends of equal likelihood that are one maximum, as roughly as they are climbed to
 _LEVEL = 0.1  # log-likelihoods this near are equal before Monte-Carlo error
 _DIFFERS = 3.0  # standard errors between means of parameters that are named
-_PASSES = 40
 _CHECKS = 4  # times that an end is looked at again
 _PRUDENCE = 1.1  # factor on the Monte-Carlo error before it sets the number of draws
 
@@ -154,61 +155,67 @@ def compare_starts(task: Task, *, starts: int) -> tuple[Float[Tensor, " P"], tup
 def climb_to_the_end(
     task: Task, theta: Float[Tensor, " P"], *, accuracy: float, restarts: tuple[Restart, ...]
 ) -> Found:
-    """From near a maximum to a checked estimate on all individuals."""
-    many = len(task.observations) > 2 * _PART
-    limits = Limits(tolerance=0.5 * TOLERANCE, errors=1.0, passes=_PASSES)
-    if many:
-        part = task.part(random_part(len(task.observations), _PART, task.generator))
-        rough = replace(limits, tolerance=0.2)
-        first = climb_likelihood(part.draw, part.point(theta), rough, watch=partial(_told, part)).point
-        theta = first.theta
-        lacking = _PRUDENCE * _noise(first) / accuracy
-        if lacking > 1:  # as many draws as fewer individuals needed: the ratio of the errors is the same
-            draws = math.ceil(first.state.draws * min(16.0, lacking**1.6))
-            task = replace(task, estimator=task.estimator.with_draws(draws))
-    draw = task.look_again if many else task.draw
-    climb = climb_likelihood(draw, task.point(theta), limits, watch=partial(_told, task))
-    climb, shortage = _precise(task, climb, draw, limits, accuracy)
-    before = climb.point
-    point, checked = before, None
+    """From near a maximum to a checked estimate on all individuals.
+
+    Most of the way is gone roughly, and on a part of many individuals. The last steps are taken with as many draws as
+    the accuracy takes; the draws of each of their points owe nothing to the step that led there, and modes of the
+    individuals are searched for from the beginning, so that the last point is checked by what it is made of.
+    """
+    individuals = len(task.observations)
+    if individuals > _STARTS_ON:
+        part = task.part(random_part(individuals, _PART, task.generator))
+        rough = replace(part, estimator=task.estimator.roughly(len(part.observations)))
+        theta = climb_likelihood(rough.draw, rough.point(theta), _NEARBY, watch=partial(_told, rough)).point.theta
+    climb = climb_likelihood(task.look_again, task.point(theta), _LAST, watch=partial(_told, task))
+    climb, shortage = _precise(task, _seconded(task, climb), accuracy)
+    checked = _check(task, climb)
     for _ in range(_CHECKS):
-        if many and climb.passes > 1:
-            break  # its draws were made by looking again, after the step that led there
-        if vanishing(climb.point) or (not climb.arrived and climb.point.left is None):
+        if checked.passed or not climb.arrived or climb.point.left is None or vanishing(climb.point):
             break
-        task.report(FitProgress("check", 0, 0, before.value))
-        point = replace(task.point(before.theta, task.look_again, before.state), held=before.held)
-        checked = _check(task, point, before, "")
-        if checked.passed or not climb.arrived:
-            break
-        climb = climb_likelihood(task.draw, point, limits, watch=partial(_told, task))
-        climb, shortage = _precise(task, climb, task.draw, limits, accuracy)
-        before, point = climb.point, climb.point
-    reason = "" if climb.arrived or (checked is not None and checked.passed) else climb.reason
-    other = climb.previous if point is before else before
-    verification = _check(task, point, other, reason)
-    return Found(point, verification, restarts, shortage)
+        # A maximum of the draws that were climbed on, which others do not confirm: on from there.
+        task.report(FitProgress("check", 0, 0, climb.point.value))
+        before = climb.point
+        again = replace(task.point(before.theta, task.look_again, before.state), held=before.held)
+        climb = climb_likelihood(task.look_again, again, _LAST, watch=partial(_told, task))
+        climb = climb if climb.previous is not None else replace(climb, previous=before)
+        climb, shortage = _precise(task, climb, accuracy)
+        checked = _check(task, climb)
+    return Found(climb.point, checked, restarts, shortage)
 
 
-def _check(task: Task, point: Point, before: Point | None, reason: str) -> Verification:
+def _seconded(task: Task, climb: Climb) -> Climb:
+    """The climb with other draws at its end where it took no step, so that there is something to compare with."""
+    if climb.previous is not None or not climb.arrived:
+        return climb
+    fresh = replace(task.point(climb.point.theta, task.look_again, climb.point.state), held=climb.point.held)
+    return replace(climb, point=fresh, previous=climb.point)
+
+
+def _check(task: Task, climb: Climb) -> Verification:
+    """The last point beside the one before, whose draws are independent of it."""
+    point = climb.point
     individuals = individual_estimates(point.state, point.theta)
-    return verified(point, before, individuals, draws=point.state.draws, ids=task.observations.ids, reason=reason)
+    reason = "" if climb.arrived else climb.reason
+    return verified(
+        point, climb.previous, individuals, draws=point.state.draws, ids=task.observations.ids, reason=reason
+    )
 
 
-def _precise(task: Task, climb: Climb, draw: Draw, limits: Limits, accuracy: float) -> tuple[Climb, str]:
+def _precise(task: Task, climb: Climb, accuracy: float) -> tuple[Climb, str]:
     """The climb with as many draws as the wished accuracy takes, or why there are no more."""
     while climb.point.covariance is not None and len(climb.point.active):
-        lacking = _noise(climb.point) / accuracy
-        if not lacking > 1:
+        lacking = _PRUDENCE * _noise(climb.point) / accuracy
+        if not lacking > _PRUDENCE:
             break
         times = 2 ** min(4, max(1, math.ceil(1.6 * math.log2(min(lacking, 1e3)))))
-        point = climb.point
+        before = climb.point
         with torch.no_grad():
-            better = task.estimator.improve(point.state, point.theta, task.observations, task.generator, times=times)
+            better = task.estimator.improve(before.state, before.theta, task.observations, task.generator, times=times)
         if isinstance(better, str):
             return climb, better
-        again = Point.at(point.theta, better, point.held)
-        climb = climb_likelihood(draw, again, limits, watch=partial(_told, task))
+        again = Point.at(before.theta, better, before.held)
+        climb = climb_likelihood(task.look_again, again, _LAST, watch=partial(_told, task))
+        climb = climb if climb.previous is not None else replace(climb, previous=before)
     return climb, ""
 
 

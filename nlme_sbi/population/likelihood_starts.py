@@ -60,7 +60,21 @@ def fit_individuals_alone(
             torch.arange(len(observations)),
         )
     first = torch.cat([found.rows.new_ones(1), found.rows.diff()]) > 0  # sorted, the best of each individual first
-    return SingleFits(found.means[first], found.covariances[first].diagonal(dim1=1, dim2=2))
+    fits = SingleFits(found.means[first], found.covariances[first].diagonal(dim1=1, dim2=2))
+    for pair in getattr(simulator, "exchangeable", ()):
+        fits = _labelled(fits, *simulator.parameters.indices(pair))
+    return fits
+
+
+def _labelled(fits: SingleFits, one: int, two: int) -> SingleFits:
+    """The same fits with the larger value of two exchangeable parameters first: which of an individual's mirror images
+    was found is chance, and a mixture of both labels is no population to start from."""
+    swap = (fits.phi[:, one] < fits.phi[:, two])[:, None]
+    order = list(range(fits.phi.shape[1]))
+    order[one], order[two] = two, one
+    return SingleFits(
+        torch.where(swap, fits.phi[:, order], fits.phi), torch.where(swap, fits.variance[:, order], fits.variance)
+    )
 
 
 def likelihood_starts(

@@ -234,6 +234,10 @@ class WeightedDraws(Protocol):
     def part(self, individuals: Tensor, draws: slice) -> WeightedDraws:
         """The same with fewer individuals and draws, nothing refitted: cheap, for exploring."""
 
+    @property
+    def training_prior(self) -> Prior:
+        """The training prior."""
+
     def training_draws(self) -> tuple[Tensor, Prior]:
         """Draws of all parameters ``(I, S, D)`` under the training prior, and that prior: where starts come from."""
 

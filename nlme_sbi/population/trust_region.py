@@ -9,8 +9,9 @@ region.
 
 The region is measured in the complete data's information, the curvature that the likelihood would have if every
 individual's parameters were known. One unit is what a single individual's complete data would tell: an SD of the
-population for a mean, a factor of two for an SD, and for a constant what an individual's measurements say of it. With
-a large damping the step is that of EM (Lange 1995), which rises from anywhere; with none it is Newton's.
+population for a mean, a factor of two for an SD, and for a constant what an individual's measurements say of it, or a
+small share of the training prior's SD where that is more. With a large damping the step is that of EM (Lange 1995),
+which rises from anywhere; with none it is Newton's.
 
 Source: Moré and Sorensen (1983), SIAM J. Sci. Stat. Comput. 4:553, for the region; Lange (1995), J. R. Stat. Soc. B
 57:425, for the step of EM as a gradient in the complete information.
@@ -44,6 +45,7 @@ _LEAST_CURVATURE = 0.003  # of the likelihood's curvature, as a share of the com
 _SADDLE = 0.05  # least eigenvalue of the scaled complete information
 _SHRINK, _GROW, _WIDEST = 0.35, 2.0, 64.0
 _GOOD, _POOR = 0.7, 0.2  # gain beside the promised one from which a region grows, and below which it shrinks
+_OF_PRIOR = 0.15  # of the training prior's SD: least unit of a constant's value
 _NARROWEST = 1e-3
 _NEAR = 0.3  # standard errors: such a step gains less than what finitely many draws leave unknown
 _CLEAR = 4.0  # Monte-Carlo errors by which values differ clearly
@@ -272,7 +274,20 @@ def _metric(point: Point) -> tuple[Float[Tensor, "active active"], Float[Tensor,
     values, vectors = eigh_or_diagonal(complete / (scale[:, None] * scale))
     root = values.abs().clamp_min(_SADDLE).sqrt()
     factor = scale[:, None] * (vectors * root) @ vectors.T
-    return factor, math.sqrt(point.state.individuals) / scale
+    return factor, torch.maximum(math.sqrt(point.state.individuals) / scale, _least_units(point))
+
+
+def _least_units(point: Point) -> Float[Tensor, " active"]:
+    """A share of the training prior's SD for values of constants, which many measurements of an individual tell so
+    sharply that their own unit is no distance; nothing for the others."""
+    population = point.state.population
+    sd = point.state.training_prior.covariance.diagonal().sqrt().to(point.theta)
+    least = torch.zeros_like(point.theta)
+    for column in population.constant:
+        name = f"mean.{population.parameters.names[column]}"
+        if name in population.unknowns.names:
+            least[population.unknowns.names.index(name)] = _OF_PRIOR * sd[column]
+    return least[point.active]
 
 
 def _proposal(point: Point, radius: float) -> tuple[Float[Tensor, " P"], float]:
