@@ -184,14 +184,18 @@ def _optima(population: Population, starts: Sequence[np.ndarray]) -> tuple[list[
             ends.append((deviance, theta))
     ends.sort(key=lambda end: end[0])
     optima: list[Optimum] = []
-    tried: list[np.ndarray] = []
+    tried: list[tuple[float, np.ndarray]] = []
     for deviance, theta in ends:
         # Few nodes are wrong by some tenths; what is two units worse than the best does not come back.
         if deviance > ends[0][0] + 2.0 or len(tried) == 3:
             break
-        if any(np.abs((theta - other) / population.scale()).max() < 0.05 for other in tried):
+        # L-BFGS ends near a maximum, not at it, the farther the flatter it is.
+        if any(
+            np.abs((theta - other) / population.scale()).max() < (0.6 if abs(deviance - known) < 0.003 else 0.1)
+            for known, other in tried
+        ):
             continue
-        tried.append(theta)
+        tried.append((deviance, theta))
         optima += _settled(population, theta, problems)
     return optima, problems
 
@@ -247,7 +251,10 @@ def _settled(population: Population, theta: np.ndarray, problems: list[str]) -> 
     for place in doubtful[: 1 if inner is None else 2]:
         reduced = population.without(place)
         begin = np.delete(theta if inner is None else np.array(inner.theta), means + population.varying.index(place))
-        end, _ = _climbed(reduced, begin)
+        end, deviance = _climbed(reduced, begin)
+        # Few nodes are wrong by some tenths at most.
+        if inner is not None and deviance > inner.deviance + 0.5:
+            continue
         for smaller in _settled(reduced, end, problems):
             whole = _embedded(population, smaller)
             raised = _raised(population, whole, place)
@@ -302,10 +309,13 @@ def _polished(population: Population, theta: np.ndarray, problems: list[str]) ->
     count = max(1, len(population.varying))
     nodes, scale = 2 * _FIRST_NODES[count] - 1, population.scale()
     surface = _Surface(population, starts=32)
-    step = 1e-3 * scale
+    step, information = 1e-3 * scale, None
     for _ in range(4):
-        theta, information = _newton(surface, theta, nodes, step)
+        theta, information = _newton(surface, theta, nodes, step, information)
         if information is None:
+            bases = np.log([population.model.scale[place] for place in population.varying])
+            if len(bases) and (theta[len(population.model.names) :] - bases).min() < -3.5:
+                return None  # a variance that vanishes is nothing to complain of
             where = ", ".join(f"{name} {value:.3g}" for name, value in zip(population.unknowns, theta, strict=True))
             problems.append(f"ran away to {surface.at(theta, nodes).deviance:.3f} at {where}")
             return None
@@ -318,8 +328,12 @@ def _polished(population: Population, theta: np.ndarray, problems: list[str]) ->
         if enough == nodes:
             break
         nodes = enough
-    theta, information = _newton(surface, theta, nodes, step)
+    theta, information = _newton(surface, theta, nodes, step, information)
     if information is None:
+        return None
+    # The one that was climbed with may belong to another place, other nodes and longer steps.
+    information = _information(surface, theta, nodes, step)
+    if np.linalg.eigvalsh(information * scale[:, None] * scale).min() < 1e-4:
         return None
     final = surface.at(theta, nodes, gradient=False)
     errors = np.sqrt(np.diag(np.linalg.inv(information)))
@@ -343,13 +357,17 @@ def _enough_nodes(population: Population, theta: np.ndarray, modes: Modes | None
     return None
 
 
-def _newton(surface: _Surface, theta: np.ndarray, nodes: int, step: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Climb until the step is a ten-thousandth of a standard error; theta and the information there, or None."""
+def _newton(
+    surface: _Surface, theta: np.ndarray, nodes: int, step: np.ndarray, information: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Climb until the step is a ten-thousandth of a standard error; theta and the information near it, or None.
+
+    ``information`` is one that is known from a place nearby.
+    """
     theta = theta.copy()
     scale = surface.population.scale()
     evaluation = surface.at(theta, nodes)
-    information = None
-    for iteration in range(40):
+    for iteration in range(1, 40):
         if iteration % 6 == 0 or information is None:
             information = _information(surface, theta, nodes, step)
         score = evaluation.scores.sum(0)
@@ -358,10 +376,7 @@ def _newton(surface: _Surface, theta: np.ndarray, nodes: int, step: np.ndarray) 
         move = vectors @ ((vectors.T @ (score * scale)) / np.maximum(np.abs(eigen), 1e-3))
         expected = float(score * scale @ move)
         if expected < 1e-8:
-            if not inside:
-                return theta, None
-            # The information belongs to where the climb ended.
-            return theta, _information(surface, theta, nodes, step)
+            return theta, information if inside else None
         move *= min(1.0, 1.0 / np.abs(move).max())
         for _ in range(12):
             trial = surface.at(theta + move * scale, nodes)
@@ -369,9 +384,7 @@ def _newton(surface: _Surface, theta: np.ndarray, nodes: int, step: np.ndarray) 
                 break
             move *= 0.5
         else:
-            if expected > 1e-5 or not inside:
-                return theta, None
-            return theta, _information(surface, theta, nodes, step)
+            return theta, information if inside and expected < 1e-5 else None
         theta, evaluation = theta + move * scale, trial
         if (
             np.abs(theta[: len(surface.population.model.names)] / scale[: len(surface.population.model.names)]).max()

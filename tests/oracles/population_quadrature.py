@@ -3,8 +3,8 @@ r"""The population likelihood of few individuals by adaptive Gauss-Hermite quadr
 .. math:: \log L(\theta) = \sum_i \log \int p(y_i \mid \varphi)\, N(\varphi; \mu, \mathrm{diag}(\omega^2))\, d\varphi
 
 An integral whose integrand has several modes is split by a mixture :math:`g = \sum_m \pi_m g_m` of the normals at
-these modes, :math:`\int f = \sum_m \pi_m E_{g_m}[f / g]`: each term is smooth and has Gauss-Hermite nodes of its own, and with
-one mode this is the ordinary adaptive rule. NumPy alone.
+these modes, :math:`\int f = \sum_m \pi_m E_{g_m}[f / g]`: each term is smooth and has Gauss-Hermite nodes of its own,
+and with one mode this is the ordinary adaptive rule. NumPy alone.
 """
 
 from __future__ import annotations
@@ -196,8 +196,9 @@ def _climb(
         places[taken], value[taken] = trial[better], found[0][better]
         gradient[taken], hessian[taken] = found[1][better], found[2][better]
         ridge[now] = np.where(better, ridge[now] * 0.2, np.maximum(ridge[now] * 8, 1e-3))
-        small = (np.abs(move) * np.sqrt(np.maximum(np.abs(eigen), 0.1)).max(-1, keepdims=True)).max(-1) < 1e-6
-        active[now] = ~(small | (ridge[now] > 1e12))
+        # In posterior SDs; nodes need not be at the mode to more digits, and differences do not give them.
+        small = (np.abs(move) * np.sqrt(np.maximum(np.abs(eigen), 0.1)).max(-1, keepdims=True)).max(-1) < 3e-4
+        active[now] = ~(small | (ridge[now] > 1e6))
     return places, value, -hessian
 
 
@@ -208,14 +209,14 @@ def find_modes(
     mean, sd = population.split(theta)
     which = list(population.varying)
     q, count = len(which), len(population.study)
-    begin = [np.broadcast_to(mean[which], (count, q))]
+    begin = [np.broadcast_to(mean[which], (count, q))] if starts or warm is None else []
     if starts:
         normal = ndtri(np.clip(qmc.Sobol(q, scramble=True, rng=7).random(starts), 1e-3, 1 - 1e-3))
         begin += [np.broadcast_to(mean[which] + 1.6 * sd * point, (count, q)) for point in normal]
     rows = np.tile(np.arange(count), len(begin))
-    places = np.concatenate(begin)
     if warm is not None:
-        rows, places = np.concatenate([rows, warm.rows]), np.concatenate([places, warm.places])
+        rows, begin = np.concatenate([rows, warm.rows]), [*begin, warm.places]
+    places = np.concatenate(begin)
     places, value, precision = _climb(population, theta, rows, places)
     eigen, vectors = np.linalg.eigh(precision * sd[:, None] * sd)
     # A saddle or a flat shoulder is no mode; the prior alone would give eigenvalues of 1.
