@@ -53,13 +53,13 @@ def oracle(case: Case, cache: Path = CACHE) -> Maximum:
 def _starts(case: Case) -> Sequence[np.ndarray]:
     """About the guess; and, where two exponentials may change places, about its mirror image."""
     population = case.population()
-    starts = starts_about(population, case.means, case.log_sds, seed=1, count=5)
+    starts = starts_about(population, case.means, case.log_sds, seed=1, count=4)
     if case.model == "biexponential":
         swap = {"A1": "A2", "l1": "l2", "A2": "A1", "l2": "l1", "cv": "cv"}
         means = {name: case.means[swap[name]] for name in case.means}
         log_sds = {name: case.log_sds.get(swap[name], case.log_sds[name]) for name in case.varying}
         if {swap[name] for name in case.varying} != set(case.varying):
-            starts += starts_about(population, means, log_sds, seed=2, count=2)
+            starts += starts_about(population, means, log_sds, seed=2, count=1)
     return starts
 
 

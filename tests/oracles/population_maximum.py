@@ -187,7 +187,7 @@ def _optima(population: Population, starts: Sequence[np.ndarray]) -> tuple[list[
     tried: list[tuple[float, np.ndarray]] = []
     for deviance, theta in ends:
         # Few nodes are wrong by some tenths; what is two units worse than the best does not come back.
-        if deviance > ends[0][0] + 2.0 or len(tried) == 3:
+        if deviance > ends[0][0] + 2.0 or len(tried) == 2:
             break
         # L-BFGS ends near a maximum, not at it, the farther the flatter it is.
         if any(
@@ -227,7 +227,7 @@ def _climbed(population: Population, start: np.ndarray, *, nodes: int | None = N
         base = np.log(population.model.scale[place])
         bounds.append((base + _LOWEST_LOG_SD - first, base + 2.5 - first))
     begin = np.clip(np.zeros(len(start)), [low for low, _ in bounds], [high for _, high in bounds])
-    minimize(objective, begin, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 120, "ftol": 1e-9})
+    minimize(objective, begin, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 80, "ftol": 1e-9})
     return np.array(best[1]), 2 * float(best[0])
 
 
@@ -290,7 +290,7 @@ def _raised(population: Population, whole: Optimum, place: int) -> np.ndarray | 
     names = population.model.names
     zero = [names.index(name) for name in whole.at_zero if names.index(name) != place]
     reduced = replace(population, varying=tuple(other for other in population.varying if other not in zero))
-    surface = _Surface(reduced, starts=24)
+    surface = _Surface(reduced, starts=32)
     which = len(names) + reduced.varying.index(place)
     values = dict(zip(whole.unknowns, whole.theta, strict=True))
     theta = np.array([values[name] for name in reduced.unknowns])
@@ -368,9 +368,9 @@ def _newton(
     scale = surface.population.scale()
     evaluation = surface.at(theta, nodes)
     for iteration in range(1, 40):
-        if iteration % 6 == 0 or information is None:
-            information = _information(surface, theta, nodes, step)
         score = evaluation.scores.sum(0)
+        if iteration % 6 == 0 or information is None:
+            information = _information(surface, theta, nodes, step, score=score)
         eigen, vectors = np.linalg.eigh(information * scale[:, None] * scale)
         inside = bool(eigen.min() > 1e-4)
         move = vectors @ ((vectors.T @ (score * scale)) / np.maximum(np.abs(eigen), 1e-3))
@@ -398,15 +398,19 @@ def _newton(
     return theta, None
 
 
-def _information(surface: _Surface, theta: np.ndarray, nodes: int, step: np.ndarray) -> np.ndarray:
-    """Minus the Hessian, by central differences of scores."""
+def _information(
+    surface: _Surface, theta: np.ndarray, nodes: int, step: np.ndarray, *, score: np.ndarray | None = None
+) -> np.ndarray:
+    """Minus the Hessian: by central differences of scores, or by forward ones where the score at theta is given."""
     rows = []
     for place in range(len(theta)):
         shift = np.zeros(len(theta))
         shift[place] = min(step[place], 0.05 * surface.population.scale()[place])
         forward = surface.at(theta + shift, nodes).scores.sum(0)
-        backward = surface.at(theta - shift, nodes).scores.sum(0)
-        rows.append(-(forward - backward) / (2 * shift[place]))
+        if score is None:
+            rows.append((surface.at(theta - shift, nodes).scores.sum(0) - forward) / (2 * shift[place]))
+        else:
+            rows.append((score - forward) / shift[place])
     found = np.array(rows)
     return 0.5 * (found + found.T)
 

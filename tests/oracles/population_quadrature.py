@@ -219,9 +219,11 @@ def find_modes(
     places = np.concatenate(begin)
     places, value, precision = _climb(population, theta, rows, places)
     eigen, vectors = np.linalg.eigh(precision * sd[:, None] * sd)
-    # A saddle or a flat shoulder is no mode; the prior alone would give eigenvalues of 1.
+    # A saddle, where a start between two mirror images ends, is no mode; it has its turn where nothing else was found.
+    saddle = eigen.min(-1) <= 0
+    # The prior alone would give eigenvalues of 1.
     eigen = np.maximum(eigen, 0.05)
-    log_mass = value - 0.5 * np.log(eigen).sum(-1)
+    log_mass = np.where(saddle, value - 1e6, value - 0.5 * np.log(eigen).sum(-1))
     chosen: list[int] = []
     for row in range(count):
         mine = np.flatnonzero((rows == row) & np.isfinite(log_mass))
