@@ -1,6 +1,6 @@
 """Small studies, where users live: the estimators against maximum likelihood by quadrature.
 
-    python benchmarks/small_studies.py [--part a b c] [--seeds 12] [--studies 300] [--workers 2] [--cache DIR]
+    python benchmarks/small_studies.py [--part a b c] [--seeds 12] [--studies 300] [--workers 2] [--quick] [--write]
 
 Part a: R's Orange (five trees) and Indometh (six people; A1 random, and constant), 12 seeds each, estimator exact; the
 same by saem. Part b: 300 simulated studies of 4 to 12 individuals: four models, 0 to 3 constants, sparse and rich
@@ -68,11 +68,13 @@ def tasks_of(part: str, options: argparse.Namespace) -> tuple[list[Task], int]:
     """The fits of a part, and how many simulated studies were passed over for it."""
     if part == "a":
         seeds = range(1, options.seeds + 1)
-        return [Task(case, name, seed) for name in ("exact", "saem") for case in PUBLIC for seed in seeds], 0
+        named = ("exact", "saem")
+        return [Task(case, name, seed, options.quick) for name in named for case in PUBLIC for seed in seeds], 0
     if part == "c":
-        return [Task(BASE8, options.estimator, seed) for seed in range(1, options.base_seeds + 1)], 0
+        seeds = range(1, options.base_seeds + 1)
+        return [Task(BASE8, options.estimator, seed, options.quick) for seed in seeds], 0
     cases, passed_over = simulated_cases(options.studies, options.cache)
-    return [Task(case, options.estimator, 1) for case in cases], passed_over
+    return [Task(case, options.estimator, 1, options.quick) for case in cases], passed_over
 
 
 def judged_all(tasks: Sequence[Task], options: argparse.Namespace) -> dict[str, Judgement]:
@@ -204,6 +206,7 @@ def main() -> None:
     parser.add_argument("--estimator", default="exact", help="of parts b and c")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=small_study_oracle.CACHE)
+    parser.add_argument("--quick", action="store_true", help="the same estimates without individuals and figures")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/small_studies.json")
     options = parser.parse_args()
     # Workers read these before they load torch and Matplotlib.

@@ -55,15 +55,16 @@ _SECONDS_ALLOWED = 900
 
 @dataclass(frozen=True)
 class Task:
-    """One fit: a case, an estimator and a seed."""
+    """One fit: a case, an estimator and a seed; a quick one draws no individuals and one figure of them."""
 
     case: Case
     estimator: str
     seed: int
+    quick: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.case.name}-{self.estimator}-{self.seed}"
+        return f"{self.case.name}-{self.estimator}-{self.seed}{'-quick' if self.quick else ''}"
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def fit_overrides(task: Task, cache: Path, posterior: Path, outputs: Path) -> li
         f"seed={task.seed}",
         f"output_root={outputs}",
         "device=cpu",
+        *(("figures.individuals=1", "individuals.draws=0", "individuals.modes=false") if task.quick else ()),
     ]
 
 
