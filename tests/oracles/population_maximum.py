@@ -8,6 +8,7 @@ variance that would raise it again. NumPy and SciPy alone.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -379,9 +380,11 @@ def _newton(
             return theta, information if inside else None
         move *= min(1.0, 1.0 / np.abs(move).max())
         for _ in range(12):
-            trial = surface.at(theta + move * scale, nodes)
-            if trial.deviance < evaluation.deviance + 1e-9:
-                break
+            # Far out, an individual may have no finite likelihood anywhere.
+            with contextlib.suppress(np.linalg.LinAlgError):
+                trial = surface.at(theta + move * scale, nodes)
+                if trial.deviance < evaluation.deviance + 1e-9:
+                    break
             move *= 0.5
         else:
             return theta, information if inside and expected < 1e-5 else None

@@ -236,6 +236,8 @@ def find_modes(
             ]
             if all(distance > 0.5 for distance in apart):
                 kept.append(int(one))
+        if not kept:
+            raise np.linalg.LinAlgError(f"Individual {row} has no finite likelihood wherever a climb began.")
         chosen += kept
     order = np.array(chosen)
     factors = np.linalg.cholesky(
