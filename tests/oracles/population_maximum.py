@@ -197,7 +197,10 @@ def _optima(population: Population, starts: Sequence[np.ndarray]) -> tuple[list[
         ):
             continue
         tried.append((deviance, theta))
-        optima += _settled(population, theta, problems)
+        try:
+            optima += _settled(population, theta, problems)
+        except np.linalg.LinAlgError as problem:
+            problems.append(f"[{deviance:.3f}] {problem}")
     return optima, problems
 
 
