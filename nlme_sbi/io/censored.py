@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from nlme_sbi.io.tables import Table
+from nlme_sbi.io.wording import counted
 from nlme_sbi.types import Censoring
 
 
@@ -93,7 +94,7 @@ def limits_of(
             raise table.refusal(bad, column, what=what, remedy=remedy)
     spare = ~sides & ~np.isnan(bounds)
     notes = (
-        [f"{limit} of {int(spare.sum())} rows with {cens} 0 is not used: they are plain values"] if spare.any() else []
+        [f"{limit} of {counted(spare, 'row')} with {cens} 0 is not used: they are plain values"] if spare.any() else []
     )
     if not sides.any():
         return None, notes

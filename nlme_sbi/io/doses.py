@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from nlme_sbi.io.meanings import ROUTE_COLUMNS, plain_name
 from nlme_sbi.io.tables import Table, number_option, same_form
-from nlme_sbi.io.wording import listed_at, quoted, typed
+from nlme_sbi.io.wording import counted, listed_at, quoted, typed
 from nlme_sbi.types import Events
 
 _OBSERVATION, _OTHER = 0, 2
@@ -60,10 +60,10 @@ def kinds_of(table: Table, *, evid: str, amt: str, dv: str, mdv: str, plan: bool
     if table.has(dv):
         ignored = dose & ~aside & _is_value(table, dv)
         if ignored.any():
-            notes.append(f"{dv} of {int(ignored.sum())} dose rows is not read: a dose is no measurement")
+            notes.append(f"{dv} of {counted(ignored, 'dose')} is not read: a dose is no measurement")
         away = ~dose & aside & _is_value(table, dv)
         if away.any() and not plan:
-            notes.append(f"set aside by {mdv} 1: {int(away.sum())} measurements")
+            notes.append(f"set aside by {mdv} 1: {counted(away, 'measurement')}")
     return Kinds(dose, ~dose if plan else ~dose & ~aside, tuple(notes))
 
 
@@ -85,7 +85,7 @@ def _kinds_by_amount(table: Table, *, amt: str, dv: str, evid: str, aside: Bool[
                 what=f"rows have an amount and a value, and there is no column {quoted(evid)} that tells what they are",
                 remedy=f"Add {evid}: 1 on doses, 0 on measurements; a dose and a measurement are two rows.",
             )
-    note = f"no column {evid}: {int(dose.sum())} rows with {amt} above 0 are doses, the others measurements"
+    note = f"no column {evid}: {counted(dose, 'row')} with {amt} above 0 taken as doses, the others as measurements"
     return Kinds(dose, ~dose if plan else ~dose & ~aside, (note,))
 
 
@@ -177,9 +177,7 @@ def refuse_other_compartments(
     Raises:
         ValueError: another compartment or route, or one by a word that nobody gave a number for.
     """
-    numbers = {
-        str(same_form(np.array([str(level).strip()], dtype=object))[0]): goal for level, goal in compartments.items()
-    }
+    numbers = {same_form(str(level).strip()): goal for level, goal in compartments.items()}
     told = [name for name in table.columns if plain_name(name) in ROUTE_COLUMNS]
     for name in told:
         levels = table.levels(name)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from nlme_sbi.io.meanings import SIGNAL_COLUMNS, plain_name
 from nlme_sbi.io.records import only_signal
 from nlme_sbi.io.tables import Cells, Table, same_form
-from nlme_sbi.io.wording import as_names, did_you_mean, first_true, listed, quoted, typed
+from nlme_sbi.io.wording import as_names, counted, did_you_mean, first_true, listed, quoted, typed
 
 _COMPARTMENT = ("cmt", "compartment")
 
@@ -81,7 +81,7 @@ def signals_of(
             _refuse_finer(table, other, told[other], own, measured & kept, chosen)
     code = np.array([names.index(of_level[level]) if level in of_level else 0 for level in own], dtype=np.int64)
     left = [str(level) for level in pd.unique(own[~kept])]
-    notes = (f"left out: {int((~kept).sum())} measurements of {chosen} {', '.join(left)}",) if left else ()
+    notes = (f"left out: {counted(~kept, 'measurement')} of {chosen} {', '.join(left)}",) if left else ()
     read = ", ".join(f"{level} is {name}" for level, name in of_level.items())
     return MeasuredSignals(names, code, kept, tuple(found), (f"signals by {chosen}: {read}", *notes))
 
@@ -140,8 +140,8 @@ def _names(
         odd,
         chosen,
         what=f"rows measure another signal ({chosen}) than the first",
-        remedy=f"{chosen} has {listed(there)}. Pass {choice} to take one of them and leave the others out, or {both} {signals} with your names to "
-        "take all.",
+        remedy=f"{chosen} has {listed(there)}. Pass {choice} to take one of them and leave the others out, or "
+        f"{both} {signals} with your names to take all.",
     )
 
 
@@ -163,7 +163,7 @@ def _refuse_finer(
 
 def _form(level: object) -> str:
     text = str(level).lower() if isinstance(level, bool) else str(level).strip()
-    return str(same_form(np.array([text], dtype=object))[0])
+    return same_form(text)
 
 
 def _is_number(level: str) -> bool:

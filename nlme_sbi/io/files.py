@@ -202,15 +202,31 @@ def _refuse_ragged(name: str, data: bytes, separator: str, *, first_row: int) ->
     bad = (fields != fields[0]) & (lengths > 0)
     if bad.any():
         first = int(np.argmax(bad))
-        comma = (
-            f" (with decimal commas pass {typed('decimal', ',')} and the right data.separator)"
-            if separator == ","
-            else ""
-        )
+        other = _even_separator(data, but=separator)
+        if other is not None:
+            decimal = f" {typed('decimal', ',')}" if separator == "," else ""
+            hint = f"Where the sign between columns is another, pass {typed('separator', other)}{decimal}."
+        elif separator == ",":
+            hint = (
+                f"Add or remove separators there (with decimal commas pass {typed('decimal', ',')} and the right "
+                "data.separator)."
+            )
+        else:
+            hint = "Add or remove separators there."
         raise ValueError(
             f"{name}: {int(bad.sum())} of {int((lengths > 0).sum())} rows do not have the {fields[0]} fields of the "
-            f"first row; first at row {first + first_row}: {fields[first]}. Add or remove separators there{comma}."
+            f"first row; first at row {first + first_row}: {fields[first]}. {hint}"
         )
+
+
+def _even_separator(data: bytes, *, but: str) -> str | None:
+    """A sign that cuts every row into as many fields as the first, more than one; None where there is none."""
+    lines = [line for line in data.splitlines() if line.strip()]
+    for mark in (";", "\t", "|", ","):
+        counts = {line.count(mark.encode()) for line in lines}
+        if mark != but and len(counts) == 1 and counts != {0}:
+            return mark
+    return None
 
 
 def _read_workbook(name: str, data: bytes, sheet: str | None) -> Grid:

@@ -251,7 +251,8 @@ def _refuse_what_is_not_zero(table: Table, column: str, rows: Rows) -> None:
             bad,
             column,
             what=f"rows ask for {feature} ({column})",
-            remedy=f"Only one bolus per individual for now: leave these individuals out, set {column} to 0 where it is not meant, or pass {_unused(column)}.",
+            remedy=f"Only one bolus per individual for now: leave these individuals out, set {column} to 0 where it is "
+            f"not meant, or pass {_unused(column)}.",
         )
 
 

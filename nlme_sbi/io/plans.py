@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +33,14 @@ class PlannedDesigns:
     dose_unit: str = ""
     covariate_units: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class PlanReader(Protocol):
+    """A reader whose file may be a plan."""
+
+    def plan(self) -> PlannedDesigns:
+        """Individuals, times and doses, whether measured or not."""
 
 
 def planned_design(

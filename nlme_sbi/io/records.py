@@ -92,11 +92,12 @@ class Scales:
             if bad.any():
                 remedy = f"Leave these cells empty, or pass {typed('transform', 'none')}."
                 raise table.block_refusal(bad, columns, what="values have no logarithm (0 or below)", remedy=remedy)
-        values = values * np.asarray(factors).reshape(-1, 1)
-        bad = np.isinf(values)
+        with np.errstate(over="ignore", under="ignore"):
+            values = values * np.asarray(factors).reshape(-1, 1)
+        bad = np.isinf(values) | ((values == 0) & (self.transform == "log"))
         if bad.any():
-            remedy = "Choose a smaller data.signal_scale."
-            raise table.block_refusal(bad, columns, what="values overflow when they are scaled", remedy=remedy)
+            remedy = "Choose another data.signal_scale."
+            raise table.block_refusal(bad, columns, what="values leave the numbers when scaled", remedy=remedy)
         scaled: Float[np.ndarray, "R F"] = np.log(values) if self.transform == "log" else values
         return scaled
 

@@ -10,7 +10,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from nlme_sbi.io.files import TableFile
-from nlme_sbi.io.tables import Table, same_form
+from nlme_sbi.io.tables import Table, in_same_form, same_form
 from nlme_sbi.io.wording import as_names, listed, quoted, typed
 
 Choices = Mapping[str, object]
@@ -63,7 +63,7 @@ def _wanted(table: Table, option: str, column: str, given: object, found: np.nda
     wanted = []
     for value in values:
         text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value).strip()
-        text = "" if text in table.missing else str(same_form(np.array([text], dtype=object))[0])
+        text = "" if text in table.missing else same_form(text)
         level = there.get(text, folded.get(text.casefold()))
         if level is None:
             raise ValueError(
@@ -86,7 +86,7 @@ def individuals_of(table: Table, column: str) -> tuple[Int[np.ndarray, " R"], tu
             individual or several.
     """
     codes, ids = table.complete_names(column, noun="ids")
-    forms = same_form(np.array(ids, dtype=object))
+    forms = in_same_form(np.array(ids, dtype=object))
     groups = pd.Series(list(ids), dtype=object).groupby(pd.Series(forms, dtype=object), sort=False).agg(list)
     doubtful = groups[groups.map(len) > 1]
     if len(doubtful):
@@ -110,7 +110,7 @@ def form_notes(ids: Sequence[str]) -> list[str]:
 
 
 def _loosely(name: str) -> str:
-    number = str(same_form(np.array([name], dtype=object))[0])
+    number = same_form(name)
     return (
         number
         if number != name or re.fullmatch(r"[0-9.+-]+", name)

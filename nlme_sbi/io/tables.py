@@ -138,7 +138,7 @@ class Table:
     def levels(self, column: str) -> Cells:
         """A column's cells as levels, ``(R,)``: "1", "1.0" and " 01" are one level, missing cells are ""."""
         text = self.text(column)
-        return np.where(self.is_missing(text), "", same_form(text))
+        return np.where(self.is_missing(text), "", in_same_form(text))
 
     def _matches(self, column: str) -> list[int]:
         exact = [k for k, name in enumerate(self.columns) if name == column]
@@ -298,15 +298,16 @@ def _parse_with_care(text: Cells, decimal: str, missing: Sequence[str], thousand
     return Parsed(values, gaps, bad, ~np.isfinite(values) & ~gaps & ~bad)
 
 
-def same_form(text: Cells) -> Cells:
-    """Texts in one form: numbers as they are shortest, words as they are."""
+def in_same_form(text: Cells) -> Cells:
+    """Texts in one form, ``(R,)``; see :func:`same_form`."""
     codes, different = pd.factorize(text)
-    forms = np.array([_form(str(each)) for each in different], dtype=object)
+    forms = np.array([same_form(str(each)) for each in different], dtype=object)
     found: Cells = forms[codes]
     return found
 
 
-def _form(text: str) -> str:
+def same_form(text: str) -> str:
+    """A number as it is written shortest ("1" for "1.0" and "01"), a word as it is."""
     if re.fullmatch(_NUMBER, text):
         number = float(text)
         return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)

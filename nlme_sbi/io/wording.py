@@ -105,6 +105,12 @@ def as_names(option: str, given: object) -> tuple[str, ...]:
     return tuple(words)
 
 
+def counted(rows: Bool[np.ndarray, " R"], noun: str) -> str:
+    """How many rows are True, with the noun: "1 row", "3 rows"."""
+    number = int(rows.sum())
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def first_true(mask: Bool[np.ndarray, " R"]) -> int:
     """Position of the first True of a mask that has one."""
     return int(np.argmax(mask))
