@@ -55,7 +55,9 @@ def explorable(
     """``draws`` of the network for some individuals, on which starts are compared by the prior ratio."""
     chosen = random_part(len(observations), _EXPLORED, generator)
     ratio = PriorRatio(draws=draws, max_draws=draws, components=4)
-    return ratio.prepare(of_individuals(source, chosen), observations[chosen], population, generator)
+    # To the network a limit is a value; that does for a beginning, and prior_ratio refuses it as an estimate.
+    plain = replace(observations[chosen], censoring=None, lower=None, upper=None)
+    return ratio.prepare(of_individuals(source, chosen), plain, population, generator)
 
 
 def in_double(observations: Observations, device: torch.device) -> Observations:
