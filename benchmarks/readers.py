@@ -414,10 +414,13 @@ def judged(written: Written, found: Any) -> str:
 
 def typed_options(message: str) -> list[str]:
     """Every option that a message tells to type, as a shell hands it over."""
-    return [
-        shlex.split(piece)[0]
-        for piece in re.findall(r"'data\.(?:[^']|'\"'\"')*'|data\.[\w.]+=[^\s,;]*[\w\]\"]", message)
-    ]
+    return [option for together in typed_together(message) for option in together]
+
+
+def typed_together(message: str) -> list[list[str]]:
+    """The same, those that stand side by side in one list: other lists are other ways."""
+    one = r"(?:'data\.(?:[^']|'\"'\"')*'|data\.[\w.]+=[^\s,;]*[\w\]\"])"
+    return [shlex.split(found) for found in re.findall(f"{one}(?: {one})*", message)]
 
 
 def composes(option: str, group: str) -> bool:

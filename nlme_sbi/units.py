@@ -60,101 +60,64 @@ def check_units(observations: Observations, simulator: Any) -> None:
     Units that either side leaves open ("") are not compared, and two spellings of one unit are the same.
 
     Raises:
-        ValueError: with both units and, where one is a multiple of the other, the factor as it can be typed.
+        ValueError: with both units and what to type; with the factor where one unit is a multiple of the other.
     """
-    problem = conversion_problem(observations.time_unit, simulator.time_unit)
-    if problem is not None:
-        typed = _typed(time_scale=problem or None, time_unit=simulator.time_unit)
-        raise ValueError(
-            f"The data's times are in {observations.time_unit}, the simulator's in {simulator.time_unit}; set "
-            f"data.time_scale and data.time_unit so that they agree{': pass ' + typed if problem else ''}.{_AGAIN}"
-        )
+    dose_unit = getattr(simulator, "dose_unit", "")
+    check_unit("The data's times are", observations.time_unit, simulator.time_unit, option="time")
     for name, given, wanted in zip(
         observations.signals, observations.signal_units, simulator.signal_units, strict=False
     ):
-        _check_named("signal", name, given, wanted)
-    _check_one(
-        "The data's doses are", observations.dose_unit, getattr(simulator, "dose_unit", ""), ("dose_scale", "dose_unit")
-    )
-    wanted_units: Mapping[str, str] = getattr(simulator, "covariate_units", {})
+        check_unit(f'The data\'s signal "{name}" is', given, wanted, option="signal", name=name)
+    check_unit("The data's doses are", observations.dose_unit, dose_unit, option="dose")
+    needed: Mapping[str, str] = getattr(simulator, "covariate_units", {})
     for name in simulator.covariates:
-        _check_named("covariate", name, observations.covariate_units.get(name, ""), wanted_units.get(name, ""))
+        given, wanted = observations.covariate_units.get(name, ""), needed.get(name, "")
+        check_unit(f'The data\'s covariate "{name}" is', given, wanted, option="covariate", name=name)
 
 
-_AGAIN = " (Where a scale is set already, multiply the two.)"
+def check_unit(begin: str, given: str, wanted: str, *, option: str, name: str | None = None) -> None:
+    """Refuse two units that are not one.
 
+    Args:
+        begin: of the sentence, "The data's doses are".
+        given: unit of the data, "" where it is not known.
+        wanted: unit of the simulator, "" where it is left open.
+        option: of the readers: "time", "signal", "dose" or "covariate".
+        name: of the signal or covariate.
 
-def conversion_problem(given: str, wanted: str) -> float | None:
-    """None where two units agree or one is open; else the factor between them, 0 where there is none."""
-    if not given or not wanted:
-        return None
-    factor = conversion(given, wanted)
-    return 0.0 if factor is None else None if factor == 1.0 else factor
-
-
-def _check_one(begin: str, given: str, wanted: str, options: tuple[str, str]) -> None:
-    problem = conversion_problem(given, wanted)
-    if problem is None:
+    Raises:
+        ValueError: with both units and what to type.
+    """
+    factor = conversion(given, wanted) if given and wanted else 1.0
+    if factor == 1.0:
         return
-    typed = _typed(**{options[0]: problem or None, options[1]: wanted})
-    raise ValueError(f"{begin} in {given}, the simulator's in {wanted}; {_remedy(problem, typed, given, wanted)}")
-
-
-def _check_named(noun: str, name: str, given: str, wanted: str) -> None:
-    problem = conversion_problem(given, wanted)
-    if problem is None:
-        return
-    scale = None if not problem else {name: problem}
-    typed = _typed(**{f"{noun}_scale": scale, f"{noun}_units": {name: wanted}})
-    raise ValueError(
-        f"The data's {noun} \"{name}\" is in {given}, the simulator's in {wanted}; "
-        f"{_remedy(problem, typed, given, wanted)}"
-    )
-
-
-def _remedy(problem: float, typed: str, given: str, wanted: str) -> str:
-    if problem:
-        return f"pass {typed}.{_AGAIN}"
-    scale = re.sub(r"^data\.", "", typed.split()[0].split("=")[0].strip("'")).replace("_units", "_scale")
-    molar = _molar(given, wanted)
-    why = f" (1 mol weighs as many grams as the molar mass says: {molar})" if molar else ""
-    return (
-        f"no fixed factor leads from one to the other. Write the numbers in {wanted}, or give the factor in "
-        f"data.{scale.replace('dose_unit', 'dose_scale')}{why}, and pass {typed}."
-    )
+    shown = "FACTOR" if factor is None else f"{factor:.9g}"
+    if name is None:
+        texts = [f"data.{option}_scale={shown}", f"data.{option}_unit={wanted}"]
+    else:
+        texts = [f"data.{option}_scale={{{name}: {shown}}}", f"data.{option}_units={{{name}: {wanted}}}"]
+    typed = " ".join(shlex.quote(text) for text in texts)
+    keys = f"set data.{option}_scale and data.{option}_unit{'' if name is None else 's'} so that they agree"
+    if factor is None:
+        remedy = f"with the right FACTOR{_molar(given, wanted)} that is {typed}"
+    else:
+        remedy = f"pass {typed} (times the scale that is set already, if any)"
+    raise ValueError(f"{begin} in {given}, the simulator's in {wanted}; {keys}: {remedy}.")
 
 
 def _molar(given: str, wanted: str) -> str:
-    """How grams and moles convert, where that is all that differs."""
+    """How grams and moles convert, in parentheses, where that is all that differs."""
     first, second = _parsed(_plain(given)), _parsed(_plain(wanted))
     if first is None or second is None:
         return ""
-    for grams, moles, sense in ((second, first, "*"), (first, second, "/")):
+    for grams, moles, sign in ((second, first, "times"), (first, second, "over")):
         rest = {kind: power for kind, power in grams[0].items() if kind != "mass"}
         other = {kind: power for kind, power in moles[0].items() if kind != "substance"}
         if rest == other and grams[0].get("mass") == 1 and moles[0].get("substance") == 1:
-            return (
-                f"factor = molar mass in g/mol * {moles[1] / grams[1]:.6g}"
-                if sense == "*"
-                else (f"factor = {grams[1] / moles[1]:.6g} / molar mass in g/mol")
-            )
+            if sign == "times":
+                return f" ({moles[1] / grams[1]:.6g} times the molar mass in g/mol)"
+            return f" ({grams[1] / moles[1]:.6g} over the molar mass in g/mol)"
     return ""
-
-
-def _typed(**options: Any) -> str:
-    """Overrides of the section ``data`` as they are typed in a shell."""
-    texts = []
-    for key, value in options.items():
-        if value is None:
-            continue
-        shown = f"{value:.9g}" if isinstance(value, float) else value
-        if isinstance(value, dict):
-            inner = ", ".join(
-                f"{name}: {f'{item:.9g}' if isinstance(item, float) else item}" for name, item in value.items()
-            )
-            shown = f"{{{inner}}}"
-        texts.append(shlex.quote(f"data.{key}={shown}"))
-    return " ".join(texts)
 
 
 def _plain(unit: str) -> str:

@@ -49,8 +49,9 @@ class TableFile:
 
     Args:
         path: relative paths are looked for in the working directory, then in the project root.
-        separator: between columns of a text file; None chooses by extension (and ``;`` beside decimal commas). The
-            words comma, semicolon, tab, space, bar and colon stand for the signs.
+        separator: between columns of a text file, as a sign or one of the words comma, semicolon, tab, space, bar and
+            colon. None chooses by extension; beside decimal commas it is ``;``, unless the first row has commas only:
+            decimal commas then stand between quotation marks.
         decimal: ``.`` or ``,``, or the words point and comma.
         missing: cells that mean "not measured".
         sheet: name of a workbook's sheet; None takes the first.
@@ -96,7 +97,7 @@ class TableFile:
                 f'{path.name}: the extension "{suffix}" is not one of {known}; rename the file or pass data.separator.'
             )
         separator = self.separator or _TEXT_SEPARATORS[suffix]
-        if self.separator is None and separator == self.decimal:
+        if self.separator is None and separator == self.decimal and not _has_commas_only(data):
             separator = ";"
         return _without_blanks(_read_text(path.name, data, separator))
 
@@ -217,6 +218,12 @@ def _refuse_ragged(name: str, data: bytes, separator: str, *, first_row: int) ->
             f"{name}: {int(bad.sum())} of {int((lengths > 0).sum())} rows do not have the {fields[0]} fields of the "
             f"first row; first at row {first + first_row}: {fields[first]}. {hint}"
         )
+
+
+def _has_commas_only(data: bytes) -> bool:
+    """Whether the first row has commas and no semicolons: decimal commas then stand between quotation marks."""
+    first = data.lstrip().split(b"\n", 1)[0]
+    return b"," in first and b";" not in first
 
 
 def _even_separator(data: bytes, *, but: str) -> str | None:

@@ -257,7 +257,7 @@ class _Places:
     signal: Int[np.ndarray, " R"]
     signals: int
 
-    def filled(self, content: Any, empty: float) -> Any:
+    def filled(self, content: Any, empty: float | int) -> Any:
         """``content`` of the records as ``(I, T, C)``, ``empty`` where there is no record."""
         whole = np.full((*self.times.shape, self.signals), empty, dtype=content.dtype)
         whole[self.individual, self.place, self.signal] = content

@@ -13,8 +13,8 @@ from nlme_sbi.designs import DesignsOfData, FixedGrid, Schedule
 from nlme_sbi.instantiate import instantiate
 from nlme_sbi.io import PlannedDesigns, PlanReader, same_form
 from nlme_sbi.stages.stored_fit import StoredFit
-from nlme_sbi.types import Covariates, Design, Observations
-from nlme_sbi.units import check_units, conversion
+from nlme_sbi.types import Covariates, Design, Observations, Simulator
+from nlme_sbi.units import check_unit
 
 log = logging.getLogger(__name__)
 
@@ -121,15 +121,8 @@ def _of_data(source: DesignsOfData, fit: StoredFit, individuals: Who, new: Liter
     data = _read_plan(source, len(simulator.signals))
     for note in data.notes:
         log.info("%s", note)
-    check_units(_for_units(data, observations), simulator)
-    if observations.time_unit and data.time_unit and not _same_unit(data.time_unit, observations.time_unit):
-        raise ValueError(
-            f"The design's times are in {data.time_unit}, the fit's in {observations.time_unit}; set data.time_scale "
-            "and data.time_unit so that they agree."
-        )
+    _check_units(data, simulator, observations.time_unit)
     chosen = _chosen(data, observations, individuals)
-    if individuals == "all":
-        _tell_strangers(data.ids, observations.ids, new)
     known = None
     if chosen:
         rows = [observations.ids.index(name) for name in chosen]
@@ -145,6 +138,8 @@ def _of_data(source: DesignsOfData, fit: StoredFit, individuals: Who, new: Liter
             log.info("New individuals are left out: the design's data lack the covariates %s.", ", ".join(lacking))
         else:
             made = New(data.ids, _complete(data.design).to(fit.device))
+    if individuals == "all":
+        _tell_strangers(data.ids, observations.ids, predicted=made is not None)
     return Plan(known, made, like_the_data=False)
 
 
@@ -160,13 +155,14 @@ def _read_plan(source: DesignsOfData, signals: int) -> PlannedDesigns:
     )
 
 
-def _for_units(data: PlannedDesigns, observations: Observations) -> Observations:
-    """Observations that carry a plan's units of doses and covariates, for the comparison with the simulator's."""
-    return replace(observations, dose_unit=data.dose_unit, covariate_units=data.covariate_units)
-
-
-def _same_unit(first: str, second: str) -> bool:
-    return conversion(first, second) == 1.0
+def _check_units(data: PlannedDesigns, simulator: Simulator, time_unit: str) -> None:
+    """Refuse times, doses and covariates in other units than the simulator's."""
+    check_unit("The plan's times are", data.time_unit, simulator.time_unit or time_unit, option="time")
+    check_unit("The plan's doses are", data.dose_unit, getattr(simulator, "dose_unit", ""), option="dose")
+    units = getattr(simulator, "covariate_units", {})
+    for name in simulator.covariates:
+        given, wanted = data.covariate_units.get(name, ""), units.get(name, "")
+        check_unit(f'The plan\'s covariate "{name}" is', given, wanted, option="covariate", name=name)
 
 
 def _chosen(data: PlannedDesigns, observations: Observations, individuals: Who) -> list[str]:
@@ -194,11 +190,11 @@ def _chosen(data: PlannedDesigns, observations: Observations, individuals: Who) 
     return chosen
 
 
-def _tell_strangers(ids: tuple[str, ...], there: tuple[str, ...], new: Literal["auto"] | bool) -> None:
+def _tell_strangers(ids: tuple[str, ...], there: tuple[str, ...], *, predicted: bool) -> None:
     """Name the plan's ids that the fit does not have."""
     strangers = tuple(name for name in ids if name not in set(there))
     if strangers:
-        fate = "left out" if new is False else "predicted as new individuals only"
+        fate = "predicted as new individuals only" if predicted else "left out"
         log.warning(
             "%d of %d ids of the plan are not in the fit, which has %s: %s; they are %s.",
             *(len(strangers), len(ids), _few(there), _few(strangers), fate),
