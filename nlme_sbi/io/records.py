@@ -109,7 +109,7 @@ class Scales:
         if self.transform == "none":
             return ends
         with np.errstate(divide="ignore", invalid="ignore"):
-            logs: Float[np.ndarray, " R"] = np.where(ends <= 0, -np.inf, np.log(ends))
+            logs: Float[np.ndarray, " R"] = np.log(np.maximum(ends, 0.0))
         return logs
 
 
