@@ -106,8 +106,7 @@ class EventTable:
     def read(self) -> Observations:
         """Measurements and doses; raises ``ValueError`` with row, column and remedy where the file is wrong."""
         scales, names, table, opened = self._opened()
-        for role in ("id", "time", "dv", "amt", *_asked(names)):
-            table.position(names[role])
+        table.require(names, ("id", "time", "dv", "amt", *_asked(names)))
         read = self._events(table, names, scales, self.covariates, plan=False)
         kept = read.kinds.measurement & read.signals.kept
         rows = Rows(read.individual, read.ids, kept, names["dv"])
@@ -155,8 +154,7 @@ class EventTable:
         Covariates whose column is not there are left out.
         """
         scales, names, table, opened = self._opened()
-        for role in ("id", "time", "amt"):
-            table.position(names[role])
+        table.require(names, ("id", "time", "amt"))
         wanted = [name for name in as_names("covariates", self.covariates) if table.has(name)]
         read = self._events(table, names, scales, wanted, plan=True)
         rows = Rows(read.individual, read.ids, np.zeros(len(table), dtype=bool), names["dv"])

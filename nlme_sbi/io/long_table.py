@@ -86,8 +86,7 @@ class LongTable:
         """The measurements; raises ``ValueError`` with row, column and remedy where the file does not allow it."""
         scales, names, table, notes = self._opened()
         asked = [role for role in _OPTIONAL if names[role] != _COLUMNS[role]]
-        for role in ("id", "time", "value", *asked):
-            table.position(names[role])
+        table.require(names, ("id", "time", "value", *asked))
         codes, ids, said = individuals_of(table, names["id"])
         covariates = covariates_of(table, self.covariates, categorical=self.categorical, individual=codes, ids=ids)
         signal, keep, signals = self._signals(table, names)
@@ -125,6 +124,7 @@ class LongTable:
     def plan(self) -> PlannedDesigns:
         """Individuals and times to predict for, whether measured or not; covariates that are not there are left out."""
         scales, names, table, notes = self._opened()
+        table.require(names, ("id", "time"))
         codes, ids, said = individuals_of(table, names["id"])
         times = scales.times(table, names["time"])
         signal = np.zeros(len(table), dtype=np.int64)

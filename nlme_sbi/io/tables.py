@@ -12,7 +12,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int, Shaped
 
 from nlme_sbi.io.files import Grid, TableFile
-from nlme_sbi.io.wording import did_you_mean, first_true, listed, quoted, typed
+from nlme_sbi.io.wording import did_you_mean, first_true, listed, nearest, quoted, typed
 
 _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _NOT_FINITE = r"(?i:[+-]?(?:inf|infinity|nan))"
@@ -98,8 +98,17 @@ class Table:
         """Whether a column of this name is there, letter case aside."""
         return bool(self._matches(column))
 
-    def position(self, column: str | int) -> int:
+    def require(self, names: Mapping[str, str], roles: Sequence[str]) -> None:
+        """Refuse a table that lacks the column of one of the roles."""
+        for role in roles:
+            self.position(names[role], role=role)
+
+    def position(self, column: str | int, *, role: str = "") -> int:
         """Where a column stands (a number is its own answer); letter case matters only where it must.
+
+        Args:
+            column: its name, or where it stands.
+            role: what the reader takes it for, for the remedy.
 
         Raises:
             ValueError: no such column (with those that are there), or more than one.
@@ -113,15 +122,18 @@ class Table:
             raise ValueError(f"{self.name} has {len(found)} columns {quoted(column)}; rename all but one.")
         named = [name for name in self.columns if name]
         alone = named[0] if len(named) == 1 else ""
-        split = next((mark for mark in (";", "\t", ",", "|") if mark in alone), None)
+        split = next((mark for mark in (";", "\t", ",", "|", " ") if mark in alone), None)
         if split:
             raise ValueError(
                 f"{self.name} has no column {quoted(column)}; it has one column, {quoted(alone)}. Pass "
                 f"{typed('separator', split)}."
             )
+        near = nearest(column, named)
+        naming = f"pass {typed(f'columns.{role}', near or 'NAME')}" if role else "name it in data.columns"
+        hint = f" Did you mean {quoted(near)}?" if near else ""
         raise ValueError(
-            f"{self.name} has no column {quoted(column)}; it has {listed(named, limit=20)}."
-            f"{did_you_mean(column, named)} Rename it in the file, or name it in data.columns."
+            f"{self.name} has no column {quoted(column)}; it has {listed(named, limit=20)}.{hint} Rename it in "
+            f"the file, or {naming}."
         )
 
     def without(self, columns: Sequence[str]) -> Table:
@@ -236,14 +248,19 @@ class Table:
             return f"Signs between thousands? Pass {typed('thousands', found)}."
         if self.decimal == "," and "." in first.item():
             return f"Decimal points? Pass {typed('decimal', '.')}, or remove the signs between thousands."
-        if noun == "times":
+        if self.decimal == "." and self._all_grouped(wrong, "."):
+            return f"Signs between thousands? Pass {typed('decimal', ',')} {typed('thousands', '.')}."
+        if noun == "event codes":
+            return "Write 0 on measurements and 1 on doses."
+        if noun != "values":
             return "Correct them, or remove these rows."
         return "Correct them, or leave the cells empty where nothing was measured."
 
     def _all_grouped(self, wrong: pd.Series, mark: str) -> bool:
         """Whether those of the cells that hold a sign hold it between thousands only."""
         own = wrong[wrong.str.contains(_SIGN_PATTERNS[mark], regex=True)]
-        fraction = rf"(?:{_SIGN_PATTERNS[self.decimal]}[0-9]*)?"
+        decimal = self.decimal if self.decimal != mark else {".": ",", ",": "."}[mark]
+        fraction = rf"(?:{_SIGN_PATTERNS[decimal]}[0-9]*)?"
         pattern = _GROUPED.format(sign=_SIGN_PATTERNS[mark]) + fraction
         return bool(len(own)) and bool(own.str.fullmatch(pattern).all())
 

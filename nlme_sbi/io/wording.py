@@ -78,9 +78,15 @@ def listed_at(names: Sequence[str], positions: Int[np.ndarray, " X"]) -> str:
 
 def did_you_mean(name: str, choices: Sequence[str]) -> str:
     """A sentence with the nearest of ``choices``, whatever the case of its letters, or nothing."""
+    near = nearest(name, choices)
+    return f" Did you mean {quoted(near)}?" if near else ""
+
+
+def nearest(name: str, choices: Sequence[str]) -> str:
+    """The nearest of ``choices``, whatever the case of its letters; "" where none is near."""
     by_folded = {choice.casefold(): choice for choice in choices}
     near = difflib.get_close_matches(name.casefold(), list(by_folded), n=1)
-    return f" Did you mean {quoted(by_folded[near[0]])}?" if near else ""
+    return by_folded[near[0]] if near else ""
 
 
 def check_choice(option: str, chosen: object, choices: Sequence[str]) -> None:
