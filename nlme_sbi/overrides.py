@@ -40,7 +40,8 @@ def _meant(override: str) -> list[str]:
     option = rest.split(".")[0]
     if key in _NAMES or (section == "data" and rest and option not in _NUMBERS):
         value = _with_quotes(value)
-    if not sign and section == "data" and option in _OPEN:
+    # A plus was needed for options that a group of data did not name; now all groups name all options.
+    if section == "data" and rest and (sign == "+" or (not sign and option in _OPEN)):
         sign = "++"
     if not sign and key == "data.signals" and value.lstrip().startswith("{"):
         # The levels and what they are called, in the place of names alone.

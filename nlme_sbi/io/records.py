@@ -105,7 +105,7 @@ class Scales:
         """The other ends of censored values, scaled as they are, NaN where missing; 0 and less have the log -inf."""
         if not table.has(column):
             return np.full(len(table), np.nan)
-        ends = table.numbers(column, noun="limits") * factors
+        ends: Float[np.ndarray, " R"] = table.numbers(column, noun="limits") * factors
         if self.transform == "none":
             return ends
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -52,6 +52,7 @@ def test_what_is_quoted_stays_what_it_was(text: str) -> None:
         ("data.columns={id: 7, dv: 1E2}", "data.columns.dv", "1E2"),
         ("data.signal_scale={c: 1e-3}", "data.signal_scale", {"c": 0.001}),
         ("data.time_scale=2", "data.time_scale", 2),
+        ("+data.time_scale=2", "data.time_scale", 2),
         ("data.signal_units.c=mg/L", "data.signal_units.c", "mg/L"),
         ("data.categorical={d: [2,10]}", "data.categorical", {"d": ["2", "10"]}),
         ("data.signals={1: c, 2: e}", "data.signal_levels", {1: "c", 2: "e"}),
