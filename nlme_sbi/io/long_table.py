@@ -16,7 +16,7 @@ from nlme_sbi.io.individual_covariates import Levels, covariates_of, levels_of, 
 from nlme_sbi.io.meanings import Rows, refuse_other_meanings
 from nlme_sbi.io.plans import PlannedDesigns, planned_design
 from nlme_sbi.io.records import Records, Scales, chosen_signals, observations, only_signal
-from nlme_sbi.io.rows import individuals_of, open_table, refuse_disorder
+from nlme_sbi.io.rows import apart_note, individuals_of, open_table, refuse_disorder
 from nlme_sbi.io.tables import Table, column_names
 from nlme_sbi.io.wording import as_names
 from nlme_sbi.types import Observations
@@ -118,7 +118,7 @@ class LongTable:
             scales=scales,
             covariates=scaled(covariates, self.covariate_scale, self.covariate_units),
             covariate_units=dict(self.covariate_units),
-            notes=(*notes, *said, *spare, *unused),
+            notes=(*notes, *said, *apart_note(individual), *spare, *unused),
         )
 
     def plan(self) -> PlannedDesigns:

@@ -184,4 +184,5 @@ def apart_note(individual: Int[np.ndarray, " R"]) -> list[str]:
     who = individual[_returning(individual)]
     if len(who) == 0:
         return []
-    return [f"rows of {len(np.unique(who))} individuals do not stand together; they are joined by their id"]
+    number = len(np.unique(who))
+    return [f"rows of {number} individual{'' if number == 1 else 's'} do not stand together; they are joined by the id"]

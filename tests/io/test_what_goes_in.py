@@ -207,6 +207,12 @@ def test_ids_in_several_forms_are_named_together(tmp_path: Path) -> None:
     assert told.notes == ('ids that differ in form only are different individuals: "A1", "a1", "A 1"',)
 
 
+def test_long_tables_say_that_rows_of_an_individual_were_joined(tmp_path: Path) -> None:
+    observations = LongTable(write(tmp_path, "id,time,value\na,0,1\nb,0,2\na,1,3\nb,1,4\nc,0,5\n")).read()
+    assert contents(observations)["a", 1.0, "value"] == 3.0
+    assert observations.notes == ("rows of 2 individuals do not stand together; they are joined by the id",)
+
+
 def test_rows_that_return_to_an_individual_are_refused_in_event_tables(tmp_path: Path) -> None:
     text = f"{EVENT}\n1,0,.,9,1\n1,1,2,.,0\n2,0,.,9,1\n2,1,3,.,0\n1,2,4,.,0\n"
     message = refusal(EventTable(write(tmp_path, text)))
