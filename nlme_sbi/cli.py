@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import nlme_sbi
 from nlme_sbi.config_errors import config_sentence
 from nlme_sbi.conversion import convert
+from nlme_sbi.overrides import as_meant
 
 # Threads that spin while they wait fall from 22 to 1.3 training steps a second when something else wants the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -58,6 +59,7 @@ def entry_point(stage: Stage | str, config_name: str, *, words: str | None = Non
     def main() -> None:
         if words is not None:
             sys.argv[1:] = _with_words(sys.argv[1:], words)
+        sys.argv[1:] = as_meant(sys.argv[1:])
         _configure_logging()
         code = _run(stage, config_name)
         if code:
@@ -94,7 +96,7 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIRECTORY), version_base="1.3"):
-            cfg = compose(config_name, overrides=list(overrides), return_hydra_config=True)
+            cfg = compose(config_name, overrides=as_meant(overrides), return_hydra_config=True)
         choice = cfg.hydra.runtime.choices.get("experiment")
         with open_dict(cfg):
             del cfg["hydra"]

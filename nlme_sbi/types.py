@@ -235,6 +235,9 @@ class Observations:
         censoring: ``(I, T, C)`` codes of :class:`Censoring`, or None when everything is a plain value.
         lower: ``(I, T, C)`` lower bounds where censoring is right or interval, or None.
         upper: ``(I, T, C)`` upper bounds where censoring is left or interval, or None.
+        dose_unit: unit of the doses' amounts, "" where unknown.
+        covariate_units: units of covariates by name, as far as they are known.
+        notes: what the reader has to say of the file: columns that are not used, rows that were left out.
     """
 
     ids: tuple[str, ...]
@@ -246,6 +249,9 @@ class Observations:
     censoring: Int[Tensor, "I T C"] | None = None
     lower: Float[Tensor, "I T C"] | None = None
     upper: Float[Tensor, "I T C"] | None = None
+    dose_unit: str = ""
+    covariate_units: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if tuple(self.values.shape) != tuple(self.design.observed.shape):

@@ -21,6 +21,7 @@ from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run
 from nlme_sbi.standardize import ParameterScaling
 from nlme_sbi.types import Design, DesignSource, Observations, PosteriorSamples, Prior, Simulations, Simulator
+from nlme_sbi.units import check_units
 
 # What a network works in: small enough for a CPU's cache, large enough to fill a GPU.
 _MEMORY = {"cpu": 2**25, "cuda": 2**30}
@@ -202,8 +203,8 @@ class AmortizedPosterior:
     def check(self, observations: Observations) -> None:
         """Refuse observations that the network was not trained for.
 
-        Raises ``ValueError`` that names what differs (signals, units of time, times, missing values, doses,
-        covariates), how many individuals, the first of them, and the remedy.
+        Raises ``ValueError`` that names what differs (signals, units of times, signals, doses and covariates, times,
+        missing values, doses, covariates), how many individuals, the first of them, and the remedy.
         """
         if observations.signals != self.simulator.signals:
             raise ValueError(
@@ -211,11 +212,7 @@ class AmortizedPosterior:
                 f"{list(self.simulator.signals)} of {type(self.simulator).__name__}. Name or choose the data's signals "
                 "so (data.signals), or take the posterior of another simulator."
             )
-        if observations.time_unit and self.simulator.time_unit and observations.time_unit != self.simulator.time_unit:
-            raise ValueError(
-                f"The data's times are in {observations.time_unit}, the simulator's in {self.simulator.time_unit}; "
-                "set data.time_scale and data.time_unit so that they agree."
-            )
+        check_units(observations, self.simulator)
         uncovered = self.designs.covers(observations.design)
         if uncovered:
             row, reason = next(iter(uncovered.items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,8 @@ def save_observations(directory: Path, observations: Observations) -> None:
         "signals": observations.signals,
         "signal_units": observations.signal_units,
         "time_unit": observations.time_unit,
+        "dose_unit": observations.dose_unit,
+        "covariate_units": dict(observations.covariate_units),
         "arrays": there,
     }
     save_json(directory / _DESCRIPTION, description)
@@ -39,7 +42,7 @@ def load_observations(directory: Path) -> Observations:
     """
     description = load_json(directory / _DESCRIPTION)
     try:
-        arrays = {
+        arrays: dict[str, Any] = {
             name: torch.from_numpy(load_array(directory / f"{name}.npy", mmap=False))
             for name in ("values", *description["arrays"])
         }
@@ -50,6 +53,9 @@ def load_observations(directory: Path) -> Observations:
             signals=tuple(description["signals"]),
             signal_units=tuple(description["signal_units"]),
             time_unit=description["time_unit"],
+            # Runs of earlier versions do not have them.
+            dose_unit=description.get("dose_unit", ""),
+            covariate_units=dict(description.get("covariate_units", {})),
             **{name: arrays[name] for name in _OPTIONAL if name in arrays},
         )
     except (KeyError, TypeError) as error:

@@ -152,9 +152,13 @@ def _try_out(fit: StoredFit, plan: Plan) -> None:
 def _who(given: Any) -> Literal["all", "none"] | tuple[str, ...]:
     if given in ("all", "none"):
         return given  # type: ignore[no-any-return]
-    if isinstance(given, list) and given and all(isinstance(one, (str, int)) for one in given):
+    # True and 1.0 in a YAML were not typed so: which id is meant is not known.
+    if isinstance(given, list) and given and all(type(one) in (str, int) for one in given):
         return tuple(str(one) for one in given)
-    raise ValueError(f"individuals must be all, none, or a list of ids such as [1, 5]; got {given!r}.")
+    raise ValueError(
+        f"individuals must be all, none, or a list of ids such as [1, 5], in a YAML between quotation marks; got "
+        f"{given!r}."
+    )
 
 
 def _whether(given: Any) -> Literal["auto"] | bool:
