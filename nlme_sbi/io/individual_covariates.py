@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,7 @@ from jaxtyping import Float, Int
 from nlme_sbi.io.records import one_each
 from nlme_sbi.io.tables import Parsed, Table
 from nlme_sbi.io.wording import as_names, first_true, listed, listed_at, quoted
-from nlme_sbi.types import Covariates
+from nlme_sbi.types import Covariates, ReadOnlyMapping
 
 Levels = str | Sequence[str] | Mapping[str, Sequence[str]]
 
@@ -44,7 +43,7 @@ def covariates_of(
         columns.append(_constant(table, name, values, individual=individual, ids=ids))
         if found:
             levels[name] = found
-    return Covariates(wanted, torch.from_numpy(np.stack(columns, axis=1)), MappingProxyType(levels))
+    return Covariates(wanted, torch.from_numpy(np.stack(columns, axis=1)), ReadOnlyMapping(levels))
 
 
 def _fixed_levels(categorical: object, wanted: Sequence[str]) -> dict[str, tuple[str, ...]]:

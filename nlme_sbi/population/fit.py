@@ -184,10 +184,19 @@ def _fitted(
 
 def _redraw(chosen: Estimator, source: Source, observations: Observations) -> Redraw | None:
     """How draws for another theta are made; None where draws do not depend on it."""
-    if not isinstance(chosen, FollowingEstimator):
-        return None
-    follow = chosen.follow
-    return lambda theta, previous, generator: follow(source, observations, theta, previous, generator)
+    return _Following(chosen, source, observations) if isinstance(chosen, FollowingEstimator) else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Following:
+    """A class and no closure, so that a fit can be pickled."""
+
+    estimator: FollowingEstimator
+    source: Source
+    observations: Observations
+
+    def __call__(self, theta: Tensor, previous: WeightedDraws, generator: torch.Generator) -> WeightedDraws:
+        return self.estimator.follow(self.source, self.observations, theta, previous, generator)
 
 
 def _climbed(
