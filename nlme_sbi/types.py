@@ -89,7 +89,7 @@ def row_positions(rows: Rows, count: int) -> slice | Tensor:
         return rows
     if isinstance(rows, Tensor):
         found = rows
-    elif isinstance(rows, str) or np.ndim(rows) != 1:
+    elif isinstance(rows, str) or not hasattr(rows, "__len__"):
         raise TypeError(f"Rows are chosen by a slice, a list of positions or a mask, for example [0, 2]; got {rows!r}.")
     elif not isinstance(rows, np.ndarray) and len({isinstance(row, (bool, np.bool_)) for row in rows}) > 1:
         raise TypeError(f"Rows are positions or a mask, not both; got {list(rows)[:8]}.")

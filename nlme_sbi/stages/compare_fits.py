@@ -37,7 +37,9 @@ def compare_fits(cfg: DictConfig) -> None:
     runs = [_found(reference, root) for reference in named]
     if len({run.sha256 for run in runs}) < len(runs):
         raise ValueError("The same fit was named twice; a comparison is between different ones.")
-    found = compared_fits([_read(run) for run in runs])
+    # Fits that were made before runs kept the source of their simulators are compared by configuration alone.
+    kept = all("sources" in run.manifest for run in runs)
+    found = compared_fits([_read(run, by_source=kept) for run in runs])
     made = open_run(
         stage="compare_fits",
         experiment=runs[0].manifest["experiment"],
@@ -64,11 +66,15 @@ def _found(reference: str, root: Path) -> FinishedRun:
     return load_run(path, stage="fit_population")
 
 
-def _read(run: FinishedRun) -> ComparedFit:
+def _read(run: FinishedRun, *, by_source: bool) -> ComparedFit:
+    told = load_json(run.file("fit.json"))
+    if by_source and "simulator" in told:
+        source = run.manifest["sources"].get("simulator")
+        told["simulator"] = {"config": told["simulator"], "source": source}
     inputs = run.manifest["inputs"]
     networks = {name: value for name, value in inputs.items() if name.startswith("posterior")}
     return ComparedFit.of(
-        load_json(run.file("fit.json")),
+        told,
         label=run.path.name,
         data=str(inputs["data"]),
         posterior=sha256_of_plain(networks),

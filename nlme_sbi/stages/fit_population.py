@@ -29,13 +29,14 @@ from nlme_sbi.runs import (
     open_run,
     save_json,
     sha256_of_design,
+    sources_of,
     write_atomically,
 )
 from nlme_sbi.stages.fit_figures import save_figures
 from nlme_sbi.stages.fit_progress import ProgressBar
 from nlme_sbi.stages.parts import part
 from nlme_sbi.stages.stored_fit import IndividualSettings, save_individuals
-from nlme_sbi.stages.trained import find_posteriors, load_posterior, posterior_hashes
+from nlme_sbi.stages.trained import find_posteriors, load_posterior, posterior_hashes, posterior_sources
 from nlme_sbi.training_pairs import seeded
 from nlme_sbi.types import Observations
 
@@ -115,6 +116,10 @@ def fit_population(cfg: DictConfig) -> float:
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
         input_paths=dict(zip(posterior_hashes(upstream), [found.path for found in upstream], strict=True)),
+        sources={
+            **posterior_sources(upstream, trust),
+            **sources_of(plain, ("population", "estimator"), trust=trust),
+        },
     )
     with run:
         if run.finished:

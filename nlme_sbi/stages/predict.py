@@ -31,6 +31,7 @@ from nlme_sbi.runs import (
     open_run,
     save_array,
     sha256_of_design,
+    sources_of,
     write_atomically,
 )
 from nlme_sbi.stages.fit_figures import spread_rows
@@ -125,6 +126,7 @@ def predict(cfg: DictConfig) -> None:
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
         input_paths={"fit": upstream.path, **({} if sampled is None else {"theta": sampled.path})},
+        sources={**fit.sources, **sources_of({"design_here": plain["design"]}, ["design_here"], trust=trust)},
     )
     with run:
         if run.finished:
