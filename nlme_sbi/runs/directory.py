@@ -139,7 +139,11 @@ class RunDirectory:
         whole = {file.path for file in files.values() if file.path is not None and file.is_unchanged()}
         commits = committed_files(whole)
         return {
-            module: {"path": None if file.path is None else str(file.path), "commit": commits.get(file.path or Path())}
+            module: {
+                "path": None if file.path is None else str(file.path),
+                "commit": commits.get(file.path or Path()),
+                "installed": file.installed,
+            }
             for module, file in sorted(files.items())
         }
 
@@ -305,7 +309,8 @@ def _git_state_with(code: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | N
     state = git_state()
     if state is None:
         return None
-    return {**state, "dirty": state["dirty"] or any(one["commit"] is None for one in code.values())}
+    loose = any(one["commit"] is None and not one["installed"] for one in code.values())
+    return {**state, "dirty": state["dirty"] or loose}
 
 
 def _config_text(run: RunDirectory) -> str:

@@ -10,21 +10,23 @@ modules, classes and functions they hold, because the name of an import may be p
 modules below the trusted prefixes and ``simulators``, and helpers of theirs that nobody installed (neither in
 ``site-packages`` nor in Python's own library). ``nlme_sbi`` itself has a version.
 
-Out of an archive the source is read where it is there, else the compiled code, as for modules without source. Code
-that was typed in is refused, because an edit of it could not be noticed. Data files that a simulator reads are not
-seen.
+Out of an archive the source is read where it is there, else the compiled code, as for modules without source. Of a
+library that is trusted and installed the named modules count, and what ``pip`` recorded of the rest. Code that was
+typed in is refused, because an edit of it could not be noticed. Data files that a simulator reads are not seen.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.metadata
 import importlib.util
 import logging
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -60,11 +62,13 @@ class ChangedSources(ValueError):
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One module's source: its name, SHA-256 (line endings do not count), and file, None inside an archive."""
+    """One module's source: its name, SHA-256 (line endings do not count), file (None inside an archive), and whether it
+    belongs to an installed library, which has a version."""
 
     module: str
     sha256: str
     path: Path | None
+    installed: bool = False
 
     def is_unchanged(self) -> bool:
         """Whether the module has this source now."""
@@ -198,28 +202,55 @@ def _behind(targets: Iterable[str], prefixes: Sequence[str], where: str) -> list
     """The modules of some targets with all that they import, each once."""
     found: dict[str, SourceFile] = {}
     seen: set[str] = set()
-    waiting = [name for target in targets for name in _homes(target, prefixes, f"{where}.{TARGET}")]
+    foreign: set[str] = set()  # installed packages, whose insides need not be looked for
+    homes = {name for target in targets for name in _homes(target, prefixes, f"{where}.{TARGET}")}
+    waiting = list(homes)
     while waiting:
         name = waiting.pop()
-        if name in seen:
+        top = name.partition(".")[0]
+        if name in seen or top in foreign:
             continue
         seen.add(name)
         spec = _spec(name)
         if spec is None or not _counts(spec, prefixes):
+            if name == top and (spec is None or spec.has_location) and not any(_below(one, (top,)) for one in prefixes):
+                foreign.add(top)
             continue
         content = _content(spec)
         if content is None:
-            if not spec.submodule_search_locations:
+            if name in homes and not spec.submodule_search_locations:
                 raise ValueError(
                     f"{where}: {name} has no file, so that an edit of it could not be noticed; put it into a module of "
                     "its own."
                 )
-            continue  # a folder without __init__.py
-        file = SourceFile(name, hashlib.sha256(content).hexdigest(), _path(spec))
+            continue  # a folder without __init__.py, or a part of a compiled module
+        file = SourceFile(name, hashlib.sha256(content).hexdigest(), _path(spec), _is_installed(spec))
         _refuse_stale(file)
         found[name] = file
-        waiting += _imports(content, spec)
+        record = _record_of(top) if _is_installed(spec) else None
+        if record is None:
+            waiting += _imports(content, spec)
+        else:
+            found[record.module] = record
     return list(found.values())
+
+
+@cache
+def _record_of(top: str) -> SourceFile | None:
+    """The installed distribution that a package belongs to, by the hashes in its ``RECORD``; None where it has none.
+
+    In place of all modules that it holds: following the imports of a large library takes a minute and more.
+    """
+    try:
+        name = importlib.metadata.packages_distributions()[top][0]
+        files = importlib.metadata.files(name) or []
+    except (KeyError, importlib.metadata.PackageNotFoundError):
+        return None
+    lines = sorted(f"{file}={file.hash.value}" for file in files if file.hash is not None)
+    code = [line for line in lines if line.partition("=")[0].endswith((".py", ".so", ".pyd"))]
+    if not code:
+        return None
+    return SourceFile(f"distribution {name}", hashlib.sha256("\n".join(code).encode()).hexdigest(), None, True)
 
 
 def _homes(target: str, prefixes: Sequence[str], where: str) -> list[str]:
@@ -242,10 +273,17 @@ def _counts(spec: ModuleSpec, prefixes: Sequence[str]) -> bool:
         return False
     if _below(spec.name, prefixes):
         return True
-    places = [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or ())
+    return bool(_places(spec)) and not _is_installed(spec)
+
+
+def _places(spec: ModuleSpec) -> list[str]:
+    return [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or ())
+
+
+def _is_installed(spec: ModuleSpec) -> bool:
     library = sysconfig.get_paths()["stdlib"]
-    return bool(places) and not any(
-        place.startswith(library) or any(part in _INSTALLED for part in Path(place).parts) for place in places
+    return any(
+        place.startswith(library) or any(part in _INSTALLED for part in Path(place).parts) for place in _places(spec)
     )
 
 
@@ -256,14 +294,15 @@ def _spec(name: str) -> ModuleSpec | None:
         module = sys.modules.get(part)
         if module is not None:
             spec = _spec_of(module, part)
-        elif spec is None:
-            try:
-                spec = importlib.util.find_spec(part)
-            except (ImportError, ValueError):
-                return None
         else:
-            places = spec.submodule_search_locations
-            spec = None if places is None else PathFinder.find_spec(part, places)
+            places = None if spec is None else spec.submodule_search_locations
+            try:
+                if spec is None:
+                    spec = importlib.util.find_spec(part)
+                else:
+                    spec = None if places is None else PathFinder.find_spec(part, places)
+            except (ImportError, ValueError, KeyError):  # finders that expect the package above to be loaded
+                return None
         if spec is None:
             return None
     return spec
@@ -294,6 +333,8 @@ def _content(spec: ModuleSpec) -> bytes | None:
         if path.suffix == ".pyc":  # compiled code without its source
             return content[_PYC_HEADER:]
         return content.replace(b"\r\n", b"\n") if path.suffix in (".py", ".pyw") else content
+    if not spec.has_location:  # a folder without __init__.py, or what was typed in
+        return None
     loader: Any = spec.loader
     # Out of an archive.
     for read, name in (("get_source", spec.name), ("get_data", spec.origin)):
@@ -343,9 +384,10 @@ def _imports(content: bytes, spec: ModuleSpec) -> list[str]:
             names.append(_absolute(_named(node), package))
     held = vars(sys.modules[spec.name]).values() if spec.name in sys.modules else ()
     for thing in list(held):
-        if isinstance(thing, ModuleType):
+        kind = type(thing)  # isinstance would ask the thing itself, and some answer with a warning
+        if issubclass(kind, ModuleType):
             names.append(thing.__name__)
-        elif isinstance(thing, (type, FunctionType)):
+        elif issubclass(kind, (type, FunctionType)):
             names.append(str(thing.__module__))
     return [part for name in dict.fromkeys(names) for part in _with_packages(name)]
 

@@ -30,7 +30,7 @@ from nlme_sbi.runs import (
     save_json,
     write_atomically,
 )
-from nlme_sbi.runs.remedies import earlier_commands
+from nlme_sbi.runs.remedies import script_command
 from nlme_sbi.stages.data_checks import misspecification_checks
 from nlme_sbi.stages.exact_checks import agreement_checks
 from nlme_sbi.stages.fit_population import sha256_of_observations
@@ -82,8 +82,8 @@ def diagnose(cfg: DictConfig) -> None:
     except ChangedSources as problem:
         if plain["fit"] is None:
             raise
-        fit = find_fit(plain)
-        raise problem.and_then(earlier_commands(fit.manifest, fit.path)[-1]) from None
+        experiment, root = plain["experiment"]["name"], plain["output_root"]
+        raise problem.and_then(script_command("fit_population", experiment=experiment, root=root)) from None
     if observations is not None:
         log.info("%s", describe(observations))
         posterior.check(observations)
