@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,9 +55,21 @@ def compare_fits(cfg: DictConfig) -> None:
             for name, text in texts.items():
                 write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
             tests = found.tests_frame().to_dict("records")
-            content = {"fits": found.frame().to_dict("records"), "tests": tests, "notes": list(found.notes)}
+            content = {
+                "fits": found.frame().to_dict("records"),
+                "tests": tests,
+                "contradictions": [asdict(one) for one in found.contradictions],
+                "notes": [*(one.sentence for one in found.contradictions), *found.notes],
+            }
             save_json(run.path / "comparison.json", content)
-            run.finish({"best_aic": found.fits[0].label, "fits": len(runs), "tests": len(tests)})
+            run.finish(
+                {
+                    "best_aic": found.fits[0].label,
+                    "fits": len(runs),
+                    "tests": len(tests),
+                    "contradictions": len(found.contradictions),
+                }
+            )
     log.info("%s\nWritten: %s (comparison.txt, comparison.csv, comparison.json)", found.text(), made.path)
 
 
