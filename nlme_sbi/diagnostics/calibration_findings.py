@@ -14,7 +14,7 @@ from nlme_sbi.diagnostics.verdicts import Verdict, overall, verdicts
 
 Where = Literal["prior", "local"]
 REMEDY = (
-    "Train longer or on more simulations (simulations=online), or average several trainings (posterior=[RUN,RUN,RUN]); "
+    "Train longer or on more simulations (simulations=online), or average several trainings ('posterior=[RUN,RUN]'); "
     "docs/diagnostics.md says when which"
 )
 _GRAVE_BIAS = 3.0  # tolerances

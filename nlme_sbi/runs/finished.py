@@ -125,8 +125,8 @@ def find_run(reference: str | Path, *, stage: str, experiment: str, root: Path, 
     if not manifests:
         rest = "".join(f" {path} is unfinished: run its command again to resume it." for path in unfinished[:3])
         raise ValueError(
-            f"There is no finished run of {stage} for the experiment {experiment} under {root / stage}; make one with "
-            f"{script_command(stage, experiment=experiment, root=root)}, or give the path of a run.{rest}"
+            f"There is no finished run of {stage} for the experiment {experiment} under {root / stage}.{rest} Give the "
+            f"path of a run, or make one with {script_command(stage, experiment=experiment, root=root)}"
         )
     return load_run(_newest(manifests), stage=stage, verify=verify)
 

@@ -55,14 +55,15 @@ def script_command(
     line = _line.get()
     if line is None:
         begin = [] if experiment is None else [f"experiment={experiment}"]
-        begin += [] if root is None or str(root) == _DEFAULT_ROOT else [override("output_root", str(root))]
+        end = [] if root is None or str(root) == _DEFAULT_ROOT else [override("output_root", str(root))]
     else:
         kept = [one for one in line.overrides if one.partition("=")[0].lstrip("+") in _KEPT]
         begin = [part for folder in line.config_directories for part in ("--config-dir", folder)]
         chosen = any(one.startswith("experiment=") for one in kept)
         begin += [] if chosen or line.experiment is None or experiment is None else [f"experiment={line.experiment}"]
         begin += kept if experiment is not None else [one for one in kept if not one.startswith("experiment")]
-    return shlex.join(["python", f"scripts/{stage}.py", *begin, *overrides, *words])
+        end = []
+    return shlex.join(["python", f"scripts/{stage}.py", *begin, *overrides, *end, *words])
 
 
 def override(key: str, value: str | Sequence[str]) -> str:

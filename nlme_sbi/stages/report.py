@@ -19,6 +19,7 @@ from nlme_sbi.report.network import Diagnosis
 from nlme_sbi.report.reported import ReportedFit, read_tables
 from nlme_sbi.runs import ChangedSources, FinishedRun, RunDirectory, load_run, open_run
 from nlme_sbi.runs.files import PARTIAL
+from nlme_sbi.runs.remedies import override, script_command, typed
 from nlme_sbi.stages.stored_fit import StoredFit, find_fit, load_fit
 from nlme_sbi.training_pairs import seeded
 
@@ -86,7 +87,9 @@ def _settings(plain: Mapping[str, Any]) -> ReportSettings:
     section = plain["report"]
     given = section["individuals"]
     if not isinstance(given, list) or not all(isinstance(one, (str, int)) for one in given):
-        raise ValueError(f"report.individuals must be a list of ids such as [1, 5]; got {given!r}.")
+        raise ValueError(
+            f"report.individuals must be a list of ids such as {typed('report.individuals', ['1', '5'])}; got {given!r}."
+        )
     return ReportSettings(
         individuals=tuple(str(one) for one in given),
         **{key: convert(section[key], int, f"report.{key}") for key in ("each", "replicates", "checked")},
@@ -128,8 +131,10 @@ def _diagnosis(named: str, fit: FinishedRun, root: Path) -> Diagnosis:
     Raises:
         ValueError: for a run that is named and is none, unfinished or edited.
     """
-    experiment = fit.manifest["experiment"]
-    command = f"Run python scripts/diagnose.py experiment={experiment} fit={fit.path.name}, then this report again."
+    diagnosed = script_command(
+        "diagnose", override("fit", fit.path.name), experiment=str(fit.manifest["experiment"]), root=root
+    )
+    command = f"Diagnose it, then make this report again: {diagnosed}"
     if named == "none":
         return Diagnosis(None, f"This report was made without a diagnosis of the network. {command}")
     if named != "latest":

@@ -12,6 +12,7 @@ import torch
 from nlme_sbi.networks.ensembles import PosteriorEnsemble
 from nlme_sbi.networks.posterior import TRAINED_SECTIONS, AmortizedPosterior
 from nlme_sbi.runs import FinishedRun, Sources, find_run, sources_of
+from nlme_sbi.runs.remedies import typed
 from nlme_sbi.runs.sources import SourceFile
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,10 @@ def find_posteriors(plain: Mapping[str, Any]) -> list[FinishedRun]:
     named = plain["posterior"]
     runs = [_found(str(reference), plain) for reference in (named if isinstance(named, list) else [named])]
     if not runs:
-        raise ValueError("posterior=[] names no run; give RUN, latest or [RUN,RUN].")
+        raise ValueError(
+            f"{typed('posterior', [])} names no run; give posterior=RUN, posterior=latest or "
+            f"{typed('posterior', ['RUN', 'RUN'])}."
+        )
     return runs
 
 
