@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import nlme_sbi
 from nlme_sbi.config_errors import config_sentence
-from nlme_sbi.conversion import convert
+from nlme_sbi.conversion import convert, hydra_text
 
 if TYPE_CHECKING:
     from nlme_sbi.runs.remedies import CommandLine
@@ -81,8 +81,7 @@ def _with_words(arguments: Sequence[str], key: str) -> list[str]:
             words.append(argument)
     if not words:
         return rest
-    quoted = ['"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"' for word in words]
-    return [f"{key}=[{','.join(quoted)}]", *rest]
+    return [f"{key}=[{','.join(hydra_text(word) for word in words)}]", *rest]
 
 
 def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:

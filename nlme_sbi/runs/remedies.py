@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nlme_sbi.conversion import hydra_text
+
 _DEFAULT_ROOT = "outputs"
 _KEPT = ("experiment", "experiment.name", "output_root", "trust")
 
@@ -23,6 +25,7 @@ class CommandLine:
     experiment: str | None = None
 
 
+_WORDS_OF_HYDRA = ("null", "true", "false", "nan", "inf")
 _line: ContextVar[CommandLine | None] = ContextVar("command_line", default=None)
 
 
@@ -79,9 +82,10 @@ def typed(key: str, value: str | Sequence[str]) -> str:
 
 
 def _hydra_word(text: str) -> str:
-    if text and all(letter.isalnum() or letter in "_-./:@%+" for letter in text):
+    plain = text.isascii() and all(letter.isalnum() or letter in "_-./" for letter in text)
+    if plain and text and text.lower() not in _WORDS_OF_HYDRA:
         return text
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return hydra_text(text)
 
 
 def earlier_commands(manifest: Mapping[str, Any], path: Path) -> list[str]:

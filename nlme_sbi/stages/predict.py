@@ -178,7 +178,8 @@ def _sampled_theta(reference: str, fit: FinishedRun, plain: Mapping[str, Any]) -
     run = find_run(reference, stage="sample_theta", experiment=experiment, root=Path(plain["output_root"]))
     if run.manifest["inputs"]["fit"]["sha256"] != fit.sha256:
         raise ValueError(
-            f"{run.path} holds the posterior of another fit than {fit.path}. Use theta=normal, or draw that of this fit: "
+            f"{run.path} holds the posterior of another fit than {fit.path}. Use theta=normal, or draw that of this "
+            "fit: "
             + script_command(
                 "sample_theta",
                 override("fit", str(fit.path)),

@@ -87,9 +87,8 @@ def _settings(plain: Mapping[str, Any]) -> ReportSettings:
     section = plain["report"]
     given = section["individuals"]
     if not isinstance(given, list) or not all(isinstance(one, (str, int)) for one in given):
-        raise ValueError(
-            f"report.individuals must be a list of ids such as {typed('report.individuals', ['1', '5'])}; got {given!r}."
-        )
+        example = typed("report.individuals", ["1", "5"])
+        raise ValueError(f"report.individuals must be a list of ids such as {example}; got {given!r}.")
     return ReportSettings(
         individuals=tuple(str(one) for one in given),
         **{key: convert(section[key], int, f"report.{key}") for key in ("each", "replicates", "checked")},
