@@ -386,7 +386,8 @@ def _imports(content: bytes, spec: ModuleSpec) -> list[str]:
     for thing in list(held):
         kind = type(thing)  # isinstance would ask the thing itself, and some answer with a warning
         if issubclass(kind, ModuleType):
-            names.append(thing.__name__)
+            # A package holds every module of it that anybody has imported.
+            names += [] if is_package and _below(thing.__name__, [spec.name]) else [thing.__name__]
         elif issubclass(kind, (type, FunctionType)):
             names.append(str(thing.__module__))
     return [part for name in dict.fromkeys(names) for part in _with_packages(name)]

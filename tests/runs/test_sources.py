@@ -110,6 +110,14 @@ def test_however_a_helper_is_imported_it_counts(folder: Path, text: str) -> None
     assert {"own_pk.model", "own_curves", "own_lazy"} <= modules(found())
 
 
+def test_what_else_the_process_has_imported_does_not_count(folder: Path) -> None:
+    before = hashes_of(found())
+    importlib.import_module("own_pk.other")  # which makes it an attribute of the package
+    assert hasattr(sys.modules["own_pk"], "other")
+    again = sources_of({"simulator": CONFIG["simulator"]}, ["simulator"], trust=["own_pk"])
+    assert hashes_of(again) == before
+
+
 def test_a_class_that_is_passed_on_counts_where_it_was_written(folder: Path) -> None:
     (folder / "own_pk" / "__init__.py").write_text(
         "import importlib\n\n\ndef __getattr__(name):\n"
