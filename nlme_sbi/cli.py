@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -24,8 +25,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import nlme_sbi
 from nlme_sbi.config_errors import config_sentence
-from nlme_sbi.conversion import convert
+from nlme_sbi.conversion import convert, hydra_text
 from nlme_sbi.overrides import as_meant
+
+if TYPE_CHECKING:
+    from nlme_sbi.runs.remedies import CommandLine
 
 # Threads that spin while they wait fall from 22 to 1.3 training steps a second when something else wants the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -79,8 +83,7 @@ def _with_words(arguments: Sequence[str], key: str) -> list[str]:
             words.append(argument)
     if not words:
         return rest
-    quoted = ['"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"' for word in words]
-    return [f"{key}=[{','.join(quoted)}]", *rest]
+    return [f"{key}=[{','.join(hydra_text(word) for word in words)}]", *rest]
 
 
 def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -157,9 +160,11 @@ class _Job:
             prepared(cfg, HydraConfig.get().runtime.choices.get("experiment"))
             _make_importable(cfg)
             from nlme_sbi.devices import keep_freed_memory  # with torch, which --help can do without
+            from nlme_sbi.runs.remedies import command_line
 
             keep_freed_memory()
-            return self._recorded(cfg) if sweep else _resolved(self._stage)(cfg)
+            with command_line(_own_line()):
+                return self._recorded(cfg) if sweep else _resolved(self._stage)(cfg)
         except Exception as error:
             if sweep:  # the launcher counts failures, perhaps in another process; it needs an exception
                 overrides = " ".join(HydraConfig.get().overrides.task)
@@ -175,6 +180,20 @@ class _Job:
         told = HydraConfig.get()
         with recorded_job(Path(told.sweep.dir), told.job.num, list(told.overrides.task)):
             return _resolved(self._stage)(cfg)
+
+
+def _own_line() -> CommandLine:
+    """What messages about other commands take over from this one."""
+    from nlme_sbi.runs.remedies import CommandLine
+
+    told = HydraConfig.get()
+    return CommandLine(
+        config_directories=tuple(
+            source.path for source in told.runtime.config_sources if source.provider == "command-line"
+        ),
+        overrides=tuple(told.overrides.task),
+        experiment=told.runtime.choices.get("experiment"),
+    )
 
 
 def _resolved(stage: Stage | str) -> Stage:

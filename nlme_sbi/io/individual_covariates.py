@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from jaxtyping import Float, Int
 from nlme_sbi.io.records import one_each
 from nlme_sbi.io.tables import Parsed, Table, number_option
 from nlme_sbi.io.wording import as_names, did_you_mean, first_true, listed, listed_at, quoted, typed
-from nlme_sbi.types import Covariates
+from nlme_sbi.types import Covariates, ReadOnlyMapping
 
 Levels = str | Sequence[str] | Mapping[str, Sequence[str]]
 
@@ -46,7 +45,7 @@ def covariates_of(
         columns.append(_constant(table, name, values, individual=individual, ids=ids))
         if found:
             levels[name] = found
-    return Covariates(wanted, torch.from_numpy(np.stack(columns, axis=1)), MappingProxyType(levels))
+    return Covariates(wanted, torch.from_numpy(np.stack(columns, axis=1)), ReadOnlyMapping(levels))
 
 
 def scaled(covariates: Covariates | None, scale: Mapping[str, Any], units: Mapping[str, Any]) -> Covariates | None:

@@ -18,11 +18,13 @@ from nlme_sbi.instantiate import instantiate
 from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings, working_bytes_per_row
 from nlme_sbi.networks.summaries import DataShape, GridNetwork, PooledNetwork, SummarySettings
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run
+from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run, require_same_sources, require_unedited
 from nlme_sbi.standardize import ParameterScaling
 from nlme_sbi.types import Design, DesignSource, Observations, PosteriorSamples, Prior, Simulations, Simulator
 from nlme_sbi.units import check_units
 
+# Of a run's configuration, what a trained network rests on.
+TRAINED_SECTIONS = ("simulator", "prior", "design", "summary", "flow")
 # What a network works in: small enough for a CPU's cache, large enough to fill a GPU.
 _MEMORY = {"cpu": 2**25, "cuda": 2**30}
 _NOISE_ROWS = 2**16
@@ -170,14 +172,17 @@ class AmortizedPosterior:
             memory: bytes that the network may work in; None chooses by device.
 
         Raises:
-            ValueError: the run is unfinished, of another stage, edited or damaged, or its simulator is not trusted.
+            ValueError: the run is unfinished, of another stage, edited or damaged, or its simulator is not trusted; or
+                it was trained on a simulator whose code has changed since.
         """
         finished = run if isinstance(run, FinishedRun) else load_run(Path(run), stage="train_flow")
         config = finished.config
+        require_unedited(finished, TRAINED_SECTIONS, trust=trust)
         parts = {
             name: instantiate(config[name], trust=trust, where=name)
             for name in ("simulator", "prior", "summary", "flow")
         }
+        require_same_sources(finished, TRAINED_SECTIONS, trust=trust)
         simulator: Simulator = parts["simulator"]
         shape = load_shape(finished.path / "network.json")
         network = build_network(shape, parts["summary"], parts["flow"], dimension=len(simulator.parameters))

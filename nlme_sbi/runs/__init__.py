@@ -11,12 +11,15 @@ from nlme_sbi.runs.files import (
     write_atomically,
 )
 from nlme_sbi.runs.finished import FinishedRun, find_run, load_run
+from nlme_sbi.runs.sources import ChangedSources, Sources, require_same_sources, require_unedited, sources_of
 from nlme_sbi.runs.stored_designs import StoredDesign, load_design, save_design, sha256_of_design
 from nlme_sbi.runs.stored_observations import load_observations, save_observations
 
 __all__ = [
+    "ChangedSources",
     "FinishedRun",
     "RunDirectory",
+    "Sources",
     "StoredDesign",
     "find_run",
     "load_array",
@@ -25,6 +28,8 @@ __all__ = [
     "load_observations",
     "load_run",
     "open_run",
+    "require_same_sources",
+    "require_unedited",
     "save_array",
     "save_design",
     "save_json",
@@ -32,5 +37,6 @@ __all__ = [
     "sha256_of_design",
     "sha256_of_file",
     "sha256_of_plain",
+    "sources_of",
     "write_atomically",
 ]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nlme_sbi.runs.directory import CONFIG, MANIFEST, SCHEMA_VERSION, sealed
 from nlme_sbi.runs.files import load_json, sha256_of_file, sha256_of_plain
+from nlme_sbi.runs.remedies import script_command
+from nlme_sbi.runs.sources import edited_modules
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +101,8 @@ def _check_output(path: Path, output: dict[str, Any], *, verify: bool) -> None:
 def find_run(reference: str | Path, *, stage: str, experiment: str, root: Path, verify: bool = True) -> FinishedRun:
     """The run that a config names: a path, or ``latest``, the newest finished run of the experiment.
 
+    Where there is a run that was made with the code as it is now, ``latest`` is the newest of these.
+
     Raises:
         ValueError: where there is none, with the command that makes one; or where the run is refused by
             :func:`load_run`.
@@ -107,23 +111,37 @@ def find_run(reference: str | Path, *, stage: str, experiment: str, root: Path, 
         below_root = root / stage / str(reference)
         path = below_root if not Path(reference).exists() and below_root.exists() else Path(reference)
         return load_run(path, stage=stage, verify=verify)
-    times: dict[Path, str] = {}
+    manifests: dict[Path, dict[str, Any]] = {}
     unfinished: list[Path] = []
     for path in _attempts(root / stage, experiment):
         if not (path / MANIFEST).exists():
             unfinished.append(path)
             continue
         try:
-            times[path] = str(load_json(path / MANIFEST)["created"])
+            manifest = load_json(path / MANIFEST)
+            manifests[path] = {**manifest, "created": str(manifest["created"])}
         except (ValueError, KeyError, TypeError):
             _log.warning("%s is left out of the search for the latest run: its manifest is damaged.", path)
-    if not times:
+    if not manifests:
         rest = "".join(f" {path} is unfinished: run its command again to resume it." for path in unfinished[:3])
         raise ValueError(
-            f"There is no finished run of {stage} for the experiment {experiment} under {root / stage}; make one with "
-            f"python scripts/{stage}.py experiment={experiment}, or give the path of a run.{rest}"
+            f"There is no finished run of {stage} for the experiment {experiment} under {root / stage}.{rest} Give the "
+            f"path of a run, or make one with {script_command(stage, experiment=experiment, root=root)}"
         )
-    return load_run(max(times, key=lambda path: times[path]), stage=stage, verify=verify)
+    return load_run(_newest(manifests), stage=stage, verify=verify)
+
+
+def _newest(manifests: Mapping[Path, Mapping[str, Any]]) -> Path:
+    """The newest of some runs, before it those whose code is as it is now."""
+    newest_first = sorted(manifests, key=lambda path: manifests[path]["created"], reverse=True)
+    chosen = next((path for path in newest_first if not edited_modules(manifests[path])), newest_first[0])
+    if chosen != newest_first[0]:
+        _log.warning(
+            "%s is newer than %s, but was made with code that has changed since; it is left out.",
+            newest_first[0],
+            chosen,
+        )
+    return chosen
 
 
 def _attempts(directory: Path, experiment: str) -> Iterator[Path]:

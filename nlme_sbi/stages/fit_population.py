@@ -32,6 +32,7 @@ from nlme_sbi.runs import (
     open_run,
     save_json,
     sha256_of_design,
+    sources_of,
     write_atomically,
 )
 from nlme_sbi.stages.fit_figures import save_figures
@@ -43,6 +44,7 @@ from nlme_sbi.stages.trained import (
     find_posteriors,
     load_posterior,
     posterior_hashes,
+    posterior_sources,
     untrained_posterior,
 )
 from nlme_sbi.training_pairs import seeded
@@ -129,6 +131,12 @@ def fit_population(cfg: DictConfig) -> float:
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
         input_paths=dict(zip(posterior_hashes(upstream), [found.path for found in upstream], strict=True)),
+        sources={
+            **posterior_sources(upstream, trust),
+            **sources_of(
+                plain, ("population", "estimator", *(() if upstream else ("simulator", "prior"))), trust=trust
+            ),
+        },
     )
     with run:
         if run.finished:

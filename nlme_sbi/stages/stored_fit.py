@@ -21,24 +21,31 @@ from nlme_sbi.population.over_theta import LogLikelihood
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import PopulationModel, PopulationSpecification, VariabilitySpecification
 from nlme_sbi.runs import (
+    ChangedSources,
     FinishedRun,
     RunDirectory,
+    Sources,
     find_run,
     load_array,
     load_json,
     load_observations,
     load_run,
+    require_same_sources,
+    require_unedited,
     save_array,
     save_observations,
+    sources_of,
     write_atomically,
 )
+from nlme_sbi.runs.remedies import earlier_commands
 from nlme_sbi.stages.parts import part
-from nlme_sbi.stages.trained import AnyPosterior, load_posterior, untrained_posterior
+from nlme_sbi.stages.trained import AnyPosterior, load_posterior, posterior_sources, untrained_posterior
 from nlme_sbi.types import Observations, TractableSimulator
 
 log = logging.getLogger(__name__)
 
 DRAWS, OBSERVATIONS = "individual_draws.npy", "observations"
+_OWN_SECTIONS = ("population", "estimator", "simulator", "prior")  # the last two where nothing was trained
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ class StoredFit:
         theta: ``(P,)`` estimates.
         covariance: ``(P, P)`` of the estimates; NaN where the fit had none.
         draws: ``(I, S, D)`` of ``p(phi | y_i, theta_hat)``, or None where the fit kept none.
+        sources: of the code of others behind it, as it was and is.
     """
 
     run: FinishedRun
@@ -108,6 +116,7 @@ class StoredFit:
     theta: Float[Tensor, " P"]
     covariance: Float[Tensor, "P P"]
     draws: Float[Tensor, "I S D"] | None
+    sources: Sources
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +164,7 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
 
     Raises:
         ValueError: the run is unfinished, edited, of another stage, or of a version that stored less; or its posterior
-            is no longer there or was changed.
+            is no longer there or was changed; or code of others, the simulator's or the fit's, has changed since.
     """
     finished = run if isinstance(run, FinishedRun) else load_run(Path(run), stage="fit_population")
     if not (finished.path / OBSERVATIONS).is_dir():
@@ -164,12 +173,17 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
             "Run its command again with this nlme_sbi."
         )
     upstream = posterior_runs(finished)
-    posterior: AnyPosterior = (
-        load_posterior(upstream, device, trust)
-        if upstream
-        else untrained_posterior(finished.config, choose_device(device), trust)
-    )
+    try:
+        posterior: AnyPosterior = (
+            load_posterior(upstream, device, trust)
+            if upstream
+            else untrained_posterior(finished.config, choose_device(device), trust)
+        )
+    except ChangedSources as problem:
+        raise problem.and_then(earlier_commands(finished.manifest, finished.path)[-1]) from None
+    require_unedited(finished, _OWN_SECTIONS, trust=trust)
     specification = fitted_specification(finished, trust)
+    require_same_sources(finished, _OWN_SECTIONS, trust=trust)
     observations = load_observations(finished.path / OBSERVATIONS)
     population: PopulationModel = specification.bind(posterior.parameters, observations)
     theta, covariance = _estimates(finished, population)
@@ -185,6 +199,7 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
         theta=theta.to(where),
         covariance=covariance.to(where),
         draws=draws,
+        sources={**posterior_sources(upstream, trust), **sources_of(finished.config, _OWN_SECTIONS, trust=trust)},
     )
 
 

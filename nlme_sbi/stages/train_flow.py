@@ -30,8 +30,11 @@ from nlme_sbi.runs import (
     load_design,
     load_run,
     open_run,
+    require_same_sources,
+    require_unedited,
     save_design,
     sha256_of_design,
+    sources_of,
     write_atomically,
 )
 from nlme_sbi.stages.parts import generative_parts, part
@@ -101,6 +104,7 @@ def _train_in_team(plain: Mapping[str, Any], team: Team) -> float:
         inputs=_inputs(upstream, parts.pool),
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
+        sources=sources_of(config, (*GENERATIVE, "summary", "flow"), trust=trust),
     )
     with run:
         team.from_first(None if run.finished else str(run.checkpoint_directory))
@@ -197,7 +201,9 @@ def _parts(
         pool = getattr(designs, "pool", None)
         source = OnlinePairs(prior, designs, simulator, batch_size, seed, team.device, max_failed=settings.max_failed)
         return _Parts(SharedPairs(source, team), simulator, prior, pool, summary, flow)
+    require_unedited(upstream, GENERATIVE, trust=trust)
     prior, simulator = (instantiate(config[name], trust=trust, where=name) for name in ("prior", "simulator"))
+    require_same_sources(upstream, GENERATIVE, trust=trust)
     stored = StoredPairs(
         StoredSimulations.open(upstream.path),
         batch_size=batch_size,
