@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from nlme_sbi.plots.canvas import BLUE, GREY, TEXT_SIZE, canvas
+from nlme_sbi.plots.canvas import BLUE, GREY, TEXT_SIZE, canvas, data_text
 
 _INDIVIDUALS = 20
 _PREFIX = "shift."
@@ -26,7 +26,7 @@ def plot_influence(influence: pd.DataFrame) -> Figure:
     heights = np.arange(len(some))
     left.hlines(heights, 0, some["cook"], color=GREY, linewidth=1.0)
     left.plot(some["cook"], heights, "o", color=BLUE, markersize=4)
-    left.set_yticks(heights, [str(name) for name in some["id"]])
+    left.set_yticks(heights, [data_text(str(name)) for name in some["id"]])
     left.set_xlabel("influence (Cook's distance)", fontsize=TEXT_SIZE)
     left.set_xlim(left=0)
     left.invert_yaxis()

@@ -20,6 +20,7 @@ from nlme_sbi.population.roles import FitProgress, Report
 from nlme_sbi.population.uncertainty import sandwich
 
 METHODS = ("information", "sandwich", "profile", "bootstrap")
+_BETWEEN_INDIVIDUALS = ("sandwich", "bootstrap")  # judge by how individuals differ
 logger = logging.getLogger(__name__)
 
 
@@ -129,22 +130,26 @@ def assessed(
 ) -> PopulationFit:
     """The fit with its :attr:`PopulationFit.intervals` by every method that was asked for.
 
-    Where the fit has no standard errors there are no intervals either, which a warning tells.
+    Where the fit has no standard errors there are no intervals either, which a warning tells. With no more individuals
+    than unknowns, sandwich and bootstrap are left out, which another one tells: scores of so few add up to a singular
+    matrix, so that some interval would have the width 0.
     """
     if not bool(torch.isfinite(fit.covariance).all()):
         return fit
+    few = len(fit.ids) <= fit.estimated
+    methods = [method for method in settings.methods if not (few and method in _BETWEEN_INDIVIDUALS)]
     found: list[Interval] = []
-    if "information" in settings.methods:
+    if "information" in methods:
         found += wald_intervals(fit, level=settings.level)
-    if "sandwich" in settings.methods:
+    if "sandwich" in methods:
         found += wald_intervals(fit, sandwich_covariance(fit), method="sandwich", level=settings.level)
-    warnings: list[str] = []
+    warnings: list[str] = _left_out(fit, [method for method in settings.methods if method not in methods])
     profiles: tuple[Profile, ...] = ()
-    if "profile" in settings.methods:
+    if "profile" in methods:
         profiles = _profiles(fit, settings, generator, progress)
         found += profile_rows(fit, profiles)
         warnings += _climbed(profiles)
-    if "bootstrap" in settings.methods:
+    if "bootstrap" in methods:
         replicates = bootstrap(
             fit, generator=generator, replicates=settings.replicates, weights=settings.weights, progress=progress
         )
@@ -154,6 +159,15 @@ def assessed(
     for warning in warnings:
         logger.warning(warning)
     return replace(fit, intervals=tuple(found), profiles=_curves(profiles), warnings=(*fit.warnings, *warnings))
+
+
+def _left_out(fit: PopulationFit, methods: Sequence[str]) -> list[str]:
+    if not methods:
+        return []
+    return [
+        f"No {' and no '.join(methods)} errors: they need more individuals than unknowns, and there are {len(fit.ids)} "
+        f"individuals for {fit.estimated} unknowns. The errors from the information rest on the model alone."
+    ]
 
 
 def _curves(profiles: Sequence[Profile]) -> tuple[ProfileCurve, ...]:

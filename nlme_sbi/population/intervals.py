@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from nlme_sbi.parameters import ParameterSpace
+from nlme_sbi.population.labels import unknown_label
 from nlme_sbi.population.roles import PopulationModel
 
 
@@ -25,8 +26,10 @@ class Interval:
         se: standard error there; None for profiles, which have none.
         lower: limit there; minus infinity where a profile has none.
         upper: the other one.
-        quantity: what ``natural`` is: the typical value in its unit, the SD between individuals, or the unknown itself.
-        natural: the estimate on the natural scale (parameter's unit; SD).
+        quantity: what ``natural`` is, as printed: ``ka`` (the typical value in its unit), ``omega(ka)`` (the SD between
+            individuals), ``corr(ka, V)``, ``WT on CL``; see :func:`nlme_sbi.population.labels.unknown_label`.
+        natural: the estimate on the natural scale (parameter's unit; SD; correlation).
+        natural_se: its standard error by the delta method; None where ``se`` is.
         natural_lower: limit there; 0 for an SD without a lower limit.
         natural_upper: the other one.
         monte_carlo_se: standard error of the limits on the scale of theta that comes from finitely many draws and
@@ -42,6 +45,7 @@ class Interval:
     upper: float
     quantity: str
     natural: float
+    natural_se: float | None
     natural_lower: float
     natural_upper: float
     monte_carlo_se: float | None
@@ -70,7 +74,7 @@ def made_interval(
     monte_carlo_se: float | None,
 ) -> Interval:
     """An interval with its natural values, from estimate, lower and upper limit on the scale of theta."""
-    quantity, natural = _naturally(population, unknown, limits)
+    natural, slope = _naturally(population, unknown, limits)
     estimate, lower, upper = limits
     return Interval(
         unknown=unknown,
@@ -80,8 +84,9 @@ def made_interval(
         se=se,
         lower=lower,
         upper=upper,
-        quantity=quantity,
+        quantity=unknown_label(population, unknown),
         natural=natural[0],
+        natural_se=None if se is None else slope * se,
         natural_lower=natural[1],
         natural_upper=natural[2],
         monte_carlo_se=monte_carlo_se,
@@ -90,8 +95,8 @@ def made_interval(
 
 def _naturally(
     population: PopulationModel, unknown: str, values: tuple[float, float, float]
-) -> tuple[str, tuple[float, float, float]]:
-    """What an unknown stands for in words that people use, and the values as such."""
+) -> tuple[tuple[float, float, float], float]:
+    """Estimate and limits on the natural scale, and the size of its slope at the estimate."""
     kind, _, name = unknown.partition(".")
     table, names = population.unknowns, population.parameters.names
     transform = table.transforms[table.names.index(unknown)]
@@ -99,13 +104,15 @@ def _naturally(
         space = ParameterSpace((population.parameters[name],))
         column = torch.tensor(values, dtype=torch.float64)[:, None]
         lower, middle, upper = sorted(space.to_natural(column)[:, 0].tolist())
-        return f"typical {name}", (middle, lower, upper)
+        slope = torch.exp(space.log_abs_det_jacobian(column[0]))
+        return (middle, lower, upper), float(slope)
     if transform == "log":
-        label = f"SD of {name}" if kind == "log_sd" else f"exp({unknown})"
-        return label, (_exp(values[0]), _exp(values[1]), _exp(values[2]))
+        natural = (_exp(values[0]), _exp(values[1]), _exp(values[2]))
+        return natural, natural[0]
     if transform == "partial_correlation":
-        return unknown, (math.tanh(values[0]), math.tanh(values[1]), math.tanh(values[2]))
-    return unknown, values
+        estimate = math.tanh(values[0])
+        return (estimate, math.tanh(values[1]), math.tanh(values[2])), 1 - estimate * estimate
+    return values, 1.0
 
 
 def _exp(value: float) -> float:
@@ -118,7 +125,8 @@ def intervals_frame(intervals: Sequence[Interval]) -> pd.DataFrame:
 
 
 def interval_lines(intervals: Sequence[Interval]) -> tuple[str, ...]:
-    """Aligned lines: a row for each unknown, two columns for each method beyond the information, which the table has.
+    """Aligned lines: a row for each unknown, two columns for each method beyond the information, which the table has;
+    all numbers on the natural scale.
 
     Nothing where there is no other method.
     """
@@ -127,14 +135,14 @@ def interval_lines(intervals: Sequence[Interval]) -> tuple[str, ...]:
     if not others:
         return ()
     found = {(interval.quantity, interval.method): interval for interval in intervals}
-    header = ["interval by", *(word for method in others for word in _headings(method, intervals))]
+    header = ["other intervals", *(word for method in others for word in _headings(method, intervals))]
     rows = [header]
     for quantity in dict.fromkeys(interval.quantity for interval in intervals):
         cells = [quantity]
         for method in others:
             interval = found.get((quantity, method))
             if method != "profile":
-                cells.append("-" if interval is None or interval.se is None else f"{interval.se:.3g}")
+                cells.append("-" if interval is None or interval.natural_se is None else f"{interval.natural_se:.3g}")
             cells.append("-" if interval is None else f"[{interval.natural_lower:.4g}, {interval.natural_upper:.4g}]")
         rows.append(cells)
     widths = [max(len(row[place]) for row in rows) for place in range(len(header))]
