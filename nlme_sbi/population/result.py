@@ -21,6 +21,7 @@ from nlme_sbi.population.individuals import (
     resampled_draws,
 )
 from nlme_sbi.population.intervals import Interval, ProfileCurve, interval_lines
+from nlme_sbi.population.labels import unknown_label
 from nlme_sbi.population.roles import PopulationModel, Redraw, WeightedDraws
 from nlme_sbi.population.table import PopulationTable, number, population_table
 from nlme_sbi.population.uncertainty import MonteCarloError
@@ -228,6 +229,7 @@ class PopulationFit:
             "unknowns": [
                 {
                     "name": name,
+                    "label": unknown_label(self.population, name),
                     "estimate": float(self.theta[place]),
                     "se": number(se[place]),
                     "fixed": bool(self.population.unknowns.fixed[place]),

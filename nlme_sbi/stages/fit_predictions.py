@@ -119,7 +119,7 @@ def _errors(
     if settings.simulations == 0:
         return None
     count = len(observations)
-    rows = torch.linspace(0, count - 1, min(count, settings.individuals)).round().long().unique().tolist()
+    rows = torch.linspace(0, count - 1, min(count, settings.individuals)).round().long().tolist()
     some = observations if len(rows) == count else observations[rows]
     try:
         phi = new_individuals(fit.population, fit.theta.expand(settings.simulations, -1), some.design, generator)

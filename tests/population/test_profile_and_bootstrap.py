@@ -89,7 +89,7 @@ def test_an_sd_that_may_be_zero_has_no_lower_limit() -> None:
     assert math.isfinite(profile.limits[1])
     found = assessed(fit, Assessment(methods=("information", "profile")), generator=seeded())
     row = next(row for row in found.intervals if (row.unknown, row.method) == ("log_sd.uptake", "profile"))
-    assert (row.natural_lower, row.quantity) == (0.0, "SD of uptake")
+    assert (row.natural_lower, row.quantity) == (0.0, "omega(uptake)")
     assert "profile [95% CI]" in found.table().text()
     assert (
         next(
