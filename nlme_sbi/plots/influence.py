@@ -33,7 +33,9 @@ def plot_influence(influence: pd.DataFrame) -> Figure:
     size = float(np.nanmax(np.abs(shifts))) or 1.0
     shown = right.imshow(shifts, cmap="PuOr", vmin=-size, vmax=size, aspect="auto")
     right.set_yticks([])
-    right.set_xticks(range(len(columns)), [name[len(_PREFIX) :] for name in columns], rotation=60, ha="right")
+    right.set_xticks(
+        range(len(columns)), [data_text(name[len(_PREFIX) :]) for name in columns], rotation=60, ha="right"
+    )
     bar = figure.colorbar(shown, ax=right)
     bar.set_label("shift when left out (SE)", fontsize=TEXT_SIZE)
     bar.ax.tick_params(labelsize=TEXT_SIZE - 1)

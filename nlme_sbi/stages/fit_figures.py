@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from nlme_sbi.diagnostics.predictive import dense_design, predictive_bands
 from nlme_sbi.networks.ensembles import PosteriorEnsemble
 from nlme_sbi.networks.posterior import AmortizedPosterior
-from nlme_sbi.plots.canvas import data_text, parameter_labels
+from nlme_sbi.plots.canvas import parameter_labels
 from nlme_sbi.plots.individual_fits import plot_individual_fits
 from nlme_sbi.plots.pairs import plot_pairs
 from nlme_sbi.plots.population import plot_population
@@ -62,7 +62,7 @@ def save_figures(
 
     def pairs(row: int) -> Figure:
         before = posterior.sample(observations[[row]], 4 * _DRAWS, generator).phi[0].double()
-        name = data_text(fit.ids[row])
+        name = fit.ids[row]
         # The name comes last, because Matplotlib's legends leave out what begins with "_".
         labels = [f"training prior: {name}", f"given the population: {name}"]
         return plot_pairs([before, drawn[row]], names, labels=labels)
