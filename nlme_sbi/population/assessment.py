@@ -13,7 +13,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from nlme_sbi.population.bootstrap import Bootstrap, Weights, bootstrap
-from nlme_sbi.population.intervals import Interval, ProfileCurve, made_interval
+from nlme_sbi.population.intervals import Interval, ProfileCurve, made_interval, natural_values
 from nlme_sbi.population.profile import Profile, profile_interval
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import FitProgress, Report
@@ -120,8 +120,9 @@ def bootstrap_rows(fit: PopulationFit, found: Bootstrap, *, level: float = 0.95)
             level=level,
             se=float(errors[place]),
             noise=float(noise[place]),
+            natural_se=float(natural_values(fit.population, fit.population.unknowns.names[place], replicates).std()),
         )
-        for place in fit.population.unknowns.free.tolist()
+        for place, replicates in ((place, found.theta[:, place]) for place in fit.population.unknowns.free.tolist())
     )
 
 
@@ -209,6 +210,7 @@ def _made(
     level: float,
     se: float | None,
     noise: float,
+    natural_se: float | None = None,
 ) -> Interval:
     """A row whose Monte-Carlo error joins that of the estimate, which moves both limits, and the method's own."""
     own = float(fit.monte_carlo.se[place])
@@ -219,5 +221,6 @@ def _made(
         method=method,
         level=level,
         se=se,
+        natural_se=natural_se,
         monte_carlo_se=math.hypot(own, noise) if math.isfinite(own) else None,
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.labels import unknown_label
@@ -29,7 +30,7 @@ class Interval:
         quantity: what ``natural`` is, as printed: ``ka`` (the typical value in its unit), ``omega(ka)`` (the SD between
             individuals), ``corr(ka, V)``, ``WT on CL``; see :func:`nlme_sbi.population.labels.unknown_label`.
         natural: the estimate on the natural scale (parameter's unit; SD; correlation).
-        natural_se: its standard error by the delta method; None where ``se`` is.
+        natural_se: its standard error, by the delta method or, of the bootstrap, the replicates' SD; None for profiles.
         natural_lower: limit there; 0 for an SD without a lower limit.
         natural_upper: the other one.
         monte_carlo_se: standard error of the limits on the scale of theta that comes from finitely many draws and
@@ -72,10 +73,18 @@ def made_interval(
     level: float,
     se: float | None,
     monte_carlo_se: float | None,
+    natural_se: float | None = None,
 ) -> Interval:
-    """An interval with its natural values, from estimate, lower and upper limit on the scale of theta."""
-    natural, slope = _naturally(population, unknown, limits)
+    """An interval with its natural values, from estimate, lower and upper limit on the scale of theta.
+
+    ``natural_se`` comes by the delta method from ``se`` where it is not given.
+    """
     estimate, lower, upper = limits
+    places = torch.tensor(limits, dtype=torch.float64)
+    natural = natural_values(population, unknown, places).tolist()
+    if se is not None and natural_se is None:
+        slope = torch.func.jacfwd(lambda at: natural_values(population, unknown, at))(places[:1])
+        natural_se = abs(float(slope)) * se
     return Interval(
         unknown=unknown,
         method=method,
@@ -86,37 +95,23 @@ def made_interval(
         upper=upper,
         quantity=unknown_label(population, unknown),
         natural=natural[0],
-        natural_se=None if se is None else slope * se,
+        natural_se=natural_se,
         natural_lower=natural[1],
         natural_upper=natural[2],
         monte_carlo_se=monte_carlo_se,
     )
 
 
-def _naturally(
-    population: PopulationModel, unknown: str, values: tuple[float, float, float]
-) -> tuple[tuple[float, float, float], float]:
-    """Estimate and limits on the natural scale, and the size of its slope at the estimate."""
+def natural_values(population: PopulationModel, unknown: str, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Values of an unknown on its natural scale: the parameter's unit, an SD, a correlation, a coefficient as it is."""
     kind, _, name = unknown.partition(".")
     table, names = population.unknowns, population.parameters.names
     transform = table.transforms[table.names.index(unknown)]
     if kind == "mean" and name in names:
-        space = ParameterSpace((population.parameters[name],))
-        column = torch.tensor(values, dtype=torch.float64)[:, None]
-        lower, middle, upper = sorted(space.to_natural(column)[:, 0].tolist())
-        slope = torch.exp(space.log_abs_det_jacobian(column[0]))
-        return (middle, lower, upper), float(slope)
+        return ParameterSpace((population.parameters[name],)).to_natural(values[:, None])[:, 0]
     if transform == "log":
-        natural = (_exp(values[0]), _exp(values[1]), _exp(values[2]))
-        return natural, natural[0]
-    if transform == "partial_correlation":
-        estimate = math.tanh(values[0])
-        return (estimate, math.tanh(values[1]), math.tanh(values[2])), 1 - estimate * estimate
-    return values, 1.0
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+        return values.exp()
+    return torch.tanh(values) if transform == "partial_correlation" else values
 
 
 def intervals_frame(intervals: Sequence[Interval]) -> pd.DataFrame:

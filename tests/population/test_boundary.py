@@ -131,7 +131,7 @@ def test_a_variance_whose_maximum_is_at_zero_is_reported_as_zero() -> None:
         row = fit.table().rows[1]
         assert (row.omega, row.omega_status) == (0.0, "boundary")
         assert (
-            "decay is the same for all (its SD ran to 0, the boundary); score test of variability: z = -"
+            "decay does not vary (its SD ran to 0, the boundary); score test of variability: z = -"
             in fit.table().text()
         )
         assert fit.converged

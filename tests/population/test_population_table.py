@@ -270,6 +270,6 @@ def test_intervals_have_errors_on_the_scale_of_their_rows(method: str) -> None:
         assert line.startswith(row.quantity)
         assert f"  {row.natural_se:.3g}  " in line
     profile = made_interval(
-        model, "mean.share", (0.4, 0.0, 0.8), method="profile", level=0.95, se=None, monte_carlo_se=0
+        model, "mean.share", (0.4, 0.0, 0.8), method="profile", level=0.95, se=None, monte_carlo_se=0.0
     )
     assert profile.natural_se is None
