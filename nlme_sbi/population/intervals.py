@@ -27,7 +27,7 @@ class Interval:
         se: standard error there; None for profiles, which have none.
         lower: limit there; minus infinity where a profile has none.
         upper: the other one.
-        quantity: what ``natural`` is, as printed: ``ka`` (the typical value in its unit), ``omega(ka)`` (the SD between
+        quantity: what ``natural`` is, as printed: ``typical ka`` (in its unit), ``omega(ka)`` (the SD between
             individuals), ``corr(ka, V)``, ``WT on CL``; see :func:`nlme_sbi.population.labels.unknown_label`.
         natural: the estimate on the natural scale (parameter's unit; SD; correlation).
         natural_se: its standard error, by the delta method or, of the bootstrap, the replicates' SD; None for profiles.
@@ -93,13 +93,18 @@ def made_interval(
         se=se,
         lower=lower,
         upper=upper,
-        quantity=unknown_label(population, unknown),
+        quantity=_quantity(population, unknown),
         natural=natural[0],
         natural_se=natural_se,
         natural_lower=natural[1],
         natural_upper=natural[2],
         monte_carlo_se=monte_carlo_se,
     )
+
+
+def _quantity(population: PopulationModel, unknown: str) -> str:
+    label = unknown_label(population, unknown)
+    return f"typical {label}" if label in population.parameters.names else label
 
 
 def natural_values(population: PopulationModel, unknown: str, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -250,8 +250,8 @@ def test_correlations_of_the_estimates_and_their_condition_number() -> None:
 def test_intervals_have_errors_on_the_scale_of_their_rows(method: str) -> None:
     model, theta, _, _ = example()
     expected = {
-        "mean.clearance": ("clearance", math.exp),
-        "mean.share": ("share", lambda x: 1 / (1 + math.exp(-x))),
+        "mean.clearance": ("typical clearance", math.exp),
+        "mean.share": ("typical share", lambda x: 1 / (1 + math.exp(-x))),
         "log_sd.shift": ("omega(shift)", math.exp),
         "partial_correlation.clearance.share": ("corr(clearance, share)", math.tanh),
     }
