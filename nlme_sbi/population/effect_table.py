@@ -99,7 +99,9 @@ def effect_cells(row: EffectRow) -> tuple[str, ...]:
     given = row.status == "fixed"
     ratio = "-"
     if row.ratio is not None:
-        ratio = f"{row.ratio:.4g}" + ("" if given else f" {_interval(row.ratio_lower, row.ratio_upper)}")
+        ratio = f"{row.ratio:.4g}" + (
+            "" if given or row.ratio_lower is None else f" {_interval(row.ratio_lower, row.ratio_upper)}"
+        )
     return (
         effect_label(row.parameter, row.on, row.covariate, row.level),
         row.form + against,

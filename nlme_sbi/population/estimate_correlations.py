@@ -47,14 +47,15 @@ class EstimateCorrelations:
         frame.insert(0, "estimate", list(self.labels))
         return frame
 
-    def sentence(self) -> str:
-        """For below the table."""
-        said = f"Correlation matrix of the estimates: condition number {self.condition_number:.3g}"
-        pair = self.strongest()
-        if pair is not None:
-            said += f", strongest correlation {pair[2]:.2f} ({pair[0]} with {pair[1]})"
+    def sentences(self) -> tuple[str, ...]:
+        """For below the table, a line each."""
+        said = f"Condition number of the correlation matrix of the estimates: {self.condition_number:.3g}"
         ill = self.condition_number > ILL_CONDITIONED
-        return said + (f". Above {ILL_CONDITIONED:g} the data tell some estimates only in combination." if ill else ".")
+        said += f". Above {ILL_CONDITIONED:g} the data tell some estimates only in combination." if ill else "."
+        pair = self.strongest()
+        if pair is None:
+            return (said,)
+        return said, f"Strongest correlation of two estimates: {pair[2]:.2f} ({pair[0]} with {pair[1]})."
 
 
 def estimate_correlations(population: PopulationModel, covariance: Float[Tensor, "P P"]) -> EstimateCorrelations | None:

@@ -28,9 +28,10 @@ _SPREAD = (
     "[95% CI]",
     "variance",
     "CV%",
-    "shrinkage SD%",
-    "shrinkage var%",
+    "shrink SD%",
+    "shrink var%",
 )
+_WIDTH = 120  # characters of a line, of a terminal and of a page
 _CORRELATION = ("correlation", "estimate", "SE", "[95% CI]")
 
 
@@ -124,12 +125,15 @@ class PopulationTable:
         """Aligned columns for a terminal: typical values, variability, covariate effects, correlations, sentences."""
         lines = [*self.heading, ""] if self.heading else []
         lines += _aligned([_TYPICAL, *(_typical_cells(row) for row in self.rows)])
-        lines += ["", *_aligned([_SPREAD, *(_spread_cells(row) for row in self.rows)])]
+        # What is left out of a wide table follows from the rest, or is in the files.
+        spread = [_SPREAD, *(_spread_cells(row) for row in self.rows)]
+        lines += ["", *_aligned(spread, spare=("variance", "SE", "[95% CI]"))]
         if self.effects:
-            lines += ["", *_aligned([EFFECT_HEADINGS, *(effect_cells(row) for row in self.effects)])]
+            effects = [EFFECT_HEADINGS, *(effect_cells(row) for row in self.effects)]
+            lines += ["", *_aligned(effects, spare=("%RSE", "[95% CI]", "form"))]
         if self.correlations:
             lines += ["", *_aligned([_CORRELATION, *(_correlation_cells(row) for row in self.correlations)])]
-        below = [*self._shrinkage(), *(() if self.estimates is None else (self.estimates.sentence(),))]
+        below = [*self._shrinkage(), *(() if self.estimates is None else self.estimates.sentences())]
         lines += ["", *below] if below else []
         lines += ["", *self.notes] if self.notes else []
         return "\n".join(lines)
@@ -302,8 +306,8 @@ def _percent(value: float | None) -> str:
     return f"{round(value, 1) + 0.0:.1f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
-def _interval(lower: float | None, upper: float | None) -> str:
-    return "-" if lower is None or upper is None else f"[{lower:.4g}, {upper:.4g}]"
+def _interval(lower: float | None, upper: float | None, digits: int = 4) -> str:
+    return "-" if lower is None or upper is None else f"[{lower:.{digits}g}, {upper:.{digits}g}]"
 
 
 def _typical_cells(row: TableRow) -> tuple[str, ...]:
@@ -320,7 +324,11 @@ def _spread_cells(row: TableRow) -> tuple[str, ...]:
         how = "0 (boundary)" if row.omega_status == "boundary" else "0 (given)"
         return (name, row.scale or "-", how, *["-"] * 7)
     fixed = row.omega_status == "fixed"
-    errors = (_written(row.omega_se, 3), _percent(row.omega_rse_percent), _interval(row.omega_lower, row.omega_upper))
+    errors = (
+        _written(row.omega_se, 3),
+        _percent(row.omega_rse_percent),
+        _interval(row.omega_lower, row.omega_upper, 3),
+    )
     shrinkage = (None if value is None else 100 * value for value in (row.shrinkage, row.shrinkage_variance))
     return (
         name,
@@ -339,7 +347,11 @@ def _correlation_cells(row: CorrelationRow) -> tuple[str, ...]:
     return (label, _written(row.correlation, 3), _written(row.se, 3), interval)
 
 
-def _aligned(cells: list[tuple[str, ...]]) -> list[str]:
+def _aligned(cells: list[tuple[str, ...]], *, spare: tuple[str, ...] = ()) -> list[str]:
+    """Lines of aligned columns, a rule below the headings; ``spare`` columns go first where a page is too narrow."""
     widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
+    if spare and sum(widths) + 2 * (len(widths) - 1) > _WIDTH:
+        place = cells[0].index(spare[0])
+        return _aligned([row[:place] + row[place + 1 :] for row in cells], spare=spare[1:])
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return [lines[0], "-" * max(len(line) for line in lines), *lines[1:]]

@@ -273,3 +273,18 @@ def test_intervals_have_errors_on_the_scale_of_their_rows(method: str) -> None:
         model, "mean.share", (0.4, 0.0, 0.8), method="profile", level=0.95, se=None, monte_carlo_se=0.0
     )
     assert profile.natural_se is None
+
+
+def test_wide_tables_leave_out_what_the_files_have_and_fit_a_page() -> None:
+    parameters = tuple(Parameter(f"protein_translation_rate_{place}", "molecules/h") for place in "ab")
+    model = GaussianPopulation().bind(ParameterSpace(parameters))
+    theta, covariance = torch.zeros(4, dtype=DOUBLE) + 0.123456, 0.0123 * torch.eye(4, dtype=DOUBLE)
+    table = population_table(model, theta, covariance, torch.randn(5, 2, dtype=DOUBLE))
+    lines = table.text().splitlines()
+    header = next(line for line in lines if line.startswith("variability"))
+    assert "variance" not in header
+    assert "shrink var%" in header
+    assert max(map(len, lines)) <= 120
+    row = next(line for line in lines if line.startswith("omega(protein_translation_rate_a)"))
+    assert row[header.index("%RSE") :].startswith("11.1")
+    assert table.rows[0].omega_variance == pytest.approx(math.exp(2 * 0.123456))

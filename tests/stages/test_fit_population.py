@@ -135,7 +135,7 @@ def test_a_fit_repeats_to_the_byte_and_its_files_agree(
 
     text = (run.path / "table.txt").read_text()
     level = "-2 log L: " + ("" if absolute else "not available with this estimator")
-    for line in (level, "shrinkage SD%", *(() if absolute else ("WARNING",))):
+    for line in (level, "shrink SD%", *(() if absolute else ("WARNING",))):
         assert line in text
     assert [line.split()[0] for line in text.splitlines() if line.split()[:1] and line.split()[0] in names] == list(
         names
