@@ -67,7 +67,7 @@ def individual_estimates(state: WeightedDraws, theta: Float[Tensor, " P"]) -> In
     parameters = state.population.parameters
     space = ParameterSpace(tuple(parameters.parameters[place] for place in state.population.varying))
     effective, shape = torch.zeros_like(mean[:, 0]), torch.zeros_like(mean[:, 0])
-    columns = torch.tensor(state.population.varying, device=theta.device)
+    columns = torch.tensor(state.population.varying, dtype=torch.int64, device=theta.device)
     for block in state.blocks:
         log_weights = block.log_weights(theta)
         weights = torch.softmax(log_weights, 1)
@@ -91,6 +91,21 @@ def _moments(weights: Float[Tensor, "i S"], values: Float[Tensor, "i S V"]) -> t
     values = torch.where(weights[..., None] > 0, values, 0.0)
     centre = torch.einsum("is,isv->iv", weights, values)
     return centre, torch.einsum("is,isv->iv", weights, (values - centre[:, None]).square()).sqrt()
+
+
+@torch.no_grad()
+def posterior_variances(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "I V"]:
+    """Variance of every individual's varying parameters given data and population, over the population's variance: 1
+    where the data say nothing, 0 where they say everything."""
+    found = torch.zeros((state.individuals, len(state.population.varying)), dtype=theta.dtype, device=theta.device)
+    columns = list(state.population.varying)
+    for block in state.blocks:
+        weights, phi = torch.softmax(block.log_weights(theta), 1), block.varying()
+        centre = torch.einsum("is,isv->iv", weights, phi)
+        spread = torch.einsum("is,isv->iv", weights, (phi - centre[:, None]).square())
+        population = covariances_of(state.population, theta, block.design).diagonal(dim1=1, dim2=2)[:, columns]
+        found[block.rows] = spread / population.clamp_min(1e-300)
+    return found
 
 
 @torch.no_grad()
@@ -165,7 +180,7 @@ def resampled_draws(
     """Draws from ``p(phi | y_i, theta)`` by resampling with the weights; constants at the population's value."""
     size = len(state.population.parameters)
     drawn = torch.zeros((state.individuals, count, size), dtype=theta.dtype, device=theta.device)
-    columns = torch.tensor(state.population.varying, device=theta.device)
+    columns = torch.tensor(state.population.varying, dtype=torch.int64, device=theta.device)
     for block in state.blocks:
         drawn[block.rows[:, None, None], torch.arange(count, device=theta.device)[:, None], columns] = _resampled(
             block, theta, count, generator
@@ -183,7 +198,7 @@ def _resampled(block: DrawBlock, theta: Tensor, count: int, generator: torch.Gen
 def _with_constants(state: WeightedDraws, theta: Tensor, values: Tensor) -> Tensor:
     if not state.population.constant:
         return values
-    columns = torch.tensor(state.population.constant, device=theta.device)
+    columns = torch.tensor(state.population.constant, dtype=torch.int64, device=theta.device)
     for block in state.blocks:
         constants = state.population.constants(theta, block.design)
         rows = block.rows

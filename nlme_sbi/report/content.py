@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from nlme_sbi.diagnostics.findings import Finding, Light, worst
-
-log = logging.getLogger(__name__)
+from nlme_sbi.diagnostics.findings import Finding, Light, refused, worst
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,9 +169,7 @@ def attempted_section(anchor: str, title: str, make: Callable[[], Section]) -> S
     try:
         return make()
     except ValueError as problem:
-        log.warning("%s: %s", title, problem)
-        finding = Finding(anchor, title, "grey", str(problem), "Grey: this part could not be made.")
-        return Section(anchor, title, findings=(finding,))
+        return Section(anchor, title, findings=(refused(anchor, title, problem, what="this part"),))
 
 
 def attempted_blocks(
@@ -184,8 +179,7 @@ def attempted_blocks(
     try:
         findings, blocks = make()
     except ValueError as problem:
-        log.warning("%s: %s", title, problem)
-        return (Finding(check, title, "grey", str(problem), "Grey: the check could not be made."),), ()
+        return (refused(check, title, problem),), ()
     return tuple(findings), tuple(blocks)
 
 

@@ -10,7 +10,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.devices import choose_device
-from nlme_sbi.population.roles import Estimator, FollowingEstimator, WeightedDraws
+from nlme_sbi.instantiate import instantiate
+from nlme_sbi.population.auto import chosen_estimator
+from nlme_sbi.population.roles import Estimator, FollowingEstimator, NoDraws, WeightedDraws
 from nlme_sbi.population.theta_draws import ThetaDraws
 from nlme_sbi.population.theta_prior import ThetaPriors
 from nlme_sbi.population.theta_sampling import EnsembleSampler
@@ -47,7 +49,8 @@ def sample_theta(cfg: DictConfig) -> float:
     fit = load_fit(upstream, device=str(device), trust=trust)
     prior = priors.bind(fit.population, fit.posterior.prior)
     settings.walkers_for(len(fit.population.unknowns.free))
-    estimator = part(upstream.config["estimator"], Estimator, where="estimator", trust=trust)
+    section = instantiate(upstream.config["estimator"], trust=trust, where="estimator")
+    estimator, _ = chosen_estimator(section, fit.posterior)
     run = open_run(
         stage="sample_theta",
         experiment=str(upstream.manifest["experiment"]),
@@ -85,9 +88,13 @@ def rebuilt_state(fit: StoredFit, estimator: Estimator, generator: torch.Generat
     """Weighted draws as the fit's estimator makes them at its estimate: as many, but other ones."""
     source, observations = fit.posterior, fit.observations.to(fit.device)
     with torch.no_grad():
-        state: WeightedDraws = estimator.prepare(source, observations, fit.population, generator)
+        prepared = estimator.prepare(source, observations, fit.population, generator)
         if isinstance(estimator, FollowingEstimator):
-            state = estimator.follow(source, observations, fit.theta, state, generator)
+            state: WeightedDraws = estimator.follow(source, observations, fit.theta, prepared, generator)
+        elif isinstance(prepared, NoDraws):
+            raise TypeError(f"estimator {estimator.name} neither prepares draws nor makes them for a theta.")
+        else:
+            state = prepared
         wished = int(load_json(fit.run.file("fit.json"))["draws"])
         while state.draws < wished:
             better = estimator.improve(state, fit.theta, observations, generator, times=-(-wished // state.draws))

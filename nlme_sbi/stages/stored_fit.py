@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,9 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.conversion import convert
+from nlme_sbi.devices import choose_device
+from nlme_sbi.population.beginnings import in_double
 from nlme_sbi.population.over_theta import LogLikelihood
 from nlme_sbi.population.result import PopulationFit
-from nlme_sbi.population.roles import PopulationModel, PopulationSpecification
+from nlme_sbi.population.roles import PopulationModel, PopulationSpecification, VariabilitySpecification
 from nlme_sbi.runs import (
     FinishedRun,
     RunDirectory,
@@ -30,7 +32,7 @@ from nlme_sbi.runs import (
     write_atomically,
 )
 from nlme_sbi.stages.parts import part
-from nlme_sbi.stages.trained import TrainedPosterior, load_posterior
+from nlme_sbi.stages.trained import AnyPosterior, load_posterior, untrained_posterior
 from nlme_sbi.types import Observations, TractableSimulator
 
 log = logging.getLogger(__name__)
@@ -88,7 +90,7 @@ class StoredFit:
     """
 
     run: FinishedRun
-    posterior: TrainedPosterior
+    posterior: AnyPosterior
     population: PopulationModel
     observations: Observations
     theta: Float[Tensor, " P"]
@@ -108,9 +110,7 @@ class StoredFit:
 
 class _Likelihood:
     def __init__(self, fit: StoredFit, rows: Sequence[int]) -> None:
-        chosen = fit.observations[rows].to(fit.device)
-        times = chosen.design.times.double()
-        self._observations = replace(chosen, values=chosen.values.double(), design=replace(chosen.design, times=times))
+        self._observations = in_double(fit.observations[rows], fit.device)
         self._posterior = fit.posterior
 
     def __call__(self, phi: Float[Tensor, "i n D"], rows: Tensor) -> Float[Tensor, "i n"]:
@@ -152,8 +152,12 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
             "Run its command again with this nlme_sbi."
         )
     upstream = posterior_runs(finished)
-    posterior = load_posterior(upstream, device, trust)
-    specification = part(finished.config["population"], PopulationSpecification, where="population", trust=trust)
+    posterior: AnyPosterior = (
+        load_posterior(upstream, device, trust)
+        if upstream
+        else untrained_posterior(finished.config, choose_device(device), trust)
+    )
+    specification = fitted_specification(finished, trust)
     observations = load_observations(finished.path / OBSERVATIONS)
     population: PopulationModel = specification.bind(posterior.parameters, observations)
     theta, covariance = _estimates(finished, population)
@@ -170,6 +174,17 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
         covariance=covariance.to(where),
         draws=draws,
     )
+
+
+def fitted_specification(run: FinishedRun, trust: tuple[str, ...]) -> PopulationSpecification:
+    """The population model of a fit, in which parameters whose variance was estimated at 0 are constant."""
+    specification: PopulationSpecification = part(
+        run.config["population"], PopulationSpecification, where="population", trust=trust
+    )
+    for test in load_json(run.file("fit.json")).get("variance_tests", []):
+        if test["estimated"] and isinstance(specification, VariabilitySpecification):
+            specification = specification.without_variability(str(test["parameter"]))
+    return specification
 
 
 def _estimates(run: FinishedRun, population: PopulationModel) -> tuple[Tensor, Tensor]:
