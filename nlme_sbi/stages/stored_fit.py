@@ -16,7 +16,6 @@ from torch import Tensor
 from nlme_sbi.conversion import convert
 from nlme_sbi.devices import choose_device
 from nlme_sbi.population.beginnings import in_double
-from nlme_sbi.population.modes import individual_modes
 from nlme_sbi.population.over_theta import LogLikelihood
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import PopulationModel, PopulationSpecification, VariabilitySpecification
@@ -65,32 +64,21 @@ class IndividualSettings:
 
 
 def save_individuals(
-    run: RunDirectory,
-    fit: PopulationFit,
-    observations: Observations,
-    posterior: AnyPosterior,
-    *,
-    settings: IndividualSettings,
-    generator: torch.Generator,
+    run: RunDirectory, fit: PopulationFit, observations: Observations, *, draws: int, generator: torch.Generator
 ) -> None:
     """Write ``individuals.csv``, ``individual_draws.npy`` (float32) and ``observations/``.
 
     Args:
         run: the fit's.
-        fit: of these observations.
+        fit: of these observations, with its modes where they were searched.
         observations: the data.
-        posterior: that the fit's draws came from.
-        settings: what is wished.
+        draws: of each individual that are kept; none for 0.
         generator: of the resampling, on the device of the fit.
     """
-    frame = fit.individuals_frame()
-    if settings.modes:
-        found = individual_modes(fit, observations, posterior, generator=generator)
-        frame = found.added_to(frame, fit.population.parameters.names)
-    text = frame.to_csv(index=False)
+    text = fit.individuals_frame().to_csv(index=False)
     write_atomically(run.path / "individuals.csv", lambda file: _write(file, text))
-    if settings.draws > 0:
-        save_array(run.path / DRAWS, fit.individual_draws(settings.draws, generator).float())
+    if draws > 0:
+        save_array(run.path / DRAWS, fit.individual_draws(draws, generator).float())
     save_observations(run.path / OBSERVATIONS, observations.to("cpu"))
 
 
