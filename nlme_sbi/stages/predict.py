@@ -159,8 +159,8 @@ def _who(given: Any) -> Literal["all", "none"] | tuple[str, ...]:
     if isinstance(given, list) and given and all(type(one) in (str, int) for one in given):
         return tuple(str(one) for one in given)
     raise ValueError(
-        f"individuals must be all, none, or a list of ids such as {typed('individuals', ['1', '5'])}, in a YAML between "
-        f"quotation marks; got {given!r}."
+        f"individuals must be all, none, or a list of ids such as {typed('individuals', ['1', '5'])}, in a YAML "
+        f"between quotation marks; got {given!r}."
     )
 
 
