@@ -160,10 +160,6 @@ class Exact:
         draws = max(self.draws, min(_ROUGH_MOST, self.max_draws, _ROUGH_ALL // individuals))
         return replace(self, draws=draws, rough=True)
 
-    def with_draws(self, draws: int) -> Exact:
-        """The same with so many draws of each individual, at least those it had and at most ``max_draws``."""
-        return replace(self, draws=min(max(draws, self.draws), self.max_draws))
-
     def improve(
         self,
         state: WeightedDraws,

@@ -224,11 +224,6 @@ class ExactDraws:
         mixed = self.mixed.beside(other.mixed)
         return drawn(self.joint, self.modes, mixed, self.training, generator)
 
-    @property
-    def training_prior(self) -> Prior:
-        """The training prior."""
-        return self.training
-
     def training_draws(self) -> tuple[Tensor, Prior]:
         """Draws of all parameters, constants at their values."""
         joined = _joined(self.blocks)

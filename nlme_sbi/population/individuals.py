@@ -65,7 +65,8 @@ def individual_estimates(state: WeightedDraws, theta: Float[Tensor, " P"]) -> In
     mean = torch.zeros((state.individuals, size), dtype=theta.dtype, device=theta.device)
     sd, natural_mean, natural_sd = (torch.zeros_like(mean) for _ in range(3))
     parameters = state.population.parameters
-    space = ParameterSpace(tuple(parameters.parameters[place] for place in state.population.varying))
+    varying = tuple(parameters.parameters[place] for place in state.population.varying)
+    to_natural = ParameterSpace(varying).to_natural if varying else torch.clone
     effective, shape = torch.zeros_like(mean[:, 0]), torch.zeros_like(mean[:, 0])
     columns = torch.tensor(state.population.varying, dtype=torch.int64, device=theta.device)
     for block in state.blocks:
@@ -74,7 +75,7 @@ def individual_estimates(state: WeightedDraws, theta: Float[Tensor, " P"]) -> In
         phi = block.varying()
         places = (block.rows[:, None], columns)
         mean[places], sd[places] = _moments(weights, phi)
-        natural_mean[places], natural_sd[places] = _moments(weights, space.to_natural(phi))
+        natural_mean[places], natural_sd[places] = _moments(weights, to_natural(phi))
         effective[block.rows] = 1 / weights.square().sum(1)
         shape[block.rows] = pareto_shape(log_weights)
     mean = _with_constants(state, theta, mean)

@@ -131,10 +131,6 @@ class Laplace:
         require_everybody(found[0].rows, observations)
         return assembled(joint, source.prior, found[0])
 
-    def with_draws(self, draws: int) -> Laplace:  # noqa: ARG002
-        """Itself: draws decide nothing."""
-        return self
-
     def roughly(self, individuals: int) -> Laplace:  # noqa: ARG002
         """Itself: draws decide nothing."""
         return self

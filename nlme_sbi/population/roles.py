@@ -234,10 +234,6 @@ class WeightedDraws(Protocol):
     def part(self, individuals: Tensor, draws: slice) -> WeightedDraws:
         """The same with fewer individuals and draws, nothing refitted: cheap, for exploring."""
 
-    @property
-    def training_prior(self) -> Prior:
-        """The training prior."""
-
     def training_draws(self) -> tuple[Tensor, Prior]:
         """Draws of all parameters ``(I, S, D)`` under the training prior, and that prior: where starts come from."""
 
@@ -351,9 +347,6 @@ class FollowingEstimator(Estimator, Protocol):
         generator: torch.Generator,
     ) -> WeightedDraws:
         """Draws made for ``theta`` that owe nothing to ``state`` but its modes: others are searched for, too."""
-
-    def with_draws(self, draws: int) -> FollowingEstimator:
-        """The same estimator that makes so many draws of each individual, within its limits."""
 
     def roughly(self, individuals: int) -> FollowingEstimator:
         """The same estimator with as few draws as comparing starts on so many individuals takes."""

@@ -119,10 +119,6 @@ class Saem:
         """Importance sampling at ``theta``, as the exact estimator does it."""
         return self._sampling.follow(source, observations, theta, previous, generator)
 
-    def with_draws(self, draws: int) -> Saem:
-        """The same with so many draws in the importance sampling at the estimate, at least those it had."""
-        return replace(self, draws=max(draws, self.draws))
-
     def look_again(
         self,
         source: Source,

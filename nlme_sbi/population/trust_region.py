@@ -244,7 +244,7 @@ def gained(before: Point, after: Point) -> float:
     error = math.hypot(before.error, after.error)
     if not math.isfinite(along):
         return apart
-    if error < 0.1 * abs(apart) or error < 0.01:
+    if error < 0.1 * abs(apart):
         return apart
     return apart if abs(apart - along) > _CLEAR * error + 0.5 * abs(along) else along
 
@@ -281,7 +281,9 @@ def _least_units(point: Point) -> Float[Tensor, " active"]:
     """A share of the training prior's SD for values of constants, which many measurements of an individual tell so
     sharply that their own unit is no distance; nothing for the others."""
     population = point.state.population
-    sd = point.state.training_prior.covariance.diagonal().sqrt().to(point.theta)
+    if not population.constant:
+        return torch.zeros_like(point.theta)[point.active]
+    sd = point.state.training_draws()[1].covariance.diagonal().sqrt().to(point.theta)
     least = torch.zeros_like(point.theta)
     for column in population.constant:
         name = f"mean.{population.parameters.names[column]}"

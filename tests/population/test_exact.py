@@ -258,7 +258,7 @@ def test_data_that_the_model_cannot_produce_are_refused_by_name() -> None:
         estimator.follow(samples, data, theta, first, seeded())
 
 
-@pytest.mark.parametrize("settings", [{"draws": 8}, {"draws": 100, "max_draws": 50}, {"exploring": 5}])
+@pytest.mark.parametrize("settings", [{"draws": 8}, {"draws": 100, "max_draws": 50}])
 def test_impossible_settings_are_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match="estimator: needs"):
         Exact(**settings)

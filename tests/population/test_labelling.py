@@ -154,7 +154,7 @@ def fitted(ordering: tuple[str, ...]) -> PopulationFit:
         GaussianPopulation(constant=("sigma",), covariance="full", ordering=ordering),
         generator=seeded(2),
         parameters=simulator.parameters,
-        estimator=Exact(simulator=simulator, exploring=50, draws=200, max_draws=200),
+        estimator=Exact(simulator=simulator, draws=200, max_draws=200),
         starts=4,
         accuracy=1.0,
     )

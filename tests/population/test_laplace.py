@@ -213,5 +213,3 @@ def test_a_simulator_without_likelihood_is_refused_with_the_remedy() -> None:
         Laplace(simulator=Opaque()).prepare(samples, case.observations, model, seeded())
     with pytest.raises(ValueError, match=r"draws do not tell the simulator; pass Laplace\(simulator="):
         Laplace().prepare(samples, case.observations, model, seeded())
-    with pytest.raises(ValueError, match="needs exploring >= 20"):
-        Laplace(exploring=3)
