@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -20,6 +21,7 @@ from nlme_sbi.networks.summaries import DataShape, GridNetwork, PooledNetwork, S
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run
 from nlme_sbi.standardize import ParameterScaling
+from nlme_sbi.targets import STORED_ROLES
 from nlme_sbi.types import Design, DesignSource, Observations, PosteriorSamples, Prior, Simulations, Simulator
 
 # What a network works in: small enough for a CPU's cache, large enough to fill a GPU.
@@ -53,6 +55,13 @@ def load_weights(network: nn.Module, path: Path) -> None:
             "train again (fresh=true)."
         )
     network.load_state_dict(tensors)
+
+
+def _stored_part(config: Mapping[str, Any], name: str, role: type, trust: tuple[str, ...]) -> Any:
+    """What a section of a stored run describes, of this role and no other; ``trust`` is the user's."""
+    if name not in config:
+        raise ValueError(f"The run's configuration has no section {name}; train again (fresh=true).")
+    return instantiate(config[name], trust=trust, where=name, role=role, roles=STORED_ROLES)
 
 
 def load_shape(path: Path) -> DataShape:
@@ -173,10 +182,8 @@ class AmortizedPosterior:
         """
         finished = run if isinstance(run, FinishedRun) else load_run(Path(run), stage="train_flow")
         config = finished.config
-        parts = {
-            name: instantiate(config[name], trust=trust, where=name)
-            for name in ("simulator", "prior", "summary", "flow")
-        }
+        roles = {"simulator": Simulator, "prior": Prior, "summary": SummarySettings, "flow": FlowSettings}
+        parts = {name: _stored_part(config, name, role, trust) for name, role in roles.items()}
         simulator: Simulator = parts["simulator"]
         shape = load_shape(finished.path / "network.json")
         network = build_network(shape, parts["summary"], parts["flow"], dimension=len(simulator.parameters))
@@ -187,7 +194,7 @@ class AmortizedPosterior:
         designs: DesignSource = (
             ResampledDesigns(load_design(pool), covariates=simulator.covariates)
             if pool.exists()
-            else instantiate(config["design"], trust=trust, where="design")
+            else _stored_part(config, "design", DesignSource, trust)
         )
         return cls(network, simulator, parts["prior"], designs, memory)
 

@@ -16,6 +16,7 @@ import contextlib
 import datetime
 import fcntl
 import logging
+import math
 import os
 import re
 import shutil
@@ -34,17 +35,21 @@ from nlme_sbi.runs.files import (
     finite,
     load_json,
     plain,
+    read_regular,
+    require_regular,
     save_json,
     sha256_of_file,
     sha256_of_plain,
     write_atomically,
 )
 from nlme_sbi.runs.provenance import git_state, machine, versions
+from nlme_sbi.runs.schema import NOT_RESULTS
 
 SCHEMA_VERSION = 1
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
-_LOCK, _LOG, _CHECKPOINT, _CLOCK = ".lock", "log", "checkpoint", "clock.json"
-_NOT_RESULTS = (_LOG, _CHECKPOINT)
+_LOCK, _CLOCK = ".lock", "clock.json"
+_LOG, _CHECKPOINT = NOT_RESULTS
+_MOST_CONFIG = 2**20  # bytes; ours have some thousands
 _log = logging.getLogger(__name__)
 _opened: ContextVar[list[Path] | None] = ContextVar("opened_runs", default=None)
 
@@ -113,6 +118,7 @@ class RunDirectory:
             "machine": machine(),
             "seconds": self.seconds,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+            "previous": _newest_beside(self.path, self.experiment),
             "inputs": {
                 name: {"sha256": sha256, "path": self.input_paths.get(name)} for name, sha256 in self.inputs.items()
             },
@@ -238,14 +244,17 @@ def _claim(base: Path, *, fresh: bool) -> tuple[Path, IO[str]]:
         newest = _next_attempt(newest, base)
     try:
         newest.mkdir(parents=True, exist_ok=True)
-        lock = (newest / _LOCK).open("a+", encoding="utf-8")
+        _refuse_links(newest)
+        # Never through a link: what it leads to would be emptied.
+        handle = os.open(newest / _LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        lock = os.fdopen(handle, "a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise could_not_write(newest, error) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        holder = lock.read().strip() or "unknown"
+        holder = lock.read(200).strip() or "unknown"
         lock.close()
         raise ValueError(
             f"{newest} is being worked on by another process ({holder}); wait for it, or end it and run the same "
@@ -259,12 +268,23 @@ def _claim(base: Path, *, fresh: bool) -> tuple[Path, IO[str]]:
     return newest, lock
 
 
+def _refuse_links(directory: Path) -> None:
+    """A run that is worked on holds no symbolic links: files behind them would be written or removed."""
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            if os.path.islink(os.path.join(folder, name)):
+                raise ValueError(
+                    f"{os.path.join(folder, name)} is a symbolic link, and a run holds none; remove it, or pass "
+                    "fresh=true."
+                )
+
+
 def newest_attempt(base: Path) -> Path:
     """``base``, or the one of ``base-2``, ``base-3``, ... with the highest number."""
     numbers = [1]
     for path in base.parent.glob(f"{base.name}-*"):
         number = path.name[len(base.name) + 1 :]
-        numbers += [int(number)] if number.isdigit() else []
+        numbers += [int(number)] if re.fullmatch("[1-9][0-9]{0,8}", number) else []
     return base if max(numbers) == 1 else base.with_name(f"{base.name}-{max(numbers)}")
 
 
@@ -287,20 +307,43 @@ def _config_text(run: RunDirectory) -> str:
 def _check_config(run: RunDirectory, text: str) -> None:
     """Refuse to go on in a directory that says it was begun as something else."""
     path = run.path / CONFIG
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        version = found["schema_version"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged; remove {run.path} or pass fresh=true to start anew.") from error
+    damaged = f"{path} is damaged; remove {run.path} or pass fresh=true to start anew."
+    found = _read_config(path, damaged)
+    version = found.get("schema_version") if isinstance(found, dict) else None
+    if version is None:
+        raise ValueError(damaged)
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"{path} has schema version {version}, this nlme_sbi reads {SCHEMA_VERSION}; pass fresh=true to start anew."
         )
-    if sha256_of_plain(found) != sha256_of_plain(yaml.safe_load(text)):
+    try:
+        same = sha256_of_plain(found) == sha256_of_plain(yaml.safe_load(text))
+    except (TypeError, ValueError, RecursionError) as error:  # dates, bytes and sets, which YAML has and we do not
+        raise ValueError(damaged) from error
+    if not same:
         raise ValueError(
             f"{path} was edited: it is no longer what this command asks for. Give the change on the command line "
             "instead (it gets its own directory), or pass fresh=true to start anew."
         )
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    """Plain YAML. Aliases, which we never write, can make gigabytes of a few lines."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read")
+        return super().compose_node(parent, index)
+
+
+def _read_config(path: Path, damaged: str) -> Any:
+    require_regular(path)
+    if path.stat().st_size > _MOST_CONFIG:
+        raise ValueError(damaged)
+    try:
+        return yaml.load(read_regular(path).decode("utf-8"), Loader=_WithoutAliases)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(damaged) from error
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -315,10 +358,37 @@ def result_files(directory: Path) -> list[str]:
     for folder, folders, files in os.walk(directory):
         relative = Path(folder).relative_to(directory)
         folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and (relative / name).as_posix() not in _NOT_RESULTS
+            name for name in folders if not name.startswith(".") and (relative / name).as_posix() not in NOT_RESULTS
         )
         names += [(relative / name).as_posix() for name in files if not name.startswith(".")]
     return sorted(name for name in names if name != MANIFEST)
+
+
+def files_below(directory: Path) -> list[str]:
+    """Every file below a directory that is not hidden, relative to it and sorted; links are files, not followed."""
+    names = []
+    for folder, folders, files in os.walk(directory):
+        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in linked]
+        relative = Path(folder).relative_to(directory)
+        names += [(relative / name).as_posix() for name in (*files, *linked) if not name.startswith(".")]
+    return sorted(names)
+
+
+def _newest_beside(path: Path, experiment: str) -> dict[str, str] | None:
+    """Name and date of the run that was finished last, of this experiment and beside this one; None where there is none."""
+    pattern = re.compile(re.escape(experiment) + r"-[0-9a-f]{8}(-\d+)?")
+    times: dict[str, str] = {}
+    for other in path.parent.iterdir():
+        if other != path and pattern.fullmatch(other.name) and (other / MANIFEST).is_file():
+            try:
+                times[other.name] = str(load_json(other / MANIFEST)["created"])
+            except (ValueError, KeyError, TypeError):
+                continue
+    if not times:
+        return None
+    newest = max(times, key=lambda name: times[name])
+    return {"run": newest, "created": times[newest]}
 
 
 def _remove_partial(directory: Path) -> None:
@@ -338,7 +408,8 @@ def _seconds_of_earlier_sessions(directory: Path, clock: Path) -> float:
     try:
         earlier = load_json(clock)
         newest = max(path.stat().st_mtime for path in directory.rglob("*") if path.name != _LOCK)
-        return float(earlier["before"]) + max(0.0, newest - float(earlier["started"]))
+        seconds = float(earlier["before"]) + max(0.0, newest - float(earlier["started"]))
+        return seconds if math.isfinite(seconds) and seconds >= 0 else 0.0
     except (ValueError, KeyError, TypeError, OSError):
         return 0.0  # the clock is a courtesy: a damaged one must not stop a run
 

@@ -17,7 +17,7 @@ from nlme_sbi.population.theta_sampling import EnsembleSampler
 from nlme_sbi.population.theta_sampling import sample_theta as sampled_from_posterior
 from nlme_sbi.runs import RunDirectory, load_json, load_run, open_run, save_array, write_atomically
 from nlme_sbi.stages.fit_progress import ProgressBar
-from nlme_sbi.stages.parts import part
+from nlme_sbi.stages.parts import part, stored_part
 from nlme_sbi.stages.stored_fit import StoredFit, find_fit, load_fit
 from nlme_sbi.training_pairs import seeded
 
@@ -47,7 +47,7 @@ def sample_theta(cfg: DictConfig) -> float:
     fit = load_fit(upstream, device=str(device), trust=trust)
     prior = priors.bind(fit.population, fit.posterior.prior)
     settings.walkers_for(len(fit.population.unknowns.free))
-    estimator = part(upstream.config["estimator"], Estimator, where="estimator", trust=trust)
+    estimator = stored_part(upstream.config["estimator"], Estimator, where="estimator", trust=trust)
     run = open_run(
         stage="sample_theta",
         experiment=str(upstream.manifest["experiment"]),

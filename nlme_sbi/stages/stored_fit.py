@@ -30,7 +30,7 @@ from nlme_sbi.runs import (
     save_observations,
     write_atomically,
 )
-from nlme_sbi.stages.parts import part
+from nlme_sbi.stages.parts import stored_part
 from nlme_sbi.stages.trained import TrainedPosterior, load_posterior
 from nlme_sbi.types import Observations, TractableSimulator
 
@@ -165,7 +165,7 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
         )
     upstream = posterior_runs(finished)
     posterior = load_posterior(upstream, device, trust)
-    specification = part(finished.config["population"], PopulationSpecification, where="population", trust=trust)
+    specification = stored_part(finished.config["population"], PopulationSpecification, where="population", trust=trust)
     observations = load_observations(finished.path / OBSERVATIONS)
     population: PopulationModel = specification.bind(posterior.parameters, observations)
     theta, covariance = _estimates(finished, population)

@@ -197,7 +197,10 @@ def _parts(
         pool = getattr(designs, "pool", None)
         source = OnlinePairs(prior, designs, simulator, batch_size, seed, team.device, max_failed=settings.max_failed)
         return _Parts(SharedPairs(source, team), simulator, prior, pool, summary, flow)
-    prior, simulator = (instantiate(config[name], trust=trust, where=name) for name in ("prior", "simulator"))
+    prior, simulator = (
+        stored_part(config[name], role, where=name, trust=trust)
+        for name, role in (("prior", Prior), ("simulator", Simulator))
+    )
     stored = StoredPairs(
         StoredSimulations.open(upstream.path),
         batch_size=batch_size,
