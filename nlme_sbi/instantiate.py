@@ -90,9 +90,7 @@ def _refuse_other_role(target: Callable[..., Any], role: type, where: str) -> No
     methods = [name for name, is_method in role_members(role).items() if is_method]
     lacking = sorted(name for name in methods if not callable(getattr(target, name, None)))
     if lacking:
-        raise ValueError(
-            f"{where} is a {target.__name__}, which is no {role.__name__}: it lacks {', '.join(lacking)}."
-        )
+        raise ValueError(f"{where} is a {target.__name__}, which is no {role.__name__}: it lacks {', '.join(lacking)}.")
 
 
 def _refuse_deep(node: Any, where: str) -> None:
@@ -169,11 +167,11 @@ def locate(
     if not lies_in(home, OWN_PREFIXES):  # trusted; ours is what it is, whoever trusts it
         if not inspect.isclass(found) and not inspect.isfunction(found):
             raise ValueError(f"{where}: {path} is a method; name a class, or a function that makes an object.")
-        return found  # type: ignore[no-any-return]
+        return found
     reason = refusal(found, roles)
     if reason is not None:
         raise ValueError(f"{where}: {path} {reason}.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _followed(path: str, allowed: Sequence[str], where: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlme_sbi.designs import ResampledDesigns
 from nlme_sbi.devices import choose_device
@@ -20,6 +22,7 @@ from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings, workin
 from nlme_sbi.networks.summaries import DataShape, GridNetwork, PooledNetwork, SummarySettings
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run
+from nlme_sbi.runs.schema import DISTINCT, POSITIVE, Rule
 from nlme_sbi.standardize import ParameterScaling
 from nlme_sbi.targets import STORED_ROLES
 from nlme_sbi.types import Design, DesignSource, Observations, PosteriorSamples, Prior, Simulations, Simulator
@@ -27,6 +30,7 @@ from nlme_sbi.types import Design, DesignSource, Observations, PosteriorSamples,
 # What a network works in: small enough for a CPU's cache, large enough to fill a GPU.
 _MEMORY = {"cpu": 2**25, "cuda": 2**30}
 _NOISE_ROWS = 2**16
+_ROOM = 2**20  # numbers that a network may hold beside its weights
 # Features of a value, and what pooling makes of its row.
 _BYTES_PER_VALUE = 512
 
@@ -34,7 +38,8 @@ _BYTES_PER_VALUE = 512
 def load_weights(network: nn.Module, path: Path) -> None:
     """Fill a network from a safetensors file.
 
-    Raises ``ValueError`` when the file is damaged or of another network, naming the first tensor that differs.
+    Raises ``ValueError`` when the file is damaged, of another network, or holds weights that are not finite, naming the
+    first tensor that differs.
     """
     try:
         tensors = safetensors.torch.load_file(str(path))
@@ -44,17 +49,66 @@ def load_weights(network: nn.Module, path: Path) -> None:
         ) from problem
     expected = network.state_dict()
     wrong = [
-        f"{name} {tuple(expected[name].shape) if name in expected else 'is not in the network'} against "
-        f"{tuple(tensors[name].shape) if name in tensors else 'nothing in the file'}"
+        f"{name} {_described(expected.get(name), 'is not in the network')} against "
+        f"{_described(tensors.get(name), 'nothing in the file')}"
         for name in sorted(set(expected) | set(tensors))
-        if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape
+        if name not in expected
+        or name not in tensors
+        or expected[name].shape != tensors[name].shape
+        or expected[name].dtype != tensors[name].dtype
     ]
     if wrong:
         raise ValueError(
             f"{path} belongs to another network: {len(wrong)} tensors differ, first {wrong[0]}; "
             "train again (fresh=true)."
         )
+    odd = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if odd:
+        raise ValueError(
+            f"{path} holds weights that are not finite numbers, in {len(odd)} of {len(tensors)} tensors, first "
+            f"{sorted(odd)[0]}; train again (fresh=true)."
+        )
     network.load_state_dict(tensors)
+
+
+def _described(tensor: Tensor | None, absent: str) -> str:
+    return absent if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside it, tensors can be made for so many numbers and no more: a network is never larger than its file."""
+
+    def __init__(self, numbers: int, path: Path) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._left, self._path = numbers, path
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0] if args else None
+        if isinstance(first, (list, tuple)) and all(isinstance(size, int) for size in first):
+            self._left -= math.prod(first)
+        elif isinstance(first, int):
+            self._left -= first
+        if self._left < 0:
+            raise ValueError(
+                f"The run's settings describe a network that is larger than {self._path}; they do not belong together. "
+                "Train again (fresh=true)."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def stored_network(
+    shape: DataShape, summary: SummarySettings, flow: FlowSettings, *, dimension: int, weights: Path
+) -> PosteriorNetwork:
+    """The network that settings describe, filled from its file of weights, and never larger than that.
+
+    Raises ``ValueError`` as :func:`load_weights`, or where the settings do not go with the file.
+    """
+    # Beside weights, layers are built with masks and orders, which are not larger than they.
+    room = 4 * (weights.stat().st_size // 4) + _ROOM
+    with torch.random.fork_rng(devices=[]), _Bounded(room, weights):
+        network = build_network(shape, summary, flow, dimension=dimension)
+    load_weights(network, weights)
+    return network
 
 
 def _stored_part(config: Mapping[str, Any], name: str, role: type, trust: tuple[str, ...]) -> Any:
@@ -66,12 +120,29 @@ def _stored_part(config: Mapping[str, Any], name: str, role: type, trust: tuple[
 
 def load_shape(path: Path) -> DataShape:
     """What the layers of a stored network depend on; raises ``ValueError`` where the file does not tell it."""
-    try:
-        stored = dict(load_json(path))
-        levels = tuple((str(name), int(count)) for name, count in stored.pop("levels"))
-        return DataShape(**{**stored, "covariates": tuple(stored["covariates"])}, levels=levels)
-    except (KeyError, TypeError, ValueError) as problem:
-        raise ValueError(f"{path} does not describe a network; train again (fresh=true).") from problem
+    stored = load_json(path, _SHAPE)
+    levels = tuple((name, count) for name, count in stored["levels"])
+    return DataShape(
+        **{**{key: stored[key] for key in _SHAPE}, "covariates": tuple(stored["covariates"]), "levels": levels}
+    )
+
+
+_SHAPE = {
+    "times": POSITIVE,
+    "signals": POSITIVE,
+    "missing": bool,
+    "shared_times": bool,
+    "covariates": DISTINCT,
+    "levels": [
+        Rule(
+            "a name and a number of levels",
+            lambda pair: (
+                isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) is int
+            ),
+        )
+    ],
+    "takes_doses": bool,
+}
 
 
 class PosteriorNetwork(nn.Module):
@@ -185,15 +256,19 @@ class AmortizedPosterior:
         roles = {"simulator": Simulator, "prior": Prior, "summary": SummarySettings, "flow": FlowSettings}
         parts = {name: _stored_part(config, name, role, trust) for name, role in roles.items()}
         simulator: Simulator = parts["simulator"]
-        shape = load_shape(finished.path / "network.json")
-        network = build_network(shape, parts["summary"], parts["flow"], dimension=len(simulator.parameters))
+        shape = load_shape(finished.file("network.json"))
+        network = stored_network(
+            shape,
+            parts["summary"],
+            parts["flow"],
+            dimension=len(simulator.parameters),
+            weights=finished.file("weights.safetensors"),
+        )
         target = choose_device(device)
-        load_weights(network, finished.path / "weights.safetensors")
         network.to(target).eval()
-        pool = finished.path / "design"
         designs: DesignSource = (
-            ResampledDesigns(load_design(pool), covariates=simulator.covariates)
-            if pool.exists()
+            ResampledDesigns(load_design(finished.folder("design")), covariates=simulator.covariates)
+            if finished.has("design")
             else _stored_part(config, "design", DesignSource, trust)
         )
         return cls(network, simulator, parts["prior"], designs, memory)

@@ -376,7 +376,7 @@ def files_below(directory: Path) -> list[str]:
 
 
 def _newest_beside(path: Path, experiment: str) -> dict[str, str] | None:
-    """Name and date of the run that was finished last, of this experiment and beside this one; None where there is none."""
+    """Name and date of the run of this experiment that was finished last, beside this one; None where there is none."""
     pattern = re.compile(re.escape(experiment) + r"-[0-9a-f]{8}(-\d+)?")
     times: dict[str, str] = {}
     for other in path.parent.iterdir():

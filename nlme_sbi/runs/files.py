@@ -168,7 +168,7 @@ def require_regular(path: Path) -> None:
 
 
 def _refuse_odd(value: Any, path: Path) -> None:
-    """JSON holds what no file of ours does and what breaks later: endless nesting, endless integers, halves of signs."""
+    """Refuse what JSON can hold, no file of ours does, and later code breaks at: deep nesting, endless integers."""
     level = [value]
     for _ in range(_DEEPEST):
         inner: list[Any] = []

@@ -177,6 +177,7 @@ def find_run(reference: str | Path, *, stage: str, experiment: str, root: Path, 
         path = below_root if not Path(reference).exists() and below_root.exists() else Path(reference)
         return load_run(path, stage=stage, verify=verify)
     runs: list[FinishedRun] = []
+    refused: list[ValueError] = []
     unfinished: list[Path] = []
     for path in _attempts(root / stage, experiment):
         if not (path / MANIFEST).exists():
@@ -185,6 +186,7 @@ def find_run(reference: str | Path, *, stage: str, experiment: str, root: Path, 
         try:
             runs.append(load_run(path, stage=stage, verify=False))
         except ValueError as problem:
+            refused.append(problem)
             _log.warning("%s is left out of the search for the latest run: %s", path, problem)
     ahead = [run for run in runs if _time(run) > _now() + _TOLERANCE]
     while runs:
@@ -200,8 +202,11 @@ def find_run(reference: str | Path, *, stage: str, experiment: str, root: Path, 
             try:
                 return load_run(newest.path, stage=stage, verify=verify)
             except ValueError as problem:
+                refused.append(problem)
                 _log.warning("%s is left out of the search for the latest run: %s", newest.path, problem)
         runs = [run for run in runs if run is not newest]
+    if refused:
+        raise refused[-1]
     rest = "".join(f" {path} is unfinished: run its command again to resume it." for path in unfinished[:3])
     rest += "".join(f" {run.path} is dated {run.manifest['created']}: look at the clock." for run in ahead[:1])
     raise ValueError(

@@ -3,8 +3,8 @@
 A run may have been sent by somebody, or damaged by a disk; its seal shows accidents and not authorship. So whatever
 is read is first held against a shape from this file, and code behind it may rely on types, ranges and names.
 
-A shape is a Python type, a :class:`Rule`, or a structure of shapes: ``{"rows": COUNT}`` is a section with at least these
-keys (:class:`Maybe` marks one that may be missing), :class:`Each` a section of any keys, ``[shape]`` a list.
+A shape is a Python type, a :class:`Rule`, or a structure of shapes: ``{"rows": COUNT}`` is a section with at least
+these keys (:class:`Maybe` marks one that may be missing), :class:`Each` a section of any keys, ``[shape]`` a list.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Maybe:
     shape: Any
 
 
-def check(value: Any, shape: Any, path: Path, *, remedy: str = "Run the stage that wrote it again with fresh=true.") -> None:
+def check(
+    value: Any, shape: Any, path: Path, *, remedy: str = "Run the stage that wrote it again with fresh=true."
+) -> None:
     """Refuse a value that does not have a shape.
 
     Raises:
@@ -159,9 +161,9 @@ TIME = Rule("a time with its zone", _is_time)
 RESULT = Rule("the name of a result inside the run", _is_result)
 DISTINCT = Rule(
     "a list of different texts",
-    lambda value: isinstance(value, list)
-    and all(isinstance(item, str) for item in value)
-    and len(set(value)) == len(value),
+    lambda value: (
+        isinstance(value, list) and all(isinstance(item, str) for item in value) and len(set(value)) == len(value)
+    ),
 )
 
 MANIFEST = {
@@ -200,13 +202,20 @@ _FLAG_OR_NULL = Rule("true, false or null", lambda value: value is None or isins
 FIT = {
     "estimator": str,
     "approximation": Maybe(str),
-    "individuals": POSITIVE,
-    "draws": POSITIVE,
+    "individuals": COUNT,
+    "draws": COUNT,
     "measurements": Maybe(COUNT),
     "estimated_unknowns": Maybe(COUNT),
     **{
         name: Maybe(NUMBER)
-        for name in ("log_likelihood_ratio", "minus_two_log_likelihood", "objective_function_value", "aic", "bic", "bicc")
+        for name in (
+            "log_likelihood_ratio",
+            "minus_two_log_likelihood",
+            "objective_function_value",
+            "aic",
+            "bic",
+            "bicc",
+        )
     },
     "monte_carlo": Maybe(Each(NUMBER_OR_NULL)),
     "unknowns": [
@@ -242,7 +251,9 @@ FINDINGS = {
             "light": Rule("green, amber, red or grey", lambda value: value in ("green", "amber", "red", "grey")),
             "sentence": str,
             "rule": str,
-            "numbers": Each(Rule("a number, text or null", lambda value: value is None or isinstance(value, (str, int, float)))),
+            "numbers": Each(
+                Rule("a number, text or null", lambda value: value is None or isinstance(value, (str, int, float)))
+            ),
         }
     ]
 }
@@ -273,6 +284,6 @@ def check_array(array: np.ndarray, kinds: str, dimensions: int, path: Path) -> N
     if array.dtype.kind not in kinds or array.ndim != dimensions:
         words = {FLOATS: "floating-point numbers", INTEGERS: "whole numbers", BOOLEANS: "true and false"}
         raise ValueError(
-            f"{path} is damaged: it must hold {words[kinds]} in {dimensions} dimensions; it holds {array.dtype} of shape "
-            f"{array.shape}. Run the stage that wrote it again with fresh=true."
+            f"{path} is damaged: it must hold {words[kinds]} in {dimensions} dimensions; it holds {array.dtype} of "
+            f"shape {array.shape}. Run the stage that wrote it again with fresh=true."
         )

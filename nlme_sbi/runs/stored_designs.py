@@ -97,7 +97,7 @@ class StoredDesign:
                 raise ValueError(f"{directory}: {name}.npy has shape {array.shape} where {rows} rows were written.")
         if self.is_shared and self.rows > _MOST_SHARED:  # nothing on the disk holds so many
             raise ValueError(
-                f"{directory / DESCRIPTION} is damaged: it tells of {self.rows} equal rows; {_MOST_SHARED} are the most."
+                f"{directory / DESCRIPTION} is damaged: it tells of {self.rows} equal rows; at most {_MOST_SHARED}."
             )
         _check_numbers(directory, self._arrays, self._covariates, self._groups)
 
@@ -174,7 +174,7 @@ def _check_numbers(
 def _require_width(directory: Path, name: str, arrays: dict[str, np.ndarray], names: Sequence[str]) -> None:
     if arrays[name].shape[1] != len(names):
         raise ValueError(
-            f"{directory / name}.npy is damaged: {arrays[name].shape[1]} columns for the {len(names)} names {list(names)}."
+            f"{directory / name}.npy is damaged: {arrays[name].shape[1]} columns for {len(names)} names, {list(names)}."
         )
 
 

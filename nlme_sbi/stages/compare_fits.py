@@ -12,6 +12,7 @@ from nlme_sbi.conversion import convert
 from nlme_sbi.population.comparison import ComparedFit, compared_fits
 from nlme_sbi.runs import FinishedRun, load_run, open_run, save_json, write_atomically
 from nlme_sbi.runs.files import load_json, sha256_of_plain
+from nlme_sbi.runs.schema import FIT
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +67,14 @@ def _found(reference: str, root: Path) -> FinishedRun:
 
 def _read(run: FinishedRun) -> ComparedFit:
     inputs = run.manifest["inputs"]
-    networks = {name: value for name, value in inputs.items() if name.startswith("posterior")}
-    return ComparedFit.of(
-        load_json(run.file("fit.json")),
-        label=run.path.name,
-        data=str(inputs["data"]),
-        posterior=sha256_of_plain(networks),
-    )
+    networks = {name: value["sha256"] for name, value in inputs.items() if name.startswith("posterior")}
+    plain = load_json(run.file("fit.json"), FIT)
+    try:
+        return ComparedFit.of(plain, label=run.path.name, data=run.input("data"), posterior=sha256_of_plain(networks))
+    except (KeyError, TypeError) as problem:  # a number that is missing, or null
+        raise ValueError(
+            f"{run.file('fit.json')} lacks what a comparison needs ({problem}): fit it again with fresh=true."
+        ) from problem
 
 
 def _write(file: BinaryIO, text: str) -> None:

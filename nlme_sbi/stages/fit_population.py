@@ -118,8 +118,9 @@ def fit_population(cfg: DictConfig) -> float:
     )
     with run:
         if run.finished:
-            log.info("\n%s", (run.path / "table.txt").read_text())
-            return float(load_run(run.path, stage="fit_population", verify=False).results["objective"])
+            made = load_run(run.path, stage="fit_population")
+            log.info("\n%s", made.file("table.txt").read_text(errors="replace"))
+            return made.number("objective")
         seed = int(plain["seed"])
         with ProgressBar() as progress:
             fit = fit_population_model(
@@ -138,7 +139,7 @@ def fit_population(cfg: DictConfig) -> float:
                 generator=seeded(device, seed, UNCERTAINTY_STREAM),
                 progress=progress.report,
             )
-        _save_tables(run, fit, upstream[0].config["simulator"])
+        _save_tables(run, fit, upstream[0].section("simulator"))
         _save_influence(run, fit)
         generator = seeded(device, seed, INDIVIDUALS_STREAM)
         save_individuals(run, fit, observations, posterior, settings=wished, generator=generator)

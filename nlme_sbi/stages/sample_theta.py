@@ -16,6 +16,7 @@ from nlme_sbi.population.theta_prior import ThetaPriors
 from nlme_sbi.population.theta_sampling import EnsembleSampler
 from nlme_sbi.population.theta_sampling import sample_theta as sampled_from_posterior
 from nlme_sbi.runs import RunDirectory, load_json, load_run, open_run, save_array, write_atomically
+from nlme_sbi.runs.schema import FIT
 from nlme_sbi.stages.fit_progress import ProgressBar
 from nlme_sbi.stages.parts import part, stored_part
 from nlme_sbi.stages.stored_fit import StoredFit, find_fit, load_fit
@@ -47,7 +48,7 @@ def sample_theta(cfg: DictConfig) -> float:
     fit = load_fit(upstream, device=str(device), trust=trust)
     prior = priors.bind(fit.population, fit.posterior.prior)
     settings.walkers_for(len(fit.population.unknowns.free))
-    estimator = stored_part(upstream.config["estimator"], Estimator, where="estimator", trust=trust)
+    estimator = stored_part(upstream.section("estimator"), Estimator, where="estimator", trust=trust)
     run = open_run(
         stage="sample_theta",
         experiment=str(upstream.manifest["experiment"]),
@@ -59,8 +60,9 @@ def sample_theta(cfg: DictConfig) -> float:
     )
     with run:
         if run.finished:
-            log.info("\n%s", (run.path / "table.txt").read_text())
-            return float(load_run(run.path, stage="sample_theta", verify=False).results["rhat"])
+            made = load_run(run.path, stage="sample_theta")
+            log.info("\n%s", made.file("table.txt").read_text(errors="replace"))
+            return made.number("rhat")
         seed = int(plain["seed"])
         state = rebuilt_state(fit, estimator, seeded(device, seed, STATE_STREAM))
         with ProgressBar() as progress:
@@ -88,7 +90,7 @@ def rebuilt_state(fit: StoredFit, estimator: Estimator, generator: torch.Generat
         state: WeightedDraws = estimator.prepare(source, observations, fit.population, generator)
         if isinstance(estimator, FollowingEstimator):
             state = estimator.follow(source, observations, fit.theta, state, generator)
-        wished = int(load_json(fit.run.file("fit.json"))["draws"])
+        wished = int(load_json(fit.run.file("fit.json"), FIT)["draws"])
         while state.draws < wished:
             better = estimator.improve(state, fit.theta, observations, generator, times=-(-wished // state.draws))
             if isinstance(better, str):

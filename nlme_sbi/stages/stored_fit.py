@@ -30,6 +30,7 @@ from nlme_sbi.runs import (
     save_observations,
     write_atomically,
 )
+from nlme_sbi.runs.schema import FIT, FLOATS, check_array
 from nlme_sbi.stages.parts import stored_part
 from nlme_sbi.stages.trained import TrainedPosterior, load_posterior
 from nlme_sbi.types import Observations, TractableSimulator
@@ -158,21 +159,23 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
             is no longer there or was changed.
     """
     finished = run if isinstance(run, FinishedRun) else load_run(Path(run), stage="fit_population")
-    if not (finished.path / OBSERVATIONS).is_dir():
+    if not finished.has(OBSERVATIONS):
         raise ValueError(
             f"{finished.path} holds no data ({OBSERVATIONS}/): it was made before fits kept what later stages need. "
             "Run its command again with this nlme_sbi."
         )
     upstream = posterior_runs(finished)
     posterior = load_posterior(upstream, device, trust)
-    specification = stored_part(finished.config["population"], PopulationSpecification, where="population", trust=trust)
-    observations = load_observations(finished.path / OBSERVATIONS)
+    specification = stored_part(
+        finished.section("population"), PopulationSpecification, where="population", trust=trust
+    )
+    observations = stored_observations(finished)
     population: PopulationModel = specification.bind(posterior.parameters, observations)
     theta, covariance = _estimates(finished, population)
     where = posterior.device
     draws = None
-    if DRAWS in finished.manifest["outputs"]:
-        draws = torch.from_numpy(np.array(load_array(finished.path / DRAWS))).double().to(where)
+    if finished.has(DRAWS):
+        draws = stored_draws(finished, observations.ids, len(posterior.parameters)).to(where)
     return StoredFit(
         run=finished,
         posterior=posterior,
@@ -184,15 +187,48 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
     )
 
 
+def stored_observations(run: FinishedRun) -> Observations:
+    """The data that a fit keeps; raises ``ValueError`` where they are damaged or not covered by its manifest."""
+    run.folder(f"{OBSERVATIONS}/design")
+    return load_observations(run.folder(OBSERVATIONS))
+
+
+def stored_draws(run: FinishedRun, ids: Sequence[str], parameters: int) -> Float[Tensor, "I S D"]:
+    """The draws of ``p(phi | y_i, theta_hat)`` that a fit keeps, double precision.
+
+    Raises:
+        ValueError: where they are of other individuals or parameters, or not finite: predictions from those would be
+            empty or wrong.
+    """
+    path = run.file(DRAWS)
+    found = load_array(path)
+    check_array(found, FLOATS, 3, path)
+    if (found.shape[0], found.shape[2]) != (len(ids), parameters) or found.shape[1] < 1:
+        raise ValueError(
+            f"{path} holds draws of shape {found.shape}, but the fit has {len(ids)} individuals and {parameters} "
+            "parameters; run the fit's command again with fresh=true."
+        )
+    broken = ~np.isfinite(found).all(axis=(1, 2))
+    if broken.any():
+        raise ValueError(
+            f"{path}: {int(broken.sum())} of {len(ids)} individuals have draws that are not finite numbers, first "
+            f"{ids[int(np.argmax(broken))]}; nothing can be predicted from them. Run the fit's command again with "
+            "fresh=true."
+        )
+    return torch.from_numpy(np.array(found)).double()
+
+
 def _estimates(run: FinishedRun, population: PopulationModel) -> tuple[Tensor, Tensor]:
     """Theta and its covariance, refused where the population model does not have these unknowns."""
-    told = load_json(run.file("fit.json"))
+    told = load_json(run.file("fit.json"), FIT)
     names = tuple(entry["name"] for entry in told["unknowns"])
     if names != population.unknowns.names:
         raise ValueError(
             f"{run.path} estimated {', '.join(names)}, but its population model now has "
             f"{', '.join(population.unknowns.names)}: another version of nlme_sbi made it. Run its command again."
         )
+    if {len(told["covariance"]), *(len(row) for row in told["covariance"])} != {len(names)}:
+        raise ValueError(f"{run.file('fit.json')} is damaged: its covariance is not {len(names)} by {len(names)}.")
     numbers = [[float("nan") if value is None else value for value in row] for row in told["covariance"]]
     theta = torch.tensor([entry["estimate"] for entry in told["unknowns"]], dtype=torch.float64)
     return theta, torch.tensor(numbers, dtype=torch.float64)
@@ -202,13 +238,15 @@ def posterior_runs(fit: FinishedRun) -> list[FinishedRun]:
     """The runs that a fit's draws came from, found again by their hashes; raises ``ValueError`` where one is gone."""
     inputs = fit.manifest["inputs"]
     names = [name for name in inputs if name == "posterior" or name.startswith("posterior_")]
+    if not names:
+        raise ValueError(f"{fit.path} names no posterior that it was made from; run its command again with fresh=true.")
     return [_located(fit, inputs[name]) for name in names]
 
 
 def _located(fit: FinishedRun, entry: Mapping[str, Any]) -> FinishedRun:
     """The posterior's run: where it lay, else beside the fit in the same output root; recognised by its hash."""
     beside = fit.path.parent.parent / "train_flow"
-    recorded = None if entry["path"] is None else Path(entry["path"])
+    recorded = None if entry.get("path") is None else Path(entry["path"])
     places = [] if recorded is None else [recorded, beside / recorded.name]
     places += sorted(beside.iterdir()) if beside.is_dir() else []
     for path in places:

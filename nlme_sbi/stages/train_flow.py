@@ -34,7 +34,7 @@ from nlme_sbi.runs import (
     sha256_of_design,
     write_atomically,
 )
-from nlme_sbi.stages.parts import generative_parts, part
+from nlme_sbi.stages.parts import generative_parts, part, stored_part
 from nlme_sbi.stages.simulate import GENERATIVE
 from nlme_sbi.stored_simulations import StoredSimulations
 from nlme_sbi.training import TrainingResult, TrainingSettings, generalisation_gap, train
@@ -106,7 +106,7 @@ def _train_in_team(plain: Mapping[str, Any], team: Team) -> float:
         team.from_first(None if run.finished else str(run.checkpoint_directory))
         if run.finished:
             log.info("This training is finished already: %s (fresh=true trains again)", run.path)
-            return float(load_run(run.path, stage="train_flow").results["validation_loss"])
+            return load_run(run.path, stage="train_flow").number("validation_loss")
         if parts.pool is not None:
             save_design(run.path / "design", parts.pool)
         network, shape = _network(parts, settings, seed=int(config["seed"]))
@@ -163,7 +163,7 @@ def _relevant(plain: Mapping[str, Any], upstream: FinishedRun | None, team: Team
     if upstream is None:
         return config
     for name in GENERATIVE:
-        made = upstream.config[name]
+        made = upstream.section(name)
         if name == "prior" and made != config[name]:
             log.info("The prior is the one of the simulations; it is not the one of this command.")
         if name == "simulator" and made.get("_target_") != config[name].get("_target_"):
@@ -202,13 +202,13 @@ def _parts(
         for name, role in (("prior", Prior), ("simulator", Simulator))
     )
     stored = StoredPairs(
-        StoredSimulations.open(upstream.path),
+        StoredSimulations.open(upstream),
         batch_size=batch_size,
         validation_size=settings.validation_size,
         seed=seed,
         device=team.device,
     )
-    pool = load_design(upstream.path / "design") if (upstream.path / "design").exists() else None
+    pool = load_design(upstream.folder("design")) if upstream.has("design") else None
     return _Parts(SharedPairs(stored, team), simulator, prior, pool, summary, flow)
 
 

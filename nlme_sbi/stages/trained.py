@@ -51,7 +51,7 @@ def _found(reference: str, plain: Mapping[str, Any]) -> FinishedRun:
         experiment=plain["experiment"]["name"],
         root=Path(plain["output_root"]),
     )
-    made, asked = run.config["simulator"].get("_target_"), plain["simulator"].get("_target_")
+    made, asked = run.section("simulator").get("_target_"), plain["simulator"].get("_target_")
     if made != asked:
         raise ValueError(
             f"{run.path} is a posterior of {made}, but this command asks for {asked}; choose the experiment or "

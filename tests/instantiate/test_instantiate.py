@@ -215,7 +215,7 @@ def test_foreign_code_is_refused(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["nlme_sbi.runs.save_json", "nlme_sbi.runs.RunDirectory.finish"])
 def test_our_functions_that_act_are_refused(target: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a function or a method|something inside RunDirectory"):
+    with pytest.raises(ValueError, match=r"is a function or a method|something inside RunDirectory"):
         instantiate({"_target_": target, "path": str(tmp_path / "x"), "value": 1})
     assert not list(tmp_path.iterdir())
 
