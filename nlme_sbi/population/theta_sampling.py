@@ -276,6 +276,8 @@ class _Ensemble:
             (emcee.moves.StretchMove(), 0.1),
         ]
         self._sampler = emcee.EnsembleSampler(walkers, len(centre), self._target, moves=moves, vectorize=True)
+        # Without emcee's wrapper, which prints a traceback of whatever is raised inside, Ctrl-C included.
+        self._sampler.log_prob_fn = self._target
 
     def advance(self, steps: int) -> NDArray[np.float64]:
         """So many steps further: ``(walkers, steps, unknowns)``."""
