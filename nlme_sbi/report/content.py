@@ -167,13 +167,23 @@ class Report:
         }
 
 
+# A table of a run that somebody sent may lack columns or hold words for numbers: that costs its own part only.
+_REFUSALS = (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError)
+
+
+def _words(problem: Exception) -> str:
+    if isinstance(problem, ValueError):
+        return str(problem)
+    return f"What the run holds for this is damaged or incomplete ({type(problem).__name__}: {problem})."
+
+
 def attempted_section(anchor: str, title: str, make: Callable[[], Section]) -> Section:
     """The section, or one with a grey finding where it is refused (``ValueError``), so that the rest is still made."""
     try:
         return make()
-    except ValueError as problem:
-        log.warning("%s: %s", title, problem)
-        finding = Finding(anchor, title, "grey", str(problem), "Grey: this part could not be made.")
+    except _REFUSALS as problem:
+        log.warning("%s: %s", title, _words(problem))
+        finding = Finding(anchor, title, "grey", _words(problem), "Grey: this part could not be made.")
         return Section(anchor, title, findings=(finding,))
 
 
@@ -183,9 +193,9 @@ def attempted_blocks(
     """Findings and blocks of one check, or a grey finding where it is refused (``ValueError``)."""
     try:
         findings, blocks = make()
-    except ValueError as problem:
-        log.warning("%s: %s", title, problem)
-        return (Finding(check, title, "grey", str(problem), "Grey: the check could not be made."),), ()
+    except _REFUSALS as problem:
+        log.warning("%s: %s", title, _words(problem))
+        return (Finding(check, title, "grey", _words(problem), "Grey: the check could not be made."),), ()
     return tuple(findings), tuple(blocks)
 
 

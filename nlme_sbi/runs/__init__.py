@@ -1,5 +1,6 @@
 """Runs on disk: a directory for each command, resumed where it stopped, finished by a manifest, checked when read."""
 
+from nlme_sbi.runs.csv_files import csv_text, read_csv, records_text
 from nlme_sbi.runs.directory import RunDirectory, open_run
 from nlme_sbi.runs.files import (
     load_array,
@@ -18,6 +19,7 @@ __all__ = [
     "FinishedRun",
     "RunDirectory",
     "StoredDesign",
+    "csv_text",
     "find_run",
     "load_array",
     "load_design",
@@ -25,6 +27,8 @@ __all__ = [
     "load_observations",
     "load_run",
     "open_run",
+    "read_csv",
+    "records_text",
     "save_array",
     "save_design",
     "save_json",

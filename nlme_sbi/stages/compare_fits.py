@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.conversion import convert
 from nlme_sbi.population.comparison import ComparedFit, compared_fits
-from nlme_sbi.runs import FinishedRun, load_run, open_run, save_json, write_atomically
+from nlme_sbi.runs import FinishedRun, csv_text, load_run, open_run, save_json, write_atomically
 from nlme_sbi.runs.files import load_json, sha256_of_plain
 from nlme_sbi.runs.schema import FIT
 
@@ -49,7 +49,7 @@ def compare_fits(cfg: DictConfig) -> None:
     )
     with made as run:
         if not run.finished:
-            texts = {"comparison.txt": found.text(), "comparison.csv": found.frame().to_csv(index=False)}
+            texts = {"comparison.txt": found.text(), "comparison.csv": csv_text(found.frame())}
             for name, text in texts.items():
                 write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
             tests = found.tests_frame().to_dict("records")

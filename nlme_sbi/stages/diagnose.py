@@ -22,6 +22,7 @@ from nlme_sbi.plots.canvas import parameter_labels
 from nlme_sbi.runs import (
     FinishedRun,
     RunDirectory,
+    csv_text,
     load_json,
     load_run,
     open_run,
@@ -154,7 +155,7 @@ def _relevant(plain: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 def _save(run: RunDirectory, outcome: Outcome) -> None:
     for name, frame in outcome.tables.items():
-        text = frame.to_csv(index=False, float_format="%.8g").encode()
+        text = csv_text(frame, float_format="%.8g").encode()
         write_atomically(run.path / f"{name}.csv", lambda file, text=text: _write(file, text))  # type: ignore[misc]
     for name, figure in outcome.figures.items():
         for kind, options in (("png", {"dpi": 150}), ("pdf", {"metadata": {"CreationDate": None}})):

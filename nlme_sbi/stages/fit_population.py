@@ -25,6 +25,7 @@ from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import Estimator, PopulationSpecification
 from nlme_sbi.runs import (
     RunDirectory,
+    csv_text,
     load_run,
     open_run,
     save_json,
@@ -178,9 +179,9 @@ def _save_tables(run: RunDirectory, fit: PopulationFit, simulator: Mapping[str, 
     extra = {"covariate_effects.csv": table.effects_frame(), "correlations.csv": table.correlations_frame()}
     texts = {
         "table.txt": str(table) + "\n",
-        "intervals.csv": intervals_frame(fit.intervals).to_csv(index=False),
-        "parameters.csv": table.to_frame().to_csv(index=False),
-        **{name: frame.to_csv(index=False) for name, frame in extra.items() if len(frame)},
+        "intervals.csv": csv_text(intervals_frame(fit.intervals)),
+        "parameters.csv": csv_text(table.to_frame()),
+        **{name: csv_text(frame) for name, frame in extra.items() if len(frame)},
     }
     for name, text in texts.items():
         write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
@@ -190,7 +191,7 @@ def _save_tables(run: RunDirectory, fit: PopulationFit, simulator: Mapping[str, 
 def _save_influence(run: RunDirectory, fit: PopulationFit) -> None:
     """``influence.csv``, or the reason why there is none."""
     try:
-        text = influence(fit.state, fit.theta, fit.covariance, fit.ids).to_frame().to_csv(index=False)
+        text = csv_text(influence(fit.state, fit.theta, fit.covariance, fit.ids).to_frame())
     except ValueError as problem:
         log.info("No influence.csv: %s", problem)
         return

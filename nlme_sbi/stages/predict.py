@@ -25,6 +25,7 @@ from nlme_sbi.population.theta_draws import normal_theta
 from nlme_sbi.runs import (
     FinishedRun,
     RunDirectory,
+    csv_text,
     find_run,
     load_array,
     load_run,
@@ -303,7 +304,7 @@ def _save(
     with_data: bool,
 ) -> None:
     simulator = fit.posterior.simulator
-    text = pd.concat([_frame(group, simulator, settings) for group in made]).to_csv(index=False, float_format="%.8g")
+    text = csv_text(pd.concat([_frame(group, simulator, settings) for group in made]), float_format="%.8g")
     write_atomically(run.path / "predictions.csv", lambda file: _write(file, text))
     if settings.save_draws:
         _save_draws(run, fit, made, thetas, seed=int(run.config["seed"]))

@@ -15,7 +15,7 @@ from nlme_sbi.population.theta_draws import ThetaDraws
 from nlme_sbi.population.theta_prior import ThetaPriors
 from nlme_sbi.population.theta_sampling import EnsembleSampler
 from nlme_sbi.population.theta_sampling import sample_theta as sampled_from_posterior
-from nlme_sbi.runs import RunDirectory, load_json, load_run, open_run, save_array, write_atomically
+from nlme_sbi.runs import RunDirectory, csv_text, load_json, load_run, open_run, save_array, write_atomically
 from nlme_sbi.runs.schema import FIT
 from nlme_sbi.stages.fit_progress import ProgressBar
 from nlme_sbi.stages.parts import part, stored_part
@@ -104,8 +104,8 @@ def _saved(run: RunDirectory, found: ThetaDraws) -> dict[str, Any]:
     summary = found.summary()
     texts = {
         "table.txt": found.table(),
-        "summary.csv": summary.to_csv(index=False),
-        "theta.csv": found.frame().to_csv(index=False),
+        "summary.csv": csv_text(summary),
+        "theta.csv": csv_text(found.frame()),
     }
     for name, text in texts.items():
         write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]

@@ -21,6 +21,7 @@ from nlme_sbi.population.roles import PopulationModel, PopulationSpecification
 from nlme_sbi.runs import (
     FinishedRun,
     RunDirectory,
+    csv_text,
     find_run,
     load_array,
     load_json,
@@ -79,7 +80,7 @@ def save_individuals(
     if settings.modes:
         found = individual_modes(fit, observations, posterior, generator=generator)
         frame = found.added_to(frame, fit.population.parameters.names)
-    text = frame.to_csv(index=False)
+    text = csv_text(frame)
     write_atomically(run.path / "individuals.csv", lambda file: _write(file, text))
     if settings.draws > 0:
         save_array(run.path / DRAWS, fit.individual_draws(settings.draws, generator).float())

@@ -26,6 +26,7 @@ from nlme_sbi.plots.loss import plot_history
 from nlme_sbi.runs import (
     FinishedRun,
     RunDirectory,
+    csv_text,
     find_run,
     load_design,
     load_run,
@@ -282,7 +283,7 @@ def _save(run: RunDirectory, network: PosteriorNetwork, shape: DataShape, result
     write_atomically(run.path / "weights.safetensors", lambda file: _write(file, safetensors_bytes(weights)))
     write_atomically(run.path / "network.json", lambda file: _write(file, json.dumps(asdict(shape), indent=2).encode()))
     history = pd.DataFrame(result.history).astype({"step": int})
-    write_atomically(run.path / "history.csv", lambda file: _write(file, history.to_csv(index=False).encode()))
+    write_atomically(run.path / "history.csv", lambda file: _write(file, csv_text(history).encode()))
     figure = plot_history(history)
     write_atomically(run.path / "loss.png", lambda file: figure.savefig(file, dpi=150))
 
