@@ -246,6 +246,12 @@ def _call(target: Callable[..., Any], values: dict[str, Any], where: str, given:
         if not where or str(error).startswith(where):
             raise
         raise ValueError(f"{where}: {error}") from error
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if not lies_in(str(getattr(target, "__module__", "")), OWN_PREFIXES):
+            raise  # a user's own class: the traceback is what helps
+        raise ValueError(
+            f"{where or name}: {name} cannot be made of these values ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _checked(parameters: dict[str, inspect.Parameter], values: dict[str, Any], where: str, name: str) -> dict[str, Any]:
