@@ -11,6 +11,7 @@ is Python's own to answer; it is counted apart.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import signal
@@ -142,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end earlier, with the trials until then")
     given = parser.parse_args()
     moments = random.Random(given.seed)
     counts: Counter[str] = Counter()
@@ -154,7 +156,8 @@ def main() -> None:
             seconds[stage] = undisturbed(stage, folder)
         print({stage: round(value, 1) for stage, value in seconds.items()}, flush=True)
         stages = list(STAGES)
-        while counts["trials"] < given.trials:
+        began = time.monotonic()
+        while counts["trials"] < given.trials and time.monotonic() - began < 60 * given.minutes:
             stage = stages[counts["trials"] % len(stages)]
             moment = moments.uniform(0, seconds[stage])
             ended = interrupted(stage, folder, moment)
@@ -164,7 +167,7 @@ def main() -> None:
                     raise SystemExit("The stages end before they can be interrupted; the machine was busier before.")
                 continue
             counts["trials"] += 1
-            if counts["trials"] % 20 == 0:
+            if counts["trials"] % 10 == 0:
                 print(time.strftime("%H:%M:%S"), dict(counts), flush=True)
             if ended.before_first_line:
                 counts["before_first_line"] += 1
