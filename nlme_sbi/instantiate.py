@@ -58,8 +58,8 @@ def instantiate(
     # Every target is located before any is called: a section that is refused has done nothing.
     targets: dict[str, Callable[..., Any]] = {}
     _locate_all(plain, rules, where, targets)
-    if role is not None and where in targets:
-        _refuse_other_role(targets[where], role, where)
+    if role is not None:
+        _refuse_other_role(targets.get(where, type(plain)), role, where)
     return _build(plain, targets, where, dict(given or {}))
 
 

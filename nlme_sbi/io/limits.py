@@ -41,7 +41,7 @@ def bytes_of(path: Path) -> bytes:
         if found.st_size > MOST_BYTES:
             raise too_large(path.name, found.st_size)
         with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
+            data = file.read(found.st_size + 1)  # not more: read() lays the whole wish out in memory first
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read: {error.strerror or error}.") from None
     if len(data) > MOST_BYTES:

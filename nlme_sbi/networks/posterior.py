@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from nlme_sbi.instantiate import instantiate
 from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings, working_bytes_per_row
 from nlme_sbi.networks.summaries import DataShape, GridNetwork, PooledNetwork, SummarySettings
 from nlme_sbi.parameters import ParameterSpace
+from nlme_sbi.progress import Progress
 from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run
 from nlme_sbi.runs.schema import DISTINCT, POSITIVE, Rule
 from nlme_sbi.standardize import ParameterScaling
@@ -31,6 +32,7 @@ from nlme_sbi.types import Design, DesignSource, Observations, PosteriorSamples,
 _MEMORY = {"cpu": 2**25, "cuda": 2**30}
 _NOISE_ROWS = 2**16
 _ROOM = 2**20  # numbers that a network may hold beside its weights
+_MADE = 1000  # tensors that are made on the way
 # Features of a value, and what pooling makes of its row.
 _BYTES_PER_VALUE = 512
 
@@ -41,12 +43,8 @@ def load_weights(network: nn.Module, path: Path) -> None:
     Raises ``ValueError`` when the file is damaged, of another network, or holds weights that are not finite, naming the
     first tensor that differs.
     """
-    try:
-        tensors = safetensors.torch.load_file(str(path))
-    except (OSError, safetensors.SafetensorError) as problem:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({problem}); train again (fresh=true)."
-        ) from problem
+    with safetensors_of(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
     expected = network.state_dict()
     wrong = [
         f"{name} {_described(expected.get(name), 'is not in the network')} against "
@@ -71,24 +69,38 @@ def load_weights(network: nn.Module, path: Path) -> None:
     network.load_state_dict(tensors)
 
 
+@contextmanager
+def safetensors_of(path: Path) -> Iterator[Any]:
+    """An open safetensors file; raises ``ValueError`` where it is none."""
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            yield file
+    except (OSError, safetensors.SafetensorError) as problem:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({problem}); train again (fresh=true)."
+        ) from problem
+
+
 def _described(tensor: Tensor | None, absent: str) -> str:
     return absent if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside it, tensors can be made for so many numbers and no more: a network is never larger than its file."""
+    """Inside it, so many tensors of so many numbers can be made, no more: a network is not larger than its file."""
 
-    def __init__(self, numbers: int, path: Path) -> None:
+    def __init__(self, numbers: int, tensors: int, path: Path) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._left, self._path = numbers, path
+        self._left, self._tensors, self._path = numbers, tensors, path
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = args[0] if args else None
+        if not isinstance(first, Tensor):
+            self._tensors -= 1
         if isinstance(first, (list, tuple)) and all(isinstance(size, int) for size in first):
             self._left -= math.prod(first)
         elif isinstance(first, int):
             self._left -= first
-        if self._left < 0:
+        if self._left < 0 or self._tensors < 0:
             raise ValueError(
                 f"The run's settings describe a network that is larger than {self._path}; they do not belong together. "
                 "Train again (fresh=true)."
@@ -104,8 +116,10 @@ def stored_network(
     Raises ``ValueError`` as :func:`load_weights`, or where the settings do not go with the file.
     """
     # Beside weights, layers are built with masks and orders, which are not larger than they.
-    room = 4 * (weights.stat().st_size // 4) + _ROOM
-    with torch.random.fork_rng(devices=[]), _Bounded(room, weights):
+    with safetensors_of(weights) as file:
+        tensors = len(file.keys())
+    bounded = _Bounded(weights.stat().st_size + _ROOM, 30 * tensors + _MADE, weights)
+    with torch.random.fork_rng(devices=[]), bounded:
         network = build_network(shape, summary, flow, dimension=dimension)
     load_weights(network, weights)
     return network
@@ -345,15 +359,17 @@ class AmortizedPosterior:
         rows = self._rows_at_once(working_bytes_per_row(flow))
         # Noise comes in blocks of a fixed size: what a generator gives depends on how many numbers are asked for.
         block = max(1, _NOISE_ROWS // draws)
-        for start in range(0, individuals, block):
-            some = slice(start, min(start + block, individuals))
-            shape = (some.stop - some.start, draws, flow.noise_width)
-            noise = torch.randn(shape, generator=generator, device=self.device)
-            for who, which in _pieces(len(noise), draws, rows):
-                piece = noise[who, which]
-                drawn, density = self.network.sample(piece.flatten(0, 1), context[some][who])
-                phi[some][who, which] = drawn.view(*piece.shape[:2], -1)
-                log_q[some][who, which] = density.view(piece.shape[:2])
+        with Progress(individuals, "individual", "draws", delay=1.0) as progress:
+            for start in range(0, individuals, block):
+                some = slice(start, min(start + block, individuals))
+                shape = (some.stop - some.start, draws, flow.noise_width)
+                noise = torch.randn(shape, generator=generator, device=self.device)
+                for who, which in _pieces(len(noise), draws, rows):
+                    piece = noise[who, which]
+                    drawn, density = self.network.sample(piece.flatten(0, 1), context[some][who])
+                    phi[some][who, which] = drawn.view(*piece.shape[:2], -1)
+                    log_q[some][who, which] = density.view(piece.shape[:2])
+                progress.update(len(noise))
         return PosteriorSamples(names=self.parameters.names, phi=phi, log_q=log_q, prior=self.prior)
 
     @torch.no_grad()

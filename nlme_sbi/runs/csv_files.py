@@ -20,6 +20,7 @@ from nlme_sbi.runs.files import require_regular
 
 # With the wide forms of these signs, which spreadsheets take for them, and blanks in front, which they may skip.
 _FORMULA = re.compile(r"'*\s*[=+\-@＝＋－＠]")
+_GAPS = ("", "NA", "NaN", "nan")
 _NUMBER = re.compile(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\s*|[+-]?(?:inf|Infinity|nan)")
 
 
@@ -66,7 +67,10 @@ def read_csv(path: Path) -> pd.DataFrame:
     """
     require_regular(path)
     try:
-        frame = pd.read_csv(path, converters={"id": str})
+        columns = list(pd.read_csv(path, nrows=0).columns)
+        # An id may be called NA; in every other column that is a gap.
+        gaps = {name: list(_GAPS) for name in columns if name != "id"}
+        frame = pd.read_csv(path, dtype={"id": str}, keep_default_na=False, na_values=gaps)
     except (ValueError, OSError) as problem:  # pandas' parser errors, a wrong encoding
         raise ValueError(
             f"{path} is damaged: it is no table ({problem}). Run its stage again with fresh=true."

@@ -43,7 +43,7 @@ from nlme_sbi.runs.files import (
     write_atomically,
 )
 from nlme_sbi.runs.provenance import git_state, machine, versions
-from nlme_sbi.runs.schema import NOT_RESULTS
+from nlme_sbi.runs.schema import NOT_RESULTS, TIME
 
 SCHEMA_VERSION = 1
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
@@ -378,17 +378,36 @@ def files_below(directory: Path) -> list[str]:
 def _newest_beside(path: Path, experiment: str) -> dict[str, str] | None:
     """Name and date of the run of this experiment that was finished last, beside this one; None where there is none."""
     pattern = re.compile(re.escape(experiment) + r"-[0-9a-f]{8}(-\d+)?")
-    times: dict[str, str] = {}
+    there: dict[str, dict[str, Any]] = {}
     for other in path.parent.iterdir():
         if other != path and pattern.fullmatch(other.name) and (other / MANIFEST).is_file():
-            try:
-                times[other.name] = str(load_json(other / MANIFEST)["created"])
-            except (ValueError, KeyError, TypeError):
-                continue
-    if not times:
+            with contextlib.suppress(ValueError):
+                manifest = load_json(other / MANIFEST)
+                if isinstance(manifest, dict) and TIME.accepts(manifest.get("created")):
+                    there[other.name] = manifest
+    if not there:
         return None
-    newest = max(times, key=lambda name: times[name])
-    return {"run": newest, "created": times[newest]}
+    newest = order_of_finishing(there)[-1]
+    return {"run": newest, "created": there[newest]["created"]}
+
+
+def order_of_finishing(manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The run with the latest date, and those that were finished after it though their clock says otherwise.
+
+    A manifest names the run that was the newest of its experiment when it was written; a run that was made again has
+    another date. So a clock that went back is noticed and not believed: the last one of the list is the newest.
+
+    Args:
+        manifests: by the name of the run's directory, with ``created`` and ``previous``; at least one.
+    """
+    times = {name: datetime.datetime.fromisoformat(one["created"]) for name, one in manifests.items()}
+    order = [max(times, key=lambda name: times[name])]
+    while True:
+        mark = {"run": order[-1], "created": manifests[order[-1]]["created"]}
+        later = [name for name, one in manifests.items() if one.get("previous") == mark and name not in order]
+        if not later:
+            return order
+        order.append(max(later, key=lambda name: times[name]))
 
 
 def _remove_partial(directory: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nlme_sbi.runs import schema
-from nlme_sbi.runs.directory import CONFIG, MANIFEST, SCHEMA_VERSION, files_below, sealed
+from nlme_sbi.runs.directory import CONFIG, MANIFEST, SCHEMA_VERSION, files_below, order_of_finishing, sealed
 from nlme_sbi.runs.files import load_json, sha256_of_file, sha256_of_plain
 from nlme_sbi.runs.schema import check
 
@@ -227,32 +227,19 @@ def _time(run: FinishedRun) -> datetime.datetime:
 
 
 def _newest(runs: list[FinishedRun]) -> FinishedRun:
-    """The run with the latest date, or one that was finished after it though its clock says otherwise.
-
-    A manifest names the run that was the newest of its experiment when it was written, so a clock that went back is
-    noticed, said, and not believed.
-    """
-    newest = max(runs, key=_time)
-    passed = [_mark(newest)]
-    while True:
-        later = [run for run in runs if run.manifest.get("previous") in passed and _mark(run) not in passed]
-        if not later:
-            return newest
-        following = max(later, key=_time)
+    """The run that was finished last; where that is not the one with the latest date, it is said."""
+    by_name = {run.path.name: run for run in runs}
+    order = order_of_finishing({name: run.manifest for name, run in by_name.items()})
+    newest, dated = by_name[order[-1]], by_name[order[0]]
+    if newest is not dated:
         _log.warning(
             "%s is dated %s, before %s, but was finished after it: the clock had gone back. It counts as the newer "
             "one.",
-            following.path,
-            following.manifest["created"],
-            newest.path.name,
+            newest.path,
+            newest.manifest["created"],
+            dated.path.name,
         )
-        newest = following
-        passed.append(_mark(newest))
-
-
-def _mark(run: FinishedRun) -> dict[str, str]:
-    """How a later manifest names this run; a run that was made again has another date."""
-    return {"run": run.path.name, "created": run.manifest["created"]}
+    return newest
 
 
 def _attempts(directory: Path, experiment: str) -> Iterator[Path]:

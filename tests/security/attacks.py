@@ -33,8 +33,25 @@ from nlme_sbi.runs.directory import sealed
 # Modules that do something when they are imported, are no use outside of Python's own tests, or need a display.
 _LEFT_OUT = {"antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "lib2to3", "__main__", "pty"}
 _CODE = {"os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn"}
-_FILES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.symlink", "os.link", "os.chmod", "shutil.rmtree"}
-_REQUESTS = {"socket.connect", "socket.getaddrinfo", "socket.bind", "urllib.Request", "http.client.connect", "ftplib.connect"}
+_FILES = {
+    "os.mkdir",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.truncate",
+    "os.symlink",
+    "os.link",
+    "os.chmod",
+    "shutil.rmtree",
+}
+_REQUESTS = {
+    "socket.connect",
+    "socket.getaddrinfo",
+    "socket.bind",
+    "urllib.Request",
+    "http.client.connect",
+    "ftplib.connect",
+}
 _PLAINLY_READ = {"r", "rb", "rt"}
 
 

@@ -85,7 +85,9 @@ def test_what_a_stored_section_cannot_name(target: str, words: str) -> None:
 
 
 def test_trust_is_of_the_user_and_never_of_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sent_model.py").write_text("import pathlib\npathlib.Path(__file__).with_name('ran').touch()\nclass M: pass")
+    (tmp_path / "sent_model.py").write_text(
+        "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\nclass M: pass"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     inner = {"_target_": "sent_model.M"}
     for hidden in (
@@ -118,7 +120,12 @@ def test_nothing_is_built_before_every_target_is_known(monkeypatch: pytest.Monke
 
 
 def test_a_role_is_checked_on_the_class_before_it_is_called() -> None:
-    grid = {"_target_": "nlme_sbi.designs.FixedGrid", "start": 0.0, "stop": 1.0, "count": -5}  # refuses when it is built
+    grid = {
+        "_target_": "nlme_sbi.designs.FixedGrid",
+        "start": 0.0,
+        "stop": 1.0,
+        "count": -5,
+    }  # refuses when it is built
     with pytest.raises(ValueError, match=r"prior is a FixedGrid, which is no Prior: it lacks log_prob"):
         instantiate(grid, where="prior", role=Prior)
     with pytest.raises(ValueError, match=r"simulator is a FixedGrid, which is no Simulator: it lacks simulate"):
