@@ -44,6 +44,21 @@ def test_no_target_of_400_runs_code_writes_a_file_or_asks_a_network(tmp_path: Pa
     assert all(any(role.fits(locate(target)) for role in STORED_ROLES) for target in built), roles
 
 
+def test_the_watcher_sees_what_it_is_there_for(tmp_path: Path) -> None:
+    """The oracle of this file: programs, files and addresses that are touched are counted."""
+    import os
+    import socket
+
+    with watched() as seen:
+        os.system("true")
+        (tmp_path / "x").write_text("x")
+        with socket.socket() as opened:
+            opened.settimeout(0.1)
+            opened.connect_ex(("127.0.0.1", 9))
+    assert len(seen.code) == len(seen.files) == 1
+    assert seen.requests
+
+
 def test_every_class_that_can_be_a_target_is_a_part_of_a_run() -> None:
     """The list by name: a new entry is a decision, not an accident of what a class happens to have."""
     found = set()
