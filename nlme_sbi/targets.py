@@ -59,6 +59,7 @@ ROLES = (
     Role("population model", ("nlme_sbi.population",), ("bind",)),
     Role("priors of theta", ("nlme_sbi.population",), ("bind",), ("ThetaPriors",)),
     Role("estimator", ("nlme_sbi.population",), ("prepare", "objective", "improve")),
+    Role("choice of an estimator", ("nlme_sbi.population",), ("choose",), ("Auto",)),
     Role("sampler of theta", ("nlme_sbi.population",), classes=("EnsembleSampler",)),
 )
 # What a run directory describes never reads a data file: a run holds the numbers that it was made from.

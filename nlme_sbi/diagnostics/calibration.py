@@ -32,6 +32,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from nlme_sbi.diagnostics.ecdf import evaluation_levels, share_below, uniform_band, uniformity_p_value
+from nlme_sbi.diagnostics.p_values import holm
 from nlme_sbi.diagnostics.pairs import PosteriorPairs
 from nlme_sbi.diagnostics.ranks import ranked
 
@@ -227,12 +228,3 @@ def _pooled_p_value(ranks: Float[np.ndarray, "N D"], null: Float[np.ndarray, "B 
     found = float((np.abs(share_below(ranks.ravel(), levels) - levels) / scale).max())
     replicated = (np.abs(null - levels) / scale).max(1)
     return float((1 + (replicated >= found).sum()) / (1 + len(replicated)))
-
-
-def holm(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """p-values that may be compared with the error rate of the whole family, whatever the dependence (Holm 1979)."""
-    order = np.argsort(p_values)
-    stepped = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return adjusted

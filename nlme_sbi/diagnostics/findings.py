@@ -11,7 +11,7 @@ from typing import Literal
 log = logging.getLogger(__name__)
 
 Light = Literal["green", "amber", "red", "grey"]
-_GRAVITY: tuple[Light, ...] = ("green", "grey", "amber", "red")
+GRAVITY: tuple[Light, ...] = ("green", "grey", "amber", "red")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,13 @@ class Finding:
 
 def worst(findings: Iterable[Finding]) -> Light:
     """The gravest light; grey weighs more than green. Green where there are none."""
-    return max((finding.light for finding in findings), key=_GRAVITY.index, default="green")
+    return max((finding.light for finding in findings), key=GRAVITY.index, default="green")
+
+
+def refused(check: str, title: str, problem: ValueError, *, what: str = "the check") -> Finding:
+    """The grey finding in place of a check or a part that could not be made, with the reason, which is logged."""
+    log.warning("%s: %s", title, problem)
+    return Finding(check, title, "grey", str(problem), f"Grey: {what} could not be made.")
 
 
 def attempted(check: str, title: str, make: Callable[[], Finding]) -> Finding:
@@ -69,5 +75,4 @@ def attempted(check: str, title: str, make: Callable[[], Finding]) -> Finding:
     try:
         return make()
     except ValueError as problem:
-        log.warning("%s: %s", title, problem)
-        return Finding(check, title, "grey", str(problem), "Grey: the check could not be made.")
+        return refused(check, title, problem)

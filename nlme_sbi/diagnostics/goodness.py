@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nlme_sbi.diagnostics.findings import Finding
 from nlme_sbi.diagnostics.prediction_errors import anderson_darling
-from nlme_sbi.diagnostics.replicates import measurements_frame
+from nlme_sbi.diagnostics.replicates import measured_first, measurements_frame
 from nlme_sbi.mechanistic import MechanisticSimulator
 from nlme_sbi.types import Censoring, Observations, Simulator
 
@@ -187,7 +187,7 @@ def _residuals(
 def _correlation(residuals: Float[Tensor, "I T C"]) -> tuple[float, int]:
     """Of what was measured of a signal one after the other, and how many pairs there are."""
     moved = residuals.transpose(1, 2).flatten(0, 1)
-    order = moved.isnan().to(torch.int8).sort(dim=1, stable=True).indices
+    order = measured_first(~moved.isnan(), 1)
     packed = moved.gather(1, order)
     product = packed[:, 1:] * packed[:, :-1]
     there = ~product.isnan()

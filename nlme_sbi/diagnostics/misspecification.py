@@ -31,9 +31,9 @@ from nlme_sbi.diagnostics.misspecification_summaries import (
     Summarizing,
     SupportScores,
     replicate_test,
-    simulated_copies,
     support_scores,
 )
+from nlme_sbi.diagnostics.replicates import replicated
 from nlme_sbi.types import Observations
 
 COPIES = 9
@@ -156,4 +156,4 @@ def _copies(
             "Copies of individuals would need their limits of quantification; the prediction errors of a fit "
             "(scripts/report.py) take censored data as what they are."
         )
-    return simulated_copies(network.simulator, draws[:, 0], observations.design, copies=COPIES, generator=generator)
+    return replicated(network.simulator, draws[:, :1].expand(-1, COPIES, -1), observations.design, generator)

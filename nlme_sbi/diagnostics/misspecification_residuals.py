@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nlme_sbi.diagnostics.best_fits import BestFits, best_fits, orthogonal, require_residuals
+from nlme_sbi.diagnostics.replicates import measured_first
 from nlme_sbi.types import Observations, Prior, Simulator
 
 STATISTICS = ("correlation", "run", "farthest", "waves")
@@ -184,7 +185,7 @@ def _in_order(values: Float[Tensor, "I K n"], mask: Bool[Tensor, "I T C"]) -> tu
     there = mask.transpose(1, 2)
     counts = there.sum(2).to(values.dtype)
     if not bool(mask.all()):
-        order = (~there).to(torch.int8).sort(dim=2, stable=True).indices
+        order = measured_first(there, 2)
         apart = apart.gather(3, order[:, None].expand_as(apart))
     size = (apart.square().sum(3) / counts.clamp_min(1)[:, None]).sqrt()
     return apart / size.clamp_min(1e-30)[..., None], counts

@@ -221,17 +221,6 @@ def _training_simulations(network: Summarizing, design: Design, count: int, gene
     return Simulations(phi[kept], made.values[kept], design[rows[kept]], made.status[kept])
 
 
-@torch.no_grad()
-def simulated_copies(
-    simulator: Simulator, phi: Float[Tensor, "I D"], design: Design, *, copies: int, generator: torch.Generator
-) -> Float[Tensor, "I K T C"]:
-    """Data sets simulated from one set of parameters of each individual; NaN where that failed."""
-    rows = torch.arange(len(phi), device=phi.device).repeat_interleave(copies)
-    made = simulator.simulate(phi[rows], design[rows], generator)
-    values = torch.where((made.status == 0)[:, None, None], made.values, torch.nan)
-    return values.reshape(len(phi), copies, *values.shape[1:])
-
-
 def _whitening(covariance: Float[Tensor, "H H"]) -> Float[Tensor, "H W"]:
     """To variance 1 in every direction that has any to speak of."""
     size, direction = torch.linalg.eigh(covariance)

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nlme_sbi.diagnostics.findings import Finding
-from nlme_sbi.diagnostics.random_effects import holm
-from nlme_sbi.diagnostics.replicates import replicated
+from nlme_sbi.diagnostics.p_values import holm
+from nlme_sbi.diagnostics.replicates import measured_first, replicated
 from nlme_sbi.types import Censoring, Observations, Simulator
 
 STATISTICS = ("mean", "spread", "smallest", "largest", "roughness")
@@ -92,7 +92,7 @@ def posterior_predictive_check(
 def _statistics(values: Float[Tensor, "I K T C"], mask: Bool[Tensor, "I T C"]) -> Float[Tensor, "I K C 5"]:
     """Of each individual's series; NaN where too little was measured."""
     there = mask.transpose(1, 2)
-    order = (~there).to(torch.int8).sort(dim=2, stable=True).indices
+    order = measured_first(there, 2)
     series = values.transpose(2, 3)
     packed = series.gather(3, order[:, None].expand_as(series))
     count = there.sum(2)[:, None]

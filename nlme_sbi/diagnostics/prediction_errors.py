@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nlme_sbi.diagnostics.findings import Finding, Light
-from nlme_sbi.diagnostics.replicates import measurements_frame, replicated
+from nlme_sbi.diagnostics.replicates import measured_first, measurements_frame, replicated
 from nlme_sbi.types import Censoring, Observations, Simulator
 
 _LEAST_REPLICATES, _LEAST_NULL = 200, 59  # 59: three tests at 5% together need p-values below 1/60
@@ -134,7 +134,7 @@ def _thinned(observations: Observations, most: int) -> tuple[Observations, Int[T
     individuals, times, signals = mask.shape
     keep = min(times, max(1, most // signals))
     there = mask.any(2)
-    order = (~there).to(torch.int8).sort(dim=1, stable=True).indices  # measured times first, in order
+    order = measured_first(there, 1)
     count = there.sum(1, keepdim=True).clamp_min(1)
     rank = torch.arange(keep, device=mask.device).expand(individuals, -1)
     wished = torch.where(count > keep, ((rank + 0.5) * count / keep).floor().long(), rank)

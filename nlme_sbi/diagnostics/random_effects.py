@@ -12,7 +12,6 @@ Ruger (1978), Metrika 25:171, for twice the median of p-values.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +22,7 @@ from scipy.stats import chi2, f_oneway, norm, pearsonr, rankdata, shapiro
 from torch import Tensor
 
 from nlme_sbi.diagnostics.findings import Finding
+from nlme_sbi.diagnostics.p_values import holm, twice_the_median
 from nlme_sbi.types import Covariates, Design
 
 _SINGLE_DRAWS = 20  # of every individual, each a sample of its own
@@ -131,20 +131,6 @@ def random_effects(
     return RandomEffects(
         ids=ids, names=tuple(names[int(place)] for place in varying), mean=eta.mean(1), sd=eta.std(1), drawn=drawn
     )
-
-
-def holm(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Adjusted p-values of Holm (1979), Scand. J. Stat. 6:65: familywise error rates under any dependence."""
-    order = np.argsort(p_values)
-    steps = np.maximum.accumulate((len(p_values) - np.arange(len(p_values))) * p_values[order])
-    adjusted = np.empty_like(p_values)
-    adjusted[order] = np.minimum(1.0, steps)
-    return adjusted
-
-
-def twice_the_median(p_values: Sequence[float]) -> float:
-    """One p-value from several that depend on each other in any way: at most its level is rejected."""
-    return min(1.0, 2 * float(np.median(p_values)))
 
 
 def distribution_tests(effects: RandomEffects, *, level: float = 0.05) -> EffectTests:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nlme_sbi.types import Design, Observations, Simulator
@@ -21,6 +21,11 @@ def replicated(
     output = simulator.simulate(phi.flatten(0, 1), design[rows], generator)
     values = torch.where((output.status == 0)[:, None, None], output.values, torch.nan)
     return values.reshape(individuals, count, *values.shape[1:])
+
+
+def measured_first(there: Bool[Tensor, "*shape"], dim: int) -> Int[Tensor, "*shape"]:
+    """Places along ``dim`` with those that are ``there`` before the others, each in their order."""
+    return (~there).to(torch.int8).sort(dim=dim, stable=True).indices
 
 
 def measurements_frame(observations: Observations, **columns: Float[Tensor, "I T C"]) -> pd.DataFrame:

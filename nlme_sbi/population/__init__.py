@@ -1,6 +1,7 @@
 """Population models and their estimators; posteriors are known only as the Protocol in :mod:`nlme_sbi.types`."""
 
 from nlme_sbi.population.assessment import Assessment, assessed, sandwich_covariance, wald_intervals
+from nlme_sbi.population.auto import Auto
 from nlme_sbi.population.bootstrap import Bootstrap, bootstrap
 from nlme_sbi.population.exact import Exact
 from nlme_sbi.population.fit import fit_population
@@ -15,6 +16,7 @@ from nlme_sbi.population.table import PopulationTable
 
 __all__ = [
     "Assessment",
+    "Auto",
     "Bootstrap",
     "Exact",
     "FitProgress",

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
+from nlme_sbi.population.factorizations import cholesky_or_diagonal
 from nlme_sbi.population.roles import WeightedDraws
 from nlme_sbi.population.weighting import expected_statistics, hessian, rough_information, value_and_gradient
 
@@ -79,7 +80,7 @@ def climb(
         multiplicity: how often each individual counts; once when left out.
     """
     free = state.population.unknowns.free.to(theta.device) if free is None else free
-    factor = torch.linalg.cholesky(torch.linalg.inv(information))
+    factor = cholesky_or_diagonal(torch.linalg.inv(information))
     count = 0
 
     def place(u: NDArray[np.float64]) -> Tensor:

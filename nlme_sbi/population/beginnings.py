@@ -1,5 +1,4 @@
-"""Where estimators with a likelihood begin: what starts are compared on, and the points that climb to an individual's
-modes. Everything comes from the network's draws, the training prior and the data."""
+"""The points that climb to an individual's modes, from the network's draws, the training prior and the data."""
 
 from __future__ import annotations
 
@@ -9,16 +8,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nlme_sbi.population.checks import named
 from nlme_sbi.population.joint import Expansion, JointDensity, promised_gain
 from nlme_sbi.population.proposals import Pieces, modes, with_others
-from nlme_sbi.population.ratio import PriorRatio
-from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
-from nlme_sbi.population.subsets import of_individuals, random_part
+from nlme_sbi.population.roles import PopulationModel, Source
+from nlme_sbi.population.subsets import of_individuals
+from nlme_sbi.population.trust_region import NoLikelihoodError
 from nlme_sbi.types import Observations, PosteriorSamples, Simulator, TractableSimulator
 
-_EXPLORED = 500  # individuals whose flow draws tell where the population is
 _FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from
 _CLIMBERS = 3  # starts of Newton's method for each individual, before symmetries
+_LAST_DRAWS, _LAST_CLIMBERS = 200, 8  # of individuals whose modes were lost
 _OUT_OF_REACH = 500.0  # log density of a mirror image below its mode at which it is given up without a look
 _HOPELESS = 15.0  # and below which its summit is expected when it is not climbed
 
@@ -49,15 +49,6 @@ def likelihood_of(
     return JointDensity(simulator, population, in_double(observations, theta.device), theta.detach())
 
 
-def explorable(
-    source: Source, observations: Observations, population: PopulationModel, *, draws: int, generator: torch.Generator
-) -> WeightedDraws:
-    """``draws`` of the network for some individuals, on which starts are compared by the prior ratio."""
-    chosen = random_part(len(observations), _EXPLORED, generator)
-    ratio = PriorRatio(draws=draws, max_draws=draws, components=4)
-    return ratio.prepare(of_individuals(source, chosen), observations[chosen], population, generator)
-
-
 def in_double(observations: Observations, device: torch.device) -> Observations:
     """The same data on ``device`` in float64."""
     moved = observations.to(device)
@@ -77,12 +68,14 @@ def first_climbers(
     generator: torch.Generator,
     *,
     mirrored: bool = True,
+    others: Float[Tensor, "I n V"] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Individual ``(B,)`` and point ``(B, V)`` of everybody's starts of a search for modes: the best point of each,
     and the best ones among those that are far from the earlier choices.
 
     To choose from there are the network's draws, their mirror images where the simulator declares parameters that may
-    be exchanged (unless not ``mirrored``), and the individual's own typical values, in case the network was wrong.
+    be exchanged (unless not ``mirrored``), the individual's own typical values, in case the network was wrong, and
+    ``others``.
     """
     draws = _network_draws(source, observations, generator).to(joint.theta)
     varying = draws[..., list(joint.population.varying)]
@@ -91,6 +84,8 @@ def first_climbers(
     pool = [varying, joint.centres[:, None]]
     if mirrored:
         pool[0] = with_images(joint, varying)
+    if others is not None:
+        pool.append(others)
     points = torch.cat(pool, 1)
     value = joint.value(every, points)
     chosen = []
@@ -163,14 +158,49 @@ def is_near(joint: JointDensity, theta: Tensor) -> bool:
 
 
 def require_everybody(rows: Tensor, observations: Observations) -> None:
-    """Refuse data of individuals for whom no search found a point with a likelihood above 0."""
-    there = torch.zeros(len(observations), dtype=torch.bool, device=rows.device)
-    there[rows] = True
-    missing = torch.nonzero(~there)[:, 0].tolist()
-    if missing:
-        names = ", ".join(observations.ids[place] for place in missing[:5])
-        raise ValueError(
+    """Raise for individuals for whom no search found a point with a likelihood above 0.
+
+    Raises:
+        NoLikelihoodError: with their positions; a search may go elsewhere, or refuse the data where nowhere is better.
+    """
+    missing = lacking(rows, len(observations))
+    if len(missing):
+        raise NoLikelihoodError(
             f"The likelihood of {len(missing)} of {len(observations)} individuals is 0 or not finite wherever the "
-            f"search began; first: {names}. Check their data, and whether the model can produce them (a "
-            "proportional error around a prediction of 0 cannot)."
+            f"search looked; first: {named(observations.ids, missing)}. Check their data, and whether the model can "
+            "produce them (a proportional error around a prediction of 0 cannot).",
+            missing,
         )
+
+
+def lacking(rows: Int[Tensor, " B"], individuals: int) -> Int[Tensor, " missing"]:
+    """Positions of the individuals that own none of the rows."""
+    there = torch.zeros(individuals, dtype=torch.bool, device=rows.device)
+    there[rows] = True
+    return torch.nonzero(~there)[:, 0]
+
+
+def last_climbers(
+    joint: JointDensity,
+    missing: Int[Tensor, " m"],
+    source: Source,
+    observations: Observations,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """More starts for individuals whose modes were lost: many draws of the network and points around what is typical of
+    them, near and far, of which the best few."""
+    varying = list(joint.population.varying)
+    some = of_individuals(source, missing.cpu())
+    own = observations[missing.cpu()]
+    drawn = some.phi if isinstance(some, PosteriorSamples) else some.sample(own, _LAST_DRAWS, generator).phi
+    pool = drawn.to(joint.theta)[..., varying]
+    centres, scales = joint.centres[missing], joint.scales[missing]
+    shape = (len(missing), _LAST_DRAWS, len(varying))
+    noise = torch.randn(shape, generator=generator, device=generator.device, dtype=joint.theta.dtype).to(centres.device)
+    reach = torch.tensor([0.3, 1.0, 3.0], dtype=noise.dtype, device=noise.device).repeat(_LAST_DRAWS)[:_LAST_DRAWS]
+    around = centres[:, None] + reach[:, None] * scales[:, None] * noise
+    points = torch.cat([pool, around], 1)
+    value = joint.value(missing, points)
+    best = value.topk(min(_LAST_CLIMBERS, points.shape[1]), 1).indices
+    chosen = points.gather(1, best[..., None].expand(-1, -1, points.shape[2]))
+    return missing.repeat_interleave(chosen.shape[1]), chosen.flatten(0, 1)

@@ -6,10 +6,9 @@ with the varying parameters v integrated by importance sampling from a heavy-tai
 (:mod:`nlme_sbi.population.proposals`), and the constant parameters s as arguments of the likelihood: they are never
 sampled. The network only tells where to begin.
 
-Between two sets of draws the likelihood's dependence on s is its expansion about the values that the draws were made
-for: each draw's own gradient, and the mean Hessian of draws of the individual that are chosen by weight. Draws are made
-anew at the optimum until it moves so little that what the expansion leaves in it is below a twentieth of a standard
-error; values, gradients and curvatures are exact at the point that the last draws were made for.
+Draws are made anew for every theta that the search looks at, and value, score and curvature there are those of the
+likelihood itself (:mod:`nlme_sbi.population.trust_region`); the end is checked on draws that nothing was fitted to
+(:mod:`nlme_sbi.population.verification`).
 """
 
 from __future__ import annotations
@@ -21,21 +20,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.beginnings import (
-    explorable,
     first_climbers,
     is_near,
+    lacking,
+    last_climbers,
     likelihood_of,
     modes_with_images,
     require_everybody,
     tractable,
 )
-from nlme_sbi.population.exact_draws import ExactDraws, drawn, with_bad_ones_refined
-from nlme_sbi.population.proposals import along_profiles, mixtures
-from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
+from nlme_sbi.population.exact_draws import ExactDraws, drawn, with_bad_ones_refined, without_variability
+from nlme_sbi.population.joint import JointDensity
+from nlme_sbi.population.proposals import along_profiles, mixtures, modes, with_others
+from nlme_sbi.population.roles import NoDraws, PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions
 from nlme_sbi.types import Observations, Simulator
 
 _DRAWS_ALL = 100_000  # draws of all individuals together that there are at least
+_ROUGH_ALL, _ROUGH_MOST = 10_000, 512  # the same where starts are compared
 
 
 @dataclass(frozen=True)
@@ -45,36 +47,37 @@ class Exact:
     Args:
         draws: of each individual's mixture to begin with, at least; few individuals get more.
         max_draws: how far their number is raised while the Monte-Carlo error is too large.
-        exploring: draws of the network with which the fit's starts are compared, by the prior ratio.
         simulator: whose likelihood it is; taken from the posterior when left out.
+        rough: leave out what only matters for the last digits; set where starts are compared.
     """
 
     draws: int = 64
     max_draws: int = 8192
-    exploring: int = 300
     simulator: Simulator | None = None
+    rough: bool = False
 
     name = "exact"
     absolute = True
     approximation = ""
 
     def __post_init__(self) -> None:
-        if self.draws < 16 or self.max_draws < self.draws or self.exploring < 20:
-            raise ValueError(
-                f"estimator: needs 16 <= draws <= max_draws and exploring >= 20; got {self.draws}, {self.max_draws} "
-                f"and {self.exploring}."
-            )
+        if self.draws < 16 or self.max_draws < self.draws:
+            raise ValueError(f"estimator: needs 16 <= draws <= max_draws; got {self.draws} and {self.max_draws}.")
 
     def prepare(
-        self, source: Source, observations: Observations, population: PopulationModel, generator: torch.Generator
-    ) -> WeightedDraws:
-        """The network's draws of some individuals, on which starts are compared by the prior ratio.
+        self,
+        source: Source,
+        observations: Observations,  # noqa: ARG002
+        population: PopulationModel,
+        generator: torch.Generator,  # noqa: ARG002
+    ) -> NoDraws:
+        """Nothing but the population model: draws are made for one theta.
 
         Raises:
             ValueError: where the simulator has no likelihood.
         """
         tractable(self.simulator, source, self.name)
-        return explorable(source, observations, population, draws=self.exploring, generator=generator)
+        return NoDraws(population)
 
     def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
         """Estimated ``log p(y_i | theta)`` of every individual."""
@@ -85,35 +88,81 @@ class Exact:
         source: Source,
         observations: Observations,
         theta: Float[Tensor, " P"],
-        previous: WeightedDraws,
+        previous: WeightedDraws | NoDraws,
         generator: torch.Generator,
     ) -> ExactDraws:
         """Draws made for ``theta``: modes, mixtures, draws with their likelihoods expanded in the constants."""
         simulator = tractable(self.simulator, source, self.name)
-        joint = likelihood_of(simulator, previous.population, observations, theta)
+        joint = replace(likelihood_of(simulator, previous.population, observations, theta), rough=self.rough)
         individuals = len(observations)
+        if not previous.population.varying:
+            return without_variability(joint, source.prior)
         known = previous if isinstance(previous, ExactDraws) and previous.individuals == individuals else None
         if known is not None and is_near(joint, known.proposed_for):
             # The mixtures still fit: draws from them, with likelihoods at the new theta.
             state = drawn(joint, known.modes, known.mixed, source.prior, generator)
-            return replace(with_bad_ones_refined(state, generator), proposed_for=known.proposed_for)
+            state = state if self.rough else with_bad_ones_refined(state, generator)
+            return replace(state, proposed_for=known.proposed_for)
+        draws = self._draws_of(previous, individuals)
         if known is None:
             rows, starts = first_climbers(joint, source, observations, generator)
         else:
-            rows, starts = known.modes.rows, known.modes.means
-        laplace, at = modes_with_images(joint, rows, starts)
+            every = torch.arange(individuals, device=theta.device)
+            rows = torch.cat([known.modes.rows, every])
+            starts = torch.cat([known.modes.means, joint.centres])
+        return self._made(joint, (rows, starts), source, observations, generator, draws=draws)
+
+    def look_again(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Float[Tensor, " P"],
+        generator: torch.Generator,
+    ) -> ExactDraws:
+        """Draws for ``theta`` that owe nothing to the search but its modes: those, and whatever modes a search from the
+        beginning finds beside them."""
+        if not isinstance(state, ExactDraws):
+            raise TypeError(f"exact made no such draws: {type(state).__name__}.")
+        simulator = tractable(self.simulator, source, self.name)
+        joint = likelihood_of(simulator, state.population, observations, theta)
+        if not state.population.varying:
+            return without_variability(joint, source.prior)
+        rows, starts = first_climbers(joint, source, observations, generator)
+        both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, starts])
+        return self._made(joint, both, source, observations, generator, draws=state.draws)
+
+    def _made(
+        self,
+        joint: JointDensity,
+        climbers: tuple[Tensor, Tensor],
+        source: Source,
+        observations: Observations,
+        generator: torch.Generator,
+        *,
+        draws: int,
+    ) -> ExactDraws:
+        """Modes from where the climbers begin, mixtures on them, draws."""
+        individuals = len(observations)
+        laplace, at = modes_with_images(joint, *climbers)
+        missing = lacking(laplace.rows, individuals)
+        if len(missing):
+            more = last_climbers(joint, missing, source, observations, generator)
+            laplace, at = with_others(joint, (laplace, at), modes(joint, *more))
         require_everybody(laplace.rows, observations)
-        mixed = mixtures(along_profiles(joint, laplace, at), individuals, self._draws_of(previous, individuals))
-        state = drawn(joint, laplace, mixed, source.prior, generator)
-        return with_bad_ones_refined(state, generator)
+        if self.rough:  # heavy tails around the modes serve to compare starts
+            return drawn(joint, laplace, mixtures(laplace, individuals, draws), source.prior, generator)
+        mixed = mixtures(along_profiles(joint, laplace, at), individuals, draws)
+        return with_bad_ones_refined(drawn(joint, laplace, mixed, source.prior, generator), generator)
+
+    def roughly(self, individuals: int) -> Exact:
+        """The same with as few draws, and as little care for each individual, as comparing starts takes."""
+        draws = max(self.draws, min(_ROUGH_MOST, self.max_draws, _ROUGH_ALL // individuals))
+        return replace(self, draws=draws, rough=True)
 
     def with_draws(self, draws: int) -> Exact:
         """The same with so many draws of each individual, at least those it had and at most ``max_draws``."""
         return replace(self, draws=min(max(draws, self.draws), self.max_draws))
-
-    def serves(self, state: WeightedDraws, theta: Float[Tensor, " P"]) -> bool:
-        """Whether draws that were made for another theta are as good at this one."""
-        return isinstance(state, ExactDraws) and is_near(replace(state.joint, theta=theta), state.proposed_for)
 
     def improve(
         self,
@@ -134,7 +183,7 @@ class Exact:
         more = drawn(joint, state.modes, state.mixed.with_draws(draws), state.training, generator)
         return with_bad_ones_refined(replace(more, proposed_for=state.proposed_for), generator)
 
-    def _draws_of(self, previous: WeightedDraws, individuals: int) -> int:
+    def _draws_of(self, previous: WeightedDraws | NoDraws, individuals: int) -> int:
         if isinstance(previous, ExactDraws) and previous.individuals == individuals:
             return previous.draws
-        return max(self.draws, min(self.max_draws, _DRAWS_ALL // individuals))
+        return self.draws if self.rough else max(self.draws, min(self.max_draws, _DRAWS_ALL // individuals))

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nlme_sbi.population.factorizations import cholesky_or_diagonal
+
 Criterion = Literal["aic", "bic", "fixed"]
 
 FLOOR = 1e-6  # added to the variance of every component, relative to that of the draws
@@ -68,7 +70,7 @@ def log_densities(
     phi: Float[Tensor, "I S D"], means: Float[Tensor, "I K D"], covariances: Float[Tensor, "I K D D"]
 ) -> Float[Tensor, "I S K"]:
     """Gaussian log density of every draw under every component, for draws in any units."""
-    factor: Tensor = torch.linalg.cholesky(covariances)
+    factor: Tensor = cholesky_or_diagonal(covariances)
     identity = torch.eye(phi.shape[2], dtype=phi.dtype, device=phi.device).expand(factor.shape)
     whitening: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
     centres = (whitening @ means[..., None]).flatten(1)
@@ -156,7 +158,7 @@ def _single(draws: Tensor, size: int) -> Components:
 
 def _coefficients(components: Components, size: int) -> Float[Tensor, "I K F"]:
     """Log weight plus log density of each component as a linear form in the features."""
-    factor = torch.linalg.cholesky(components.covariances)
+    factor = cholesky_or_diagonal(components.covariances)
     precision = torch.cholesky_inverse(factor)
     linear = (precision @ components.means[..., None])[..., 0]
     constant = components.log_weights - 0.5 * (
@@ -243,7 +245,7 @@ def _split(draws: Tensor, components: Components, size: int) -> Components:
     terms of the negentropy.
     """
     shares = torch.softmax(_coefficients(components, size) @ draws, 1)
-    factor = torch.linalg.cholesky(components.covariances)
+    factor = cholesky_or_diagonal(components.covariances)
     offsets = draws[:, None, 1 : 1 + size] - components.means[..., None]
     whitened = torch.linalg.solve_triangular(factor, offsets, upper=False)  # (I, K, D, S)
     held = shares.sum(2)  # (I, K)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,17 +15,18 @@ from torch import Tensor
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population import checks
 from nlme_sbi.population.ascent import Summit, climb, polish
+from nlme_sbi.population.auto import Auto, chosen_estimator
 from nlme_sbi.population.boundary import variance_tests
-from nlme_sbi.population.exploring import EXPLORED_INDIVIDUALS, Explored, explore
+from nlme_sbi.population.exploring import Explored, explore
 from nlme_sbi.population.individuals import IndividualEstimates, individual_estimates
 from nlme_sbi.population.labelling import declared_pairs, in_order, labelling_notes, require_orderable
-from nlme_sbi.population.ratio import PriorRatio
+from nlme_sbi.population.likelihood_search import Task, compare_starts, search_likelihood
 from nlme_sbi.population.result import PopulationFit, Restart
 from nlme_sbi.population.roles import (
     Estimator,
     FitProgress,
     FollowingEstimator,
-    Found,
+    NoDraws,
     PopulationModel,
     PopulationSpecification,
     Redraw,
@@ -32,31 +34,27 @@ from nlme_sbi.population.roles import (
     SearchingEstimator,
     Source,
     WeightedDraws,
+    discard,
 )
-from nlme_sbi.population.subsets import of_individuals, random_part
+from nlme_sbi.population.trust_region import Point
 from nlme_sbi.population.uncertainty import (
     MonteCarloError,
     covariance_from,
-    left_by_expansion,
     likelihood_error,
     monte_carlo_error,
-    rough_monte_carlo_error,
 )
 from nlme_sbi.population.vanished import settled
 from nlme_sbi.population.verdicts import degenerate, described, doubted, few_individuals
-from nlme_sbi.population.weighting import hessian, rough_information, value_and_gradient
+from nlme_sbi.population.verification import Verification, verified
+from nlme_sbi.population.weighting import rough_information
 from nlme_sbi.tails import heavy_tails
 from nlme_sbi.types import Censoring, Observations, Posterior
 
 logger = logging.getLogger(__name__)
 
-_STANDS_STILL = 0.5  # standard errors between two rounds; Monte-Carlo error is judged apart
-_ROUNDS = 10  # of draws that follow the optimum
-_PRUDENCE = 1.1  # factor on the rough error of fewer individuals before it sets the draws of all
-_LEFT_BY_A_MOVE = 0.05  # standard errors that the expansion in constants may leave in an estimate
 _CONVERGED = 0.01  # largest Newton step that may be left, in standard errors
 _LABELLINGS = 2  # climbs, the second where the first ended under another labelling than the one asked for
-_CONTRADICTED = 0.3  # standard errors between a search's estimate and the summit of the likelihood there
+_CONTRADICTED = 0.25  # standard errors between a search's estimate and the maximum of the likelihood there
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +65,6 @@ class _Optimum:
     information: Float[Tensor, "free free"]
     covariance: Float[Tensor, "free free"] | None
     error: MonteCarloError
-    found: Found | None = None  # by an estimator that searches itself
 
     def worst(self, free: Tensor) -> tuple[float, float]:
         """Largest Monte-Carlo SE and bias in standard errors; infinite where there are none."""
@@ -77,13 +74,38 @@ class _Optimum:
         return self.error.worst(se, free)
 
 
+@dataclass(frozen=True, eq=False)
+class _Outcome:
+    """What an estimator's way to the estimate ends in, whichever way it is.
+
+    Args:
+        state: draws at the estimate.
+        optimum: the estimate with both kinds of error.
+        restarts: how the starts ended.
+        converged: whether the estimate counts as one.
+        message: how the fit ended.
+        warnings: of the search itself.
+        verification: the check on draws that were not climbed on; None where draws are fixed.
+        shortage: why the Monte-Carlo error is no smaller.
+    """
+
+    state: WeightedDraws
+    optimum: _Optimum
+    restarts: tuple[Restart, ...]
+    converged: bool
+    message: str
+    warnings: tuple[str, ...] = ()
+    verification: Verification | None = None
+    shortage: str = ""
+
+
 def fit_population(
     posterior_or_samples: Source,
     observations: Observations,
     population: PopulationSpecification | PopulationModel,
     *,
     generator: torch.Generator,
-    estimator: Estimator | None = None,
+    estimator: Estimator | Auto | None = None,
     parameters: ParameterSpace | None = None,
     starts: int = 5,
     accuracy: float = 0.1,
@@ -91,19 +113,20 @@ def fit_population(
 ) -> PopulationFit:
     """Maximum-likelihood estimate of a population model from draws of the individuals' posteriors.
 
-    Deterministic for a given generator state. Starts come from the draws and the training prior alone; they are
-    compared on at most 1000 individuals with 500 draws, with at most 30 EM steps and 200 evaluations each. The best is
-    polished on everything (at most 200 evaluations and 5 Newton steps) and counts as converged when the Newton step
-    that is left is below 0.01 standard errors. While Monte-Carlo SE or bias of an unknown exceed ``accuracy`` standard
-    errors, the estimator is asked for better draws. A variance that runs to 0 is set to 0 (its parameter becomes
-    constant, which ``variance_tests`` tell) and the rest fitted again.
+    Deterministic for a given generator state. Estimators of a likelihood climb it from several starts in a trust
+    region, with draws made anew for every theta (:mod:`nlme_sbi.population.likelihood_search`), and the estimate counts
+    as converged only when draws that were not climbed on confirm it (:mod:`nlme_sbi.population.verification`). With the
+    prior ratio, whose draws are fixed, starts are compared on at most 1000 individuals with 500 draws, and the best is
+    polished on everything until the Newton step that is left is below 0.01 standard errors. While the Monte-Carlo error
+    of an unknown exceeds ``accuracy`` standard errors, the estimator is asked for better draws. A variance that runs to
+    0 is set to 0 (its parameter becomes constant, which ``variance_tests`` tell) and the rest fitted again.
 
     Args:
         posterior_or_samples: a posterior to draw from, or draws.
         observations: the individuals' data.
         population: a specification such as :class:`GaussianPopulation`, or a bound model.
         generator: for draws and starts, on the device of the draws.
-        estimator: :class:`PriorRatio` with its defaults when left out.
+        estimator: :class:`Auto` when left out: :class:`Exact` where there is a likelihood, else :class:`PriorRatio`.
         parameters: the simulator's parameters; needed only with samples and an unbound specification.
         starts: how many.
         accuracy: wished Monte-Carlo error, in standard errors.
@@ -125,7 +148,9 @@ def fit_population(
         accuracy=accuracy,
         progress=progress,
     )
-    fit = settled(fitted(population), population, fitted)
+    fit = settled(fitted(population), population, lambda smaller, begin: fitted(smaller, begin=begin))
+    if not fit.converged:
+        logger.warning(fit.message)
     for warning in fit.warnings:
         logger.warning(warning)
     return fit
@@ -137,24 +162,162 @@ def _fitted(
     population: PopulationSpecification | PopulationModel,
     *,
     generator: torch.Generator,
-    estimator: Estimator | None,
+    estimator: Estimator | Auto | None,
     parameters: ParameterSpace | None,
     starts: int,
     accuracy: float,
     progress: Report | None,
+    begin: Mapping[str, float] | None = None,
 ) -> PopulationFit:
     """One fit, with all of its variances."""
     model = _bound(population, posterior_or_samples, parameters, observations)
     checks.require_enough(model, len(observations))
-    chosen: Estimator = PriorRatio() if estimator is None else estimator
+    chosen, _ = chosen_estimator(Auto() if estimator is None else estimator, posterior_or_samples)
     declared = declared_pairs(posterior_or_samples, chosen)
     require_orderable(model, declared)
-    say = progress or _silent
+    say = progress or discard
+    if isinstance(chosen, FollowingEstimator):
+        task = Task(chosen, posterior_or_samples, observations, model, generator, say)
+        outcome = _by_likelihood(task, starts=starts, accuracy=accuracy, begin=_named(begin, model))
+    else:
+        inputs = (posterior_or_samples, observations, generator)
+        outcome = _on_fixed_draws(chosen, model, inputs, starts=starts, accuracy=accuracy, say=say)
+    state, theta = outcome.state, outcome.optimum.summit.theta
+    individuals = individual_estimates(state, theta)
+    said = (
+        *few_individuals(model, len(observations)),
+        *doubted(outcome.restarts),
+        *_imprecise(model, outcome.optimum, accuracy, outcome.shortage),
+        *degenerate(model, theta),
+        *checks.low_effective_draws(individuals.ess, state.draws, observations.ids),
+        *state.warnings(theta, observations.ids),
+        *outcome.warnings,
+        *heavy_tails(individuals.pareto_k, observations.ids),
+    )
+    fit = _result(outcome, individuals, chosen=chosen, observations=observations, said=said)
+    redraw = Redraw(chosen, posterior_or_samples, observations) if isinstance(chosen, FollowingEstimator) else None
+    return replace(fit, labelling=labelling_notes(model, declared, theta), redraw=redraw)
+
+
+def _named(begin: Mapping[str, float] | None, model: PopulationModel) -> Tensor | None:
+    """Theta from values by name; None where one of the free unknowns has none."""
+    names, table = model.unknowns.names, model.unknowns
+    if begin is None or any(names[place] not in begin for place in table.free.tolist()):
+        return None
+    given = torch.tensor([begin.get(name, math.nan) for name in names], dtype=torch.float64)
+    return torch.where(table.fixed, table.starts, given)
+
+
+def _by_likelihood(task: Task, *, starts: int, accuracy: float, begin: Tensor | None) -> _Outcome:
+    """The maximum of a likelihood, checked on draws that it was not climbed on."""
+    begin = None if begin is None else begin.to(task.generator.device)
+    if isinstance(task.estimator, SearchingEstimator):
+        return _searched(task, task.estimator, starts=starts, accuracy=accuracy, begin=begin)
+    found = search_likelihood(task, starts=starts, accuracy=accuracy, begin=begin)
+    restarts = found.restarts
+    wished = in_order(task.population, found.point.theta)
+    if wished is not found.point.theta:  # the climb crossed over to the labelling that was not asked for
+        found = search_likelihood(task, starts=starts, accuracy=accuracy, begin=wished)
+    point, state = found.point, found.point.state
+    covariance = _covariance(point)
+    task.report(FitProgress("Monte-Carlo error", 0, 0, point.value))
+    error = monte_carlo_error(state, point.theta, covariance, point.value)
+    optimum = _Optimum(
+        Summit(point.theta, point.value, 1, found.verification.score), point.information, covariance, error
+    )
+    return _Outcome(
+        state=state,
+        optimum=optimum,
+        restarts=restarts,
+        converged=found.verification.passed,
+        message=found.verification.message(_likelihood_name(task.estimator)),
+        verification=found.verification,
+        shortage=found.shortage,
+    )
+
+
+def _covariance(point: Point) -> Tensor | None:
+    """Of the free unknowns; None where one of them is held or the information is not positive definite."""
+    if len(point.active) < len(point.state.population.unknowns.free):
+        return None
+    return point.covariance
+
+
+def _likelihood_name(estimator: Estimator) -> str:
+    return f"-2 log L ({estimator.approximation})" if estimator.approximation else "-2 log L"
+
+
+def _searched(
+    task: Task, chosen: SearchingEstimator, *, starts: int, accuracy: float, begin: Tensor | None
+) -> _Outcome:
+    """The estimator's own estimate, as it is, with likelihood, information and check from draws made for it."""
+    restarts: tuple[Restart, ...] = ()
+    if begin is None:
+        begin, restarts = compare_starts(task, starts=starts)
+    found = chosen.search(
+        task.source,
+        task.observations,
+        begin,
+        NoDraws(task.population),
+        task.generator,
+        accuracy=accuracy,
+        report=task.report,
+    )
+    task.report(FitProgress("likelihood", 0, 0))
+    point = task.point(found.theta)
+    individuals = individual_estimates(point.state, point.theta)
+    checked = verified(
+        point,
+        None,
+        individuals,
+        draws=point.state.draws,
+        ids=task.observations.ids,
+        reason="" if found.converged else "by the search's own judgement",
+        tolerance=_CONTRADICTED,
+    )
+    covariance = _covariance(point)
+    error = likelihood_error(point.state, found.theta, se=found.monte_carlo_se, bias=found.left)
+    summit = Summit(found.theta, point.value, 1, checked.score)
+    own = f"{found.message} " if checked.passed or not found.converged else ""
+    return _Outcome(
+        state=point.state,
+        optimum=_Optimum(summit, point.information, covariance, error),
+        restarts=restarts,
+        converged=checked.passed,
+        message=f"{own}{_second_opinion(checked, point)}".strip(),
+        warnings=found.warnings,
+        verification=checked,
+        shortage=found.shortage,
+    )
+
+
+def _second_opinion(checked: Verification, point: Point) -> str:
+    """What the likelihood of draws made at a search's estimate says of it."""
+    if not checked.passed:
+        return checked.message()
+    return (
+        f"The likelihood of draws made there is highest {checked.score:.2g} standard errors away (Monte-Carlo SE "
+        f"{float(point.left_error.max()) if len(point.active) else 0.0:.1g})."
+    )
+
+
+def _on_fixed_draws(
+    chosen: Estimator,
+    model: PopulationModel,
+    inputs: tuple[Source, Observations, torch.Generator],
+    *,
+    starts: int,
+    accuracy: float,
+    say: Report,
+) -> _Outcome:
+    """For estimators whose draws do not depend on theta: starts, the best polished on draws that are good enough."""
+    source, observations, generator = inputs
     say(FitProgress("draws", 0, 0))
     with torch.no_grad():
-        first: WeightedDraws = chosen.prepare(posterior_or_samples, observations, model, generator)
+        first = chosen.prepare(source, observations, model, generator)
+    if isinstance(first, NoDraws):
+        raise TypeError(f"estimator {chosen.name} neither prepares draws nor makes them for a theta.")
     explored = explore(first, observations.ids, generator, starts=starts, say=say)
-    inputs = (posterior_or_samples, observations, generator)
     for _ in range(_LABELLINGS):
         state, optimum, shortage = _climbed(chosen, first, explored, inputs, accuracy=accuracy, say=say)
         wished = in_order(model, optimum.summit.theta)
@@ -163,31 +326,17 @@ def _fitted(
         explored = replace(
             explored, best=replace(optimum.summit, theta=wished), information=rough_information(first, wished)
         )
-    individuals = individual_estimates(state, optimum.summit.theta)
-    said = (
-        *few_individuals(model, len(observations)),
-        *doubted(explored.restarts),
-        *_imprecise(model, optimum, accuracy, shortage),
-        *degenerate(model, optimum.summit.theta),
-        *checks.low_effective_draws(individuals.ess, state.draws, observations.ids),
-        *state.warnings(optimum.summit.theta, observations.ids),
-        *_second_opinion(optimum),
-        *heavy_tails(individuals.pareto_k, observations.ids),
+    step = optimum.summit.step
+    left = "unknown" if step is None else f"{step:.2g} standard errors"
+    converged = step is not None and step < _CONVERGED and optimum.covariance is not None
+    return _Outcome(
+        state=state,
+        optimum=optimum,
+        restarts=explored.restarts,
+        converged=converged,
+        message=f"{'Converged' if converged else 'NOT converged'} (largest step left: {left}).",
+        shortage=shortage,
     )
-    fit = _result(state, optimum, explored.restarts, individuals, chosen=chosen, observations=observations, said=said)
-    return replace(
-        fit,
-        labelling=labelling_notes(model, declared, optimum.summit.theta),
-        redraw=_redraw(chosen, posterior_or_samples, observations),
-    )
-
-
-def _redraw(chosen: Estimator, source: Source, observations: Observations) -> Redraw | None:
-    """How draws for another theta are made; None where draws do not depend on it."""
-    if not isinstance(chosen, FollowingEstimator):
-        return None
-    follow = chosen.follow
-    return lambda theta, previous, generator: follow(source, observations, theta, previous, generator)
 
 
 def _climbed(
@@ -200,10 +349,7 @@ def _climbed(
     say: Report,
 ) -> tuple[WeightedDraws, _Optimum, str]:
     """The optimum on draws that are good enough, or as good as they get and why they are no better."""
-    if isinstance(chosen, SearchingEstimator):
-        return _searched(chosen, state, explored, inputs, accuracy=accuracy, say=say)
-    state, theta, information = _followed(chosen, state, explored, inputs, accuracy=accuracy, say=say)
-    optimum = _optimise(state, theta, information, say)
+    optimum = _optimise(state, explored.best.theta, explored.information, say)
     free = state.population.unknowns.free
     while not max(optimum.worst(free)) < accuracy:
         if optimum.covariance is None:
@@ -216,89 +362,6 @@ def _climbed(
         state = better
         optimum = _optimise(state, optimum.summit.theta, optimum.information, say)
     return state, optimum, ""
-
-
-def _searched(
-    chosen: SearchingEstimator,
-    state: WeightedDraws,
-    explored: Explored,
-    inputs: tuple[Source, Observations, torch.Generator],
-    *,
-    accuracy: float,
-    say: Report,
-) -> tuple[WeightedDraws, _Optimum, str]:
-    """The estimator's own estimate, as it is, with likelihood and information from its draws there."""
-    source, observations, generator = inputs
-    start = explored.best.theta
-    found = chosen.search(source, observations, start, state, generator, accuracy=accuracy, report=say)
-    say(FitProgress("likelihood", 0, 0))
-    with torch.no_grad():
-        state = chosen.follow(source, observations, found.theta, state, generator)
-    objective, gradient = value_and_gradient(state, found.theta)
-    say(FitProgress("curvature", 0, 0, objective))
-    information = -hessian(state, found.theta)
-    covariance = covariance_from(information)
-    step = None
-    if covariance is not None:  # a second opinion, which the estimate does not follow
-        newton = covariance @ gradient[state.population.unknowns.free.to(gradient.device)]
-        step = float((newton.abs() / covariance.diagonal().sqrt()).max())
-    error = likelihood_error(state, found.theta, se=found.monte_carlo_se, bias=found.left)
-    optimum = _Optimum(Summit(found.theta, objective, 1, step), information, covariance, error, found)
-    return state, optimum, found.shortage
-
-
-def _followed(
-    chosen: Estimator,
-    state: WeightedDraws,
-    explored: Explored,
-    inputs: tuple[Source, Observations, torch.Generator],
-    *,
-    accuracy: float,
-    say: Report,
-) -> tuple[WeightedDraws, Tensor, Tensor]:
-    """For estimators whose draws are made for one theta: draws, optimum on them, draws there, until it stands still.
-
-    On a random part of many individuals first: most of the way does not need them all.
-    """
-    source, observations, generator = inputs
-    theta, information = explored.best.theta, explored.information
-    if not isinstance(chosen, FollowingEstimator):
-        return state, theta, information
-    individuals = len(observations)
-    stages = [(torch.arange(individuals), _STANDS_STILL)]
-    if individuals > 2 * EXPLORED_INDIVIDUALS:
-        stages.insert(0, (random_part(individuals, EXPLORED_INDIVIDUALS, generator), 1.0))
-    made_for, lacking = theta, 0.0
-    for rows, near in stages:
-        some, given = observations, source
-        if len(rows) < individuals:
-            some, given = observations[rows], of_individuals(source, rows)
-        if lacking > 0:  # as many draws as fewer individuals needed: the ratio of the errors is the same
-            chosen = chosen.with_draws(math.ceil(state.draws * _times_for(_PRUDENCE * lacking)))
-        for done in range(_ROUNDS):
-            with torch.no_grad():
-                state = chosen.follow(given, some, theta, state, generator)
-            information = rough_information(state, theta)
-            summit = climb(state, theta, information, tolerance=0.02)
-            se = torch.linalg.inv(information).diagonal().sqrt()
-            moved = float(((summit.theta - theta)[state.population.unknowns.free].abs() / se).max())
-            made_for, theta = theta, summit.theta
-            say(FitProgress(f"rounds on {len(rows)} individuals", done + 1, 0, summit.objective))
-            if moved < near or chosen.serves(state, theta):
-                break
-        lacking = rough_monte_carlo_error(state, theta, information) / accuracy
-    if lacking > 1 or left_by_expansion(state, made_for, theta, information) > _LEFT_BY_A_MOVE:
-        with torch.no_grad():
-            better: WeightedDraws | str = ""
-            if lacking > 1:
-                better = chosen.improve(state, theta, observations, generator, times=max(2, round(_times_for(lacking))))
-            state = chosen.follow(source, observations, theta, state, generator) if isinstance(better, str) else better
-    return state, theta, rough_information(state, theta)
-
-
-def _times_for(lacking: float) -> float:
-    """How many times as many evenly spread draws would help, whose error falls faster than that of random ones."""
-    return min(16.0, math.pow(lacking, 1.6))
 
 
 def _how_many_times(ratio: float) -> int:
@@ -364,41 +427,19 @@ def _imprecise(model: PopulationModel, optimum: _Optimum, accuracy: float, short
     )
 
 
-def _second_opinion(optimum: _Optimum) -> tuple[str, ...]:
-    """What a search says of itself, and a sentence where the likelihood at its estimate contradicts it."""
-    if optimum.found is None:
-        return ()
-    step = optimum.summit.step
-    if step is None or step < _CONTRADICTED:
-        return optimum.found.warnings
-    return (
-        *optimum.found.warnings,
-        f"The likelihood of the draws made at the estimate is highest {step:.2g} standard errors away: the search may "
-        "have ended too early. Wish for a smaller fit.accuracy, or compare with estimator=exact.",
-    )
-
-
 def _result(
-    state: WeightedDraws,
-    optimum: _Optimum,
-    restarts: tuple[Restart, ...],
+    outcome: _Outcome,
     individuals: IndividualEstimates,
     *,
     chosen: Estimator,
     observations: Observations,
     said: tuple[str, ...],
 ) -> PopulationFit:
+    state, optimum = outcome.state, outcome.optimum
     theta, free = optimum.summit.theta, state.population.unknowns.free.to(optimum.summit.theta.device)
     covariance = torch.zeros((len(theta), len(theta)), dtype=theta.dtype, device=theta.device)
     known = optimum.covariance if optimum.covariance is not None else torch.full((len(free), len(free)), math.nan)
     covariance[free[:, None], free] = known.to(covariance)
-    step = optimum.summit.step
-    converged = step is not None and step < _CONVERGED and optimum.covariance is not None
-    left = "unknown" if step is None else f"{step:.2g} standard errors"
-    outcome = f"Converged (largest step left: {left})." if converged else f"NOT converged (largest step left: {left})."
-    if optimum.found is not None:
-        converged = optimum.found.converged and optimum.covariance is not None
-        outcome = f"{optimum.found.message} The likelihood of the draws made there is highest {left} away."
     return PopulationFit(
         population=state.population,
         ids=observations.ids,
@@ -410,14 +451,15 @@ def _result(
         monte_carlo=optimum.error,
         individuals=individuals,
         draws=state.draws,
-        restarts=restarts,
-        converged=converged,
-        message=f"{outcome} {described(restarts)}",
+        restarts=outcome.restarts,
+        converged=outcome.converged,
+        message=f"{outcome.message} {described(outcome.restarts)}".strip(),
         warnings=said,
         measurements=_measurements(observations),
         state=state,
         approximation=chosen.approximation,
         variance_tests=variance_tests(state, theta),
+        verification=outcome.verification,
     )
 
 
@@ -426,7 +468,3 @@ def _measurements(observations: Observations) -> int:
     if observations.censoring is not None:
         plain = plain & (observations.censoring == int(Censoring.NONE))
     return int(plain.sum())
-
-
-def _silent(progress: FitProgress) -> None:
-    """Nobody listens."""

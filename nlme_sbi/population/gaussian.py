@@ -121,7 +121,7 @@ class BoundGaussian:
         count, size = len(self.parameters), len(self.varying)
         individuals, first = statistics[0], statistics[1 : 1 + size]
         second = statistics[1 + size : 1 + size + size * size].reshape(size, size)
-        columns = torch.tensor(self.varying, device=theta.device)
+        columns = torch.tensor(self.varying, dtype=torch.int64, device=theta.device)
         shift = torch.where(self.unknowns.fixed.to(theta.device)[columns], 0.0, first / individuals)
         # About a mean that may be fixed: E[(c - shift)(c - shift)'] with c the centred draws.
         cross = torch.outer(first / individuals, shift)
@@ -144,7 +144,7 @@ class BoundGaussian:
         """Covariance between typical individuals on the unconstrained scale; zero rows and columns for constants."""
         scale = self._scale(theta)
         size = len(self.parameters)
-        columns = torch.tensor(self.varying, device=theta.device)
+        columns = torch.tensor(self.varying, dtype=torch.int64, device=theta.device)
         flat = torch.zeros(size * size, dtype=theta.dtype, device=theta.device)
         places = (columns[:, None] * size + columns).reshape(-1)
         return flat.index_put((places,), (scale @ scale.T).reshape(-1)).reshape(size, size)

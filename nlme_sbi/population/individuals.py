@@ -33,7 +33,7 @@ def individual_estimates(state: WeightedDraws, theta: Float[Tensor, " P"]) -> In
     mean = torch.zeros((state.individuals, size), dtype=theta.dtype, device=theta.device)
     sd = torch.zeros_like(mean)
     effective, shape = torch.zeros_like(mean[:, 0]), torch.zeros_like(mean[:, 0])
-    columns = torch.tensor(state.population.varying, device=theta.device)
+    columns = torch.tensor(state.population.varying, dtype=torch.int64, device=theta.device)
     for block in state.blocks:
         log_weights = block.log_weights(theta)
         weights = torch.softmax(log_weights, 1)
@@ -46,6 +46,21 @@ def individual_estimates(state: WeightedDraws, theta: Float[Tensor, " P"]) -> In
         shape[block.rows] = pareto_shape(log_weights)
     mean = _with_constants(state, theta, mean)
     return IndividualEstimates(mean=mean, sd=sd, ess=effective, pareto_k=shape)
+
+
+@torch.no_grad()
+def posterior_variances(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "I V"]:
+    """Variance of every individual's varying parameters given data and population, over the population's variance: 1
+    where the data say nothing, 0 where they say everything."""
+    found = torch.zeros((state.individuals, len(state.population.varying)), dtype=theta.dtype, device=theta.device)
+    columns = list(state.population.varying)
+    for block in state.blocks:
+        weights, phi = torch.softmax(block.log_weights(theta), 1), block.varying()
+        centre = torch.einsum("is,isv->iv", weights, phi)
+        spread = torch.einsum("is,isv->iv", weights, (phi - centre[:, None]).square())
+        population = covariances_of(state.population, theta, block.design).diagonal(dim1=1, dim2=2)[:, columns]
+        found[block.rows] = spread / population.clamp_min(1e-300)
+    return found
 
 
 @torch.no_grad()
@@ -69,7 +84,7 @@ def resampled_draws(
     """Draws from ``p(phi | y_i, theta)`` by resampling with the weights; constants at the population's value."""
     size = len(state.population.parameters)
     drawn = torch.zeros((state.individuals, count, size), dtype=theta.dtype, device=theta.device)
-    columns = torch.tensor(state.population.varying, device=theta.device)
+    columns = torch.tensor(state.population.varying, dtype=torch.int64, device=theta.device)
     for block in state.blocks:
         drawn[block.rows[:, None, None], torch.arange(count, device=theta.device)[:, None], columns] = _resampled(
             block, theta, count, generator
@@ -87,7 +102,7 @@ def _resampled(block: DrawBlock, theta: Tensor, count: int, generator: torch.Gen
 def _with_constants(state: WeightedDraws, theta: Tensor, values: Tensor) -> Tensor:
     if not state.population.constant:
         return values
-    columns = torch.tensor(state.population.constant, device=theta.device)
+    columns = torch.tensor(state.population.constant, dtype=torch.int64, device=theta.device)
     for block in state.blocks:
         constants = state.population.constants(theta, block.design)
         rows = block.rows

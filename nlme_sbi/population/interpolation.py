@@ -100,6 +100,11 @@ class InterpolatedDraws:
         """Every other draw."""
         return _interpolated(self.exact.half(which), self.reach)
 
+    @property
+    def training_prior(self) -> Prior:
+        """The training prior."""
+        return self.exact.training
+
     def training_draws(self) -> tuple[Tensor, Prior]:
         """As those of the exact draws."""
         return self.exact.training_draws()

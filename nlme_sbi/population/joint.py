@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nlme_sbi.population.factorizations import eigh_or_diagonal
 from nlme_sbi.population.roles import PopulationModel, covariances_of, means_of
 from nlme_sbi.threads import over_blocks
 from nlme_sbi.types import Observations, TractableSimulator
@@ -87,12 +88,14 @@ class JointDensity:
         population: the bound model.
         observations: of all individuals, float64.
         theta: where the population stands.
+        rough: whether only a search's first steps depend on it.
     """
 
     simulator: TractableSimulator
     population: PopulationModel
     observations: Observations
     theta: Float[Tensor, " P"]
+    rough: bool = False
 
     @property
     def scale(self) -> Float[Tensor, " V"]:
@@ -243,7 +246,7 @@ def _newton_step(
     identity = torch.eye(scale.shape[1], dtype=scale.dtype, device=scale.device)
     curvature = torch.where(known[:, None, None], curvature, identity)
     gradient = torch.where(known[:, None], gradient, 0.0)
-    values, vectors = torch.linalg.eigh(curvature)
+    values, vectors = eigh_or_diagonal(curvature)
     values = values.abs().clamp_min(_FLOOR) * (1 + damping[:, None])
     inner = (vectors.mT @ gradient[..., None])[..., 0]
     step = (vectors @ (inner / values)[..., None])[..., 0]

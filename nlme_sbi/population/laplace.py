@@ -12,23 +12,25 @@ Source: Wolfinger (1993), Biometrika 80:791.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.beginnings import (
-    explorable,
     first_climbers,
-    is_near,
+    lacking,
+    last_climbers,
     likelihood_of,
     modes_with_images,
     require_everybody,
     tractable,
 )
+from nlme_sbi.population.joint import JointDensity
 from nlme_sbi.population.laplace_draws import LaplaceDraws, assembled
-from nlme_sbi.population.roles import PopulationModel, Source, WeightedDraws
+from nlme_sbi.population.proposals import modes, with_others
+from nlme_sbi.population.roles import NoDraws, PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions
 from nlme_sbi.types import Observations, Simulator
 
@@ -38,31 +40,29 @@ class Laplace:
     """Settings of Laplace's approximation.
 
     Args:
-        exploring: draws of the network with which the fit's starts are compared, by the prior ratio.
         simulator: whose likelihood it is; taken from the posterior when left out.
     """
 
-    exploring: int = 300
     simulator: Simulator | None = None
 
     name = "laplace"
     absolute = True
     approximation = "Laplace"
 
-    def __post_init__(self) -> None:
-        if self.exploring < 20:
-            raise ValueError(f"estimator: needs exploring >= 20; got {self.exploring}.")
-
     def prepare(
-        self, source: Source, observations: Observations, population: PopulationModel, generator: torch.Generator
-    ) -> WeightedDraws:
-        """The network's draws of some individuals, on which starts are compared by the prior ratio.
+        self,
+        source: Source,
+        observations: Observations,  # noqa: ARG002
+        population: PopulationModel,
+        generator: torch.Generator,  # noqa: ARG002
+    ) -> NoDraws:
+        """Nothing but the population model: draws are made for one theta.
 
         Raises:
             ValueError: where the simulator has no likelihood.
         """
         tractable(self.simulator, source, self.name)
-        return explorable(source, observations, population, draws=self.exploring, generator=generator)
+        return NoDraws(population)
 
     def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
         """Approximate ``log p(y_i | theta)`` of every individual."""
@@ -73,28 +73,71 @@ class Laplace:
         source: Source,
         observations: Observations,
         theta: Float[Tensor, " P"],
-        previous: WeightedDraws,
+        previous: WeightedDraws | NoDraws,
         generator: torch.Generator,
     ) -> LaplaceDraws:
         """Everybody's modes at ``theta``: from those that were known, or from the network's draws."""
-        simulator = tractable(self.simulator, source, self.name)
-        joint = likelihood_of(simulator, previous.population, observations, theta)
         if isinstance(previous, LaplaceDraws) and previous.individuals == len(observations):
-            rows, starts = previous.modes.rows, previous.modes.means
-        else:
-            rows, starts = first_climbers(joint, source, observations, generator)
-        found, _ = modes_with_images(joint, rows, starts)
-        require_everybody(found.rows, observations)
-        return assembled(joint, source.prior, found)
+            joint = self._joint(source, observations, previous, theta)
+            every = torch.arange(len(observations), device=theta.device)
+            rows = torch.cat([previous.modes.rows, every])
+            return self._made(
+                joint, (rows, torch.cat([previous.modes.means, joint.centres])), source, observations, generator
+            )
+        joint = self._joint(source, observations, previous, theta)
+        return self._made(
+            joint, first_climbers(joint, source, observations, generator), source, observations, generator
+        )
+
+    def look_again(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Float[Tensor, " P"],
+        generator: torch.Generator,
+    ) -> LaplaceDraws:
+        """Everybody's modes at ``theta``, those that were known and whatever a search from the beginning finds."""
+        if not isinstance(state, LaplaceDraws):
+            raise TypeError(f"laplace made no such draws: {type(state).__name__}.")
+        joint = self._joint(source, observations, state, theta)
+        rows, starts = first_climbers(joint, source, observations, generator)
+        both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, starts])
+        return self._made(joint, both, source, observations, generator)
+
+    def _joint(
+        self, source: Source, observations: Observations, previous: WeightedDraws | NoDraws, theta: Float[Tensor, " P"]
+    ) -> JointDensity:
+        if not previous.population.varying:
+            raise ValueError(
+                "estimator laplace integrates over parameters that vary, and here none does: use estimator=exact."
+            )
+        simulator = tractable(self.simulator, source, self.name)
+        return likelihood_of(simulator, previous.population, observations, theta)
+
+    def _made(
+        self,
+        joint: JointDensity,
+        climbers: tuple[Tensor, Tensor],
+        source: Source,
+        observations: Observations,
+        generator: torch.Generator,
+    ) -> LaplaceDraws:
+        found = modes_with_images(joint, *climbers)
+        missing = lacking(found[0].rows, len(observations))
+        if len(missing):
+            more = last_climbers(joint, missing, source, observations, generator)
+            found = with_others(joint, found, modes(joint, *more))
+        require_everybody(found[0].rows, observations)
+        return assembled(joint, source.prior, found[0])
 
     def with_draws(self, draws: int) -> Laplace:  # noqa: ARG002
         """Itself: draws decide nothing."""
         return self
 
-    def serves(self, state: WeightedDraws, theta: Float[Tensor, " P"]) -> bool:
-        """Whether there is no need to look for other modes at ``theta``; those that are known are climbed anew for
-        every theta."""
-        return isinstance(state, LaplaceDraws) and is_near(replace(state.joint, theta=theta), state.joint.theta)
+    def roughly(self, individuals: int) -> Laplace:  # noqa: ARG002
+        """Itself: draws decide nothing."""
+        return self
 
     def improve(
         self,

@@ -193,6 +193,11 @@ class LaplaceDraws:
         """The same with other of the draws around modes."""
         return replace(self, blocks=tuple(replace(block, chosen=chosen) for block in self.blocks))
 
+    @property
+    def training_prior(self) -> Prior:
+        """The training prior."""
+        return self.training
+
     def training_draws(self) -> tuple[Tensor, Prior]:
         """Draws of all parameters, constants at their values."""
         phi = torch.cat([block.varying() for block in self.blocks])

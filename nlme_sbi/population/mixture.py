@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nlme_sbi.population.expectation import Components, Criterion, features, fit_standardised, log_densities
+from nlme_sbi.population.factorizations import cholesky_or_diagonal
 from nlme_sbi.threads import over_blocks
 
 _BLOCK = 131072  # draws that are worked on at once: small enough for a cache, large enough to hide overheads
@@ -57,7 +58,7 @@ class GaussianMixtures:
     def distance(self, point: Float[Tensor, "I D"]) -> Float[Tensor, " I"]:
         """Mahalanobis distance of a point to the nearest component that holds at least 1% of the draws."""
         offsets = point[:, None] - self.means
-        factor = torch.linalg.cholesky(self.covariances)
+        factor = cholesky_or_diagonal(self.covariances)
         standard: Tensor = torch.linalg.solve_triangular(factor, offsets[..., None], upper=False)
         squares = standard.square().sum((-1, -2))
         return squares.masked_fill(self.log_weights < math.log(0.01), math.inf).amin(1).sqrt()
@@ -67,10 +68,10 @@ class GaussianMixtures:
         means = self.means[..., varying]
         within = self.covariances[..., varying, :][..., varying]
         cross = self.covariances[..., constant, :][..., varying]
-        factor = torch.linalg.cholesky(within)
+        factor = cholesky_or_diagonal(within)
         slopes = torch.cholesky_solve(cross.mT, factor).mT  # (I, K, W, V)
         rest = self.covariances[..., constant, :][..., constant] - slopes @ cross.mT
-        whitening = _inverse_lower(torch.linalg.cholesky(0.5 * (rest + rest.mT)))
+        whitening = _inverse_lower(cholesky_or_diagonal(0.5 * (rest + rest.mT)))
         log_shares = self.log_weights[:, None] + log_densities(phi, means, self.covariances_of(varying))
         log_shares = torch.log_softmax(log_shares, -1)
         # Whitened conditional means: A (mu_s + B (v - mu_v)), one matrix product for all draws and components.

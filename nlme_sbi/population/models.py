@@ -93,7 +93,7 @@ class GaussianPopulation:
 
         Raises:
             ValueError: for a name that the simulator or the data do not have, a value out of its range, a constant that
-                is given a positive SD, where nothing is left to vary, or for effects that these data cannot tell.
+                is given a positive SD, or for effects that these data cannot tell.
         """
         sds = {name: _positive(name, value, "fixed") for name, value in _numbers(self.fixed, "fixed", "sd").items()}
         zero = {name for name, value in sds.items() if value == 0.0}
@@ -104,8 +104,6 @@ class GaussianPopulation:
             )
         constant = set(parameters.indices([*self.constant, *sorted(zero)]))
         varying = [column for column in range(len(parameters)) if column not in constant]
-        if not varying:
-            raise ValueError("population: every parameter is constant; leave at least one free to vary.")
         started = _numbers(self.start, "start", "sd")
         started = {name: _positive(name, value, "start") for name, value in started.items()}
         idle = [name for name, value in started.items() if value == 0 or parameters.index(name) in constant]

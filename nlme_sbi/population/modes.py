@@ -141,7 +141,7 @@ def _best_of(
 def _heaviest(fit: PopulationFit) -> IndividualModes:
     population = fit.population
     phi = fit.individuals.mean.clone()  # for the constants
-    columns = torch.tensor(population.varying, device=phi.device)
+    columns = torch.tensor(population.varying, dtype=torch.int64, device=phi.device)
     for block in fit.state.blocks:
         best = block.log_weights(fit.theta).argmax(1)
         phi[block.rows[:, None], columns] = block.varying()[torch.arange(len(best)), best]

@@ -71,7 +71,7 @@ def individuals_over_theta(
         phi = draws[rows].gather(1, index.flatten(1)[..., None].expand(-1, -1, draws.shape[2]))
         phi = phi.reshape(len(rows), len(thetas), count, -1)
         if moved:
-            columns = torch.tensor(population.constant, device=draws.device)
+            columns = torch.tensor(population.constant, dtype=torch.int64, device=draws.device)
             phi = _with_new_constants(phi, torch.stack(after, 1), columns, rows, log_likelihood, generator)
         parts.append((phi[:, :, 0], support))
     return IndividualsOverTheta(torch.cat([phi for phi, _ in parts]), torch.cat([support for _, support in parts]))

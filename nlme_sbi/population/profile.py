@@ -241,7 +241,7 @@ def expanded(state: WeightedDraws, theta: Float[Tensor, " P"], se: Float[Tensor,
     derivatives are about as large as second ones: on logarithmic scales they are. That must stay small beside the
     standard error.
     """
-    if not isinstance(state, MovableDraws) or not state.population.constant:
+    if not isinstance(state, MovableDraws) or not state.population.constant or state.is_direct:
         return None
     names = [f"mean.{state.population.parameters.names[column]}" for column in state.population.constant]
     design = state.blocks[0].design

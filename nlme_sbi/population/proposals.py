@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nlme_sbi.population.factorizations import cholesky_or_diagonal, eigh_or_diagonal
 from nlme_sbi.population.joint import Expansion, JointDensity, Summits, ascend
 
 _FREEDOM = 6  # degrees of freedom of every component; even: the chi-square quantile has a closed distribution function
@@ -26,6 +27,7 @@ _REACH = 4.5  # SDs of the population beyond which no component lies
 _DROP = 9.0  # log density below the mode at which a profile ends
 _NEGLIGIBLE = 12.0  # log mass below the largest at which a mode is dropped
 _SAME = 1.0  # squared distance in curvature below which two summits are one mode
+_SETS, _MANY_DRAWS = 8, 2048  # independent sets of draws, and the number of draws that allows them
 _SPREAD = 0.15  # share of the draws that all components get alike
 
 
@@ -55,7 +57,7 @@ class Pieces:
 def covariance_of(curvature: Float[Tensor, "B V V"], scale: Float[Tensor, "B V"]) -> Float[Tensor, "B V V"]:
     """Inverse of ``curvature`` with its eigenvalues kept above a ninth of the population's (SDs below three of it)."""
     sizes = scale[:, :, None] * scale[:, None]
-    values, vectors = torch.linalg.eigh(curvature * sizes)
+    values, vectors = eigh_or_diagonal(curvature * sizes)
     values = values.abs().clamp_min(1 / 9)
     inverse: Tensor = (vectors / values[:, None]) @ vectors.mT * sizes
     return inverse
@@ -63,7 +65,7 @@ def covariance_of(curvature: Float[Tensor, "B V V"], scale: Float[Tensor, "B V"]
 
 def _log_volume(covariance: Tensor) -> Float[Tensor, " B"]:
     """Half the log determinant of 2 pi times a covariance."""
-    factor = torch.linalg.cholesky(covariance)
+    factor = cholesky_or_diagonal(covariance)
     log_determinant: Tensor = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return log_determinant + 0.5 * covariance.shape[-1] * math.log(2 * math.pi)
 
@@ -106,7 +108,7 @@ def distinct(pieces: Pieces, *, negligible: float = _NEGLIGIBLE) -> Int[Tensor, 
     keep = torch.ones(count, dtype=torch.bool, device=pieces.rows.device)
     keep &= pieces.log_mass > _largest(pieces)[pieces.rows] - negligible
     _, sizes = torch.unique_consecutive(pieces.rows, return_counts=True)
-    precision = torch.linalg.inv(pieces.covariances)
+    precision = torch.cholesky_inverse(cholesky_or_diagonal(pieces.covariances))
     for apart in range(1, int(sizes.max())):
         later, earlier = slice(apart, None), slice(None, count - apart)
         offset = pieces.means[later] - pieces.means[earlier]
@@ -268,20 +270,20 @@ class Mixtures:
         drawn proportions."""
         return self.draws_at(self.shifts(generator))
 
-    def shifts(self, generator: torch.Generator) -> Float[Tensor, "I 1 2 U"]:
-        """All the randomness of :meth:`sample`: for each individual two random shifts of one Sobol' sequence.
+    def shifts(self, generator: torch.Generator) -> Float[Tensor, "I 1 R U"]:
+        """All the randomness of :meth:`sample`: for each individual random shifts of one Sobol' sequence.
 
-        Every second draw belongs to one of two independent sets (randomised quasi-Monte Carlo, Cranley and Patterson
-        1976, SIAM J. Numer. Anal. 13:904), whose difference tells the error that is left.
+        Draws belong in turn to independent sets (randomised quasi-Monte Carlo, Cranley and Patterson 1976, SIAM J.
+        Numer. Anal. 13:904), whose differences tell the error that is left.
         """
-        shape = (len(self.means), 1, 2, self.means.shape[2] + 2)
+        shape = (len(self.means), 1, independent_sets(int(self.counts[0].sum())), self.means.shape[2] + 2)
         shift = torch.rand(shape, generator=generator, device=generator.device, dtype=self.means.dtype)
         return shift.to(self.means.device)
 
-    def draws_at(self, shifts: Float[Tensor, "I 1 2 U"]) -> tuple[Float[Tensor, "I S V"], Float[Tensor, "I S"]]:
+    def draws_at(self, shifts: Float[Tensor, "I 1 R U"]) -> tuple[Float[Tensor, "I S V"], Float[Tensor, "I S"]]:
         """:meth:`sample`, given the shifts."""
         draws = int(self.counts[0].sum())
-        sequence = sobol_points((draws + 1) // 2, shifts.shape[-1]).to(shifts)
+        sequence = sobol_points(-(-draws // shifts.shape[2]), shifts.shape[-1]).to(shifts)
         even = (sequence[:, None] + shifts).remainder(1.0).flatten(1, 2)[:, :draws].clamp(1e-12, 1 - 1e-12)
         component = _strata(self.counts, draws).gather(1, even[..., 0].argsort(1).argsort(1))
         spread = (0.5 * _FREEDOM / gamma_3_quantile(even[..., 1])).sqrt()
@@ -315,6 +317,12 @@ class Mixtures:
         share = self.counts.to(phi.dtype).log() - math.log(int(self.counts[0].sum()))
         log_component = (share + normaliser)[:, None] - 0.5 * (_FREEDOM + size) * torch.log1p(distance / _FREEDOM)
         return torch.logsumexp(log_component, -1)
+
+
+def independent_sets(draws: int) -> int:
+    """How many independent sets the draws of an individual are made of: two, or more where there are enough draws, so
+    that their error is well told for a handful of individuals, too."""
+    return _SETS if draws >= _MANY_DRAWS else 2
 
 
 @lru_cache(maxsize=8)
@@ -390,7 +398,7 @@ def mixtures(
     means = torch.zeros((*shape, size), dtype=dtype, device=device)
     means[pieces.rows, place] = pieces.means
     factors = torch.eye(size, dtype=dtype, device=device).expand(*shape, -1, -1).clone()
-    factors[pieces.rows, place] = math.sqrt(inflation) * torch.linalg.cholesky(pieces.covariances)
+    factors[pieces.rows, place] = math.sqrt(inflation) * cholesky_or_diagonal(pieces.covariances)
     return Mixtures(_allotted(log_mass, draws, spread), means, factors)
 
 

@@ -248,6 +248,11 @@ class RatioDraws:
             )
         )
 
+    @property
+    def training_prior(self) -> Prior:
+        """The training prior."""
+        return self.prior
+
     def training_draws(self) -> tuple[Tensor, Prior]:
         """The draws and the prior that they were made under."""
         return self.phi, self.prior

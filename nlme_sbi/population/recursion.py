@@ -26,6 +26,7 @@ from nlme_sbi.population.complete import (
     population_information,
     population_scores,
 )
+from nlme_sbi.population.factorizations import eigh_or_diagonal
 
 _FLOOR = 0.02  # least eigenvalue of a scaled information that a step assumes
 _LONGEST = 3.0  # longest step, in SDs that one individual's complete data would leave
@@ -128,7 +129,7 @@ def newton_step(
 ) -> Float[Tensor, " E"]:
     """``information^-1 gradient`` with curvatures made positive (saddle-free) and a longest step."""
     scale = information.diagonal().abs().clamp_min(1e-12).rsqrt()
-    values, vectors = torch.linalg.eigh(information * scale[:, None] * scale)
+    values, vectors = eigh_or_diagonal(information * scale[:, None] * scale)
     inner = (vectors.T @ (scale * gradient)) / values.abs().clamp_min(_FLOOR)
     longest = _LONGEST * individuals**0.5
     shrunk = (longest / inner.norm().clamp_min(1e-300)).clamp_max(1.0)

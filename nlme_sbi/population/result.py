@@ -18,6 +18,7 @@ from nlme_sbi.population.intervals import Interval, ProfileCurve, interval_lines
 from nlme_sbi.population.roles import PopulationModel, Redraw, WeightedDraws
 from nlme_sbi.population.table import PopulationTable, number, population_table
 from nlme_sbi.population.uncertainty import MonteCarloError
+from nlme_sbi.population.verification import Verification
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class PopulationFit:
         profiles: likelihood profiles, where they were asked for.
         redraw: makes draws for another theta; None where draws do not depend on it.
         labelling: which parameters can be exchanged, and how that was settled, in words.
+        verification: the check of a likelihood's maximum on draws that it was not climbed on.
     """
 
     population: PopulationModel
@@ -96,6 +98,7 @@ class PopulationFit:
     intervals: tuple[Interval, ...] = ()
     profiles: tuple[ProfileCurve, ...] = ()
     redraw: Redraw | None = field(default=None, repr=False)
+    verification: Verification | None = None
 
     @property
     def ess(self) -> Float[Tensor, " I"]:
@@ -244,6 +247,7 @@ class PopulationFit:
             },
             "restarts": [_plain(asdict(restart)) for restart in self.restarts],
             "converged": self.converged,
+            "verification": None if self.verification is None else _plain(asdict(self.verification)),
             "message": self.message,
             "labelling": list(self.labelling),
             "warnings": list(self.warnings),

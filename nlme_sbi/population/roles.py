@@ -234,6 +234,10 @@ class WeightedDraws(Protocol):
     def part(self, individuals: Tensor, draws: slice) -> WeightedDraws:
         """The same with fewer individuals and draws, nothing refitted: cheap, for exploring."""
 
+    @property
+    def training_prior(self) -> Prior:
+        """The training prior."""
+
     def training_draws(self) -> tuple[Tensor, Prior]:
         """Draws of all parameters ``(I, S, D)`` under the training prior, and that prior: where starts come from."""
 
@@ -244,6 +248,21 @@ class WeightedDraws(Protocol):
         """What a reader must know of these draws at ``theta``, beyond their effective number."""
 
 
+@dataclass(frozen=True, eq=False)
+class NoDraws:
+    """What an estimator has that makes its draws for one theta, before it knows any: the population model."""
+
+    population: PopulationModel
+
+
+@runtime_checkable
+class SetsOfDraws(WeightedDraws, Protocol):
+    """Draws that were made in several independent sets, whose differences tell their Monte-Carlo error."""
+
+    def independent(self) -> tuple[WeightedDraws, ...]:
+        """Each set alone."""
+
+
 @runtime_checkable
 class MovableDraws(WeightedDraws, Protocol):
     """Draws whose likelihoods are expanded in the constants, and which can be compared with draws made elsewhere."""
@@ -251,6 +270,10 @@ class MovableDraws(WeightedDraws, Protocol):
     @property
     def made_for(self) -> Tensor:
         """Theta about whose constants they are expanded."""
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether nothing is expanded, because likelihoods are evaluated wherever the constants go."""
 
     def expanded_at(self, theta: Tensor) -> WeightedDraws:
         """The same draws expanded about the constants at ``theta``."""
@@ -281,8 +304,8 @@ class Estimator(Protocol):
 
     def prepare(
         self, source: Source, observations: Observations, population: PopulationModel, generator: torch.Generator
-    ) -> WeightedDraws:
-        """Draws for every individual."""
+    ) -> WeightedDraws | NoDraws:
+        """Draws for every individual, or nothing yet where draws are made for one theta."""
 
     def objective(self, theta: Tensor, state: WeightedDraws) -> Tensor:
         """Each individual's contribution, ``(I,)``."""
@@ -302,26 +325,38 @@ class Estimator(Protocol):
 
 @runtime_checkable
 class FollowingEstimator(Estimator, Protocol):
-    """An estimator whose draws are made for one theta and made anew where the optimum went.
-
-    What :meth:`Estimator.prepare` returns then only serves to compare starts, on as many individuals as it likes.
-    """
+    """An estimator of a likelihood whose draws are made for one theta, and made anew for every theta of the search."""
 
     def follow(
         self,
         source: Source,
         observations: Observations,
         theta: Tensor,
-        previous: WeightedDraws,
+        previous: WeightedDraws | NoDraws,
         generator: torch.Generator,
     ) -> WeightedDraws:
-        """Draws of all individuals made for ``theta``; ``previous`` is what the fit had before."""
+        """Draws of all individuals made for ``theta``; ``previous`` is what the search had before, or only tells the
+        population model.
+
+        Raises:
+            NoLikelihoodError: where no draw of some individual has a likelihood above 0.
+        """
+
+    def look_again(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Tensor,
+        generator: torch.Generator,
+    ) -> WeightedDraws:
+        """Draws made for ``theta`` that owe nothing to ``state`` but its modes: others are searched for, too."""
 
     def with_draws(self, draws: int) -> FollowingEstimator:
         """The same estimator that makes so many draws of each individual, within its limits."""
 
-    def serves(self, state: WeightedDraws, theta: Tensor) -> bool:
-        """Whether draws that were made for another theta are as good at this one."""
+    def roughly(self, individuals: int) -> FollowingEstimator:
+        """The same estimator with as few draws as comparing starts on so many individuals takes."""
 
 
 @dataclass(frozen=True)
@@ -335,6 +370,10 @@ class FitProgress:
 
 
 Report = Callable[[FitProgress], None]
+
+
+def discard(progress: FitProgress) -> None:
+    """Discard progress reports."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,7 +403,7 @@ class Found:
 class SearchingEstimator(FollowingEstimator, Protocol):
     """An estimator that finds theta by itself; its draws at that theta then tell everything else.
 
-    What :meth:`Estimator.prepare` returns only serves to find where the search starts. The fit takes the estimate as it
+    The fit takes the estimate as it
     is: likelihood, information, individuals and table come from :meth:`FollowingEstimator.follow` at it, the estimate's
     own Monte-Carlo error from the search.
     """
@@ -374,7 +413,7 @@ class SearchingEstimator(FollowingEstimator, Protocol):
         source: Source,
         observations: Observations,
         theta: Float[Tensor, " P"],
-        previous: WeightedDraws,
+        previous: WeightedDraws | NoDraws,
         generator: torch.Generator,
         *,
         accuracy: float,
@@ -385,12 +424,22 @@ class SearchingEstimator(FollowingEstimator, Protocol):
         Args:
             source: the posterior or draws, for first guesses of individuals.
             observations: all data.
-            theta: where exploring ended.
-            previous: the draws that were explored.
+            theta: where the comparison of starts ended.
+            previous: draws that it had, or only the population model.
             generator: of everything random.
             accuracy: wished Monte-Carlo error, in standard errors.
             report: told how far it is.
         """
 
 
-Redraw = Callable[[Tensor, WeightedDraws, torch.Generator], WeightedDraws]  # theta, previous draws -> draws made for it
+@dataclass(frozen=True, eq=False)
+class Redraw:
+    """Makes draws for another theta, as the fit's estimator does it; a value that can be copied and sent."""
+
+    estimator: FollowingEstimator
+    source: Source
+    observations: Observations
+
+    def __call__(self, theta: Tensor, previous: WeightedDraws, generator: torch.Generator) -> WeightedDraws:
+        """Draws made for ``theta``; ``previous`` is what was there before."""
+        return self.estimator.follow(self.source, self.observations, theta, previous, generator)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.beginnings import explorable, first_climbers, likelihood_of, require_everybody, tractable
+from nlme_sbi.population.beginnings import first_climbers, likelihood_of, require_everybody, tractable
 from nlme_sbi.population.chains import Chains, CompleteData, Kernels, begun, prior_of, swept
 from nlme_sbi.population.checks import named
 from nlme_sbi.population.drift import drift
@@ -25,7 +25,7 @@ from nlme_sbi.population.exact import Exact
 from nlme_sbi.population.joint import JointDensity
 from nlme_sbi.population.proposals import Pieces, mixtures, modes
 from nlme_sbi.population.recursion import Recursion, updated
-from nlme_sbi.population.roles import FitProgress, Found, PopulationModel, Report, Source, WeightedDraws
+from nlme_sbi.population.roles import FitProgress, Found, NoDraws, PopulationModel, Report, Source, WeightedDraws
 from nlme_sbi.population.standstill import Standstill, standstill
 from nlme_sbi.population.subsets import of_individuals, random_part
 from nlme_sbi.population.weighting import contributions
@@ -57,7 +57,6 @@ class Saem:
         chains: for each individual; 0 chooses so that there are 400 of all individuals together, at least one each.
         acceptance: share of accepted random-walk steps that step lengths adapt to.
         draws: for each individual of the importance sampling at the estimate, at least.
-        exploring: draws of the network with which starts are compared, by the prior ratio.
         simulator: whose likelihood it is; taken from the posterior when left out.
     """
 
@@ -67,7 +66,6 @@ class Saem:
     chains: int = 0
     acceptance: float = 0.35
     draws: int = 256
-    exploring: int = 300
     simulator: Simulator | None = None
 
     name = "saem"
@@ -80,27 +78,31 @@ class Saem:
                 f"estimator: needs burn_in >= 40, averaging >= 80 and max_sweeps >= burn_in + averaging + {_WATCHED}; "
                 f"got {self.burn_in}, {self.averaging} and {self.max_sweeps}."
             )
-        if self.chains < 0 or not 0 < self.acceptance < 1 or self.draws < 16 or self.exploring < 20:
+        if self.chains < 0 or not 0 < self.acceptance < 1 or self.draws < 16:
             raise ValueError(
-                "estimator: needs chains >= 0 (0 chooses), acceptance between 0 and 1, draws >= 16 and exploring >= "
-                f"20; got {self.chains}, {self.acceptance}, {self.draws} and {self.exploring}."
+                "estimator: needs chains >= 0 (0 chooses), acceptance between 0 and 1 and draws >= 16; got "
+                f"{self.chains}, {self.acceptance} and {self.draws}."
             )
 
     @property
     def _sampling(self) -> Exact:
         most = Exact.max_draws
-        return Exact(draws=min(self.draws, most), max_draws=most, exploring=self.exploring, simulator=self.simulator)
+        return Exact(draws=min(self.draws, most), max_draws=most, simulator=self.simulator)
 
     def prepare(
-        self, source: Source, observations: Observations, population: PopulationModel, generator: torch.Generator
-    ) -> WeightedDraws:
-        """The network's draws of some individuals, on which starts are compared by the prior ratio.
+        self,
+        source: Source,
+        observations: Observations,  # noqa: ARG002
+        population: PopulationModel,
+        generator: torch.Generator,  # noqa: ARG002
+    ) -> NoDraws:
+        """Nothing but the population model: draws are made for one theta.
 
         Raises:
             ValueError: where the simulator has no likelihood.
         """
         tractable(self.simulator, source, self.name)
-        return explorable(source, observations, population, draws=self.exploring, generator=generator)
+        return NoDraws(population)
 
     def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
         """Estimated ``log p(y_i | theta)`` of every individual, by importance sampling."""
@@ -111,7 +113,7 @@ class Saem:
         source: Source,
         observations: Observations,
         theta: Float[Tensor, " P"],
-        previous: WeightedDraws,
+        previous: WeightedDraws | NoDraws,
         generator: torch.Generator,
     ) -> WeightedDraws:
         """Importance sampling at ``theta``, as the exact estimator does it."""
@@ -121,9 +123,20 @@ class Saem:
         """The same with so many draws in the importance sampling at the estimate, at least those it had."""
         return replace(self, draws=max(draws, self.draws))
 
-    def serves(self, state: WeightedDraws, theta: Float[Tensor, " P"]) -> bool:
-        """Whether the importance sampling for another theta is as good at this one."""
-        return self._sampling.serves(state, theta)
+    def look_again(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Float[Tensor, " P"],
+        generator: torch.Generator,
+    ) -> WeightedDraws:
+        """Importance sampling at ``theta`` with modes searched for from the beginning, as in the exact estimator."""
+        return self._sampling.look_again(source, observations, state, theta, generator)
+
+    def roughly(self, individuals: int) -> Exact:
+        """The exact estimator with few draws: starts are compared on the likelihood."""
+        return self._sampling.roughly(individuals)
 
     def improve(
         self,
@@ -142,7 +155,7 @@ class Saem:
         source: Source,
         observations: Observations,
         theta: Float[Tensor, " P"],
-        previous: WeightedDraws,
+        previous: WeightedDraws | NoDraws,
         generator: torch.Generator,
         *,
         accuracy: float,

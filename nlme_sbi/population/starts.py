@@ -70,7 +70,9 @@ def _moments(phi: Tensor, weights: Tensor, population: PopulationModel, pooled: 
     covariance = covariance + torch.diag((_LEAST_SD * pooled).square())
     if population.constant:
         constant = list(population.constant)
-        mean = mean.index_copy(0, torch.tensor(constant, device=mean.device), _common(phi[..., constant], weights))
+        mean = mean.index_copy(
+            0, torch.tensor(constant, dtype=torch.int64, device=mean.device), _common(phi[..., constant], weights)
+        )
     return population.from_moments(mean, covariance)
 
 

@@ -56,7 +56,7 @@ def summarise(population: PopulationModel, theta: Float[Tensor, " P"], covarianc
     free = population.unknowns.free.to(theta.device)
     uncertain = covariance[free][:, free]
     mean, mean_se, mean_fixed = _propagated(population.mean, theta, uncertain, free)
-    varying = torch.tensor(population.varying, device=theta.device)
+    varying = torch.tensor(population.varying, dtype=torch.int64, device=theta.device)
 
     def log_sd(at: Tensor) -> Tensor:
         return 0.5 * population.covariance(at).diagonal()[varying].log()

@@ -10,7 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.roles import WeightedDraws
-from nlme_sbi.population.weighting import contributions, effective_draws, score_variance, scores, value_and_gradient
+from nlme_sbi.population.weighting import (
+    effective_draws,
+    objective_error,
+    score_error,
+    score_variance,
+    scores,
+    value_and_gradient,
+)
 
 _HALF_STEPS = 8
 _HALF_TOLERANCE = 0.01  # in standard errors
@@ -83,7 +90,7 @@ def monte_carlo_error(
 
     Args:
         state: all draws.
-        theta: the optimum on them.
+        theta: the optimum on them, or near it.
         covariance: of the free unknowns, inverse observed information; None where it is not known, which leaves the
             errors of the estimates unknown too.
         objective: the maximum.
@@ -97,7 +104,7 @@ def monte_carlo_error(
     halves = [state.half(which) for which in (0, 1)]
     objective_se = math.sqrt(float(excess))
     if state.fitted:
-        objective_se, spread = _between_halves(halves, theta)
+        objective_se, spread = float(objective_error(state, theta).norm()), score_error(state, theta)
         excess = excess.clamp_max(objective_se**2)  # evenly spread draws err less than their weights tell
     else:
         spread = score_variance(state, theta)
@@ -106,8 +113,11 @@ def monte_carlo_error(
     bias, jackknife = unknown, None
     if all(end is not None for end in ends):
         found = [end for end in ends if end is not None]
-        bias = torch.stack([end for end, _ in found]).mean(0) - theta
-        jackknife = sum(value for _, value in found) / 2 - objective
+        # An estimate that was checked on these draws, not climbed on them, lies a little beside their maximum.
+        gradient = value_and_gradient(state, theta)[1][free]
+        summit = theta.index_add(0, free, covariance @ gradient)
+        bias = torch.stack([end for end, _ in found]).mean(0) - summit
+        jackknife = sum(value for _, value in found) / 2 - objective - 0.5 * float(gradient @ covariance @ gradient)
     return MonteCarloError(
         objective_se=objective_se,
         objective_bias=-0.5 * float(excess),
@@ -124,61 +134,9 @@ def likelihood_error(
     excess = float((1 / effective_draws(state, theta) - 1 / state.draws).clamp_min(0).sum())
     objective_se = math.sqrt(excess)
     if state.fitted:
-        halves = [contributions(state.half(which), theta) for which in (0, 1)]
-        objective_se = 0.5 * float((halves[0] - halves[1]).norm())
+        objective_se = float(objective_error(state, theta).norm())
         excess = min(excess, objective_se**2)
     return MonteCarloError(objective_se, -0.5 * excess, None, se, bias)
-
-
-def rough_monte_carlo_error(
-    state: WeightedDraws, theta: Float[Tensor, " P"], information: Float[Tensor, "free free"]
-) -> float:
-    """Largest Monte-Carlo standard error of an unknown, in standard errors, from how halves of the draws differ."""
-    _, spread = _between_halves([state.half(which) for which in (0, 1)], theta)
-    covariance = torch.linalg.inv(information)
-    variance = (covariance @ spread @ covariance).diagonal() / covariance.diagonal()
-    return float(variance.clamp_min(0).sqrt().max())
-
-
-def left_by_expansion(
-    state: WeightedDraws, made_for: Float[Tensor, " P"], theta: Float[Tensor, " P"], information: Tensor
-) -> float:
-    """Error of the estimate, in standard errors, that comes from draws which were made for another theta.
-
-    The density of varying parameters is exact wherever theta is; the likelihood is expanded to second order in the
-    constants. Where its third derivative is four times the second, as for a scale on the log scale, a constant that
-    moved by d ends off by at most about 2 d^2 (measured: a quarter of that, on two-rate cells all of it).
-
-    Args:
-        state: the draws.
-        made_for: theta that they were made for.
-        theta: the optimum on them.
-        information: of the free unknowns, may be rough.
-    """
-    population, free = state.population, state.population.unknowns.free.to(theta.device)
-    covariance = torch.linalg.inv(information)
-    left = 0.0
-    for block in state.blocks if population.constant else ():
-        leaf = theta.detach().clone().requires_grad_(True)
-        with torch.enable_grad():
-            values = population.constants(leaf, block.design)
-        moved, who = (values.detach() - population.constants(made_for, block.design)).abs().max(0)
-        for column, row in enumerate(who.tolist()):
-            (slope,) = torch.autograd.grad(values[row, column], leaf, retain_graph=True)
-            se = float((slope[free] @ covariance @ slope[free]).sqrt())
-            left = max(left, 2 * float(moved[column]) ** 2 / se) if se > 0 else left
-    return left
-
-
-def _between_halves(halves: list[WeightedDraws], theta: Tensor) -> tuple[float, Float[Tensor, "free free"]]:
-    """Standard error of the objective and variance of its gradient from how every individual's halves of draws differ.
-
-    The mean of two independent halves has a quarter of their squared difference as its variance. Unlike the weights
-    alone it sees the error of densities that were fitted to the draws; it rests on as many differences as individuals.
-    """
-    difference = scores(halves[0], theta) - scores(halves[1], theta)
-    apart = contributions(halves[0], theta) - contributions(halves[1], theta)
-    return 0.5 * float(apart.square().sum().sqrt()), 0.25 * difference.T @ difference
 
 
 def _half_maximum(half: WeightedDraws, theta: Tensor, covariance: Tensor) -> tuple[Tensor, float] | None:

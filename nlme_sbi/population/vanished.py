@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import PopulationModel, PopulationSpecification, VariabilitySpecification
 from nlme_sbi.population.summary import summarise
+from nlme_sbi.population.verdicts import described
 from nlme_sbi.tails import UNRELIABLE
 
 _TINY = 0.02  # of the training prior's SD: below it a variance is looked at
@@ -16,6 +17,7 @@ _UNSURE = 0.5  # standard error of a log SD from which it may be running to minu
 _SHRUNK = 0.7  # shrinkage from which the individuals say next to nothing on their variability
 _HALF_SHRUNK = 0.5  # the same where the draws have collapsed, which makes individual means noisy
 _CLEAR = 2.0  # score above which a variance is not at its boundary, whatever the fit did
+_UNCLEAR = 0.5  # score, where the climb itself went to 0, up to which it did so rightly: Monte-Carlo error
 _TIED = 0.05  # log-likelihoods this near are equal before Monte-Carlo error
 _TRIED = 2  # candidates that are refitted, at most, before a variance counts as inside
 
@@ -23,9 +25,10 @@ _TRIED = 2  # candidates that are refitted, at most, before a variance counts as
 def settled(
     fit: PopulationFit,
     specification: PopulationSpecification | PopulationModel,
-    refit: Callable[[PopulationSpecification], PopulationFit],
+    refit: Callable[[PopulationSpecification, Mapping[str, float]], PopulationFit],
 ) -> PopulationFit:
-    """The fit with variances that ran to 0 set to 0: such parameters become constant, one after the other.
+    """The fit with variances that ran to 0 set to 0: such parameters become constant, all that the search saw run to 0
+    together, others one after the other. Fits with fewer variances go on from the estimates of the one before.
 
     A variance is looked at where its SD is tiny and not sharply told, where
     its log SD is not determined and the individuals do not tell it
@@ -37,18 +40,22 @@ def settled(
     Args:
         fit: as it came.
         specification: what it was made from; bound models cannot be changed and are left alone.
-        refit: fits another specification to the same data.
+        refit: fits another specification to the same data, from values of the unknowns by name.
     """
     while isinstance(specification, VariabilitySpecification):
         accepted = None
-        for name in _candidates(fit):
-            smaller = specification.without_variability(name)
+        for names in _candidates(fit):
+            smaller: PopulationSpecification = specification
+            for name in names:
+                if isinstance(smaller, VariabilitySpecification):
+                    smaller = smaller.without_variability(name)
+            begin = dict(zip(fit.population.unknowns.names, fit.theta.tolist(), strict=True))
             try:
-                trial = refit(smaller)
-            except ValueError:  # without this variance the data have no likelihood: it is there
+                trial = refit(smaller, begin)
+            except ValueError:  # without these variances the data have no likelihood: they are there
                 continue
-            if _at_boundary(trial, fit, name):
-                accepted = (_marked(trial, fit, name), smaller)
+            if all(_at_boundary(trial, fit, name) for name in names):
+                accepted = (_marked(trial, fit, names), smaller)
                 break
         if accepted is None:
             break
@@ -56,16 +63,31 @@ def settled(
     return fit
 
 
-def _marked(trial: PopulationFit, fit: PopulationFit, name: str) -> PopulationFit:
-    """The smaller fit, in which this parameter's variance and those that vanished before count as estimated."""
+def _marked(trial: PopulationFit, fit: PopulationFit, names: tuple[str, ...]) -> PopulationFit:
+    """The smaller fit, in which these parameters' variances and those that vanished before count as estimated; how the
+    starts ended is known from the larger one."""
     before = {test.parameter for test in fit.variance_tests if test.estimated}
-    tests = (replace(test, estimated=test.parameter in {name, *before}) for test in trial.variance_tests)
-    return replace(trial, variance_tests=tuple(tests))
+    tests = (replace(test, estimated=test.parameter in {*names, *before}) for test in trial.variance_tests)
+    if trial.restarts:
+        return replace(trial, variance_tests=tuple(tests))
+    message = f"{trial.message} {described(fit.restarts)}".strip()
+    return replace(trial, variance_tests=tuple(tests), restarts=fit.restarts, message=message)
 
 
-def _candidates(fit: PopulationFit) -> list[str]:
-    """Parameters whose variance seems to vanish, the most doubtful first."""
-    if len(fit.ids) < 2 or len(fit.population.varying) < 2:
+def _candidates(fit: PopulationFit) -> list[tuple[str, ...]]:
+    """Parameters whose variance seems to vanish, the most doubtful first: those that the search saw run to 0, together
+    and alone, then those whose numbers look like it."""
+    seen = () if fit.verification is None else fit.verification.vanishing
+    alone = [(name,) for name in seen]
+    together = [tuple(seen)] if len(seen) > 1 else []
+    if fit.verification is not None and fit.converged and not _collapsed(fit):
+        return [*together, *alone]  # a maximum that was verified lies inside
+    return [*together, *alone, *((name,) for name in _doubtful(fit) if name not in seen)]
+
+
+def _doubtful(fit: PopulationFit) -> list[str]:
+    """Parameters whose variance looks as if it had run to 0."""
+    if len(fit.ids) < 2 or not fit.population.varying:
         return []
     found = summarise(fit.population, fit.theta, fit.covariance)
     spread = fit.individuals.mean.std(0)
@@ -109,6 +131,9 @@ def _at_boundary(trial: PopulationFit, fit: PopulationFit, name: str) -> bool:
     test = next((test for test in trial.variance_tests if test.parameter == name), None)
     if test is None:
         return False
+    if fit.verification is not None and name in fit.verification.vanishing:
+        # The likelihood was still rising on the way to 0, where its derivative in the variance may be told anew.
+        return test.slope <= 0 or test.z < _UNCLEAR
     if not fit.converged or _collapsed(fit):
         return test.slope <= 0 or test.z < _CLEAR
     noise = math.hypot(trial.monte_carlo.objective_se, fit.monte_carlo.objective_se)

@@ -74,6 +74,8 @@ def _differing(state: WeightedDraws, theta: Tensor, best: Tensor, covariance: Te
 def described(restarts: tuple[Restart, ...]) -> str:
     """One or two sentences on how well the starts agree."""
     total = len(restarts)
+    if total == 0:
+        return ""
     if total == 1:
         return "There was only one start, so nothing tells whether this is the highest maximum."
     counts = {name: sum(restart.verdict == name for restart in restarts) for name in ("same", "other point", "lower")}
@@ -91,8 +93,8 @@ def described(restarts: tuple[Restart, ...]) -> str:
         reached = "Another start" if len(other) == 1 else f"{len(other)} other starts"
         said.append(
             f"{reached} reached the same objective (within {max(max(r.below for r in other), 0.0):.2g}) at a different "
-            f"point, where {names} differ: label switching? Then both describe the same population, under exchanged "
-            "names."
+            f"point, where {names} differ: label switching (the same population under exchanged names), or data that "
+            "hardly tell these parameters."
         )
     if counts["lower"]:
         lowest = max(restart.below for restart in restarts if restart.verdict == "lower")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.roles import DrawBlock, WeightedDraws
+from nlme_sbi.population.roles import DrawBlock, SetsOfDraws, WeightedDraws
 from nlme_sbi.threads import over_blocks
 
 _ROUGH = 200  # individuals that tell the scales of a search
@@ -128,6 +128,34 @@ def hessian(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "
     return 0.5 * (total + total.T)
 
 
+def complete_information(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "free free"]:
+    r"""Information that the complete data, measurements and individuals' parameters together, would have on the free
+    unknowns: second derivatives of :math:`-\sum_{ij} w_{ij} \log p(y_i, v_{ij} \mid \theta)` with the weights held.
+
+    Over enough blocks to know it: it sets the scales of a search.
+    """
+    free = state.population.unknowns.free.to(theta.device)
+    stride = max(1, state.individuals // _ROUGH)
+    blocks = state.blocks[::stride]
+
+    def of_block(block: DrawBlock) -> tuple[Tensor, int]:
+        with torch.enable_grad():
+            leaf = theta.detach().clone().requires_grad_(True)
+            log_weights = block.log_weights(leaf)
+            weights = torch.softmax(log_weights.detach(), 1)
+            there = weights > 0
+            value = (weights[there] * log_weights[there]).sum()
+            (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+            rows = [torch.autograd.grad(slope, leaf, retain_graph=True)[0] for slope in gradient[free]]
+            return torch.stack(rows)[:, free], len(block.rows)
+
+    found = over_blocks(of_block, blocks, theta.device)
+    seen = sum(count for _, count in found)
+    total = torch.stack([part for part, _ in found]).sum(0) * (state.individuals / seen)
+    information: Tensor = -0.5 * (total + total.T)
+    return information
+
+
 def slopes_along(
     state: WeightedDraws, theta: Float[Tensor, " P"], directions: Float[Tensor, "n P"]
 ) -> Float[Tensor, "I n"]:
@@ -143,6 +171,29 @@ def halves(state: WeightedDraws) -> tuple[WeightedDraws, WeightedDraws]:
     """Every other draw, nothing refitted."""
     everybody = torch.arange(state.individuals, device=state.blocks[0].rows.device)
     return state.part(everybody, slice(0, None, 2)), state.part(everybody, slice(1, None, 2))
+
+
+def independent_sets(state: WeightedDraws) -> tuple[WeightedDraws, ...]:
+    """Parts of every individual's draws that are independent of each other: those that the draws were made in, else
+    halves with everything refitted that was fitted to the draws."""
+    if isinstance(state, SetsOfDraws):
+        return state.independent()
+    return state.half(0), state.half(1)
+
+
+def objective_error(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, " I"]:
+    """Monte-Carlo standard error of every individual's objective, from how independent sets of its draws differ."""
+    each = torch.stack([contributions(one, theta) for one in independent_sets(state)])
+    error: Tensor = each.std(0) / len(each) ** 0.5
+    return error
+
+
+def score_error(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "free free"]:
+    """Monte-Carlo covariance of the summed score, from how independent sets of every individual's draws differ. It
+    rests on as many differences as there are individuals times sets but one."""
+    each = torch.stack([scores(one, theta) for one in independent_sets(state)])
+    apart = (each - each.mean(0)).flatten(0, 1)
+    return apart.T @ apart / (len(each) * (len(each) - 1))
 
 
 @torch.no_grad()

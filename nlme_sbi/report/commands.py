@@ -111,8 +111,8 @@ def _overrides(stage: str, begin: Sequence[str], wanted: Mapping[str, Any]) -> l
 
 
 def _redirected(change: str, raw: Mapping[str, Any]) -> str:
-    """The same change where the value stands: a section may be a reference to another one (``design.data: "
-    "${data}``)."""
+    """The same change where the value stands: a section may be a reference to another one (``design.data`` is
+    ``${data}``)."""
     sign = change[0] if change[0] in "+~" else ""
     path, equals, value = change[len(sign) :].partition("=")
     node: Any = raw

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from nlme_sbi.diagnostics.findings import Finding, Light, worst
-
-log = logging.getLogger(__name__)
+from nlme_sbi.diagnostics.findings import Finding, Light, refused, worst
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,10 +168,11 @@ class Report:
 _REFUSALS = (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError)
 
 
-def _words(problem: Exception) -> str:
+def _sentence(problem: Exception) -> ValueError:
+    """The refusal itself, or one that says what kind of damage it was."""
     if isinstance(problem, ValueError):
-        return str(problem)
-    return f"What the run holds for this is damaged or incomplete ({type(problem).__name__}: {problem})."
+        return problem
+    return ValueError(f"What the run holds for this is damaged or incomplete ({type(problem).__name__}: {problem}).")
 
 
 def attempted_section(anchor: str, title: str, make: Callable[[], Section]) -> Section:
@@ -182,9 +180,7 @@ def attempted_section(anchor: str, title: str, make: Callable[[], Section]) -> S
     try:
         return make()
     except _REFUSALS as problem:
-        log.warning("%s: %s", title, _words(problem))
-        finding = Finding(anchor, title, "grey", _words(problem), "Grey: this part could not be made.")
-        return Section(anchor, title, findings=(finding,))
+        return Section(anchor, title, findings=(refused(anchor, title, _sentence(problem), what="this part"),))
 
 
 def attempted_blocks(
@@ -194,8 +190,7 @@ def attempted_blocks(
     try:
         findings, blocks = make()
     except _REFUSALS as problem:
-        log.warning("%s: %s", title, _words(problem))
-        return (Finding(check, title, "grey", _words(problem), "Grey: the check could not be made."),), ()
+        return (refused(check, title, _sentence(problem)),), ()
     return tuple(findings), tuple(blocks)
 
 

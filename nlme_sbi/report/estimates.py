@@ -90,9 +90,8 @@ def parameter_table(rows: Sequence[Row]) -> Table:
         ),
         note="Typical values are on the natural scale: the median of the population for a parameter with a logarithm. "
         "Omega is the SD on the unconstrained scale, about the coefficient of variation where it is small; CV% is "
-        "exact "
-        "for log-normal parameters. Intervals: observed information, transformed. %RSE: relative standard error. "
-        "Shrinkage: 1 - SD(individual means)/omega; near 100% the data tell little about the individuals.",
+        "exact for log-normal parameters. Intervals: observed information, transformed. %RSE: relative standard "
+        "error. Shrinkage: 1 - SD(individual means)/omega; near 100% the data tell little about the individuals.",
     )
 
 
@@ -213,9 +212,8 @@ def interval_picture(intervals: Sequence[Row]) -> Picture:
         f"{level} intervals by method",
         f"Intervals of {len(unknowns)} unknowns by {', '.join(methods)}, in standard errors from the estimate; their "
         "limits are in the table above.",
-        "Distance of each limit from the estimate on the scale of the estimation, in standard errors. Intervals that "
-        "are "
-        "longer to one side, or that differ between methods, say that the normal approximation is rough.",
+        "Distance of each limit from the estimate on the scale of the estimation, in standard errors. Intervals "
+        "that are longer to one side, or that differ between methods, say that the normal approximation is rough.",
         drawn=plot_intervals(intervals),
     )
 
@@ -291,11 +289,9 @@ def _agreement(intervals: Sequence[Row], individuals: int) -> tuple[Finding, ...
         return ()
     name = max(ratios, key=lambda key: abs(math.log(ratios[key])))
     rule = (
-        f"Green: robust (sandwich) and model-based standard errors differ by less than a factor of {_APART:g}; amber: "
-        "they "
-        f"differ by more, so the population's shape is doubtful. Judged from {_FEW} individuals on; with fewer the "
-        "sandwich is "
-        "itself too noisy."
+        f"Green: robust (sandwich) and model-based standard errors differ by less than a factor of {_APART:g}; "
+        f"amber: they differ by more, so the population's shape is doubtful. Judged from {_FEW} individuals on; with "
+        "fewer the sandwich is itself too noisy."
     )
     said = f"Robust standard errors are {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times the others"
     far = max(ratios[name], 1 / ratios[name]) > _APART

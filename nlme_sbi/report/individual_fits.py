@@ -14,6 +14,7 @@ from nlme_sbi.diagnostics.predictive import PredictiveBands, dense_design, predi
 from nlme_sbi.plots.canvas import labelled
 from nlme_sbi.plots.individual_fits import plot_individual_fits
 from nlme_sbi.plots.predictions import plot_predictions
+from nlme_sbi.population.beginnings import in_double
 from nlme_sbi.population.roles import means_of
 from nlme_sbi.report.content import Picture, Section
 from nlme_sbi.report.reported import ReportedFit, TakenUpFit
@@ -51,9 +52,7 @@ def closeness(fit: TakenUpFit, means: Float[Tensor, "I D"]) -> Float[Tensor, " I
     step = max(1, _AT_ONCE // observations.values[0].numel())
     found = []
     for rows in torch.split(torch.arange(len(observations)), step):
-        some = observations[rows.tolist()].to(fit.device)
-        times = some.design.times.double()
-        some = replace(some, values=some.values.double(), design=replace(some.design, times=times))
+        some = in_double(observations[rows.tolist()], fit.device)
         found.append(simulator.log_likelihood(some, means[rows].to(fit.device).double()).cpu())
     measured = observations.design.observed.flatten(1).sum(1).clamp_min(1)
     return torch.cat(found).double() / measured
@@ -156,10 +155,8 @@ def _viewer(
         "Fits of single individuals",
         people[0]["alt"] if people else "No individual is shown.",  # type: ignore[arg-type]
         "Choose an individual; drag to zoom, double-click to go back. Blue: what is not known of the individual's "
-        "curve "
-        "(95%) and its median; orange: where 95% of new measurements would lie; dashed: the typical individual under "
-        "the "
-        "same design.",
+        "curve (95%) and its median; orange: where 95% of new measurements would lie; dashed: the typical "
+        "individual under the same design.",
         interactive={
             "kind": "fits",
             "tall": True,
@@ -248,8 +245,7 @@ def _panels(fit: TakenUpFit, shown: Shown, some: Observations, bands: Predictive
         "individual_fits" if len(some.signals) == 1 else f"individual_fits_{signal + 1}",
         "Individual fits" if len(some.signals) == 1 else f"Individual fits, {name}",
         f"{len(chosen)} small panels, one an individual ({', '.join(some.ids[place] for place in chosen)}): "
-        "measurements, "
-        f"median curve, its 50% and 95% bands, and a 95% band of new measurements; {told}.",
+        f"measurements, median curve, its 50% and 95% bands, and a 95% band of new measurements; {told}.",
         f"Measurements and fits of {len(chosen)} individuals; {told}.",
         drawn=drawn,
     )

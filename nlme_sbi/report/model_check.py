@@ -139,8 +139,7 @@ def _vpc_pictures(
             f"{name}_{place + 1}" if several else name,
             f"{title}, {found.signal}" if several else title,
             f"{levels} quantiles of the measurements in {len(found.times)} bins of time, on the bands that simulated "
-            "data "
-            f"sets give. {said}",
+            f"data sets give. {said}",
             f"Lines: {levels} quantiles of the data; bands: where {100 * check.confidence:g}% of the quantiles of "
             f"{check.replicates} simulated data sets lie; diamonds: outside.{corrected}",
             drawn=plot_vpc(check, among.observations, signal=place),
@@ -160,9 +159,8 @@ def _prediction_errors(among: Simulated, generator: torch.Generator, frames: dic
         Picture(
             f"npde_{place + 1}" if several else "npde",
             f"Prediction errors (npde), {signal}" if several else "Prediction errors (npde)",
-            f"Four panels: quantiles and density of the npde beside the standard normal, and discrepancies against "
-            "time "
-            f"and prediction. {found.sentence}",
+            "Four panels: quantiles and density of the npde beside the standard normal, and discrepancies against "
+            f"time and prediction. {found.sentence}",
             "Above: npde should follow the line (within the band for 95% of them) and the curve. Below: discrepancies "
             "should scatter about 0 everywhere; red is their running mean, dotted ±1.96.",
             drawn=plot_prediction_errors(frame, signal=signal, time_unit=observations.time_unit),
@@ -191,9 +189,9 @@ def _goodness(fit: ReportedFit, among: Simulated, generator: torch.Generator, fr
                 f"Goodness of fit, {signal}" if several else "Goodness of fit",
                 f"Four panels: measurements against population and individual predictions, and individual weighted "
                 f"residuals against time and prediction. {found.sentence}",
-                "Measurements should lie about the line of identity; residuals about 0, mostly within ±1.96 (dotted); "
-                "red "
-                "is their running mean. Residuals at individual estimates shrink where individuals have few data.",
+                "Measurements should lie about the line of identity; residuals about 0, mostly within ±1.96 "
+                "(dotted); red is their running mean. Residuals at individual estimates shrink where individuals "
+                "have few data.",
                 drawn=plot_goodness(frame, signal=signal, unit=unit, time_unit=observations.time_unit),
             )
         )

@@ -38,8 +38,7 @@ def network_section(diagnosis: Diagnosis) -> Section:
     """Calibration of the network."""
     lead = (
         "Whether posteriors of the network have the right width and place: over its prior, and for individuals like "
-        "the "
-        "data's, where it matters."
+        "the data's, where it matters."
     )
     if diagnosis.run is None:
         return Section("network", "Network: calibration", lead, (_missing("calibration", "Calibration", diagnosis),))
@@ -140,9 +139,8 @@ def _further_pictures(run: FinishedRun, said: Mapping[str, str]) -> Iterator[Pic
             "Agreement with the exact posterior",
             f"Distribution over individuals of the effective share of the network's draws and of Pareto k-hat. "
             f"{said.get('agreement_data', said.get('agreement_prior', ''))}",
-            "Left: the share of draws that remains when they are weighted to the exact posterior; right: heavy tails "
-            "of "
-            "these weights, to the right of the line.",
+            "Left: the share of draws that remains when they are weighted to the exact posterior; right: heavy "
+            "tails of these weights, to the right of the line.",
             drawn=plot_agreement(agreement),
         )
 

@@ -119,8 +119,7 @@ def _covariates(fit: ReportedFit, effects: RandomEffects, frames: dict[str, pd.D
         "covariates",
         "Random effects against covariates",
         f"Posterior means of random effects against covariates for {len(pairs)} pairs, those with the smallest "
-        "p-values "
-        "first; the table below has them all.",
+        "p-values first; the table below has them all.",
         "What the covariates of the model leave unexplained should not depend on any covariate. Lines: least squares.",
         drawn=plot_effects_against_covariates(effects.to_frame(), _covariate_frame(effects.ids, design), pairs),
     )
@@ -159,8 +158,7 @@ def _influence(fit: ReportedFit) -> Made:
         "influence",
         "Influence of single individuals",
         f"Left: Cook's distance of the {min(20, len(frame))} most influential individuals; right: what leaving each "
-        "out "
-        f"does to every unknown, in standard errors. {finding.sentence}",
+        f"out does to every unknown, in standard errors. {finding.sentence}",
         "The individuals that matter most for the estimates, most influential first.",
         drawn=plot_influence(frame),
     )
@@ -177,9 +175,8 @@ def influence_of(fit: ReportedFit) -> pd.DataFrame:
     """``influence.csv`` of the fit; raises ``ValueError`` where it has none."""
     if INFLUENCE not in fit.run.manifest["outputs"]:
         raise ValueError(
-            f"{fit.run.path.name} has no {INFLUENCE}: it was made before fits told the influence of their individuals, "
-            "or has "
-            "no standard errors. Run its command again with this nlme_sbi."
+            f"{fit.run.path.name} has no {INFLUENCE}: it was made before fits told the influence of their "
+            "individuals, or has no standard errors. Run its command again with this nlme_sbi."
         )
     return read_csv(fit.run.file(INFLUENCE))
 
@@ -192,11 +189,9 @@ def _profiles(fit: ReportedFit) -> Made:
         "profiles",
         "Likelihood profiles",
         f"Twice the log-likelihood lost along each of {len(shown)} unknowns, beside the parabola of its standard "
-        "error; "
-        "the limits of the intervals are in the table of intervals.",
+        "error; the limits of the intervals are in the table of intervals.",
         "Points: maximum over all other unknowns. Where the profile leaves the dashed parabola, standard errors "
-        "mislead "
-        "and the profile's limits are to be reported.",
+        "mislead and the profile's limits are to be reported.",
         drawn=plot_profiles(shown, errors),
     )
     return (), (picture,)

@@ -91,8 +91,7 @@ def provenance_section(runs: Sequence[FinishedRun]) -> Section:
 def _finding(chain: Sequence[Origin], lost: Sequence[str]) -> Finding:
     rule = (
         "Green: every run behind the report is there, and made from committed code; amber: some was made from code "
-        "with "
-        "uncommitted changes; grey: a run is not there any more, or was made outside git."
+        "with uncommitted changes; grey: a run is not there any more, or was made outside git."
     )
     title = "Reproducibility"
     states = [one.run.manifest.get("git") for one in chain]
@@ -163,9 +162,8 @@ def _commands(chain: Sequence[Origin]) -> list[Block]:
             notes.append(f"{one.run.manifest['stage']}: {command.note}")
     blocks: list[Block] = [Words("\n".join(lines), code=True, heading="Commands that make all of it again")]
     said = (
-        "Runs are named by the hash of their configuration and inputs, so the same commands give the same names. The "
-        "path "
-        "of a data file is not part of a run (only its content is): add data.path=FILE where it is not the "
+        "Runs are named by the hash of their configuration and inputs, so the same commands give the same names. "
+        "The path of a data file is not part of a run (only its content is): add data.path=FILE where it is not the "
         "experiment's own."
     )
     return [*blocks, Words(" ".join([said, *notes]))]

@@ -1,5 +1,5 @@
-"""A finished fit as the report sees it: its files always, and what can be computed anew where its posterior is "
-"there."""
+"""A finished fit as the report sees it: its files always, and what can be computed anew where its posterior is
+there."""
 
 from __future__ import annotations
 

@@ -46,8 +46,7 @@ def measurement_explorer(frame: pd.DataFrame, observations: Observations) -> Pic
         "measurements",
         "All measurements",
         f"Scatter plot of {len(frame)} measurements against their individual predictions; {int(far.sum())} have "
-        "residuals "
-        "beyond ±3. The menus choose other numbers; tables/goodness_of_fit.csv holds them all.",
+        "residuals beyond ±3. The menus choose other numbers; tables/goodness_of_fit.csv holds them all.",
         f"One point a measurement. Choose one to see its individual's fit, where that is on the page.{thin}",
         drawn=plot_measurements(some["individual_prediction"].to_numpy(float), some["value"].to_numpy(float), flagged),
         interactive={

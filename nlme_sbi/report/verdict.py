@@ -6,11 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from nlme_sbi.diagnostics.findings import Finding, Light, worst
+from nlme_sbi.diagnostics.findings import GRAVITY, Finding, Light, worst
 from nlme_sbi.report.content import Answer
 
 Topic = Literal["network", "familiar", "model", "trust"]
-_GRAVITY: tuple[Light, ...] = ("green", "grey", "amber", "red")
 _QUESTIONS: Mapping[Topic, str] = {
     "network": "Is the network calibrated?",
     "familiar": "Do the data look like what it was trained on?",
@@ -29,9 +28,8 @@ _WORDS: Mapping[Topic, Mapping[Light, str]] = {
     },
 }
 _RULE = (
-    "The light is the gravest of the checks below: red before amber before grey before green. Each check has its own "
-    "rule, "
-    "with its error rate where it is a test."
+    "The light is the gravest of the checks below: red before amber before grey before green. Each check has its "
+    "own rule, with its error rate where it is a test."
 )
 _NETWORK_ALONE = ("misspecification_support",)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
@@ -100,7 +98,7 @@ def _limits(findings: Mapping[Topic, Sequence[Finding]], *, by_likelihood: bool)
         + "Named first is the gravest one: of several those about the estimate before those about the model, the data "
         "and the network."
     )
-    light: Light = max((given for given, _ in weighed), key=_GRAVITY.index, default="grey")
+    light: Light = max((given for given, _ in weighed), key=GRAVITY.index, default="grey")
     gravest = [one for given, one in weighed if given == light]
     question = "What limits the result, and what should be done next?"
     if light == "green":

@@ -9,8 +9,6 @@ import torch
 from matplotlib.figure import Figure
 
 from nlme_sbi.diagnostics.predictive import dense_design, predictive_bands
-from nlme_sbi.networks.ensembles import PosteriorEnsemble
-from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.plots.canvas import parameter_labels
 from nlme_sbi.plots.individual_fits import plot_individual_fits
 from nlme_sbi.plots.pairs import plot_pairs
@@ -18,6 +16,7 @@ from nlme_sbi.plots.population import plot_population
 from nlme_sbi.population.individuals import individual_typical
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.runs import write_atomically
+from nlme_sbi.stages.trained import AnyPosterior
 from nlme_sbi.types import Observations, TractableSimulator
 
 log = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ _POPULATION_INDIVIDUALS = 500  # more would only blacken the panel
 def save_figures(
     directory: Path,
     fit: PopulationFit,
-    posterior: AmortizedPosterior | PosteriorEnsemble,
+    posterior: AnyPosterior,
     observations: Observations,
     *,
     generator: torch.Generator,

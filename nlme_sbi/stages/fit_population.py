@@ -15,14 +15,17 @@ from omegaconf import DictConfig, OmegaConf
 from nlme_sbi.conversion import convert
 from nlme_sbi.designs import Reader
 from nlme_sbi.devices import choose_device
+from nlme_sbi.instantiate import instantiate
 from nlme_sbi.io import describe
 from nlme_sbi.population.assessment import Assessment, assessed
+from nlme_sbi.population.auto import Auto
 from nlme_sbi.population.bootstrap import Weights
 from nlme_sbi.population.fit import fit_population as fit_population_model
 from nlme_sbi.population.influence import influence
 from nlme_sbi.population.intervals import intervals_frame
+from nlme_sbi.population.likelihood_weighted_prior import LikelihoodWeightedPrior
 from nlme_sbi.population.result import PopulationFit
-from nlme_sbi.population.roles import Estimator, PopulationSpecification
+from nlme_sbi.population.roles import Estimator, FollowingEstimator, PopulationSpecification
 from nlme_sbi.runs import (
     RunDirectory,
     csv_text,
@@ -36,7 +39,13 @@ from nlme_sbi.stages.fit_figures import save_figures
 from nlme_sbi.stages.fit_progress import ProgressBar
 from nlme_sbi.stages.parts import part
 from nlme_sbi.stages.stored_fit import IndividualSettings, save_individuals
-from nlme_sbi.stages.trained import find_posteriors, load_posterior, posterior_hashes
+from nlme_sbi.stages.trained import (
+    AnyPosterior,
+    find_posteriors,
+    load_posterior,
+    posterior_hashes,
+    untrained_posterior,
+)
 from nlme_sbi.training_pairs import seeded
 from nlme_sbi.types import Observations
 
@@ -86,7 +95,7 @@ def fit_population(cfg: DictConfig) -> float:
     """Fit a population model to a data set with a trained posterior; the run holds table, individuals and figures.
 
     Args:
-        cfg: composed configuration with ``experiment``, ``posterior`` (RUN, latest or a list of RUNs), ``data``,
+        cfg: composed configuration with ``experiment``, ``posterior`` (RUN, latest, a list of RUNs, or none), ``data``,
             ``population``, ``estimator``, ``fit``, ``individuals``, ``figures``, ``seed``, ``device``,
             ``output_root``, ``fresh`` and ``trust``.
 
@@ -103,15 +112,20 @@ def fit_population(cfg: DictConfig) -> float:
     settings, wished = FitSettings.of(plain), IndividualSettings.of(plain)
     observations: Observations = part(plain["data"], Reader, where="data", trust=trust).read()
     log.info("%s", describe(observations))
-    posterior = load_posterior(upstream, device, trust)
+    posterior: AnyPosterior = (
+        load_posterior(upstream, device, trust) if upstream else untrained_posterior(plain, device, trust)
+    )
     posterior.check(observations)
-    specification = part(plain["population"], PopulationSpecification, where="population", trust=trust)
-    population = specification.bind(posterior.parameters, observations)
-    estimator = part(plain["estimator"], Estimator, where="estimator", trust=trust)
+    population: PopulationSpecification = part(
+        plain["population"], PopulationSpecification, where="population", trust=trust
+    )
+    population.bind(posterior.parameters, observations)  # what cannot be bound is refused before anything is drawn
+    estimator, reason = _estimator(plain, posterior, trust)
+    log.info("Estimator: %s%s", estimator.name, f" ({reason})" if reason else "")
     run = open_run(
         stage="fit_population",
         experiment=plain["experiment"]["name"],
-        config=_relevant(plain, device),
+        config=_relevant(plain, device, trained=bool(upstream)),
         inputs={**posterior_hashes(upstream), "data": sha256_of_observations(observations)},
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
@@ -140,7 +154,7 @@ def fit_population(cfg: DictConfig) -> float:
                 generator=seeded(device, seed, UNCERTAINTY_STREAM),
                 progress=progress.report,
             )
-        _save_tables(run, fit, upstream[0].section("simulator"))
+        _save_tables(run, fit, upstream[0].section("simulator") if upstream else plain["simulator"])
         _save_influence(run, fit)
         generator = seeded(device, seed, INDIVIDUALS_STREAM)
         save_individuals(run, fit, observations, posterior, settings=wished, generator=generator)
@@ -154,8 +168,24 @@ def fit_population(cfg: DictConfig) -> float:
             individuals=settings.panels,
         )
         run.finish(_results(fit))
+    if not fit.converged:
+        log.warning("The fit has NOT converged: its numbers are no estimates. %s", fit.message)
     log.info("Results: %s (table.txt, parameters.csv, intervals.csv, fit.json, *.csv, *.npy, *.png)", run.path)
     return fit.objective
+
+
+def _estimator(plain: Mapping[str, Any], posterior: AnyPosterior, trust: tuple[str, ...]) -> tuple[Estimator, str]:
+    """The estimator and, where it was left open, why it is this one; refused where nothing was trained for it."""
+    section = instantiate(plain["estimator"], trust=trust, where="estimator")
+    if isinstance(section, Auto):
+        return section.choose(posterior)
+    estimator: Estimator = part(plain["estimator"], Estimator, where="estimator", trust=trust)
+    if isinstance(posterior, LikelihoodWeightedPrior) and not isinstance(estimator, FollowingEstimator):
+        raise ValueError(
+            f"estimator={estimator.name} needs draws of a trained network, and posterior=none trains none. Use "
+            "estimator=exact, or train one: python scripts/simulate.py, then python scripts/train_flow.py."
+        )
+    return estimator, ""
 
 
 def sha256_of_observations(observations: Observations) -> str:
@@ -167,11 +197,13 @@ def sha256_of_observations(observations: Observations) -> str:
     return digest.hexdigest()
 
 
-def _relevant(plain: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """What decides the bytes. The data enter by their content, so that the same file elsewhere is the same fit."""
+def _relevant(plain: Mapping[str, Any], device: torch.device, *, trained: bool) -> dict[str, Any]:
+    """What decides the bytes. The data enter by their content, so that the same file elsewhere is the same fit; where
+    nothing was trained, simulator and prior are this run's own."""
     data = {key: value for key, value in plain["data"].items() if key != "path"}
     sections = {name: plain[name] for name in ("population", "estimator", "fit", "individuals", "figures", "seed")}
-    return {**sections, "data": data, "device": device.type}
+    own = {} if trained else {name: plain[name] for name in ("simulator", "prior")}
+    return {**sections, **own, "data": data, "device": device.type}
 
 
 def _save_tables(run: RunDirectory, fit: PopulationFit, simulator: Mapping[str, Any]) -> None:

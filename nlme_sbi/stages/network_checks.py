@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,18 +13,23 @@ from matplotlib.figure import Figure
 from nlme_sbi.conversion import convert
 from nlme_sbi.diagnostics.calibration import Calibration, calibration
 from nlme_sbi.diagnostics.calibration_findings import Where, calibration_findings, recovery_finding
-from nlme_sbi.diagnostics.findings import Finding
+from nlme_sbi.diagnostics.findings import Finding, refused
 from nlme_sbi.diagnostics.local import Neighbourhood, ObservedDesigns
-from nlme_sbi.diagnostics.pairs import FEWEST_DRAWS, FEWEST_PAIRS, good_simulations, observations_of, posterior_pairs
+from nlme_sbi.diagnostics.pairs import (
+    FEWEST_DRAWS,
+    FEWEST_PAIRS,
+    PosteriorPairs,
+    good_simulations,
+    observations_of,
+    posterior_pairs,
+)
 from nlme_sbi.diagnostics.recovery import recovery
 from nlme_sbi.diagnostics.verdicts import verdicts, verdicts_frame
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.progress import Progress
 from nlme_sbi.stages.trained import TrainedPosterior
 from nlme_sbi.training_pairs import seeded
-from nlme_sbi.types import DesignSource, Observations
-
-log = logging.getLogger(__name__)
+from nlme_sbi.types import DesignSource, Observations, Simulations
 
 PRIOR_STREAM, LOCAL_STREAM = range(50, 52)
 
@@ -113,8 +117,7 @@ def attempted_check(check: str, title: str, make: Check, subject: Subject) -> Ou
     try:
         return make(subject)
     except ValueError as problem:
-        log.warning("%s: %s", title, problem)
-        return Outcome([Finding(check, title, "grey", str(problem), "Grey: the check could not be made.")])
+        return Outcome([refused(check, title, problem)])
 
 
 def prior_checks(subject: Subject) -> Outcome:
@@ -124,15 +127,7 @@ def prior_checks(subject: Subject) -> Outcome:
     made, failed = good_simulations(
         posterior.prior, subject.designs, posterior.simulator, settings.simulations, generator
     )
-    with Progress(len(made), "individual", "prior") as progress:
-        pairs = posterior_pairs(
-            posterior,
-            observations_of(made, posterior.simulator),
-            made.phi,
-            draws=settings.draws,
-            generator=generator,
-            advance=progress.update,
-        )
+    pairs = _pairs(subject, made, generator, label="prior")
     found = calibration(pairs, generator, error_rate=settings.error_rate, failed=failed)
     back = recovery(pairs, posterior.prior)
     judged = _calibration_outcome(found, settings, "prior")
@@ -151,18 +146,31 @@ def local_checks(subject: Subject) -> Outcome:
     near = Neighbourhood.of(draws, posterior.prior, generator)
     designs = ObservedDesigns(some.design)
     made, failed = good_simulations(near, designs, posterior.simulator, settings.local, generator)
-    with Progress(len(made), "individual", "like the data") as progress:
-        pairs = posterior_pairs(
+    pairs = _pairs(subject, made, generator, label="like the data", density=near)
+    found = calibration(pairs, generator, error_rate=settings.error_rate, failed=failed)
+    return _calibration_outcome(found, settings, "local")
+
+
+def _pairs(
+    subject: Subject,
+    made: Simulations,
+    generator: torch.Generator,
+    *,
+    label: str,
+    density: Neighbourhood | None = None,
+) -> PosteriorPairs:
+    """Simulated individuals with the network's draws, under a progress bar."""
+    posterior = subject.posterior
+    with Progress(len(made), "individual", label) as progress:
+        return posterior_pairs(
             posterior,
             observations_of(made, posterior.simulator),
             made.phi,
-            draws=settings.draws,
+            draws=subject.settings.draws,
             generator=generator,
-            density=near,
+            density=density,
             advance=progress.update,
         )
-    found = calibration(pairs, generator, error_rate=settings.error_rate, failed=failed)
-    return _calibration_outcome(found, settings, "local")
 
 
 def _calibration_outcome(found: Calibration, settings: DiagnosisSettings, where: Where) -> Outcome:

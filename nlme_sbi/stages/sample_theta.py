@@ -10,7 +10,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.devices import choose_device
-from nlme_sbi.population.roles import Estimator, FollowingEstimator, WeightedDraws
+from nlme_sbi.instantiate import instantiate
+from nlme_sbi.population.auto import Auto, chosen_estimator
+from nlme_sbi.population.roles import Estimator, FollowingEstimator, NoDraws, WeightedDraws
 from nlme_sbi.population.theta_draws import ThetaDraws
 from nlme_sbi.population.theta_prior import ThetaPriors
 from nlme_sbi.population.theta_sampling import EnsembleSampler
@@ -18,8 +20,9 @@ from nlme_sbi.population.theta_sampling import sample_theta as sampled_from_post
 from nlme_sbi.runs import RunDirectory, csv_text, load_json, load_run, open_run, save_array, write_atomically
 from nlme_sbi.runs.schema import FIT
 from nlme_sbi.stages.fit_progress import ProgressBar
-from nlme_sbi.stages.parts import part, stored_part
+from nlme_sbi.stages.parts import part
 from nlme_sbi.stages.stored_fit import StoredFit, find_fit, load_fit
+from nlme_sbi.targets import STORED_ROLES
 from nlme_sbi.training_pairs import seeded
 
 log = logging.getLogger(__name__)
@@ -48,7 +51,10 @@ def sample_theta(cfg: DictConfig) -> float:
     fit = load_fit(upstream, device=str(device), trust=trust)
     prior = priors.bind(fit.population, fit.posterior.prior)
     settings.walkers_for(len(fit.population.unknowns.free))
-    estimator = stored_part(upstream.section("estimator"), Estimator, where="estimator", trust=trust)
+    made = instantiate(upstream.section("estimator"), trust=trust, where="estimator", roles=STORED_ROLES)
+    if not isinstance(made, (Estimator, Auto)):
+        raise ValueError(f"estimator is a {type(made).__name__}, which is no Estimator; fit again with fresh=true.")
+    estimator, _ = chosen_estimator(made, fit.posterior)
     run = open_run(
         stage="sample_theta",
         experiment=str(upstream.manifest["experiment"]),
@@ -87,9 +93,13 @@ def rebuilt_state(fit: StoredFit, estimator: Estimator, generator: torch.Generat
     """Weighted draws as the fit's estimator makes them at its estimate: as many, but other ones."""
     source, observations = fit.posterior, fit.observations.to(fit.device)
     with torch.no_grad():
-        state: WeightedDraws = estimator.prepare(source, observations, fit.population, generator)
+        prepared = estimator.prepare(source, observations, fit.population, generator)
         if isinstance(estimator, FollowingEstimator):
-            state = estimator.follow(source, observations, fit.theta, state, generator)
+            state: WeightedDraws = estimator.follow(source, observations, fit.theta, prepared, generator)
+        elif isinstance(prepared, NoDraws):
+            raise TypeError(f"estimator {estimator.name} neither prepares draws nor makes them for a theta.")
+        else:
+            state = prepared
         wished = int(load_json(fit.run.file("fit.json"), FIT)["draws"])
         while state.draws < wished:
             better = estimator.improve(state, fit.theta, observations, generator, times=-(-wished // state.draws))

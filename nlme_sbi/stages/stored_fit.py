@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,10 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.conversion import convert
+from nlme_sbi.devices import choose_device
+from nlme_sbi.population.beginnings import in_double
 from nlme_sbi.population.modes import individual_modes
 from nlme_sbi.population.over_theta import LogLikelihood
 from nlme_sbi.population.result import PopulationFit
-from nlme_sbi.population.roles import PopulationModel, PopulationSpecification
+from nlme_sbi.population.roles import PopulationModel, PopulationSpecification, VariabilitySpecification
 from nlme_sbi.runs import (
     FinishedRun,
     RunDirectory,
@@ -33,7 +35,7 @@ from nlme_sbi.runs import (
 )
 from nlme_sbi.runs.schema import FIT, FLOATS, check_array
 from nlme_sbi.stages.parts import stored_part
-from nlme_sbi.stages.trained import TrainedPosterior, load_posterior
+from nlme_sbi.stages.trained import AnyPosterior, load_posterior, untrained_posterior
 from nlme_sbi.types import Observations, TractableSimulator
 
 log = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ def save_individuals(
     run: RunDirectory,
     fit: PopulationFit,
     observations: Observations,
-    posterior: TrainedPosterior,
+    posterior: AnyPosterior,
     *,
     settings: IndividualSettings,
     generator: torch.Generator,
@@ -102,7 +104,7 @@ class StoredFit:
     """
 
     run: FinishedRun
-    posterior: TrainedPosterior
+    posterior: AnyPosterior
     population: PopulationModel
     observations: Observations
     theta: Float[Tensor, " P"]
@@ -122,9 +124,7 @@ class StoredFit:
 
 class _Likelihood:
     def __init__(self, fit: StoredFit, rows: Sequence[int]) -> None:
-        chosen = fit.observations[rows].to(fit.device)
-        times = chosen.design.times.double()
-        self._observations = replace(chosen, values=chosen.values.double(), design=replace(chosen.design, times=times))
+        self._observations = in_double(fit.observations[rows], fit.device)
         self._posterior = fit.posterior
 
     def __call__(self, phi: Float[Tensor, "i n D"], rows: Tensor) -> Float[Tensor, "i n"]:
@@ -166,10 +166,14 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
             "Run its command again with this nlme_sbi."
         )
     upstream = posterior_runs(finished)
-    posterior = load_posterior(upstream, device, trust)
-    specification = stored_part(
-        finished.section("population"), PopulationSpecification, where="population", trust=trust
+    posterior: AnyPosterior = (
+        load_posterior(upstream, device, trust)
+        if upstream
+        else untrained_posterior(
+            {name: finished.section(name) for name in ("prior", "simulator")}, choose_device(device), trust
+        )
     )
+    specification = fitted_specification(finished, trust)
     observations = stored_observations(finished)
     population: PopulationModel = specification.bind(posterior.parameters, observations)
     theta, covariance = _estimates(finished, population)
@@ -219,6 +223,17 @@ def stored_draws(run: FinishedRun, ids: Sequence[str], parameters: int) -> Float
     return torch.from_numpy(np.array(found)).double()
 
 
+def fitted_specification(run: FinishedRun, trust: tuple[str, ...]) -> PopulationSpecification:
+    """The population model of a fit, in which parameters whose variance was estimated at 0 are constant."""
+    specification: PopulationSpecification = stored_part(
+        run.section("population"), PopulationSpecification, where="population", trust=trust
+    )
+    for test in load_json(run.file("fit.json"), FIT).get("variance_tests") or []:
+        if test.get("estimated") and isinstance(specification, VariabilitySpecification):
+            specification = specification.without_variability(str(test["parameter"]))
+    return specification
+
+
 def _estimates(run: FinishedRun, population: PopulationModel) -> tuple[Tensor, Tensor]:
     """Theta and its covariance, refused where the population model does not have these unknowns."""
     told = load_json(run.file("fit.json"), FIT)
@@ -239,8 +254,6 @@ def posterior_runs(fit: FinishedRun) -> list[FinishedRun]:
     """The runs that a fit's draws came from, found again by their hashes; raises ``ValueError`` where one is gone."""
     inputs = fit.manifest["inputs"]
     names = [name for name in inputs if name == "posterior" or name.startswith("posterior_")]
-    if not names:
-        raise ValueError(f"{fit.path} names no posterior that it was made from; run its command again with fresh=true.")
     return [_located(fit, inputs[name]) for name in names]
 
 

@@ -11,19 +11,26 @@ import torch
 
 from nlme_sbi.networks.ensembles import PosteriorEnsemble
 from nlme_sbi.networks.posterior import AmortizedPosterior
+from nlme_sbi.population.likelihood_weighted_prior import LikelihoodWeightedPrior
 from nlme_sbi.runs import FinishedRun, find_run
+from nlme_sbi.stages.parts import stored_part
+from nlme_sbi.types import Prior, Simulator, TractableSimulator
 
 log = logging.getLogger(__name__)
 
 TrainedPosterior = AmortizedPosterior | PosteriorEnsemble
+AnyPosterior = TrainedPosterior | LikelihoodWeightedPrior
+NOTHING_TRAINED = "none"
 
 
 def find_posteriors(plain: Mapping[str, Any]) -> list[FinishedRun]:
-    """The run, or the runs of an ensemble, that ``posterior`` names in a plain configuration.
+    """The run, or the runs of an ensemble, that ``posterior`` names in a plain configuration; none for ``none``.
 
     Raises ``ValueError`` for no run, or one of another simulator.
     """
     named = plain["posterior"]
+    if named == NOTHING_TRAINED:
+        return []
     runs = [_found(str(reference), plain) for reference in (named if isinstance(named, list) else [named])]
     if not runs:
         raise ValueError("posterior=[] names no run; give RUN, latest or [RUN,RUN].")
@@ -35,6 +42,29 @@ def load_posterior(runs: list[FinishedRun], device: torch.device | str, trust: t
     if len(runs) == 1:
         return AmortizedPosterior.load(runs[0], device=str(device), trust=trust)
     return PosteriorEnsemble.load(runs, device=str(device), trust=trust)
+
+
+def untrained_posterior(
+    config: Mapping[str, Any], device: torch.device | str, trust: tuple[str, ...]
+) -> LikelihoodWeightedPrior:
+    """Simulator and prior of a plain configuration, where nothing was trained.
+
+    Raises:
+        ValueError: for a simulator without a likelihood, with what to do.
+    """
+    prior = stored_part(config["prior"], Prior, where="prior", trust=trust)
+    simulator = stored_part(config["simulator"], Simulator, where="simulator", trust=trust)
+    if not isinstance(simulator, TractableSimulator):
+        raise ValueError(
+            f"posterior=none needs a likelihood, and {type(simulator).__name__} has none (it lacks predict or "
+            "log_likelihood). Train a network: python scripts/simulate.py, then python scripts/train_flow.py."
+        )
+    if prior.names != simulator.parameters.names:
+        raise ValueError(
+            f"The prior has the parameters {list(prior.names)}, the simulator {list(simulator.parameters.names)}; "
+            "choose a prior of this simulator (prior=...)."
+        )
+    return LikelihoodWeightedPrior(simulator, prior, torch.device(device))
 
 
 def posterior_hashes(runs: list[FinishedRun]) -> dict[str, str]:

@@ -26,7 +26,8 @@ from nlme_sbi.diagnostics.best_fits import BestFits, best_fits, copies_with_the_
 from nlme_sbi.diagnostics.misspecification import Misspecification, misspecification
 from nlme_sbi.diagnostics.misspecification_findings import support_finding
 from nlme_sbi.diagnostics.misspecification_residuals import residual_tests
-from nlme_sbi.diagnostics.misspecification_summaries import replicate_test, simulated_copies, support_scores
+from nlme_sbi.diagnostics.misspecification_summaries import replicate_test, support_scores
+from nlme_sbi.diagnostics.replicates import replicated
 from nlme_sbi.types import Censoring, Observations
 
 CELLS = 20
@@ -136,7 +137,7 @@ def test_without_residuals_replicates_tell_simulator_and_data_apart() -> None:
     phi = individuals(40, generator)
     values = Decay().simulate(phi, observed(torch.zeros(40, 24, 1).double()).design, generator).values
     data = observed(values)
-    copies = simulated_copies(Black(), phi, data.design, copies=9, generator=generator)
+    copies = replicated(Black(), phi[:, None].expand(-1, 9, -1), data.design, generator)
     fine = replicate_test(Features(Black()), data, copies, exact=False, generator=generator)
     assert fine.p_value > 0.01  # exact: a false alarm once in a hundred
     wrong = replace(data, values=values + 0.3 * torch.sin(TIMES.double())[None, :, None])

@@ -9,16 +9,15 @@ import pytest
 import torch
 from scipy.stats import binom, norm
 
+from nlme_sbi.diagnostics.p_values import holm, twice_the_median
 from nlme_sbi.diagnostics.random_effects import (
     RandomEffects,
     covariate_finding,
     covariate_tests,
     distribution_finding,
     distribution_tests,
-    holm,
     random_effects,
     shrinkage_finding,
-    twice_the_median,
 )
 from nlme_sbi.types import Covariates, Design
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,15 +13,12 @@ from nlme_sbi.mechanistic import MechanisticSimulator
 from nlme_sbi.noise import Additive
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import Exact, GaussianPopulation
-from nlme_sbi.population.ascent import climb, polish
 from nlme_sbi.population.exact_draws import ExactDraws
-from nlme_sbi.population.exact_draws import drawn as fresh
 from nlme_sbi.population.interpolation import interpolated
 from nlme_sbi.population.joint import interleaved
 from nlme_sbi.population.theta_prior import ThetaPriors
 from nlme_sbi.population.theta_sampling import EnsembleSampler, sample_theta, support_warnings
-from nlme_sbi.population.uncertainty import left_by_expansion
-from nlme_sbi.population.weighting import rough_information
+from nlme_sbi.population.weighting import hessian, value_and_gradient
 from nlme_sbi.priors import GaussianPrior
 from nlme_sbi.types import Design, Observations, PosteriorSamples
 
@@ -145,27 +141,26 @@ def test_constants_that_reach_the_end_are_told() -> None:
     assert word.startswith("sigma: posterior draws reach the end of the range, six standard errors")
 
 
-def test_what_draws_for_another_theta_leave_in_the_estimate_is_told() -> None:
+def test_draws_evaluate_the_likelihood_wherever_the_constants_go() -> None:
+    """Half a unit away an expansion has exploded; value, slope and curvature must be those of the likelihood itself."""
     model = GaussianPopulation(constant=("scale", "sigma"), fixed={"mean": {"scale": 1.0}})
-    state, theta = drawn(model, 2000)
-    free = state.population.unknowns.free
+    state, theta = drawn(model, 300)
+    assert state.is_direct
     noise = state.population.unknowns.names.index("mean.sigma")
-
-    def maximum(made_for: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-        # The same draws, with likelihoods about other constants: what differs between two maxima is the expansion.
-        joint = replace(state.joint, theta=made_for)
-        moved = fresh(joint, state.modes, state.mixed, state.training, seeded(5))
-        summit = climb(moved, made_for, rough_information(moved, made_for))
-        found, information = polish(moved, summit.theta)
-        return found.theta, information, left_by_expansion(moved, made_for, found.theta, information)
-
-    best, information, _ = maximum(maximum(theta)[0])
-    se = torch.zeros_like(theta).index_copy(0, free, torch.linalg.inv(information).diagonal().sqrt())
-    for shift in (0.05, 0.2):
-        found, _, told = maximum(best + shift * torch.eye(len(theta), dtype=DOUBLE)[noise])
-        actual = float(((found - best).abs() / se)[free].max())
-        assert 0.15 * told < actual < 1.1 * told
-    others = torch.ones_like(theta).index_fill(0, torch.tensor([noise]), 0.0) * ~state.population.unknowns.fixed
-    found, _, told = maximum(best + 0.3 * others)
-    assert told < 1e-4
-    assert float(((found - best).abs() / se)[free].max()) < 1e-3
+    (block,) = state.blocks
+    for shift in (-1.5, 0.0, 0.7):
+        moved = theta.index_add(0, torch.tensor([noise]), torch.tensor([shift], dtype=DOUBLE))
+        constants = state.population.constants(moved, block.design)[:, None].expand(-1, block.phi.shape[1], -1)
+        phi = interleaved(state.population, block.phi, constants)
+        observations = state.joint.observations
+        expected = state.joint.simulator.log_likelihood(observations, phi) - block.log_q
+        expected = expected + state.population.log_prob(block.phi, moved, block.design)
+        # Sums of some tens of squares in float64.
+        torch.testing.assert_close(block.log_weights(moved), expected, rtol=1e-9, atol=1e-9)
+        step = 1e-4 * torch.nn.functional.one_hot(torch.tensor(noise), len(theta)).to(DOUBLE)
+        _, gradient = value_and_gradient(state, moved)
+        above, below = (value_and_gradient(state, moved + sign * step) for sign in (1, -1))
+        assert float(gradient[noise]) == pytest.approx((above[0] - below[0]) / 2e-4, rel=1e-5, abs=1e-4)
+        free = state.population.unknowns.free.tolist()
+        row = hessian(state, moved)[free.index(noise)]
+        torch.testing.assert_close(row, ((above[1] - below[1]) / 2e-4)[free], rtol=1e-4, atol=1e-3)

@@ -1,0 +1,287 @@
+"""Maximising a likelihood that estimators with draws for one theta give: starts, the climb, the check of its end.
+
+Several starts climb the likelihood itself, roughly and on a random part of many individuals; the best goes on with all
+individuals and as many draws as the wished Monte-Carlo error takes. The end is looked at again with draws, and modes of
+the individuals, that the search had no part in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.population.beginnings import tractable
+from nlme_sbi.population.individuals import individual_estimates
+from nlme_sbi.population.labelling import exchange_between, in_order
+from nlme_sbi.population.likelihood_starts import fit_individuals_alone, likelihood_starts
+from nlme_sbi.population.result import Restart
+from nlme_sbi.population.roles import (
+    FitProgress,
+    FollowingEstimator,
+    NoDraws,
+    PopulationModel,
+    Report,
+    Source,
+    WeightedDraws,
+)
+from nlme_sbi.population.subsets import of_individuals, random_part
+from nlme_sbi.population.trust_region import (
+    Climb,
+    Draw,
+    Limits,
+    NoLikelihoodError,
+    Point,
+    climb_likelihood,
+    vanishing,
+)
+from nlme_sbi.population.verification import TOLERANCE, Verification, verified
+from nlme_sbi.types import Observations
+
+_STARTS_ON = 60  # individuals on whom starts are compared
+_PART = 500  # individuals on whom most of the way is gone where there are many
+_ROUGH = Limits(tolerance=0.15, errors=2.0, passes=25)
+_NEARBY = Limits(tolerance=0.3, errors=2.0, passes=25)
+_LAST = Limits(tolerance=0.5 * TOLERANCE, errors=2.0, passes=30)
+_HOPELESS = 20.0  # log-likelihood below the best start at which another is given up after some passes
+_PATIENCE = 4
+_SAME = 1.0  # standard errors between ends of equal likelihood that are one maximum, as roughly as they are climbed to
+_LEVEL = 0.1  # log-likelihoods this near are equal before Monte-Carlo error
+_DIFFERS = 3.0  # standard errors between means of parameters that are named
+_CHECKS = 4  # times that an end is looked at again
+_PRUDENCE = 1.1  # factor on the Monte-Carlo error before it sets the number of draws
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is fitted: an estimator, where first guesses of individuals come from, data, population model."""
+
+    estimator: FollowingEstimator
+    source: Source
+    observations: Observations
+    population: PopulationModel
+    generator: torch.Generator
+    report: Report
+
+    def part(self, rows: Tensor) -> Task:
+        """The same with some of the individuals."""
+        if len(rows) == len(self.observations):
+            return self
+        some = of_individuals(self.source, rows)
+        return replace(self, source=some, observations=self.observations[rows])
+
+    def draw(self, theta: Float[Tensor, " P"], before: WeightedDraws | None) -> WeightedDraws:
+        """Draws made for ``theta``."""
+        known = NoDraws(self.population) if before is None else before
+        with torch.no_grad():
+            return self.estimator.follow(self.source, self.observations, theta, known, self.generator)
+
+    def look_again(self, theta: Float[Tensor, " P"], before: WeightedDraws | None) -> WeightedDraws:
+        """Draws made for ``theta`` with modes searched for from the beginning, too."""
+        if before is None:
+            return self.draw(theta, None)
+        with torch.no_grad():
+            return self.estimator.look_again(self.source, self.observations, before, theta, self.generator)
+
+    def point(self, theta: Float[Tensor, " P"], draw: Draw | None = None, before: WeightedDraws | None = None) -> Point:
+        """The likelihood at ``theta`` on draws made for it."""
+        state = (draw or self.draw)(theta, before)
+        return Point.at(theta, state, self.population.unknowns.fixed.to(theta.device))
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Where a search of the likelihood ended, with the check of its end."""
+
+    point: Point
+    verification: Verification
+    restarts: tuple[Restart, ...]
+    shortage: str = ""
+
+
+def search_likelihood(task: Task, *, starts: int, accuracy: float, begin: Float[Tensor, " P"] | None = None) -> Found:
+    """The maximum of the likelihood, checked.
+
+    Args:
+        task: what is fitted.
+        starts: how many.
+        accuracy: wished Monte-Carlo error, in standard errors.
+        begin: where to climb from, instead of starts.
+
+    Raises:
+        ValueError: where the likelihood is 0 or not finite at every start.
+    """
+    restarts: tuple[Restart, ...] = ()
+    theta = begin
+    if theta is None:
+        theta, restarts = compare_starts(task, starts=starts)
+    return climb_to_the_end(task, theta, accuracy=accuracy, restarts=restarts)
+
+
+def compare_starts(task: Task, *, starts: int) -> tuple[Float[Tensor, " P"], tuple[Restart, ...]]:
+    """Every start climbed roughly; the best of them under the labelling that is asked for, and how all ended.
+
+    Raises:
+        ValueError: where the likelihood is 0 or not finite at every start.
+    """
+    estimator, generator = task.estimator, task.generator
+    rows = random_part(len(task.observations), _STARTS_ON, generator)
+    part = replace(task.part(rows), estimator=estimator.roughly(len(rows)))
+    simulator = tractable(getattr(estimator, "simulator", None), task.source, estimator.name)
+    fits = fit_individuals_alone(simulator, part.source, part.observations, generator)
+    points = likelihood_starts(fits, part.source, task.population, count=starts, generator=generator)
+    ends: list[tuple[str, Climb | None]] = []
+    refused: NoLikelihoodError | None = None
+    for done, (name, theta) in enumerate(points):
+        best = _highest(ends)
+        task.report(FitProgress("starts", done, len(points), None if best is None else best.point.value))
+        limits = replace(_ROUGH, enough=partial(_hopeless, best, [0]))
+        try:
+            ends.append((name, climb_likelihood(part.draw, part.point(theta), limits)))
+        except NoLikelihoodError as problem:
+            refused = problem
+            ends.append((name, None))
+    best = _highest(ends)
+    if best is None:
+        raise ValueError(str(refused) if refused is not None else "The likelihood is not finite at any start.")
+    theta = in_order(task.population, best.point.theta)
+    return theta, _compared(ends, best)
+
+
+def climb_to_the_end(
+    task: Task, theta: Float[Tensor, " P"], *, accuracy: float, restarts: tuple[Restart, ...]
+) -> Found:
+    """From near a maximum to a checked estimate on all individuals.
+
+    Most of the way is gone roughly, and on a part of many individuals. The last steps are taken with as many draws as
+    the accuracy takes; the draws of each of their points owe nothing to the step that led there, and modes of the
+    individuals are searched for from the beginning, so that the last point is checked by what it is made of.
+    """
+    individuals = len(task.observations)
+    if individuals > _STARTS_ON:
+        part = task.part(random_part(individuals, _PART, task.generator))
+        rough = replace(part, estimator=task.estimator.roughly(len(part.observations)))
+        theta = climb_likelihood(rough.draw, rough.point(theta), _NEARBY, watch=partial(_told, rough)).point.theta
+    climb = climb_likelihood(task.look_again, task.point(theta), _LAST, watch=partial(_told, task))
+    climb, shortage = _precise(task, _seconded(task, climb), accuracy)
+    checked = _check(task, climb)
+    for _ in range(_CHECKS):
+        if checked.passed or not climb.arrived or climb.point.left is None or vanishing(climb.point):
+            break
+        # A maximum of the draws that were climbed on, which others do not confirm: on from there.
+        task.report(FitProgress("check", 0, 0, climb.point.value))
+        before = climb.point
+        again = replace(task.point(before.theta, task.look_again, before.state), held=before.held)
+        climb = climb_likelihood(task.look_again, again, _LAST, watch=partial(_told, task))
+        climb = climb if climb.previous is not None else replace(climb, previous=before)
+        climb, shortage = _precise(task, climb, accuracy)
+        checked = _check(task, climb)
+    return Found(climb.point, checked, restarts, shortage)
+
+
+def _seconded(task: Task, climb: Climb) -> Climb:
+    """The climb with other draws at its end where it took no step, so that there is something to compare with."""
+    if climb.previous is not None or not climb.arrived:
+        return climb
+    fresh = replace(task.point(climb.point.theta, task.look_again, climb.point.state), held=climb.point.held)
+    return replace(climb, point=fresh, previous=climb.point)
+
+
+def _check(task: Task, climb: Climb) -> Verification:
+    """The last point beside the one before, whose draws are independent of it."""
+    point = climb.point
+    individuals = individual_estimates(point.state, point.theta)
+    reason = "" if climb.arrived else climb.reason
+    return verified(
+        point, climb.previous, individuals, draws=point.state.draws, ids=task.observations.ids, reason=reason
+    )
+
+
+def _precise(task: Task, climb: Climb, accuracy: float) -> tuple[Climb, str]:
+    """The climb with as many draws as the wished accuracy takes, or why there are no more."""
+    while climb.point.covariance is not None and len(climb.point.active):
+        lacking = _PRUDENCE * _noise(climb.point) / accuracy
+        if not lacking > _PRUDENCE:
+            break
+        times = 2 ** min(4, max(1, math.ceil(1.6 * math.log2(min(lacking, 1e3)))))
+        before = climb.point
+        with torch.no_grad():
+            better = task.estimator.improve(before.state, before.theta, task.observations, task.generator, times=times)
+        if isinstance(better, str):
+            return climb, better
+        again = Point.at(before.theta, better, before.held)
+        climb = climb_likelihood(task.look_again, again, _LAST, watch=partial(_told, task))
+        climb = climb if climb.previous is not None else replace(climb, previous=before)
+    return climb, ""
+
+
+def _noise(point: Point) -> float:
+    """Largest Monte-Carlo standard error of an unknown, in standard errors."""
+    return float(point.left_error.max()) if len(point.active) else 0.0
+
+
+def _told(task: Task, point: Point, passes: int) -> None:
+    task.report(FitProgress(f"likelihood of {len(task.observations)} individuals", passes, 0, point.value))
+
+
+def _hopeless(best: Climb | None, seen: list[int], point: Point) -> str:
+    """Give up a start that is far below another one after some passes."""
+    seen[0] += 1
+    if best is None or seen[0] < _PATIENCE:
+        return ""
+    below = best.point.value - point.value
+    noise = math.hypot(best.point.error, point.error)
+    return "far below another start" if below > _HOPELESS + 4 * noise else ""
+
+
+def _highest(ends: list[tuple[str, Climb | None]]) -> Climb | None:
+    reached = [end for _, end in ends if end is not None and math.isfinite(end.point.value)]
+    arrived = [end for end in reached if end.arrived or vanishing(end.point)]
+    best = max(reached, key=lambda end: end.point.value, default=None)
+    if best is None or best.arrived or not arrived:
+        return best
+    # A climb that has not arrived may be on its way to nowhere: an arrived one goes first unless it is clearly lower.
+    other = max(arrived, key=lambda end: end.point.value)
+    noise = 4 * math.hypot(best.point.error, other.point.error)
+    return other if best.point.value - other.point.value < noise + _LEVEL else best
+
+
+def _compared(ends: list[tuple[str, Climb | None]], best: Climb) -> tuple[Restart, ...]:
+    """Every start's end against the best, on the likelihood that all of them climbed."""
+    point = best.point
+    table, population = point.state.population.unknowns, point.state.population
+    covariance = point.covariance
+    if covariance is None:
+        covariance = torch.linalg.pinv(point.among_active(point.complete), hermitian=True)
+    se = torch.full_like(point.theta, math.inf)
+    se[point.active] = covariance.diagonal().abs().sqrt().clamp_min(1e-12)
+    found = []
+    for start, end in ends:
+        if end is None or not math.isfinite(end.point.value):
+            found.append(Restart(start, -math.inf, math.inf, math.inf, "failed"))
+            continue
+        # What runs to 0 in one of them has no distance: the likelihood is flat there.
+        shift = torch.where(end.point.held, 0.0, end.point.theta - point.theta)
+        distance = float((shift.abs() / se).max())
+        below = point.value - end.point.value
+        level = below < _LEVEL + 4 * math.hypot(point.error, end.point.error)
+        # Roughly climbed ends lie around the maximum.
+        verdict = "same" if distance < _SAME and level else "other point" if level and end.arrived else "lower"
+        differing: tuple[str, ...] = ()
+        if verdict == "other point":
+            apart = (population.mean(end.point.theta) - population.mean(point.theta)).abs()
+            differing = tuple(
+                name
+                for name, value in zip(population.parameters.names, apart.tolist(), strict=True)
+                if f"mean.{name}" in table.names and value / float(se[table.names.index(f"mean.{name}")]) > _DIFFERS
+            )
+        free = se[table.free.to(se.device)]
+        exchanged = exchange_between(
+            population, point.theta, end.point.theta, names=differing, se=free, within=_DIFFERS
+        )
+        found.append(Restart(start, end.point.value, below, distance, verdict, differing, exchanged))
+    return tuple(found)

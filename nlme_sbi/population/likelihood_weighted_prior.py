@@ -1,0 +1,117 @@
+"""First guesses of individuals without a network: draws of the training prior, weighted by the likelihood.
+
+Estimators of a likelihood only need to know where to begin; their own draws come from each individual's modes. With a
+handful of measurements an individual, a few thousand draws of the prior hold good beginnings for everybody.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.parameters import ParameterSpace
+from nlme_sbi.types import Observations, PosteriorSamples, Prior, TractableSimulator
+
+_POOL, _LEAST_POOL = 4000, 400  # draws of the prior that are looked at for everybody
+_PREDICTED = 40_000_000  # predictions beyond which the pool is smaller
+_BLOCK = 500_000  # predictions that are worked on at once
+_KEPT = 64  # draws that are kept of each individual
+_EFFECTIVE = 16.0  # effective draws that weights are tempered to: several guesses, not one
+
+
+@dataclass(frozen=True, eq=False)
+class LikelihoodWeightedPrior:
+    """What ``posterior=none`` means: nothing is trained, and searches begin from draws of the prior that fit the data.
+
+    Its draws are guesses, not draws of the posterior: weights are tempered until several draws of everybody count, and
+    there is no density. Only estimators of a likelihood take it.
+
+    Args:
+        simulator: with a likelihood.
+        prior: that guesses come from.
+        device: where they are made.
+    """
+
+    simulator: TractableSimulator
+    prior: Prior
+    device: torch.device
+    _guesses: dict[tuple[str, ...], Float[Tensor, "I K D"]] = field(default_factory=dict, repr=False)
+
+    @property
+    def parameters(self) -> ParameterSpace:
+        """Of the simulator."""
+        return self.simulator.parameters
+
+    def check(self, observations: Observations) -> None:
+        """Refuse data that the simulator cannot have made; raises ``ValueError`` with the remedy."""
+        simulator = self.simulator
+        if observations.signals != simulator.signals:
+            raise ValueError(
+                f"The data have the signals {list(observations.signals)}, but {type(simulator).__name__} has "
+                f"{list(simulator.signals)}. Name or choose the data's signals so (data.signals)."
+            )
+        if observations.time_unit and simulator.time_unit and observations.time_unit != simulator.time_unit:
+            raise ValueError(
+                f"The data's times are in {observations.time_unit}, the simulator's in {simulator.time_unit}; set "
+                "data.time_scale and data.time_unit so that they agree."
+            )
+        known = () if observations.design.covariates is None else observations.design.covariates.names
+        lacking = [name for name in simulator.covariates if name not in known]
+        if lacking:
+            raise ValueError(
+                f"{type(simulator).__name__} reads the covariates {lacking}, which the data do not have; name their "
+                "columns in data.covariates."
+            )
+        if simulator.takes_doses and observations.design.events is None:
+            raise ValueError(
+                f"{type(simulator).__name__} needs doses, and the data have none; read them with data=event_table."
+            )
+
+    @torch.no_grad()
+    def sample(self, observations: Observations, draws: int, generator: torch.Generator) -> PosteriorSamples:
+        """``draws`` guesses for each individual, ``phi (I, draws, D)`` float32; the same ones again for the same
+        individuals. ``log_q`` is NaN: guesses have no density."""
+        if observations.ids not in self._guesses:
+            if len(self._guesses) > 8:
+                self._guesses.clear()
+            self._guesses[observations.ids] = self._weighted(observations, generator)
+        kept = self._guesses[observations.ids]
+        place = torch.arange(draws, device=kept.device) % kept.shape[1]
+        phi = kept[:, place]
+        return PosteriorSamples(self.parameters.names, phi, torch.full_like(phi[..., 0], torch.nan), self.prior)
+
+    def log_prob(self, phi: Tensor, observations: Observations) -> Tensor:  # noqa: ARG002
+        """Guesses have no density: raises ``ValueError``."""
+        raise ValueError("posterior=none trains nothing, so there is no density of individuals' posteriors.")
+
+    def _weighted(self, observations: Observations, generator: torch.Generator) -> Float[Tensor, "I K D"]:
+        data = observations.to(self.device)
+        measured = max(1, data.values[0].numel())
+        size = max(_LEAST_POOL, min(_POOL, _PREDICTED // (measured * len(data))))
+        pool = self.prior.sample(size, generator).to(self.device)
+        rows = max(1, _BLOCK // (measured * size))
+        found = []
+        for some in torch.split(torch.arange(len(data), device=self.device), rows):
+            phi = pool.double().expand(len(some), -1, -1)
+            value = self.simulator.log_likelihood(data[some], phi)
+            weights = tempered(torch.where(torch.isfinite(value), value, -torch.inf), _EFFECTIVE)
+            order = torch.rand(weights.shape, generator=generator, device=generator.device).to(weights) * 1e-12
+            found.append(pool[(weights + order).topk(min(_KEPT, size), 1).indices])
+        return torch.cat(found)
+
+
+def tempered(log_likelihood: Float[Tensor, "I S"], effective: float) -> Float[Tensor, "I S"]:
+    """Weights by a power of the likelihood, at most 1, at which about so many draws of each individual count; equal
+    ones where no draw has any likelihood."""
+    some = torch.isfinite(log_likelihood).any(1, keepdim=True)
+    clean = torch.where(some, log_likelihood, 0.0)
+    low, high = torch.zeros_like(clean[:, :1]), torch.ones_like(clean[:, :1])
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        weights = torch.softmax((middle * clean).nan_to_num(neginf=-1e30), 1)
+        enough = 1 / weights.square().sum(1, keepdim=True) > effective
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return torch.softmax((high * clean).nan_to_num(neginf=-1e30), 1)
