@@ -117,6 +117,7 @@ def sample_theta(
     ensembles = [_Ensemble.begun(target, mode, factor, walkers=walkers, seed=seed) for seed in seeds]
     say = progress or _silent
     total = settings.warmup + settings.steps
+    say(FitProgress("posterior of theta", 0, total))
     warm = np.concatenate([ensemble.advance(settings.warmup) for ensemble in ensembles])[:, settings.warmup // 2 :]
     for ensemble in ensembles:
         ensemble.propose(*_moments(warm.reshape(-1, len(mode)), factor))

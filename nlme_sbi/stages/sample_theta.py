@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from nlme_sbi.devices import choose_device
 from nlme_sbi.instantiate import instantiate
 from nlme_sbi.population.auto import Auto, chosen_estimator
-from nlme_sbi.population.roles import Estimator, FollowingEstimator, NoDraws, WeightedDraws
+from nlme_sbi.population.roles import Estimator, FitProgress, FollowingEstimator, NoDraws, WeightedDraws
 from nlme_sbi.population.theta_draws import ThetaDraws
 from nlme_sbi.population.theta_prior import ThetaPriors
 from nlme_sbi.population.theta_sampling import EnsembleSampler
@@ -70,8 +70,9 @@ def sample_theta(cfg: DictConfig) -> float:
             log.info("\n%s", made.file("table.txt").read_text(errors="replace"))
             return made.number("rhat")
         seed = int(plain["seed"])
-        state = rebuilt_state(fit, estimator, seeded(device, seed, STATE_STREAM))
         with ProgressBar() as progress:
+            progress.report(FitProgress("draws", 0, 0))
+            state = rebuilt_state(fit, estimator, seeded(device, seed, STATE_STREAM))
             found = sampled_from_posterior(
                 state,
                 fit.theta,
