@@ -68,7 +68,7 @@ def test_whatever_becomes_of_the_exception_it_is_one_sentence(tmp_path: Path, th
     assert f"output_root={tmp_path}" in told
 
 
-@pytest.mark.parametrize("place", ["hydra", "omegaconf", "torch"])
+@pytest.mark.parametrize("place", ["hydra", "torch"])
 def test_an_import_that_is_interrupted_is_one_sentence(tmp_path: Path, place: str) -> None:
     """A module that is imported on the way says so and waits, so that the moment is sure and not a matter of speed."""
     shadow = tmp_path / "shadow" / place
