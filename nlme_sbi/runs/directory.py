@@ -35,13 +35,13 @@ from nlme_sbi.runs.files import (
     finite,
     load_json,
     plain,
-    read_regular,
-    require_regular,
     save_json,
     sha256_of_file,
     sha256_of_plain,
     write_atomically,
 )
+from nlme_sbi.runs.order import order_of_finishing
+from nlme_sbi.runs.plain_yaml import load_yaml
 from nlme_sbi.runs.provenance import git_state, machine, versions
 from nlme_sbi.runs.schema import NOT_RESULTS, TIME
 
@@ -49,7 +49,6 @@ SCHEMA_VERSION = 1
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
 _LOCK, _CLOCK = ".lock", "clock.json"
 _LOG, _CHECKPOINT = NOT_RESULTS
-_MOST_CONFIG = 2**20  # bytes; ours have some thousands
 _log = logging.getLogger(__name__)
 _opened: ContextVar[list[Path] | None] = ContextVar("opened_runs", default=None)
 
@@ -308,7 +307,7 @@ def _check_config(run: RunDirectory, text: str) -> None:
     """Refuse to go on in a directory that says it was begun as something else."""
     path = run.path / CONFIG
     damaged = f"{path} is damaged; remove {run.path} or pass fresh=true to start anew."
-    found = _read_config(path, damaged)
+    found = load_yaml(path, damaged)
     version = found.get("schema_version") if isinstance(found, dict) else None
     if version is None:
         raise ValueError(damaged)
@@ -325,25 +324,6 @@ def _check_config(run: RunDirectory, text: str) -> None:
             f"{path} was edited: it is no longer what this command asks for. Give the change on the command line "
             "instead (it gets its own directory), or pass fresh=true to start anew."
         )
-
-
-class _WithoutAliases(yaml.SafeLoader):
-    """Plain YAML. Aliases, which we never write, can make gigabytes of a few lines."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not read")
-        return super().compose_node(parent, index)
-
-
-def _read_config(path: Path, damaged: str) -> Any:
-    require_regular(path)
-    if path.stat().st_size > _MOST_CONFIG:
-        raise ValueError(damaged)
-    try:
-        return yaml.load(read_regular(path).decode("utf-8"), Loader=_WithoutAliases)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(damaged) from error
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -389,25 +369,6 @@ def _newest_beside(path: Path, experiment: str) -> dict[str, str] | None:
         return None
     newest = order_of_finishing(there)[-1]
     return {"run": newest, "created": there[newest]["created"]}
-
-
-def order_of_finishing(manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The run with the latest date, and those that were finished after it though their clock says otherwise.
-
-    A manifest names the run that was the newest of its experiment when it was written; a run that was made again has
-    another date. So a clock that went back is noticed and not believed: the last one of the list is the newest.
-
-    Args:
-        manifests: by the name of the run's directory, with ``created`` and ``previous``; at least one.
-    """
-    times = {name: datetime.datetime.fromisoformat(one["created"]) for name, one in manifests.items()}
-    order = [max(times, key=lambda name: times[name])]
-    while True:
-        mark = {"run": order[-1], "created": manifests[order[-1]]["created"]}
-        later = [name for name, one in manifests.items() if one.get("previous") == mark and name not in order]
-        if not later:
-            return order
-        order.append(max(later, key=lambda name: times[name]))
 
 
 def _remove_partial(directory: Path) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nlme_sbi.runs import schema
-from nlme_sbi.runs.directory import CONFIG, MANIFEST, SCHEMA_VERSION, files_below, order_of_finishing, sealed
+from nlme_sbi.runs.directory import CONFIG, MANIFEST, SCHEMA_VERSION, files_below, sealed
 from nlme_sbi.runs.files import load_json, sha256_of_file, sha256_of_plain
+from nlme_sbi.runs.order import order_of_finishing
 from nlme_sbi.runs.schema import check
 
 _log = logging.getLogger(__name__)
