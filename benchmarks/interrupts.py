@@ -85,7 +85,8 @@ class Ended:
     @property
     def before_first_line(self) -> bool:
         """Whether Python itself was interrupted: no word of ours, and no line of a script in what it says."""
-        return "Stopped." not in self.told and f"{os.sep}scripts{os.sep}" not in self.told
+        silent = self.code == -signal.SIGINT and not self.told  # before it has a handler at all
+        return silent or ("KeyboardInterrupt" in self.told and f"{os.sep}scripts{os.sep}" not in self.told)
 
 
 def start(stage: str, arguments: list[str], folder: Path) -> subprocess.Popen[str]:
@@ -170,6 +171,7 @@ def main() -> None:
             if counts["trials"] % 10 == 0:
                 print(time.strftime("%H:%M:%S"), dict(counts), flush=True)
             if ended.before_first_line:
+                print(f"before the first line, after {moment:.2f} s: {ended.told[-200:]!r}", flush=True)
                 counts["before_first_line"] += 1
                 continue
             traceback, wrong = "Traceback" in ended.told, ended.code != 130

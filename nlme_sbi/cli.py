@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -24,7 +25,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import nlme_sbi
 from nlme_sbi import interrupts
 from nlme_sbi.config_errors import config_sentence
-from nlme_sbi.conversion import convert
+from nlme_sbi.conversion import convert, hydra_text
+from nlme_sbi.overrides import as_meant
+
+if TYPE_CHECKING:
+    from nlme_sbi.runs.remedies import CommandLine
 
 # Threads that spin while they wait fall from 22 to 1.3 training steps a second when something else wants the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -59,6 +64,7 @@ def entry_point(stage: Stage | str, config_name: str, *, words: str | None = Non
     def main() -> None:
         if words is not None:
             sys.argv[1:] = _with_words(sys.argv[1:], words)
+        sys.argv[1:] = as_meant(sys.argv[1:])
         _configure_logging()
         code = _run(stage, config_name)
         _flush()
@@ -79,8 +85,7 @@ def _with_words(arguments: Sequence[str], key: str) -> list[str]:
             words.append(argument)
     if not words:
         return rest
-    quoted = ['"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"' for word in words]
-    return [f"{key}=[{','.join(quoted)}]", *rest]
+    return [f"{key}=[{','.join(hydra_text(word) for word in words)}]", *rest]
 
 
 def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -96,7 +101,7 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIRECTORY), version_base="1.3"):
-            cfg = compose(config_name, overrides=list(overrides), return_hydra_config=True)
+            cfg = compose(config_name, overrides=as_meant(overrides), return_hydra_config=True)
         choice = cfg.hydra.runtime.choices.get("experiment")
         with open_dict(cfg):
             del cfg["hydra"]
@@ -164,11 +169,13 @@ class _Job:
             prepared(cfg, HydraConfig.get().runtime.choices.get("experiment"))
             _make_importable(cfg)
             from nlme_sbi.devices import keep_freed_memory  # with torch, which --help can do without
+            from nlme_sbi.runs.remedies import command_line
 
             keep_freed_memory()
             stage = _resolved(self._stage)
             interrupts.begin_work()
-            return self._recorded(cfg, stage) if sweep else stage(cfg)
+            with command_line(_own_line()):
+                return self._recorded(cfg, stage) if sweep else stage(cfg)
         except Exception as error:
             if sweep:  # the launcher counts failures, perhaps in another process; it needs an exception
                 overrides = " ".join(HydraConfig.get().overrides.task)
@@ -184,6 +191,20 @@ class _Job:
         told = HydraConfig.get()
         with recorded_job(Path(told.sweep.dir), told.job.num, list(told.overrides.task)):
             return stage(cfg)
+
+
+def _own_line() -> CommandLine:
+    """What messages about other commands take over from this one."""
+    from nlme_sbi.runs.remedies import CommandLine
+
+    told = HydraConfig.get()
+    return CommandLine(
+        config_directories=tuple(
+            source.path for source in told.runtime.config_sources if source.provider == "command-line"
+        ),
+        overrides=tuple(told.overrides.task),
+        experiment=told.runtime.choices.get("experiment"),
+    )
 
 
 def _resolved(stage: Stage | str) -> Stage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import re
 import sys
 import types
 import typing
@@ -186,3 +187,12 @@ def _namespaces(target: Callable[..., Any]) -> list[dict[str, Any]]:
     function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
     own = getattr(function, "__globals__", {})
     return [vars(sys.modules[home]) for home in homes if home in sys.modules and home != "builtins"] + [own]
+
+
+def hydra_text(text: str) -> str:
+    """Any text as a quoted value in the grammar of Hydra's overrides.
+
+    A backslash there is one, except before a quote and at the end, where it must be doubled.
+    """
+    escaped = re.sub(r"(\\*)\"", r'\1\1\\"', text)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nlme_sbi.interrupts import watch
+from nlme_sbi.interrupts import end, watch
 
 TYPE_CHECKING = False  # typing itself is not imported: it takes as long as all that is needed here
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ def entry_point(stage: str, config_name: str, *, words: str | None = None) -> Ca
         watch()
         from nlme_sbi import cli
 
-        cli.entry_point(stage, config_name, words=words)()
+        try:
+            cli.entry_point(stage, config_name, words=words)()
+        finally:
+            end()
 
     return main

@@ -56,6 +56,12 @@ def begin_work() -> None:
     _watch.working = True
 
 
+def end() -> None:
+    """The work is over: what is left is Python's own end, where handlers no longer run and Ctrl-C would kill."""
+    if not _watch.stopped:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def stopped() -> bool:
     """Whether Ctrl-C was pressed, and the sentence written."""
     return _watch.stopped

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ class MechanisticSimulator(ABC):
         time_unit: unit of ``design.times``.
         covariates: the covariates that :meth:`predict` reads from the design.
         takes_doses: whether :meth:`predict` reads ``design.events``.
+        dose_unit: unit of the doses' amounts, "" where it is left open.
+        covariate_units: units of the covariates by name, as far as they matter.
         exchangeable: pairs of parameters that may be swapped without changing the prediction (label switching); where
             there are such, searches for modes look at the mirror image, too.
     """
@@ -44,6 +47,8 @@ class MechanisticSimulator(ABC):
     time_unit: str = "h"
     covariates: tuple[str, ...] = ()
     takes_doses: bool = False
+    dose_unit: str = ""
+    covariate_units: Mapping[str, str] = MappingProxyType({})
     exchangeable: tuple[tuple[str, str], ...] = ()
 
     @abstractmethod

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from nlme_sbi.runs import FinishedRun, load_array, load_json, load_run
 from nlme_sbi.runs.schema import SHARD, SHARD_ARRAYS, check_array
 from nlme_sbi.runs.stored_designs import StoredDesign, read_parts
-from nlme_sbi.types import Simulations
+from nlme_sbi.types import Simulations, row_positions
 
 _KEPT_IN_MEMORY = 2**30  # bytes
 SHARDS = "shards"  # the folder in a run of simulate
@@ -96,13 +96,17 @@ class StoredSimulations:
         """Rows whose simulation succeeded, ascending."""
         return torch.from_numpy(np.flatnonzero(np.concatenate([shard.status for shard in self._shards]) == 0))
 
-    def rows(self, indices: Int[Tensor, " N"]) -> Simulations:
+    def rows(self, indices: Int[Tensor, " N"] | Bool[Tensor, " R"]) -> Simulations:
         """Chosen rows in the order asked for, ``(N, ...)``, copied into memory; a row may be asked for twice.
 
+        Args:
+            indices: positions from 0, or a mask with one truth for each row.
+
         Raises:
-            IndexError: where a row is not there.
+            IndexError: where a row is not there, or the mask is of another length.
         """
-        wanted = indices.cpu().numpy()
+        chosen = row_positions(indices, len(self))
+        wanted = np.arange(len(self))[chosen] if isinstance(chosen, slice) else chosen.cpu().numpy()
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(f"Rows {wanted.min()} to {wanted.max()} are asked for; there are {len(self)}, from 0.")
         whole = self._in_memory

@@ -54,7 +54,7 @@ def find_sweep(reference: str, root: Path) -> Path:
     if not found:
         raise ValueError(
             f"There is no sweep under {root / 'multirun'}; make one with -m, for example "
-            "python scripts/train_flow.py -m flow.couplings=4,6."
+            "python scripts/train_flow.py -m flow.couplings=4,6"
         )
     return found[-1]
 

@@ -10,12 +10,12 @@ Individual parameters ``phi`` are always on the unconstrained scale (log, logit 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -23,8 +23,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from nlme_sbi.parameters import ParameterSpace
 
-Rows = Tensor | slice | Sequence[int]
+# Positions or a mask of one truth a row; Observations, Design and their parts all select by them.
+Rows = Tensor | np.ndarray | slice | Sequence[int | np.integer | np.bool_]
 Carrier = TypeVar("Carrier")
+Key = TypeVar("Key")
+Value = TypeVar("Value", covariant=True)
 
 
 class EventKind(IntEnum):
@@ -46,12 +49,81 @@ class Censoring(IntEnum):
     INTERVAL = 3
 
 
-def _select(tensor: Tensor, rows: Rows) -> Tensor:
+class ReadOnlyMapping(Mapping[Key, Value]):
+    """A mapping that cannot be changed; unlike ``types.MappingProxyType`` it can be pickled and copied."""
+
+    __slots__ = ("_content",)
+
+    def __init__(self, content: Mapping[Key, Value]) -> None:
+        self._content = dict(content)
+
+    def __getitem__(self, key: Key) -> Value:
+        return self._content[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __repr__(self) -> str:
+        return repr(self._content)
+
+    def __reduce__(self) -> tuple[type, tuple[dict[Key, Value]]]:
+        return type(self), (self._content,)
+
+
+def row_positions(rows: Rows, count: int) -> slice | Tensor:
+    """Chosen rows as a slice or as positions ``(N,)``, whatever way they were named.
+
+    Args:
+        rows: a slice, positions (negative ones count from the end), or a mask with one truth for each row; the latter
+            two as a tensor, a NumPy array or a list.
+        count: how many rows there are.
+
+    Raises:
+        IndexError: for a mask of another length, or positions in a list that are not there.
+        TypeError: for a single number, or anything that names no rows.
+    """
+    if isinstance(rows, slice):
+        return rows
+    if isinstance(rows, Tensor):
+        found = rows
+    elif isinstance(rows, str) or not hasattr(rows, "__len__"):
+        raise TypeError(f"Rows are chosen by a slice, a list of positions or a mask, for example [0, 2]; got {rows!r}.")
+    elif not isinstance(rows, np.ndarray) and len({isinstance(row, (bool, np.bool_)) for row in rows}) > 1:
+        raise TypeError(f"Rows are positions or a mask, not both; got {list(rows)[:8]}.")
+    else:
+        plain = np.asarray(rows, dtype=None if len(rows) or isinstance(rows, np.ndarray) else np.int64)
+        if plain.dtype.kind not in "iub":
+            raise TypeError(f"Rows are whole numbers or a mask; got {plain.dtype}, {plain[:8].tolist()}.")
+        found = torch.tensor(plain if plain.dtype.kind == "b" else plain.astype(np.int64))
+    if found.ndim != 1 or found.is_floating_point() or found.is_complex():
+        kind = f"{found.dtype} of shape {tuple(found.shape)}"
+        raise TypeError(f"Rows are whole numbers or a mask, in one dimension; got {kind}.")
+    if found.dtype == torch.bool:
+        if len(found) != count:
+            raise IndexError(f"A mask needs one truth for each of the {count} rows; got {len(found)}.")
+        return torch.nonzero(found)[:, 0]
+    # Tensors are left to torch, which checks them itself: looking here would wait for the device at every batch.
+    if not isinstance(rows, Tensor) and len(found) and not -count <= int(found.min()) <= int(found.max()) < count:
+        first = next(int(row) for row in found if not -count <= row < count)
+        raise IndexError(f"There are {count} rows, from 0; row {first} is asked for.")
+    return found.long()
+
+
+def _select(tensor: Tensor, rows: slice | Tensor) -> Tensor:
     """Rows of a tensor; an expanded first dimension (stride 0: one row shared by all) stays expanded."""
     if tensor.shape[0] > 1 and tensor.stride(0) == 0:
         count = len(range(*rows.indices(tensor.shape[0]))) if isinstance(rows, slice) else len(rows)
         return tensor[:1].expand(count, *tensor.shape[1:])
-    return tensor[rows if isinstance(rows, slice) else torch.as_tensor(rows, device=tensor.device)]
+    return tensor[rows if isinstance(rows, slice) else rows.to(tensor.device)]
+
+
+def _selected(carrier: Carrier, rows: Rows, count: int, **others: object) -> Carrier:
+    """A copy of a dataclass with some of the rows of every tensor in it."""
+    chosen = row_positions(rows, count)
+    return _map_tensors(carrier, lambda tensor: _select(tensor, chosen), **others)
 
 
 def _map_tensors(carrier: Carrier, change: Callable[[Tensor], Tensor], **others: object) -> Carrier:
@@ -118,7 +190,7 @@ class Events:
         return self.time.shape[0]
 
     def __getitem__(self, rows: Rows) -> Events:
-        return _map_tensors(self, lambda tensor: _select(tensor, rows))
+        return _selected(self, rows, len(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +199,7 @@ class Covariates:
 
     names: tuple[str, ...]
     values: Float[Tensor, "I K"]
-    levels: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    levels: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: ReadOnlyMapping({}))
 
     def __post_init__(self) -> None:
         if self.values.shape[1] != len(self.names) or len(set(self.names)) != len(self.names):
@@ -144,8 +216,11 @@ class Covariates:
             raise ValueError(f'There is no covariate "{name}"; the data have {list(self.names)}.')
         return self.values[:, self.names.index(name)]
 
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
     def __getitem__(self, rows: Rows) -> Covariates:
-        return _map_tensors(self, lambda tensor: _select(tensor, rows))
+        return _selected(self, rows, len(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,8 +235,11 @@ class Groups:
         if not len(self.names) == self.codes.shape[1] == len(self.levels):
             raise ValueError("Groups need one name, one column of codes and one tuple of levels for each variable.")
 
+    def __len__(self) -> int:
+        return self.codes.shape[0]
+
     def __getitem__(self, rows: Rows) -> Groups:
-        return _map_tensors(self, lambda tensor: _select(tensor, rows))
+        return _selected(self, rows, len(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +286,7 @@ class Design:
         return self.times.shape[0]
 
     def __getitem__(self, rows: Rows) -> Design:
-        return _map_tensors(self, lambda tensor: _select(tensor, rows))
+        return _selected(self, rows, len(self))
 
     @property
     def has_shared_times(self) -> bool:
@@ -235,6 +313,9 @@ class Observations:
         censoring: ``(I, T, C)`` codes of :class:`Censoring`, or None when everything is a plain value.
         lower: ``(I, T, C)`` lower bounds where censoring is right or interval, or None.
         upper: ``(I, T, C)`` upper bounds where censoring is left or interval, or None.
+        dose_unit: unit of the doses' amounts, "" where unknown.
+        covariate_units: units of covariates by name, as far as they are known.
+        notes: what the reader has to say of the file: columns that are not used, rows that were left out.
     """
 
     ids: tuple[str, ...]
@@ -246,6 +327,9 @@ class Observations:
     censoring: Int[Tensor, "I T C"] | None = None
     lower: Float[Tensor, "I T C"] | None = None
     upper: Float[Tensor, "I T C"] | None = None
+    dose_unit: str = ""
+    covariate_units: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if tuple(self.values.shape) != tuple(self.design.observed.shape):
@@ -263,10 +347,9 @@ class Observations:
         return len(self.ids)
 
     def __getitem__(self, rows: Rows) -> Observations:
-        picked = range(len(self))[rows] if isinstance(rows, slice) else [int(row) for row in rows]
-        return _map_tensors(
-            self, lambda tensor: _select(tensor, rows), ids=tuple(self.ids[position] for position in picked)
-        )
+        chosen = row_positions(rows, len(self))
+        picked = range(len(self))[chosen] if isinstance(chosen, slice) else chosen.tolist()
+        return _selected(self, chosen, len(self), ids=tuple(self.ids[position] for position in picked))
 
     @classmethod
     def read_long(cls, path: str | os.PathLike[str], **options: Any) -> Observations:
@@ -315,7 +398,7 @@ class Simulations:
         return self.phi.shape[0]
 
     def __getitem__(self, rows: Rows) -> Simulations:
-        return _map_tensors(self, lambda tensor: _select(tensor, rows))
+        return _selected(self, rows, len(self))
 
     def to(self, device: torch.device | str) -> Simulations:
         """The same simulations on another device."""

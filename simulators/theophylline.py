@@ -35,6 +35,7 @@ class Theophylline(MechanisticSimulator):
     signals: tuple[str, ...] = ("concentration",)
     signal_units: tuple[str, ...] = ("mg/L",)
     takes_doses = True
+    dose_unit = "mg"
     noise = Additive(sd="sigma")
 
     def predict(self, phi: Float[Tensor, "I *batch 4"], design: Design) -> Float[Tensor, "I *batch T 1"]:

@@ -6,13 +6,12 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.types import Covariates, Design, EventKind, Events
+from nlme_sbi.types import Covariates, Design, EventKind, Events, ReadOnlyMapping
 
 Number = float | int
 _DOSE = {
@@ -24,7 +23,7 @@ _DOSE = {
     "steady_state": 0,
     "compartment": 1,
 }
-_NO_COVARIATES: Mapping[str, Number | str] = MappingProxyType({})
+_NO_COVARIATES: Mapping[str, Number | str] = ReadOnlyMapping({})
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from nlme_sbi.diagnostics.verdicts import Verdict, overall, verdicts
 
 Where = Literal["prior", "local"]
 REMEDY = (
-    "Train longer or on more simulations (simulations=online), or average several trainings (posterior=[RUN,RUN,RUN]); "
+    "Train longer or on more simulations (simulations=online), or average several trainings ('posterior=[RUN,RUN]'); "
     "docs/diagnostics.md says when which"
 )
 _GRAVE_BIAS = 3.0  # tolerances
@@ -49,26 +50,43 @@ def _width(found: Calibration, judged: tuple[Verdict, ...], tolerance: float, wh
     word, together = overall(judged), judged[len(found.parameters)]
     single = judged[: len(found.parameters)]
     worst = max(single, key=lambda verdict: abs(np.log(verdict.dispersion)))
+    regions = _regions(found)
+    within = _within_tolerance(judged, regions) if word in ("calibrated", "undecided") else None
+    if word == "undecided" and within == "wide":
+        within = None
     told = {
         "overconfident": "narrower than they may be (overconfident): stated errors are too small",
         "conservative": "wider than need be (conservative): stated errors are safe but too large",
         "undecided": "not judged: the intervals below are too wide. Raise diagnose.simulations",
         "calibrated": "as wide as they should be",
     }[word]
+    if within is not None:
+        extent = f"within the tolerance of a factor {1 + tolerance:g}"
+        if word == "undecided":
+            extent = "the intervals below are too wide to tell by how much"
+        told = {
+            "narrow": f"too narrow (overconfident), but {extent}: stated errors are a little too small",
+            "wide": f"too wide (conservative), but {extent}: stated errors are safe and a little too large",
+        }[within]
     guilty = [verdict.name for verdict in judged if verdict.word == word and word not in ("calibrated", "undecided")]
     sentence = (
         f"Posteriors of {len(found)} simulated individuals {_PLACES[where]} are {told}"
         f"{' (' + ', '.join(guilty) + ')' if guilty else ''}. Truths spread {_interval(together)} times as wide as "
-        f"posteriors say over all parameters; {worst.name} {_interval(worst)}.{_thin(found)}"
+        f"posteriors say over all parameters; {worst.name} {_interval(worst)}. Their 95% regions hold "
+        f"{regions.coverage:.1%} of the truths (p = {regions.adjusted:.2g} that all regions hold their share)."
+        f"{_thin(found)}"
     )
+    if within == "narrow":
+        sentence += f" {REMEDY}, if that is too much."
     if word == "overconfident":
         sentence += f" {REMEDY}, and when training.calibrate=balanced is the remedy."
     if word == "conservative":
         sentence += " Where there is a likelihood, estimator=exact makes up for it; longer training narrows them."
     lights: dict[str, Light] = {"overconfident": "red", "conservative": "amber", "undecided": "grey"}
     rule = (
-        f"Red: the interval of a dispersion lies above {1 + tolerance:g}; amber: below {1 / (1 + tolerance):.3g}; "
-        f"grey: it is too wide to tell. The intervals hold together with probability {1 - found.error_rate:g}."
+        f"Red: the interval of a dispersion lies above {1 + tolerance:g}; amber: below {1 / (1 + tolerance):.3g}, or "
+        "above 1, or regions of highest density hold too few truths at 95% and are rejected; grey: the interval is too "
+        f"wide to tell. The intervals hold together with probability {1 - found.error_rate:g}."
     )
     numbers: dict[str, float | int | str | None] = {
         "verdict": word,
@@ -80,11 +98,42 @@ def _width(found: Calibration, judged: tuple[Verdict, ...], tolerance: float, wh
         "worst_dispersion": worst.dispersion,
         "failed_simulations": found.failed,
         "median_support": float(np.median(found.support)),
+        "coverage_of_95": regions.coverage,
+        "coverage_p_value": regions.adjusted,
+        "within_tolerance": within,
     }
-    light = lights.get(word, "green")
+    light = "amber" if within == "narrow" else lights.get(word, "green")
     return Finding(
         _check("width", where), _title("Width of the posteriors", where), light, sentence, rule, numbers=numbers
     )
+
+
+@dataclass(frozen=True)
+class _Regions:
+    """Regions of highest density: the share of truths in those of 95%, whether that is too few, and the p-value of all
+    levels after correction."""
+
+    coverage: float
+    adjusted: float
+    too_few: bool
+
+
+def _regions(found: Calibration) -> _Regions:
+    frame = found.coverage_frame()
+    at = frame[(frame["kind"] == DENSITY) & np.isclose(frame["nominal"], 0.95)].iloc[0]
+    adjusted = float(found.adjusted[found.tests.index(DENSITY)])
+    few = bool(adjusted < found.error_rate and at["coverage"] < at["low"])
+    return _Regions(float(at["coverage"]), adjusted, few)
+
+
+def _within_tolerance(judged: tuple[Verdict, ...], regions: _Regions) -> Literal["narrow", "wide"] | None:
+    """Whether widths differ from the right ones for certain, though by no more than is let pass."""
+    biased = any(verdict.biased for verdict in judged)
+    # A bias alone leaves truths outside of regions and far out in the density; that is the other finding's.
+    told = judged[:-1] if biased else judged
+    if any(verdict.dispersion_low > 1 for verdict in told) or (regions.too_few and not biased):
+        return "narrow"
+    return "wide" if any(verdict.dispersion_high < 1 for verdict in told) else None
 
 
 def _interval(verdict: Verdict) -> str:
@@ -153,7 +202,7 @@ def _uniform(found: Calibration, check: str, tests: tuple[str, ...], tolerance: 
         verb = "are not distributed as they should be" if len(bad) else "are distributed as they should be"
         said = f"{subject} {verb}: off by at most {100 * difference:.1f} percentage points"
     if adjusted < found.error_rate and not len(bad):
-        said += " (a difference that is there, and too small to matter)"
+        said += f" (a difference that is there, within the tolerance of {100 * tolerance:g} percentage points)"
     sentence = f"{said}; p = {adjusted:.2g} after correction for {len(found.tests)} tests ({worst})."
     if len(bad):
         sentence += f" {REMEDY}."

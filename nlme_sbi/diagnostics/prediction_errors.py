@@ -22,8 +22,8 @@ from nlme_sbi.diagnostics.findings import Finding, Light
 from nlme_sbi.diagnostics.replicates import measured_first, measurements_frame, replicated
 from nlme_sbi.types import Censoring, Observations, Simulator
 
-_LEAST_REPLICATES, _LEAST_NULL = 200, 59  # 59: three tests at 5% together need p-values below 1/60
-_PER_MEASUREMENT = 20  # simulated data sets for each measurement of an individual
+LEAST_REPLICATES, _LEAST_NULL = 200, 59  # 59: three tests at 5% together need p-values below 1/60
+PER_MEASUREMENT = 20  # simulated data sets for each measurement of an individual
 _NUMBERS = 8_000_000  # simulated values at once
 _RIDGE = 1e-9  # of a variance, so that measurements that tell the same can be told apart
 _GROSS_MEAN, _GROSS_VARIANCE = 0.5, 2.0
@@ -57,7 +57,7 @@ class PredictionErrors:
         prediction: ``(I, T, C)`` mean over simulated data.
         replicates: simulated data sets that errors are relative to.
         used: measurements of an individual that entered, at most; evenly spread.
-        tests: of the npde.
+        tests: of the npde; None where there were no data sets to compare with.
     """
 
     npde: Float[Tensor, "I T C"]
@@ -66,7 +66,7 @@ class PredictionErrors:
     prediction: Float[Tensor, "I T C"]
     replicates: int
     used: int
-    tests: ErrorTests
+    tests: ErrorTests | None
 
     def to_frame(self, observations: Observations) -> pd.DataFrame:
         """One row a measurement that entered: id, time, signal, value, prediction, npd, pwres, npde."""
@@ -93,18 +93,18 @@ def prediction_errors(
         phi: new individuals of the fitted population, one for each row of the data's design and each data set.
         observations: the data, on the device of ``phi``.
         generator: of the measurement noise.
-        null: data sets that tests compare with.
+        null: data sets that tests compare with; 0 for no tests.
 
     Raises:
         ValueError: where fewer than 200 data sets remain, or simulations fail, with what is needed.
     """
     replicates = phi.shape[1] - null
-    if replicates < _LEAST_REPLICATES or null < _LEAST_NULL:
+    if replicates < LEAST_REPLICATES or 0 < null < _LEAST_NULL or null < 0:
         raise ValueError(
-            f"Prediction distribution errors need at least {_LEAST_REPLICATES} simulated data sets and {_LEAST_NULL} "
+            f"Prediction distribution errors need at least {LEAST_REPLICATES} simulated data sets and {_LEAST_NULL} "
             f"more to compare with; got {replicates} and {null}."
         )
-    some, places = _thinned(observations, max(1, replicates // _PER_MEASUREMENT))
+    some, places = _thinned(observations, max(1, replicates // PER_MEASUREMENT))
     step = max(1, _NUMBERS // (phi.shape[1] * some.values[0].numel()))
     blocks = torch.split(torch.arange(len(phi), device=phi.device), step)
     found = [_errors(simulator, phi[rows], some[rows.tolist()], null, generator) for rows in blocks]
@@ -124,7 +124,7 @@ def prediction_errors(
         prediction=spread(prediction),
         replicates=replicates,
         used=int(some.design.observed.flatten(1).sum(1).max()),
-        tests=_tests(scores.movedim(1, 0).flatten(1)),
+        tests=_tests(scores.movedim(1, 0).flatten(1)) if null else None,
     )
 
 
@@ -284,8 +284,10 @@ def anderson_darling(scores: Float[Tensor, "M n"]) -> Float[Tensor, " M"]:
 
 def prediction_errors_finding(errors: PredictionErrors, *, level: float = 0.05) -> Finding:
     """Amber below 5% for the three tests together, red where also the mean is off by 0.5 or the variance by a factor of
-    2."""
+    2. Raises ``ValueError`` for errors without tests."""
     tests = errors.tests
+    if tests is None:
+        raise ValueError("These prediction errors were not tested; make them with null=199, say.")
     rejected = tests.p_value <= level
     gross = abs(tests.mean) > _GROSS_MEAN or not 1 / _GROSS_VARIANCE < tests.variance < _GROSS_VARIANCE
     light: Light = "green" if not rejected else "red" if gross else "amber"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from nlme_sbi.types import Covariates, Design, EventKind, Events, Observations
+from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Observations
 
 
 def describe(observations: Observations) -> str:
-    """A few lines: individuals, observations and gaps, the range of each signal and of the times, doses, covariates."""
+    """A few lines: individuals, observations and gaps, the ranges of signals, times, doses and covariates, and what the
+    reader has to say: columns that are not used, rows that were left out."""
     design = observations.design
     individuals, measured = len(observations), int(design.observed.sum())
     missing = int((~design.observed & ~_padding(design)[..., None]).sum())
@@ -18,13 +21,32 @@ def describe(observations: Observations) -> str:
     for position, (signal, unit) in enumerate(zip(observations.signals, observations.signal_units, strict=True)):
         seen = observations.values[..., position][design.observed[..., position]]
         share = "" if len(observations.signals) == 1 else f", {_count(len(seen), 'observation')}"
-        lines.append(f"signal {signal}: {_range(seen, unit)}{share}")
+        lines.append(f"signal {signal}: {_range(seen, unit)}{share}{_censored(observations, position, unit)}")
     lines.append(_times(design, observations.time_unit))
     if design.events is not None:
-        lines.append(_doses(design.events, observations.time_unit))
+        lines.append(_doses(design.events, observations.time_unit, observations.dose_unit))
     if design.covariates is not None:
-        lines += _covariates(design.covariates)
+        lines += _covariates(design.covariates, observations.covariate_units)
+    lines += observations.notes
     return "\n".join(lines)
+
+
+def _censored(observations: Observations, position: int, unit: str) -> str:
+    """How many of a signal's measurements are censored, and where."""
+    if observations.censoring is None:
+        return ""
+    codes = observations.censoring[..., position][observations.design.observed[..., position]]
+    parts = []
+    for kind, words, bounds in (
+        (Censoring.LEFT, "below", observations.upper),
+        (Censoring.RIGHT, "above", observations.lower),
+        (Censoring.INTERVAL, "within limits up to", observations.upper),
+    ):
+        marked = codes == int(kind)
+        if bounds is not None and bool(marked.any()):
+            own = bounds[..., position][observations.design.observed[..., position]][marked]
+            parts.append(f"{int(marked.sum())} {words} {_range(own, unit)}")
+    return f"; censored: {', '.join(parts)}" if parts else ""
 
 
 def _padding(design: Design) -> Bool[Tensor, "I T"]:
@@ -46,7 +68,7 @@ def _times(design: Design, unit: str) -> str:
     return f"times: {_range(design.times[measured], unit)}, {each} an individual, {kind}"
 
 
-def _doses(events: Events, time_unit: str) -> str:
+def _doses(events: Events, time_unit: str, unit: str) -> str:
     given = events.kind == int(EventKind.DOSE)
     counts = given.sum(dim=1)
     fewest, most = int(counts.min()), int(counts.max())
@@ -54,15 +76,15 @@ def _doses(events: Events, time_unit: str) -> str:
     amounts, times = events.amount[given], events.time[given]
     if len(amounts) == 0:
         return "doses: none"
-    return f"doses: {each} an individual, amount {_range(amounts, '')}, at {_range(times, time_unit)}"
+    return f"doses: {each} an individual, amount {_range(amounts, unit)}, at {_range(times, time_unit)}"
 
 
-def _covariates(covariates: Covariates) -> list[str]:
+def _covariates(covariates: Covariates, units: Mapping[str, str]) -> list[str]:
     lines = []
     for name in covariates.names:
         values = covariates.column(name)
         if name not in covariates.levels:
-            lines.append(f"covariate {name}: {_range(values, '')}")
+            lines.append(f"covariate {name}: {_range(values, units.get(name, ''))}")
             continue
         levels = covariates.levels[name]
         counts = torch.bincount(values.long(), minlength=len(levels)).tolist()

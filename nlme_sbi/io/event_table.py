@@ -7,200 +7,245 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import pandas as pd
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
+from nlme_sbi.io.censored import limits_of, refuse_marks
+from nlme_sbi.io.doses import Kinds, kinds_of, refuse_other_compartments, single_doses
+from nlme_sbi.io.event_signals import MeasuredSignals, signals_of
 from nlme_sbi.io.files import MISSING, TableFile
-from nlme_sbi.io.individual_covariates import Levels, covariates_of
-from nlme_sbi.io.records import Records, Scales, observations, only_signal
+from nlme_sbi.io.individual_covariates import Levels, covariates_of, levels_of, named, scaled
+from nlme_sbi.io.meanings import Rows, refuse_other_meanings
+from nlme_sbi.io.plans import PlannedDesigns, planned_design
+from nlme_sbi.io.records import Records, Scales, observations
+from nlme_sbi.io.rows import individuals_of, open_table, refuse_disorder
 from nlme_sbi.io.tables import Table, column_names
-from nlme_sbi.io.wording import listed_at
+from nlme_sbi.io.wording import as_names
 from nlme_sbi.types import Events, Observations
 
-_COLUMNS = {"id": "ID", "time": "TIME", "dv": "DV", "amt": "AMT", "evid": "EVID", "mdv": "MDV"}
-_OBSERVATION = 0
-_DOSES = (1, 101)  # 101 is RxODE's "dose to compartment 1"
-_CODES = {2: "another event", 3: "a reset", 4: "a reset and dose"}
+# Without a name of its own the signal's column is looked for: DVID, YTYPE and others, then CMT.
+_COLUMNS = {
+    "id": "ID",
+    "time": "TIME",
+    "dv": "DV",
+    "amt": "AMT",
+    "evid": "EVID",
+    "mdv": "MDV",
+    "cens": "CENS",
+    "limit": "LIMIT",
+    "signal": "",
+}
+_OPTIONAL = ("evid", "mdv", "cens", "limit")
 
 
 @dataclass(frozen=True)
 class EventTable:
-    """A table of NONMEM's kind: ID TIME DV AMT EVID and, if it is there, MDV; one dose an individual for now.
+    """A table of NONMEM's kind: ID TIME DV AMT EVID and, where they are there, MDV, CENS, LIMIT, DVID or YTYPE, CMT.
 
-    EVID 0 is a measurement, 1 (or 101) a dose. Measurements with MDV 1 are left out. CMT, RATE, ADDL, SS and DVID may
-    be there as long as they ask for nothing beyond one bolus into compartment 1 and one measured signal.
+    EVID 0 is a measurement, 1 (or 101) a dose; one dose an individual for now. Without EVID rows with an amount are
+    doses. Measurements with MDV 1 are left out. CENS 1 marks a value below DV (and above LIMIT, where it is given),
+    CENS -1 one above it. Columns that would change what a row means and are not read (infusions, additional doses,
+    occasions, flags, dates, ...) are refused where they ask for anything; all others are named in the notes.
 
     Args:
         path: csv, tsv (also .gz) or xlsx; relative to the working directory, else to the project root.
-        columns: the file's names for ``id``, ``time``, ``dv``, ``amt``, ``evid``, ``mdv``; letter case does not matter.
-        signals: the measured signal's name; None takes the name of the DV column.
+        columns: the file's names for ``id``, ``time``, ``dv``, ``amt``, ``evid``, ``mdv``, ``cens``, ``limit`` and
+            ``signal``; letter case does not matter.
+        signals: the measured signals' names; None takes the name of the DV column or the levels of the signal's column.
+        signal_levels: for each level of the signal's column that is taken the signal's name; others are left out.
+        compartments: for levels of CMT, ADM or ROUTE on doses the simulator's compartment, 1 for now.
         covariates: columns that are constant within an individual.
         categorical: covariates that are levels although they look like numbers, or a mapping to their levels in order.
-        signal_units: the signal's unit, after ``transform``.
+        only: for each column the level or levels of the rows to take.
+        skip: for each column the level or levels of the rows to leave out.
+        unused: columns that mean nothing here, whatever their name says.
+        sort: whether the order of the rows means nothing; else times must not go back within an individual.
+        signal_units: each signal's unit, after ``signal_scale`` and ``transform``.
+        signal_scale: for each signal what its values are multiplied by, before ``transform``.
         time_unit: unit of the times, after ``time_scale``.
         time_scale: the file's times are multiplied by it.
+        dose_unit: unit of the amounts, after ``dose_scale``.
+        dose_scale: the file's amounts are multiplied by it.
+        covariate_units: units of covariates, after ``covariate_scale``.
+        covariate_scale: for each covariate what it is multiplied by.
         transform: "none", or "log" for the natural logarithm of every measurement.
         replicates: "refuse", "keep" or "mean" of repeated (ID, TIME); the mean is taken after ``transform``.
         decimal: "." or ",".
+        thousands: sign between thousands, or None.
         separator: between columns; None goes by the extension.
         missing: cells that mean "not measured".
         sheet: of a workbook; None takes the first.
     """
 
     path: str | os.PathLike[str]
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str | None] = field(default_factory=dict)
     signals: str | Sequence[str] | None = None
+    signal_levels: Mapping[str | int | float | bool, str] = field(default_factory=dict)
+    compartments: Mapping[str | int | float | bool, int] = field(default_factory=dict)
     covariates: str | Sequence[str] = ()
     categorical: Levels = ()
+    only: Mapping[str, object] = field(default_factory=dict)
+    skip: Mapping[str, object] = field(default_factory=dict)
+    unused: str | Sequence[str] = ()
+    sort: bool = False
     signal_units: Mapping[str, str] = field(default_factory=dict)
+    signal_scale: Mapping[str, float | int] = field(default_factory=dict)
     time_unit: str = ""
     time_scale: float | int = 1.0
+    dose_unit: str = ""
+    dose_scale: float | int = 1.0
+    covariate_units: Mapping[str, str] = field(default_factory=dict)
+    covariate_scale: Mapping[str, float | int] = field(default_factory=dict)
     transform: str = "none"
     replicates: str = "refuse"
     decimal: str = "."
+    thousands: str | None = None
     separator: str | None = None
     missing: Sequence[str] = MISSING
     sheet: str | None = None
 
     def read(self) -> Observations:
         """Measurements and doses; raises ``ValueError`` with row, column and remedy where the file is wrong."""
-        scales = Scales(self.signal_units, self.time_unit, self.time_scale, self.transform, self.replicates)
-        names = column_names(self.columns, _COLUMNS)
-        file = TableFile(self.path, self.separator, self.decimal, self.missing, self.sheet)
-        table = Table.from_grid(file.read(), header=True, decimal=self.decimal, missing=self.missing)
-        # MDV may be absent, unless it was asked for by a name of its own.
-        required = () if names["mdv"] == _COLUMNS["mdv"] else ("mdv",)
-        for role in ("id", "time", "dv", "amt", "evid", *required):
-            table.position(names[role])
-        signals = only_signal(self.signals, default=names["dv"])
-        codes, ids = table.complete_names(names["id"], noun="ids")
-        times = scales.times(table, names["time"])
-        is_dose = _dose_rows(table, names["evid"])
-        events = _single_doses(table, names, codes=codes, ids=ids, times=times, is_dose=is_dose)
-        measured = ~is_dose & ~_set_aside(table, names["mdv"])
-        _refuse_other_features(table, is_dose=is_dose, measured=measured)
-        chosen = table.where(measured)
+        scales, names, table, opened = self._opened()
+        table.require(names, ("id", "time", "dv", "amt", *_asked(names)))
+        read = self._events(table, names, scales, self.covariates, plan=False)
+        kept = read.kinds.measurement & read.signals.kept
+        rows = Rows(read.individual, read.ids, kept, names["dv"])
+        notes = (*opened, *read.notes, *refuse_other_meanings(table, rows, used=read.used, doses=True))
+        refuse_marks(table, names["cens"], read.kinds.dose)
+        chosen, signal = table.where(kept), read.signals.code[kept]
+        factors = scales.factors_of(read.signals.names)[signal]
         position = chosen.position(names["dv"])
+        values = scales.values(chosen, slice(position, position + 1), factors)[:, 0]
+        limits, said = limits_of(
+            chosen,
+            cens=names["cens"],
+            limit=names["limit"],
+            value=names["dv"],
+            values=values,
+            bounds=scales.bounds(chosen, names["limit"], factors),
+        )
         records = Records(
-            individual=codes[measured],
-            signal=np.zeros(len(chosen), dtype=np.int64),
-            time=times[measured],
-            value=scales.values(chosen, slice(position, position + 1))[:, 0],
+            individual=read.individual[kept],
+            signal=signal,
+            time=read.times[kept],
+            value=values,
             row=chosen.rows,
+            limits=limits,
         )
-        covariates = covariates_of(table, self.covariates, categorical=self.categorical, individual=codes, ids=ids)
+        covariates = covariates_of(
+            table, self.covariates, categorical=self.categorical, individual=read.individual, ids=read.ids
+        )
         return observations(
-            records, table.name, ids=ids, signals=signals, scales=scales, covariates=covariates, events=events
+            records,
+            table.name,
+            ids=read.ids,
+            signals=read.signals.names,
+            scales=scales,
+            covariates=scaled(covariates, self.covariate_scale, self.covariate_units),
+            events=read.events,
+            dose_unit=self.dose_unit,
+            covariate_units=dict(self.covariate_units),
+            notes=(*notes, *said),
+        )
+
+    def plan(self) -> PlannedDesigns:
+        """Times and doses to predict for; rows with EVID 0 or 2 are times, whatever they measured.
+
+        Covariates whose column is not there are left out.
+        """
+        scales, names, table, opened = self._opened()
+        table.require(names, ("id", "time", "amt"))
+        wanted = [name for name in as_names("covariates", self.covariates) if table.has(name)]
+        read = self._events(table, names, scales, wanted, plan=True)
+        rows = Rows(read.individual, read.ids, np.zeros(len(table), dtype=bool), names["dv"])
+        used = [*read.used, *(name for name in (names["dv"], names["cens"], names["limit"]) if table.has(name))]
+        notes = refuse_other_meanings(table, rows, used=used, doses=True)
+        levels = levels_of(self.categorical, wanted)
+        covariates = covariates_of(table, wanted, categorical=levels, individual=read.individual, ids=read.ids)
+        places = read.kinds.measurement
+        design = planned_design(
+            table.name,
+            individual=read.individual[places],
+            ids=read.ids,
+            times=read.times[places],
+            covariates=scaled(covariates, named(self.covariate_scale, wanted), named(self.covariate_units, wanted)),
+            events=read.events,
+        )
+        return PlannedDesigns(
+            ids=read.ids,
+            design=design,
+            time_unit=self.time_unit,
+            dose_unit=self.dose_unit,
+            covariate_units=dict(self.covariate_units),
+            notes=(*opened, *read.notes, *notes),
+        )
+
+    def _opened(self) -> tuple[Scales, dict[str, str], Table, list[str]]:
+        scales = Scales(
+            self.signal_units, self.time_unit, self.time_scale, self.transform, self.replicates, self.signal_scale
+        )
+        names = column_names(self.columns, _COLUMNS)
+        file = TableFile(self.path, self.separator, self.decimal, self.missing, self.sheet, self.thousands)
+        table, notes = open_table(file, unused=self.unused, only=self.only, skip=self.skip)
+        return scales, names, table, notes
+
+    def _events(
+        self, table: Table, names: Mapping[str, str], scales: Scales, covariates: object, *, plan: bool
+    ) -> _EventRows:
+        """Who, when and what each row is, and the doses."""
+        individual, ids, notes = individuals_of(table, names["id"])
+        times = scales.times(table, names["time"])
+        kinds = kinds_of(table, evid=names["evid"], amt=names["amt"], dv=names["dv"], mdv=names["mdv"], plan=plan)
+        if not self.sort:
+            refuse_disorder(table, names["time"], individual=individual, ids=ids, times=times, together=True)
+        routes = refuse_other_compartments(table, kinds.dose, self.compartments)
+        events = single_doses(
+            table,
+            amt=names["amt"],
+            evid=names["evid"],
+            individual=individual,
+            ids=ids,
+            times=times,
+            is_dose=kinds.dose,
+            scale=self.dose_scale,
+        )
+        signals = signals_of(
+            table,
+            kinds.measurement & ~np.array(plan),
+            column=names["signal"],
+            wanted=None if plan else self.signals,
+            levels={} if plan else self.signal_levels,
+            default=names["dv"],
+        )
+        roles = [name for role, name in names.items() if role in ("id", "time", "dv", "amt", "evid", "mdv", "cens")]
+        roles += [names["limit"]] if table.has(names["cens"]) else []
+        used = [name for name in [*roles, *as_names("covariates", covariates)] if table.has(name)]
+        return _EventRows(
+            individual=individual,
+            ids=ids,
+            times=times,
+            kinds=kinds,
+            events=events,
+            signals=signals,
+            used=tuple(dict.fromkeys([*used, *routes, *signals.read])),
+            notes=(*notes, *kinds.notes, *signals.notes),
         )
 
 
-def _dose_rows(table: Table, evid: str) -> Bool[np.ndarray, " R"]:
-    """Which rows are doses; refuses codes other than 0, 1 and 101."""
-    codes = table.complete_numbers(evid, noun="event codes")
-    is_dose = np.isin(codes, _DOSES)
-    other = ~is_dose & (codes != _OBSERVATION)
-    if other.any():
-        first = codes[np.argmax(other)]
-        meaning = f" ({_CODES[int(first)]})" if first in _CODES else ""
-        what = (
-            f"event codes are neither 0 (measurement) nor 1 or 101 (dose), and EVID {first:g}{meaning} is not "
-            "implemented yet"
-        )
-        raise table.refusal(
-            other, evid, what=what, remedy="Remove these rows, or rewrite them as measurements and a dose."
-        )
-    return is_dose
+@dataclass(frozen=True, eq=False)
+class _EventRows:
+    """What the rows of an event table are, ``(R,)`` each; the doses; which columns told it; notes."""
+
+    individual: Int[np.ndarray, " R"]
+    ids: tuple[str, ...]
+    times: Float[np.ndarray, " R"]
+    kinds: Kinds
+    events: Events
+    signals: MeasuredSignals
+    used: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
-def _set_aside(table: Table, mdv: str) -> Bool[np.ndarray, " R"]:
-    """Rows whose DV is declared no measurement by MDV 1; none without that column."""
-    if not table.has(mdv):
-        return np.zeros(len(table), dtype=bool)
-    codes = table.numbers(mdv, noun="MDV codes")
-    other = ~np.isin(codes, (0, 1)) & ~np.isnan(codes)
-    if other.any():
-        raise table.refusal(other, mdv, what="MDV codes are neither 0 nor 1", remedy="Correct them.")
-    set_aside: Bool[np.ndarray, " R"] = codes == 1
-    return set_aside
-
-
-def _single_doses(
-    table: Table,
-    names: Mapping[str, str],
-    *,
-    codes: Int[np.ndarray, " R"],
-    ids: Sequence[str],
-    times: Float[np.ndarray, " R"],
-    is_dose: Bool[np.ndarray, " R"],
-) -> Events:
-    """The one dose of every individual; refuses individuals with none or more, and impossible amounts."""
-    amt = names["amt"]
-    amounts = table.numbers(amt, noun="amounts")
-    _refuse_amounts(table, amt, amounts, is_dose)
-    counts = np.bincount(codes[is_dose], minlength=len(ids))
-    if (counts > 1).any():
-        again = is_dose.copy()
-        again[is_dose] = pd.Series(codes[is_dose]).duplicated().to_numpy()
-        raise table.refusal(
-            again,
-            names["evid"],
-            what=f"rows are second or later doses of an individual (of {listed_at(ids, np.flatnonzero(counts > 1))})",
-            remedy="One dose per individual for now; keep only the first and the measurements until the next.",
-        )
-    without = np.flatnonzero(counts == 0)
-    if len(without):
-        raise ValueError(
-            f"{table.name}: {len(without)} of {len(ids)} individuals have no dose (EVID 1): "
-            f"{listed_at(ids, without)}. Add it (AMT 0 where nothing was given), or read tables without any "
-            "dose as data=long_table."
-        )
-    order = np.argsort(codes[is_dose])
-    return Events.single_dose(
-        torch.from_numpy(times[is_dose][order]), torch.from_numpy(amounts[is_dose][order]), compartment=1
-    )
-
-
-def _refuse_amounts(table: Table, amt: str, amounts: Float[np.ndarray, " R"], is_dose: Bool[np.ndarray, " R"]) -> None:
-    rules = (
-        (is_dose & np.isnan(amounts), "rows are doses without an amount", "Fill in AMT on every row with EVID 1."),
-        (amounts < 0, "amounts are negative", "Correct them; a dose is 0 or more."),
-        (
-            ~is_dose & (amounts > 0),
-            "rows have an amount but EVID 0, so neither a dose nor a measurement is meant",
-            "Set EVID 1 on doses, or AMT 0 on measurements.",
-        ),
-    )
-    for bad, what, remedy in rules:
-        if bad.any():
-            raise table.refusal(bad, amt, what=what, remedy=remedy)
-
-
-def _refuse_other_features(table: Table, *, is_dose: Bool[np.ndarray, " R"], measured: Bool[np.ndarray, " R"]) -> None:
-    """Columns that would change what a dose or a measurement means; II alone means nothing without ADDL or SS."""
-    for name, feature in (("RATE", "infusions"), ("ADDL", "additional doses"), ("SS", "steady-state doses")):
-        if table.has(name):
-            bad = np.nan_to_num(table.numbers(name, noun=f"{name} codes")) != 0
-            if bad.any():
-                remedy = f"Only one bolus per individual for now; set {name} to 0 where it is not meant."
-                raise table.refusal(bad, name, what=f"rows ask for {feature} ({name})", remedy=remedy)
-    if table.has("CMT"):
-        compartments = np.nan_to_num(table.numbers("CMT", noun="compartments"))
-        bad = is_dose & ~np.isin(compartments, (0, 1))
-        if bad.any():
-            remedy = "Doses go into compartment 1 for now; set CMT to 1 if that is what is meant."
-            raise table.refusal(bad, "CMT", what="rows dose another compartment (CMT)", remedy=remedy)
-    for name in ("CMT", "DVID"):
-        if table.has(name):
-            _refuse_several_signals(table, name, measured)
-
-
-def _refuse_several_signals(table: Table, name: str, measured: Bool[np.ndarray, " R"]) -> None:
-    codes = np.nan_to_num(table.numbers(name, noun=f"{name} codes"))
-    bad = measured & (codes != codes[np.argmax(measured)])
-    if bad.any():
-        remedy = f"Keep the rows of one {name}, or read a long table with a signal column."
-        what = (
-            f"rows measure another signal ({name}) than the first; several signals in event tables are not implemented"
-        )
-        raise table.refusal(bad, name, what=what, remedy=remedy)
+def _asked(names: Mapping[str, str]) -> list[str]:
+    """Columns that may be absent, unless they were asked for by a name of their own."""
+    return [role for role in _OPTIONAL if names[role] != _COLUMNS[role]]

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import warnings
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,14 @@ from jaxtyping import Int
 
 from nlme_sbi.io import limits
 from nlme_sbi.io.download import cached, published
-from nlme_sbi.io.wording import check_choice, did_you_mean, listed, quoted
+from nlme_sbi.io.wording import check_choice, did_you_mean, listed, quoted, sign, typed
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 MISSING = ("", "NA", "NaN", "nan", ".")
 _TEXT_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _WORKBOOKS = (".xlsx", ".xlsm")
 _ALLOWED_SEPARATORS = (",", ";", "\t", "|", " ", ":")
+_ALLOWED_THOUSANDS = (",", ".", " ", "'")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +49,14 @@ class TableFile:
 
     Args:
         path: relative paths are looked for in the working directory, then in the project root.
-        separator: between columns of a text file; None chooses by extension (and ``;`` beside decimal commas).
-        decimal: ``.`` or ``,``.
+        separator: between columns of a text file, as a sign or one of the words comma, semicolon, tab, space, bar and
+            colon. None chooses by extension; beside decimal commas it is ``;``, unless the first row has commas only:
+            decimal commas then stand between quotation marks.
+        decimal: ``.`` or ``,``, or the words point and comma.
         missing: cells that mean "not measured".
         sheet: name of a workbook's sheet; None takes the first.
+        thousands: sign between thousands, "," "." " " or "'" (or comma, point, space, apostrophe); None where there is
+            none.
     """
 
     path: str | os.PathLike[str]
@@ -58,9 +64,17 @@ class TableFile:
     decimal: str = "."
     missing: Sequence[str] = MISSING
     sheet: str | None = None
+    thousands: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("separator", "decimal", "thousands"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, given if given is None else sign(given))
         check_choice("decimal", self.decimal, (".", ","))
+        if self.thousands is not None:
+            check_choice("thousands", self.thousands, _ALLOWED_THOUSANDS)
+            if self.thousands == self.decimal:
+                raise ValueError(f'thousands and decimal are both "{self.decimal}"; choose another decimal sign.')
         if self.separator is not None:
             check_choice("separator", self.separator, _ALLOWED_SEPARATORS)
             if self.separator == self.decimal:
@@ -83,7 +97,7 @@ class TableFile:
                 f'{path.name}: the extension "{suffix}" is not one of {known}; rename the file or pass data.separator.'
             )
         separator = self.separator or _TEXT_SEPARATORS[suffix]
-        if self.separator is None and separator == self.decimal:
+        if self.separator is None and separator == self.decimal and not _has_commas_only(data):
             separator = ";"
         return _without_blanks(_read_text(path.name, data, separator))
 
@@ -186,35 +200,66 @@ def _refuse_ragged(name: str, data: bytes, separator: str, *, first_row: int) ->
     bad = (fields != fields[0]) & (lengths > 0)
     if bad.any():
         first = int(np.argmax(bad))
-        comma = ' (with decimal commas pass data.decimal="," and the right data.separator)' if separator == "," else ""
+        other = _even_separator(data, but=separator)
+        if other is not None:
+            decimal = f" {typed('decimal', ',')}" if separator == "," else ""
+            hint = f"Where the sign between columns is another, pass {typed('separator', other)}{decimal}."
+        elif separator == ",":
+            hint = (
+                f"Add or remove separators there (with decimal commas pass {typed('decimal', ',')} and the right "
+                "data.separator)."
+            )
+        else:
+            hint = "Add or remove separators there."
         raise ValueError(
             f"{name}: {int(bad.sum())} of {int((lengths > 0).sum())} rows do not have the {fields[0]} fields of the "
-            f"first row; first at row {first + first_row}: {fields[first]}. Add or remove separators there{comma}."
+            f"first row; first at row {first + first_row}: {fields[first]}. {hint}"
         )
     return int(fields[0]), len(ends)
 
 
+def _has_commas_only(data: bytes) -> bool:
+    """Whether the first row has commas and no semicolons: decimal commas then stand between quotation marks."""
+    first = data.lstrip().split(b"\n", 1)[0]
+    return b"," in first and b";" not in first
+
+
+def _even_separator(data: bytes, *, but: str) -> str | None:
+    """A sign that cuts every row into as many fields as the first, more than one; None where there is none."""
+    lines = [line for line in data.splitlines() if line.strip()]
+    for mark in (";", "\t", "|", ","):
+        counts = {line.count(mark.encode()) for line in lines}
+        if mark != but and len(counts) == 1 and counts != {0}:
+            return mark
+    return None
+
+
 def _read_workbook(name: str, data: bytes, sheet: str | None) -> Grid:
     limits.check_workbook(name, data)
-    cells = limits.sheet_cells(_sheet_rows(name, data, sheet))
+    rows = _sheet_rows(name, data, sheet)
+    _refuse_formulas(name, data, sheet)
+    cells = limits.sheet_cells(rows)
     if cells.size == 0:
         raise ValueError(f"{name}: the sheet is empty; pass data.sheet=NAME for another one.")
     return Grid(name, cells, np.arange(len(cells)) + 1)
 
 
-def _sheet_rows(name: str, data: bytes, sheet: str | None) -> list[tuple[Any, ...]]:
+def _sheet_rows(
+    name: str, data: bytes, sheet: str | None, *, formulas: bool = False, values_only: bool = True
+) -> list[tuple[Any, ...]]:
+    """The cells of a sheet: what they hold or, with ``formulas``, the text of their formulas."""
     import openpyxl
 
     try:
         with warnings.catch_warnings():
             # It warns of Excel features (validation, styles) that do not change the cells.
             warnings.simplefilter("ignore")
-            book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
+            book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=not formulas)
             sheets = {each.title: each for each in book.worksheets}
             chosen = None if not sheets else sheets.get(sheet) if sheet else next(iter(sheets.values()))
             if chosen is not None:
                 chosen.reset_dimensions()  # a sheet may claim a million rows that it does not have
-            rows = None if chosen is None else limits.sheet_rows(name, chosen.iter_rows(values_only=True))
+            rows = None if chosen is None else limits.sheet_rows(name, chosen.iter_rows(values_only=values_only))
     except limits.TooLarge:
         raise
     except Exception as error:  # openpyxl raises what its parsers raise: zip, XML, key and value errors
@@ -225,6 +270,43 @@ def _sheet_rows(name: str, data: bytes, sheet: str | None) -> list[tuple[Any, ..
     if rows is None:
         raise ValueError(f'{name} has no sheet "{sheet}"; it has {listed(sheets)}. Pass data.sheet=NAME.')
     return rows
+
+
+def _refuse_formulas(name: str, data: bytes, sheet: str | None) -> None:
+    """Refuses formulas whose result the file does not hold: a program that wrote them never worked them out."""
+    with zipfile.ZipFile(io.BytesIO(data)) as package:
+        sheets = [part for part in package.namelist() if part.startswith("xl/worksheets/")]
+        if not any(b"<f" in package.read(part) for part in sheets):
+            return
+    formulas = _sheet_rows(name, data, sheet, formulas=True)
+    results = _sheet_rows(name, data, sheet, values_only=False)
+    open_ones = [
+        (row, column)
+        for row, (cells, texts) in enumerate(zip(results, formulas, strict=True))
+        for column, (cell, text) in enumerate(zip(cells, texts, strict=False))
+        # The type "str" without a value is a formula whose stored result is the empty text.
+        if _is_formula(text) and cell.value is None and cell.data_type != "str"
+    ]
+    if open_ones:
+        from openpyxl.utils import get_column_letter
+
+        row, column = open_ones[0]
+        every = sum(_is_formula(text) for texts in formulas for text in texts)
+        raise ValueError(
+            f"{name}: {len(open_ones)} of {every} formulas have no stored result; first in cell "
+            f"{get_column_letter(column + 1)}{row + 1}: {quoted(_formula_text(formulas[row][column]))}. Open the "
+            "workbook in Excel or LibreOffice and save it again, which stores the results, or write numbers there."
+        )
+
+
+def _is_formula(cell: Any) -> bool:
+    return type(cell).__name__ in ("ArrayFormula", "DataTableFormula") or (
+        isinstance(cell, str) and cell.startswith("=")
+    )
+
+
+def _formula_text(cell: Any) -> str:
+    return str(getattr(cell, "text", cell))
 
 
 def _without_blanks(grid: Grid) -> Grid:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 
 from nlme_sbi.io.records import one_each
-from nlme_sbi.io.tables import Parsed, Table
-from nlme_sbi.io.wording import as_names, first_true, listed, listed_at, quoted
-from nlme_sbi.types import Covariates
+from nlme_sbi.io.tables import Parsed, Table, number_option
+from nlme_sbi.io.wording import as_names, did_you_mean, first_true, listed, listed_at, quoted, typed
+from nlme_sbi.types import Covariates, ReadOnlyMapping
 
 Levels = str | Sequence[str] | Mapping[str, Sequence[str]]
 
@@ -44,7 +45,40 @@ def covariates_of(
         columns.append(_constant(table, name, values, individual=individual, ids=ids))
         if found:
             levels[name] = found
-    return Covariates(wanted, torch.from_numpy(np.stack(columns, axis=1)), MappingProxyType(levels))
+    return Covariates(wanted, torch.from_numpy(np.stack(columns, axis=1)), ReadOnlyMapping(levels))
+
+
+def scaled(covariates: Covariates | None, scale: Mapping[str, Any], units: Mapping[str, Any]) -> Covariates | None:
+    """Numeric covariates times their factors.
+
+    Raises:
+        ValueError: a factor or a unit for a covariate that is not there or has levels.
+    """
+    names = () if covariates is None else covariates.names
+    for option, given in (("covariate_scale", scale), ("covariate_units", units)):
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            hint = did_you_mean(str(unknown[0]), names)
+            raise ValueError(f"{option} names {listed(unknown)}, but the covariates are {listed(names)}.{hint}")
+    if covariates is None:
+        return None
+    worded = [name for name in scale if name in covariates.levels]
+    if worded:
+        raise ValueError(f"covariate_scale names {listed(worded)}, whose values are levels.")
+    factors = [number_option(f"covariate_scale.{name}", scale.get(name, 1.0), positive=True) for name in names]
+    return replace(covariates, values=covariates.values * torch.tensor(factors, dtype=covariates.values.dtype))
+
+
+def named(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Those entries of a mapping whose keys are among ``names``."""
+    return {name: item for name, item in given.items() if name in names}
+
+
+def levels_of(categorical: Levels, names: Sequence[str]) -> Levels:
+    """The option ``categorical`` for some of the covariates."""
+    if isinstance(categorical, Mapping):
+        return named(categorical, names)
+    return [name for name in as_names("categorical", categorical) if name in names]
 
 
 def _fixed_levels(categorical: object, wanted: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -68,13 +102,14 @@ def _numbers_or_codes(table: Table, name: str) -> tuple[Float[np.ndarray, " R"],
         parsed.text,
         name,
         what=f"values of the covariate {quoted(name)} are text and the others numbers",
-        remedy=f"Correct them{_decimal_hint(table, parsed, name)}, or list it in data.categorical if they are levels.",
+        remedy=f"Correct them{_decimal_hint(table, parsed, name)}, or pass {typed('categorical', [name])} if they are "
+        "levels.",
     )
 
 
 def _decimal_hint(table: Table, parsed: Parsed, name: str) -> str:
     first = table.text(name)[first_true(parsed.text)]
-    return ' (decimal commas? data.decimal=",")' if table.decimal == "." and "," in first else ""
+    return f" (decimal commas? {typed('decimal', ',')})" if table.decimal == "." and "," in first else ""
 
 
 def _codes(table: Table, name: str, levels: tuple[str, ...]) -> tuple[Float[np.ndarray, " R"], tuple[str, ...]]:

@@ -10,76 +10,160 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int
 
+from nlme_sbi.io.censored import limits_of
 from nlme_sbi.io.files import MISSING, TableFile
-from nlme_sbi.io.individual_covariates import Levels, covariates_of
+from nlme_sbi.io.individual_covariates import Levels, covariates_of, levels_of, named, scaled
+from nlme_sbi.io.meanings import Rows, refuse_other_meanings
+from nlme_sbi.io.plans import PlannedDesigns, planned_design
 from nlme_sbi.io.records import Records, Scales, chosen_signals, observations, only_signal
+from nlme_sbi.io.rows import apart_note, individuals_of, open_table, refuse_disorder
 from nlme_sbi.io.tables import Table, column_names
+from nlme_sbi.io.wording import as_names
 from nlme_sbi.types import Observations
 
-_COLUMNS = {"id": "id", "time": "time", "signal": "signal", "value": "value"}
+_COLUMNS = {"id": "id", "time": "time", "signal": "signal", "value": "value", "cens": "CENS", "limit": "LIMIT"}
+_OPTIONAL = ("signal", "cens", "limit")
 
 
 @dataclass(frozen=True)
 class LongTable:
     """A table with one row for each measurement: who, when, which signal, how much.
 
+    Columns that would change what a row means and are not read (flags, occasions, dates, doses, ...) are refused where
+    they ask for anything; all others are named in the notes.
+
     Args:
         path: csv, tsv (also .gz) or xlsx; relative to the working directory, else to the project root.
-        columns: the file's names for ``id``, ``time``, ``signal`` and ``value``; letter case does not matter. Without a
-            signal column the file has one signal.
+        columns: the file's names for ``id``, ``time``, ``signal``, ``value``, ``cens`` and ``limit`` (as in event
+            tables); letter case does not matter. Without a signal column the file has one signal.
         signals: which signals to take, in this order; None takes all, as they appear. Without a signal column: the
             name of the one signal.
         covariates: columns that are constant within an individual.
         categorical: covariates that are levels although they look like numbers, or a mapping to their levels in order.
-        signal_units: unit of each signal, after ``transform``.
+        only: for each column the level or levels of the rows to take.
+        skip: for each column the level or levels of the rows to leave out.
+        unused: columns that mean nothing here, whatever their name says.
+        sort: whether the order of the rows means nothing; else times must not go back within an individual and signal.
+        signal_units: unit of each signal, after ``signal_scale`` and ``transform``.
+        signal_scale: for each signal what its values are multiplied by, before ``transform``.
         time_unit: unit of the times, after ``time_scale``.
         time_scale: the file's times are multiplied by it.
+        covariate_units: units of covariates, after ``covariate_scale``.
+        covariate_scale: for each covariate what it is multiplied by.
         transform: "none", or "log" for the natural logarithm of every value.
         replicates: "refuse", "keep" or "mean" of repeated (id, time, signal); the mean is taken after ``transform``.
         decimal: "." or ",".
+        thousands: sign between thousands, or None.
         separator: between columns; None goes by the extension.
         missing: cells that mean "not measured".
         sheet: of a workbook; None takes the first.
     """
 
     path: str | os.PathLike[str]
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str | None] = field(default_factory=dict)
     signals: str | Sequence[str] | None = None
     covariates: str | Sequence[str] = ()
     categorical: Levels = ()
+    only: Mapping[str, object] = field(default_factory=dict)
+    skip: Mapping[str, object] = field(default_factory=dict)
+    unused: str | Sequence[str] = ()
+    sort: bool = False
     signal_units: Mapping[str, str] = field(default_factory=dict)
+    signal_scale: Mapping[str, float | int] = field(default_factory=dict)
     time_unit: str = ""
     time_scale: float | int = 1.0
+    covariate_units: Mapping[str, str] = field(default_factory=dict)
+    covariate_scale: Mapping[str, float | int] = field(default_factory=dict)
     transform: str = "none"
     replicates: str = "refuse"
     decimal: str = "."
+    thousands: str | None = None
     separator: str | None = None
     missing: Sequence[str] = MISSING
     sheet: str | None = None
 
     def read(self) -> Observations:
         """The measurements; raises ``ValueError`` with row, column and remedy where the file does not allow it."""
-        scales = Scales(self.signal_units, self.time_unit, self.time_scale, self.transform, self.replicates)
-        names = column_names(self.columns, _COLUMNS)
-        file = TableFile(self.path, self.separator, self.decimal, self.missing, self.sheet)
-        table = Table.from_grid(file.read(), header=True, decimal=self.decimal, missing=self.missing)
-        # A signal column may be absent, unless it was asked for by a name of its own.
-        required = () if names["signal"] == _COLUMNS["signal"] else ("signal",)
-        for role in ("id", "time", "value", *required):
-            table.position(names[role])
-        codes, ids = table.complete_names(names["id"], noun="ids")
+        scales, names, table, notes = self._opened()
+        asked = [role for role in _OPTIONAL if names[role] != _COLUMNS[role]]
+        table.require(names, ("id", "time", "value", *asked))
+        codes, ids, said = individuals_of(table, names["id"])
         covariates = covariates_of(table, self.covariates, categorical=self.categorical, individual=codes, ids=ids)
         signal, keep, signals = self._signals(table, names)
-        chosen = table.where(keep)
-        position = chosen.position(names["value"])
-        records = Records(
-            individual=codes[keep],
-            signal=signal[keep],
-            time=scales.times(chosen, names["time"]),
-            value=scales.values(chosen, slice(position, position + 1))[:, 0],
-            row=chosen.rows,
+        used = [*names.values(), *as_names("covariates", self.covariates)]
+        rows = Rows(codes, ids, keep, names["value"])
+        unused = refuse_other_meanings(table, rows, used=self._there(table, used), doses=False)
+        chosen, signal, individual = table.where(keep), signal[keep], codes[keep]
+        times = scales.times(chosen, names["time"])
+        if not self.sort:
+            refuse_disorder(chosen, names["time"], individual=individual, ids=ids, times=times, series=signal)
+        position, factors = chosen.position(names["value"]), scales.factors_of(signals)[signal]
+        values = scales.values(chosen, slice(position, position + 1), factors)[:, 0]
+        limits, spare = limits_of(
+            chosen,
+            cens=names["cens"],
+            limit=names["limit"],
+            value=names["value"],
+            values=values,
+            bounds=scales.bounds(chosen, names["limit"], factors),
         )
-        return observations(records, table.name, ids=ids, signals=signals, scales=scales, covariates=covariates)
+        records = Records(
+            individual=individual, signal=signal, time=times, value=values, row=chosen.rows, limits=limits
+        )
+        return observations(
+            records,
+            table.name,
+            ids=ids,
+            signals=signals,
+            scales=scales,
+            covariates=scaled(covariates, self.covariate_scale, self.covariate_units),
+            covariate_units=dict(self.covariate_units),
+            notes=(*notes, *said, *apart_note(individual), *spare, *unused),
+        )
+
+    def plan(self) -> PlannedDesigns:
+        """Individuals and times to predict for, whether measured or not; covariates that are not there are left out."""
+        scales, names, table, notes = self._opened()
+        table.require(names, ("id", "time"))
+        codes, ids, said = individuals_of(table, names["id"])
+        times = scales.times(table, names["time"])
+        signal = np.zeros(len(table), dtype=np.int64)
+        if table.has(names["signal"]):
+            signal = pd.factorize(table.text(names["signal"]))[0].astype(np.int64)
+        if not self.sort:
+            refuse_disorder(table, names["time"], individual=codes, ids=ids, times=times, series=signal)
+        wanted = self._there(table, as_names("covariates", self.covariates))
+        rows = Rows(codes, ids, np.zeros(len(table), dtype=bool), names["value"])
+        unused = refuse_other_meanings(table, rows, used=self._there(table, [*names.values(), *wanted]), doses=False)
+        covariates = covariates_of(
+            table, wanted, categorical=levels_of(self.categorical, wanted), individual=codes, ids=ids
+        )
+        return PlannedDesigns(
+            ids=ids,
+            design=planned_design(
+                table.name,
+                individual=codes,
+                ids=ids,
+                times=times,
+                covariates=scaled(covariates, named(self.covariate_scale, wanted), named(self.covariate_units, wanted)),
+            ),
+            time_unit=self.time_unit,
+            covariate_units=dict(self.covariate_units),
+            notes=(*notes, *said, *unused),
+        )
+
+    def _opened(self) -> tuple[Scales, dict[str, str], Table, list[str]]:
+        scales = Scales(
+            self.signal_units, self.time_unit, self.time_scale, self.transform, self.replicates, self.signal_scale
+        )
+        names = column_names(self.columns, _COLUMNS)
+        file = TableFile(self.path, self.separator, self.decimal, self.missing, self.sheet, self.thousands)
+        table, notes = open_table(file, unused=self.unused, only=self.only, skip=self.skip)
+        return scales, names, table, notes
+
+    @staticmethod
+    def _there(table: Table, names: Sequence[str]) -> list[str]:
+        return [name for name in dict.fromkeys(names) if table.has(name)]
 
     def _signals(
         self, table: Table, names: Mapping[str, str]

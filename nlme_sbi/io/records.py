@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from nlme_sbi.io.censored import Limits
 from nlme_sbi.io.tables import Table, number_option
-from nlme_sbi.io.wording import as_names, check_choice, did_you_mean, listed, listed_at, quoted
+from nlme_sbi.io.wording import as_names, check_choice, did_you_mean, listed, listed_at, quoted, typed
 from nlme_sbi.types import Covariates, Design, Events, Observations
 
 REPLICATES = ("refuse", "keep", "mean")
@@ -24,9 +25,10 @@ class Scales:
     """What happens to times and values between the file and the observations, and what their units are called.
 
     Args:
-        signal_units: unit of each signal, after ``transform``.
+        signal_units: unit of each signal, after ``signal_scale`` and ``transform``.
         time_unit: unit of the times, after ``time_scale``.
         time_scale: the file's times are multiplied by it.
+        signal_scale: for each signal what the file's values are multiplied by, before ``transform``.
         transform: "none", or "log" for the natural logarithm of every value.
         replicates: what to do with several values of one signal at one time: "refuse", "keep" them as rows of
             equal times, or their "mean" (taken after ``transform``, on the scale that noise is added to).
@@ -37,19 +39,31 @@ class Scales:
     time_scale: float | int
     transform: str
     replicates: str
+    signal_scale: Mapping[str, float | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_choice("transform", self.transform, TRANSFORMS)
         check_choice("replicates", self.replicates, REPLICATES)
         number_option("time_scale", self.time_scale, positive=True)
+        for name, factor in self.signal_scale.items():
+            number_option(f"signal_scale.{name}", factor, positive=True)
+
+    def factors_of(self, signals: Sequence[str]) -> Float[np.ndarray, " C"]:
+        """What each signal is multiplied by; raises ``ValueError`` where a factor is given for another signal."""
+        self._refuse_strangers("signal_scale", self.signal_scale, signals)
+        return np.array([float(self.signal_scale.get(name, 1.0)) for name in signals])
 
     def units_of(self, signals: Sequence[str]) -> tuple[str, ...]:
         """The unit of each signal; raises ``ValueError`` where a unit is given for a signal that is not there."""
-        unknown = [name for name in self.signal_units if name not in signals]
+        self._refuse_strangers("signal_units", self.signal_units, signals)
+        return tuple(str(self.signal_units.get(name, "")) for name in signals)
+
+    @staticmethod
+    def _refuse_strangers(option: str, given: Mapping[str, object], signals: Sequence[str]) -> None:
+        unknown = [name for name in given if name not in signals]
         if unknown:
             hint = did_you_mean(str(unknown[0]), signals)
-            raise ValueError(f"signal_units names {listed(unknown)}, but the signals are {listed(signals)}.{hint}")
-        return tuple(str(self.signal_units.get(name, "")) for name in signals)
+            raise ValueError(f"{option} names {listed(unknown)}, but the signals are {listed(signals)}.{hint}")
 
     def times(self, table: Table, column: str | int) -> Float[np.ndarray, " R"]:
         """The table's times in ``time_unit``, ``(R,)``; refuses missing, non-numeric and overflowing ones."""
@@ -61,31 +75,61 @@ class Scales:
             raise table.refusal(bad, column, what="times overflow when they are scaled", remedy=remedy)
         return times + 0.0  # -0.0 becomes 0.0
 
-    def values(self, table: Table, columns: slice) -> Float[np.ndarray, "R F"]:
-        """The values of neighbouring columns after ``transform``, NaN where missing; refuses logs of values <= 0."""
+    def values(
+        self, table: Table, columns: slice, factors: float | Float[np.ndarray, " R"] = 1.0
+    ) -> Float[np.ndarray, "R F"]:
+        """The values of neighbouring columns after scale and ``transform``, NaN where missing; refuses logs of
+        values <= 0.
+
+        Args:
+            table: the rows.
+            columns: neighbouring columns.
+            factors: what the values are multiplied by, one for all or one a row.
+        """
         values = table.block(columns, noun="values")
-        if self.transform == "none":
-            return values
-        bad = values <= 0
+        if self.transform == "log":
+            bad = values <= 0
+            if bad.any():
+                remedy = f"Leave these cells empty, or pass {typed('transform', 'none')}."
+                raise table.block_refusal(bad, columns, what="values have no logarithm (0 or below)", remedy=remedy)
+        with np.errstate(over="ignore", under="ignore"):
+            values = values * np.asarray(factors).reshape(-1, 1)
+        bad = np.isinf(values) | ((values == 0) & (self.transform == "log"))
         if bad.any():
-            remedy = "Leave these cells empty, or pass data.transform=none."
-            raise table.block_refusal(bad, columns, what="values have no logarithm (0 or below)", remedy=remedy)
-        logs: Float[np.ndarray, "R F"] = np.log(values)
+            remedy = "Choose another data.signal_scale."
+            raise table.block_refusal(bad, columns, what="values leave the numbers when scaled", remedy=remedy)
+        scaled: Float[np.ndarray, "R F"] = np.log(values) if self.transform == "log" else values
+        return scaled
+
+    def bounds(self, table: Table, column: str, factors: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
+        """The other ends of censored values, scaled as they are, NaN where missing; 0 and less have the log -inf."""
+        if not table.has(column):
+            return np.full(len(table), np.nan)
+        ends: Float[np.ndarray, " R"] = table.numbers(column, noun="limits") * factors
+        if self.transform == "none":
+            return ends
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs: Float[np.ndarray, " R"] = np.log(np.maximum(ends, 0.0))
         return logs
 
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """One row a measurement, ``(R,)`` each: codes, times, values (NaN where missing) and the file's row."""
+    """One row a measurement, ``(R,)`` each: codes, times, values (NaN where missing), the file's row, and what is known
+    of censored ones."""
 
     individual: Int[np.ndarray, " R"]
     signal: Int[np.ndarray, " R"]
     time: Float[np.ndarray, " R"]
     value: Float[np.ndarray, " R"]
     row: Int[np.ndarray, " R"]
+    limits: Limits | None = None
 
     def __getitem__(self, rows: Int[np.ndarray, " X"] | Bool[np.ndarray, " R"]) -> Records:
-        return Records(self.individual[rows], self.signal[rows], self.time[rows], self.value[rows], self.row[rows])
+        limits = None if self.limits is None else self.limits[rows]
+        return Records(
+            self.individual[rows], self.signal[rows], self.time[rows], self.value[rows], self.row[rows], limits
+        )
 
 
 def observations(
@@ -97,6 +141,7 @@ def observations(
     scales: Scales,
     covariates: Covariates | None = None,
     events: Events | None = None,
+    **told: Any,
 ) -> Observations:
     """Records as observations: individuals as in ``ids``, times sorted, short rows padded with their last time.
 
@@ -108,6 +153,7 @@ def observations(
         scales: replicates, units.
         covariates: one row an individual.
         events: one row an individual.
+        told: further fields of :class:`Observations`: units, notes.
 
     Raises:
         ValueError: individuals without any observation; repeated measurements that ``scales.replicates`` refuses; a
@@ -116,8 +162,13 @@ def observations(
     units = scales.units_of(signals)
     _refuse_unobserved(records, name, ids)
     records, repeat = _resolve_repeats(records, name, ids=ids, signals=signals, replicates=scales.replicates)
-    times, values = _padded(records, repeat, name, shape=(len(ids), len(signals)))
+    places = _places(records, repeat, name, shape=(len(ids), len(signals)))
+    times, values = places.times, places.filled(records.value, np.nan)
     observed = ~np.isnan(values)
+    if records.limits is not None:
+        told["censoring"] = torch.from_numpy(np.where(observed, places.filled(records.limits.code, 0), 0))
+        told["lower"] = torch.from_numpy(places.filled(records.limits.lower, -np.inf))
+        told["upper"] = torch.from_numpy(places.filled(records.limits.upper, np.inf))
     design = Design(_shared(times), _shared(observed), covariates=covariates, events=events)
     return Observations(
         ids=tuple(ids),
@@ -126,6 +177,7 @@ def observations(
         signals=tuple(signals),
         signal_units=units,
         time_unit=scales.time_unit,
+        **told,
     )
 
 
@@ -180,7 +232,13 @@ def _resolve_repeats(
             f"{name}: {int((~new).sum())} of {len(new)} measurements repeat an individual, time and signal; first at "
             f"row {records.row[first]}: individual {quoted(ids[records.individual[first]])}, time "
             f"{records.time[first]:g}, signal {quoted(signals[records.signal[first]])}. "
-            "Remove them, or pass data.replicates=keep|mean."
+            f"Remove them, or pass {typed('replicates', 'keep')} or {typed('replicates', 'mean')}."
+        )
+    counts = np.diff(starts, append=len(new))
+    if records.limits is not None and (records.limits.code[np.repeat(counts > 1, counts)] != 0).any():
+        raise ValueError(
+            f"{name}: there is no mean of repeated measurements where some are censored; pass "
+            f"{typed('replicates', 'keep')}."
         )
     measured = ~np.isnan(records.value)
     total = np.add.reduceat(np.where(measured, records.value, 0.0), starts)
@@ -189,10 +247,25 @@ def _resolve_repeats(
     return replace(records[starts], value=mean), np.zeros(len(starts), dtype=np.int64)
 
 
-def _padded(
-    records: Records, repeat: Int[np.ndarray, " R"], name: str, *, shape: tuple[int, int]
-) -> tuple[Float[np.ndarray, "I T"], Float[np.ndarray, "I T C"]]:
-    """Times, padded with the last one, and values, NaN where there is none."""
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Where each record goes: ``(I, T)`` times, padded with the last one, and an individual and a time for each."""
+
+    times: Float[np.ndarray, "I T"]
+    individual: Int[np.ndarray, " R"]
+    place: Int[np.ndarray, " R"]
+    signal: Int[np.ndarray, " R"]
+    signals: int
+
+    def filled(self, content: Any, empty: float | int) -> Any:
+        """``content`` of the records as ``(I, T, C)``, ``empty`` where there is no record."""
+        whole = np.full((*self.times.shape, self.signals), empty, dtype=content.dtype)
+        whole[self.individual, self.place, self.signal] = content
+        return whole
+
+
+def _places(records: Records, repeat: Int[np.ndarray, " R"], name: str, *, shape: tuple[int, int]) -> _Places:
+    """A place for each record; refuses tables that are too large."""
     order = np.lexsort((repeat, records.time, records.individual))
     individual, time, repeat = records.individual[order], records.time[order], repeat[order]
     new = np.ones(len(time), dtype=bool)
@@ -211,9 +284,9 @@ def _padded(
     times = np.empty((individuals, length))
     times[:] = time[new][begins + counts - 1][:, None]
     times[individual[new], place[new]] = time[new]
-    values = np.full((individuals, length, signals), np.nan)
-    values[individual, place, records.signal[order]] = records.value[order]
-    return times, values
+    back = np.empty(len(order), dtype=np.int64)
+    back[order] = place
+    return _Places(times, records.individual, back, records.signal, signals)
 
 
 def _shared(rows: Any) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,12 +11,18 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int, Shaped
 
-from nlme_sbi.io.files import Grid
-from nlme_sbi.io.wording import did_you_mean, first_true, listed, quoted
+from nlme_sbi.io.files import Grid, TableFile
+from nlme_sbi.io.wording import did_you_mean, first_true, listed, nearest, quoted, typed
 
 _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _NOT_FINITE = r"(?i:[+-]?(?:inf|infinity|nan))"
 _DECIMAL_COMMA = r"[+-]?[0-9]*,[0-9]+(?:[eE][+-]?[0-9]+)?"
+# "1,200" and "12,345,678": thousands between their signs, or a number with three decimals.
+_GROUPED = r"[+-]?[1-9][0-9]{{0,2}}(?:{sign}[0-9]{{3}})+"
+_SPACES = "[ \u00a0\u202f\u2009]"
+_SIGN_PATTERNS = {",": ",", ".": r"\.", " ": _SPACES, "'": "['\u2019]"}
+_CLOCK_OR_DATE = r"(?:\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}.*|.*\d{1,2}:\d{2}.*|\d{1,2}[- ]?[A-Za-z]{3}[- ]?\d{2,4}.*)"
+_BEYOND_LIMIT = r"(?i:[<>]=?\s*[0-9.,]+.*|[<>]\s*[a-z]*l?lo[qd].*|b[lq]o?[ql]|below.*|b\.?l\.?o?\.?q\.?|ulo[qd])"
 Cells = Shaped[np.ndarray, " R"]
 
 
@@ -41,6 +48,7 @@ class Table:
         rows: ``(R,)`` rows of the file, counted from 1 with the header.
         decimal: ``.`` or ``,``.
         missing: cells that mean "not measured".
+        thousands: the sign between thousands, or None.
     """
 
     name: str
@@ -50,9 +58,10 @@ class Table:
     rows: Int[np.ndarray, " R"]
     decimal: str
     missing: Sequence[str]
+    thousands: str | None = None
 
     @classmethod
-    def from_grid(cls, grid: Grid, *, header: bool, decimal: str, missing: Sequence[str]) -> Table:
+    def from_grid(cls, grid: Grid, *, header: bool, notation: TableFile) -> Table:
         """The table under a grid's first row; without ``header`` columns are numbered from 1."""
         width = grid.cells.shape[1]
         if header:
@@ -64,7 +73,19 @@ class Table:
         first = int(header)
         if len(grid.rows) == first:
             raise ValueError(f"{grid.name} has a header but no rows below it; it needs rows of data.")
-        return cls(grid.name, columns, labels, grid.cells.iloc[first:], grid.rows[first:], decimal, missing)
+        table = cls(
+            name=grid.name,
+            columns=columns,
+            labels=labels,
+            cells=grid.cells.iloc[first:],
+            rows=grid.rows[first:],
+            decimal=notation.decimal,
+            missing=notation.missing,
+            thousands=notation.thousands,
+        )
+        if table.decimal == "," and table.thousands is None:
+            _refuse_open_commas(table)
+        return table
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,8 +98,17 @@ class Table:
         """Whether a column of this name is there, letter case aside."""
         return bool(self._matches(column))
 
-    def position(self, column: str | int) -> int:
+    def require(self, names: Mapping[str, str], roles: Sequence[str]) -> None:
+        """Refuse a table that lacks the column of one of the roles."""
+        for role in roles:
+            self.position(names[role], role=role)
+
+    def position(self, column: str | int, *, role: str = "") -> int:
         """Where a column stands (a number is its own answer); letter case matters only where it must.
+
+        Args:
+            column: its name, or where it stands.
+            role: what the reader takes it for, for the remedy.
 
         Raises:
             ValueError: no such column (with those that are there), or more than one.
@@ -92,12 +122,35 @@ class Table:
             raise ValueError(f"{self.name} has {len(found)} columns {quoted(column)}; rename all but one.")
         named = [name for name in self.columns if name]
         alone = named[0] if len(named) == 1 else ""
-        split = next((mark for mark in (";", "\t", ",", "|") if mark in alone), None)
-        hint = f' Pass data.separator="{split}"?' if split else did_you_mean(column, named)
+        split = next((mark for mark in (";", "\t", ",", "|", " ") if mark in alone), None)
+        if split:
+            raise ValueError(
+                f"{self.name} has no column {quoted(column)}; it has one column, {quoted(alone)}. Pass "
+                f"{typed('separator', split)}."
+            )
+        near = nearest(column, named)
+        naming = f"pass {typed(f'columns.{role}', near or 'NAME')}" if role else "name it in data.columns"
+        hint = f" Did you mean {quoted(near)}?" if near else ""
         raise ValueError(
-            f"{self.name} has no column {quoted(column)}; it has {listed(named, limit=20)}.{hint} "
-            "Rename it in the file, or map it in data.columns."
+            f"{self.name} has no column {quoted(column)}; it has {listed(named, limit=20)}.{hint} Rename it in "
+            f"the file, or {naming}."
         )
+
+    def without(self, columns: Sequence[str]) -> Table:
+        """Without these columns; raises ``ValueError`` where one is not there."""
+        gone = {self.position(column) for column in columns}
+        if not gone:
+            return self
+        kept = [k for k in range(len(self.columns)) if k not in gone]
+        cells = self.cells.iloc[:, kept].set_axis(range(len(kept)), axis=1)
+        return replace(
+            self, columns=tuple(self.columns[k] for k in kept), labels=tuple(self.labels[k] for k in kept), cells=cells
+        )
+
+    def levels(self, column: str) -> Cells:
+        """A column's cells as levels, ``(R,)``: "1", "1.0" and " 01" are one level, missing cells are ""."""
+        text = self.text(column)
+        return np.where(self.is_missing(text), "", in_same_form(text))
 
     def _matches(self, column: str) -> list[int]:
         exact = [k for k, name in enumerate(self.columns) if name == column]
@@ -124,7 +177,10 @@ class Table:
 
     def parse(self, column: str) -> Parsed:
         """A column read as numbers, nothing refused."""
-        return parse(self.cells.iloc[:, self.position(column)].to_numpy(dtype=object), self.decimal, self.missing)
+        return self._parsed(self.cells.iloc[:, self.position(column)].to_numpy(dtype=object))
+
+    def _parsed(self, cells: Cells) -> Parsed:
+        return parse(cells, self.decimal, self.missing, self.thousands)
 
     def numbers(self, column: str | int, *, noun: str) -> Float[np.ndarray, " R"]:
         """A column's numbers, ``(R,)`` float64, NaN where missing; refuses text and infinite numbers."""
@@ -151,9 +207,9 @@ class Table:
     def block(self, columns: slice, *, noun: str) -> Float[np.ndarray, "R F"]:
         """Neighbouring columns as numbers, ``(R, F)`` float64, NaN where missing; refuses text and infinite numbers."""
         cells = self.cells.iloc[:, columns].to_numpy(dtype=object)
-        parsed = parse(cells.reshape(-1), self.decimal, self.missing)
+        parsed = self._parsed(cells.reshape(-1))
         if parsed.text.any():
-            what, remedy = f"{noun} are not numbers", self._number_remedy(parsed, cells)
+            what, remedy = f"{noun} are not numbers", self._number_remedy(parsed, cells, noun)
             raise self.block_refusal(parsed.text.reshape(cells.shape), columns, what=what, remedy=remedy)
         if parsed.infinite.any():
             what, remedy = f"{noun} are not finite numbers", "Correct them, or leave these cells empty."
@@ -166,43 +222,113 @@ class Table:
         counts = f"{int(bad.sum())} of {bad.size}"
         return self._sentence(counts, what, row=row, position=(columns.start or 0) + offset, remedy=remedy)
 
-    def _number_remedy(self, parsed: Parsed, cells: Shaped[np.ndarray, "R F"]) -> str:
-        first = str(cells.reshape(-1)[first_true(parsed.text)]).strip()
-        if self.decimal == "." and pd.Series([first]).str.fullmatch(_DECIMAL_COMMA).item():
-            return 'Decimal commas? Pass data.decimal=",".'
-        if self.decimal == "," and "." in first:
-            return 'Decimal points? Pass data.decimal=".", or remove thousands separators.'
+    def _number_remedy(self, parsed: Parsed, cells: Shaped[np.ndarray, "R F"], noun: str) -> str:
+        wrong = pd.Series(cells.reshape(-1)[parsed.text], dtype=object).str.strip()
+        first = wrong.iloc[:1]
+        if first.str.fullmatch(_CLOCK_OR_DATE).item() and not first.str.fullmatch(_DECIMAL_COMMA).item():
+            return (
+                "Dates and clock times are not numbers: write the time since a start, such as hours since the first "
+                "dose (09:30 after a dose at 08:00 is 1.5), with the date in it where days change."
+            )
+        if first.str.fullmatch(_BEYOND_LIMIT).item():
+            return (
+                "Beyond a limit of quantification? Write the limit there and 1 in a column CENS (-1 above a limit); or "
+                "leave the cells empty, which leaves these measurements out."
+            )
+        grouped = {mark: self._all_grouped(wrong, mark) for mark in _SIGN_PATTERNS}
+        if grouped[","] and self.decimal == ".":
+            return (
+                f"If {quoted(first.item())} has a comma between thousands, pass {typed('thousands', ',')}; if the "
+                f"comma is a decimal sign, pass {typed('decimal', ',')} {typed('thousands', '.')}."
+            )
+        if self.decimal == "." and first.str.fullmatch(_DECIMAL_COMMA).item():
+            return f"Decimal commas? Pass {typed('decimal', ',')}."
+        found = next((mark for mark, all_of_them in grouped.items() if all_of_them and mark != self.decimal), None)
+        if found is not None:
+            return f"Signs between thousands? Pass {typed('thousands', found)}."
+        if self.decimal == "," and "." in first.item():
+            return f"Decimal points? Pass {typed('decimal', '.')}, or remove the signs between thousands."
+        if self.decimal == "." and self._all_grouped(wrong, "."):
+            return f"Signs between thousands? Pass {typed('decimal', ',')} {typed('thousands', '.')}."
+        if noun == "event codes":
+            return "Write 0 on measurements and 1 on doses."
+        if noun != "values":
+            return "Correct them, or remove these rows."
         return "Correct them, or leave the cells empty where nothing was measured."
 
+    def _all_grouped(self, wrong: pd.Series, mark: str) -> bool:
+        """Whether those of the cells that hold a sign hold it between thousands only."""
+        own = wrong[wrong.str.contains(_SIGN_PATTERNS[mark], regex=True)]
+        decimal = self.decimal if self.decimal != mark else {".": ",", ",": "."}[mark]
+        fraction = rf"(?:{_SIGN_PATTERNS[decimal]}[0-9]*)?"
+        pattern = _GROUPED.format(sign=_SIGN_PATTERNS[mark]) + fraction
+        return bool(len(own)) and bool(own.str.fullmatch(pattern).all())
 
-def parse(cells: Cells, decimal: str, missing: Sequence[str]) -> Parsed:
+
+def _refuse_open_commas(table: Table) -> None:
+    """Where every comma of a table may stand between thousands, "1,200" is not read as 1.2 without being asked."""
+    texts = pd.Series(pd.unique(table.cells.to_numpy(dtype=object).reshape(-1)), dtype=object).str.strip()
+    numbers = texts[texts.str.fullmatch(_DECIMAL_COMMA) | texts.str.fullmatch(_GROUPED.format(sign=","))]
+    if len(numbers) == 0 or not numbers.str.fullmatch(_GROUPED.format(sign=",")).all():
+        return
+    found = table.cells.map(lambda cell: str(cell).strip()).isin(list(numbers)).to_numpy(dtype=bool)
+    raise table.block_refusal(
+        found,
+        slice(0, found.shape[1]),
+        what='cells have commas before three digits, which may stand between thousands ("1,200" as 1200 or as 1.2)',
+        remedy=f"Where they do, pass {typed('decimal', '.')} {typed('thousands', ',')}; where the comma is a decimal "
+        f"sign, pass {typed('decimal', ',')} {typed('thousands', '.')}.",
+    )
+
+
+def parse(cells: Cells, decimal: str, missing: Sequence[str], thousands: str | None = None) -> Parsed:
     """Strings as numbers: exactly the nearest float64, or marked as missing, as text or as infinite."""
     gaps = pd.Series(cells, dtype=object).isin(list(missing)).to_numpy(dtype=bool)
     try:
-        values = _floats(np.where(gaps, "nan", cells), decimal)
+        values = _floats(np.where(gaps, "nan", cells), decimal, thousands)
     except ValueError:
-        return _parse_with_care(_stripped(cells), decimal, missing)
+        return _parse_with_care(_stripped(cells), decimal, missing, thousands)
     return Parsed(values, gaps, np.zeros_like(gaps), ~np.isfinite(values) & ~gaps)
 
 
-def _floats(text: Cells, decimal: str) -> Float[np.ndarray, " R"]:
+def _floats(text: Cells, decimal: str, thousands: str | None) -> Float[np.ndarray, " R"]:
     """All cells as numbers at once; ``ValueError`` where one is not, or is one to ``float()`` only."""
     # float() also takes 1_000, which nobody means as a number in a table.
-    if decimal == "," or "_" in "".join(text):
+    if decimal == "," or thousands is not None or "_" in "".join(text):
         raise ValueError
     return text.astype(np.float64)
 
 
-def _parse_with_care(text: Cells, decimal: str, missing: Sequence[str]) -> Parsed:
+def _parse_with_care(text: Cells, decimal: str, missing: Sequence[str], thousands: str | None) -> Parsed:
     series = pd.Series(text, dtype=object)
     gaps = series.isin(list(missing)).to_numpy(dtype=bool)
+    if thousands is not None:
+        mark = _SIGN_PATTERNS[thousands]
+        grouped = series.str.fullmatch(_GROUPED.format(sign=mark) + rf"(?:{_SIGN_PATTERNS[decimal]}[0-9]*)?")
+        series = series.where(~grouped, series.str.replace(mark, "", regex=True))
     number = _NUMBER
     if decimal == ",":
         number = number.replace(r"\.", ",")
     bad = ~series.str.fullmatch(f"(?:{number}|{_NOT_FINITE})").to_numpy(dtype=bool) & ~gaps
-    usable = pd.Series(np.where(bad | gaps, "nan", text), dtype=object)
+    usable = series.mask(pd.Series(bad | gaps), "nan")
     values = usable.str.replace(decimal, ".", regex=False).to_numpy(dtype=object).astype(np.float64)
     return Parsed(values, gaps, bad, ~np.isfinite(values) & ~gaps & ~bad)
+
+
+def in_same_form(text: Cells) -> Cells:
+    """Texts in one form, ``(R,)``; see :func:`same_form`."""
+    codes, different = pd.factorize(text)
+    forms = np.array([same_form(str(each)) for each in different], dtype=object)
+    found: Cells = forms[codes]
+    return found
+
+
+def same_form(text: str) -> str:
+    """A number as it is written shortest ("1" for "1.0" and "01"), a word as it is."""
+    if re.fullmatch(_NUMBER, text):
+        number = float(text)
+        return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
+    return text
 
 
 def _stripped(cells: Cells) -> Cells:
@@ -219,10 +345,14 @@ def number_option(option: str, given: Any, *, positive: bool = False) -> float:
     return float(given)
 
 
-def column_names(given: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
-    """The reader's column for each role; raises ``ValueError`` with the roles where ``given`` names another."""
+def column_names(given: Mapping[str, str | None], defaults: Mapping[str, str]) -> dict[str, str]:
+    """The reader's column for each role, "" where the reader looks for one itself.
+
+    Raises:
+        ValueError: ``given`` names another role, with those that there are.
+    """
     unknown = [role for role in given if role not in defaults]
     if unknown:
         hint = did_you_mean(str(unknown[0]), list(defaults))
         raise ValueError(f"columns maps {listed(unknown)}, but the roles are {listed(defaults)}.{hint}")
-    return {**defaults, **{role: str(column) for role, column in given.items()}}
+    return {**defaults, **{role: str(column) for role, column in given.items() if column is not None}}

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from nlme_sbi.io.files import MISSING, Grid, TableFile
+from nlme_sbi.io.plans import PlannedDesigns, planned_design
 from nlme_sbi.io.records import Records, Scales, observations, only_signal
+from nlme_sbi.io.rows import form_notes, refuse_disorder
 from nlme_sbi.io.tables import Table, parse
-from nlme_sbi.io.wording import listed, quoted
+from nlme_sbi.io.wording import listed, quoted, sign, typed
 from nlme_sbi.types import Observations
 
 
@@ -25,12 +28,15 @@ class WideSheet:
         header: whether the first row names the individuals; "auto" says so where its first cell is no number. Without
             names individuals are numbered from 1.
         signals: the signal's name.
-        signal_units: its unit, after ``transform``.
+        signal_units: its unit, after ``signal_scale`` and ``transform``.
+        signal_scale: for the signal what its values are multiplied by, before ``transform``.
         time_unit: unit of the times, after ``time_scale``.
         time_scale: the file's times are multiplied by it.
         transform: "none", or "log" for the natural logarithm of every value.
         replicates: "refuse", "keep" or "mean" of rows with the same time; the mean is taken after ``transform``.
+        sort: whether the order of the rows means nothing; else times must not go back.
         decimal: "." or ",".
+        thousands: sign between thousands, or None.
         separator: between columns; None goes by the extension.
         missing: cells that mean "not measured".
         sheet: of a workbook; None takes the first.
@@ -40,31 +46,23 @@ class WideSheet:
     header: bool | str = "auto"
     signals: str | Sequence[str] | None = None
     signal_units: Mapping[str, str] = field(default_factory=dict)
+    signal_scale: Mapping[str, float | int] = field(default_factory=dict)
     time_unit: str = ""
     time_scale: float | int = 1.0
     transform: str = "none"
     replicates: str = "refuse"
+    sort: bool = False
     decimal: str = "."
+    thousands: str | None = None
     separator: str | None = None
     missing: Sequence[str] = MISSING
     sheet: str | None = None
 
     def read(self) -> Observations:
         """The measurements; raises ``ValueError`` with row, column and remedy where the file does not allow it."""
-        if self.header not in ("auto", True, False):
-            raise ValueError(f"header {quoted(self.header)} is not one of auto, true, false.")
-        scales = Scales(self.signal_units, self.time_unit, self.time_scale, self.transform, self.replicates)
+        scales, table, ids, times, notes = self._opened()
         signals = only_signal(self.signals, default="value")
-        grid = TableFile(self.path, self.separator, self.decimal, self.missing, self.sheet).read()
-        if grid.cells.shape[1] < 2:
-            raise ValueError(
-                f"{grid.name} has one column; a wide sheet has times in the first and an individual in each other "
-                "column. Pass data.separator if another one stands between the columns."
-            )
-        table = Table.from_grid(grid, header=self._has_header(grid), decimal=self.decimal, missing=self.missing)
-        times = scales.times(table, 0)
-        ids = _individuals(table)
-        values = scales.values(table, slice(1, len(ids) + 1))
+        values = scales.values(table, slice(1, len(ids) + 1), float(scales.factors_of(signals)[0]))
         records = Records(
             individual=np.tile(np.arange(len(ids)), len(table)),
             signal=np.zeros(values.size, dtype=np.int64),
@@ -72,18 +70,54 @@ class WideSheet:
             value=values.reshape(-1),
             row=np.repeat(table.rows, len(ids)),
         )
-        return observations(records, table.name, ids=ids, signals=signals, scales=scales)
+        return observations(records, table.name, ids=ids, signals=signals, scales=scales, notes=notes)
+
+    def plan(self) -> PlannedDesigns:
+        """Every individual at every time, whether there is a value or not."""
+        _, table, ids, times, notes = self._opened()
+        individual = np.repeat(np.arange(len(ids)), len(times))
+        design = planned_design(table.name, individual=individual, ids=ids, times=np.tile(times, len(ids)))
+        return PlannedDesigns(ids=ids, design=design, time_unit=self.time_unit, notes=notes)
+
+    def _opened(self) -> tuple[Scales, Table, tuple[str, ...], Float[np.ndarray, " R"], tuple[str, ...]]:
+        """The table, its individuals and its times, in order."""
+        if self.header not in ("auto", True, False):
+            raise ValueError(f"header {quoted(self.header)} is not one of auto, true, false.")
+        scales = Scales(
+            self.signal_units, self.time_unit, self.time_scale, self.transform, self.replicates, self.signal_scale
+        )
+        file = TableFile(self.path, self.separator, self.decimal, self.missing, self.sheet, self.thousands)
+        grid = file.read()
+        if grid.cells.shape[1] < 2:
+            raise ValueError(
+                f"{grid.name} has one column; a wide sheet has times in the first and an individual in each other "
+                "column. Pass data.separator if another sign stands between the columns, such as "
+                f"{typed('separator', ';')}."
+            )
+        table = Table.from_grid(grid, header=self._has_header(grid), notation=file)
+        times = scales.times(table, 0)
+        ids = _individuals(table)
+        if not self.sort:
+            nobody = np.zeros(len(table), dtype=np.int64)
+            refuse_disorder(table, 0, individual=nobody, ids=(), times=times)
+        return scales, table, ids, times, tuple(form_notes(ids))
 
     def _has_header(self, grid: Grid) -> bool:
         if isinstance(self.header, bool):
             return self.header
-        first = parse(grid.cells.iloc[0].to_numpy(dtype=object), self.decimal, self.missing)
+        first = parse(
+            grid.cells.iloc[0].to_numpy(dtype=object),
+            sign(self.decimal),
+            self.missing,
+            self.thousands and sign(self.thousands),
+        )
         is_number = ~first.text & ~first.missing
         fractions = is_number[1:] & (np.nan_to_num(first.values[1:]) % 1 != 0)
         if not is_number[0] and fractions.any():
             raise ValueError(
                 f"{grid.name}: row {grid.rows[0]} starts with {quoted(grid.cells.iat[0, 0])}, as a header would, but "
-                "goes on with fractions, as measurements would. Correct it, or pass data.header=true|false."
+                "goes on with fractions, as measurements would. Correct it, or pass data.header=true or "
+                "data.header=false."
             )
         return not is_number[0]
 

@@ -4,11 +4,58 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
+
+# Signs that a shell or Hydra would read as its own may be given as words.
+SIGNS = {
+    "comma": ",",
+    "semicolon": ";",
+    "point": ".",
+    "tab": "\t",
+    "space": " ",
+    "bar": "|",
+    "colon": ":",
+    "apostrophe": "'",
+}
+_WORDS = {mark: word for word, mark in SIGNS.items()}
+_BARE = re.compile(r"[A-Za-z_][\w./%-]*|[0-9]+")
+_RESERVED = ("true", "false", "null", "nan", "inf", "on", "off", "yes", "no")
+
+
+def sign(given: str) -> str:
+    """The sign that a word such as "semicolon" stands for; anything else as it is."""
+    return SIGNS.get(given, given)
+
+
+def typed(option: str, value: object) -> str:
+    """An option of the reader as it is typed in a shell: ``data.separator=semicolon``, ``'data.skip={C: C}'``."""
+    return shlex.quote(f"data.{option}={_hydra_text(_WORDS.get(value, value) if isinstance(value, str) else value)}")
+
+
+def _hydra_text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_hydra_key(key)}: {_hydra_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(_hydra_text(item) for item in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return f"{value:.9g}"
+    text = str(value)
+    if _BARE.fullmatch(text) and text.casefold() not in _RESERVED:
+        return text
+    return '"' + re.sub(r'(\\*)"', r'\1\1\\"', text) + '"'
+
+
+def _hydra_key(key: object) -> str:
+    """A key cannot stand between quotes in Hydra; signs with a meaning are escaped."""
+    return re.sub(r"([\\()\[\]{}:=,])", r"\\\1", str(key))
 
 
 def quoted(cell: object) -> str:
@@ -31,9 +78,15 @@ def listed_at(names: Sequence[str], positions: Int[np.ndarray, " X"]) -> str:
 
 def did_you_mean(name: str, choices: Sequence[str]) -> str:
     """A sentence with the nearest of ``choices``, whatever the case of its letters, or nothing."""
+    near = nearest(name, choices)
+    return f" Did you mean {quoted(near)}?" if near else ""
+
+
+def nearest(name: str, choices: Sequence[str]) -> str:
+    """The nearest of ``choices``, whatever the case of its letters; "" where none is near."""
     by_folded = {choice.casefold(): choice for choice in choices}
     near = difflib.get_close_matches(name.casefold(), list(by_folded), n=1)
-    return f" Did you mean {quoted(by_folded[near[0]])}?" if near else ""
+    return by_folded[near[0]] if near else ""
 
 
 def check_choice(option: str, chosen: object, choices: Sequence[str]) -> None:
@@ -56,6 +109,12 @@ def as_names(option: str, given: object) -> tuple[str, ...]:
     if len(set(words)) != len(words):
         raise ValueError(f"{option} names something twice: {listed(words)}.")
     return tuple(words)
+
+
+def counted(rows: Bool[np.ndarray, " R"], noun: str) -> str:
+    """How many rows are True, with the noun: "1 row", "3 rows"."""
+    number = int(rows.sum())
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def first_true(mask: Bool[np.ndarray, " R"]) -> int:

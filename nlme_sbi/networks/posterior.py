@@ -22,12 +22,15 @@ from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings, workin
 from nlme_sbi.networks.summaries import DataShape, GridNetwork, PooledNetwork, SummarySettings
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.progress import Progress
-from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run
+from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run, require_same_sources, require_unedited
 from nlme_sbi.runs.schema import DISTINCT, POSITIVE, Rule
 from nlme_sbi.standardize import ParameterScaling
 from nlme_sbi.targets import STORED_ROLES
 from nlme_sbi.types import Design, DesignSource, Observations, PosteriorSamples, Prior, Simulations, Simulator
+from nlme_sbi.units import check_units
 
+# Of a run's configuration, what a trained network rests on.
+TRAINED_SECTIONS = ("simulator", "prior", "design", "summary", "flow")
 # What a network works in: small enough for a CPU's cache, large enough to fill a GPU.
 _MEMORY = {"cpu": 2**25, "cuda": 2**30}
 _NOISE_ROWS = 2**16
@@ -263,12 +266,15 @@ class AmortizedPosterior:
             memory: bytes that the network may work in; None chooses by device.
 
         Raises:
-            ValueError: the run is unfinished, of another stage, edited or damaged, or its simulator is not trusted.
+            ValueError: the run is unfinished, of another stage, edited or damaged, or its simulator is not trusted; or
+                it was trained on a simulator whose code has changed since.
         """
         finished = run if isinstance(run, FinishedRun) else load_run(Path(run), stage="train_flow")
         config = finished.config
         roles = {"simulator": Simulator, "prior": Prior, "summary": SummarySettings, "flow": FlowSettings}
+        require_unedited(finished, TRAINED_SECTIONS, trust=trust)
         parts = {name: _stored_part(config, name, role, trust) for name, role in roles.items()}
+        require_same_sources(finished, TRAINED_SECTIONS, trust=trust)
         simulator: Simulator = parts["simulator"]
         shape = load_shape(finished.file("network.json"))
         network = stored_network(
@@ -298,8 +304,8 @@ class AmortizedPosterior:
     def check(self, observations: Observations) -> None:
         """Refuse observations that the network was not trained for.
 
-        Raises ``ValueError`` that names what differs (signals, units of time, times, missing values, doses,
-        covariates), how many individuals, the first of them, and the remedy.
+        Raises ``ValueError`` that names what differs (signals, units of times, signals, doses and covariates, times,
+        missing values, doses, covariates), how many individuals, the first of them, and the remedy.
         """
         if observations.signals != self.simulator.signals:
             raise ValueError(
@@ -307,11 +313,7 @@ class AmortizedPosterior:
                 f"{list(self.simulator.signals)} of {type(self.simulator).__name__}. Name or choose the data's signals "
                 "so (data.signals), or take the posterior of another simulator."
             )
-        if observations.time_unit and self.simulator.time_unit and observations.time_unit != self.simulator.time_unit:
-            raise ValueError(
-                f"The data's times are in {observations.time_unit}, the simulator's in {self.simulator.time_unit}; "
-                "set data.time_scale and data.time_unit so that they agree."
-            )
+        check_units(observations, self.simulator)
         uncovered = self.designs.covers(observations.design)
         if uncovered:
             row, reason = next(iter(uncovered.items()))

@@ -19,6 +19,7 @@ from nlme_sbi.plots.canvas import (
     TEXT_SIZE,
     VERMILION,
     canvas,
+    data_text,
     legend_above,
     panels,
 )
@@ -76,7 +77,7 @@ def plot_coverage(coverage: pd.DataFrame, labels: Labels) -> Figure:
         for place, name in enumerate(names):
             own = rows[rows["quantity"] == name]
             colour, line = SERIES[place % len(SERIES)], _STYLES[place // len(SERIES) % len(_STYLES)]
-            label = labels.get(name, name)
+            label = data_text(labels.get(name, name))
             ax.plot(own["nominal"], own["coverage"], linewidth=1.2, label=label, color=colour, linestyle=line)
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal")
         _titled(ax, title)
@@ -165,7 +166,7 @@ def plot_agreement(agreement: pd.DataFrame) -> Figure:
 
 
 def _titled(ax: Axes, title: str) -> None:
-    ax.set_title(title, fontsize=TEXT_SIZE)
+    ax.set_title(data_text(title), fontsize=TEXT_SIZE)
 
 
 def _thinned(rows: pd.DataFrame) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import chain
 
@@ -17,6 +18,7 @@ BLACK, GREY, PALE = "#222222", "#777777", "#D5D8DC"
 SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 TEXT_SIZE = 8.0
 PAPER_WIDTH = 7.0  # inches, two columns of a journal page
+_DOLLAR = re.compile(r"(?<!\\)\$")
 
 
 def canvas(
@@ -66,8 +68,14 @@ def parameter_labels(parameters: ParameterSpace) -> tuple[str, ...]:
 
 
 def labelled(name: str, unit: str) -> str:
-    """``name (unit)``, or the name alone where there is no unit."""
-    return f"{name} ({unit})" if unit else name
+    """``name (unit)``, or the name alone where there is no unit; both as they are, as :func:`data_text`."""
+    return data_text(f"{name} ({unit})" if unit else name)
+
+
+def data_text(words: str) -> str:
+    r"""Words from data (ids, names, units, levels) as they are: Matplotlib would read what stands between two ``$`` as
+    mathematics, and refuse ``$1_$2``. Words that went through here before stay as they are."""
+    return _DOLLAR.sub(r"\$", words)
 
 
 def require_names(names: Sequence[str], columns: int) -> None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nlme_sbi.diagnostics.predictive import PredictiveBands
-from nlme_sbi.plots.canvas import BLACK, BLUE, GREY, ORANGE, TEXT_SIZE, labelled, legend_above, panels
+from nlme_sbi.plots.canvas import BLACK, BLUE, GREY, ORANGE, TEXT_SIZE, data_text, labelled, legend_above, panels
 from nlme_sbi.types import Censoring, Observations
 
 
@@ -38,7 +38,7 @@ def plot_individual_fits(
     for ax, row in zip(axes, chosen, strict=True):
         _bands(ax, bands, row, signal)
         _measurements(ax, observations, row, signal)
-        name = observations.ids[row]
+        name = data_text(observations.ids[row])
         ax.set_title(f"individual {name}" if name.isdigit() else name, fontsize=TEXT_SIZE, pad=2)
     figure.supxlabel(labelled("time", observations.time_unit), fontsize=TEXT_SIZE)
     measured = observations.signals[signal].replace("_", " ")

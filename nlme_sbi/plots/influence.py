@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from nlme_sbi.plots.canvas import BLUE, GREY, TEXT_SIZE, canvas
+from nlme_sbi.plots.canvas import BLUE, GREY, TEXT_SIZE, canvas, data_text
 
 _INDIVIDUALS = 20
 _PREFIX = "shift."
@@ -26,14 +26,16 @@ def plot_influence(influence: pd.DataFrame) -> Figure:
     heights = np.arange(len(some))
     left.hlines(heights, 0, some["cook"], color=GREY, linewidth=1.0)
     left.plot(some["cook"], heights, "o", color=BLUE, markersize=4)
-    left.set_yticks(heights, [str(name) for name in some["id"]])
+    left.set_yticks(heights, [data_text(str(name)) for name in some["id"]])
     left.set_xlabel("influence (Cook's distance)", fontsize=TEXT_SIZE)
     left.set_xlim(left=0)
     left.invert_yaxis()
     size = float(np.nanmax(np.abs(shifts))) or 1.0
     shown = right.imshow(shifts, cmap="PuOr", vmin=-size, vmax=size, aspect="auto")
     right.set_yticks([])
-    right.set_xticks(range(len(columns)), [name[len(_PREFIX) :] for name in columns], rotation=60, ha="right")
+    right.set_xticks(
+        range(len(columns)), [data_text(name[len(_PREFIX) :]) for name in columns], rotation=60, ha="right"
+    )
     bar = figure.colorbar(shown, ax=right)
     bar.set_label("shift when left out (SE)", fontsize=TEXT_SIZE)
     bar.ax.tick_params(labelsize=TEXT_SIZE - 1)

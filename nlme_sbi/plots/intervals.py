@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from nlme_sbi.plots.canvas import GREY, SERIES, TEXT_SIZE, canvas, legend_above
+from nlme_sbi.plots.canvas import GREY, SERIES, TEXT_SIZE, canvas, data_text, legend_above
 
 _MARKERS = ("o", "s", "D", "^")
 _REACH = 6.0  # standard errors that the axis shows at most
@@ -28,6 +28,7 @@ def plot_intervals(intervals: Sequence[Mapping[str, Any]]) -> Figure:
         raise ValueError("No interval has a standard error, by which the others could be measured.")
     unknowns = [name for name in dict.fromkeys(row["unknown"] for row in intervals) if name in units]
     methods = list(dict.fromkeys(row["method"] for row in intervals))
+    quantities = {row["unknown"]: str(row.get("quantity", row["unknown"])) for row in intervals}
     figure, axes = canvas(1, 1, width=6.0, row_height=0.7 + 0.13 * len(unknowns) * (1 + len(methods)))
     ax = axes[0][0]
     for row in intervals:
@@ -44,7 +45,7 @@ def plot_intervals(intervals: Sequence[Mapping[str, Any]]) -> Figure:
             if end is None or abs(end) >= _REACH:
                 ax.plot([sign * _REACH], [height], "<" if sign < 0 else ">", color=colour, markersize=4)
     ax.axvline(0, color=GREY, linewidth=0.7, zorder=0)
-    ax.set_yticks(range(len(unknowns)), unknowns)
+    ax.set_yticks(range(len(unknowns)), [data_text(quantities[name]) for name in unknowns])
     ax.invert_yaxis()
     ax.set_xlabel("limits, in standard errors from the estimate", fontsize=TEXT_SIZE)
     legend_above(figure, ax)

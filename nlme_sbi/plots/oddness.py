@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from nlme_sbi.plots.canvas import BLUE, GREY, TEXT_SIZE, VERMILION, canvas, legend_above
+from nlme_sbi.plots.canvas import BLUE, GREY, TEXT_SIZE, VERMILION, canvas, data_text, legend_above
 
 _NAMED = 5
 
@@ -38,7 +38,7 @@ def plot_oddness(scores: pd.DataFrame) -> Figure:
     ax.axhline(float(ordered["limit"].iloc[0]), color=GREY, linewidth=1.0, linestyle="--", label="limit")
     for place in np.flatnonzero(named)[-_NAMED:]:
         ax.annotate(
-            str(ordered.index[place]),
+            data_text(str(ordered.index[place])),
             (places[place], float(ordered["oddness"].iloc[place])),
             xytext=(-4, 0),
             textcoords="offset points",

@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.stats import gaussian_kde
 from torch import Tensor
 
-from nlme_sbi.plots.canvas import BLACK, GREY, SERIES, TEXT_SIZE, canvas, legend_above, require_names
+from nlme_sbi.plots.canvas import BLACK, GREY, SERIES, TEXT_SIZE, canvas, data_text, legend_above, require_names
 from nlme_sbi.types import Prior
 
 Draws = Float[Tensor, "_ D"]  # sets of draws to compare may have different sizes
@@ -42,7 +42,7 @@ def plot_pairs(
     """
     sets = [draws] if isinstance(draws, Tensor) else list(draws)
     unnamed = ["draws"] if len(sets) == 1 else [f"draws {number + 1}" for number in range(len(sets))]
-    titles = unnamed if labels is None else list(labels)
+    titles = unnamed if labels is None else [data_text(label) for label in labels]
     if not sets or len(titles) != len(sets):
         raise ValueError(f"{len(titles)} labels for {len(sets)} sets of draws; give one label for each.")
     arrays = [_plain(one) for one in sets]

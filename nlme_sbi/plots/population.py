@@ -31,8 +31,16 @@ def plot_population(
         covariance: between individuals, or about each one's mean; a zero on its diagonal is a parameter that does not
             vary. The density shown is the average over individuals.
         draws: from ``p(phi | y_i, theta_hat)``: reweighted, so that pooled they should look like the population.
+
+    Raises:
+        ValueError: for names that do not fit, or estimates or draws that are not finite.
     """
     require_names(names, draws.shape[2])
+    parts = (mean, covariance.diagonal(dim1=-2, dim2=-1), draws)
+    lost = np.any([~np.isfinite(_plain(part)).reshape(-1, len(names)).all(0) for part in parts], axis=0)
+    if lost.any():
+        first = [name for name, missing in zip(names, lost, strict=True) if missing]
+        raise ValueError(f"The population or its draws are not finite for {', '.join(first)}.")
     # Individuals with the same covariates are alike and are looked at once.
     every = np.concatenate(
         [_plain(mean).reshape(-1, len(names)), _plain(covariance.diagonal(dim1=-2, dim2=-1)).reshape(-1, len(names))], 1

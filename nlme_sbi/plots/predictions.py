@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nlme_sbi.diagnostics.predictive import PredictiveBands
-from nlme_sbi.plots.canvas import BLACK, BLUE, ORANGE, TEXT_SIZE, labelled, legend_above, panels
+from nlme_sbi.plots.canvas import BLACK, BLUE, ORANGE, TEXT_SIZE, data_text, labelled, legend_above, panels
 from nlme_sbi.types import Observations, Simulator
 
 
@@ -43,7 +43,7 @@ def plot_predictions(
             seen = data.design.observed[row, :, signal].cpu().numpy()
             times, values = (_plain(one)[seen] for one in (data.design.times[row], data.values[row, :, signal]))
             ax.plot(times, values, ".", color=BLACK, markersize=3.0, zorder=3, label="measured")
-        ax.set_title(title, fontsize=TEXT_SIZE, pad=2)
+        ax.set_title(data_text(title), fontsize=TEXT_SIZE, pad=2)
     figure.supxlabel(labelled("time", simulator.time_unit), fontsize=TEXT_SIZE)
     name = simulator.signals[signal].replace("_", " ")
     figure.supylabel(labelled(name, simulator.signal_units[signal]), fontsize=TEXT_SIZE)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.interpolate import PchipInterpolator
 
-from nlme_sbi.plots.canvas import BLUE, GREY, TEXT_SIZE, VERMILION, legend_above, panels
+from nlme_sbi.plots.canvas import BLUE, GREY, TEXT_SIZE, VERMILION, data_text, legend_above, panels
 
 _TOP = 12.0  # of the drop in -2 log L that is shown
 
@@ -38,7 +38,7 @@ def plot_profiles(profiles: Sequence[Mapping[str, Any]], errors: Mapping[str, fl
         ax.plot(points[shown], drops[shown], "o", color=BLUE, markersize=2.5)
         ax.axhline(one["threshold"], color=VERMILION, linewidth=0.9, label="limit of the interval")
         ax.set_ylim(0, math.ceil(max(1.6 * one["threshold"], float(drops[shown].max()) * 1.05)))
-        ax.set_xlabel(str(one["unknown"]), fontsize=TEXT_SIZE)
+        ax.set_xlabel(data_text(str(one["unknown"])), fontsize=TEXT_SIZE)
     figure.supylabel("loss of 2 log L", fontsize=TEXT_SIZE)
     legend_above(figure, axes[0], columns=3)
     return figure

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import norm
 
-from nlme_sbi.plots.canvas import BLACK, BLUE, GREY, PALE, SKY, TEXT_SIZE, VERMILION, legend_above, panels
+from nlme_sbi.plots.canvas import BLACK, BLUE, GREY, PALE, SKY, TEXT_SIZE, VERMILION, data_text, legend_above, panels
 
 _PANELS = 12
 
@@ -42,7 +42,7 @@ def plot_random_effects(frame: pd.DataFrame, shrinkage: Mapping[str, float]) -> 
         )
         places = np.linspace(-reach, reach, 200)
         ax.plot(places, norm.pdf(places), color=BLUE, linewidth=1.5, label="population")
-        ax.set_title(f"{name}: shrinkage {100 * shrinkage[name]:.0f}%", fontsize=TEXT_SIZE, pad=2)
+        ax.set_title(f"{data_text(name)}: shrinkage {100 * shrinkage[name]:.0f}%", fontsize=TEXT_SIZE, pad=2)
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
     figure.supxlabel("random effect, in SDs of the population", fontsize=TEXT_SIZE)
@@ -70,8 +70,8 @@ def plot_effects_against_covariates(
         else:
             _levels(ax, values, some["eta"])
         ax.axhline(0, color=GREY, linewidth=0.8)
-        ax.set_xlabel(covariate, fontsize=TEXT_SIZE)
-        ax.set_ylabel(f"effect on {parameter} (SD)", fontsize=TEXT_SIZE)
+        ax.set_xlabel(data_text(covariate), fontsize=TEXT_SIZE)
+        ax.set_ylabel(f"effect on {data_text(parameter)} (SD)", fontsize=TEXT_SIZE)
     return figure
 
 
@@ -97,4 +97,4 @@ def _levels(ax: Axes, levels: pd.Series, up: pd.Series) -> None:
         capprops={"color": BLACK, "linewidth": 0.7},
         flierprops={"markersize": 2.5, "markeredgecolor": GREY},
     )
-    ax.set_xticks(range(1, len(names) + 1), [str(name) for name in names])
+    ax.set_xticks(range(1, len(names) + 1), [data_text(str(name)) for name in names])

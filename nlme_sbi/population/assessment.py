@@ -13,13 +13,14 @@ from scipy.stats import norm
 from torch import Tensor
 
 from nlme_sbi.population.bootstrap import Bootstrap, Weights, bootstrap
-from nlme_sbi.population.intervals import Interval, ProfileCurve, made_interval
+from nlme_sbi.population.intervals import Interval, ProfileCurve, made_interval, natural_values
 from nlme_sbi.population.profile import Profile, profile_interval
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import FitProgress, Report
 from nlme_sbi.population.uncertainty import sandwich
 
 METHODS = ("information", "sandwich", "profile", "bootstrap")
+_BETWEEN_INDIVIDUALS = ("sandwich", "bootstrap")  # judge by how individuals differ
 logger = logging.getLogger(__name__)
 
 
@@ -119,8 +120,9 @@ def bootstrap_rows(fit: PopulationFit, found: Bootstrap, *, level: float = 0.95)
             level=level,
             se=float(errors[place]),
             noise=float(noise[place]),
+            natural_se=float(natural_values(fit.population, fit.population.unknowns.names[place], replicates).std()),
         )
-        for place in fit.population.unknowns.free.tolist()
+        for place, replicates in ((place, found.theta[:, place]) for place in fit.population.unknowns.free.tolist())
     )
 
 
@@ -129,22 +131,26 @@ def assessed(
 ) -> PopulationFit:
     """The fit with its :attr:`PopulationFit.intervals` by every method that was asked for.
 
-    Where the fit has no standard errors there are no intervals either, which a warning tells.
+    Where the fit has no standard errors there are no intervals either, which a warning tells. With no more individuals
+    than unknowns, sandwich and bootstrap are left out, which another one tells: scores of so few add up to a singular
+    matrix, so that some interval would have the width 0.
     """
     if not bool(torch.isfinite(fit.covariance).all()):
         return fit
+    few = len(fit.ids) <= fit.estimated
+    methods = [method for method in settings.methods if not (few and method in _BETWEEN_INDIVIDUALS)]
     found: list[Interval] = []
-    if "information" in settings.methods:
+    if "information" in methods:
         found += wald_intervals(fit, level=settings.level)
-    if "sandwich" in settings.methods:
+    if "sandwich" in methods:
         found += wald_intervals(fit, sandwich_covariance(fit), method="sandwich", level=settings.level)
-    warnings: list[str] = []
+    warnings: list[str] = _left_out(fit, [method for method in settings.methods if method not in methods])
     profiles: tuple[Profile, ...] = ()
-    if "profile" in settings.methods:
+    if "profile" in methods:
         profiles = _profiles(fit, settings, generator, progress)
         found += profile_rows(fit, profiles)
         warnings += _climbed(profiles)
-    if "bootstrap" in settings.methods:
+    if "bootstrap" in methods:
         replicates = bootstrap(
             fit, generator=generator, replicates=settings.replicates, weights=settings.weights, progress=progress
         )
@@ -154,6 +160,15 @@ def assessed(
     for warning in warnings:
         logger.warning(warning)
     return replace(fit, intervals=tuple(found), profiles=_curves(profiles), warnings=(*fit.warnings, *warnings))
+
+
+def _left_out(fit: PopulationFit, methods: Sequence[str]) -> list[str]:
+    if not methods:
+        return []
+    return [
+        f"No {' and no '.join(methods)} errors: they need more individuals than unknowns, and there are {len(fit.ids)} "
+        f"individuals for {fit.estimated} unknowns. The errors from the information rest on the model alone."
+    ]
 
 
 def _curves(profiles: Sequence[Profile]) -> tuple[ProfileCurve, ...]:
@@ -195,6 +210,7 @@ def _made(
     level: float,
     se: float | None,
     noise: float,
+    natural_se: float | None = None,
 ) -> Interval:
     """A row whose Monte-Carlo error joins that of the estimate, which moves both limits, and the method's own."""
     own = float(fit.monte_carlo.se[place])
@@ -205,5 +221,6 @@ def _made(
         method=method,
         level=level,
         se=se,
+        natural_se=natural_se,
         monte_carlo_se=math.hypot(own, noise) if math.isfinite(own) else None,
     )

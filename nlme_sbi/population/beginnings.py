@@ -100,7 +100,9 @@ def first_climbers(
 def _network_draws(source: Source, observations: Observations, generator: torch.Generator) -> Float[Tensor, "I S D"]:
     if isinstance(source, PosteriorSamples):
         return source.phi[:, :_FIRST_DRAWS]
-    return source.sample(observations, _FIRST_DRAWS, generator).phi
+    # To a network a limit is a value; that does for a beginning, and the likelihood knows better.
+    plain = replace(observations, censoring=None, lower=None, upper=None)
+    return source.sample(plain, _FIRST_DRAWS, generator).phi
 
 
 def images(simulator: TractableSimulator, population: PopulationModel) -> list[list[int]]:

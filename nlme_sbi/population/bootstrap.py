@@ -104,7 +104,7 @@ def bootstrap(
         progress: told how far it is.
 
     Raises:
-        ValueError: for a fit without standard errors, or too few replicates.
+        ValueError: for a fit without standard errors or with no more individuals than unknowns, or too few replicates.
     """
     if weights not in ("multinomial", "exponential"):
         raise ValueError(f'weights: "{weights}" is not one of multinomial, exponential.')
@@ -112,6 +112,11 @@ def bootstrap(
         raise ValueError(f"replicates must be at least 2; got {replicates}.")
     if not bool(torch.isfinite(fit.covariance).all()):
         raise ValueError("This fit has no standard errors, which set the steps of a bootstrap; see its warnings.")
+    if len(fit.ids) <= fit.estimated:
+        raise ValueError(
+            f"A bootstrap needs more individuals than unknowns; there are {len(fit.ids)} individuals for "
+            f"{fit.estimated} unknowns."
+        )
     thin = _thinned(fit)
     free = fit.population.unknowns.free.to(fit.theta.device)
     information = torch.linalg.inv(fit.covariance[free][:, free])

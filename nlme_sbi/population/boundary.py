@@ -28,6 +28,7 @@ from nlme_sbi.population.roles import WeightedDraws
 from nlme_sbi.population.weighting import halves, scores, slopes_along
 
 _STEP = 1e-4  # of central differences of exact derivatives
+_LEVEL = 0.05  # one-sided p-value from which on a parameter is said to vary perhaps
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class VarianceTest:
 
 def variance_tests(state: WeightedDraws, theta: Float[Tensor, " P"]) -> tuple[VarianceTest, ...]:
     """The score test for every constant parameter whose value is an unknown of its own.
+
+    With too few individuals nothing is left to judge the sum by after the regression on the scores: ``z`` and ``p`` are
+    NaN unless there are at least two more of them than unknowns.
 
     Args:
         state: draws, made for ``theta`` or nearby.
@@ -121,16 +125,16 @@ def _noise(state: WeightedDraws, theta: Tensor, direction: Tensor) -> float:
 
 
 def told(tests: tuple[VarianceTest, ...]) -> tuple[str, ...]:
-    """A line below the table for each."""
-    lines = []
-    for test in tests:
-        where = "SD 0, at its boundary (estimated)" if test.estimated else "SD 0 (given)"
-        if math.isnan(test.z):
-            lines.append(f"{test.parameter}: {where}; no score test: too few individuals for the unknowns.")
-            continue
-        error = "" if math.isnan(test.monte_carlo_se) else f" (Monte-Carlo SE {test.monte_carlo_se:.2g})"
-        lines.append(
-            f"{test.parameter}: {where}; score test for variability z = {test.z:.2f}{error}, one-sided p = {test.p:.3g}"
-            + (": it varies." if test.p < 0.01 else ".")
-        )
-    return tuple(lines)
+    """A sentence below the table for each."""
+    return tuple(sentence(test) for test in tests)
+
+
+def sentence(test: VarianceTest) -> str:
+    """What a score test says: information for whoever chooses the model, no alarm."""
+    where = "its SD ran to 0, the boundary" if test.estimated else "given"
+    said = f"No variability of {test.parameter} ({where})"
+    if math.isnan(test.z):
+        return f"{said}; no score test: too few individuals for the unknowns."
+    error = "" if math.isnan(test.monte_carlo_se) else f" (Monte-Carlo SE {test.monte_carlo_se:.2g})"
+    verdict = "it may vary" if test.p < _LEVEL else "no sign that it varies"
+    return f"{said}; score test: z = {test.z:.2f}{error}, one-sided p = {test.p:.2g}: {verdict}."

@@ -131,8 +131,8 @@ def low_effective_draws(effective: Float[Tensor, " I"], draws: int, ids: tuple[s
     worst = ", ".join(f"{ids[int(place)]} ({float(effective[place]):.1f})" for place in low[:_NAMED])
     return (
         f"{len(low)} of {len(effective)} individuals have an effective number of draws below {floor:g} of "
-        f"{draws}; the worst: {worst}. Their likelihood is uncertain: use more draws, train longer, or refine towards "
-        "this population.",
+        f"{draws}; the worst: {worst}. Their likelihood is uncertain: use more draws, train longer, or, where there "
+        "is a likelihood, estimator=exact.",
     )
 
 
@@ -181,7 +181,7 @@ def outgrown(prior: Prior, population: PopulationModel, theta: Float[Tensor, " P
     return _outside_support(prior, population, theta, design)
 
 
-_REMEDY = "Train with a wider prior there, or refine the network towards this population."
+_REMEDY = "Train with a wider prior there, or use estimator=exact where there is a likelihood."
 
 
 def _wider_than_gaussian(prior: Prior, population: PopulationModel, theta: Tensor, design: Design) -> tuple[str, ...]:

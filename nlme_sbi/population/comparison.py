@@ -1,10 +1,16 @@
-"""Fits side by side: which of their likelihoods may be compared, information criteria, likelihood-ratio tests."""
+"""Fits side by side: which of their likelihoods may be compared, information criteria, likelihood-ratio tests.
+
+Fits also check each other. Two of the same model have the same maximum, and a larger model's is at least as high as
+that of one within it; where the likelihoods say otherwise beyond their Monte-Carlo errors, a fit has not found its
+maximum.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import pandas as pd
@@ -12,7 +18,10 @@ import pandas as pd
 from nlme_sbi.population.criteria import likelihood_ratio_p
 
 _EQUAL = 1e-9  # relative difference of fixed values that are the same
-_WORSE = 0.5  # how much lower than a smaller model's a larger one's likelihood may lie before it is doubted
+# By how much two -2 log L may differ from what they must be, beside Monte-Carlo error: estimates are a few hundredths
+# of a standard error off, or a few tenths with stochastic approximation.
+_SLACK = 0.5
+_ERRORS = 3  # Monte-Carlo SEs
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class ComparedFit:
         fixed: values of the others.
         vanished: parameters whose variance was estimated as 0.
         converged: whether the fit did.
+        effects: of covariates, ``(parameter, mean or log_sd, covariate)``, with their forms.
     """
 
     label: str
@@ -56,6 +66,7 @@ class ComparedFit:
     fixed: Mapping[str, float]
     vanished: frozenset[str]
     converged: bool
+    effects: Mapping[tuple[str, str, str], str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plain: Mapping[str, Any], *, label: str, data: str, posterior: str) -> ComparedFit:
@@ -89,7 +100,16 @@ class ComparedFit:
             fixed={entry["name"]: entry["estimate"] for entry in plain["unknowns"] if entry["fixed"]},
             vanished=frozenset(test["parameter"] for test in plain["variance_tests"] if test["estimated"]),
             converged=plain["converged"],
+            effects={
+                (row["parameter"], row["on"], row["covariate"]): row["form"]
+                for row in plain.get("table", {}).get("covariate_effects", [])
+            },
         )
+
+    @property
+    def quantity(self) -> str:
+        """What its deviance is, in words."""
+        return "-2 log L" if self.kind != "ratio" else "-2 log likelihood ratios"
 
 
 @dataclass(frozen=True)
@@ -120,16 +140,38 @@ class RatioTest:
 
 
 @dataclass(frozen=True)
+class Contradiction:
+    """Two likelihoods that cannot both be maxima.
+
+    Args:
+        lower: label of the fit that has missed its maximum for certain.
+        higher: label of the other one.
+        difference: of the -2 log L.
+        monte_carlo_se: of it.
+        sentence: what is wrong, in words.
+    """
+
+    lower: str
+    higher: str
+    difference: float
+    monte_carlo_se: float
+    sentence: str
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """The fits, best AIC first, and the tests of all nested pairs."""
+    """The fits, converged ones first and best AIC first; tests of all nested pairs; what contradicts each other."""
 
     fits: tuple[ComparedFit, ...]
     tests: tuple[RatioTest, ...]
     notes: tuple[str, ...]
+    contradictions: tuple[Contradiction, ...] = ()
 
     def frame(self) -> pd.DataFrame:
-        """One row a fit, with differences from the best; ``difference_monte_carlo_se`` belongs to all of them."""
-        best = {name: min(getattr(fit, name) for fit in self.fits) for name in ("aic", "bic", "bicc")}
+        """One row a fit, with differences from the best that converged; ``difference_monte_carlo_se`` belongs to all of
+        them. ``contradicted_by`` names fits that show that this one has missed its maximum."""
+        sound = [fit for fit in self.fits if fit.converged] or list(self.fits)
+        best = {name: min(getattr(fit, name) for fit in sound) for name in ("aic", "bic", "bicc")}
         first = self.fits[0]
         rows = [
             {
@@ -143,6 +185,7 @@ class Comparison:
                 if fit is first
                 else math.hypot(fit.monte_carlo_se, first.monte_carlo_se),
                 "converged": fit.converged,
+                "contradicted_by": " ".join(one.higher for one in self.contradictions if one.lower == fit.label),
             }
             for fit in self.fits
         ]
@@ -154,15 +197,16 @@ class Comparison:
 
     def text(self) -> str:
         """For a terminal."""
-        shown = self.frame().to_string(index=False, float_format="{:.2f}".format)
-        parts = [shown, ""]
+        frame = self.frame().drop(columns="contradicted_by")
+        frame["fit"] = [fit.label if fit.converged else f"{fit.label} (not converged)" for fit in self.fits]
+        parts = [frame.to_string(index=False, float_format="{:.2f}".format), ""]
         for test in self.tests:
             error = f" (Monte-Carlo SE {test.monte_carlo_se:.2g})"
             parts.append(
                 f"{test.smaller} within {test.larger}: likelihood ratio {test.statistic:.2f}{error}, {test.law}, "
                 f"p = {test.p:.3g}.{' ' + test.note if test.note else ''}"
             )
-        return "\n".join([*parts, *self.notes]).rstrip() + "\n"
+        return "\n".join([*parts, *(one.sentence for one in self.contradictions), *self.notes]).rstrip() + "\n"
 
 
 def _with_difference(name: str, fit: ComparedFit, best: Mapping[str, float]) -> dict[str, float]:
@@ -179,18 +223,103 @@ def compared_fits(fits: Sequence[ComparedFit]) -> Comparison:
     if len(fits) < 2:
         raise ValueError(f"A comparison needs at least two fits; got {len(fits)}.")
     _require_comparable(fits)
-    tests = [test for small in fits for large in fits if small is not large and (test := _tested(small, large))]
-    notes = [
-        f"{fit.label} has not converged: its numbers are no basis for a choice." for fit in fits if not fit.converged
+    contradictions = _contradictions(fits)
+    missed = {one.lower: one.higher for one in contradictions}
+    tests = [
+        _doubted(test, missed)
+        for small in fits
+        for large in fits
+        if small is not large and small.converged and large.converged and (test := _tested(small, large))
     ]
+    notes = [
+        f"{fit.label} has not converged: its numbers are no basis for a choice, and it is in no test."
+        for fit in fits
+        if not fit.converged
+    ]
+    notes += _agreements(fits)
     if len({fit.simulator for fit in fits}) > 1:
         notes.append(
             "The simulators differ: criteria may be compared, likelihood-ratio tests do not apply to such pairs."
         )
     if fits[0].kind == "ratio":
         notes.append("Likelihoods are ratios to the training prior's evidence: only differences mean something.")
-    ordered = sorted(fits, key=lambda fit: fit.aic)
-    return Comparison(tuple(ordered), tuple(tests), tuple(notes))
+    ordered = sorted(fits, key=lambda fit: (not fit.converged, fit.aic))
+    return Comparison(tuple(ordered), tuple(tests), tuple(notes), tuple(contradictions))
+
+
+def is_same_model(first: ComparedFit, second: ComparedFit) -> bool:
+    """Whether two fits have the same maximum: a variance that was estimated as 0 is none."""
+    return (
+        first.model == second.model
+        and first.simulator == second.simulator
+        and first.free == second.free
+        and first.effects == second.effects
+        and set(first.fixed) == set(second.fixed)
+        and all(_same(value, second.fixed[name]) for name, value in first.fixed.items())
+    )
+
+
+def _contradictions(fits: Sequence[ComparedFit]) -> list[Contradiction]:
+    found = []
+    for first, second in combinations(fits, 2):
+        higher, lower = sorted((first, second), key=lambda fit: fit.deviance)
+        difference, error = lower.deviance - higher.deviance, _error(first, second)
+        if not difference > _SLACK + _ERRORS * error:
+            continue
+        size = f"differ by {difference:.3g}, {_in_errors(difference, error)}"
+        pair = f"{first.label} and {second.label}"
+        if is_same_model(first, second):
+            sentence = (
+                f"{pair} are fits of the same model to the same data, but their {lower.quantity} {size}: at least one "
+                f"has not found the maximum; the higher likelihood is {higher.label}'s."
+            )
+        elif restrictions(higher, lower) is not None:
+            sentence = (
+                f"{lower.label} holds {higher.label} as a special case and fits worse, which cannot be: their "
+                f"{lower.quantity} {size}; {lower.label} has not found its maximum."
+            )
+        else:
+            continue
+        found.append(Contradiction(lower.label, higher.label, difference, error, sentence))
+    return found
+
+
+def _in_errors(difference: float, error: float) -> str:
+    return f"which is {difference / error:.0f} Monte-Carlo SEs" if error > 0 else "which no Monte-Carlo error explains"
+
+
+def _error(first: ComparedFit, second: ComparedFit) -> float:
+    return math.hypot(first.monte_carlo_se, second.monte_carlo_se)
+
+
+def _agreements(fits: Sequence[ComparedFit]) -> list[str]:
+    """Pairs of the same model whose likelihoods agree."""
+    found = []
+    for first, second in combinations(fits, 2):
+        difference, error = abs(first.deviance - second.deviance), _error(first, second)
+        if not is_same_model(first, second) or difference > _SLACK + _ERRORS * error:
+            continue
+        agree = f"their {first.quantity} agree (difference {difference:.2g}, Monte-Carlo SE {error:.2g})"
+        zero = sorted(first.vanished ^ second.vanished)
+        if zero:
+            found.append(
+                f"{first.label} and {second.label} are equal models, because the variance of {', '.join(zero)} was "
+                f"estimated as 0 in one and is none in the other; {agree}."
+            )
+        else:
+            found.append(f"{first.label} and {second.label} are fits of the same model; {agree}.")
+    return found
+
+
+def _doubted(test: RatioTest, missed: Mapping[str, str]) -> RatioTest:
+    """The test, with a note where one of its fits has missed its maximum."""
+    notes = [test.note] if test.note else []
+    notes += [
+        f"Not to be used: {label} has not found its maximum, as {missed[label]} shows."
+        for label in (test.smaller, test.larger)
+        if label in missed and not test.note
+    ]
+    return replace(test, note=" ".join(notes))
 
 
 def _require_comparable(fits: Sequence[ComparedFit]) -> None:
@@ -230,6 +359,8 @@ def restrictions(small: ComparedFit, large: ComparedFit) -> tuple[int, int] | No
         return None
     if any(not _same(value, small.fixed.get(name)) for name, value in large.fixed.items()):
         return None
+    if any(large.effects.get(name) != form for name, form in small.effects.items()):
+        return None
     if not set(small.fixed) <= known | set(large.fixed):
         return None
     beyond = known - small.free - {f"log_sd.{name}" for name in small.vanished}
@@ -248,9 +379,9 @@ def _tested(small: ComparedFit, large: ComparedFit) -> RatioTest | None:
         return None
     others, at_zero = found
     statistic = small.deviance - large.deviance
-    error = math.hypot(small.monte_carlo_se, large.monte_carlo_se)
+    error = _error(small, large)
     note = ""
-    if statistic < -_WORSE - 3 * error:
+    if statistic < -_SLACK - _ERRORS * error:
         note = "The larger model fits worse, which it cannot: its fit has not found the highest maximum."
     return RatioTest(
         smaller=small.label,

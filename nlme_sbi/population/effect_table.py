@@ -9,6 +9,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.population.labels import effect_label
 from nlme_sbi.population.roles import EffectLabel, PopulationModel
 from nlme_sbi.population.summary import NORMAL_95
 
@@ -94,14 +95,15 @@ def _exponential(value: float | None) -> float | None:
 
 def effect_cells(row: EffectRow) -> tuple[str, ...]:
     """A row as words, one for each of :data:`EFFECT_HEADINGS`."""
-    target = row.parameter if row.on == "mean" else f"log SD of {row.parameter}"
     against = f" vs {row.reference}" if row.level else f" about {row.reference}"
     given = row.status == "fixed"
     ratio = "-"
     if row.ratio is not None:
-        ratio = f"{row.ratio:.4g}" + ("" if given else f" {_interval(row.ratio_lower, row.ratio_upper)}")
+        ratio = f"{row.ratio:.4g}" + (
+            "" if given or row.ratio_lower is None else f" {_interval(row.ratio_lower, row.ratio_upper)}"
+        )
     return (
-        f"{row.covariate}{f' {row.level}' if row.level else ''} on {target}",
+        effect_label(row.parameter, row.on, row.covariate, row.level),
         row.form + against,
         f"{row.estimate:.4g}",
         "fixed" if given else _written(row.se),

@@ -21,6 +21,7 @@ from nlme_sbi.population.exploring import Explored, explore
 from nlme_sbi.population.individuals import IndividualEstimates, individual_estimates
 from nlme_sbi.population.labelling import declared_pairs, in_order, labelling_notes, require_orderable
 from nlme_sbi.population.likelihood_search import Task, compare_starts, search_likelihood
+from nlme_sbi.population.ratio_check import compare_with_likelihood
 from nlme_sbi.population.result import PopulationFit, Restart
 from nlme_sbi.population.roles import (
     Estimator,
@@ -182,6 +183,9 @@ def _fitted(
     else:
         inputs = (posterior_or_samples, observations, generator)
         outcome = _on_fixed_draws(chosen, model, inputs, starts=starts, accuracy=accuracy, say=say)
+        theta = outcome.optimum.summit.theta
+        likelihood = compare_with_likelihood(posterior_or_samples, observations, model, theta, generator)
+        outcome = replace(outcome, warnings=(*outcome.warnings, *likelihood))
     state, theta = outcome.state, outcome.optimum.summit.theta
     individuals = individual_estimates(state, theta)
     said = (

@@ -73,7 +73,7 @@ def influence(
         ids: of the individuals.
 
     Raises:
-        ValueError: for fewer than 3 individuals, or without standard errors.
+        ValueError: for fewer than 3 individuals or no more than unknowns, or without standard errors.
     """
     count = state.individuals
     if count < 3:
@@ -82,6 +82,11 @@ def influence(
     own = covariance[free][:, free]
     if not bool(torch.isfinite(own).all()) or len(free) == 0:
         raise ValueError("Influence of individuals needs the fit's standard errors, which are not known.")
+    if count <= len(free):
+        raise ValueError(
+            f"Influence of individuals needs more of them than unknowns; there are {count} individuals for {len(free)} "
+            "unknowns."
+        )
     without_one = own * (count / (count - 1))
     steps = -scores(state, theta) @ without_one
     se = own.diagonal().sqrt()

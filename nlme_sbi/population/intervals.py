@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from nlme_sbi.parameters import ParameterSpace
+from nlme_sbi.population.labels import unknown_label
 from nlme_sbi.population.roles import PopulationModel
 
 
@@ -25,8 +27,10 @@ class Interval:
         se: standard error there; None for profiles, which have none.
         lower: limit there; minus infinity where a profile has none.
         upper: the other one.
-        quantity: what ``natural`` is: the typical value in its unit, the SD between individuals, or the unknown itself.
-        natural: the estimate on the natural scale (parameter's unit; SD).
+        quantity: what ``natural`` is, as printed: ``typical ka`` (in its unit), ``omega(ka)`` (the SD between
+            individuals), ``corr(ka, V)``, ``WT on CL``; see :func:`nlme_sbi.population.labels.unknown_label`.
+        natural: the estimate on the natural scale (parameter's unit; SD; correlation).
+        natural_se: its standard error, by the delta method or, of the bootstrap, the replicates' SD; None for profiles.
         natural_lower: limit there; 0 for an SD without a lower limit.
         natural_upper: the other one.
         monte_carlo_se: standard error of the limits on the scale of theta that comes from finitely many draws and
@@ -42,6 +46,7 @@ class Interval:
     upper: float
     quantity: str
     natural: float
+    natural_se: float | None
     natural_lower: float
     natural_upper: float
     monte_carlo_se: float | None
@@ -68,10 +73,18 @@ def made_interval(
     level: float,
     se: float | None,
     monte_carlo_se: float | None,
+    natural_se: float | None = None,
 ) -> Interval:
-    """An interval with its natural values, from estimate, lower and upper limit on the scale of theta."""
-    quantity, natural = _naturally(population, unknown, limits)
+    """An interval with its natural values, from estimate, lower and upper limit on the scale of theta.
+
+    ``natural_se`` comes by the delta method from ``se`` where it is not given.
+    """
     estimate, lower, upper = limits
+    places = torch.tensor(limits, dtype=torch.float64)
+    natural = natural_values(population, unknown, places).tolist()
+    if se is not None and natural_se is None:
+        slope = torch.func.jacfwd(lambda at: natural_values(population, unknown, at))(places[:1])
+        natural_se = abs(float(slope)) * se
     return Interval(
         unknown=unknown,
         method=method,
@@ -80,36 +93,30 @@ def made_interval(
         se=se,
         lower=lower,
         upper=upper,
-        quantity=quantity,
+        quantity=_quantity(population, unknown),
         natural=natural[0],
+        natural_se=natural_se,
         natural_lower=natural[1],
         natural_upper=natural[2],
         monte_carlo_se=monte_carlo_se,
     )
 
 
-def _naturally(
-    population: PopulationModel, unknown: str, values: tuple[float, float, float]
-) -> tuple[str, tuple[float, float, float]]:
-    """What an unknown stands for in words that people use, and the values as such."""
+def _quantity(population: PopulationModel, unknown: str) -> str:
+    label = unknown_label(population, unknown)
+    return f"typical {label}" if label in population.parameters.names else label
+
+
+def natural_values(population: PopulationModel, unknown: str, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Values of an unknown on its natural scale: the parameter's unit, an SD, a correlation, a coefficient as it is."""
     kind, _, name = unknown.partition(".")
     table, names = population.unknowns, population.parameters.names
     transform = table.transforms[table.names.index(unknown)]
     if kind == "mean" and name in names:
-        space = ParameterSpace((population.parameters[name],))
-        column = torch.tensor(values, dtype=torch.float64)[:, None]
-        lower, middle, upper = sorted(space.to_natural(column)[:, 0].tolist())
-        return f"typical {name}", (middle, lower, upper)
+        return ParameterSpace((population.parameters[name],)).to_natural(values[:, None])[:, 0]
     if transform == "log":
-        label = f"SD of {name}" if kind == "log_sd" else f"exp({unknown})"
-        return label, (_exp(values[0]), _exp(values[1]), _exp(values[2]))
-    if transform == "partial_correlation":
-        return unknown, (math.tanh(values[0]), math.tanh(values[1]), math.tanh(values[2]))
-    return unknown, values
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+        return values.exp()
+    return torch.tanh(values) if transform == "partial_correlation" else values
 
 
 def intervals_frame(intervals: Sequence[Interval]) -> pd.DataFrame:
@@ -118,7 +125,8 @@ def intervals_frame(intervals: Sequence[Interval]) -> pd.DataFrame:
 
 
 def interval_lines(intervals: Sequence[Interval]) -> tuple[str, ...]:
-    """Aligned lines: a row for each unknown, two columns for each method beyond the information, which the table has.
+    """Aligned lines: a row for each unknown, two columns for each method beyond the information, which the table has;
+    all numbers on the natural scale.
 
     Nothing where there is no other method.
     """
@@ -127,14 +135,14 @@ def interval_lines(intervals: Sequence[Interval]) -> tuple[str, ...]:
     if not others:
         return ()
     found = {(interval.quantity, interval.method): interval for interval in intervals}
-    header = ["interval by", *(word for method in others for word in _headings(method, intervals))]
+    header = ["other intervals", *(word for method in others for word in _headings(method, intervals))]
     rows = [header]
     for quantity in dict.fromkeys(interval.quantity for interval in intervals):
         cells = [quantity]
         for method in others:
             interval = found.get((quantity, method))
             if method != "profile":
-                cells.append("-" if interval is None or interval.se is None else f"{interval.se:.3g}")
+                cells.append("-" if interval is None or interval.natural_se is None else f"{interval.natural_se:.3g}")
             cells.append("-" if interval is None else f"[{interval.natural_lower:.4g}, {interval.natural_upper:.4g}]")
         rows.append(cells)
     widths = [max(len(row[place]) for row in rows) for place in range(len(header))]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 import torch
 
@@ -15,15 +14,15 @@ from nlme_sbi.population.covariate_checks import bound_effects, coefficients
 from nlme_sbi.population.covariates import CovariateEffect, EffectSettings, Section, nearest, read_settings
 from nlme_sbi.population.gaussian import BoundGaussian
 from nlme_sbi.population.roles import EffectLabel, ParameterTable, Unknown
-from nlme_sbi.types import Observations
+from nlme_sbi.types import Observations, ReadOnlyMapping
 
 __all__ = ["BoundGaussian", "GaussianPopulation"]
 
 Number = float | int
 Given = Mapping[str, Mapping[str, Number | Mapping[str, Number]]]
 Numbers = Mapping[str, Number]
-_NONE: Given = MappingProxyType({})
-_NO_COVARIATES: Section = MappingProxyType({})
+_NONE: Given = ReadOnlyMapping({})
+_NO_COVARIATES: Section = ReadOnlyMapping({})
 _MAY_HOLD = {"fixed": ("mean", "sd"), "start": ("mean", "sd", "correlation")}
 
 

@@ -5,55 +5,22 @@ The mode is that of the density over unconstrained ``phi``; on another scale it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.beginnings import likelihood_of, with_images
 from nlme_sbi.population.exact_draws import ExactDraws
-from nlme_sbi.population.individuals import resampled_draws
+from nlme_sbi.population.individuals import IndividualModes, ModeKind, resampled_draws
 from nlme_sbi.population.joint import Expansion, JointDensity, ascend, interleaved
 from nlme_sbi.population.proposals import Pieces
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import PopulationModel
 from nlme_sbi.types import Observations, Posterior, TractableSimulator
 
-ModeKind = Literal["climbed", "highest found", "best draw", "heaviest draw"]
 _DRAWS = 50  # of each individual, of which the best is climbed from, or is the answer
 _TOLERANCE = 1e-5  # promised gain at which a climb ends: 0.005 posterior SDs from the top of a parabola
 _ARRIVED = 1e-3  # promised gain that may be left, 0.05 posterior SDs
-
-
-@dataclass(frozen=True, eq=False)
-class IndividualModes:
-    """The mode of every individual's posterior, unconstrained ``phi (I, D)``, constants at the population's value.
-
-    ``kinds`` tells for each how it was found: "climbed" is a maximum of likelihood times population density, "highest
-    found" a climb that did not settle (a kink, a ridge); without a likelihood it is the "best draw", the one of
-    ``_DRAWS`` where the network's density times p(phi | theta)/p(phi) is largest, or, for draws without a density, the
-    "heaviest draw", which is no mode but the draw that the population favours most.
-    """
-
-    phi: Float[Tensor, "I D"]
-    kinds: tuple[ModeKind, ...]
-
-    def added_to(self, frame: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
-        """A table of individuals with the columns ``NAME.mode`` after ``NAME.sd``, and ``mode``, how they were found.
-
-        Args:
-            frame: one row an individual, in this order.
-            names: of the parameters.
-        """
-        told = frame.copy()
-        for place, name in enumerate(names):
-            after = [str(column) for column in told.columns].index(f"{name}.sd") + 1
-            told.insert(after, f"{name}.mode", self.phi[:, place].cpu().numpy())
-        told["mode"] = list(self.kinds)
-        return told
 
 
 @torch.no_grad()

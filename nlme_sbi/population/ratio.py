@@ -84,8 +84,15 @@ class PriorRatio:
         """Draws, their prior density and, with constant parameters, the mixtures.
 
         Raises:
-            ValueError: draws that are not finite, lie outside the prior, or belong to other parameters or individuals.
+            ValueError: censored data; draws that are not finite, lie outside the prior, or belong to other parameters
+                or individuals.
         """
+        if observations.censoring is not None:
+            raise ValueError(
+                "The data hold censored measurements (CENS), and prior_ratio weighs draws of a network that was "
+                "trained on plain values and takes a limit for a value. Pass estimator=exact, or leave these rows out, "
+                "for example 'data.skip={CENS: 1}'."
+            )
         if not isinstance(source, PosteriorSamples):
             drawn = source.sample(observations, self.draws, generator)
             return self._assembled(drawn, source, observations, population, generator)

@@ -13,8 +13,15 @@ from torch import Tensor
 
 from nlme_sbi.population.boundary import VarianceTest, told
 from nlme_sbi.population.criteria import corrected_bic
-from nlme_sbi.population.individuals import IndividualEstimates, individual_typical, resampled_draws
+from nlme_sbi.population.individuals import (
+    IndividualEstimates,
+    IndividualModes,
+    individual_typical,
+    individuals_table,
+    resampled_draws,
+)
 from nlme_sbi.population.intervals import Interval, ProfileCurve, interval_lines
+from nlme_sbi.population.labels import unknown_label
 from nlme_sbi.population.roles import PopulationModel, Redraw, WeightedDraws
 from nlme_sbi.population.table import PopulationTable, number, population_table
 from nlme_sbi.population.uncertainty import MonteCarloError
@@ -74,6 +81,7 @@ class PopulationFit:
         redraw: makes draws for another theta; None where draws do not depend on it.
         labelling: which parameters can be exchanged, and how that was settled, in words.
         verification: the check of a likelihood's maximum on draws that it was not climbed on.
+        modes: of the individuals, where they were searched (:func:`nlme_sbi.population.modes.individual_modes`).
     """
 
     population: PopulationModel
@@ -99,6 +107,7 @@ class PopulationFit:
     profiles: tuple[ProfileCurve, ...] = ()
     redraw: Redraw | None = field(default=None, repr=False)
     verification: Verification | None = None
+    modes: IndividualModes | None = field(default=None, repr=False)
 
     @property
     def ess(self) -> Float[Tensor, " I"]:
@@ -155,13 +164,18 @@ class PopulationFit:
         return self.covariance.diagonal().sqrt()
 
     def table(self) -> PopulationTable:
-        """The table of parameters, with the objective above it and warnings below."""
+        """The table of parameters, with the objective above it and warnings below.
+
+        Shrinkage is that of the modes, where a likelihood was climbed to them, else that of the posterior means.
+        """
         vanished = tuple(test.parameter for test in self.variance_tests if test.estimated)
+        modes = self.modes.phi if self.modes is not None and self.modes.searched else None
         return population_table(
             self.population,
             self.theta,
             self.covariance,
-            self.individuals.mean,
+            self.individuals.mean if modes is None else modes,
+            individuals_are="means" if modes is None else "modes",
             vanished=vanished,
             typical=individual_typical(self.state, self.theta),
             heading=self._heading(),
@@ -179,28 +193,19 @@ class PopulationFit:
         return individual_draws(self, count, generator)
 
     def individuals_frame(self, ids: Sequence[str] | None = None) -> pd.DataFrame:
-        """One row an individual: natural value at the posterior mean, unconstrained mean and SD, effective draws.
+        """One row an individual; columns as in :func:`nlme_sbi.population.individuals.individuals_table`.
 
         Args:
             ids: only these, in this order; everybody when left out.
         """
-        found = self.individuals
-        natural = self.population.parameters.to_natural(found.mean)
-        columns: dict[str, object] = {}
-        for place, name in enumerate(self.population.parameters.names):
-            columns[name] = natural[:, place].cpu().numpy()
-            columns[f"{name}.mean"] = found.mean[:, place].cpu().numpy()
-            columns[f"{name}.sd"] = found.sd[:, place].cpu().numpy()
-        columns["ess"] = found.ess.cpu().numpy()
-        if found.pareto_k is not None:
-            columns["pareto_k"] = found.pareto_k.cpu().numpy()
-        frame = pd.DataFrame(columns, index=pd.Index(self.ids, name="id"))
+        typical, _ = individual_typical(self.state, self.theta)
+        frame = individuals_table(self.population.parameters, self.ids, self.individuals, typical, self.modes)
         if ids is not None:
-            missing = [name for name in ids if name not in frame.index]
+            missing = [name for name in ids if name not in self.ids]
             if missing:
                 raise ValueError(f"No such individuals in this fit: {missing[:5]}.")
-            frame = frame.loc[list(ids)]
-        return frame.reset_index()
+            frame = frame.set_index("id").loc[list(ids)].reset_index()
+        return frame
 
     def to_dict(self) -> dict[str, object]:
         """Plain Python numbers, ready for JSON; None where there is no number."""
@@ -227,6 +232,7 @@ class PopulationFit:
             "unknowns": [
                 {
                     "name": name,
+                    "label": unknown_label(self.population, name),
                     "estimate": float(self.theta[place]),
                     "se": number(se[place]),
                     "fixed": bool(self.population.unknowns.fixed[place]),

@@ -32,6 +32,7 @@ class Summary:
     mean_fixed: Bool[Tensor, " D"]
     relative_se: Float[Tensor, " D"]
     natural: Float[Tensor, " D"]
+    natural_se: Float[Tensor, " D"]
     natural_limits: Float[Tensor, "2 D"]
     sd: Float[Tensor, " D"]
     sd_se: Float[Tensor, " D"]
@@ -46,7 +47,8 @@ def summarise(population: PopulationModel, theta: Float[Tensor, " P"], covarianc
     """Delta-method errors and transformed Wald intervals.
 
     Intervals of SDs are Wald on the log scale, of correlations on Fisher's z, of natural values on the unconstrained
-    scale. Relative SEs of means are on the natural scale: 100 SE for logs.
+    scale. SEs of natural values are |d natural / d unconstrained| times the unconstrained SE, and relative SEs are 100
+    times those over the natural values.
 
     Args:
         population: the bound model.
@@ -67,13 +69,15 @@ def summarise(population: PopulationModel, theta: Float[Tensor, " P"], covarianc
     limits = torch.stack([(value - spread).exp(), (value + spread).exp()])
     shift = NORMAL_95 * mean_se
     natural = population.parameters.to_natural(mean)
+    natural_se = _slopes(population.parameters, mean) * mean_se
     nan = torch.full_like(mean, torch.nan)
     return Summary(
         mean=mean,
         mean_se=mean_se,
         mean_fixed=mean_fixed,
-        relative_se=_relative(population.parameters, mean, mean_se),
+        relative_se=100 * natural_se / natural.abs(),
         natural=natural,
+        natural_se=natural_se,
         natural_limits=population.parameters.to_natural(torch.stack([mean - shift, mean + shift])),
         sd=torch.zeros_like(mean).index_copy(0, varying, sd_varying),
         sd_se=nan.index_copy(0, varying, sd_varying * log_se),
@@ -93,10 +97,10 @@ def _propagated(function: object, theta: Tensor, covariance: Tensor, free: Tenso
     return function(theta).detach(), torch.where(untouched, 0.0, se).detach(), untouched
 
 
-def _relative(parameters: ParameterSpace, mean: Tensor, se: Tensor) -> Tensor:
-    """SE of the natural value in percent of it."""
+def _slopes(parameters: ParameterSpace, mean: Tensor) -> Tensor:
+    """``|d natural / d unconstrained|`` of each parameter."""
     slope: Tensor = torch.func.jacfwd(parameters.to_natural)(mean).diagonal()
-    return 100 * slope.abs() * se / parameters.to_natural(mean).abs()
+    return slope.abs()
 
 
 def _correlations(population: PopulationModel, theta: Tensor, covariance: Tensor, varying: Tensor) -> dict[str, Tensor]:

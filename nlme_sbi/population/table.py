@@ -4,58 +4,95 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.parameters import Parameter
 from nlme_sbi.population.effect_table import EFFECT_HEADINGS, EffectRow, effect_cells, effect_rows, effects_frame
+from nlme_sbi.population.estimate_correlations import EstimateCorrelations, estimate_correlations
+from nlme_sbi.population.labels import correlation_label
 from nlme_sbi.population.roles import PopulationModel
-from nlme_sbi.population.summary import Summary, summarise
+from nlme_sbi.population.summary import NORMAL_95, Summary, summarise
 
-_HEADINGS = (
-    "parameter",
+_TYPICAL = ("parameter", "unit", "estimate", "SE", "%RSE", "[95% CI]")
+_SPREAD = (
+    "variability",
     "scale",
-    "estimate",
+    "SD",
     "SE",
     "%RSE",
-    "natural value [95% CI]",
-    "unit",
-    "omega (SD)",
-    "SE",
     "[95% CI]",
+    "variance",
     "CV%",
-    "shrinkage %",
+    "shrink SD%",
+    "shrink var%",
 )
+_WIDTH = 120  # characters of a line, of a terminal and of a page
+_CORRELATION = ("correlation", "estimate", "SE", "[95% CI]")
 
 
 @dataclass(frozen=True)
 class TableRow:
     """One parameter. Numbers that do not exist are None; SEs of fixed values are 0.
 
-    ``estimate`` and ``omega`` are on the unconstrained ``scale``; ``natural`` is in ``unit`` (for log parameters the
-    median of the population); ``status`` is estimated, fixed or, for omega only, constant (given as 0) or boundary
-    (estimated as 0).
+    Args:
+        parameter: its name.
+        unit: of the natural value.
+        natural: typical value, in ``unit``; for log parameters the median of the population.
+        natural_se: its standard error, by the delta method.
+        rse_percent: ``100 natural_se / |natural|``.
+        natural_lower: limit of the 95% interval, which is Wald on the unconstrained scale.
+        natural_upper: the other one.
+        status: estimated or fixed.
+        scale: the unconstrained one, which the individuals are normally distributed on: log(unit), logit, or the unit.
+        estimate: typical value there.
+        se: of ``estimate``.
+        omega: SD between individuals there.
+        omega_se: of ``omega``.
+        omega_rse_percent: ``100 omega_se / omega``; that of the variance is twice as large.
+        omega_lower: limit of the 95% interval, which is Wald for log omega.
+        omega_upper: the other one.
+        omega_variance: ``omega^2``.
+        omega_variance_se: ``2 omega omega_se``.
+        omega_status: estimated, fixed, constant (given as 0) or boundary (estimated as 0).
+        cv_percent: coefficient of variation of a log-normal parameter, ``100 sqrt(exp(omega^2) - 1)``.
+        individuals_lower: natural value below which 2.5% of individuals like the typical one lie.
+        individuals_upper: natural value above which 2.5% of them lie.
+        shrinkage: ``1 - SD(eta) / omega``, with eta the deviations of the individuals' estimates from their own
+            typical values, about their average.
+        shrinkage_variance: ``1 - var(eta) / omega^2``.
+        shrinkage_from: which estimates those are: modes or means.
     """
 
     parameter: str
     unit: str
-    scale: str
-    estimate: float
-    se: float | None
-    rse_percent: float | None
     natural: float
+    natural_se: float | None
+    rse_percent: float | None
     natural_lower: float | None
     natural_upper: float | None
     status: str
+    scale: str
+    estimate: float
+    se: float | None
     omega: float
     omega_se: float | None
+    omega_rse_percent: float | None
     omega_lower: float | None
     omega_upper: float | None
+    omega_variance: float
+    omega_variance_se: float | None
     omega_status: str
     cv_percent: float | None
+    individuals_lower: float | None
+    individuals_upper: float | None
     shrinkage: float | None
+    shrinkage_variance: float | None
+    shrinkage_from: str
 
 
 @dataclass(frozen=True)
@@ -79,22 +116,40 @@ class PopulationTable:
     heading: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     effects: tuple[EffectRow, ...] = ()
+    estimates: EstimateCorrelations | None = None
 
     def __str__(self) -> str:
         return self.text()
 
     def text(self) -> str:
-        """Aligned columns for a terminal."""
+        """Aligned columns for a terminal: typical values, variability, covariate effects, correlations, sentences."""
         lines = [*self.heading, ""] if self.heading else []
-        lines += _aligned([_HEADINGS, *(_cells(row) for row in self.rows)])
+        lines += _aligned([_TYPICAL, *(_typical_cells(row) for row in self.rows)])
+        # What is left out of a wide table follows from the rest, or is in the files.
+        spread = [_SPREAD, *(_spread_cells(row) for row in self.rows)]
+        lines += ["", *_aligned(spread, spare=("variance", "SE", "[95% CI]"))]
         if self.effects:
-            lines += ["", *_aligned([EFFECT_HEADINGS, *(effect_cells(row) for row in self.effects)])]
+            effects = [EFFECT_HEADINGS, *(effect_cells(row) for row in self.effects)]
+            lines += ["", *_aligned(effects, spare=("%RSE", "[95% CI]", "form"))]
         if self.correlations:
-            header = ("correlation", "estimate", "SE", "[95% CI]")
-            lines += ["", *_aligned([header, *(_correlation_cells(row) for row in self.correlations)])]
-        if self.notes:
-            lines += ["", *self.notes]
+            lines += ["", *_aligned([_CORRELATION, *(_correlation_cells(row) for row in self.correlations)])]
+        below = [*self._shrinkage(), *(() if self.estimates is None else self.estimates.sentences())]
+        lines += ["", *below] if below else []
+        lines += ["", *self.notes] if self.notes else []
         return "\n".join(lines)
+
+    def _shrinkage(self) -> tuple[str, ...]:
+        """What the columns of variability are."""
+        sources = {row.shrinkage_from for row in self.rows if row.shrinkage is not None}
+        if not sources:
+            return ()
+        (source,) = sources
+        whose = "modes (EBEs)" if source == "modes" else "posterior means"
+        return (
+            "SD between individuals on the scale named; %RSE is that of the SD, twice as large for the variance. "
+            "Shrinkage:",
+            f"SD% = 100 (1 - SD(eta)/omega), var% = 100 (1 - var(eta)/omega^2), eta from the individuals' {whose}.",
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """One row a parameter, with the names of :class:`TableRow` as columns; NaN where there is no number."""
@@ -117,48 +172,52 @@ class PopulationTable:
             "parameters": [asdict(row) for row in self.rows],
             "covariate_effects": [asdict(row) for row in self.effects],
             "correlations": [asdict(row) for row in self.correlations],
+            "condition_number": None if self.estimates is None else number(self.estimates.condition_number),
         }
 
 
-_WORDS = ("parameter", "unit", "scale", "status", "omega_status")
+_WORDS = ("parameter", "unit", "scale", "status", "omega_status", "shrinkage_from")
 
 
 def population_table(
     population: PopulationModel,
     theta: Float[Tensor, " P"],
     covariance: Float[Tensor, "P P"],
-    individual_means: Float[Tensor, "I D"],
+    individuals: Float[Tensor, "I D"],
     *,
+    individuals_are: Literal["means", "modes"] = "means",
     typical: tuple[Float[Tensor, "I D"], Float[Tensor, "I D"]] | None = None,
     vanished: tuple[str, ...] = (),
     heading: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> PopulationTable:
-    """Build the table from estimates and the individuals' reweighted posterior means.
+    """Build the table from estimates and the individuals' own parameters.
 
     Args:
         population: the bound model.
         theta: estimates.
         covariance: of the estimates; zero rows where fixed, NaN where not known.
-        individual_means: posterior means given the fit.
-        typical: typical values and SDs of individuals with each one's covariates; shrinkage is 1 - SD(eta/omega), with
-            eta the deviation of a posterior mean from its typical value. Where left out they are the same for all.
+        individuals: unconstrained parameters of each individual given the fit.
+        individuals_are: posterior means or modes; shrinkage is about these.
+        typical: typical values and SDs of individuals with each one's covariates, for eta. Where left out they are the
+            same for all.
         vanished: constants whose variance was estimated, as 0.
         heading: sentences above the table.
         notes: sentences below it.
     """
     found = summarise(population, theta, covariance)
-    centre, sd = (0.0, found.sd) if typical is None else typical
-    eta = (individual_means - centre) / sd
+    centre, sd = (found.mean, found.sd) if typical is None else typical
+    eta = (individuals - centre) / sd
     spread = eta.std(0) if len(eta) > 1 else torch.full_like(found.sd, math.nan)
     rows = [_row(population, found, spread, column) for column in range(len(population.parameters))]
     rows = [replace(row, omega_status="boundary") if row.parameter in vanished else row for row in rows]
     return PopulationTable(
-        rows=tuple(rows),
+        rows=tuple(replace(row, shrinkage_from=individuals_are) for row in rows),
         correlations=_correlation_rows(population, found),
         heading=heading,
         notes=notes,
         effects=effect_rows(population, theta, covariance),
+        estimates=estimate_correlations(population, covariance),
     )
 
 
@@ -171,25 +230,36 @@ def number(value: Tensor | float) -> float | None:
 def _row(population: PopulationModel, found: Summary, spread: Tensor, column: int) -> TableRow:
     parameter = population.parameters.parameters[column]
     constant = column not in population.varying
-    sd = float(found.sd[column])
+    sd, sd_se = float(found.sd[column]), float(found.sd_se[column])
+    reach = NORMAL_95 * found.sd
+    low, high = (float(population.parameters.to_natural(found.mean + sign * reach)[column]) for sign in (-1, 1))
+    left = float(spread[column])
     return TableRow(
         parameter=parameter.name,
         unit=parameter.unit,
-        scale=_scale(parameter.transform, parameter.unit),
-        estimate=float(found.mean[column]),
-        se=number(found.mean_se[column]),
-        rse_percent=number(found.relative_se[column]),
         natural=float(found.natural[column]),
+        natural_se=number(found.natural_se[column]),
+        rse_percent=number(found.relative_se[column]),
         natural_lower=number(found.natural_limits[0, column]),
         natural_upper=number(found.natural_limits[1, column]),
         status="fixed" if bool(found.mean_fixed[column]) else "estimated",
+        scale=_scale(parameter),
+        estimate=float(found.mean[column]),
+        se=number(found.mean_se[column]),
         omega=sd,
-        omega_se=number(found.sd_se[column]),
+        omega_se=number(sd_se),
+        omega_rse_percent=number(100 * sd_se / sd) if sd > 0 else None,
         omega_lower=number(found.sd_limits[0, column]),
         omega_upper=number(found.sd_limits[1, column]),
+        omega_variance=sd * sd,
+        omega_variance_se=number(2 * sd * sd_se),
         omega_status="constant" if constant else "fixed" if bool(found.sd_fixed[column]) else "estimated",
         cv_percent=None if constant or parameter.transform != "log" else number(_coefficient_of_variation(sd)),
-        shrinkage=None if constant else number(1 - float(spread[column])),
+        individuals_lower=None if constant else number(low),
+        individuals_upper=None if constant else number(high),
+        shrinkage=None if constant else number(1 - left),
+        shrinkage_variance=None if constant else number(1 - left * left),
+        shrinkage_from="means",
     )
 
 
@@ -215,42 +285,73 @@ def _correlation_rows(population: PopulationModel, found: Summary) -> tuple[Corr
     )
 
 
-def _scale(transform: str, unit: str) -> str:
-    return f"{transform}({unit or '1'})" if transform != "identity" else (unit or "1")
+def _scale(parameter: Parameter) -> str:
+    """``log(L/h)``, ``log`` without a unit, ``logit``, ``logit(0 to 5)`` for other ends than 0 and 1, or the unit."""
+    if parameter.transform == "log":
+        return f"log({parameter.unit})" if parameter.unit else "log"
+    if parameter.transform == "logit":
+        plain = (parameter.lower, parameter.upper) == (0.0, 1.0)
+        return "logit" if plain else f"logit({parameter.lower:g} to {parameter.upper:g})"
+    return parameter.unit
 
 
 def _written(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}g}"
 
 
-def _interval(lower: float | None, upper: float | None) -> str:
-    return "-" if lower is None or upper is None else f"[{lower:.4g}, {upper:.4g}]"
+def _percent(value: float | None) -> str:
+    """With one decimal, as long as that is not more than anybody reads."""
+    if value is None:
+        return "-"
+    return f"{round(value, 1) + 0.0:.1f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
-def _cells(row: TableRow) -> tuple[str, ...]:
-    given = row.status == "fixed"
-    natural = _written(row.natural) + ("" if given else f" {_interval(row.natural_lower, row.natural_upper)}")
-    omega = ("0, at its boundary" if row.omega_status == "boundary" else "-", "-", "-", "-", "-")
-    if row.omega_status not in ("constant", "boundary"):
-        shrinkage = None if row.shrinkage is None else 100 * row.shrinkage
-        fixed = row.omega_status == "fixed"
-        omega = (
-            _written(row.omega),
-            "fixed" if fixed else _written(row.omega_se, 3),
-            "-" if fixed else _interval(row.omega_lower, row.omega_upper),
-            _written(row.cv_percent, 3),
-            _written(shrinkage, 3),
-        )
-    errors = ("fixed", "-") if given else (_written(row.se, 3), _written(row.rse_percent, 3))
-    return (row.parameter, row.scale, _written(row.estimate), *errors, natural, row.unit or "-", *omega)
+def _interval(lower: float | None, upper: float | None, digits: int = 4) -> str:
+    return "-" if lower is None or upper is None else f"[{lower:.{digits}g}, {upper:.{digits}g}]"
+
+
+def _typical_cells(row: TableRow) -> tuple[str, ...]:
+    name = (row.parameter, row.unit or "-", _written(row.natural))
+    if row.status == "fixed":
+        return (*name, "fixed", "-", "-")
+    interval = _interval(row.natural_lower, row.natural_upper)
+    return (*name, _written(row.natural_se, 3), _percent(row.rse_percent), interval)
+
+
+def _spread_cells(row: TableRow) -> tuple[str, ...]:
+    name = f"omega({row.parameter})"
+    if row.omega_status in ("constant", "boundary"):
+        how = "0 (boundary)" if row.omega_status == "boundary" else "0 (given)"
+        return (name, row.scale or "-", how, *["-"] * 7)
+    fixed = row.omega_status == "fixed"
+    errors = (
+        _written(row.omega_se, 3),
+        _percent(row.omega_rse_percent),
+        _interval(row.omega_lower, row.omega_upper, 3),
+    )
+    shrinkage = (None if value is None else 100 * value for value in (row.shrinkage, row.shrinkage_variance))
+    return (
+        name,
+        row.scale or "-",
+        _written(row.omega),
+        *(("fixed", "-", "-") if fixed else errors),
+        _written(row.omega_variance),
+        _percent(row.cv_percent),
+        *(_percent(value) for value in shrinkage),
+    )
 
 
 def _correlation_cells(row: CorrelationRow) -> tuple[str, ...]:
     interval = _interval(row.lower, row.upper)
-    return (f"{row.first}, {row.second}", _written(row.correlation, 3), _written(row.se, 3), interval)
+    label = correlation_label(row.first, row.second)
+    return (label, _written(row.correlation, 3), _written(row.se, 3), interval)
 
 
-def _aligned(cells: list[tuple[str, ...]]) -> list[str]:
+def _aligned(cells: list[tuple[str, ...]], *, spare: tuple[str, ...] = ()) -> list[str]:
+    """Lines of aligned columns, a rule below the headings; ``spare`` columns go first where a page is too narrow."""
     widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
+    if spare and sum(widths) + 2 * (len(widths) - 1) > _WIDTH:
+        place = cells[0].index(spare[0])
+        return _aligned([row[:place] + row[place + 1 :] for row in cells], spare=spare[1:])
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return [lines[0], "-" * max(len(line) for line in lines), *lines[1:]]

@@ -22,17 +22,16 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.roles import PopulationModel
-from nlme_sbi.types import Prior
+from nlme_sbi.types import Prior, ReadOnlyMapping
 
 Number = float | int
-_NONE: Mapping[str, Mapping[str, Number]] = MappingProxyType({})
+_NONE: Mapping[str, Mapping[str, Number]] = ReadOnlyMapping({})
 _LOG_TWO = math.log(2.0)
 
 

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import nlme_sbi
+from nlme_sbi.conversion import hydra_text
 from nlme_sbi.runs import FinishedRun
 
 _CONF = Path(nlme_sbi.__file__).resolve().parents[1] / "conf"
@@ -173,5 +174,4 @@ def _quoted(value: Any) -> str:
     reserved = text.lower() in ("null", "true", "false", "nan", "inf")
     if _PLAIN.fullmatch(text) and not reserved and not text[0].isdigit():
         return text
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    return hydra_text(text)

@@ -31,9 +31,7 @@ def convergence_section(fit: ReportedFit) -> Section:
         lead="Whether the search ended at the highest maximum, and how much of the result is chance of the draws.",
         findings=(
             convergence_finding(fit.told),
-            attempted(
-                "monte_carlo", "Sensitivity to draws and seeds", lambda: monte_carlo_finding(fit.told["unknowns"])
-            ),
+            attempted("monte_carlo", "Sensitivity to draws and seeds", lambda: _sensitivity(fit.told)),
             attempted("weights", "Effective draws of the individuals", lambda: _weights(fit)),
             warnings_finding(fit.told),
         ),
@@ -41,17 +39,31 @@ def convergence_section(fit: ReportedFit) -> Section:
     )
 
 
+def _sensitivity(told: Told) -> Finding:
+    """What other draws would change; nothing is known of it where the estimate is no maximum.
+
+    Raises:
+        ValueError: for a fit that has not converged.
+    """
+    if not told.get("converged"):
+        raise ValueError("The fit has not converged: other draws or another seed may lead anywhere.")
+    return monte_carlo_finding(told["unknowns"])
+
+
 def convergence_finding(told: Told) -> Finding:
     """From the restarts' verdicts and the search's own."""
     rule = (
-        "Green: the search converged and at least two starts ended at this maximum, or at the same one under exchanged "
-        "names; amber: only one start did, or another point is as good; red: the search did not converge."
+        "Green: the search converged (where there is a likelihood: draws that were not climbed on confirm the maximum) "
+        "and at least two starts ended at this maximum, or at the same one under exchanged names; amber: only one "
+        "start did, or another point is as good; red: the search did not converge, or that check failed."
     )
     restarts = told.get("restarts") or []
     same = [one for one in restarts if one["verdict"] == "same" or one.get("exchanged")]
     other = [one for one in restarts if one["verdict"] == "other point" and not one.get("exchanged")]
     numbers: dict[str, float | int | str | None] = {"starts": len(restarts), "same": len(same), "other": len(other)}
     title = "Convergence"
+    checked = told.get("verification") or {}
+    numbers |= {name: checked[name] for name in ("score", "score_error", "unknown") if checked.get(name) is not None}
     if not told.get("converged"):
         said = f"The search did not converge: {told.get('message', 'no reason was stored')}"
         return Finding("convergence", title, "red", said, rule, numbers)

@@ -8,6 +8,7 @@ from typing import Any
 
 from nlme_sbi.diagnostics.findings import Finding
 from nlme_sbi.plots.intervals import plot_intervals
+from nlme_sbi.population.boundary import VarianceTest, sentence
 from nlme_sbi.report.content import Block, Cell, Picture, Section, Table, Words, interval, number
 from nlme_sbi.report.reported import ReportedFit
 
@@ -42,26 +43,31 @@ def estimates_section(fit: ReportedFit) -> Section:
 
 
 def parameter_table(rows: Sequence[Row]) -> Table:
-    """The parameters of the population, numbers as ``fit.json`` has them."""
+    """The parameters of the population, numbers as ``fit.json`` has them; fits of older versions have fewer."""
     made = []
     for row in rows:
         given, spread = row["status"] == "fixed", row["omega_status"]
         varies = spread in ("estimated", "fixed")
+        without = "0, at its boundary" if spread == "boundary" else "none (given)"
         made.append(
             (
                 Cell(str(row["parameter"])),
                 Cell(str(row["unit"] or "–")),
                 number(row["natural"]),
-                Cell("given") if given else interval(row["natural_lower"], row["natural_upper"]),
+                Cell("fixed") if given else number(row.get("natural_se"), 3),
                 Cell("–") if given else number(row["rse_percent"], 3),
-                number(row["omega"]) if varies else Cell("0, at its boundary" if spread == "boundary" else "none"),
-                Cell("given" if spread == "fixed" else "–")
+                Cell("–") if given else interval(row["natural_lower"], row["natural_upper"]),
+                number(row["omega"]) if varies else Cell(without),
+                Cell("fixed" if spread == "fixed" else "–")
                 if spread != "estimated"
-                else interval(row["omega_lower"], row["omega_upper"]),
+                else number(row.get("omega_rse_percent"), 3),
+                Cell("–") if spread != "estimated" else interval(row["omega_lower"], row["omega_upper"]),
                 number(row["cv_percent"], 3),
-                number(None if row["shrinkage"] is None else 100 * row["shrinkage"], 3),
+                number(_hundredfold(row["shrinkage"]), 3),
+                number(_hundredfold(row.get("shrinkage_variance")), 3),
             )
         )
+    source = "modes (EBEs)" if any(row.get("shrinkage_from") == "modes" for row in rows) else "posterior means"
     return Table(
         "parameters",
         "Population parameters",
@@ -69,30 +75,42 @@ def parameter_table(rows: Sequence[Row]) -> Table:
             "parameter",
             "unit",
             "typical value",
-            "95% CI",
+            "SE",
             "%RSE",
+            "95% CI",
             "SD between individuals (omega)",
+            "%RSE of omega",
             "95% CI of omega",
             "CV%",
-            "shrinkage %",
+            "shrinkage SD%",
+            "shrinkage var%",
         ),
         tuple(made),
         keys=(
             "parameter",
             "unit",
             "natural",
-            "natural_interval",
+            "natural_se",
             "rse_percent",
+            "natural_interval",
             "omega",
+            "omega_rse_percent",
             "omega_interval",
             "cv_percent",
             "shrinkage_percent",
+            "shrinkage_variance_percent",
         ),
         note="Typical values are on the natural scale: the median of the population for a parameter with a logarithm. "
         "Omega is the SD on the unconstrained scale, about the coefficient of variation where it is small; CV% is "
-        "exact for log-normal parameters. Intervals: observed information, transformed. %RSE: relative standard "
-        "error. Shrinkage: 1 - SD(individual means)/omega; near 100% the data tell little about the individuals.",
+        "exact for log-normal parameters. Intervals: observed information, transformed. %RSE: relative standard error "
+        "(that of the variance is twice that of omega). "
+        f"Shrinkage: 1 - SD(eta)/omega and 1 - var(eta)/omega², eta from the individuals' {source}; near 100% the data "
+        "tell little about the individuals.",
     )
+
+
+def _hundredfold(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def effect_table(rows: Sequence[Row]) -> Table:
@@ -194,7 +212,7 @@ def interval_table(intervals: Sequence[Row]) -> Table:
 
 def _low(row: Row) -> float:
     """JSON has no infinity: a limit that is not there is one."""
-    missing = -math.inf if not str(row["quantity"]).startswith("SD") else 0.0
+    missing = 0.0 if str(row["unknown"]).startswith("log_sd.") else -math.inf
     return float(row["natural_lower"]) if row["natural_lower"] is not None else missing
 
 
@@ -222,7 +240,7 @@ def unknowns_table(rows: Sequence[Row]) -> Table:
     """Every unknown on the scale of the estimation, with its Monte-Carlo error."""
     made = tuple(
         (
-            Cell(str(row["name"])),
+            Cell(str(row.get("label", row["name"]))),
             number(row["estimate"], 5),
             Cell("given") if row["fixed"] else number(row["se"], 3),
             number(None if row["fixed"] else row["monte_carlo_se"], 2),
@@ -236,8 +254,9 @@ def unknowns_table(rows: Sequence[Row]) -> Table:
         ("unknown", "estimate", "SE", "Monte-Carlo SE", "Monte-Carlo bias"),
         made,
         keys=("name", "estimate", "se", "monte_carlo_se", "monte_carlo_bias"),
-        note="Standard errors tell what finitely many individuals leave open; Monte-Carlo errors what finitely many "
-        "draws add to that.",
+        note="Typical values unconstrained (logs of positive parameters), logs of omegas, artanh of correlations. "
+        "Standard errors tell what finitely many individuals leave open; Monte-Carlo errors what finitely many draws "
+        "add to that.",
     )
 
 
@@ -294,10 +313,12 @@ def _agreement(intervals: Sequence[Row], individuals: int) -> tuple[Finding, ...
         "fewer the sandwich is itself too noisy."
     )
     said = f"Robust standard errors are {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times the others"
+    label = next(str(row["quantity"]) for row in intervals if row["unknown"] == name)
     far = max(ratios[name], 1 / ratios[name]) > _APART
     numbers: dict[str, float | int | str | None] = {"unknown": name, "ratio": ratios[name], "individuals": individuals}
     said += (
-        f", farthest apart for {name}: the individuals are not distributed as the model says; report the robust errors."
+        f", farthest apart for {label}: the individuals are not distributed as the model says; report the robust "
+        "errors."
         if far
         else ": nothing speaks against the population's shape."
     )
@@ -305,11 +326,6 @@ def _agreement(intervals: Sequence[Row], individuals: int) -> tuple[Finding, ...
 
 
 def _tested(test: Row) -> str:
-    how = "estimated, and ran to 0" if test.get("estimated") else "given as 0"
-    if test["z"] is None or test["p"] is None:
-        return f"{test['parameter']} does not vary (its SD is {how}); there are too few individuals to test that."
-    verdict = "the data ask for variability" if test["p"] < 0.05 else "the data do not ask for variability"
-    return (
-        f"{test['parameter']} does not vary (its SD is {how}). Score test: z = {test['z']:.2f}, one-sided "
-        f"p = {test['p']:.2g}; {verdict}."
-    )
+    """The sentence of the table; JSON has no NaN."""
+    z, p, error, slope = (_known(test.get(key)) for key in ("z", "p", "monte_carlo_se", "slope"))
+    return sentence(VarianceTest(str(test["parameter"]), z, p, error, slope, estimated=bool(test.get("estimated"))))

@@ -12,12 +12,15 @@ from nlme_sbi.runs.files import (
     write_atomically,
 )
 from nlme_sbi.runs.finished import FinishedRun, find_run, load_run
+from nlme_sbi.runs.sources import ChangedSources, Sources, require_same_sources, require_unedited, sources_of
 from nlme_sbi.runs.stored_designs import StoredDesign, load_design, save_design, sha256_of_design
 from nlme_sbi.runs.stored_observations import load_observations, save_observations
 
 __all__ = [
+    "ChangedSources",
     "FinishedRun",
     "RunDirectory",
+    "Sources",
     "StoredDesign",
     "csv_text",
     "find_run",
@@ -29,6 +32,8 @@ __all__ = [
     "open_run",
     "read_csv",
     "records_text",
+    "require_same_sources",
+    "require_unedited",
     "save_array",
     "save_design",
     "save_json",
@@ -36,5 +41,6 @@ __all__ = [
     "sha256_of_design",
     "sha256_of_file",
     "sha256_of_plain",
+    "sources_of",
     "write_atomically",
 ]

@@ -40,10 +40,12 @@ from nlme_sbi.runs.files import (
     sha256_of_plain,
     write_atomically,
 )
+from nlme_sbi.runs.log_files import log_file
 from nlme_sbi.runs.order import order_of_finishing
 from nlme_sbi.runs.plain_yaml import load_yaml
-from nlme_sbi.runs.provenance import git_state, machine, versions
+from nlme_sbi.runs.provenance import committed_files, git_state, machine, versions
 from nlme_sbi.runs.schema import NOT_RESULTS, TIME
+from nlme_sbi.runs.sources import Sources, hashes_of
 
 SCHEMA_VERSION = 1
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
@@ -62,6 +64,7 @@ class RunDirectory:
         stage: simulate, train_flow, ...
         experiment: the experiment's name.
         config: plain data, what was asked for.
+        sources: the source of code of others that was asked for, by section.
         finished: the same command has finished before; there is nothing to do.
         resumed: an interrupted run is continued.
     """
@@ -74,6 +77,7 @@ class RunDirectory:
     finished: bool = False
     resumed: bool = False
     input_paths: dict[str, str] = field(default_factory=dict)
+    sources: Sources = field(default_factory=dict)
     _lock: IO[str] | None = None
     _handler: logging.Handler | None = None
     _seconds_before: float = 0.0
@@ -105,6 +109,7 @@ class RunDirectory:
             raise ValueError(f"{self.path} is finished already; pass fresh=true to run it again.")
         _remove_partial(self.path)
         own_seed = {"seed": self.config["seed"]} if "seed" in self.config else {}
+        code = self._code()
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "status": "finished",
@@ -112,7 +117,9 @@ class RunDirectory:
             "experiment": self.experiment,
             "config": self.config,
             "seeds": own_seed if seeds is None else dict(seeds),
-            "git": git_state(),
+            "git": _git_state_with(code),
+            "sources": hashes_of(self.sources),
+            "code": code,
             "versions": versions(),
             "machine": machine(),
             "seconds": self.seconds,
@@ -130,6 +137,21 @@ class RunDirectory:
         save_json(self.path / MANIFEST, sealed(manifest))
         self.finished = True
         self.close()
+
+    def _code(self) -> dict[str, dict[str, Any]]:
+        """Where code of others lay, and whether the commit of its checkout has it as it is."""
+        files = {file.module: file for files in self.sources.values() for file in files}
+        # What was edited while the stage ran is in no commit as it ran.
+        whole = {file.path for file in files.values() if file.path is not None and file.is_unchanged()}
+        commits = committed_files(whole)
+        return {
+            module: {
+                "path": None if file.path is None else str(file.path),
+                "commit": commits.get(file.path or Path()),
+                "installed": file.installed,
+            }
+            for module, file in sorted(files.items())
+        }
 
     def close(self) -> None:
         """Let the lock go; what is not finished stays to be resumed."""
@@ -157,6 +179,7 @@ def open_run(
     root: Path,
     fresh: bool = False,
     input_paths: Mapping[str, str | Path] | None = None,
+    sources: Sources | None = None,
 ) -> RunDirectory:
     """The run directory of a command: a new one, the interrupted one to resume, or the finished one.
 
@@ -168,6 +191,8 @@ def open_run(
         root: the output root; not part of any hash.
         fresh: leave a finished run alone and start ``-2``, ``-3``, ... beside it.
         input_paths: where the inputs lay, for the manifest only.
+        sources: of the code of others that decides the results (:func:`nlme_sbi.runs.sources.sources_of`); part of the
+            directory's hash where there is any.
 
     Raises:
         ValueError: where another process works on the run, or the directory was begun with another configuration or
@@ -176,7 +201,7 @@ def open_run(
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", experiment):
         raise ValueError(f'The experiment is named "{experiment}"; use letters, digits, "_", "-" and "." only.')
-    asked = {"config": plain(config, stage), "inputs": dict(sorted(inputs.items()))}
+    asked = {"config": plain(config, stage), "inputs": dict(sorted(inputs.items())), **_of_sources(sources or {})}
     base = root / stage / f"{experiment}-{sha256_of_plain(asked)[:8]}"
     path, lock = _claim(base, fresh=fresh)
     run = RunDirectory(
@@ -187,6 +212,7 @@ def open_run(
         inputs=asked["inputs"],
         finished=(path / MANIFEST).exists(),
         input_paths={name: str(where) for name, where in (input_paths or {}).items()},
+        sources=sources or {},
         _lock=lock,
     )
     opened = _opened.get()
@@ -227,7 +253,7 @@ def _begin(run: RunDirectory) -> None:
     clock = run.log_directory / _CLOCK
     run._seconds_before = _seconds_of_earlier_sessions(run.path, clock)
     save_json(clock, {"before": run._seconds_before, "started": time.time()})
-    run._handler = _log_file(run.log_directory / f"{run.stage}.log")
+    run._handler = log_file(run.log_directory / f"{run.stage}.log")
     run._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("nlme_sbi").addHandler(run._handler)
     _log.info("%s %s", "resuming" if run.resumed else "writing", run.path)
@@ -292,6 +318,21 @@ def _next_attempt(newest: Path, base: Path) -> Path:
     return base.with_name(f"{base.name}-{number + 1}")
 
 
+def _of_sources(sources: Sources) -> dict[str, Any]:
+    """What a run is named by beside configuration and inputs; nothing where all code is ours."""
+    hashes = hashes_of(sources)
+    return {"sources": hashes} if hashes else {}
+
+
+def _git_state_with(code: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The state of our checkout, dirty too where code of others is in no commit."""
+    state = git_state()
+    if state is None:
+        return None
+    loose = any(one["commit"] is None and not one["installed"] for one in code.values())
+    return {**state, "dirty": state["dirty"] or loose}
+
+
 def _config_text(run: RunDirectory) -> str:
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -299,6 +340,7 @@ def _config_text(run: RunDirectory) -> str:
         "experiment": run.experiment,
         "config": run.config,
         "inputs": run.inputs,
+        **_of_sources(run.sources),
     }
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
 
@@ -400,24 +442,6 @@ def _made(directory: Path) -> Path:
     except OSError as error:
         raise could_not_write(directory, error) from error
     return directory
-
-
-class _LogFile(logging.FileHandler):
-    """A log that cannot be written is no reason to stop, nor for a traceback at every line."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # what is still to be written when the disk is full
-            super().close()
-
-
-def _log_file(path: Path) -> logging.FileHandler:
-    try:
-        return _LogFile(path, encoding="utf-8")
-    except OSError as error:
-        raise could_not_write(path, error) from error
 
 
 def _write(file: Any, text: str) -> None:

@@ -14,7 +14,9 @@ from nlme_sbi.runs import schema
 from nlme_sbi.runs.directory import CONFIG, MANIFEST, SCHEMA_VERSION, files_below, sealed
 from nlme_sbi.runs.files import load_json, sha256_of_file, sha256_of_plain
 from nlme_sbi.runs.order import order_of_finishing
+from nlme_sbi.runs.remedies import script_command
 from nlme_sbi.runs.schema import check
+from nlme_sbi.runs.sources import edited_modules
 
 _log = logging.getLogger(__name__)
 
@@ -169,6 +171,8 @@ def require_inside(path: Path, directory: Path) -> None:
 def find_run(reference: str | Path, *, stage: str, experiment: str, root: Path, verify: bool = True) -> FinishedRun:
     """The run that a config names: a path, or ``latest``, the newest finished run of the experiment.
 
+    Where there is a run that was made with the code as it is now, ``latest`` is the newest of these.
+
     Raises:
         ValueError: where there is none, with the command that makes one; or where the run is refused by
             :func:`load_run`.
@@ -190,7 +194,10 @@ def find_run(reference: str | Path, *, stage: str, experiment: str, root: Path, 
             refused.append(problem)
             _log.warning("%s is left out of the search for the latest run: %s", path, problem)
     ahead = [run for run in runs if _time(run) > _now() + _TOLERANCE]
-    while runs:
+    runs, changed = _by_code(runs)
+    while runs or changed:
+        # Runs of other code only where there is none of this code: they are refused later, with a remedy.
+        runs, changed = (runs, changed) if runs else (changed, [])
         newest = _newest(runs)
         if newest in ahead:
             _log.warning(
@@ -211,8 +218,8 @@ def find_run(reference: str | Path, *, stage: str, experiment: str, root: Path, 
     rest = "".join(f" {path} is unfinished: run its command again to resume it." for path in unfinished[:3])
     rest += "".join(f" {run.path} is dated {run.manifest['created']}: look at the clock." for run in ahead[:1])
     raise ValueError(
-        f"There is no finished run of {stage} for the experiment {experiment} under {root / stage}; make one with "
-        f"python scripts/{stage}.py experiment={experiment}, or give the path of a run.{rest}"
+        f"There is no finished run of {stage} for the experiment {experiment} under {root / stage}.{rest} Give the "
+        f"path of a run, or make one with {script_command(stage, experiment=experiment, root=root)}"
     )
 
 
@@ -241,6 +248,21 @@ def _newest(runs: list[FinishedRun]) -> FinishedRun:
             dated.path.name,
         )
     return newest
+
+
+def _by_code(runs: list[FinishedRun]) -> tuple[list[FinishedRun], list[FinishedRun]]:
+    """The runs whose code is as it is now, and the others; where the newest is among these, it is said."""
+    if not runs:
+        return [], []
+    changed = [run for run in runs if edited_modules(run.manifest)]
+    same = [run for run in runs if run not in changed]
+    if same and changed and (newest := max(runs, key=_time)) in changed:
+        _log.warning(
+            "%s is newer than %s, but was made with code that has changed since; it is left out.",
+            newest.path,
+            max(same, key=_time).path,
+        )
+    return same, changed
 
 
 def _attempts(directory: Path, experiment: str) -> Iterator[Path]:

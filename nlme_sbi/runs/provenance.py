@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 import nlme_sbi
 
+_CODE = ("nlme_sbi", "simulators", "conf", "scripts")
 _PACKAGES = ("torch", "numpy", "scipy", "pandas", "nflows", "torchdiffeq", "hydra-core", "joblib", "safetensors")
 
 
@@ -21,11 +23,32 @@ def git_state(directory: Path | None = None) -> dict[str, Any] | None:
     where = Path(nlme_sbi.__file__).resolve().parents[1] if directory is None else directory
     commit = _git(where, "rev-parse", "HEAD")
     changes = _git(where, "status", "--porcelain", "--untracked-files=no")
+    # Files that nobody has added count where they are code; notes and outputs beside it do not.
+    added = _git(where, "ls-files", "--others", "--exclude-standard", "--", *_CODE)
     top = _git(where, "rev-parse", "--show-toplevel")
     # An installed copy may lie inside somebody else's repository; its commit would say nothing about this code.
-    if commit is None or changes is None or top is None or Path(top).resolve() != where:
+    if commit is None or changes is None or added is None or top is None or Path(top).resolve() != where:
         return None
-    return {"commit": commit, "dirty": bool(changes)}
+    return {"commit": commit, "dirty": bool(changes or added)}
+
+
+def committed_files(paths: Iterable[Path]) -> dict[Path, str | None]:
+    """For each file the commit of its checkout, None where the file is not in it as it is now.
+
+    That is so of a file that was changed, that nobody has added, that is ignored, and of one outside git.
+    """
+    heads: dict[Path, str | None] = {}
+    found: dict[Path, str | None] = {}
+    for path in paths:
+        real = path.resolve()
+        if real.parent not in heads:
+            heads[real.parent] = _git(real.parent, "rev-parse", "HEAD")
+        head = heads[real.parent]
+        # Neither changed nor staged, and in the commit itself.
+        same = head is not None and _git(real.parent, "status", "--porcelain", "--ignored", "--", real.name) == ""
+        known = same and bool(_git(real.parent, "ls-tree", "HEAD", "--", real.name))
+        found[path] = head if known else None
+    return found
 
 
 def _git(directory: Path, *arguments: str) -> str | None:

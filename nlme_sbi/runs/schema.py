@@ -182,6 +182,8 @@ MANIFEST = {
     "inputs": Each({"sha256": SHA256, "path": Maybe(str)}),
     "outputs": Each({"sha256": SHA256, "bytes": COUNT}, key=RESULT),
     "results": dict,
+    "sources": Maybe(Each(Each(SHA256))),
+    "code": Maybe(Each(dict)),
 }
 DESIGN = {
     "rows": COUNT,
@@ -196,6 +198,8 @@ OBSERVATIONS = {
     "signal_units": [str],
     "time_unit": str,
     "arrays": DISTINCT,
+    "dose_unit": Maybe(str),
+    "covariate_units": Maybe(Each(str)),
 }
 SHARD = {"parameters": DISTINCT, "signals": DISTINCT, "n": COUNT}
 _FLAG_OR_NULL = Rule("true, false or null", lambda value: value is None or isinstance(value, bool))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,8 @@ def save_observations(directory: Path, observations: Observations) -> None:
         "signals": observations.signals,
         "signal_units": observations.signal_units,
         "time_unit": observations.time_unit,
+        "dose_unit": observations.dose_unit,
+        "covariate_units": dict(observations.covariate_units),
         "arrays": there,
     }
     save_json(directory / _DESCRIPTION, description)
@@ -44,7 +47,7 @@ def load_observations(directory: Path) -> Observations:
     odd = [name for name in description["arrays"] if name not in _OPTIONAL]
     if odd:
         raise ValueError(f"{path} does not describe observations: {odd[0]!r} is none of their arrays.")
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name in ("values", *description["arrays"]):
         found = load_array(directory / f"{name}.npy", mmap=False)
         check_array(found, *OBSERVATION_ARRAYS[name], directory / f"{name}.npy")
@@ -61,5 +64,8 @@ def load_observations(directory: Path) -> Observations:
         signals=tuple(description["signals"]),
         signal_units=tuple(description["signal_units"]),
         time_unit=description["time_unit"],
+        # Runs of earlier versions do not have them.
+        dose_unit=description.get("dose_unit") or "",
+        covariate_units=dict(description.get("covariate_units") or {}),
         **{name: arrays[name] for name in _OPTIONAL if name in arrays},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,7 +39,9 @@ def compare_fits(cfg: DictConfig) -> None:
     runs = [_found(reference, root) for reference in named]
     if len({run.sha256 for run in runs}) < len(runs):
         raise ValueError("The same fit was named twice; a comparison is between different ones.")
-    found = compared_fits([_read(run) for run in runs])
+    # Fits that were made before runs kept the source of their simulators are compared by configuration alone.
+    kept = all("sources" in run.manifest for run in runs)
+    found = compared_fits([_read(run, by_source=kept) for run in runs])
     made = open_run(
         stage="compare_fits",
         experiment=runs[0].manifest["experiment"],
@@ -53,9 +56,21 @@ def compare_fits(cfg: DictConfig) -> None:
             for name, text in texts.items():
                 write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
             tests = found.tests_frame().to_dict("records")
-            content = {"fits": found.frame().to_dict("records"), "tests": tests, "notes": list(found.notes)}
+            content = {
+                "fits": found.frame().to_dict("records"),
+                "tests": tests,
+                "contradictions": [asdict(one) for one in found.contradictions],
+                "notes": [*(one.sentence for one in found.contradictions), *found.notes],
+            }
             save_json(run.path / "comparison.json", content)
-            run.finish({"best_aic": found.fits[0].label, "fits": len(runs), "tests": len(tests)})
+            run.finish(
+                {
+                    "best_aic": found.fits[0].label,
+                    "fits": len(runs),
+                    "tests": len(tests),
+                    "contradictions": len(found.contradictions),
+                }
+            )
     log.info("%s\nWritten: %s (comparison.txt, comparison.csv, comparison.json)", found.text(), made.path)
 
 
@@ -65,12 +80,15 @@ def _found(reference: str, root: Path) -> FinishedRun:
     return load_run(path, stage="fit_population")
 
 
-def _read(run: FinishedRun) -> ComparedFit:
+def _read(run: FinishedRun, *, by_source: bool) -> ComparedFit:
+    told = load_json(run.file("fit.json"), FIT)
+    if by_source and "simulator" in told:
+        source = run.manifest["sources"].get("simulator")
+        told["simulator"] = {"config": told["simulator"], "source": source}
     inputs = run.manifest["inputs"]
     networks = {name: value["sha256"] for name, value in inputs.items() if name.startswith("posterior")}
-    plain = load_json(run.file("fit.json"), FIT)
     try:
-        return ComparedFit.of(plain, label=run.path.name, data=run.input("data"), posterior=sha256_of_plain(networks))
+        return ComparedFit.of(told, label=run.path.name, data=run.input("data"), posterior=sha256_of_plain(networks))
     except (KeyError, TypeError) as problem:  # a number that is missing, or null
         raise ValueError(
             f"{run.file('fit.json')} lacks what a comparison needs ({problem}): fit it again with fresh=true."

@@ -20,6 +20,7 @@ from nlme_sbi.io import describe
 from nlme_sbi.plots.calibration import plot_agreement, plot_coverage, plot_ranks, plot_recovery, plot_scores
 from nlme_sbi.plots.canvas import parameter_labels
 from nlme_sbi.runs import (
+    ChangedSources,
     FinishedRun,
     RunDirectory,
     csv_text,
@@ -30,6 +31,7 @@ from nlme_sbi.runs import (
     schema,
     write_atomically,
 )
+from nlme_sbi.runs.remedies import script_command
 from nlme_sbi.stages.data_checks import misspecification_checks
 from nlme_sbi.stages.exact_checks import agreement_checks
 from nlme_sbi.stages.fit_population import sha256_of_observations
@@ -44,7 +46,7 @@ from nlme_sbi.stages.network_checks import (
 )
 from nlme_sbi.stages.parts import part
 from nlme_sbi.stages.stored_fit import OBSERVATIONS, find_fit, posterior_runs, stored_observations
-from nlme_sbi.stages.trained import find_posteriors, load_posterior, posterior_hashes
+from nlme_sbi.stages.trained import find_posteriors, load_posterior, posterior_hashes, posterior_sources
 from nlme_sbi.types import Observations
 
 log = logging.getLogger(__name__)
@@ -76,7 +78,13 @@ def diagnose(cfg: DictConfig) -> None:
     trust, device = tuple(plain["trust"]), choose_device(plain["device"])
     settings = DiagnosisSettings.of(plain)
     upstream, observations = _inputs(plain, trust)
-    posterior = load_posterior(upstream, device, trust)
+    try:
+        posterior = load_posterior(upstream, device, trust)
+    except ChangedSources as problem:
+        if plain["fit"] is None:
+            raise
+        experiment, root = plain["experiment"]["name"], plain["output_root"]
+        raise problem.and_then(script_command("fit_population", experiment=experiment, root=root)) from None
     if observations is not None:
         log.info("%s", describe(observations))
         posterior.check(observations)
@@ -90,6 +98,7 @@ def diagnose(cfg: DictConfig) -> None:
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
         input_paths=dict(zip(hashes, [found.path for found in upstream], strict=True)),
+        sources=posterior_sources(upstream, trust),
     )
     with run:
         if run.finished:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from nlme_sbi.plots.population import plot_population
 from nlme_sbi.population.individuals import individual_typical
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.runs import write_atomically
+from nlme_sbi.stages.attempts import attempted
 from nlme_sbi.stages.trained import AnyPosterior
 from nlme_sbi.types import Observations, TractableSimulator
 
@@ -36,6 +39,8 @@ def save_figures(
 ) -> None:
     """Write ``individual_fits.png``, ``population.png``, ``pairs_typical.png`` and ``pairs_worst.png``.
 
+    The log tells which of them cannot be drawn and why.
+
     Args:
         directory: the run's.
         fit: of these observations.
@@ -47,25 +52,33 @@ def save_figures(
     observations = observations.to(posterior.device)
     shown = spread_rows(len(observations), individuals)
     drawn = fit.individual_draws(_DRAWS, generator)
-    if isinstance(posterior.simulator, TractableSimulator):
-        _save(
-            directory / "individual_fits.png", _fits(observations[shown], drawn[shown], posterior.simulator, generator)
-        )
+    simulator, names = posterior.simulator, parameter_labels(posterior.parameters)
+
+    def population() -> Figure:
+        means, sds = individual_typical(fit.state, fit.theta)
+        some = spread_rows(len(observations), _POPULATION_INDIVIDUALS)
+        return plot_population(names, means, torch.diag_embed(sds.square()), drawn[some])
+
+    def pairs(row: int) -> Figure:
+        before = posterior.sample(observations[[row]], 4 * _DRAWS, generator).phi[0].double()
+        name = fit.ids[row]
+        # The name comes last, because Matplotlib's legends leave out what begins with "_".
+        labels = [f"training prior: {name}", f"given the population: {name}"]
+        return plot_pairs([before, drawn[row]], names, labels=labels)
+
+    ranked = torch.argsort(fit.ess)
+    typical, worst = int(ranked[len(ranked) // 2]), int(ranked[0])
+    if isinstance(simulator, TractableSimulator):
+        fits = partial(_fits, observations[shown], drawn[shown], simulator, generator)
+        attempted("individual_fits.png", partial(_save, directory / "individual_fits.png", fits))
     else:
         log.info("No individual fits: the simulator has no noise-free prediction.")
-    names = parameter_labels(posterior.parameters)
-    means, sds = individual_typical(fit.state, fit.theta)
-    some = spread_rows(len(observations), _POPULATION_INDIVIDUALS)
-    _save(directory / "population.png", plot_population(names, means, torch.diag_embed(sds.square()), drawn[some]))
-    ranked = torch.argsort(fit.ess)
-    for name, row in (("typical", int(ranked[len(ranked) // 2])), ("worst", int(ranked[0]))):
-        before = posterior.sample(observations[[row]], 4 * _DRAWS, generator).phi[0].double()
-        figure = plot_pairs(
-            [before, drawn[row]],
-            names,
-            labels=[f"{fit.ids[row]}: training prior", f"{fit.ids[row]}: given the population"],
-        )
-        _save(directory / f"pairs_{name}.png", figure)
+    for file, made in (
+        ("population.png", population),
+        ("pairs_typical.png", partial(pairs, typical)),
+        ("pairs_worst.png", partial(pairs, worst)),
+    ):
+        attempted(file, partial(_save, directory / file, made))
 
 
 def spread_rows(count: int, wanted: int) -> list[int]:
@@ -80,5 +93,6 @@ def _fits(
     return plot_individual_fits(observations, bands, rows=range(len(observations)))
 
 
-def _save(path: Path, figure: Figure) -> None:
+def _save(path: Path, make: Callable[[], Figure]) -> None:
+    figure = make()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))

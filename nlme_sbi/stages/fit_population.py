@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,6 +26,7 @@ from nlme_sbi.population.fit import fit_population as fit_population_model
 from nlme_sbi.population.influence import influence
 from nlme_sbi.population.intervals import intervals_frame
 from nlme_sbi.population.likelihood_weighted_prior import LikelihoodWeightedPrior
+from nlme_sbi.population.modes import individual_modes
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import Estimator, FollowingEstimator, PopulationSpecification
 from nlme_sbi.runs import (
@@ -33,9 +36,12 @@ from nlme_sbi.runs import (
     open_run,
     save_json,
     sha256_of_design,
+    sources_of,
     write_atomically,
 )
+from nlme_sbi.stages.attempts import attempted
 from nlme_sbi.stages.fit_figures import save_figures
+from nlme_sbi.stages.fit_predictions import PredictionSettings, predictions_frame
 from nlme_sbi.stages.fit_progress import ProgressBar
 from nlme_sbi.stages.parts import part
 from nlme_sbi.stages.stored_fit import IndividualSettings, save_individuals
@@ -44,6 +50,7 @@ from nlme_sbi.stages.trained import (
     find_posteriors,
     load_posterior,
     posterior_hashes,
+    posterior_sources,
     untrained_posterior,
 )
 from nlme_sbi.training_pairs import seeded
@@ -52,7 +59,7 @@ from nlme_sbi.types import Observations
 log = logging.getLogger(__name__)
 
 DRAWS_STREAM, FIGURES_STREAM = range(10, 12)
-UNCERTAINTY_STREAM = 30
+UNCERTAINTY_STREAM, PREDICTIONS_STREAM = range(30, 32)
 INDIVIDUALS_STREAM = 20
 
 
@@ -96,7 +103,7 @@ def fit_population(cfg: DictConfig) -> float:
 
     Args:
         cfg: composed configuration with ``experiment``, ``posterior`` (RUN, latest, a list of RUNs, or none), ``data``,
-            ``population``, ``estimator``, ``fit``, ``individuals``, ``figures``, ``seed``, ``device``,
+            ``population``, ``estimator``, ``fit``, ``individuals``, ``predictions``, ``figures``, ``seed``, ``device``,
             ``output_root``, ``fresh`` and ``trust``.
 
     Returns:
@@ -109,7 +116,7 @@ def fit_population(cfg: DictConfig) -> float:
     trust = tuple(plain["trust"])
     device = choose_device(plain["device"])
     upstream = find_posteriors(plain)
-    settings, wished = FitSettings.of(plain), IndividualSettings.of(plain)
+    settings, wished, predicted = FitSettings.of(plain), IndividualSettings.of(plain), PredictionSettings.of(plain)
     observations: Observations = part(plain["data"], Reader, where="data", trust=trust).read()
     log.info("%s", describe(observations))
     posterior: AnyPosterior = (
@@ -130,12 +137,18 @@ def fit_population(cfg: DictConfig) -> float:
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
         input_paths=dict(zip(posterior_hashes(upstream), [found.path for found in upstream], strict=True)),
+        sources={
+            **posterior_sources(upstream, trust),
+            **sources_of(
+                plain, ("population", "estimator", *(() if upstream else ("simulator", "prior"))), trust=trust
+            ),
+        },
     )
     with run:
         if run.finished:
-            made = load_run(run.path, stage="fit_population")
-            log.info("\n%s", made.file("table.txt").read_text(errors="replace"))
-            return made.number("objective")
+            there = load_run(run.path, stage="fit_population")
+            log.info("\n%s", there.file("table.txt").read_text(errors="replace"))
+            return there.number("objective")
         seed = int(plain["seed"])
         with ProgressBar() as progress:
             fit = fit_population_model(
@@ -154,11 +167,21 @@ def fit_population(cfg: DictConfig) -> float:
                 generator=seeded(device, seed, UNCERTAINTY_STREAM),
                 progress=progress.report,
             )
-        _save_tables(run, fit, upstream[0].section("simulator") if upstream else plain["simulator"])
-        _save_influence(run, fit)
+        # Nothing that comes after the estimates may cost them: they are written at once, and again with the modes.
+        simulator = upstream[0].section("simulator") if upstream else plain["simulator"]
+        _save_tables(run, fit, simulator)
         generator = seeded(device, seed, INDIVIDUALS_STREAM)
-        save_individuals(run, fit, observations, posterior, settings=wished, generator=generator)
+        if wished.modes:
+            search = partial(individual_modes, fit, observations, posterior, generator=generator)
+            fit = replace(fit, modes=attempted("The search for the individuals' modes", search))
+            _save_tables(run, fit, simulator)
         log.info("\n%s", fit.table())
+        attempted("influence.csv", partial(_save_influence, run, fit))
+        save_individuals(run, fit, observations, draws=wished.draws, generator=generator)
+        if predicted.table:
+            noise = seeded(device, seed, PREDICTIONS_STREAM)
+            made = partial(predictions_frame, fit, observations, posterior.simulator, settings=predicted)
+            attempted("predictions.csv", lambda: _save_predictions(run, made(generator=noise)))
         save_figures(
             run.path,
             fit,
@@ -170,7 +193,10 @@ def fit_population(cfg: DictConfig) -> float:
         run.finish(_results(fit))
     if not fit.converged:
         log.warning("The fit has NOT converged: its numbers are no estimates. %s", fit.message)
-    log.info("Results: %s (table.txt, parameters.csv, intervals.csv, fit.json, *.csv, *.npy, *.png)", run.path)
+    log.info(
+        "Results: %s (table.txt, parameters.csv, individuals.csv, predictions.csv, fit.json, *.csv, *.npy, *.png)",
+        run.path,
+    )
     return fit.objective
 
 
@@ -201,14 +227,19 @@ def _relevant(plain: Mapping[str, Any], device: torch.device, *, trained: bool) 
     """What decides the bytes. The data enter by their content, so that the same file elsewhere is the same fit; where
     nothing was trained, simulator and prior are this run's own."""
     data = {key: value for key, value in plain["data"].items() if key != "path"}
-    sections = {name: plain[name] for name in ("population", "estimator", "fit", "individuals", "figures", "seed")}
+    names = ("population", "estimator", "fit", "individuals", "predictions", "figures", "seed")
+    sections = {name: plain[name] for name in names}
     own = {} if trained else {name: plain[name] for name in ("simulator", "prior")}
     return {**sections, **own, "data": data, "device": device.type}
 
 
 def _save_tables(run: RunDirectory, fit: PopulationFit, simulator: Mapping[str, Any]) -> None:
     table = fit.table()
-    extra = {"covariate_effects.csv": table.effects_frame(), "correlations.csv": table.correlations_frame()}
+    extra = {
+        "covariate_effects.csv": table.effects_frame(),
+        "correlations.csv": table.correlations_frame(),
+        "estimate_correlations.csv": pd.DataFrame() if table.estimates is None else table.estimates.to_frame(),
+    }
     texts = {
         "table.txt": str(table) + "\n",
         "intervals.csv": csv_text(intervals_frame(fit.intervals)),
@@ -218,6 +249,11 @@ def _save_tables(run: RunDirectory, fit: PopulationFit, simulator: Mapping[str, 
     for name, text in texts.items():
         write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
     save_json(run.path / "fit.json", {**fit.to_dict(), "simulator": simulator})
+
+
+def _save_predictions(run: RunDirectory, frame: pd.DataFrame) -> None:
+    text = csv_text(frame)
+    write_atomically(run.path / "predictions.csv", lambda file: _write(file, text))
 
 
 def _save_influence(run: RunDirectory, fit: PopulationFit) -> None:

@@ -32,8 +32,10 @@ from nlme_sbi.runs import (
     open_run,
     save_array,
     sha256_of_design,
+    sources_of,
     write_atomically,
 )
+from nlme_sbi.runs.remedies import override, script_command, typed
 from nlme_sbi.runs.schema import FLOATS, check_array
 from nlme_sbi.stages.fit_figures import spread_rows
 from nlme_sbi.stages.prediction_designs import Plan, planned
@@ -127,6 +129,7 @@ def predict(cfg: DictConfig) -> None:
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
         input_paths={"fit": upstream.path, **({} if sampled is None else {"theta": sampled.path})},
+        sources={**fit.sources, **sources_of({"design_here": plain["design"]}, ["design_here"], trust=trust)},
     )
     with run:
         if run.finished:
@@ -154,9 +157,13 @@ def _try_out(fit: StoredFit, plan: Plan) -> None:
 def _who(given: Any) -> Literal["all", "none"] | tuple[str, ...]:
     if given in ("all", "none"):
         return given  # type: ignore[no-any-return]
-    if isinstance(given, list) and given and all(isinstance(one, (str, int)) for one in given):
+    # True and 1.0 in a YAML were not typed so: which id is meant is not known.
+    if isinstance(given, list) and given and all(type(one) in (str, int) for one in given):
         return tuple(str(one) for one in given)
-    raise ValueError(f"individuals must be all, none, or a list of ids such as [1, 5]; got {given!r}.")
+    raise ValueError(
+        f"individuals must be all, none, or a list of ids such as {typed('individuals', ['1', '5'])}, in a YAML "
+        f"between quotation marks; got {given!r}."
+    )
 
 
 def _whether(given: Any) -> Literal["auto"] | bool:
@@ -175,8 +182,14 @@ def _sampled_theta(reference: str, fit: FinishedRun, plain: Mapping[str, Any]) -
     run = find_run(reference, stage="sample_theta", experiment=experiment, root=Path(plain["output_root"]))
     if run.input("fit") != fit.sha256:
         raise ValueError(
-            f"{run.path} holds the posterior of another fit than {fit.path}. Run python scripts/sample_theta.py "
-            f"fit={fit.path} first, or use theta=normal."
+            f"{run.path} holds the posterior of another fit than {fit.path}. Use theta=normal, or draw that of this "
+            "fit: "
+            + script_command(
+                "sample_theta",
+                override("fit", str(fit.path)),
+                experiment=experiment,
+                root=plain["output_root"],
+            )
         )
     log.info("Posterior of theta: %s", run.path)
     return run
@@ -268,7 +281,7 @@ def _weakly_supported(support: Float[Tensor, " I"], ids: tuple[str, ...]) -> lis
     return [
         f"{len(weak)} of {len(ids)} individuals keep less than {100 * _LITTLE:g}% of their stored draws where theta "
         f"spreads; worst: {ids[worst]} ({100 * float(support[worst]):.1f}%). Their bands are rough: keep more draws "
-        "(fit_population.py individuals.draws=2000), or predict with theta=estimate."
+        "when fitting (individuals.draws=2000), or predict with theta=estimate."
     ]
 
 
@@ -363,7 +376,7 @@ def _save_draws(
         if count > _MOST_NUMBERS:
             raise ValueError(
                 f"predict.save_draws would keep {count} predictions of the {name}; take fewer of them "
-                "(individuals=[...]), fewer times or fewer predict.draws."
+                f"({typed('individuals', ['ID', 'ID'])}), fewer times or fewer predict.draws."
             )
         found = outcomes(fit.posterior.simulator, group.phi, group.design, seeded(fit.device, seed, NOISE_STREAM))
         save_array(run.path / "draws" / f"{name}_phi.npy", group.phi)

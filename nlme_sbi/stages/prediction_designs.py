@@ -11,8 +11,10 @@ import torch
 
 from nlme_sbi.designs import DesignsOfData, FixedGrid, Schedule
 from nlme_sbi.instantiate import instantiate
+from nlme_sbi.io import PlannedDesigns, PlanReader, same_form
 from nlme_sbi.stages.stored_fit import StoredFit
-from nlme_sbi.types import Design, Observations
+from nlme_sbi.types import Covariates, Design, Observations, Simulator
+from nlme_sbi.units import check_unit
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ def planned(
     """
     source = instantiate(section, trust=trust, where="design")
     if isinstance(source, DesignsOfData):
-        plan = _of_data(source.data.read(), fit, individuals, new)
+        plan = _of_data(source, fit, individuals, new)
     else:
         plan = _scheduled(_schedule(source), fit, individuals, new)
     if plan.known is None and plan.new is None:
@@ -113,48 +115,114 @@ def _new(found: Design | str, wished: Literal["auto"] | bool, fit: StoredFit) ->
     return New(("new",), found.to(fit.device))
 
 
-def _of_data(data: Observations, fit: StoredFit, individuals: Who, new: Literal["auto"] | bool) -> Plan:
+def _of_data(source: DesignsOfData, fit: StoredFit, individuals: Who, new: Literal["auto"] | bool) -> Plan:
     """Designs of a file: of individuals of the fit by their ids, of all its rows for new ones."""
-    observations = fit.observations
-    if data.signals != observations.signals:
-        raise ValueError(
-            f"The design's data have the signals {list(data.signals)}, the fit's {list(observations.signals)}; name or "
-            "choose them so (data.signals)."
-        )
-    if data.time_unit and observations.time_unit and data.time_unit != observations.time_unit:
-        raise ValueError(
-            f"The design's times are in {data.time_unit}, the fit's in {observations.time_unit}; set data.time_scale "
-            "and data.time_unit so that they agree."
-        )
-    there = [name for name in data.ids if name in set(observations.ids)]
-    if individuals == "none":
-        chosen: list[str] = []
-    elif individuals == "all":
-        chosen = there
-    else:
-        rows = _rows(individuals, observations)
-        chosen = [observations.ids[row] for row in rows]
-        absent = sorted(set(chosen) - set(there))
-        if absent:
-            raise ValueError(f"individuals: {absent[0]} has no design in the data file; it has {_few(data.ids)}.")
+    observations, simulator = fit.observations, fit.posterior.simulator
+    data = _read_plan(source, len(simulator.signals))
+    for note in data.notes:
+        log.info("%s", note)
+    _check_units(data, simulator, observations.time_unit)
+    chosen = _chosen(data, observations, individuals)
     known = None
     if chosen:
-        design = _complete(data[[data.ids.index(name) for name in chosen]].design).to(fit.device)
-        known = Known(tuple(chosen), [observations.ids.index(name) for name in chosen], design)
+        rows = [observations.ids.index(name) for name in chosen]
+        design = data.design[[data.ids.index(name) for name in chosen]]
+        design = _with_own_covariates(design, observations.design[rows])
+        known = Known(tuple(chosen), rows, _complete(design).to(fit.device))
     made = None
     if new is not False:
-        lacking = [name for name in needed(fit) if data.design.covariates is None or name not in _names(data)]
+        lacking = [name for name in needed(fit) if name not in _names(data.design)]
         if lacking and new is True:
             raise ValueError(f"The design's data lack the covariates {lacking}; name them in data.covariates.")
         if lacking:
             log.info("New individuals are left out: the design's data lack the covariates %s.", ", ".join(lacking))
         else:
             made = New(data.ids, _complete(data.design).to(fit.device))
+    if individuals == "all":
+        _tell_strangers(data.ids, observations.ids, predicted=made is not None)
     return Plan(known, made, like_the_data=False)
 
 
-def _names(data: Observations) -> tuple[str, ...]:
-    return () if data.design.covariates is None else data.design.covariates.names
+def _read_plan(source: DesignsOfData, signals: int) -> PlannedDesigns:
+    """What a file plans; a reader of one's own that knows no plans is asked for observations."""
+    if isinstance(source.data, PlanReader):
+        found = source.data.plan()
+        observed = found.design.observed.expand(-1, -1, signals)
+        return replace(found, design=replace(found.design, observed=observed))
+    data = source.data.read()
+    return PlannedDesigns(
+        data.ids, data.design, data.time_unit, data.dose_unit, dict(data.covariate_units), tuple(data.notes)
+    )
+
+
+def _check_units(data: PlannedDesigns, simulator: Simulator, time_unit: str) -> None:
+    """Refuse times, doses and covariates in other units than the simulator's."""
+    check_unit("The plan's times are", data.time_unit, simulator.time_unit or time_unit, option="time")
+    check_unit("The plan's doses are", data.dose_unit, getattr(simulator, "dose_unit", ""), option="dose")
+    units = getattr(simulator, "covariate_units", {})
+    for name in simulator.covariates:
+        given, wanted = data.covariate_units.get(name, ""), units.get(name, "")
+        check_unit(f'The plan\'s covariate "{name}" is', given, wanted, option="covariate", name=name)
+
+
+def _chosen(data: PlannedDesigns, observations: Observations, individuals: Who) -> list[str]:
+    """Ids of the fit that have a design in the plan and are asked for; refuses those that differ in form only."""
+    if individuals == "none":
+        return []
+    there = set(observations.ids)
+    chosen = [name for name in data.ids if name in there]
+    if individuals != "all":
+        wanted = [observations.ids[row] for row in _rows(individuals, observations)]
+        absent = [name for name in wanted if name not in set(chosen)]
+        if absent:
+            raise ValueError(f"individuals: {absent[0]} has no design in the data file; it has {_few(data.ids)}.")
+        return wanted
+    by_form = {same_form(name): name for name in observations.ids}
+    doubtful = [
+        (name, by_form[same_form(name)]) for name in data.ids if name not in there and same_form(name) in by_form
+    ]
+    if doubtful:
+        shown = ", ".join(f'"{mine}" (the fit has "{its}")' for mine, its in doubtful[:8])
+        raise ValueError(
+            f"{len(doubtful)} of {len(data.ids)} ids of the plan differ from ids of the fit in form only: {shown}. "
+            "Write them as in the fit; or pass individuals=none if they are new individuals."
+        )
+    return chosen
+
+
+def _tell_strangers(ids: tuple[str, ...], there: tuple[str, ...], *, predicted: bool) -> None:
+    """Name the plan's ids that the fit does not have."""
+    strangers = tuple(name for name in ids if name not in set(there))
+    if strangers:
+        fate = "predicted as new individuals only" if predicted else "left out"
+        log.warning(
+            "%d of %d ids of the plan are not in the fit, which has %s: %s; they are %s.",
+            *(len(strangers), len(ids), _few(there), _few(strangers), fate),
+        )
+
+
+def _with_own_covariates(design: Design, own: Design) -> Design:
+    """A plan's covariates, and those of the fit's data where the plan has none."""
+    if own.covariates is None:
+        return design
+    have, planned_ones = own.covariates, design.covariates
+    extra = [name for name in have.names if planned_ones is None or name not in planned_ones.names]
+    if not extra:
+        return design
+    columns = torch.stack([have.column(name) for name in extra], dim=1)
+    levels = {name: have.levels[name] for name in extra if name in have.levels}
+    if planned_ones is None:
+        return replace(design, covariates=Covariates(tuple(extra), columns, levels))
+    both = Covariates(
+        (*planned_ones.names, *extra),
+        torch.cat([planned_ones.values, columns.to(planned_ones.values)], dim=1),
+        {**planned_ones.levels, **levels},
+    )
+    return replace(design, covariates=both)
+
+
+def _names(design: Design) -> tuple[str, ...]:
+    return () if design.covariates is None else design.covariates.names
 
 
 def _complete(design: Design) -> Design:

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,8 +17,9 @@ from nlme_sbi.report.composition import ReportSettings, composed_report
 from nlme_sbi.report.files import save_report
 from nlme_sbi.report.network import Diagnosis
 from nlme_sbi.report.reported import ReportedFit, read_tables
-from nlme_sbi.runs import FinishedRun, RunDirectory, load_run, open_run
+from nlme_sbi.runs import ChangedSources, FinishedRun, RunDirectory, load_run, open_run
 from nlme_sbi.runs.files import PARTIAL
+from nlme_sbi.runs.remedies import override, script_command, typed
 from nlme_sbi.stages.stored_fit import StoredFit, find_fit, load_fit
 from nlme_sbi.training_pairs import seeded
 
@@ -45,16 +46,17 @@ def report(cfg: DictConfig) -> None:
         raise ValueError('report.arviz=true needs ArviZ: pip install -e ".[arviz]"')
     upstream = find_fit(plain)
     told, individuals = read_tables(upstream)
-    stored, missing = _taken_up(upstream, str(device), tuple(plain["trust"]))
+    stored, missing, lack = _taken_up(upstream, str(device), tuple(plain["trust"]))
     diagnosis = _diagnosis(convert(plain["diagnosis"], str, "diagnosis"), upstream, Path(plain["output_root"]))
     run = open_run(
         stage="report",
         experiment=str(upstream.manifest["experiment"]),
-        config={**_relevant(plain), "device": device.type, "posterior": "there" if stored else "gone"},
+        config={**_relevant(plain), "device": device.type, "posterior": "there" if stored else lack},
         inputs={"fit": upstream.sha256, **({} if diagnosis.run is None else {"diagnosis": diagnosis.run.sha256})},
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
         input_paths={"fit": upstream.path, **({} if diagnosis.run is None else {"diagnosis": diagnosis.run.path})},
+        sources=None if stored is None else stored.sources,
     )
     with run:
         if run.finished:
@@ -85,7 +87,8 @@ def _settings(plain: Mapping[str, Any]) -> ReportSettings:
     section = plain["report"]
     given = section["individuals"]
     if not isinstance(given, list) or not all(isinstance(one, (str, int)) for one in given):
-        raise ValueError(f"report.individuals must be a list of ids such as [1, 5]; got {given!r}.")
+        example = typed("report.individuals", ["1", "5"])
+        raise ValueError(f"report.individuals must be a list of ids such as {example}; got {given!r}.")
     return ReportSettings(
         individuals=tuple(str(one) for one in given),
         **{key: convert(section[key], int, f"report.{key}") for key in ("each", "replicates", "checked")},
@@ -96,13 +99,16 @@ def _relevant(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {name: plain[name] for name in ("report", "seed")}
 
 
-def _taken_up(run: FinishedRun, device: str, trust: tuple[str, ...]) -> tuple[StoredFit | None, str]:
-    """The stored fit, or why there is none: the report then tells what the fit's files tell."""
+def _taken_up(
+    run: FinishedRun, device: str, trust: tuple[str, ...]
+) -> tuple[StoredFit | None, str, Literal["", "gone", "changed"]]:
+    """The stored fit, or why there is none in a sentence and in a word: the report then tells what the fit's files
+    tell."""
     try:
-        return load_fit(run, device=device, trust=trust), ""
+        return load_fit(run, device=device, trust=trust), "", ""
     except ValueError as problem:
         log.warning("The report is made without what needs the posterior: %s", problem)
-        return None, str(problem)
+        return None, str(problem), "changed" if isinstance(problem, ChangedSources) else "gone"
 
 
 def _save_arviz(run: RunDirectory, stored: StoredFit | None, missing: str) -> None:
@@ -124,8 +130,10 @@ def _diagnosis(named: str, fit: FinishedRun, root: Path) -> Diagnosis:
     Raises:
         ValueError: for a run that is named and is none, unfinished or edited.
     """
-    experiment = fit.manifest["experiment"]
-    command = f"Run python scripts/diagnose.py experiment={experiment} fit={fit.path.name}, then this report again."
+    diagnosed = script_command(
+        "diagnose", override("fit", fit.path.name), experiment=str(fit.manifest["experiment"]), root=root
+    )
+    command = f"Diagnose it, then make this report again: {diagnosed}"
     if named == "none":
         return Diagnosis(None, f"This report was made without a diagnosis of the network. {command}")
     if named != "latest":

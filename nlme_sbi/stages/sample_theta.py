@@ -17,7 +17,16 @@ from nlme_sbi.population.theta_draws import ThetaDraws
 from nlme_sbi.population.theta_prior import ThetaPriors
 from nlme_sbi.population.theta_sampling import EnsembleSampler
 from nlme_sbi.population.theta_sampling import sample_theta as sampled_from_posterior
-from nlme_sbi.runs import RunDirectory, csv_text, load_json, load_run, open_run, save_array, write_atomically
+from nlme_sbi.runs import (
+    RunDirectory,
+    csv_text,
+    load_json,
+    load_run,
+    open_run,
+    save_array,
+    sources_of,
+    write_atomically,
+)
 from nlme_sbi.runs.schema import FIT
 from nlme_sbi.stages.fit_progress import ProgressBar
 from nlme_sbi.stages.parts import part
@@ -63,6 +72,7 @@ def sample_theta(cfg: DictConfig) -> float:
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
         input_paths={"fit": upstream.path},
+        sources={**fit.sources, **sources_of(plain, ("priors", "sampler"), trust=trust)},
     )
     with run:
         if run.finished:

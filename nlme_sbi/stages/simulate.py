@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.devices import choose_device
 from nlme_sbi.instantiate import instantiate
-from nlme_sbi.runs import RunDirectory, load_run, open_run, save_design, sha256_of_design
+from nlme_sbi.runs import RunDirectory, load_run, open_run, save_design, sha256_of_design, sources_of
 from nlme_sbi.simulation import SimulationSettings, write_shards
 from nlme_sbi.stages.parts import generative_parts
 from nlme_sbi.stored_simulations import SHARDS
@@ -49,6 +49,7 @@ def simulate(cfg: DictConfig) -> float:
         inputs={} if pool is None else {"designs": sha256_of_design(pool)},
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
+        sources=sources_of(plain, GENERATIVE, trust=trust),
     )
     with run:
         if run.finished:

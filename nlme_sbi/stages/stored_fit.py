@@ -16,31 +16,37 @@ from torch import Tensor
 from nlme_sbi.conversion import convert
 from nlme_sbi.devices import choose_device
 from nlme_sbi.population.beginnings import in_double
-from nlme_sbi.population.modes import individual_modes
 from nlme_sbi.population.over_theta import LogLikelihood
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import PopulationModel, PopulationSpecification, VariabilitySpecification
 from nlme_sbi.runs import (
+    ChangedSources,
     FinishedRun,
     RunDirectory,
+    Sources,
     csv_text,
     find_run,
     load_array,
     load_json,
     load_observations,
     load_run,
+    require_same_sources,
+    require_unedited,
     save_array,
     save_observations,
+    sources_of,
     write_atomically,
 )
+from nlme_sbi.runs.remedies import earlier_commands
 from nlme_sbi.runs.schema import FIT, FLOATS, check_array
 from nlme_sbi.stages.parts import stored_part
-from nlme_sbi.stages.trained import AnyPosterior, load_posterior, untrained_posterior
+from nlme_sbi.stages.trained import AnyPosterior, load_posterior, posterior_sources, untrained_posterior
 from nlme_sbi.types import Observations, TractableSimulator
 
 log = logging.getLogger(__name__)
 
 DRAWS, OBSERVATIONS = "individual_draws.npy", "observations"
+_OWN_SECTIONS = ("population", "estimator", "simulator", "prior")  # the last two where nothing was trained
 
 
 @dataclass(frozen=True)
@@ -60,32 +66,21 @@ class IndividualSettings:
 
 
 def save_individuals(
-    run: RunDirectory,
-    fit: PopulationFit,
-    observations: Observations,
-    posterior: AnyPosterior,
-    *,
-    settings: IndividualSettings,
-    generator: torch.Generator,
+    run: RunDirectory, fit: PopulationFit, observations: Observations, *, draws: int, generator: torch.Generator
 ) -> None:
     """Write ``individuals.csv``, ``individual_draws.npy`` (float32) and ``observations/``.
 
     Args:
         run: the fit's.
-        fit: of these observations.
+        fit: of these observations, with its modes where they were searched.
         observations: the data.
-        posterior: that the fit's draws came from.
-        settings: what is wished.
+        draws: of each individual that are kept; none for 0.
         generator: of the resampling, on the device of the fit.
     """
-    frame = fit.individuals_frame()
-    if settings.modes:
-        found = individual_modes(fit, observations, posterior, generator=generator)
-        frame = found.added_to(frame, fit.population.parameters.names)
-    text = csv_text(frame)
+    text = csv_text(fit.individuals_frame())
     write_atomically(run.path / "individuals.csv", lambda file: _write(file, text))
-    if settings.draws > 0:
-        save_array(run.path / DRAWS, fit.individual_draws(settings.draws, generator).float())
+    if draws > 0:
+        save_array(run.path / DRAWS, fit.individual_draws(draws, generator).float())
     save_observations(run.path / OBSERVATIONS, observations.to("cpu"))
 
 
@@ -101,6 +96,7 @@ class StoredFit:
         theta: ``(P,)`` estimates.
         covariance: ``(P, P)`` of the estimates; NaN where the fit had none.
         draws: ``(I, S, D)`` of ``p(phi | y_i, theta_hat)``, or None where the fit kept none.
+        sources: of the code of others behind it, as it was and is.
     """
 
     run: FinishedRun
@@ -110,6 +106,7 @@ class StoredFit:
     theta: Float[Tensor, " P"]
     covariance: Float[Tensor, "P P"]
     draws: Float[Tensor, "I S D"] | None
+    sources: Sources
 
     @property
     def device(self) -> torch.device:
@@ -157,7 +154,7 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
 
     Raises:
         ValueError: the run is unfinished, edited, of another stage, or of a version that stored less; or its posterior
-            is no longer there or was changed.
+            is no longer there or was changed; or code of others, the simulator's or the fit's, has changed since.
     """
     finished = run if isinstance(run, FinishedRun) else load_run(Path(run), stage="fit_population")
     if not finished.has(OBSERVATIONS):
@@ -166,14 +163,19 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
             "Run its command again with this nlme_sbi."
         )
     upstream = posterior_runs(finished)
-    posterior: AnyPosterior = (
-        load_posterior(upstream, device, trust)
-        if upstream
-        else untrained_posterior(
-            {name: finished.section(name) for name in ("prior", "simulator")}, choose_device(device), trust
+    try:
+        posterior: AnyPosterior = (
+            load_posterior(upstream, device, trust)
+            if upstream
+            else untrained_posterior(
+                {name: finished.section(name) for name in ("prior", "simulator")}, choose_device(device), trust
+            )
         )
-    )
+    except ChangedSources as problem:
+        raise problem.and_then(earlier_commands(finished.manifest, finished.path)[-1]) from None
+    require_unedited(finished, _OWN_SECTIONS, trust=trust)
     specification = fitted_specification(finished, trust)
+    require_same_sources(finished, _OWN_SECTIONS, trust=trust)
     observations = stored_observations(finished)
     population: PopulationModel = specification.bind(posterior.parameters, observations)
     theta, covariance = _estimates(finished, population)
@@ -189,6 +191,7 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
         theta=theta.to(where),
         covariance=covariance.to(where),
         draws=draws,
+        sources={**posterior_sources(upstream, trust), **sources_of(finished.config, _OWN_SECTIONS, trust=trust)},
     )
 
 

@@ -31,8 +31,11 @@ from nlme_sbi.runs import (
     load_design,
     load_run,
     open_run,
+    require_same_sources,
+    require_unedited,
     save_design,
     sha256_of_design,
+    sources_of,
     write_atomically,
 )
 from nlme_sbi.stages.parts import generative_parts, part, stored_part
@@ -102,6 +105,7 @@ def _train_in_team(plain: Mapping[str, Any], team: Team) -> float:
         inputs=_inputs(upstream, parts.pool),
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
+        sources=sources_of(config, (*GENERATIVE, "summary", "flow"), trust=trust),
     )
     with run:
         team.from_first(None if run.finished else str(run.checkpoint_directory))
@@ -198,10 +202,12 @@ def _parts(
         pool = getattr(designs, "pool", None)
         source = OnlinePairs(prior, designs, simulator, batch_size, seed, team.device, max_failed=settings.max_failed)
         return _Parts(SharedPairs(source, team), simulator, prior, pool, summary, flow)
+    require_unedited(upstream, GENERATIVE, trust=trust)
     prior, simulator = (
         stored_part(config[name], role, where=name, trust=trust)
         for name, role in (("prior", Prior), ("simulator", Simulator))
     )
+    require_same_sources(upstream, GENERATIVE, trust=trust)
     stored = StoredPairs(
         StoredSimulations.open(upstream),
         batch_size=batch_size,

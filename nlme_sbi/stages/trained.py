@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from nlme_sbi.networks.ensembles import PosteriorEnsemble
-from nlme_sbi.networks.posterior import AmortizedPosterior
+from nlme_sbi.networks.posterior import TRAINED_SECTIONS, AmortizedPosterior
 from nlme_sbi.population.likelihood_weighted_prior import LikelihoodWeightedPrior
-from nlme_sbi.runs import FinishedRun, find_run
+from nlme_sbi.runs import FinishedRun, Sources, find_run, sources_of
+from nlme_sbi.runs.remedies import typed
+from nlme_sbi.runs.sources import SourceFile
 from nlme_sbi.stages.parts import stored_part
 from nlme_sbi.types import Prior, Simulator, TractableSimulator
 
@@ -33,7 +35,10 @@ def find_posteriors(plain: Mapping[str, Any]) -> list[FinishedRun]:
         return []
     runs = [_found(str(reference), plain) for reference in (named if isinstance(named, list) else [named])]
     if not runs:
-        raise ValueError("posterior=[] names no run; give RUN, latest or [RUN,RUN].")
+        raise ValueError(
+            f"{typed('posterior', [])} names no run; give posterior=RUN, posterior=latest or "
+            f"{typed('posterior', ['RUN', 'RUN'])}."
+        )
     return runs
 
 
@@ -72,6 +77,16 @@ def posterior_hashes(runs: list[FinishedRun]) -> dict[str, str]:
     if len(runs) == 1:
         return {"posterior": runs[0].sha256}
     return {f"posterior_{position}": run.sha256 for position, run in enumerate(runs)}
+
+
+def posterior_sources(runs: list[FinishedRun], trust: tuple[str, ...]) -> Sources:
+    """Of the code of others that the networks rest on, as it is now; loading them has compared it with theirs."""
+    found: dict[str, list[SourceFile]] = {}
+    for run in runs:
+        for section, files in sources_of(run.config, TRAINED_SECTIONS, trust=trust).items():
+            known = found.setdefault(section, [])
+            known += [file for file in files if file not in known]
+    return found
 
 
 def _found(reference: str, plain: Mapping[str, Any]) -> FinishedRun:

@@ -75,6 +75,41 @@ def test_a_wrong_width_and_a_bias_are_told_apart(
         assert found[check].numbers["worst_bias"] == pytest.approx(-wrong["shift"], abs=0.15)
 
 
+def test_what_is_narrow_within_the_tolerance_is_called_overconfident(generator: torch.Generator) -> None:
+    """Contracted by 1.08: of two parameters' 95% regions 1 - exp(-5.99 / 1.08^2 / 2) = 92.3% hold the truth."""
+    found = calibration(pairs_of(EXACT.but(contraction=1.08), 2500, 100, generator), generator)
+    findings = {one.check: one for one in calibration_findings(found, tolerance=0.1, where="prior")}
+    width = findings["calibration_width"]
+    assert width.light == "amber"
+    assert "are too narrow (overconfident), but within the tolerance of a factor 1.1" in width.sentence
+    assert "as wide as they should be" not in width.sentence
+    assert width.numbers["within_tolerance"] == "narrow"
+    # Binomial standard error 0.5%, and 0.2% for 100 draws.
+    assert width.numbers["coverage_of_95"] == pytest.approx(0.923, abs=0.02)
+    assert f"95% regions hold {width.numbers['coverage_of_95']:.1%} of the truths" in width.sentence
+    assert "too small to matter" not in findings["calibration_coverage"].sentence
+    assert "within the tolerance of 10 percentage points" in findings["calibration_coverage"].sentence
+
+
+def test_what_is_wide_within_the_tolerance_is_green_and_said_to_be(generator: torch.Generator) -> None:
+    found = calibration(pairs_of(EXACT.but(contraction=1 / 1.07), 2500, 60, generator), generator)
+    width = calibration_findings(found, tolerance=0.1, where="prior")[0]
+    assert width.light == "green"
+    assert "are too wide (conservative), but within the tolerance of a factor 1.1" in width.sentence
+    assert width.numbers["within_tolerance"] == "wide"
+
+
+def test_the_exact_posterior_is_as_wide_as_it_should_be_about_as_often_as_stated() -> None:
+    repetitions, accused = 20, 0
+    for seed in range(repetitions):
+        generator = torch.Generator().manual_seed(seed)
+        found = calibration(pairs_of(EXACT, 200, 50, generator), generator)
+        width = calibration_findings(found, tolerance=0.1, where="prior")[0]
+        accused += width.light != "green" or "as wide as they should be" not in width.sentence
+    # Two families of 5%: intervals, and tests; more has probability below 1e-4.
+    assert accused <= binom.isf(1e-4, repetitions, 0.1)
+
+
 def test_a_wrong_correlation_is_seen_by_joint_checks_only(generator: torch.Generator) -> None:
     found = calibration(pairs_of(EXACT.but(correlation=0.9), 500, 100, generator), generator)
     adjusted = dict(zip(found.tests, found.adjusted, strict=True))

@@ -26,7 +26,7 @@ def test_doses_and_measurements_are_told_apart(tmp_path: Path) -> None:
         "id,time,dv,amt,evid,mdv,wt\n"
         "b,2,5,0,0,0,60\nb,1,.,100,1,1,60\nb,0,3,.,0,0,60\na,0,7,50,101,,70\na,4,8,,0,0,70\n"
     )
-    observations = EventTable(write(tmp_path, text), covariates=["WT"], signal_units={"DV": "mg/L"}).read()
+    observations = EventTable(write(tmp_path, text), covariates=["WT"], signal_units={"DV": "mg/L"}, sort=True).read()
     assert observations.ids == ("b", "a")
     assert observations.signals == ("DV",)
     assert observations.signal_units == ("mg/L",)

@@ -57,6 +57,7 @@ def number(text: str) -> float | None:
 def long_oracle(rows: list[tuple[str, str, str, str]]) -> dict[tuple[str, float, str], float] | None:
     """The measurements by the rules of the documentation, one row after another; None where they refuse."""
     content: dict[tuple[str, float, str], float | None] = {}
+    last: dict[tuple[str, str], float] = {}
     for name, time, signal, value in rows:
         if not (name or time or signal or value):
             continue
@@ -67,6 +68,9 @@ def long_oracle(rows: list[tuple[str, str, str, str]]) -> dict[tuple[str, float,
         key = (name.strip(), when, signal.strip())
         if when is None or key[0] in MISSING or key[2] in MISSING or key in content:
             return None
+        if when < last.get((key[0], key[2]), when):  # times that go back are refused
+            return None
+        last[key[0], key[2]] = when
         content[(key[0], when, key[2])] = what
     measured = {key: value for key, value in content.items() if value is not None}
     return measured if measured and {key[0] for key in content} == {key[0] for key in measured} else None

@@ -26,20 +26,20 @@ LONG_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("id,hours,signal,value\na,0,x,1\n", {}, r'no column "time"; it has "id", "hours", "signal", "value"\.'),
     ("id,Tme,signal,value\na,0,x,1\n", {}, r'no column "time".* Did you mean "Tme"\?'),
     ("id,time,time,value\na,0,0,1\n", {}, '2 columns "time"; rename all but one'),
-    ("id;time;value\na;0;1\n", {}, r'Pass data\.separator=";"\?'),
+    ("id;time;value\na;0;1\n", {}, r"Pass data\.separator=semicolon\."),
     (
         LONG + "a,0,x,1\na,0,x,high\nb,0,x,low\n",
         {},
         r'2 of 3 values are not numbers; first at row 3, column "value": "high"',
     ),
-    (LONG + 'a,0,x,"1,2e3"\n', {}, r'"1,2e3"\. Decimal commas\? Pass data\.decimal=","'),
+    (LONG + 'a,0,x,"1,2e3"\n', {}, r'"1,2e3"\. Decimal commas\? Pass data\.decimal=comma'),
     (
         LONG + "a,0,x,1,5\n",
         {},
         r"1 of 2 rows do not have the 4 fields of the first row; first at row 2: 5.*data\.decimal",
     ),
     (LONG + "a,0,x,1\nb,0,x\n", {}, r"1 of 3 rows do not have the 4 fields of the first row; first at row 3: 3"),
-    (LONG.replace(",", ";") + "a;0;x;1.5\n", {"decimal": ","}, r'"1\.5"\. Decimal points\? Pass data\.decimal="\."'),
+    (LONG.replace(",", ";") + "a;0;x;1.5\n", {"decimal": ","}, r'"1\.5"\. Decimal points\? Pass data\.decimal=point'),
     (LONG + "a,0,x,1_000\n", {}, r'1 of 1 values are not numbers; first at row 2, column "value": "1_000"'),
     (LONG + "a,0,x,inf\n", {}, r'1 of 1 values are not finite numbers; first at row 2, column "value": "inf"'),
     (LONG + "a,0,x,1e999\n", {}, "not finite numbers"),
@@ -49,7 +49,11 @@ LONG_CASES: list[tuple[str, dict[str, Any], str]] = [
     (LONG + "a,1e300,x,1\n", {"time_scale": 1e10}, "1 of 1 times overflow when they are scaled; first at row 2"),
     (LONG + "NA,0,x,1\n", {}, r'1 of 1 ids are missing; first at row 2, column "id": "NA"'),
     (LONG + "a,0,,1\n", {}, "1 of 1 signals are missing"),
-    (LONG + "a,0,x,1\na,0.0,x,2\n", {}, r"1 of 2 measurements repeat .* row 3: .*data\.replicates=keep\|mean"),
+    (
+        LONG + "a,0,x,1\na,0.0,x,2\n",
+        {},
+        r"1 of 2 measurements repeat .* row 3: .*data\.replicates=keep or data\.replicates=mean",
+    ),
     (LONG + "a,0,x,1\nb,0,x,\n", {}, r'1 of 2 individuals have no observation: "b"'),
     (LONG + "a,0,x,1\nb,0,y,1\n", {"signals": ["x"]}, r'1 of 2 individuals have no observation: "b"'),
     (LONG + "a,0,gfp,1\n", {"signals": ["gpf"]}, r'no signal "gpf"; it has "gfp"\. Did you mean "gfp"\?'),
@@ -88,7 +92,9 @@ LONG_CASES: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 EVENT_CASES: list[tuple[str, dict[str, Any], str]] = [
-    ("ID,TIME,DV,AMT\n1,0,1,0\n", {}, r'no column "EVID"'),
+    ("ID,TIME,DV\n1,0,1\n", {}, r'no column "AMT"'),
+    ("ID,TIME,DV,AMT\n1,0,1,0\n", {}, r"1 of 1 individuals have no dose \(EVID 1\)"),
+    ("ID,TIME,DV,AMT\n1,0,1,9\n", {}, r'an amount and a value, and there is no column "EVID".*row 2, column "DV"'),
     (
         EVENT + DOSE + "1,1,2,0,2\n",
         {},
@@ -101,7 +107,7 @@ EVENT_CASES: list[tuple[str, dict[str, Any], str]] = [
     (EVENT + DOSE + "1,1,2,5,0\n", {}, "an amount but EVID 0"),
     (EVENT + "1,0,.,ten,1\n1,1,2,0,0\n", {}, "amounts are not numbers"),
     (
-        EVENT + DOSE + "1,1,2,0,0\n" + DOSE,
+        EVENT + DOSE + "1,1,2,0,0\n" + "1,2,.,9,1\n",
         {},
         r'1 of 3 rows are second or later doses .*"1".* row 4.*One dose per individual for now',
     ),

@@ -22,7 +22,9 @@ def write(folder: Path, text: str, name: str = "sheet.csv") -> Path:
 
 def test_times_are_sorted_and_gaps_are_unobserved(tmp_path: Path) -> None:
     path = write(tmp_path, "time,a,b\n20,3,\n10,1,2\n30,NA,4\n")
-    observations = WideSheet(path, time_scale=0.5, time_unit="h", signals="gfp").read()
+    with pytest.raises(ValueError, match=r"1 of 3 times go back; first at row 3, .* pass data\.sort=true"):
+        WideSheet(path).read()
+    observations = WideSheet(path, time_scale=0.5, time_unit="h", signals="gfp", sort=True).read()
     assert observations.ids == ("a", "b")
     assert observations.signals == ("gfp",)
     assert observations.design.times.tolist() == [[5.0, 10.0, 15.0]] * 2

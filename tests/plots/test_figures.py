@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,9 @@ from matplotlib.patches import StepPatch
 
 from nlme_sbi.diagnostics.predictive import PROBABILITIES, PredictiveBands
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.plots.canvas import SERIES, panels, parameter_labels
+from nlme_sbi.plots.canvas import SERIES, data_text, panels, parameter_labels
 from nlme_sbi.plots.individual_fits import plot_individual_fits
+from nlme_sbi.plots.influence import plot_influence
 from nlme_sbi.plots.loss import plot_history
 from nlme_sbi.plots.pairs import plot_pairs
 from nlme_sbi.plots.population import plot_population
@@ -296,3 +298,38 @@ def test_labels_say_scale_and_unit() -> None:
 def test_places_left_over_are_removed() -> None:
     figure, axes = panels(5, columns=4)
     assert len(axes) == len(figure.axes) == 5
+
+
+# -- text from data ----------------------------------------------------------------------------------------------------
+
+
+ODD = ("$1_$2", "a$", "$$", r"\alpha$x$", "100%", "{x}", "5 µg", "_hidden", "^", "x_1")
+
+
+@pytest.mark.parametrize("words", ODD)
+def test_text_from_data_is_shown_as_it_is(words: str) -> None:
+    figure, (ax,) = panels(1)
+    shown = ax.set_title(data_text(words))
+    _draws_without_complaint(figure)
+    # Matplotlib's own rule of what is mathematics, and what it draws otherwise.
+    assert shown._preprocess_math(shown.get_text()) == (words, False)
+    assert data_text(data_text(words)) == data_text(words)
+
+
+def test_figures_of_individuals_survive_any_id_name_and_unit(generator: torch.Generator) -> None:
+    observations, bands = _fits(individuals=5)
+    observations = replace(observations, ids=ODD[:5], signals=("$c_$t",), signal_units=("$/$",), time_unit="$h$")
+    _draws_without_complaint(plot_individual_fits(observations, bands))
+    space = ParameterSpace((Parameter("$k_$a", "$1/$"), Parameter("V", "identity", "identity")))
+    names = parameter_labels(space)
+    draws = torch.randn((4, 50, 2), generator=generator).double()
+    _draws_without_complaint(plot_pairs([draws[0], draws[1]], names, labels=["training prior: $1_$2", "b"]))
+    _draws_without_complaint(plot_population(names, torch.zeros(2), torch.eye(2), draws))
+    shifts = pd.DataFrame({"id": list(ODD), "cook": np.arange(10.0) / 10, "shift.mean.$k_$a": np.linspace(-1, 1, 10)})
+    _draws_without_complaint(plot_influence(shifts))
+
+
+def test_what_is_infinite_cannot_be_drawn_and_says_so(generator: torch.Generator) -> None:
+    draws = torch.randn((4, 50, 2), generator=generator).double()
+    with pytest.raises(ValueError, match=r"not finite for b\b"):
+        plot_population(("a", "b"), torch.tensor([0.0, math.inf]), torch.eye(2), draws)

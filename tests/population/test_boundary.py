@@ -130,7 +130,7 @@ def test_a_variance_whose_maximum_is_at_zero_is_reported_as_zero() -> None:
         assert fit.estimated == 3
         row = fit.table().rows[1]
         assert (row.omega, row.omega_status) == (0.0, "boundary")
-        assert "decay: SD 0, at its boundary (estimated); score test for variability z = -" in fit.table().text()
+        assert "No variability of decay (its SD ran to 0, the boundary); score test: z = -" in fit.table().text()
         assert fit.converged
     assert set(verdicts) == {True, False}
 

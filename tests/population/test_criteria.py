@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy.optimize import brentq
 from scipy.stats import binom, chi2
 
 from nlme_sbi.population import GaussianPopulation
-from nlme_sbi.population.comparison import ComparedFit, compared_fits, restrictions
+from nlme_sbi.population.comparison import ComparedFit, compared_fits, is_same_model, restrictions
 from nlme_sbi.population.criteria import likelihood_ratio_p
 
 
@@ -153,12 +154,117 @@ def test_likelihoods_of_different_things_are_refused() -> None:
     assert "only differences mean something" in compared_fits([ratio, written("D", **RATIO, names=CONSTANT)]).text()
 
 
-def test_a_larger_model_that_fits_worse_and_a_fit_that_has_not_converged_are_told() -> None:
-    small, large = written("small", names=CONSTANT, deviance=95.0), written("large", converged=False)
+def test_a_larger_model_that_fits_worse_is_told() -> None:
+    small, large = written("small", names=CONSTANT, deviance=95.0), written("large")
     found = compared_fits([small, large])
     assert "its fit has not found the highest maximum" in found.tests[0].note
     assert found.tests[0].p == 1.0
-    assert "large has not converged" in found.text()
+    (wrong,) = found.contradictions
+    assert (wrong.lower, wrong.higher, wrong.difference) == ("large", "small", 5.0)
+    assert wrong.sentence == (
+        "large holds small as a special case and fits worse, which cannot be: their -2 log L differ by 5, which is 18 "
+        "Monte-Carlo SEs; large has not found its maximum."
+    )
+    assert wrong.sentence in found.text()
+    assert found.frame().set_index("fit")["contradicted_by"].to_dict() == {"large": "small", "small": ""}
+    # Within the error (0.5 and three of 0.28) it may.
+    assert compared_fits([written("small", names=CONSTANT, deviance=98.7), large]).contradictions == ()
+
+
+def test_no_test_is_derived_from_a_fit_that_has_not_converged() -> None:
+    small, large = written("small", names=CONSTANT, deviance=108.0), written("large", converged=False)
+    found = compared_fits([large, small])
+    assert found.tests == ()
+    assert "large has not converged: its numbers are no basis for a choice, and it is in no test." in found.notes
+    assert "large (not converged)" in found.text()
+    frame = found.frame().set_index("fit")
+    assert frame.index.tolist() == ["small", "large"]  # what is no basis for a choice is not the best
+    assert frame.loc["small", "aic_difference"] == 0.0
+    assert frame.loc["large", "aic_difference"] == pytest.approx(-6.0)
+    # Of three, the two that did are tested.
+    third = written("third", names=[*NAMES, "partial_correlation.a.b"], deviance=99.0)
+    assert [(test.smaller, test.larger) for test in compared_fits([small, large, third]).tests] == [("small", "third")]
+
+
+def test_two_estimators_that_contradict_each_other_are_called_so() -> None:
+    exact, saem = written("X", deviance=100.0), written("Y", estimator="saem", deviance=109.2)
+    found = compared_fits([saem, exact])
+    (wrong,) = found.contradictions
+    assert wrong.sentence == (
+        "Y and X are fits of the same model to the same data, but their -2 log L differ by 9.2, which is 33 "
+        "Monte-Carlo SEs: at least one has not found the maximum; the higher likelihood is X's."
+    )
+    assert found.tests == ()
+    assert wrong.sentence in found.text()
+    # A test that rests on the lower one is marked.
+    small = written("small", names=CONSTANT, deviance=104.0)
+    notes = {(test.smaller, test.larger): test.note for test in compared_fits([saem, exact, small]).tests}
+    assert notes["small", "X"] == ""
+    assert "larger model fits worse" in notes["small", "Y"]
+    lower = written("lower", names=CONSTANT, deviance=112.0)
+    notes = {(test.smaller, test.larger): test.note for test in compared_fits([saem, exact, lower]).tests}
+    assert notes["lower", "Y"] == "Not to be used: Y has not found its maximum, as X shows."
+    # Without a Monte-Carlo error the difference is told without one.
+    sure = [
+        written(name, deviance=value, estimator="laplace", approximation="Laplace", monte_carlo={"objective_se": 0.0})
+        for name, value in (("X", 100.0), ("Y", 101.0))
+    ]
+    assert "differ by 1, which no Monte-Carlo error explains" in compared_fits(sure).text()
+
+
+def test_two_estimators_that_agree_are_called_so() -> None:
+    found = compared_fits([written("X", deviance=100.0), written("Y", estimator="saem", deviance=100.8)])
+    assert found.contradictions == ()
+    assert (
+        "X and Y are fits of the same model; their -2 log L agree (difference 0.8, Monte-Carlo SE 0.28)." in found.notes
+    )
+
+
+def test_a_variance_at_zero_and_none_are_equal_models() -> None:
+    vanished, constant = written("A", names=CONSTANT, vanished=["b"]), written("B", names=CONSTANT, deviance=100.1)
+    found = compared_fits([vanished, constant])
+    assert is_same_model(vanished, constant)
+    assert found.contradictions == ()
+    assert any(
+        note.startswith("A and B are equal models, because the variance of b was estimated as 0 in one")
+        for note in found.notes
+    )
+    (test,) = found.tests
+    assert test.p > 0.3
+    apart = compared_fits([vanished, written("B", names=CONSTANT, deviance=109.2)])
+    assert "A and B are fits of the same model to the same data" in apart.contradictions[0].sentence
+    assert apart.tests[0].note == "Not to be used: B has not found its maximum, as A shows."
+
+
+def test_other_forms_of_a_covariate_effect_are_other_models() -> None:
+    def by_weight(label: str, form: str, **changes: object) -> ComparedFit:
+        effect = {"parameter": "a", "on": "mean", "covariate": "WT", "form": form}
+        return written(label, names=[*NAMES, "effect.a.WT"], table={"covariate_effects": [effect]}, **changes)
+
+    power, linear = by_weight("power", "power", deviance=90.0), by_weight("linear", "linear", deviance=99.0)
+    assert not is_same_model(power, linear)
+    found = compared_fits([power, linear, written("without", deviance=104.0)])
+    assert found.contradictions == ()
+    assert {(test.smaller, test.larger) for test in found.tests} == {("without", "power"), ("without", "linear")}
+    larger = replace(linear, free=linear.free | {"effect.b.WT"})
+    assert restrictions(power, larger) is None
+    assert restrictions(linear, larger) == (1, 0)
+    assert len(compared_fits([power, replace(power, label="again", deviance=95.0)]).contradictions) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"simulator": {"_target_": "other"}},
+        {"population_model": "Mixture"},
+        {"names": CONSTANT},
+        {"fixed": {"mean.a": 1.5}},
+    ],
+)
+def test_other_models_contradict_nobody(change: dict[str, object]) -> None:
+    base, other = written("X", deviance=100.0), written("Y", deviance=140.0, **change)
+    assert not is_same_model(base, other)
+    assert compared_fits([base, other]).contradictions == ()
 
 
 def test_criteria_of_a_fit_count_what_was_estimated() -> None:

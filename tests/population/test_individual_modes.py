@@ -103,7 +103,7 @@ def test_after_a_ratio_fit_the_likelihood_is_climbed_where_there_is_one_and_name
     assert float(((best.phi - mean) / sd).square().sum(1).median()) < 3 * 0.6
     heaviest = individual_modes(fit, case.observations, generator=seeded())
     assert set(heaviest.kinds) == {"heaviest draw"}
-    frame = heaviest.added_to(fit.individuals_frame(), case.parameters.names)
+    frame = replace(fit, modes=heaviest).individuals_frame()
     assert list(frame.columns)[:5] == ["id", "uptake", "uptake.mean", "uptake.sd", "uptake.mode"]
     assert frame["mode"].unique().tolist() == ["heaviest draw"]
     assert isinstance(frame, pd.DataFrame)

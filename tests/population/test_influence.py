@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from closed_form import closed_fit, one_level
+from closed_form import closed_fit, even_case, one_level
 
 from nlme_sbi.diagnostics.fit_checks import influence_finding
 from nlme_sbi.population import GaussianPopulation, PopulationFit
+from nlme_sbi.population.assessment import Assessment, assessed, sandwich_covariance
+from nlme_sbi.population.bootstrap import bootstrap
 from nlme_sbi.population.influence import Influence, influence
 
 NOISE, SD, COUNT = 0.3, 1.0, 24
@@ -89,3 +91,33 @@ def test_influence_without_errors_or_individuals_is_refused() -> None:
         influence(fit.state, fit.theta, torch.full_like(fit.covariance, torch.nan), fit.ids)
     with pytest.raises(ValueError, match="at least 3"):
         influence(replace(fit.state, individuals=2), fit.theta, fit.covariance, fit.ids[:2])
+
+
+@pytest.mark.parametrize("individuals", [2, 4])
+def test_what_judges_by_differences_needs_more_individuals_than_unknowns(individuals: int) -> None:
+    """As many unknowns, means and SDs, as individuals, whose scores add up to 0: a singular sandwich."""
+    case = one_level(mean=0.5, sd=1.5, noise=0.1, individuals=2, seed=1)
+    if individuals == 4:
+        case = even_case([0.5, -0.3], [1.5, 1.5], noise=0.1, individuals=4, seed=1)
+    fit = closed_fit(case, GaussianPopulation())
+    assert bool(torch.isfinite(fit.covariance).all())
+    widths = sandwich_covariance(fit)
+    assert float(torch.linalg.eigvalsh(widths)[0]) < 1e-6 * float(widths.diagonal().max())  # what is kept from readers
+    with pytest.raises(ValueError, match=rf"; there are {individuals}( individuals for {individuals} unknowns|\.)"):
+        influence(fit.state, fit.theta, fit.covariance, fit.ids)
+    with pytest.raises(
+        ValueError, match=rf"more individuals than unknowns; there are {individuals} individuals for {individuals}"
+    ):
+        bootstrap(fit, generator=torch.Generator().manual_seed(1))
+    wished = Assessment(methods=("information", "sandwich", "bootstrap"))
+    found = assessed(fit, wished, generator=torch.Generator().manual_seed(1))
+    assert {row.method for row in found.intervals} == {"information"}
+    (said,) = set(found.warnings) - set(fit.warnings)
+    assert said == (
+        "No sandwich and no bootstrap errors: they need more individuals than unknowns, and there are "
+        f"{individuals} individuals for {individuals} unknowns. The errors from the information rest on the "
+        "model alone."
+    )
+    larger = even_case([0.5, -0.3], [1.5, 1.5], noise=0.1, individuals=5, seed=1)
+    enough = assessed(closed_fit(larger, GaussianPopulation()), Assessment(), generator=torch.Generator())
+    assert {row.method for row in enough.intervals} == {"information", "sandwich"}

@@ -15,7 +15,7 @@ from scipy.stats import chi2, norm
 from test_exact import NO_SIGMA, Curved, linear_case
 
 from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, fit_population
-from nlme_sbi.population.assessment import Assessment, assessed, sandwich_covariance, wald_intervals
+from nlme_sbi.population.assessment import Assessment, assessed, bootstrap_rows, sandwich_covariance, wald_intervals
 from nlme_sbi.population.bootstrap import bootstrap
 from nlme_sbi.population.profile import profile_interval, profile_intervals
 from nlme_sbi.population.weighting import contributions, effective_draws
@@ -89,7 +89,7 @@ def test_an_sd_that_may_be_zero_has_no_lower_limit() -> None:
     assert math.isfinite(profile.limits[1])
     found = assessed(fit, Assessment(methods=("information", "profile")), generator=seeded())
     row = next(row for row in found.intervals if (row.unknown, row.method) == ("log_sd.uptake", "profile"))
-    assert (row.natural_lower, row.quantity) == (0.0, "SD of uptake")
+    assert (row.natural_lower, row.quantity) == (0.0, "omega(uptake)")
     assert "profile [95% CI]" in found.table().text()
     assert (
         next(
@@ -254,6 +254,13 @@ def test_wald_intervals_have_natural_scales(drawn_fit: tuple[ConjugateCase, Line
         float(fit.monte_carlo.se[fit.population.unknowns.names.index("log_sd.decay")])
     )
     assert set(rows) == {"mean.uptake", "mean.decay", "mean.sigma", "log_sd.uptake", "log_sd.decay"}
+
+
+def test_a_bootstraps_natural_error_is_the_replicates_own(level: tuple[ConjugateCase, PopulationFit]) -> None:
+    _, fit = level
+    found = bootstrap(fit, generator=seeded(1), replicates=60)
+    for place, row in enumerate(bootstrap_rows(fit, found)):  # the mean and the SD, both exponentials
+        assert row.natural_se == pytest.approx(float(found.theta[:, place].exp().std()))
 
 
 def test_what_has_no_interval_is_refused(level: tuple[ConjugateCase, PopulationFit]) -> None:

@@ -79,7 +79,7 @@ def test_every_class_that_can_be_a_target_is_a_part_of_a_run() -> None:
         ("nlme_sbi.networks.posterior.AmortizedPosterior.load", "something inside AmortizedPosterior"),
         ("nlme_sbi.networks.ensembles.PosteriorEnsemble.load", "something inside PosteriorEnsemble"),
         ("nlme_sbi.networks.posterior.AmortizedPosterior", "is no part that a section may build"),
-        ("nlme_sbi.runs.directory._LogFile", "is private"),
+        ("nlme_sbi.runs.log_files._LogFile", "is private"),
         ("nlme_sbi.runs.directory.RunDirectory", "is no part that a section may build"),
         ("nlme_sbi.io.download.download", "is a function or a method"),
         ("nlme_sbi.io.download.PublishedFile", "is no part that a section may build"),

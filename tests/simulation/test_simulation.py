@@ -144,6 +144,10 @@ def test_rows_come_back_in_any_order_across_shards(tmp_path: Path, designs) -> N
     else:
         assert torch.equal(found.design.events.amount, expected.design.events.amount)
     assert len(stored.rows(torch.empty(0, dtype=torch.int64))) == 0
+    mask = torch.arange(len(stored)) % 3 == 1
+    assert torch.equal(stored.rows(mask).phi, stored.rows(torch.arange(len(stored))).phi[mask])
+    with pytest.raises(IndexError, match="A mask needs one truth for each of the"):
+        stored.rows(mask[1:])
     for wrong in ([21], [-1]):
         with pytest.raises(IndexError, match="there are 21"):
             stored.rows(torch.tensor(wrong))

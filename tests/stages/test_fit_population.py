@@ -12,11 +12,13 @@ import pandas as pd
 import pytest
 import torch
 
+import nlme_sbi.stages.fit_figures as figures
 import nlme_sbi.stages.fit_population as stage
 from nlme_sbi.mechanistic import NumpySimulator
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.runs import FinishedRun
+from nlme_sbi.stages.attempts import attempted
 from nlme_sbi.stages.fit_population import fit_population
 from nlme_sbi.stages.simulate import simulate
 from nlme_sbi.stages.train_flow import train_flow
@@ -25,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import ROOT, THEOPHYLLINE, bytes_of, only_run, tiny
 
 CELLS = ROOT / "data" / "mrna_two_rate_cells" / "cells.csv"
-TABLES = {"table.txt", "parameters.csv", "intervals.csv", "individuals.csv", "fit.json"}
+TABLES = {"table.txt", "parameters.csv", "intervals.csv", "individuals.csv", "predictions.csv", "fit.json"}
 KEPT = {"individual_draws.npy", "observations/values.npy", "observations/observations.json"}
 FIGURES = {"individual_fits.png", "population.png", "pairs_typical.png", "pairs_worst.png"}
 
@@ -102,8 +104,8 @@ def test_a_fit_repeats_to_the_byte_and_its_files_agree(
     assert run.path.name == again.path.name
     assert bytes_of(run) == bytes_of(again)
     kept = {name for name in bytes_of(run) if not name.startswith("observations/design/")}
-    influence = {"influence.csv"} if "influence.csv" in kept else set()  # needs standard errors
-    assert kept == {"config.yaml", *TABLES, *KEPT, *influence, *(FIGURES if with_figures else ())}
+    errors = {"influence.csv", "estimate_correlations.csv"} & kept  # need standard errors
+    assert kept == {"config.yaml", *TABLES, *KEPT, *errors, *(FIGURES if with_figures else ())}
     if experiment == "theophylline":
         table = pd.read_csv(run.path / "influence.csv", dtype={"id": str})
         assert list(table.columns[:5]) == ["id", "objective", "cook", "refitted", "shift.mean.ka"]
@@ -133,11 +135,132 @@ def test_a_fit_repeats_to_the_byte_and_its_files_agree(
 
     text = (run.path / "table.txt").read_text()
     level = "-2 log L: " + ("" if absolute else "not available with this estimator")
-    for line in (level, "shrinkage %", *(() if absolute else ("WARNING",))):
+    for line in (level, "shrink SD%", *(() if absolute else ("WARNING",))):
         assert line in text
     assert [line.split()[0] for line in text.splitlines() if line.split()[:1] and line.split()[0] in names] == list(
         names
     )
+
+
+def theophylline_curve(natural: np.ndarray, dose: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Oral dose into one compartment, from the textbook: ``natural`` are ka, CL, V."""
+    ka, clearance, volume = natural.T
+    ke = clearance / volume
+    return dose * ka / (volume * (ka - ke)) * (np.exp(-ke * times) - np.exp(-ka * times))
+
+
+def test_predictions_and_individuals_are_those_of_the_textbook(fitted: Path) -> None:
+    run = only_run(fitted, "fit_population")
+    individuals = pd.read_csv(run.path / "individuals.csv", dtype={"id": str}).set_index("id")
+    parameters = pd.read_csv(run.path / "parameters.csv").set_index("parameter")
+    found = pd.read_csv(run.path / "predictions.csv", dtype={"id": str})
+    data = pd.read_csv(THEOPHYLLINE, dtype={"ID": str})
+    measured = data[data["EVID"] == 0].astype({"DV": float})
+    assert found["id"].tolist() == measured["ID"].tolist()
+    np.testing.assert_allclose(found["time"], measured["TIME"], rtol=1e-6)
+    np.testing.assert_allclose(found["DV"], measured["DV"], rtol=1e-6)
+    dose = data[data["EVID"] == 1].set_index("ID")["AMT"].loc[found["id"]].to_numpy()
+    names = ["ka", "CL", "V"]
+    typical = np.tile(parameters.loc[names, "natural"], (len(found), 1))
+    own = individuals.loc[found["id"], [f"{name}.natural_mode" for name in names]].to_numpy()
+    times, sigma = found["time"].to_numpy(), parameters.loc["sigma", "natural"]
+    # The data are kept in float32.
+    np.testing.assert_allclose(found["PRED"], theophylline_curve(typical, dose, times), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["IPRED"], theophylline_curve(own, dose, times), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["IRES"], found["DV"] - found["IPRED"], atol=1e-9)
+    np.testing.assert_allclose(found["IWRES"], found["IRES"] / sigma, atol=1e-9)
+    assert found["NPDE"].notna().all()
+    for name in names:
+        mean, mode, centre = (individuals[f"{name}.{key}"] for key in ("mean", "mode", "typical"))
+        np.testing.assert_allclose(centre, parameters.loc[name, "estimate"])
+        np.testing.assert_allclose(individuals[f"{name}.eta_mean"], mean - centre, atol=1e-12)
+        np.testing.assert_allclose(individuals[f"{name}.eta_mode"], mode - centre, atol=1e-12)
+        np.testing.assert_allclose(individuals[f"{name}.natural_mode"], np.exp(mode))
+        # A log-normal posterior with this mean and SD; these are nearly that.
+        variance = individuals[f"{name}.sd"] ** 2
+        np.testing.assert_allclose(individuals[f"{name}.natural_mean"], np.exp(mean + variance / 2), rtol=0.02)
+        expected = np.exp(mean + variance / 2) * np.sqrt(np.expm1(variance))
+        np.testing.assert_allclose(individuals[f"{name}.natural_sd"], expected, rtol=0.15)
+        eta, omega = individuals[f"{name}.eta_mode"], parameters.loc[name, "omega"]
+        assert parameters.loc[name, "shrinkage"] == pytest.approx(1 - eta.std() / omega)
+        assert parameters.loc[name, "shrinkage_variance"] == pytest.approx(1 - eta.var() / omega**2)
+    assert set(parameters["shrinkage_from"]) == {"modes"}
+    correlations = pd.read_csv(run.path / "estimate_correlations.csv").set_index("estimate")
+    assert list(correlations) == ["ka", "CL", "V", "sigma", "omega(ka)", "omega(CL)", "omega(V)"]
+    told = json.loads((run.path / "fit.json").read_text())
+    assert told["table"]["condition_number"] == pytest.approx(np.linalg.cond(correlations.to_numpy()), rel=1e-6)
+
+
+def test_what_fails_after_the_estimates_is_told_and_costs_nothing_else(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def infinite(*_: object, **__: object) -> None:
+        raise ValueError("supplied range of [-inf, inf] is not finite")
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the matrix is\nsingular")
+
+    monkeypatch.setattr(figures, "plot_population", infinite)
+    monkeypatch.setattr(figures, "plot_individual_fits", infinite)
+    monkeypatch.setattr(stage, "individual_modes", broken)
+    monkeypatch.setattr(stage, "predictions_frame", broken)
+    run = fitted_run(root)
+    kept = set(bytes_of(run))
+    assert {"table.txt", "individuals.csv", "pairs_typical.png", "pairs_worst.png"} < kept
+    assert not {"predictions.csv", "population.png", "individual_fits.png"} & kept
+    for said in (
+        "The search for the individuals' modes is left out: the matrix is singular.",
+        "predictions.csv is left out: the matrix is singular.",
+        "population.png is left out: supplied range of [-inf, inf] is not finite.",
+    ):
+        assert said in caplog.messages
+    parameters = pd.read_csv(run.path / "parameters.csv").set_index("parameter")
+    assert set(parameters["shrinkage_from"]) == {"means"}
+    assert "ka.mode" not in pd.read_csv(run.path / "individuals.csv")
+
+
+def test_a_full_disk_is_no_part_that_can_be_left_out() -> None:
+    def full() -> None:
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        attempted("Something", full)
+
+
+def test_prediction_errors_of_a_part_and_none_at_all(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stage, "save_figures", no_figures)
+    caplog.set_level("INFO")
+    ids = ["$1_$2", "=1+1", "Ω", "a,b", 'q"q', "007", "true", "1e3", "x y", "_z", "c", "d"]
+    table = pd.read_csv(THEOPHYLLINE, dtype={"ID": str})
+    odd = dict(zip(table["ID"].unique(), ids, strict=True))
+    table.assign(ID=table["ID"].map(odd)).to_csv(root / "odd.csv", index=False)
+    data = f"data.path={root / 'odd.csv'}"
+    run = fitted_run(root, "theophylline", data, "predictions.individuals=5", "individuals.modes=false")
+    found = pd.read_csv(run.path / "predictions.csv", dtype={"id": str}, keep_default_na=False, na_values=[""])
+    assert list(dict.fromkeys(found["id"])) == ids
+    # The 1st, 4th, 6th or 7th, ... of 12: evenly spread, both ends among them.
+    with_errors = found.groupby("id", sort=False)["NPDE"].count()
+    assert with_errors[with_errors > 0].index.tolist() == [ids[place] for place in (0, 3, 6, 8, 11)]
+    assert found["IWRES"].notna().all()
+    assert "NPDE of 5 of 12 individuals, evenly spread; predictions.individuals=12 makes all." in caplog.text
+    assert "IPRED is at the individuals' posterior means, because their modes were not searched." in caplog.text
+    individuals = pd.read_csv(run.path / "individuals.csv", keep_default_na=False)
+    assert individuals["id"].tolist() == ids
+
+
+REFUSED_PREDICTIONS = {
+    "predictions.simulations=50": r"^predictions\.simulations must be at least 200, or 0 for no NPDE; got 50\.$",
+    "predictions.individuals=0": r"^predictions\.individuals must be at least 1; got 0\.$",
+    "predictions.table=perhaps": r"^predictions\.table must be",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED_PREDICTIONS)
+def test_settings_of_predictions_are_refused_before_any_draw(posteriors: Path, override: str) -> None:
+    with pytest.raises(ValueError, match=REFUSED_PREDICTIONS[override]):
+        fit_population(tiny("fit_population", "theophylline", posteriors, override))
 
 
 def only_posterior(run: FinishedRun, root: Path) -> Path:
@@ -324,8 +447,11 @@ def noisy_levels(natural: np.ndarray, times: np.ndarray, random: np.random.Gener
     return (natural + 0.5 * random.standard_normal(times.shape))[..., None]
 
 
-def test_a_simulator_without_a_likelihood_is_fitted_without_the_figure_that_needs_one(tmp_path: Path) -> None:
+def test_a_simulator_without_a_likelihood_is_fitted_without_the_figure_that_needs_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The population of y = level + noise is known in closed form; a network of two layers finds it."""
+    caplog.set_level("INFO")
     here = __name__
     own = {
         "simulator": {"_target_": f"{here}.Levels"},
@@ -352,6 +478,10 @@ def test_a_simulator_without_a_likelihood_is_fitted_without_the_figure_that_need
         run(cfg)
     found = only_run(tmp_path, "fit_population")
     assert FIGURES - set(bytes_of(found)) == {"individual_fits.png"}
+    predictions = pd.read_csv(found.path / "predictions.csv")
+    assert predictions[["PRED", "IPRED", "IRES", "IWRES"]].isna().all().all()
+    assert predictions[["EPRED", "PWRES", "NPD", "NPDE", "PDE"]].notna().all().all()
+    assert "IWRES are empty, because Levels has no noise-free prediction" in caplog.text
     row = pd.read_csv(found.path / "parameters.csv").iloc[0]
     # Means of 4 measurements are N(level, 0.25/4): the maximum of the population likelihood in closed form. Half a
     # standard error is what so small a network reaches; without the noise taken out, omega would be off by 0.9.

@@ -151,6 +151,55 @@ def test_designs_of_a_data_file_are_predicted_for_its_individuals_and_new_ones(r
     assert rows.iloc[0]["q50"] == pytest.approx(expected, rel=0.02)
 
 
+PLANS = {
+    "points": "ID,TIME,DV,AMT,EVID\n1,0,.,350,1\n1,3,.,.,0\n1,9,.,.,0\n",
+    "other events": "ID,TIME,DV,AMT,EVID,MDV\n1,0,.,350,1,1\n1,3,.,.,2,1\n1,9,.,.,2,1\n",
+    "missing by declaration": "ID,TIME,DV,AMT,EVID,MDV\n1,0,0,350,1,1\n1,3,0,.,0,1\n1,9,0,.,0,1\n",
+    "no values": "ID,TIME,AMT,EVID\n1,0,350,1\n1,3,.,0\n1,9,.,0\n",
+    "no events": "ID,TIME,AMT\n1,0,350\n1,3,.\n1,9,.\n",
+}
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_a_plan_needs_no_measurements(root: Path, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "plan.csv").write_text(PLANS[kind])
+    run = predicted(root, "design=of_data", f"data.path={tmp_path / 'plan.csv'}", "theta=estimate", "new=false")
+    rows = table(run)
+    rows = rows[rows["quantity"] == "prediction"]
+    assert rows[["who", "id", "time"]].values.tolist() == [["individual", "1", 3.0], ["individual", "1", 9.0]]
+    draws = np.load(only_run(root, "fit_population").path / "individual_draws.npy")[0]
+    expected = np.quantile(concentration(draws, np.array([3.0, 9.0]), 350.0), 0.5, axis=0)
+    np.testing.assert_allclose(rows["q50"], expected, rtol=0.02)
+
+
+def test_ids_of_a_plan_that_do_not_match_are_named(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan, file = ["design=of_data", f"data.path={tmp_path / 'plan.csv'}", "theta=estimate"], tmp_path / "plan.csv"
+    file.write_text("ID,TIME,DV,AMT,EVID\n1.0,0,.,400,1\n1.0,2,0,.,0\n02,0,.,400,1\n02,2,0,.,0\n")
+    with pytest.raises(
+        ValueError, match=r'2 of 2 ids of the plan .* "1\.0" \(the fit has "1"\), "02" \(the fit has "2"\)'
+    ):
+        predicted(root, *plan)
+    file.write_text("ID,TIME,DV,AMT,EVID\n1,0,.,400,1\n1,2,0,.,0\n99,0,.,400,1\n99,2,0,.,0\n")
+    with pytest.raises(ValueError, match=r"^individuals: 2 has no design in the data file; it has 1, 99"):
+        predicted(root, *plan, "individuals=[1,2]")
+    with caplog.at_level("INFO"):
+        found = table(predicted(root, *plan, "new=false"))
+    assert set(found["id"]) == {"1"}
+    assert "1 of 2 ids of the plan are not in the fit, which has 1, 2, 3" in caplog.text
+    assert ": 99; they are left out." in caplog.text
+
+
+def test_a_plan_in_other_units_is_refused(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.csv").write_text(PLANS["points"])
+    plan = ["design=of_data", f"data.path={tmp_path / 'plan.csv'}"]
+    with pytest.raises(ValueError, match=r"The plan's doses are in g, .*data\.dose_scale=1000 data\.dose_unit=mg"):
+        predicted(root, *plan, "data.dose_unit=g")
+    with pytest.raises(ValueError, match=r"The plan's times are in min, .*data\.time_unit=h"):
+        predicted(root, *plan, "data.time_unit=min")
+
+
 def test_the_posterior_of_theta_is_sampled_and_predicted_from(root: Path) -> None:
     common = ["experiment=theophylline", f"output_root={root}", "device=cpu", *SAMPLER]
     largest = sample_theta(compose_config("sample_theta", common))

@@ -28,7 +28,8 @@ TRAINING = [
     "summary.width=8",
     "summary.layers=1",
 ]
-FIT = ["fit.starts=1", "estimator.draws=200", "estimator.max_draws=200", "figures.individuals=2"]
+FIT = ["fit.starts=1", "figures.individuals=2"]
+ESTIMATORS = {"mrna_two_rate": "prior_ratio", "theophylline": "exact"}
 EXPERIMENTS = {
     "mrna_two_rate": [],
     "theophylline": [f"data.path={THEOPHYLLINE}"],
@@ -43,6 +44,8 @@ def tiny(stage: str, experiment: str, root: Path, *overrides: str) -> DictConfig
         "train_flow": [*TRAINING, *SUMMARIES[experiment]],
         "fit_population": FIT,
     }[stage]
+    if stage == "fit_population":
+        own = [*own, f"estimator={ESTIMATORS[experiment]}", "estimator.draws=200", "estimator.max_draws=200"]
     chosen = [f"experiment={experiment}", f"output_root={root}", "device=cpu", *own, *EXPERIMENTS[experiment]]
     return compose_config(stage, [*chosen, *overrides])
 

@@ -1,0 +1,79 @@
+"""Plans: times, doses and covariates without measurements, which predictions are made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from nlme_sbi.io.wording import listed_at
+from nlme_sbi.types import Covariates, Design, Events
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedDesigns:
+    """``I`` individuals and what is planned for each.
+
+    Args:
+        ids: as the file has them.
+        design: times, padded with the last one; ``observed (I, T, 1)`` is False where they fill up only.
+        time_unit: unit of the times, "" where unknown.
+        dose_unit: unit of the doses, "" where unknown.
+        covariate_units: units of covariates by name, as far as they are known.
+        notes: what the reader has to say of the file.
+    """
+
+    ids: tuple[str, ...]
+    design: Design
+    time_unit: str = ""
+    dose_unit: str = ""
+    covariate_units: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class PlanReader(Protocol):
+    """A reader whose file may be a plan."""
+
+    def plan(self) -> PlannedDesigns:
+        """Individuals, times and doses, whether measured or not."""
+
+
+def planned_design(
+    name: str,
+    *,
+    individual: Int[np.ndarray, " R"],
+    ids: Sequence[str],
+    times: Float[np.ndarray, " R"],
+    covariates: Covariates | None = None,
+    events: Events | None = None,
+) -> Design:
+    """The different times of every individual, sorted, short rows padded with their last time.
+
+    Args:
+        name: of the file, for messages.
+        individual: ``(R,)`` codes into ``ids``, a row for each time.
+        ids: of the individuals.
+        times: ``(R,)``.
+        covariates: one row an individual.
+        events: one row an individual.
+
+    Raises:
+        ValueError: an individual without any time.
+    """
+    counts = np.bincount(individual, minlength=len(ids))
+    if (counts == 0).any():
+        raise ValueError(
+            f"{name}: {int((counts == 0).sum())} of {len(ids)} individuals have no time to predict for: "
+            f"{listed_at(ids, np.flatnonzero(counts == 0))}. Give each a row with EVID 0 (or 2) and a time, or "
+            "remove it."
+        )
+    own = [np.unique(times[individual == code]) for code in range(len(ids))]
+    longest = max(map(len, own))
+    padded = np.stack([np.pad(each, (0, longest - len(each)), mode="edge") for each in own])
+    there = np.stack([np.arange(longest) < len(each) for each in own])
+    return Design(torch.from_numpy(padded), torch.from_numpy(there)[..., None], covariates=covariates, events=events)
