@@ -173,9 +173,10 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
         )
     except ChangedSources as problem:
         raise problem.and_then(earlier_commands(finished.manifest, finished.path)[-1]) from None
-    require_unedited(finished, _OWN_SECTIONS, trust=trust)
+    own = [name for name in _OWN_SECTIONS if name in finished.config]  # the network's are compared when it is loaded
+    require_unedited(finished, own, trust=trust)
     specification = fitted_specification(finished, trust)
-    require_same_sources(finished, _OWN_SECTIONS, trust=trust)
+    require_same_sources(finished, own, trust=trust)
     observations = stored_observations(finished)
     population: PopulationModel = specification.bind(posterior.parameters, observations)
     theta, covariance = _estimates(finished, population)
