@@ -83,7 +83,7 @@ def _found(reference: str, root: Path) -> FinishedRun:
 def _read(run: FinishedRun, *, by_source: bool) -> ComparedFit:
     told = load_json(run.file("fit.json"), FIT)
     if by_source and "simulator" in told:
-        source = run.manifest["sources"].get("simulator")
+        source = (run.manifest.get("sources") or {}).get("simulator")
         told["simulator"] = {"config": told["simulator"], "source": source}
     inputs = run.manifest["inputs"]
     networks = {name: value["sha256"] for name, value in inputs.items() if name.startswith("posterior")}

@@ -61,7 +61,7 @@ def use(stage: str, path: Path) -> None:
     else:
         load_fit(run, device="cpu")
         read_tables(run)
-        _read(run)
+        _read(run, by_source=False)
         origins(run)
 
 
