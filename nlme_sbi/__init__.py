@@ -7,9 +7,11 @@ first, so that ``import nlme_sbi`` imports nothing.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing itself is not imported: scripts watch for Ctrl-C only after this file
 if TYPE_CHECKING:
+    from typing import Any
+
     from nlme_sbi.designs import FixedGrid, RandomTimes, ResampledDesigns
     from nlme_sbi.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel
     from nlme_sbi.networks.ensembles import PosteriorEnsemble

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import nlme_sbi
+from nlme_sbi import interrupts
 from nlme_sbi.config_errors import config_sentence
 from nlme_sbi.conversion import convert, hydra_text
 from nlme_sbi.overrides import as_meant
@@ -37,9 +37,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 Stage = Callable[[DictConfig], "float | None"]
 CONFIG_DIRECTORY = Path(nlme_sbi.__file__).resolve().parents[1] / "conf"
-FAILED, INTERRUPTED = 1, 130
+FAILED, INTERRUPTED, PIPE_CLOSED = 1, interrupts.CODE, 141
 _COMMON = {"seed": int, "device": str, "output_root": str, "fresh": bool, "trust": list[str], "debug": bool}
 _FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package")
+_NO_MEMORY = "can't allocate memory"  # torch's words on a CPU, in a RuntimeError
 _log = logging.getLogger(__name__)
 
 
@@ -57,7 +58,7 @@ def entry_point(stage: Stage | str, config_name: str, *, words: str | None = Non
 
     Returns:
         A function without arguments that reads ``sys.argv`` and ends with ``SystemExit`` where something went wrong:
-        code 1 for a refusal or failure, 130 for Ctrl-C.
+        code 1 for a refusal or failure, 130 for Ctrl-C, 141 where nobody reads its help any more.
     """
 
     def main() -> None:
@@ -66,6 +67,7 @@ def entry_point(stage: Stage | str, config_name: str, *, words: str | None = Non
         sys.argv[1:] = as_meant(sys.argv[1:])
         _configure_logging()
         code = _run(stage, config_name)
+        _flush()
         if code:
             sys.exit(code)
 
@@ -136,6 +138,11 @@ def _run(stage: Stage | str, config_name: str) -> int:
     if not CONFIG_DIRECTORY.is_dir():
         _tell(f"{CONFIG_DIRECTORY} is missing; install the repository with `pip install -e .` and keep it.")
         return FAILED
+    try:
+        os.getcwd()
+    except OSError:
+        _tell("The working directory is not there any more; go to one that exists (cd ~) and run the command again.")
+        return FAILED
     # With this, Hydra passes errors on instead of printing its own words and leaving with code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     job = _Job(stage)
@@ -143,6 +150,8 @@ def _run(stage: Stage | str, config_name: str) -> int:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name=config_name)(job)()
     except BaseException as error:
         return _code_of(error)
+    if interrupts.stopped():  # something below has swallowed it
+        return INTERRUPTED
     return 0 if job.error is None else _code_of(job.error)
 
 
@@ -163,8 +172,10 @@ class _Job:
             from nlme_sbi.runs.remedies import command_line
 
             keep_freed_memory()
+            stage = _resolved(self._stage)
+            interrupts.begin_work()
             with command_line(_own_line()):
-                return self._recorded(cfg) if sweep else _resolved(self._stage)(cfg)
+                return self._recorded(cfg, stage) if sweep else stage(cfg)
         except Exception as error:
             if sweep:  # the launcher counts failures, perhaps in another process; it needs an exception
                 overrides = " ".join(HydraConfig.get().overrides.task)
@@ -173,13 +184,13 @@ class _Job:
             self.error = error
             return None
 
-    def _recorded(self, cfg: DictConfig) -> float | None:
+    def _recorded(self, cfg: DictConfig, stage: Stage) -> float | None:
         """Run the stage as a job of a sweep, whose directory then tells which run it was."""
         from nlme_sbi.sweeps import recorded_job  # loads torch: not before a launcher has set a job's threads
 
         told = HydraConfig.get()
         with recorded_job(Path(told.sweep.dir), told.job.num, list(told.overrides.task)):
-            return _resolved(self._stage)(cfg)
+            return stage(cfg)
 
 
 def _own_line() -> CommandLine:
@@ -214,11 +225,15 @@ def _make_importable(cfg: DictConfig) -> None:
 
 
 def _code_of(error: BaseException) -> int:
+    if interrupts.stopped():  # told already; whatever it became on its way here (an ImportError, for one)
+        return INTERRUPTED
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else FAILED if error.code else 0
     if isinstance(error, KeyboardInterrupt):
-        _tell(f"\nStopped. What is finished is kept; to go on, run the same command again:\n  {_command()}")
+        _tell(interrupts.sentence())
         return INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        return PIPE_CLOSED
     if not isinstance(error, JobFailed):
         _report(error)
     return FAILED
@@ -238,7 +253,7 @@ def sentence_for(error: BaseException) -> str | None:
     sentence = config_sentence(error)
     if sentence is not None:
         return sentence
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
         return "The memory is full. Take smaller pieces (simulation.shard_size, training.batch_size, fewer workers)."
     # RuntimeError as such is torch's word for bugs; a class of ours below it is a refusal.
     ours = type(error).__module__.startswith("nlme_sbi.")
@@ -251,19 +266,29 @@ def _debug() -> bool:
     return "debug=true" in [argument.lower() for argument in sys.argv] or os.environ.get("NLME_SBI_DEBUG") == "1"
 
 
-def _command() -> str:
-    started = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if _in_team() else ["python"]
-    return shlex.join([*started, *sys.argv])
-
-
 def _in_team() -> bool:
     """Whether torchrun started this process, beside others that do the same."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _tell(sentence: str) -> None:
-    sys.stderr.write(sentence.rstrip("\n") + "\n")
-    sys.stderr.flush()
+    if sys.stderr is None:  # closed by whoever started this
+        return
+    try:
+        sys.stderr.write(sentence.rstrip("\n") + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):  # nobody reads it, or it is closed
+        interrupts.silence(2)
+
+
+def _flush() -> None:
+    """Write out what is left; where nobody reads it any more, quietly, and not once more at the interpreter's end."""
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        if stream is not None:
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                interrupts.silence(descriptor)
 
 
 class _StageResult(logging.Filter):
@@ -300,8 +325,11 @@ class _Standard(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             stream = getattr(sys, self._name)
-            stream.write(self.format(record) + "\n")
-            stream.flush()
+            if stream is not None:
+                stream.write(self.format(record) + "\n")
+                stream.flush()
+        except BrokenPipeError:  # as with "| head": nobody reads it any more, and the work goes on
+            interrupts.silence({"stdout": 1, "stderr": 2}[self._name])
         except Exception:
             self.handleError(record)
 

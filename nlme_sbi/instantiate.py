@@ -2,8 +2,9 @@
 
 A section may come from a run directory that somebody sent. So a ``_target_`` is resolved only where both its text and
 the ``__module__`` of the object behind it lie under ``nlme_sbi.``, ``simulators.`` or a prefix that the user trusts:
-``nlme_sbi.runs.os.system`` begins well and is refused all the same. Of our own modules only what describes a run can
-be a target: classes, and the functions of ``nlme_sbi.io`` that read data.
+``nlme_sbi.runs.os.system`` begins well and is refused all the same. Of our own modules only a class that plays one of
+the roles in :mod:`nlme_sbi.targets` can be a target, and that is decided before anything is called. ``trust`` is an
+argument of the caller, who has it from the user; no section can carry one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -20,30 +22,89 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nlme_sbi.conversion import convert, evaluate_hint
+from nlme_sbi.targets import OWN_PREFIXES, ROLES, Role, lies_in, refusal
 
 TARGET = "_target_"
-OWN_PREFIXES = ("nlme_sbi", "simulators")
-_READERS = "nlme_sbi.io"
+_DEEPEST = 50  # sections inside sections
 
 
 def instantiate(
-    node: Any, *, trust: Iterable[str] = (), where: str = "", given: Mapping[str, Any] | None = None
+    node: Any,
+    *,
+    trust: Iterable[str] = (),
+    where: str = "",
+    given: Mapping[str, Any] | None = None,
+    role: type | None = None,
+    roles: tuple[Role, ...] = ROLES,
 ) -> Any:
     """Build what a config section describes; sections inside it are built first.
 
     Args:
         node: a section (dict or DictConfig) with ``_target_``, or a list or dict of such; anything else is returned.
-        trust: module prefixes besides ours that a ``_target_`` may name.
+        trust: module prefixes besides ours that a ``_target_`` may name; from the user, never from a section.
         where: the section's place in the config, for messages.
         given: further keyword arguments for the outermost target, objects that no config can hold.
+        role: a Protocol whose methods the outermost class must have, checked before anything is built.
+        roles: what our own classes may be; :data:`nlme_sbi.targets.STORED_ROLES` for a section of a run directory.
 
     Raises:
-        ValueError: for a target that is not trusted or not there, an unknown or missing keyword, a value of the wrong
-            type, or what the target itself refuses; with the config path and the remedy.
+        ValueError: for a target that is not trusted, not there or of another role, an unknown or missing keyword, a
+            value of the wrong type, or what the target itself refuses; with the config path and the remedy.
     """
     if isinstance(trust, str):
         raise ValueError(f'trust must be a list, for example trust=[{trust}]; got "{trust}".')
-    return _build(_plain_node(node, where), tuple(trust), where, dict(given or {}))
+    plain, rules = _plain_node(node, where), _Rules(tuple(trust), roles)
+    _refuse_deep(plain, where)
+    # Every target is located before any is called: a section that is refused has done nothing.
+    targets: dict[str, Callable[..., Any]] = {}
+    _locate_all(plain, rules, where, targets)
+    if role is not None:
+        _refuse_other_role(targets.get(where, type(plain)), role, where)
+    return _build(plain, targets, where, dict(given or {}))
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What a section may name."""
+
+    trust: tuple[str, ...]
+    roles: tuple[Role, ...]
+
+
+def role_members(role: type) -> dict[str, bool]:
+    """Public members of a Protocol, and whether each is a method; inherited ones included."""
+    members: dict[str, bool] = {}
+    for base in reversed(role.__mro__):
+        if base is object or base.__module__ == "typing":
+            continue
+        for name in [*getattr(base, "__annotations__", {}), *vars(base)]:
+            if not name.startswith("_"):
+                members[name] = inspect.isfunction(vars(base).get(name))
+    return members
+
+
+def _refuse_other_role(target: Callable[..., Any], role: type, where: str) -> None:
+    """A class of another kind is told by the methods that it lacks; what a function returns is seen afterwards."""
+    if not inspect.isclass(target):
+        return
+    methods = [name for name, is_method in role_members(role).items() if is_method]
+    lacking = sorted(name for name in methods if not callable(getattr(target, name, None)))
+    if lacking:
+        raise ValueError(f"{where} is a {target.__name__}, which is no {role.__name__}: it lacks {', '.join(lacking)}.")
+
+
+def _refuse_deep(node: Any, where: str) -> None:
+    level = [node]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, (Mapping, list, tuple))
+            for inner in (item.values() if isinstance(item, Mapping) else item)
+        ]
+        if not level:
+            return
+    raise ValueError(f"{where or 'The section'} nests more than {_DEEPEST} sections in each other; nothing needs that.")
 
 
 def _plain_node(node: Any, where: str) -> Any:
@@ -55,49 +116,81 @@ def _plain_node(node: Any, where: str) -> Any:
         raise ValueError(f"{where}: {str(error).splitlines()[0]}.") from error
 
 
-def _build(node: Any, trust: tuple[str, ...], where: str, given: dict[str, Any]) -> Any:
+def _locate_all(node: Any, rules: _Rules, where: str, targets: dict[str, Callable[..., Any]]) -> None:
+    """Fill ``targets`` with every target below a section, by the place of its section."""
     if isinstance(node, (list, tuple)):
-        return [_build(item, trust, f"{where}[{position}]", {}) for position, item in enumerate(node)]
+        for position, item in enumerate(node):
+            _locate_all(item, rules, f"{where}[{position}]", targets)
+    elif isinstance(node, Mapping):
+        if TARGET in node:
+            targets[where] = locate(node[TARGET], trust=rules.trust, where=_join(where, TARGET), roles=rules.roles)
+        for key, item in node.items():
+            if key != TARGET:
+                _locate_all(item, rules, _join(where, key), targets)
+
+
+def _build(node: Any, targets: Mapping[str, Callable[..., Any]], where: str, given: dict[str, Any]) -> Any:
+    if isinstance(node, (list, tuple)):
+        return [_build(item, targets, f"{where}[{position}]", {}) for position, item in enumerate(node)]
     if not isinstance(node, Mapping):
         return node
-    values = {key: _build(item, trust, _join(where, key), {}) for key, item in node.items() if key != TARGET}
+    values = {key: _build(item, targets, _join(where, key), {}) for key, item in node.items() if key != TARGET}
     if TARGET not in node:
         return values
-    target = locate(node[TARGET], trust=trust, where=_join(where, TARGET))
-    return _call(target, values, where, given)
+    return _call(targets[where], values, where, given)
 
 
 def _join(where: str, key: Any) -> str:
     return f"{where}.{key}" if where else str(key)
 
 
-def locate(path: Any, *, trust: Iterable[str] = (), where: str = TARGET) -> Callable[..., Any]:
-    """The class or function that a dotted path names; refused where it is not ours or trusted.
+def locate(
+    path: Any, *, trust: Iterable[str] = (), where: str = TARGET, roles: tuple[Role, ...] = ROLES
+) -> Callable[..., Any]:
+    """The class that a dotted path names, or a function of a trusted module; refused where it is not ours or trusted.
 
     Raises:
-        ValueError: with the nearest name that exists, or with what to pass to trust it.
+        ValueError: with the nearest name that exists, with what to pass to trust it, or with the roles that there are.
     """
     allowed = (*OWN_PREFIXES, *trust)
-    if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")):
+    if not isinstance(path, str) or not path.isascii() or not all(part.isidentifier() for part in path.split(".")):
         raise ValueError(f"{where} must be a dotted path such as simulators.mrna_two_rate.MrnaTwoRate; got {path!r}.")
     # The text is checked before anything is imported, because importing a module runs it.
     _refuse_foreign(path, path, allowed, where)
-    module, names = _import_longest(path, where)
-    found: Any = module
-    for name in names:
-        if not hasattr(found, name):
-            raise ValueError(f"{where}: {_shown_name(found)} has no {name}.{_suggest(name, _public_names(found))}")
-        found = getattr(found, name)
+    if any(part.startswith("_") for part in path.split(".")):
+        raise ValueError(f"{where}: {path} is private; name a public class.")
+    found = _followed(path, allowed, where)
     if not (inspect.isclass(found) or inspect.isroutine(found)):
         raise ValueError(f"{where}: {path} is neither a class nor a function.")
     home = str(getattr(found, "__module__", None))
     _refuse_foreign(home, path, allowed, where)
-    _refuse_what_acts(found, home, path, where)
+    if not lies_in(home, OWN_PREFIXES):  # trusted; ours is what it is, whoever trusts it
+        if not inspect.isclass(found) and not inspect.isfunction(found):
+            raise ValueError(f"{where}: {path} is a method; name a class, or a function that makes an object.")
+        return found
+    reason = refusal(found, roles)
+    if reason is not None:
+        raise ValueError(f"{where}: {path} {reason}.")
+    return found
+
+
+def _followed(path: str, allowed: Sequence[str], where: str) -> Any:
+    """The object behind a dotted path. Names are followed only inside modules that are allowed: what those have
+    imported from elsewhere is not even looked at."""
+    found, names = _import_longest(path, where)
+    for position, name in enumerate(names):
+        if isinstance(found, ModuleType):
+            _refuse_foreign(found.__name__, path, allowed, where)
+        elif position:
+            raise ValueError(f"{where}: {path} is no class in a module but something inside {_shown_name(found)}.")
+        if not hasattr(found, name):
+            raise ValueError(f"{where}: {_shown_name(found)} has no {name}.{_suggest(name, _public_names(found))}")
+        found = getattr(found, name)
     return found
 
 
 def _refuse_foreign(module: str, path: str, allowed: Sequence[str], where: str) -> None:
-    if not any(module == prefix or module.startswith(f"{prefix}.") for prefix in allowed):
+    if not lies_in(module, tuple(allowed)):
         outside = path.split(".")[0] if module == path else module
         raise ValueError(
             f"{where}: {path} comes from {outside}, which is neither part of nlme_sbi nor trusted. If the code is "
@@ -105,18 +198,7 @@ def _refuse_foreign(module: str, path: str, allowed: Sequence[str], where: str) 
         )
 
 
-def _refuse_what_acts(found: Any, home: str, path: str, where: str) -> None:
-    """Our own functions may write files; a section that came from elsewhere must not be able to call them."""
-    ours = home == "nlme_sbi" or home.startswith("nlme_sbi.")
-    reads = home == _READERS or home.startswith(f"{_READERS}.")
-    owner = getattr(found, "__self__", None)
-    if ours and not (
-        inspect.isclass(found) or inspect.isclass(owner) or (reads and not found.__name__.startswith("_"))
-    ):
-        raise ValueError(f"{where}: {path} is a function that does something; a target must be a class or a reader.")
-
-
-def _import_longest(path: str, where: str) -> tuple[ModuleType, list[str]]:
+def _import_longest(path: str, where: str) -> tuple[Any, list[str]]:
     """The longest part of a dotted path that is a module, imported, and the names that follow."""
     parts = path.split(".")
     module: ModuleType | None = None
@@ -164,6 +246,12 @@ def _call(target: Callable[..., Any], values: dict[str, Any], where: str, given:
         if not where or str(error).startswith(where):
             raise
         raise ValueError(f"{where}: {error}") from error
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if not lies_in(str(getattr(target, "__module__", "")), OWN_PREFIXES):
+            raise  # a user's own class: the traceback is what helps
+        raise ValueError(
+            f"{where or name}: {name} cannot be made of these values ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _checked(parameters: dict[str, inspect.Parameter], values: dict[str, Any], where: str, name: str) -> dict[str, Any]:

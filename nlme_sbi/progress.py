@@ -22,15 +22,28 @@ class Progress:
         description: one word in front.
         done: units that an earlier session did; they do not count for the rate.
         every: seconds between lines where the error output is no terminal.
+        delay: seconds before a bar appears, and goes again when it is full: for what is often done at once.
     """
 
-    def __init__(self, total: int, unit: str, description: str, *, done: int = 0, every: float = 15.0) -> None:
+    def __init__(
+        self, total: int, unit: str, description: str, *, done: int = 0, every: float = 15.0, delay: float = 0.0
+    ) -> None:
         self._total, self._unit, self._description, self._every = total, unit, description, every
         self._initial = self._done = done
         self._start = self._told = time.monotonic()
         terminal = sys.stderr.isatty()
         self._bar = (
-            tqdm(total=total, initial=done, desc=description, unit=f" {unit}", unit_scale=True) if terminal else None
+            tqdm(
+                total=total,
+                initial=done,
+                desc=description,
+                unit=f" {unit}",
+                unit_scale=True,
+                delay=delay,
+                leave=not delay,
+            )
+            if terminal
+            else None
         )
 
     def update(self, count: int, **metrics: float | int) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from nlme_sbi.runs import FinishedRun, load_array, load_json, load_run
+from nlme_sbi.runs.schema import SHARD, SHARD_ARRAYS, check_array
 from nlme_sbi.runs.stored_designs import StoredDesign, read_parts
 from nlme_sbi.types import Simulations, row_positions
 
@@ -24,16 +25,16 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        description = load_json(path / "shard.json")
-        self.phi, self.values, self.status = (load_array(path / f"{name}.npy") for name in ("phi", "values", "status"))
+        description = load_json(path / "shard.json", SHARD)
+        self.phi, self.values, self.status = (load_array(path / f"{name}.npy") for name in SHARD_ARRAYS)
+        for name, (kinds, dimensions) in SHARD_ARRAYS.items():
+            check_array(getattr(self, name), kinds, dimensions, path / f"{name}.npy")
         self.design = StoredDesign(path / "design")
-        try:
-            self.parameters, self.signals = tuple(description["parameters"]), tuple(description["signals"])
-            expected = int(description["n"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path / 'shard.json'} does not describe a shard; simulate it again.") from error
+        self.parameters, self.signals = tuple(description["parameters"]), tuple(description["signals"])
+        expected = description["n"]
         rows = {len(self.phi), len(self.values), len(self.status), self.design.rows}
-        if rows != {expected} or self.phi.shape[1:] != (len(self.parameters),) or self.values.ndim != 3:
+        columns = (self.phi.shape[1], self.values.shape[2], (*self.values.shape[1:],))
+        if rows != {expected} or columns != (len(self.parameters), len(self.signals), self.design.shapes["observed"]):
             raise ValueError(f"{path}: its arrays do not belong together; remove this shard and simulate it again.")
 
     def __len__(self) -> int:
@@ -76,7 +77,7 @@ class StoredSimulations:
         if isinstance(source, (str, Path)):
             source = load_run(source, stage="simulate")
         if isinstance(source, FinishedRun):
-            source = sorted(path for path in (source.path / SHARDS).iterdir() if not path.name.startswith("."))
+            source = source.folders(SHARDS)
         return cls([Shard(Path(path)) for path in source])
 
     def __len__(self) -> int:

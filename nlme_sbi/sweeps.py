@@ -12,6 +12,7 @@ import pandas as pd
 from nlme_sbi.runs.directory import MANIFEST, opened_runs
 from nlme_sbi.runs.files import load_json, save_json
 from nlme_sbi.runs.finished import load_run
+from nlme_sbi.runs.schema import JOB
 
 
 @contextmanager
@@ -64,14 +65,14 @@ def sweep_table(directory: Path) -> pd.DataFrame:
     Raises:
         ValueError: for a run that was edited or damaged.
     """
-    records = [load_json(path) for path in sorted(directory.glob("job_*.json"))]
+    records = [load_json(path, JOB) for path in sorted(directory.glob("job_*.json"))]
     asked = [dict(_key_and_value(word) for word in record["overrides"]) for record in records]
     keys = list(dict.fromkeys(key for overrides in asked for key in overrides))
     varied = [key for key in keys if len({overrides.get(key) for overrides in asked}) > 1]
     rows = []
     for record, overrides in zip(records, asked, strict=True):
         row = {key: _number(overrides.get(key, "")) for key in varied}
-        rows.append({**row, **_results(record), "ended": record["ended"], "run": record["run"]})
+        rows.append({**row, **_results(record), "ended": record["ended"], "run": record.get("run")})
     table = pd.DataFrame(rows)
     last = ["ended", "run"]
     return table[[*(name for name in table.columns if name not in last), *last]]
@@ -79,7 +80,7 @@ def sweep_table(directory: Path) -> pd.DataFrame:
 
 def _results(record: dict[str, Any]) -> dict[str, Any]:
     """Single numbers, words and truths of the manifest; nothing where the job did not finish its run."""
-    if record["run"] is None or not (Path(record["run"]) / MANIFEST).exists():
+    if record.get("run") is None or not (Path(record["run"]) / MANIFEST).exists():
         return {}
     manifest = load_run(record["run"], verify=False).manifest
     single = {key: value for key, value in manifest["results"].items() if isinstance(value, (bool, int, float, str))}

@@ -23,6 +23,7 @@ from nlme_sbi.runs.files import PARTIAL, could_not_write, sha256_of_file, write_
 CACHED = "cached:"  # a data.path that begins so is a name in the cache
 _CHUNK = 1 << 18
 _TIMEOUT = 60.0  # seconds without a byte
+_MOST_BYTES = 2**32  # of an archive, and of the file in it
 _ATTEMPTS = 3  # connections that may break off while they make headway
 
 
@@ -85,12 +86,19 @@ def published(path: str | os.PathLike[str]) -> PublishedFile | None:
 
 
 def cached(file: PublishedFile) -> Path:
-    """Where a downloaded file lies; raises ``ValueError`` with the command that fetches it where it does not."""
+    """Where a downloaded file lies; raises ``ValueError`` with the command that fetches it where it does not, or where
+    it is another one."""
     path = cache_directory() / file.name
     if not path.is_file():
         raise ValueError(
             f"data={file.data} is not downloaded yet (there is no {path}). Run: python scripts/download_data.py "
             f"data={file.data}. Or pass data.path=FILE if you have {file.name}."
+        )
+    found = sha256_of_file(path)  # now, too: a cache is a folder that others may write to
+    if found != file.sha256:
+        raise ValueError(
+            f"{path} is not the published file: its SHA-256 begins with {found[:12]}, not {file.sha256[:12]}. Run: "
+            f"python scripts/download_data.py data={file.data}, which fetches it again."
         )
     return path
 
@@ -192,6 +200,8 @@ def _append(address: str, stream: IO[bytes]) -> bool:
                 except OSError as error:
                     raise could_not_write(Path(stream.name), error) from error
                 have += len(chunk)
+                if have > _MOST_BYTES:
+                    raise ValueError(f"{address} sends more than {_MOST_BYTES >> 30} GiB, so it is not what is meant.")
                 progress.update(len(chunk))
         stream.flush()
     return not total or have >= total
@@ -203,6 +213,8 @@ def _take_out(file: PublishedFile, archive: Path, path: Path, address: str) -> N
     def write(target: BinaryIO) -> None:
         digest = hashlib.sha256()
         with zipfile.ZipFile(archive) as opened, opened.open(file.member) as member:
+            if opened.getinfo(file.member).file_size > _MOST_BYTES:
+                raise ValueError(f"{file.member} from {address} unpacks to more than {_MOST_BYTES >> 30} GiB.")
             while chunk := member.read(_CHUNK):
                 digest.update(chunk)
                 target.write(chunk)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
+import csv
 import io
 import os
 import warnings
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
+from nlme_sbi.io import limits
 from nlme_sbi.io.download import cached, published
 from nlme_sbi.io.wording import check_choice, did_you_mean, listed, quoted, sign, typed
 
@@ -86,7 +86,7 @@ class TableFile:
         data = _bytes_of(path)
         suffix = path.suffix.lower()
         if suffix == ".gz":
-            data, suffix = _unpacked(path, data), Path(path.stem).suffix.lower()
+            data, suffix = limits.unpacked(path, data), Path(path.stem).suffix.lower()
         if suffix in _WORKBOOKS:
             return _without_blanks(_read_workbook(path.name, data, self.sheet))
         if suffix == ".xls":
@@ -133,20 +133,10 @@ def _near_file(candidates: Sequence[Path], name: str) -> str:
 
 
 def _bytes_of(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path.name} cannot be read: {error.strerror or error}.") from None
+    data = limits.bytes_of(path)
     if not data:
         raise ValueError(f"{path.name} is empty (0 bytes); it needs rows of data.")
     return data
-
-
-def _unpacked(path: Path, data: bytes) -> bytes:
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error):
-        raise ValueError(f"{path.name} is not a whole gzip file, as its name says; rename or copy it again.") from None
 
 
 def _read_text(name: str, data: bytes, separator: str) -> Grid:
@@ -156,13 +146,17 @@ def _read_text(name: str, data: bytes, separator: str) -> Grid:
         raise ValueError(f"{name} is empty (blank lines only); it needs rows of data.")
     encoded = body.encode("utf-8")
     first_row = len(text) - len(body) + 1
-    _refuse_ragged(name, encoded, separator, first_row=first_row)
+    columns, rows = _refuse_ragged(name, encoded, separator, first_row=first_row)
+    limits.check_size(name, rows, columns)
     try:
+        if columns >= limits.WIDE:
+            cells = limits.wide_cells(encoded, separator, rows=rows, columns=columns)
+            return Grid(name, cells, np.arange(rows) + first_row)
         # Text first: what is a number, a gap or a mistake is decided cell by cell, with its place in the file.
         cells = pd.read_csv(
             io.BytesIO(encoded), sep=separator, header=None, dtype=object, na_filter=False, skip_blank_lines=False
         )
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, csv.Error) as error:
         raise ValueError(
             f"{name} cannot be cut into columns ({str(error).strip().rstrip('.')}). "
             "Look for an unclosed quotation mark or another separator (data.separator)."
@@ -186,8 +180,11 @@ def _decoded(name: str, data: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def _refuse_ragged(name: str, data: bytes, separator: str, *, first_row: int) -> None:
-    """Refuses rows with more or fewer fields than the first, which a parser would fill or shift without a word."""
+def _refuse_ragged(name: str, data: bytes, separator: str, *, first_row: int) -> tuple[int, int]:
+    """Refuses rows with more or fewer fields than the first, which a parser would fill or shift without a word.
+
+    Returns the number of columns and of rows.
+    """
     codes = np.frombuffer(data, dtype=np.uint8)
     is_end, is_separator = codes == ord("\n"), codes == ord(separator)
     if b'"' in data:
@@ -218,6 +215,7 @@ def _refuse_ragged(name: str, data: bytes, separator: str, *, first_row: int) ->
             f"{name}: {int(bad.sum())} of {int((lengths > 0).sum())} rows do not have the {fields[0]} fields of the "
             f"first row; first at row {first + first_row}: {fields[first]}. {hint}"
         )
+    return int(fields[0]), len(ends)
 
 
 def _has_commas_only(data: bytes) -> bool:
@@ -237,12 +235,12 @@ def _even_separator(data: bytes, *, but: str) -> str | None:
 
 
 def _read_workbook(name: str, data: bytes, sheet: str | None) -> Grid:
+    limits.check_workbook(name, data)
     rows = _sheet_rows(name, data, sheet)
     _refuse_formulas(name, data, sheet)
-    cells = pd.DataFrame(rows, dtype=object)
+    cells = limits.sheet_cells(rows)
     if cells.size == 0:
         raise ValueError(f"{name}: the sheet is empty; pass data.sheet=NAME for another one.")
-    cells = cells.map(lambda cell: "" if cell is None else str(cell)).astype(object)
     return Grid(name, cells, np.arange(len(cells)) + 1)
 
 
@@ -259,7 +257,11 @@ def _sheet_rows(
             book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=not formulas)
             sheets = {each.title: each for each in book.worksheets}
             chosen = None if not sheets else sheets.get(sheet) if sheet else next(iter(sheets.values()))
-            rows = None if chosen is None else list(chosen.iter_rows(values_only=values_only))
+            if chosen is not None:
+                chosen.reset_dimensions()  # a sheet may claim a million rows that it does not have
+            rows = None if chosen is None else limits.sheet_rows(name, chosen.iter_rows(values_only=values_only))
+    except limits.TooLarge:
+        raise
     except Exception as error:  # openpyxl raises what its parsers raise: zip, XML, key and value errors
         raise ValueError(
             f"{name} cannot be read as an Excel workbook ({type(error).__name__}: {quoted(error)}); "
@@ -309,12 +311,7 @@ def _formula_text(cell: Any) -> str:
 
 def _without_blanks(grid: Grid) -> Grid:
     """Without rows that are blank in every cell, and without blank columns at the right end."""
-    width = grid.cells.shape[1]
-    while width > 1 and bool((grid.cells.iloc[:, width - 1] == "").all()):
-        width -= 1
-    cells = grid.cells.iloc[:, :width]
-    blank = (cells.iloc[:, 0] == "").to_numpy(dtype=bool, copy=True)
-    blank[blank] = (cells[blank] == "").all(axis=1).to_numpy(dtype=bool)
+    cells, blank = limits.without_blank_ends(grid.cells)
     if blank.all():
         raise ValueError(f"{grid.name} is empty (blank rows only); it needs rows of data.")
     return Grid(grid.name, cells[~blank] if blank.any() else cells, grid.rows[~blank])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlme_sbi.designs import ResampledDesigns
 from nlme_sbi.devices import choose_device
@@ -18,8 +21,11 @@ from nlme_sbi.instantiate import instantiate
 from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings, working_bytes_per_row
 from nlme_sbi.networks.summaries import DataShape, GridNetwork, PooledNetwork, SummarySettings
 from nlme_sbi.parameters import ParameterSpace
+from nlme_sbi.progress import Progress
 from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run, require_same_sources, require_unedited
+from nlme_sbi.runs.schema import DISTINCT, POSITIVE, Rule
 from nlme_sbi.standardize import ParameterScaling
+from nlme_sbi.targets import STORED_ROLES
 from nlme_sbi.types import Design, DesignSource, Observations, PosteriorSamples, Prior, Simulations, Simulator
 from nlme_sbi.units import check_units
 
@@ -28,6 +34,8 @@ TRAINED_SECTIONS = ("simulator", "prior", "design", "summary", "flow")
 # What a network works in: small enough for a CPU's cache, large enough to fill a GPU.
 _MEMORY = {"cpu": 2**25, "cuda": 2**30}
 _NOISE_ROWS = 2**16
+_ROOM = 2**20  # numbers that a network may hold beside its weights
+_MADE = 1000  # tensors that are made on the way
 # Features of a value, and what pooling makes of its row.
 _BYTES_PER_VALUE = 512
 
@@ -35,37 +43,123 @@ _BYTES_PER_VALUE = 512
 def load_weights(network: nn.Module, path: Path) -> None:
     """Fill a network from a safetensors file.
 
-    Raises ``ValueError`` when the file is damaged or of another network, naming the first tensor that differs.
+    Raises ``ValueError`` when the file is damaged, of another network, or holds weights that are not finite, naming the
+    first tensor that differs.
     """
-    try:
-        tensors = safetensors.torch.load_file(str(path))
-    except (OSError, safetensors.SafetensorError) as problem:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({problem}); train again (fresh=true)."
-        ) from problem
+    with safetensors_of(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
     expected = network.state_dict()
     wrong = [
-        f"{name} {tuple(expected[name].shape) if name in expected else 'is not in the network'} against "
-        f"{tuple(tensors[name].shape) if name in tensors else 'nothing in the file'}"
+        f"{name} {_described(expected.get(name), 'is not in the network')} against "
+        f"{_described(tensors.get(name), 'nothing in the file')}"
         for name in sorted(set(expected) | set(tensors))
-        if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape
+        if name not in expected
+        or name not in tensors
+        or expected[name].shape != tensors[name].shape
+        or expected[name].dtype != tensors[name].dtype
     ]
     if wrong:
         raise ValueError(
             f"{path} belongs to another network: {len(wrong)} tensors differ, first {wrong[0]}; "
             "train again (fresh=true)."
         )
+    odd = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if odd:
+        raise ValueError(
+            f"{path} holds weights that are not finite numbers, in {len(odd)} of {len(tensors)} tensors, first "
+            f"{sorted(odd)[0]}; train again (fresh=true)."
+        )
     network.load_state_dict(tensors)
+
+
+@contextmanager
+def safetensors_of(path: Path) -> Iterator[Any]:
+    """An open safetensors file; raises ``ValueError`` where it is none."""
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            yield file
+    except (OSError, safetensors.SafetensorError) as problem:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({problem}); train again (fresh=true)."
+        ) from problem
+
+
+def _described(tensor: Tensor | None, absent: str) -> str:
+    return absent if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside it, so many tensors of so many numbers can be made, no more: a network is not larger than its file."""
+
+    def __init__(self, numbers: int, tensors: int, path: Path) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._left, self._tensors, self._path = numbers, tensors, path
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0] if args else None
+        if not isinstance(first, Tensor):
+            self._tensors -= 1
+        if isinstance(first, (list, tuple)) and all(isinstance(size, int) for size in first):
+            self._left -= math.prod(first)
+        elif isinstance(first, int):
+            self._left -= first
+        if self._left < 0 or self._tensors < 0:
+            raise ValueError(
+                f"The run's settings describe a network that is larger than {self._path}; they do not belong together. "
+                "Train again (fresh=true)."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def stored_network(
+    shape: DataShape, summary: SummarySettings, flow: FlowSettings, *, dimension: int, weights: Path
+) -> PosteriorNetwork:
+    """The network that settings describe, filled from its file of weights, and never larger than that.
+
+    Raises ``ValueError`` as :func:`load_weights`, or where the settings do not go with the file.
+    """
+    # Beside weights, layers are built with masks and orders, which are not larger than they.
+    with safetensors_of(weights) as file:
+        tensors = len(file.keys())
+    bounded = _Bounded(weights.stat().st_size + _ROOM, 30 * tensors + _MADE, weights)
+    with torch.random.fork_rng(devices=[]), bounded:
+        network = build_network(shape, summary, flow, dimension=dimension)
+    load_weights(network, weights)
+    return network
+
+
+def _stored_part(config: Mapping[str, Any], name: str, role: type, trust: tuple[str, ...]) -> Any:
+    """What a section of a stored run describes, of this role and no other; ``trust`` is the user's."""
+    if name not in config:
+        raise ValueError(f"The run's configuration has no section {name}; train again (fresh=true).")
+    return instantiate(config[name], trust=trust, where=name, role=role, roles=STORED_ROLES)
 
 
 def load_shape(path: Path) -> DataShape:
     """What the layers of a stored network depend on; raises ``ValueError`` where the file does not tell it."""
-    try:
-        stored = dict(load_json(path))
-        levels = tuple((str(name), int(count)) for name, count in stored.pop("levels"))
-        return DataShape(**{**stored, "covariates": tuple(stored["covariates"])}, levels=levels)
-    except (KeyError, TypeError, ValueError) as problem:
-        raise ValueError(f"{path} does not describe a network; train again (fresh=true).") from problem
+    stored = load_json(path, _SHAPE)
+    levels = tuple((name, count) for name, count in stored["levels"])
+    return DataShape(
+        **{**{key: stored[key] for key in _SHAPE}, "covariates": tuple(stored["covariates"]), "levels": levels}
+    )
+
+
+_SHAPE = {
+    "times": POSITIVE,
+    "signals": POSITIVE,
+    "missing": bool,
+    "shared_times": bool,
+    "covariates": DISTINCT,
+    "levels": [
+        Rule(
+            "a name and a number of levels",
+            lambda pair: (
+                isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) is int
+            ),
+        )
+    ],
+    "takes_doses": bool,
+}
 
 
 class PosteriorNetwork(nn.Module):
@@ -177,23 +271,25 @@ class AmortizedPosterior:
         """
         finished = run if isinstance(run, FinishedRun) else load_run(Path(run), stage="train_flow")
         config = finished.config
+        roles = {"simulator": Simulator, "prior": Prior, "summary": SummarySettings, "flow": FlowSettings}
         require_unedited(finished, TRAINED_SECTIONS, trust=trust)
-        parts = {
-            name: instantiate(config[name], trust=trust, where=name)
-            for name in ("simulator", "prior", "summary", "flow")
-        }
+        parts = {name: _stored_part(config, name, role, trust) for name, role in roles.items()}
         require_same_sources(finished, TRAINED_SECTIONS, trust=trust)
         simulator: Simulator = parts["simulator"]
-        shape = load_shape(finished.path / "network.json")
-        network = build_network(shape, parts["summary"], parts["flow"], dimension=len(simulator.parameters))
+        shape = load_shape(finished.file("network.json"))
+        network = stored_network(
+            shape,
+            parts["summary"],
+            parts["flow"],
+            dimension=len(simulator.parameters),
+            weights=finished.file("weights.safetensors"),
+        )
         target = choose_device(device)
-        load_weights(network, finished.path / "weights.safetensors")
         network.to(target).eval()
-        pool = finished.path / "design"
         designs: DesignSource = (
-            ResampledDesigns(load_design(pool), covariates=simulator.covariates)
-            if pool.exists()
-            else instantiate(config["design"], trust=trust, where="design")
+            ResampledDesigns(load_design(finished.folder("design")), covariates=simulator.covariates)
+            if finished.has("design")
+            else _stored_part(config, "design", DesignSource, trust)
         )
         return cls(network, simulator, parts["prior"], designs, memory)
 
@@ -265,15 +361,17 @@ class AmortizedPosterior:
         rows = self._rows_at_once(working_bytes_per_row(flow))
         # Noise comes in blocks of a fixed size: what a generator gives depends on how many numbers are asked for.
         block = max(1, _NOISE_ROWS // draws)
-        for start in range(0, individuals, block):
-            some = slice(start, min(start + block, individuals))
-            shape = (some.stop - some.start, draws, flow.noise_width)
-            noise = torch.randn(shape, generator=generator, device=self.device)
-            for who, which in _pieces(len(noise), draws, rows):
-                piece = noise[who, which]
-                drawn, density = self.network.sample(piece.flatten(0, 1), context[some][who])
-                phi[some][who, which] = drawn.view(*piece.shape[:2], -1)
-                log_q[some][who, which] = density.view(piece.shape[:2])
+        with Progress(individuals, "individual", "draws", delay=1.0) as progress:
+            for start in range(0, individuals, block):
+                some = slice(start, min(start + block, individuals))
+                shape = (some.stop - some.start, draws, flow.noise_width)
+                noise = torch.randn(shape, generator=generator, device=self.device)
+                for who, which in _pieces(len(noise), draws, rows):
+                    piece = noise[who, which]
+                    drawn, density = self.network.sample(piece.flatten(0, 1), context[some][who])
+                    phi[some][who, which] = drawn.view(*piece.shape[:2], -1)
+                    log_q[some][who, which] = density.view(piece.shape[:2])
+                progress.update(len(noise))
         return PosteriorSamples(names=self.parameters.names, phi=phi, log_q=log_q, prior=self.prior)
 
     @torch.no_grad()

@@ -117,6 +117,7 @@ def sample_theta(
     ensembles = [_Ensemble.begun(target, mode, factor, walkers=walkers, seed=seed) for seed in seeds]
     say = progress or _silent
     total = settings.warmup + settings.steps
+    say(FitProgress("posterior of theta", 0, total))
     warm = np.concatenate([ensemble.advance(settings.warmup) for ensemble in ensembles])[:, settings.warmup // 2 :]
     for ensemble in ensembles:
         ensemble.propose(*_moments(warm.reshape(-1, len(mode)), factor))
@@ -276,6 +277,8 @@ class _Ensemble:
             (emcee.moves.StretchMove(), 0.1),
         ]
         self._sampler = emcee.EnsembleSampler(walkers, len(centre), self._target, moves=moves, vectorize=True)
+        # Without emcee's wrapper, which prints a traceback of whatever is raised inside, Ctrl-C included.
+        self._sampler.log_prob_fn = self._target
 
     def advance(self, steps: int) -> NDArray[np.float64]:
         """So many steps further: ``(walkers, steps, unknowns)``."""

@@ -164,12 +164,23 @@ class Report:
         }
 
 
+# A table of a run that somebody sent may lack columns or hold words for numbers: that costs its own part only.
+_REFUSALS = (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError)
+
+
+def _sentence(problem: Exception) -> ValueError:
+    """The refusal itself, or one that says what kind of damage it was."""
+    if isinstance(problem, ValueError):
+        return problem
+    return ValueError(f"What the run holds for this is damaged or incomplete ({type(problem).__name__}: {problem}).")
+
+
 def attempted_section(anchor: str, title: str, make: Callable[[], Section]) -> Section:
     """The section, or one with a grey finding where it is refused (``ValueError``), so that the rest is still made."""
     try:
         return make()
-    except ValueError as problem:
-        return Section(anchor, title, findings=(refused(anchor, title, problem, what="this part"),))
+    except _REFUSALS as problem:
+        return Section(anchor, title, findings=(refused(anchor, title, _sentence(problem), what="this part"),))
 
 
 def attempted_blocks(
@@ -178,8 +189,8 @@ def attempted_blocks(
     """Findings and blocks of one check, or a grey finding where it is refused (``ValueError``)."""
     try:
         findings, blocks = make()
-    except ValueError as problem:
-        return (refused(check, title, problem),), ()
+    except _REFUSALS as problem:
+        return (refused(check, title, _sentence(problem)),), ()
     return tuple(findings), tuple(blocks)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +11,7 @@ import pandas as pd
 from nlme_sbi.report.content import Report
 from nlme_sbi.report.drawing import drawn_figure
 from nlme_sbi.report.page import page
-from nlme_sbi.runs import save_json, write_atomically
+from nlme_sbi.runs import csv_text, records_text, save_json, write_atomically
 
 
 def save_report(directory: Path, report: Report, frames: Mapping[str, pd.DataFrame]) -> None:
@@ -33,20 +31,12 @@ def save_report(directory: Path, report: Report, frames: Mapping[str, pd.DataFra
         elif picture.png is not None:
             write_atomically(directory / "figures" / f"{picture.name}.png", _writer(picture.png))
     for table in report.tables:
-        write_atomically(directory / "tables" / f"{table.name}.csv", _writer(_csv(table.records()).encode()))
+        write_atomically(directory / "tables" / f"{table.name}.csv", _writer(records_text(table.records()).encode()))
     for name, frame in frames.items():
-        text = frame.to_csv(index=False, float_format="%.8g")
+        text = csv_text(frame, float_format="%.8g")
         write_atomically(directory / "tables" / f"{name}.csv", _writer(text.encode()))
     save_json(directory / "report.json", report.to_dict())
     write_atomically(directory / "report.html", _writer(page(report, drawn).encode()))
-
-
-def _csv(records: list[dict[str, float | str | None]]) -> str:
-    held = io.StringIO()
-    writer = csv.DictWriter(held, list(records[0]) if records else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return held.getvalue()
 
 
 def _writer(content: bytes) -> Callable[[BinaryIO], None]:

@@ -11,7 +11,7 @@ from nlme_sbi.diagnostics.findings import Finding
 from nlme_sbi.plots.calibration import plot_agreement, plot_coverage, plot_ranks, plot_recovery
 from nlme_sbi.plots.oddness import plot_oddness
 from nlme_sbi.report.content import Picture, Section
-from nlme_sbi.runs import FinishedRun, load_json
+from nlme_sbi.runs import FinishedRun, load_json, read_csv, schema
 
 FINDINGS = "findings.json"
 SCORES = "misspecification.csv"
@@ -30,9 +30,7 @@ class Diagnosis:
         """Everything that was found; raises ``ValueError`` where the file is damaged."""
         if self.run is None:
             return ()
-        told = load_json(self.run.file(FINDINGS))
-        if not isinstance(told, dict) or not isinstance(told.get("findings"), list):
-            raise ValueError(f"{self.run.file(FINDINGS)} holds no list of findings; diagnose again with fresh=true.")
+        told = load_json(self.run.file(FINDINGS), schema.FINDINGS)
         return tuple(Finding.from_dict(one) for one in told["findings"])
 
 
@@ -174,4 +172,4 @@ def _of(run: FinishedRun, name: str, where: str | None = None) -> pd.DataFrame |
 
 
 def _table(run: FinishedRun, name: str) -> pd.DataFrame:
-    return pd.read_csv(run.file(name), dtype={"id": str})
+    return read_csv(run.file(name))

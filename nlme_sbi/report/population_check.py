@@ -27,6 +27,7 @@ from nlme_sbi.population.roles import covariances_of, means_of
 from nlme_sbi.report.content import Block, Cell, Picture, Section, Table, attempted_blocks, number
 from nlme_sbi.report.model_check import Checked
 from nlme_sbi.report.reported import ReportedFit
+from nlme_sbi.runs import read_csv
 from nlme_sbi.types import Design
 
 Made = tuple[Sequence[Finding], Sequence[Block]]
@@ -177,7 +178,7 @@ def influence_of(fit: ReportedFit) -> pd.DataFrame:
             f"{fit.run.path.name} has no {INFLUENCE}: it was made before fits told the influence of their "
             "individuals, or has no standard errors. Run its command again with this nlme_sbi."
         )
-    return pd.read_csv(fit.run.file(INFLUENCE), dtype={"id": str}, keep_default_na=True)
+    return read_csv(fit.run.file(INFLUENCE))
 
 
 def _profiles(fit: ReportedFit) -> Made:

@@ -25,8 +25,11 @@ class Origin:
     inputs: Mapping[str, str]
 
 
-def origins(run: FinishedRun) -> tuple[list[Origin], list[str]]:
-    """The run and everything that it was made from, first things first; and what is not there any more, in words."""
+def origins(run: FinishedRun, *, after: tuple[str, ...] = ()) -> tuple[list[Origin], list[str]]:
+    """The run and everything that it was made from, first things first; and what is not there any more, in words.
+
+    ``after`` holds the hashes of what was made from it: a manifest that names one of those, or itself, is not followed.
+    """
     found: list[Origin] = []
     lost: list[str] = []
     named: dict[str, list[str]] = {}
@@ -34,12 +37,13 @@ def origins(run: FinishedRun) -> tuple[list[Origin], list[str]]:
         key = name.split("_")[0]  # posterior_0, posterior_1 of an ensemble
         if key not in _STAGE_OF:
             continue
-        upstream = _located(run, entry, _STAGE_OF[key])
+        circle = entry["sha256"] in (*after, run.sha256)
+        upstream = None if circle else _located(run, entry, _STAGE_OF[key])
         if upstream is None:
             where = entry.get("path") or f"hash {entry['sha256'][:12]}"
             lost.append(f"the run of {_STAGE_OF[key]} that {run.path.name} was made from ({where})")
             continue
-        earlier, missing = origins(upstream)
+        earlier, missing = origins(upstream, after=(*after, run.sha256))
         found += [one for one in earlier if all(one.run.path != other.run.path for other in found)]
         lost += missing
         named.setdefault(key, []).append(upstream.path.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from nlme_sbi.population.over_theta import LogLikelihood
 from nlme_sbi.population.roles import PopulationModel
-from nlme_sbi.runs import FinishedRun, load_json
+from nlme_sbi.runs import FinishedRun, load_json, read_csv
+from nlme_sbi.runs.schema import FIT
 from nlme_sbi.types import Observations, Posterior, Simulator
 
 LIKELIHOOD_ESTIMATORS = ("exact", "saem", "laplace")  # their estimates do not rest on the network's density
@@ -116,9 +116,7 @@ def read_tables(run: FinishedRun) -> tuple[dict[str, Any], pd.DataFrame]:
     Raises:
         ValueError: where they are not there, or ``fit.json`` does not tell the parameters.
     """
-    told = load_json(run.file("fit.json"))
-    if not isinstance(told, dict) or not isinstance(told.get("table"), dict) or not told.get("unknowns"):
-        raise ValueError(f"{run.file('fit.json')} tells no table of parameters; run the fit's command again.")
-    frame = pd.read_csv(Path(run.file("individuals.csv")), dtype={"id": str}, keep_default_na=True)
+    told: dict[str, Any] = load_json(run.file("fit.json"), FIT)
+    frame = read_csv(run.file("individuals.csv"))
     frame["id"] = frame["id"].fillna("nan")  # somebody may be called so
     return told, frame

@@ -1,5 +1,6 @@
 """Runs on disk: a directory for each command, resumed where it stopped, finished by a manifest, checked when read."""
 
+from nlme_sbi.runs.csv_files import csv_text, read_csv, records_text
 from nlme_sbi.runs.directory import RunDirectory, open_run
 from nlme_sbi.runs.files import (
     load_array,
@@ -21,6 +22,7 @@ __all__ = [
     "RunDirectory",
     "Sources",
     "StoredDesign",
+    "csv_text",
     "find_run",
     "load_array",
     "load_design",
@@ -28,6 +30,8 @@ __all__ = [
     "load_observations",
     "load_run",
     "open_run",
+    "read_csv",
+    "records_text",
     "require_same_sources",
     "require_unedited",
     "save_array",

@@ -16,6 +16,7 @@ import contextlib
 import datetime
 import fcntl
 import logging
+import math
 import os
 import re
 import shutil
@@ -39,13 +40,17 @@ from nlme_sbi.runs.files import (
     sha256_of_plain,
     write_atomically,
 )
+from nlme_sbi.runs.log_files import log_file
+from nlme_sbi.runs.order import order_of_finishing
+from nlme_sbi.runs.plain_yaml import load_yaml
 from nlme_sbi.runs.provenance import committed_files, git_state, machine, versions
+from nlme_sbi.runs.schema import NOT_RESULTS, TIME
 from nlme_sbi.runs.sources import Sources, hashes_of
 
 SCHEMA_VERSION = 1
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
-_LOCK, _LOG, _CHECKPOINT, _CLOCK = ".lock", "log", "checkpoint", "clock.json"
-_NOT_RESULTS = (_LOG, _CHECKPOINT)
+_LOCK, _CLOCK = ".lock", "clock.json"
+_LOG, _CHECKPOINT = NOT_RESULTS
 _log = logging.getLogger(__name__)
 _opened: ContextVar[list[Path] | None] = ContextVar("opened_runs", default=None)
 
@@ -119,6 +124,7 @@ class RunDirectory:
             "machine": machine(),
             "seconds": self.seconds,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+            "previous": _newest_beside(self.path, self.experiment),
             "inputs": {
                 name: {"sha256": sha256, "path": self.input_paths.get(name)} for name, sha256 in self.inputs.items()
             },
@@ -247,7 +253,7 @@ def _begin(run: RunDirectory) -> None:
     clock = run.log_directory / _CLOCK
     run._seconds_before = _seconds_of_earlier_sessions(run.path, clock)
     save_json(clock, {"before": run._seconds_before, "started": time.time()})
-    run._handler = _log_file(run.log_directory / f"{run.stage}.log")
+    run._handler = log_file(run.log_directory / f"{run.stage}.log")
     run._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("nlme_sbi").addHandler(run._handler)
     _log.info("%s %s", "resuming" if run.resumed else "writing", run.path)
@@ -263,14 +269,17 @@ def _claim(base: Path, *, fresh: bool) -> tuple[Path, IO[str]]:
         newest = _next_attempt(newest, base)
     try:
         newest.mkdir(parents=True, exist_ok=True)
-        lock = (newest / _LOCK).open("a+", encoding="utf-8")
+        _refuse_links(newest)
+        # Never through a link: what it leads to would be emptied.
+        handle = os.open(newest / _LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        lock = os.fdopen(handle, "a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise could_not_write(newest, error) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        holder = lock.read().strip() or "unknown"
+        holder = lock.read(200).strip() or "unknown"
         lock.close()
         raise ValueError(
             f"{newest} is being worked on by another process ({holder}); wait for it, or end it and run the same "
@@ -284,12 +293,23 @@ def _claim(base: Path, *, fresh: bool) -> tuple[Path, IO[str]]:
     return newest, lock
 
 
+def _refuse_links(directory: Path) -> None:
+    """A run that is worked on holds no symbolic links: files behind them would be written or removed."""
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            if os.path.islink(os.path.join(folder, name)):
+                raise ValueError(
+                    f"{os.path.join(folder, name)} is a symbolic link, and a run holds none; remove it, or pass "
+                    "fresh=true."
+                )
+
+
 def newest_attempt(base: Path) -> Path:
     """``base``, or the one of ``base-2``, ``base-3``, ... with the highest number."""
     numbers = [1]
     for path in base.parent.glob(f"{base.name}-*"):
         number = path.name[len(base.name) + 1 :]
-        numbers += [int(number)] if number.isdigit() else []
+        numbers += [int(number)] if re.fullmatch("[1-9][0-9]{0,8}", number) else []
     return base if max(numbers) == 1 else base.with_name(f"{base.name}-{max(numbers)}")
 
 
@@ -328,16 +348,20 @@ def _config_text(run: RunDirectory) -> str:
 def _check_config(run: RunDirectory, text: str) -> None:
     """Refuse to go on in a directory that says it was begun as something else."""
     path = run.path / CONFIG
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        version = found["schema_version"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged; remove {run.path} or pass fresh=true to start anew.") from error
+    damaged = f"{path} is damaged; remove {run.path} or pass fresh=true to start anew."
+    found = load_yaml(path, damaged)
+    version = found.get("schema_version") if isinstance(found, dict) else None
+    if version is None:
+        raise ValueError(damaged)
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"{path} has schema version {version}, this nlme_sbi reads {SCHEMA_VERSION}; pass fresh=true to start anew."
         )
-    if sha256_of_plain(found) != sha256_of_plain(yaml.safe_load(text)):
+    try:
+        same = sha256_of_plain(found) == sha256_of_plain(yaml.safe_load(text))
+    except (TypeError, ValueError, RecursionError) as error:  # dates, bytes and sets, which YAML has and we do not
+        raise ValueError(damaged) from error
+    if not same:
         raise ValueError(
             f"{path} was edited: it is no longer what this command asks for. Give the change on the command line "
             "instead (it gets its own directory), or pass fresh=true to start anew."
@@ -356,10 +380,37 @@ def result_files(directory: Path) -> list[str]:
     for folder, folders, files in os.walk(directory):
         relative = Path(folder).relative_to(directory)
         folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and (relative / name).as_posix() not in _NOT_RESULTS
+            name for name in folders if not name.startswith(".") and (relative / name).as_posix() not in NOT_RESULTS
         )
         names += [(relative / name).as_posix() for name in files if not name.startswith(".")]
     return sorted(name for name in names if name != MANIFEST)
+
+
+def files_below(directory: Path) -> list[str]:
+    """Every file below a directory that is not hidden, relative to it and sorted; links are files, not followed."""
+    names = []
+    for folder, folders, files in os.walk(directory):
+        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in linked]
+        relative = Path(folder).relative_to(directory)
+        names += [(relative / name).as_posix() for name in (*files, *linked) if not name.startswith(".")]
+    return sorted(names)
+
+
+def _newest_beside(path: Path, experiment: str) -> dict[str, str] | None:
+    """Name and date of the run of this experiment that was finished last, beside this one; None where there is none."""
+    pattern = re.compile(re.escape(experiment) + r"-[0-9a-f]{8}(-\d+)?")
+    there: dict[str, dict[str, Any]] = {}
+    for other in path.parent.iterdir():
+        if other != path and pattern.fullmatch(other.name) and (other / MANIFEST).is_file():
+            with contextlib.suppress(ValueError):
+                manifest = load_json(other / MANIFEST)
+                if isinstance(manifest, dict) and TIME.accepts(manifest.get("created")):
+                    there[other.name] = manifest
+    if not there:
+        return None
+    newest = order_of_finishing(there)[-1]
+    return {"run": newest, "created": there[newest]["created"]}
 
 
 def _remove_partial(directory: Path) -> None:
@@ -379,7 +430,8 @@ def _seconds_of_earlier_sessions(directory: Path, clock: Path) -> float:
     try:
         earlier = load_json(clock)
         newest = max(path.stat().st_mtime for path in directory.rglob("*") if path.name != _LOCK)
-        return float(earlier["before"]) + max(0.0, newest - float(earlier["started"]))
+        seconds = float(earlier["before"]) + max(0.0, newest - float(earlier["started"]))
+        return seconds if math.isfinite(seconds) and seconds >= 0 else 0.0
     except (ValueError, KeyError, TypeError, OSError):
         return 0.0  # the clock is a courtesy: a damaged one must not stop a run
 
@@ -390,24 +442,6 @@ def _made(directory: Path) -> Path:
     except OSError as error:
         raise could_not_write(directory, error) from error
     return directory
-
-
-class _LogFile(logging.FileHandler):
-    """A log that cannot be written is no reason to stop, nor for a traceback at every line."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # what is still to be written when the disk is full
-            super().close()
-
-
-def _log_file(path: Path) -> logging.FileHandler:
-    try:
-        return _LogFile(path, encoding="utf-8")
-    except OSError as error:
-        raise could_not_write(path, error) from error
 
 
 def _write(file: Any, text: str) -> None:

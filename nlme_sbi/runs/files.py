@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,8 +17,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
+from nlme_sbi.runs.schema import check
+
 PARTIAL = ".partial"  # the ending of everything that is still being written; removed when a run is opened again
 _CHUNK = 1 << 22
+_DEEPEST = 60  # levels of a JSON file
+_MOST_DIMENSIONS = 8
+_MOST_EMPTY = 10**7
+# What we write; torch takes nothing else, and a type without bytes would let an array claim any length.
+_DTYPES = frozenset("?bBhilqefd") & frozenset(np.typecodes["All"])
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -68,6 +76,7 @@ def could_not_write(path: Path, error: OSError) -> OSError:
 
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, read in chunks."""
+    require_regular(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -108,14 +117,75 @@ def save_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda file: _write_text(file, text))
 
 
-def load_json(path: Path) -> Any:
-    """Read JSON; raises ``ValueError`` with a sentence where the file is missing, cut off or something else."""
+def load_json(path: Path, shape: Any = None) -> Any:
+    """Read JSON.
+
+    Args:
+        path: of the file.
+        shape: what it must hold, from :mod:`nlme_sbi.runs.schema`.
+
+    Raises:
+        ValueError: with a sentence where the file is missing, cut off, no regular file, nested deeper than anything
+            that we write, or of another shape.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(read_regular(path).decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: it nests its content without end. {_DAMAGED}") from None
+    except ValueError as error:
+        if isinstance(error, NotReadable):
+            raise
         raise ValueError(f"{path} is damaged: it is not JSON ({error}). {_DAMAGED}") from error
+    _refuse_odd(value, path)
+    if shape is not None:
+        check(value, shape, path)
+    return value
+
+
+class NotReadable(ValueError):
+    """A file that is missing, or none that can be read to its end."""
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file; a pipe or a device, which may never end, is refused before it is opened."""
+    require_regular(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise NotReadable(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what is missing or no regular file (a directory, pipe, socket or device)."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotReadable(f"{path} is missing.") from None
+    except (OSError, ValueError) as error:  # a loop of links, a name that cannot be one
+        raise NotReadable(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    if not stat.S_ISREG(mode):
+        raise NotReadable(f"{path} is no regular file, so it is not read; put the file itself there.")
+
+
+def _refuse_odd(value: Any, path: Path) -> None:
+    """Refuse what JSON can hold, no file of ours does, and later code breaks at: deep nesting, endless integers."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.keys()
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+            elif isinstance(item, str) and not item.isascii() and any("\ud800" <= sign <= "\udfff" for sign in item):
+                raise ValueError(f"{path} is damaged: it holds half of a character. {_DAMAGED}")
+            elif isinstance(item, int) and abs(item) >= 2**63:
+                raise ValueError(f"{path} is damaged: it holds a whole number that no file of ours has. {_DAMAGED}")
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"{path} is damaged: it nests its content more than {_DEEPEST} deep. {_DAMAGED}")
 
 
 def finite(value: Any) -> Any:
@@ -152,8 +222,9 @@ def load_array(path: Path, *, mmap: bool = True) -> np.ndarray:
     """Read one ``.npy`` file, by default as a read-only memory map.
 
     Raises ``ValueError`` with a sentence where the file is missing, cut off, longer than it says, or something else
-    than one array of numbers. Nothing in the file can run code.
+    than one array of numbers. Nothing in the file can run code, and an array is never larger than its file.
     """
+    require_regular(path)
     try:
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
@@ -166,6 +237,10 @@ def load_array(path: Path, *, mmap: bool = True) -> np.ndarray:
         raise ValueError(f"{path} is damaged: it is not an array in NumPy's .npy format. {_DAMAGED}") from error
     if kind.hasobject:
         raise ValueError(f"{path} holds Python objects, which could run code; only numbers are read. {_DAMAGED}")
+    if kind.char not in _DTYPES or not kind.isnative or len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"{path} is damaged: {kind} of shape {str(shape)[:60]} is nothing that we write. {_DAMAGED}")
+    if math.prod(shape) == 0 and max(shape, default=0) > _MOST_EMPTY:  # beside a 0, a file may claim any length
+        raise ValueError(f"{path} is damaged: no array has the shape {str(shape)[:60]}. {_DAMAGED}")
     expected = start + math.prod(shape) * kind.itemsize
     if end != expected:
         raise ValueError(f"{path} is damaged: {end} bytes instead of the {expected} that it announces. {_DAMAGED}")

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from nlme_sbi.runs.files import load_array, load_json, save_array, save_json, sha256_of_plain
+from nlme_sbi.runs.schema import DESIGN, DESIGN_ARRAYS, check_array
 from nlme_sbi.types import Covariates, Design, Events, Groups
 
 DESCRIPTION = "design.json"
+_MOST_SHARED = 10**7  # rows that are one row on the disk
 
 
 def save_design(directory: Path, design: Design) -> None:
@@ -81,19 +83,23 @@ class StoredDesign:
 
     def __init__(self, directory: Path, *, mmap: bool = True) -> None:
         self._directory = directory
-        description = load_json(directory / DESCRIPTION)
-        try:
-            self.rows: int = description["rows"]
-            self.shared = frozenset(description["shared"])
-            self._covariates = description["covariates"]
-            self._groups = description["groups"]
-            self._arrays = {name: load_array(directory / f"{name}.npy", mmap=mmap) for name in description["arrays"]}
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{directory / DESCRIPTION} does not describe a design; run its stage again.") from error
+        description = load_json(directory / DESCRIPTION, DESIGN)
+        self.rows: int = description["rows"]
+        self.shared = frozenset(description["shared"])
+        self._covariates = description.get("covariates")
+        self._groups = description.get("groups")
+        _check_names(directory / DESCRIPTION, description)
+        self._arrays = {name: load_array(directory / f"{name}.npy", mmap=mmap) for name in description["arrays"]}
         for name, array in self._arrays.items():
+            check_array(array, *DESIGN_ARRAYS[name], directory / f"{name}.npy")
             rows = 1 if name in self.shared else self.rows
-            if not array.ndim or array.shape[0] != rows:
+            if array.shape[0] != rows:
                 raise ValueError(f"{directory}: {name}.npy has shape {array.shape} where {rows} rows were written.")
+        if self.is_shared and self.rows > _MOST_SHARED:  # nothing on the disk holds so many
+            raise ValueError(
+                f"{directory / DESCRIPTION} is damaged: it tells of {self.rows} equal rows; at most {_MOST_SHARED}."
+            )
+        _check_numbers(directory, self._arrays, self._covariates, self._groups)
 
     @property
     def is_shared(self) -> bool:
@@ -120,6 +126,56 @@ class StoredDesign:
     def build(self, tensor: Callable[[str], Tensor]) -> Design:
         """A design with the names of this one and the arrays that ``tensor`` gives."""
         return _design(tensor, set(self._arrays), self._covariates, self._groups)
+
+
+def _check_names(path: Path, description: dict[str, Any]) -> None:
+    """Refuse a description whose arrays are not those of a design, or do not belong together."""
+    arrays = set(description["arrays"])
+    odd = sorted(arrays - set(DESIGN_ARRAYS)) or sorted(set(description["shared"]) - arrays)
+    events = {name for name in DESIGN_ARRAYS if name.startswith("events.")}
+    lacking = [name for name in ("times", "observed") if name not in arrays]
+    lacking += sorted(events - arrays) if events & arrays else []
+    for name in ("covariates", "groups"):
+        described = description.get(name) is not None
+        lacking += [name] if described and name not in arrays else []
+        odd += [name] if not described and name in arrays else []
+    if odd or lacking:
+        reason = f"{odd[0]!r} is no array of a design" if odd else f"the array {lacking[0]} is missing"
+        raise ValueError(f"{path} does not describe a design: {reason}; run its stage again with fresh=true.")
+
+
+def _check_numbers(
+    directory: Path,
+    arrays: dict[str, np.ndarray],
+    covariates: dict[str, Any] | None,
+    groups: dict[str, Any] | None,
+) -> None:
+    """Refuse numbers that no design has: times that are not finite, codes without a name."""
+    for name in ("times", "events.time"):
+        if name in arrays and not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{directory / name}.npy is damaged: it holds times that are not finite numbers.")
+    codes: list[tuple[str, np.ndarray, int]] = []
+    if covariates is not None:
+        _require_width(directory, "covariates", arrays, covariates["names"])
+        for name, levels in covariates["levels"].items():
+            if name in covariates["names"]:
+                column = arrays["covariates"][:, covariates["names"].index(name)]
+                codes.append(("covariates", column[~np.isnan(column)], len(levels)))
+    if groups is not None:
+        _require_width(directory, "groups", arrays, groups["names"])
+        if len(groups["levels"]) != len(groups["names"]):
+            raise ValueError(f"{directory / DESCRIPTION} is damaged: its groups need one list of levels for each name.")
+        codes += [("groups", arrays["groups"][:, place], len(levels)) for place, levels in enumerate(groups["levels"])]
+    for name, column, count in codes:
+        if column.size and not (column.min() >= 0 and column.max() < count):
+            raise ValueError(f"{directory / name}.npy is damaged: it holds codes beyond the {count} names of levels.")
+
+
+def _require_width(directory: Path, name: str, arrays: dict[str, np.ndarray], names: Sequence[str]) -> None:
+    if arrays[name].shape[1] != len(names):
+        raise ValueError(
+            f"{directory / name}.npy is damaged: {arrays[name].shape[1]} columns for {len(names)} names, {list(names)}."
+        )
 
 
 def read_parts(parts: Sequence[tuple[StoredDesign, np.ndarray, np.ndarray]], shared: Set[str], count: int) -> Design:

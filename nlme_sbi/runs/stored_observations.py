@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from nlme_sbi.runs.files import load_array, load_json, save_array, save_json
+from nlme_sbi.runs.schema import OBSERVATION_ARRAYS, OBSERVATIONS, check_array
 from nlme_sbi.runs.stored_designs import load_design, save_design
-from nlme_sbi.types import Observations
+from nlme_sbi.types import Censoring, Observations
 
 _DESCRIPTION, _DESIGN = "observations.json", "design"
+_CODES = torch.tensor([int(code) for code in Censoring])
 _OPTIONAL = ("censoring", "lower", "upper")
 
 
@@ -40,23 +42,30 @@ def load_observations(directory: Path) -> Observations:
     Raises:
         ValueError: where a file is missing, damaged, or they disagree.
     """
-    description = load_json(directory / _DESCRIPTION)
-    try:
-        arrays: dict[str, Any] = {
-            name: torch.from_numpy(load_array(directory / f"{name}.npy", mmap=False))
-            for name in ("values", *description["arrays"])
-        }
-        return Observations(
-            ids=tuple(description["ids"]),
-            values=arrays["values"],
-            design=load_design(directory / _DESIGN),
-            signals=tuple(description["signals"]),
-            signal_units=tuple(description["signal_units"]),
-            time_unit=description["time_unit"],
-            # Runs of earlier versions do not have them.
-            dose_unit=description.get("dose_unit", ""),
-            covariate_units=dict(description.get("covariate_units", {})),
-            **{name: arrays[name] for name in _OPTIONAL if name in arrays},
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{directory / _DESCRIPTION} does not describe observations; run its stage again.") from error
+    path = directory / _DESCRIPTION
+    description = load_json(path, OBSERVATIONS)
+    odd = [name for name in description["arrays"] if name not in _OPTIONAL]
+    if odd:
+        raise ValueError(f"{path} does not describe observations: {odd[0]!r} is none of their arrays.")
+    arrays: dict[str, Any] = {}
+    for name in ("values", *description["arrays"]):
+        found = load_array(directory / f"{name}.npy", mmap=False)
+        check_array(found, *OBSERVATION_ARRAYS[name], directory / f"{name}.npy")
+        arrays[name] = torch.from_numpy(found)
+    for name in description["arrays"]:
+        if arrays[name].shape != arrays["values"].shape:
+            raise ValueError(f"{directory / name}.npy is damaged: its shape is not that of values.npy.")
+    if "censoring" in arrays and not bool(torch.isin(arrays["censoring"], _CODES.to(arrays["censoring"])).all()):
+        raise ValueError(f"{directory}/censoring.npy is damaged: it holds codes that mean nothing.")
+    return Observations(
+        ids=tuple(description["ids"]),
+        values=arrays["values"],
+        design=load_design(directory / _DESIGN),
+        signals=tuple(description["signals"]),
+        signal_units=tuple(description["signal_units"]),
+        time_unit=description["time_unit"],
+        # Runs of earlier versions do not have them.
+        dose_unit=description.get("dose_unit") or "",
+        covariate_units=dict(description.get("covariate_units") or {}),
+        **{name: arrays[name] for name in _OPTIONAL if name in arrays},
+    )

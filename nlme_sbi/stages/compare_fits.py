@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.conversion import convert
 from nlme_sbi.population.comparison import ComparedFit, compared_fits
-from nlme_sbi.runs import FinishedRun, load_run, open_run, save_json, write_atomically
+from nlme_sbi.runs import FinishedRun, csv_text, load_run, open_run, save_json, write_atomically
 from nlme_sbi.runs.files import load_json, sha256_of_plain
+from nlme_sbi.runs.schema import FIT
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def compare_fits(cfg: DictConfig) -> None:
     )
     with made as run:
         if not run.finished:
-            texts = {"comparison.txt": found.text(), "comparison.csv": found.frame().to_csv(index=False)}
+            texts = {"comparison.txt": found.text(), "comparison.csv": csv_text(found.frame())}
             for name, text in texts.items():
                 write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
             tests = found.tests_frame().to_dict("records")
@@ -80,18 +81,18 @@ def _found(reference: str, root: Path) -> FinishedRun:
 
 
 def _read(run: FinishedRun, *, by_source: bool) -> ComparedFit:
-    told = load_json(run.file("fit.json"))
+    told = load_json(run.file("fit.json"), FIT)
     if by_source and "simulator" in told:
-        source = run.manifest["sources"].get("simulator")
+        source = (run.manifest.get("sources") or {}).get("simulator")
         told["simulator"] = {"config": told["simulator"], "source": source}
     inputs = run.manifest["inputs"]
-    networks = {name: value for name, value in inputs.items() if name.startswith("posterior")}
-    return ComparedFit.of(
-        told,
-        label=run.path.name,
-        data=str(inputs["data"]),
-        posterior=sha256_of_plain(networks),
-    )
+    networks = {name: value["sha256"] for name, value in inputs.items() if name.startswith("posterior")}
+    try:
+        return ComparedFit.of(told, label=run.path.name, data=run.input("data"), posterior=sha256_of_plain(networks))
+    except (KeyError, TypeError) as problem:  # a number that is missing, or null
+        raise ValueError(
+            f"{run.file('fit.json')} lacks what a comparison needs ({problem}): fit it again with fresh=true."
+        ) from problem
 
 
 def _write(file: BinaryIO, text: str) -> None:

@@ -23,11 +23,12 @@ from nlme_sbi.runs import (
     ChangedSources,
     FinishedRun,
     RunDirectory,
+    csv_text,
     load_json,
-    load_observations,
     load_run,
     open_run,
     save_json,
+    schema,
     write_atomically,
 )
 from nlme_sbi.runs.remedies import script_command
@@ -44,7 +45,7 @@ from nlme_sbi.stages.network_checks import (
     prior_checks,
 )
 from nlme_sbi.stages.parts import part
-from nlme_sbi.stages.stored_fit import OBSERVATIONS, find_fit, posterior_runs
+from nlme_sbi.stages.stored_fit import OBSERVATIONS, find_fit, posterior_runs, stored_observations
 from nlme_sbi.stages.trained import find_posteriors, load_posterior, posterior_hashes, posterior_sources
 from nlme_sbi.types import Observations
 
@@ -102,8 +103,8 @@ def diagnose(cfg: DictConfig) -> None:
     with run:
         if run.finished:
             log.info("This diagnosis is finished already: %s (fresh=true makes another)", run.path)
-            load_run(run.path, stage="diagnose")
-            _tell([Finding.from_dict(one) for one in load_json(run.path / FINDINGS)["findings"]])
+            made = load_run(run.path, stage="diagnose")
+            _tell([Finding.from_dict(one) for one in load_json(made.file(FINDINGS), schema.FINDINGS)["findings"]])
             return
         there = None if observations is None else observations.to(device)
         outcome = diagnosed(Subject(posterior, there, settings, int(plain["seed"])))
@@ -151,9 +152,9 @@ def _inputs(plain: Mapping[str, Any], trust: tuple[str, ...]) -> tuple[list[Fini
     if given:
         raise ValueError("fit=RUN brings its own data and posterior; leave data=... out, or fit.")
     fit = find_fit(plain)
-    if not (fit.path / OBSERVATIONS).is_dir():
+    if not fit.has(OBSERVATIONS):
         raise ValueError(f"{fit.path} holds no data ({OBSERVATIONS}/); run its command again with this nlme_sbi.")
-    return posterior_runs(fit), load_observations(fit.path / OBSERVATIONS)
+    return posterior_runs(fit), stored_observations(fit)
 
 
 def _relevant(plain: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def _relevant(plain: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 def _save(run: RunDirectory, outcome: Outcome) -> None:
     for name, frame in outcome.tables.items():
-        text = frame.to_csv(index=False, float_format="%.8g").encode()
+        text = csv_text(frame, float_format="%.8g").encode()
         write_atomically(run.path / f"{name}.csv", lambda file, text=text: _write(file, text))  # type: ignore[misc]
     for name, figure in outcome.figures.items():
         for kind, options in (("png", {"dpi": 150}), ("pdf", {"metadata": {"CreationDate": None}})):

@@ -31,6 +31,7 @@ from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import Estimator, FollowingEstimator, PopulationSpecification
 from nlme_sbi.runs import (
     RunDirectory,
+    csv_text,
     load_run,
     open_run,
     save_json,
@@ -145,8 +146,9 @@ def fit_population(cfg: DictConfig) -> float:
     )
     with run:
         if run.finished:
-            log.info("\n%s", (run.path / "table.txt").read_text())
-            return float(load_run(run.path, stage="fit_population", verify=False).results["objective"])
+            there = load_run(run.path, stage="fit_population")
+            log.info("\n%s", there.file("table.txt").read_text(errors="replace"))
+            return there.number("objective")
         seed = int(plain["seed"])
         with ProgressBar() as progress:
             fit = fit_population_model(
@@ -166,7 +168,7 @@ def fit_population(cfg: DictConfig) -> float:
                 progress=progress.report,
             )
         # Nothing that comes after the estimates may cost them: they are written at once, and again with the modes.
-        simulator = upstream[0].config["simulator"] if upstream else plain["simulator"]
+        simulator = upstream[0].section("simulator") if upstream else plain["simulator"]
         _save_tables(run, fit, simulator)
         generator = seeded(device, seed, INDIVIDUALS_STREAM)
         if wished.modes:
@@ -240,9 +242,9 @@ def _save_tables(run: RunDirectory, fit: PopulationFit, simulator: Mapping[str, 
     }
     texts = {
         "table.txt": str(table) + "\n",
-        "intervals.csv": intervals_frame(fit.intervals).to_csv(index=False),
-        "parameters.csv": table.to_frame().to_csv(index=False),
-        **{name: frame.to_csv(index=False) for name, frame in extra.items() if len(frame)},
+        "intervals.csv": csv_text(intervals_frame(fit.intervals)),
+        "parameters.csv": csv_text(table.to_frame()),
+        **{name: csv_text(frame) for name, frame in extra.items() if len(frame)},
     }
     for name, text in texts.items():
         write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
@@ -250,14 +252,14 @@ def _save_tables(run: RunDirectory, fit: PopulationFit, simulator: Mapping[str, 
 
 
 def _save_predictions(run: RunDirectory, frame: pd.DataFrame) -> None:
-    text = frame.to_csv(index=False)
+    text = csv_text(frame)
     write_atomically(run.path / "predictions.csv", lambda file: _write(file, text))
 
 
 def _save_influence(run: RunDirectory, fit: PopulationFit) -> None:
     """``influence.csv``, or the reason why there is none."""
     try:
-        text = influence(fit.state, fit.theta, fit.covariance, fit.ids).to_frame().to_csv(index=False)
+        text = csv_text(influence(fit.state, fit.theta, fit.covariance, fit.ids).to_frame())
     except ValueError as problem:
         log.info("No influence.csv: %s", problem)
         return

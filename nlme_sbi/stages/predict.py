@@ -25,6 +25,7 @@ from nlme_sbi.population.theta_draws import normal_theta
 from nlme_sbi.runs import (
     FinishedRun,
     RunDirectory,
+    csv_text,
     find_run,
     load_array,
     load_run,
@@ -35,6 +36,7 @@ from nlme_sbi.runs import (
     write_atomically,
 )
 from nlme_sbi.runs.remedies import override, script_command, typed
+from nlme_sbi.runs.schema import FLOATS, check_array
 from nlme_sbi.stages.fit_figures import spread_rows
 from nlme_sbi.stages.prediction_designs import Plan, planned
 from nlme_sbi.stages.stored_fit import StoredFit, find_fit, load_fit
@@ -178,7 +180,7 @@ def _sampled_theta(reference: str, fit: FinishedRun, plain: Mapping[str, Any]) -
         return None
     experiment = str(fit.manifest["experiment"])
     run = find_run(reference, stage="sample_theta", experiment=experiment, root=Path(plain["output_root"]))
-    if run.manifest["inputs"]["fit"]["sha256"] != fit.sha256:
+    if run.input("fit") != fit.sha256:
         raise ValueError(
             f"{run.path} holds the posterior of another fit than {fit.path}. Use theta=normal, or draw that of this "
             "fit: "
@@ -210,13 +212,26 @@ def _thetas(
     fit: StoredFit, settings: PredictionSettings, sampled: FinishedRun | None, generator: torch.Generator
 ) -> Float[Tensor, "K P"]:
     if sampled is not None:
-        drawn = torch.from_numpy(np.array(load_array(sampled.file("theta.npy")))).to(fit.device)
+        drawn = _stored_theta(sampled, len(fit.theta)).to(fit.device)
         order = torch.randperm(len(drawn), generator=generator, device=generator.device).to(fit.device)
         # Each draw once before any comes twice.
         return drawn[order.repeat(-(-settings.draws // len(drawn)))[: settings.draws]]
     if settings.theta == "estimate":
         return fit.theta.expand(settings.draws, -1)
     return normal_theta(fit.population, fit.theta, fit.covariance, settings.draws, generator)
+
+
+def _stored_theta(run: FinishedRun, unknowns: int) -> Float[Tensor, "n P"]:
+    """The draws of a run of sample_theta; raises ``ValueError`` where they are of other unknowns or not finite."""
+    path = run.file("theta.npy")
+    found = load_array(path)
+    check_array(found, FLOATS, 2, path)
+    if len(found) < 1 or found.shape[1] != unknowns or not np.isfinite(found).all():
+        raise ValueError(
+            f"{path} holds no finite draws of {unknowns} unknowns (its shape is {found.shape}); run sample_theta again "
+            "with fresh=true."
+        )
+    return torch.from_numpy(np.array(found)).double()
 
 
 def _predicted(
@@ -275,6 +290,17 @@ def _failed(group: Predictions) -> list[str]:
     if len(broken) == 0:
         return []
     first = int(broken[0])
+    lost = torch.nonzero(group.bands.failed >= group.phi.shape[1])[:, 0]
+    if len(lost) == len(group.ids):
+        raise ValueError(
+            f"No prediction is finite for any {group.kind}, whatever the draw: nothing is left to take quantiles of. "
+            "Look at the fit's table and at the times and doses that are asked for."
+        )
+    if len(lost):
+        return [
+            f"{len(lost)} of {len(group.ids)} ({group.kind}) have no prediction at all, because that of every draw is "
+            f"not finite; their quantiles are empty. First: {group.ids[int(lost[0])]}."
+        ]
     return [
         f"{len(broken)} of {len(group.ids)} ({group.kind}) have draws whose prediction is not finite, which are left "
         f"out of the quantiles; first: {group.ids[first]}, {int(group.bands.failed[first])} of {group.phi.shape[1]}."
@@ -291,7 +317,7 @@ def _save(
     with_data: bool,
 ) -> None:
     simulator = fit.posterior.simulator
-    text = pd.concat([_frame(group, simulator, settings) for group in made]).to_csv(index=False, float_format="%.8g")
+    text = csv_text(pd.concat([_frame(group, simulator, settings) for group in made]), float_format="%.8g")
     write_atomically(run.path / "predictions.csv", lambda file: _write(file, text))
     if settings.save_draws:
         _save_draws(run, fit, made, thetas, seed=int(run.config["seed"]))

@@ -11,16 +11,27 @@ from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.devices import choose_device
 from nlme_sbi.instantiate import instantiate
-from nlme_sbi.population.auto import chosen_estimator
-from nlme_sbi.population.roles import Estimator, FollowingEstimator, NoDraws, WeightedDraws
+from nlme_sbi.population.auto import Auto, chosen_estimator
+from nlme_sbi.population.roles import Estimator, FitProgress, FollowingEstimator, NoDraws, WeightedDraws
 from nlme_sbi.population.theta_draws import ThetaDraws
 from nlme_sbi.population.theta_prior import ThetaPriors
 from nlme_sbi.population.theta_sampling import EnsembleSampler
 from nlme_sbi.population.theta_sampling import sample_theta as sampled_from_posterior
-from nlme_sbi.runs import RunDirectory, load_json, load_run, open_run, save_array, sources_of, write_atomically
+from nlme_sbi.runs import (
+    RunDirectory,
+    csv_text,
+    load_json,
+    load_run,
+    open_run,
+    save_array,
+    sources_of,
+    write_atomically,
+)
+from nlme_sbi.runs.schema import FIT
 from nlme_sbi.stages.fit_progress import ProgressBar
 from nlme_sbi.stages.parts import part
 from nlme_sbi.stages.stored_fit import StoredFit, find_fit, load_fit
+from nlme_sbi.targets import STORED_ROLES
 from nlme_sbi.training_pairs import seeded
 
 log = logging.getLogger(__name__)
@@ -49,8 +60,10 @@ def sample_theta(cfg: DictConfig) -> float:
     fit = load_fit(upstream, device=str(device), trust=trust)
     prior = priors.bind(fit.population, fit.posterior.prior)
     settings.walkers_for(len(fit.population.unknowns.free))
-    section = instantiate(upstream.config["estimator"], trust=trust, where="estimator")
-    estimator, _ = chosen_estimator(section, fit.posterior)
+    made = instantiate(upstream.section("estimator"), trust=trust, where="estimator", roles=STORED_ROLES)
+    if not isinstance(made, (Estimator, Auto)):
+        raise ValueError(f"estimator is a {type(made).__name__}, which is no Estimator; fit again with fresh=true.")
+    estimator, _ = chosen_estimator(made, fit.posterior)
     run = open_run(
         stage="sample_theta",
         experiment=str(upstream.manifest["experiment"]),
@@ -63,11 +76,13 @@ def sample_theta(cfg: DictConfig) -> float:
     )
     with run:
         if run.finished:
-            log.info("\n%s", (run.path / "table.txt").read_text())
-            return float(load_run(run.path, stage="sample_theta", verify=False).results["rhat"])
+            made = load_run(run.path, stage="sample_theta")
+            log.info("\n%s", made.file("table.txt").read_text(errors="replace"))
+            return made.number("rhat")
         seed = int(plain["seed"])
-        state = rebuilt_state(fit, estimator, seeded(device, seed, STATE_STREAM))
         with ProgressBar() as progress:
+            progress.report(FitProgress("draws", 0, 0))
+            state = rebuilt_state(fit, estimator, seeded(device, seed, STATE_STREAM))
             found = sampled_from_posterior(
                 state,
                 fit.theta,
@@ -96,7 +111,7 @@ def rebuilt_state(fit: StoredFit, estimator: Estimator, generator: torch.Generat
             raise TypeError(f"estimator {estimator.name} neither prepares draws nor makes them for a theta.")
         else:
             state = prepared
-        wished = int(load_json(fit.run.file("fit.json"))["draws"])
+        wished = int(load_json(fit.run.file("fit.json"), FIT)["draws"])
         while state.draws < wished:
             better = estimator.improve(state, fit.theta, observations, generator, times=-(-wished // state.draws))
             if isinstance(better, str):
@@ -110,8 +125,8 @@ def _saved(run: RunDirectory, found: ThetaDraws) -> dict[str, Any]:
     summary = found.summary()
     texts = {
         "table.txt": found.table(),
-        "summary.csv": summary.to_csv(index=False),
-        "theta.csv": found.frame().to_csv(index=False),
+        "summary.csv": csv_text(summary),
+        "theta.csv": csv_text(found.frame()),
     }
     for name, text in texts.items():
         write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]

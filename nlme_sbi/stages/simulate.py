@@ -53,7 +53,7 @@ def simulate(cfg: DictConfig) -> float:
     )
     with run:
         if run.finished:
-            return float(load_run(run.path, stage="simulate", verify=False).results["simulations_per_second"])
+            return load_run(run.path, stage="simulate").number("simulations_per_second")
         if pool is not None:
             save_design(run.path / "design", pool)
         return _simulate_into(run, settings, prior, designs, simulator, device=device)

@@ -24,6 +24,7 @@ from nlme_sbi.runs import (
     FinishedRun,
     RunDirectory,
     Sources,
+    csv_text,
     find_run,
     load_array,
     load_json,
@@ -37,7 +38,8 @@ from nlme_sbi.runs import (
     write_atomically,
 )
 from nlme_sbi.runs.remedies import earlier_commands
-from nlme_sbi.stages.parts import part
+from nlme_sbi.runs.schema import FIT, FLOATS, check_array
+from nlme_sbi.stages.parts import stored_part
 from nlme_sbi.stages.trained import AnyPosterior, load_posterior, posterior_sources, untrained_posterior
 from nlme_sbi.types import Observations, TractableSimulator
 
@@ -75,7 +77,7 @@ def save_individuals(
         draws: of each individual that are kept; none for 0.
         generator: of the resampling, on the device of the fit.
     """
-    text = fit.individuals_frame().to_csv(index=False)
+    text = csv_text(fit.individuals_frame())
     write_atomically(run.path / "individuals.csv", lambda file: _write(file, text))
     if draws > 0:
         save_array(run.path / DRAWS, fit.individual_draws(draws, generator).float())
@@ -155,7 +157,7 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
             is no longer there or was changed; or code of others, the simulator's or the fit's, has changed since.
     """
     finished = run if isinstance(run, FinishedRun) else load_run(Path(run), stage="fit_population")
-    if not (finished.path / OBSERVATIONS).is_dir():
+    if not finished.has(OBSERVATIONS):
         raise ValueError(
             f"{finished.path} holds no data ({OBSERVATIONS}/): it was made before fits kept what later stages need. "
             "Run its command again with this nlme_sbi."
@@ -165,20 +167,23 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
         posterior: AnyPosterior = (
             load_posterior(upstream, device, trust)
             if upstream
-            else untrained_posterior(finished.config, choose_device(device), trust)
+            else untrained_posterior(
+                {name: finished.section(name) for name in ("prior", "simulator")}, choose_device(device), trust
+            )
         )
     except ChangedSources as problem:
         raise problem.and_then(earlier_commands(finished.manifest, finished.path)[-1]) from None
-    require_unedited(finished, _OWN_SECTIONS, trust=trust)
+    own = [name for name in _OWN_SECTIONS if name in finished.config]  # the network's are compared when it is loaded
+    require_unedited(finished, own, trust=trust)
     specification = fitted_specification(finished, trust)
-    require_same_sources(finished, _OWN_SECTIONS, trust=trust)
-    observations = load_observations(finished.path / OBSERVATIONS)
+    require_same_sources(finished, own, trust=trust)
+    observations = stored_observations(finished)
     population: PopulationModel = specification.bind(posterior.parameters, observations)
     theta, covariance = _estimates(finished, population)
     where = posterior.device
     draws = None
-    if DRAWS in finished.manifest["outputs"]:
-        draws = torch.from_numpy(np.array(load_array(finished.path / DRAWS))).double().to(where)
+    if finished.has(DRAWS):
+        draws = stored_draws(finished, observations.ids, len(posterior.parameters)).to(where)
     return StoredFit(
         run=finished,
         posterior=posterior,
@@ -191,26 +196,59 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
     )
 
 
+def stored_observations(run: FinishedRun) -> Observations:
+    """The data that a fit keeps; raises ``ValueError`` where they are damaged or not covered by its manifest."""
+    run.folder(f"{OBSERVATIONS}/design")
+    return load_observations(run.folder(OBSERVATIONS))
+
+
+def stored_draws(run: FinishedRun, ids: Sequence[str], parameters: int) -> Float[Tensor, "I S D"]:
+    """The draws of ``p(phi | y_i, theta_hat)`` that a fit keeps, double precision.
+
+    Raises:
+        ValueError: where they are of other individuals or parameters, or not finite: predictions from those would be
+            empty or wrong.
+    """
+    path = run.file(DRAWS)
+    found = load_array(path)
+    check_array(found, FLOATS, 3, path)
+    if (found.shape[0], found.shape[2]) != (len(ids), parameters) or found.shape[1] < 1:
+        raise ValueError(
+            f"{path} holds draws of shape {found.shape}, but the fit has {len(ids)} individuals and {parameters} "
+            "parameters; run the fit's command again with fresh=true."
+        )
+    broken = ~np.isfinite(found).all(axis=(1, 2))
+    if broken.any():
+        raise ValueError(
+            f"{path}: {int(broken.sum())} of {len(ids)} individuals have draws that are not finite numbers, first "
+            f"{ids[int(np.argmax(broken))]}; nothing can be predicted from them. Run the fit's command again with "
+            "fresh=true."
+        )
+    return torch.from_numpy(np.array(found)).double()
+
+
 def fitted_specification(run: FinishedRun, trust: tuple[str, ...]) -> PopulationSpecification:
     """The population model of a fit, in which parameters whose variance was estimated at 0 are constant."""
-    specification: PopulationSpecification = part(
-        run.config["population"], PopulationSpecification, where="population", trust=trust
+    specification: PopulationSpecification = stored_part(
+        run.section("population"), PopulationSpecification, where="population", trust=trust
     )
-    for test in load_json(run.file("fit.json")).get("variance_tests", []):
-        if test["estimated"] and isinstance(specification, VariabilitySpecification):
+    for test in load_json(run.file("fit.json"), FIT).get("variance_tests") or []:
+        if test.get("estimated") and isinstance(specification, VariabilitySpecification):
             specification = specification.without_variability(str(test["parameter"]))
     return specification
 
 
 def _estimates(run: FinishedRun, population: PopulationModel) -> tuple[Tensor, Tensor]:
     """Theta and its covariance, refused where the population model does not have these unknowns."""
-    told = load_json(run.file("fit.json"))
+    told = load_json(run.file("fit.json"), FIT)
     names = tuple(entry["name"] for entry in told["unknowns"])
     if names != population.unknowns.names:
         raise ValueError(
             f"{run.path} estimated {', '.join(names)}, but its population model now has "
             f"{', '.join(population.unknowns.names)}: another version of nlme_sbi made it. Run its command again."
         )
+    if {len(told["covariance"]), *(len(row) for row in told["covariance"])} != {len(names)}:
+        raise ValueError(f"{run.file('fit.json')} is damaged: its covariance is not {len(names)} by {len(names)}.")
     numbers = [[float("nan") if value is None else value for value in row] for row in told["covariance"]]
     theta = torch.tensor([entry["estimate"] for entry in told["unknowns"]], dtype=torch.float64)
     return theta, torch.tensor(numbers, dtype=torch.float64)
@@ -226,7 +264,7 @@ def posterior_runs(fit: FinishedRun) -> list[FinishedRun]:
 def _located(fit: FinishedRun, entry: Mapping[str, Any]) -> FinishedRun:
     """The posterior's run: where it lay, else beside the fit in the same output root; recognised by its hash."""
     beside = fit.path.parent.parent / "train_flow"
-    recorded = None if entry["path"] is None else Path(entry["path"])
+    recorded = None if entry.get("path") is None else Path(entry["path"])
     places = [] if recorded is None else [recorded, beside / recorded.name]
     places += sorted(beside.iterdir()) if beside.is_dir() else []
     for path in places:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from nlme_sbi import sweeps
 from nlme_sbi.conversion import convert
-from nlme_sbi.runs import write_atomically
+from nlme_sbi.runs import csv_text, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def sweep_table(cfg: DictConfig) -> None:
     directory = sweeps.find_sweep(convert(cfg.sweep, str, "sweep"), Path(cfg.output_root))
     table = sweeps.sweep_table(directory)
     text = table.to_string(index=False, float_format="{:.5g}".format, na_rep="") + "\n"
-    for name, content in (("table.csv", table.to_csv(index=False)), ("table.txt", text)):
+    for name, content in (("table.csv", csv_text(table)), ("table.txt", text)):
         write_atomically(directory / name, lambda file, content=content: _write(file, content))  # type: ignore[misc]
     log.info("%s\nWritten: %s (table.csv, table.txt)", text, directory)
 

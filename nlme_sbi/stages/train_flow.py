@@ -26,6 +26,7 @@ from nlme_sbi.plots.loss import plot_history
 from nlme_sbi.runs import (
     FinishedRun,
     RunDirectory,
+    csv_text,
     find_run,
     load_design,
     load_run,
@@ -37,7 +38,7 @@ from nlme_sbi.runs import (
     sources_of,
     write_atomically,
 )
-from nlme_sbi.stages.parts import generative_parts, part
+from nlme_sbi.stages.parts import generative_parts, part, stored_part
 from nlme_sbi.stages.simulate import GENERATIVE
 from nlme_sbi.stored_simulations import StoredSimulations
 from nlme_sbi.training import TrainingResult, TrainingSettings, generalisation_gap, train
@@ -110,7 +111,7 @@ def _train_in_team(plain: Mapping[str, Any], team: Team) -> float:
         team.from_first(None if run.finished else str(run.checkpoint_directory))
         if run.finished:
             log.info("This training is finished already: %s (fresh=true trains again)", run.path)
-            return float(load_run(run.path, stage="train_flow").results["validation_loss"])
+            return load_run(run.path, stage="train_flow").number("validation_loss")
         if parts.pool is not None:
             save_design(run.path / "design", parts.pool)
         network, shape = _network(parts, settings, seed=int(config["seed"]))
@@ -167,7 +168,7 @@ def _relevant(plain: Mapping[str, Any], upstream: FinishedRun | None, team: Team
     if upstream is None:
         return config
     for name in GENERATIVE:
-        made = upstream.config[name]
+        made = upstream.section(name)
         if name == "prior" and made != config[name]:
             log.info("The prior is the one of the simulations; it is not the one of this command.")
         if name == "simulator" and made.get("_target_") != config[name].get("_target_"):
@@ -202,16 +203,19 @@ def _parts(
         source = OnlinePairs(prior, designs, simulator, batch_size, seed, team.device, max_failed=settings.max_failed)
         return _Parts(SharedPairs(source, team), simulator, prior, pool, summary, flow)
     require_unedited(upstream, GENERATIVE, trust=trust)
-    prior, simulator = (instantiate(config[name], trust=trust, where=name) for name in ("prior", "simulator"))
+    prior, simulator = (
+        stored_part(config[name], role, where=name, trust=trust)
+        for name, role in (("prior", Prior), ("simulator", Simulator))
+    )
     require_same_sources(upstream, GENERATIVE, trust=trust)
     stored = StoredPairs(
-        StoredSimulations.open(upstream.path),
+        StoredSimulations.open(upstream),
         batch_size=batch_size,
         validation_size=settings.validation_size,
         seed=seed,
         device=team.device,
     )
-    pool = load_design(upstream.path / "design") if (upstream.path / "design").exists() else None
+    pool = load_design(upstream.folder("design")) if upstream.has("design") else None
     return _Parts(SharedPairs(stored, team), simulator, prior, pool, summary, flow)
 
 
@@ -285,7 +289,7 @@ def _save(run: RunDirectory, network: PosteriorNetwork, shape: DataShape, result
     write_atomically(run.path / "weights.safetensors", lambda file: _write(file, safetensors_bytes(weights)))
     write_atomically(run.path / "network.json", lambda file: _write(file, json.dumps(asdict(shape), indent=2).encode()))
     history = pd.DataFrame(result.history).astype({"step": int})
-    write_atomically(run.path / "history.csv", lambda file: _write(file, history.to_csv(index=False).encode()))
+    write_atomically(run.path / "history.csv", lambda file: _write(file, csv_text(history).encode()))
     figure = plot_history(history)
     write_atomically(run.path / "loss.png", lambda file: figure.savefig(file, dpi=150))
 

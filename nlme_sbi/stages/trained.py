@@ -15,7 +15,7 @@ from nlme_sbi.population.likelihood_weighted_prior import LikelihoodWeightedPrio
 from nlme_sbi.runs import FinishedRun, Sources, find_run, sources_of
 from nlme_sbi.runs.remedies import typed
 from nlme_sbi.runs.sources import SourceFile
-from nlme_sbi.stages.parts import part
+from nlme_sbi.stages.parts import stored_part
 from nlme_sbi.types import Prior, Simulator, TractableSimulator
 
 log = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ def untrained_posterior(
     Raises:
         ValueError: for a simulator without a likelihood, with what to do.
     """
-    prior = part(config["prior"], Prior, where="prior", trust=trust)
-    simulator = part(config["simulator"], Simulator, where="simulator", trust=trust)
+    prior = stored_part(config["prior"], Prior, where="prior", trust=trust)
+    simulator = stored_part(config["simulator"], Simulator, where="simulator", trust=trust)
     if not isinstance(simulator, TractableSimulator):
         raise ValueError(
             f"posterior=none needs a likelihood, and {type(simulator).__name__} has none (it lacks predict or "
@@ -96,7 +96,7 @@ def _found(reference: str, plain: Mapping[str, Any]) -> FinishedRun:
         experiment=plain["experiment"]["name"],
         root=Path(plain["output_root"]),
     )
-    made, asked = run.config["simulator"].get("_target_"), plain["simulator"].get("_target_")
+    made, asked = run.section("simulator").get("_target_"), plain["simulator"].get("_target_")
     if made != asked:
         raise ValueError(
             f"{run.path} is a posterior of {made}, but this command asks for {asked}; choose the experiment or "

@@ -215,7 +215,7 @@ def test_foreign_code_is_refused(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["nlme_sbi.runs.save_json", "nlme_sbi.runs.RunDirectory.finish"])
 def test_our_functions_that_act_are_refused(target: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a function that does something"):
+    with pytest.raises(ValueError, match=r"is a function or a method|something inside RunDirectory"):
         instantiate({"_target_": target, "path": str(tmp_path / "x"), "value": 1})
     assert not list(tmp_path.iterdir())
 
@@ -251,7 +251,7 @@ def test_a_trusted_module_is_used_and_its_own_errors_are_named(tmp_path, monkeyp
         ("nlme_sbi.parametrs.Parameter", r"there is no module nlme_sbi\.parametrs\. Did you mean parameters\?"),
         ("nlme_sbi.parameters", "is a module; name a class in it"),
         ("nlme_sbi.parameters.Transform", "neither a class nor a function|neither part"),
-        ("nlme_sbi.__version__", "neither a class nor a function"),
+        ("nlme_sbi.__version__", "is private; name a public class"),
         ("a b", "must be a dotted path"),
         (3, "must be a dotted path"),
     ],

@@ -306,7 +306,8 @@ def test_latest_is_the_newest_finished_run_of_the_experiment(tmp_path, caplog) -
     (new / "manifest.json").write_text("{")
     with caplog.at_level(logging.WARNING):
         assert found() == old
-    assert "its manifest is damaged" in caplog.text
+    assert "is left out of the search for the latest run" in caplog.text
+    assert "manifest.json is damaged" in caplog.text
 
 
 def test_without_a_finished_run_the_remedy_is_named(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_log_that_cannot_be_written_stops_nothing_and_shows_no_traceback(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
-    monkeypatch.setattr("nlme_sbi.runs.directory._LogFile.emit", lambda self, record: _failing(self, record))
+    monkeypatch.setattr("nlme_sbi.runs.log_files._LogFile.emit", lambda self, record: _failing(self, record))
     root = inputs_alone(finished, "train_flow", tmp_path / "outputs")
     train_flow(tiny("train_flow", EXPERIMENT, root))
     assert bytes_of(only_run(root, "train_flow")) == bytes_of(only_run(finished, "train_flow"))

@@ -15,6 +15,11 @@
     const part = (start) => parseInt(hex.slice(start, start + 2), 16);
     return `rgba(${part(1)},${part(3)},${part(5)},${alpha})`;
   }
+  // Ids, names and units come from data, and the library reads markup in every text: <a href> would become a link. This
+  // is the one place where a text becomes one that it shows as it is; "@" in front would be taken for a colour by us.
+  function plain(text) {
+    return String(text).replace(/&/g, '&amp;').replace(/</g, '&lt;').replace(/>/g, '&gt;').replace(/^@/, '&#64;');
+  }
   function resolved(value) {
     if (typeof value === 'string') return value[0] === '@' ? colour(value) : value;
     if (Array.isArray(value)) return typeof value[0] === 'number' ? value : value.map(resolved);
@@ -74,11 +79,11 @@
     if (shown.middle) {
       traces.push({x: shown.t, y: shown.middle, type: 'scatter', mode: 'lines', name: 'median', line: {color: '@blue', width: 2}});
     }
-    (shown.data || []).forEach((kind) => traces.push({x: kind.t, y: kind.y, type: 'scatter', mode: 'markers', name: kind.label,
+    (shown.data || []).forEach((kind) => traces.push({x: kind.t, y: kind.y, type: 'scatter', mode: 'markers', name: plain(kind.label),
       marker: {color: '@ink', size: kind.t.length > 40 ? 4 : 7, symbol: kind.symbol}}));
     tell(name, `Individual ${chosen.id}: ${chosen.why}`);
     element(name).setAttribute('aria-label', chosen.alt);
-    return {data: traces, layout: {xaxis: {title: {text: figure.time}}, yaxis: {title: {text: signal.label}}}};
+    return {data: traces, layout: {xaxis: {title: {text: plain(figure.time)}}, yaxis: {title: {text: plain(signal.label)}}}};
   }
 
   // All individuals, two numbers of each; flags choose who is shown.
@@ -89,12 +94,13 @@
       chosen.flags.some((flag) => figure.flags[flag].rows.includes(row)));
     const flagged = new Map();
     figure.flags.forEach((flag) => flag.rows.forEach((row) => flagged.set(row, (flagged.get(row) || []).concat(flag.label))));
-    const words = (row) => `<b>${figure.ids[row]}</b><br>` + figure.axes.map((one) =>
-      `${one.label}: ${one.values[row] === null ? '–' : one.values[row]}`).join('<br>') +
-      (flagged.has(row) ? `<br>flagged: ${flagged.get(row).join(', ')}` : '');
+    const lines = (row) => [figure.ids[row], ...figure.axes.map((one) =>
+      `${one.label}: ${one.values[row] === null ? '–' : one.values[row]}`),
+      ...(flagged.has(row) ? [`flagged: ${flagged.get(row).join(', ')}`] : [])];
+    const words = (row) => lines(row).map(plain).map((line, place) => place ? line : `<b>${line}</b>`).join('<br>');
     function points(some, label, marker) {
       return {x: some.map((row) => x.values[row]), y: some.map((row) => y.values[row]), type: 'scatter', mode: 'markers',
-        name: label, text: some.map(words), customdata: some, hovertemplate: '%{text}<extra></extra>', marker};
+        name: plain(label), text: some.map(words), customdata: some, hovertemplate: '%{text}<extra></extra>', marker};
     }
     const wanted = chosen.find ? figure.ids.map((_, row) => row).filter((row) => figure.ids[row] === chosen.find) : [];
     const noun = figure.noun || 'individuals';
@@ -105,9 +111,9 @@
     const left = figure.total > figure.ids.length ? ` (${figure.ids.length} of ${figure.total} are on the page, all flagged ones first)` : '';
     tell(name, `${rows.length} ${noun} shown${left}.` +
       (chosen.find && !wanted.length ? ` "${chosen.find}" is not among them.` : '') +
-      (wanted.length === 1 ? ` ${words(wanted[0]).replace(/<br>/g, '; ').replace(/<\/?b>/g, '')}.` : ''));
-    return {data, layout: {xaxis: {title: {text: x.label}, type: x.log ? 'log' : 'linear'},
-      yaxis: {title: {text: y.label}, type: y.log ? 'log' : 'linear'}}};
+      (wanted.length === 1 ? ` ${lines(wanted[0]).join('; ')}.` : ''));
+    return {data, layout: {xaxis: {title: {text: plain(x.label)}, type: x.log ? 'log' : 'linear'},
+      yaxis: {title: {text: plain(y.label)}, type: y.log ? 'log' : 'linear'}}};
   }
 
   function made(name) {

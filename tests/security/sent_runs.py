@@ -1,0 +1,69 @@
+"""Small finished runs of the first three stages, made once a session, and what a recipient does with each."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import nlme_sbi.stages.fit_population as fitting
+from nlme_sbi.networks.posterior import AmortizedPosterior
+from nlme_sbi.report.provenance import origins
+from nlme_sbi.report.reported import read_tables
+from nlme_sbi.runs import load_run
+from nlme_sbi.stages.compare_fits import _read
+from nlme_sbi.stages.fit_population import fit_population
+from nlme_sbi.stages.simulate import simulate
+from nlme_sbi.stages.stored_fit import load_fit
+from nlme_sbi.stages.train_flow import train_flow
+from nlme_sbi.stored_simulations import StoredSimulations
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+from tiny_runs import tiny
+
+EXPERIMENT = "theophylline"
+STAGES = ("simulate", "train_flow", "fit_population")
+
+
+def make_runs(root: Path) -> None:
+    """The three stages below ``root``, without figures."""
+    simulate(tiny("simulate", EXPERIMENT, root))
+    train_flow(tiny("train_flow", EXPERIMENT, root))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fitting, "save_figures", lambda *_, **__: None)
+        more = ["individuals.modes=false", "individuals.draws=20", "estimator=prior_ratio"]
+        fit_population(tiny("fit_population", EXPERIMENT, root, *more))
+
+
+def run_of(root: Path, stage: str) -> Path:
+    """The one run of a stage."""
+    (path,) = (root / stage).iterdir()
+    return path
+
+
+def copy_of(root: Path, folder: Path) -> Path:
+    """The three runs, to be changed."""
+    return Path(shutil.copytree(root, folder, symlinks=True))
+
+
+def use(stage: str, path: Path) -> None:
+    """Everything that later stages read of a run, as they read it."""
+    run = load_run(path, stage=stage)
+    _ = run.sha256
+    if stage == "simulate":
+        stored = StoredSimulations.open(run)
+        stored.rows(stored.good[:5])
+    elif stage == "train_flow":
+        AmortizedPosterior.load(run, device="cpu")
+    else:
+        load_fit(run, device="cpu")
+        read_tables(run)
+        _read(run, by_source=False)
+        origins(run)
+
+
+USES: dict[str, Callable[[Path], None]] = {stage: (lambda path, stage=stage: use(stage, path)) for stage in STAGES}
+__all__ = ["EXPERIMENT", "STAGES", "USES", "copy_of", "make_runs", "run_of", "use"]
