@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from nlme_sbi.rows import row_positions
 from nlme_sbi.runs import FinishedRun, load_array, load_json, load_run
 from nlme_sbi.runs.schema import SHARD, SHARD_ARRAYS, check_array
 from nlme_sbi.runs.stored_designs import StoredDesign, read_parts
-from nlme_sbi.types import Simulations, row_positions
+from nlme_sbi.types import Simulations
 
 _KEPT_IN_MEMORY = 2**30  # bytes
 SHARDS = "shards"  # the folder in a run of simulate

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.types import Covariates, Design, EventKind, Events, ReadOnlyMapping
+from nlme_sbi.rows import ReadOnlyMapping
+from nlme_sbi.types import Covariates, Design, EventKind, Events
 
 Number = float | int
 _DOSE = {

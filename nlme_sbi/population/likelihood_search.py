@@ -47,6 +47,7 @@ _PART = 500  # individuals on whom most of the way is gone where there are many
 _ROUGH = Limits(tolerance=0.15, errors=2.0, passes=25)
 _NEARBY = Limits(tolerance=0.3, errors=2.0, passes=25)
 _LAST = Limits(tolerance=0.5 * TOLERANCE, errors=2.0, passes=30)
+_WITHOUT_NOISE = 5e-4  # tolerance where nothing is sampled
 _HOPELESS = 20.0  # log-likelihood below the best start at which another is given up after some passes
 _PATIENCE = 4
 _SAME = 1.0  # standard errors between ends of equal likelihood that are one maximum, as roughly as they are climbed to
@@ -166,7 +167,8 @@ def climb_to_the_end(
         part = task.part(random_part(individuals, _PART, task.generator))
         rough = replace(part, estimator=task.estimator.roughly(len(part.observations)))
         theta = climb_likelihood(rough.draw, rough.point(theta), _NEARBY, watch=partial(_told, rough)).point.theta
-    climb = climb_likelihood(task.look_again, task.point(theta), _LAST, watch=partial(_told, task))
+    last = replace(_LAST, tolerance=_WITHOUT_NOISE) if task.estimator.approximation else _LAST
+    climb = climb_likelihood(task.look_again, task.point(theta), last, watch=partial(_told, task))
     climb, shortage = _precise(task, _seconded(task, climb), accuracy)
     checked = _check(task, climb)
     for _ in range(_CHECKS):

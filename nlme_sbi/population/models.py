@@ -14,7 +14,8 @@ from nlme_sbi.population.covariate_checks import bound_effects, coefficients
 from nlme_sbi.population.covariates import CovariateEffect, EffectSettings, Section, nearest, read_settings
 from nlme_sbi.population.gaussian import BoundGaussian
 from nlme_sbi.population.roles import EffectLabel, ParameterTable, Unknown
-from nlme_sbi.types import Observations, ReadOnlyMapping
+from nlme_sbi.rows import ReadOnlyMapping
+from nlme_sbi.types import Observations
 
 __all__ = ["BoundGaussian", "GaussianPopulation"]
 

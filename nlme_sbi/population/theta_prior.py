@@ -28,7 +28,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.roles import PopulationModel
-from nlme_sbi.types import Prior, ReadOnlyMapping
+from nlme_sbi.rows import ReadOnlyMapping
+from nlme_sbi.types import Prior
 
 Number = float | int
 _NONE: Mapping[str, Mapping[str, Number]] = ReadOnlyMapping({})

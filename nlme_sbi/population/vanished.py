@@ -87,7 +87,8 @@ def _candidates(fit: PopulationFit) -> list[tuple[str, ...]]:
 
 def _doubtful(fit: PopulationFit) -> list[str]:
     """Parameters whose variance looks as if it had run to 0."""
-    if len(fit.ids) < 2 or not fit.population.varying:
+    # A ratio needs draws that vary.
+    if len(fit.ids) < 2 or len(fit.population.varying) < (1 if fit.absolute else 2):
         return []
     found = summarise(fit.population, fit.theta, fit.covariance)
     spread = fit.individuals.mean.std(0)

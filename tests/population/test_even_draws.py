@@ -81,6 +81,6 @@ def test_most_of_the_way_is_gone_with_few_draws_of_some_individuals(monkeypatch:
     assert found.converged
     assert float(((found.theta - best).abs() / se).max()) < 0.05
     assert {individuals for individuals, _ in asked} == {20, 40, 150}
-    # The wish for precision is met by more draws of everybody, not by those that comparing starts took.
-    assert found.draws > max(draws for individuals, draws in asked if individuals < 150)
+    # The wish for precision is met by more draws of everybody.
+    assert found.draws > min(draws for individuals, draws in asked if individuals == 150)
     assert max(found.monte_carlo.worst(found.standard_errors, found.population.unknowns.free)) < 0.02

@@ -20,16 +20,15 @@ from nlme_sbi import FixedGrid, GaussianPopulation, GaussianPrior, Observations,
 from nlme_sbi.designs import Schedule
 from nlme_sbi.population import Exact, Laplace, PriorRatio, Saem
 from nlme_sbi.population.theta_prior import ThetaPriors
+from nlme_sbi.rows import ReadOnlyMapping, row_positions
 from nlme_sbi.types import (
     Covariates,
     Design,
     Events,
     Groups,
     PosteriorSamples,
-    ReadOnlyMapping,
     Simulations,
     SimulatorOutput,
-    row_positions,
 )
 from simulators.mrna_two_rate import MrnaTwoRate
 from simulators.theophylline import Theophylline
