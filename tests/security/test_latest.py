@@ -86,7 +86,14 @@ def test_a_run_that_was_made_again_is_not_taken_for_its_former_self(tmp_path: Pa
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("created", ["9999-12-31T23:59:59+00:00", (NOW + datetime.timedelta(days=1)).isoformat()])
+# Named, because workers must collect the same tests whenever they begin.
+@pytest.mark.parametrize(
+    "created",
+    [
+        pytest.param("9999-12-31T23:59:59+00:00", id="the last year"),
+        pytest.param((NOW + datetime.timedelta(days=1)).isoformat(), id="tomorrow"),
+    ],
+)
 def test_a_run_that_is_dated_in_the_future_is_left_out_with_a_word(tmp_path: Path, caplog, created: str) -> None:
     good, planted = finished(tmp_path, 1), finished(tmp_path, 2)
     redated(planted, created)
