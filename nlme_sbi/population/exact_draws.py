@@ -327,7 +327,7 @@ def _block(joint: JointDensity, rows: Tensor, mixed: Mixtures, shifts: Tensor, o
         few = _systematic(torch.softmax(log_weights, 1), order, count)[..., None]
         chosen, base = (
             phi.gather(1, few.expand(-1, -1, phi.shape[2])),
-            slopes.gather(1, few.expand_as(slopes[:, :count])),
+            slopes.gather(1, few.expand(-1, -1, slopes.shape[2])),
         )
         found = _second_order(joint, rows, chosen, constants, base).nan_to_num(0.0, 0.0, 0.0)
         curvatures = found.mean(1, keepdim=True)

@@ -48,6 +48,7 @@ _GOOD, _POOR = 0.7, 0.2  # gain beside the promised one from which a region grow
 _OF_PRIOR = 0.15  # of the training prior's SD: least unit of a constant's value
 _NARROWEST = 1e-3
 _NEAR = 0.3  # standard errors: such a step gains less than what finitely many draws leave unknown
+_LUCKY = 3  # steps rejected in a row after which the present point is drawn again
 _CLEAR = 4.0  # Monte-Carlo errors by which values differ clearly
 _VANISHED = 0.97  # share of the population's variance that individuals leave open, from which it may be 0
 _FLAT = 0.02  # gain that is left on the way of a variance to 0 at which it is not followed any further
@@ -206,6 +207,7 @@ def climb_likelihood(
     """
     point, radius, passes = _held(start), 1.0, 1
     previous: Point | None = None
+    rejected = 0
     watch(point, passes)
     while True:
         if _has_arrived(point, limits):
@@ -221,6 +223,11 @@ def climb_likelihood(
         gain = -math.inf if reached is None else gained(point, reached)
         if reached is None or not gain > -_tolerated(point):
             radius = _SHRINK * min(radius, length)
+            rejected += 1
+            if rejected == _LUCKY:  # draws that were lucky here would let nothing else look better
+                previous, point, radius = point, _made_again(draw, point), 1.0
+                passes += 1
+                continue
             if radius < _NARROWEST:
                 return Climb(point, passes, arrived=False, reason=_stuck_words(point), previous=previous)
             continue
@@ -228,8 +235,15 @@ def climb_likelihood(
             radius = max(_SHRINK * min(radius, length), _NARROWEST)
         elif gain > _GOOD * promised and length > 0.8 * radius:
             radius = min(_GROW * radius, _WIDEST)
+        rejected = 0
         previous, point = point, _held(reached)
         watch(point, passes)
+
+
+def _made_again(draw: Draw, point: Point) -> Point:
+    """The same theta with other draws."""
+    again = _reached(draw, point, torch.zeros_like(point.theta))
+    return point if again is None else again
 
 
 def gained(before: Point, after: Point) -> float:

@@ -87,8 +87,8 @@ def _candidates(fit: PopulationFit) -> list[tuple[str, ...]]:
 
 def _doubtful(fit: PopulationFit) -> list[str]:
     """Parameters whose variance looks as if it had run to 0."""
-    # A ratio needs draws that vary.
-    if len(fit.ids) < 2 or len(fit.population.varying) < (1 if fit.absolute else 2):
+    # Fixed draws say nothing once none of their parameters varies.
+    if len(fit.ids) < 2 or len(fit.population.varying) < (2 if fit.verification is None else 1):
         return []
     found = summarise(fit.population, fit.theta, fit.covariance)
     spread = fit.individuals.mean.std(0)

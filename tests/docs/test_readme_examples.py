@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BUDGETS = {
     "simulate": ["simulation.n=6000"],
     "train_flow": ["training.steps=500", "training.batch_size=128", "training.validation_size=200"],
-    "fit_population": ["fit.starts=1", "estimator.draws=500", "estimator.max_draws=500", "figures.individuals=2"],
+    "fit_population": ["fit.starts=1", "figures.individuals=2"],
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import hydra.utils
 import pytest
 import torch
-from conjugate_case import NAMES, parameter_space
+from conjugate_case import parameter_space
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -153,7 +153,6 @@ def test_given_means_are_natural_values_and_given_sds_are_not() -> None:
         ({"fixed": {"sd": {"decay": math.nan}}}, "0 or positive"),
         ({"fixed": {"sd": {"sigma": 0.1}}, "constant": ("sigma",)}, "constant and have a fixed SD above 0"),
         ({"start": {"sd": {"sigma": 0.1}}, "constant": ("sigma",)}, "belong to parameters that vary"),
-        ({"constant": NAMES}, "leave at least one"),
     ],
 )
 def test_impossible_models_are_refused_by_name(settings: dict, words: str) -> None:

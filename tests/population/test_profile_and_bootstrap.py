@@ -14,7 +14,7 @@ from scipy.optimize import brentq, minimize
 from scipy.stats import chi2, norm
 from test_exact import NO_SIGMA, Curved, linear_case
 
-from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, fit_population
+from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, exact_draws, fit_population
 from nlme_sbi.population.assessment import Assessment, assessed, bootstrap_rows, sandwich_covariance, wald_intervals
 from nlme_sbi.population.bootstrap import bootstrap
 from nlme_sbi.population.profile import profile_interval, profile_intervals
@@ -214,7 +214,7 @@ def case_evidence(case: ConjugateCase) -> torch.Tensor:
     return torch.distributions.MultivariateNormal(case.prior.mean @ case.loadings.T, marginal).log_prob(case.y)
 
 
-def test_draws_expanded_anew_are_exact_where_an_expansion_was_not() -> None:
+def test_draws_expanded_anew_are_exact_where_an_expansion_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quadrature, a curved likelihood, and a noise SD 1.6 times that which the draws were made for."""
     values, sd, sigma, other = [0.9, 0.6, 0.3, 1.0], 0.8, 0.1, 0.16
     data = replace(one_level(mean=0, sd=1, noise=1, individuals=4, seed=0).observations, signals=("y",))
@@ -225,6 +225,7 @@ def test_draws_expanded_anew_are_exact_where_an_expansion_was_not() -> None:
     prior = GaussianPrior({"x": {"mean": 0.0, "sd": 2.0}, "sigma": {"mean": -2.0, "sd": 0.5}})
     phi = prior.sample(4 * 60, seeded(3)).double().reshape(4, 60, 2)
     samples = PosteriorSamples(names=prior.names, phi=phi, log_q=torch.zeros(4, 60, dtype=DOUBLE), prior=prior)
+    monkeypatch.setattr(exact_draws, "_DIRECT", 0)  # as where the data are many: expanded, not evaluated
     estimator = Exact(draws=4000, simulator=simulator)
     state = estimator.follow(samples, data, theta, estimator.prepare(samples, data, model, seeded()), seeded())
     x = np.linspace(-1.0 - 10 * sd, -1.0 + 10 * sd, 200_001)

@@ -26,8 +26,8 @@ if __name__ == "__main__":
 STAGE = """
 import sys, time, traceback
 def stage(cfg):
-    print("began", flush=True)
     try:
+        print("began", flush=True)
         time.sleep(60)
     except BaseException:
         traceback.print_exc()  # as emcee does

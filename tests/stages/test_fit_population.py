@@ -17,7 +17,7 @@ import nlme_sbi.stages.fit_population as stage
 from nlme_sbi.mechanistic import NumpySimulator
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.runs import FinishedRun
+from nlme_sbi.runs import FinishedRun, read_csv
 from nlme_sbi.stages.attempts import attempted
 from nlme_sbi.stages.fit_population import fit_population
 from nlme_sbi.stages.simulate import simulate
@@ -238,7 +238,7 @@ def test_prediction_errors_of_a_part_and_none_at_all(
     table.assign(ID=table["ID"].map(odd)).to_csv(root / "odd.csv", index=False)
     data = f"data.path={root / 'odd.csv'}"
     run = fitted_run(root, "theophylline", data, "predictions.individuals=5", "individuals.modes=false")
-    found = pd.read_csv(run.path / "predictions.csv", dtype={"id": str}, keep_default_na=False, na_values=[""])
+    found = read_csv(run.path / "predictions.csv")
     assert list(dict.fromkeys(found["id"])) == ids
     # The 1st, 4th, 6th or 7th, ... of 12: evenly spread, both ends among them.
     with_errors = found.groupby("id", sort=False)["NPDE"].count()
@@ -318,7 +318,7 @@ REFUSED = {
     "unknown data": (["data=teophylline"], r"^data has no choice .* Did you mean theophylline\?$"),
     "no data reader": (
         ["data._target_=nlme_sbi.io.describe"],
-        r"^data\.path is not an option of describe; options: observations\.",
+        r"^data\._target_: nlme_sbi\.io\.describe is a function or a method; a target must be a class",
     ),
     "other signals": (
         ["data.signals=[level]", "~data.signal_units"],

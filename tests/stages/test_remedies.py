@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 import nlme_sbi.stages.predict as predict_stage
-from nlme_sbi import cli
+from nlme_sbi import cli, interrupts
 from nlme_sbi.cli import compose_config
 from nlme_sbi.diagnostics.calibration_findings import REMEDY
 from nlme_sbi.runs import FinishedRun, find_run
@@ -43,7 +43,7 @@ def no_run(stage: str) -> str:
 
 
 def other_theta(monkeypatch: pytest.MonkeyPatch) -> str:
-    other = SimpleNamespace(path=Path("other"), manifest={"inputs": {"fit": {"sha256": "other"}}})
+    other = SimpleNamespace(path=Path("other"), input=lambda name: {"fit": "other"}[name])
     monkeypatch.setattr(predict_stage, "find_run", lambda *_, **__: other)
     fit = SimpleNamespace(path=FIT.path, manifest=FIT.manifest, sha256="mine")
     return told(lambda: predict_stage._sampled_theta.__wrapped__("latest", fit, PLAIN))
@@ -155,4 +155,4 @@ def test_a_script_passes_on_where_its_configurations_and_outputs_lie() -> None:
 def test_the_command_that_goes_on_after_ctrl_c_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["scripts/fit_population.py", "posterior=[a,b]", "data.path=my file.csv", "+x='y'"]
     monkeypatch.setattr(sys, "argv", given)
-    assert shlex.split(cli._command()) == ["python", *given]
+    assert shlex.split(interrupts.command()) == ["python", *given]

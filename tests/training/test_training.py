@@ -99,7 +99,8 @@ def test_the_best_weights_are_kept_and_training_stops_when_nothing_gets_better()
 
 
 def test_the_learning_rate_is_halved_on_plateaus_and_only_there(tmp_path: Path) -> None:
-    wild = replace(SETTINGS, learning_rate=0.3, gradient_clip=1e3, steps=160, warmup_steps=0, plateau=3)
+    # So wild that the loss stands still on every kind of CPU.
+    wild = replace(SETTINGS, learning_rate=0.5, gradient_clip=1e2, steps=160, warmup_steps=0, plateau=3)
     result = train(fresh_network(), pairs(), wild, progress=False)
     best, worse, factor, slowed = math.inf, 0, 1.0, []
     for row in result.history:
