@@ -246,8 +246,7 @@ def test_prediction_errors_of_a_part_and_none_at_all(
     assert found["IWRES"].notna().all()
     assert "NPDE of 5 of 12 individuals, evenly spread; predictions.individuals=12 makes all." in caplog.text
     assert "IPRED is at the individuals' posterior means, because their modes were not searched." in caplog.text
-    individuals = pd.read_csv(run.path / "individuals.csv", keep_default_na=False)
-    assert individuals["id"].tolist() == ids
+    assert read_csv(run.path / "individuals.csv")["id"].tolist() == ids
 
 
 REFUSED_PREDICTIONS = {
