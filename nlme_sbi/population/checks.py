@@ -56,7 +56,8 @@ def require_enough(model: PopulationModel, individuals: int) -> None:
     if individuals < needed:
         raise ValueError(
             f"{individuals} individuals cannot tell the {'covariance' if correlated else 'variance'} of {varying} "
-            f"varying parameters: at least {needed} are needed. Give more data, fix SDs, keep parameters constant"
+            f"varying parameters: at least {needed} are needed. Give more data, fix SDs, or keep parameters constant "
+            f"(all of them: 'population.constant=[{','.join(model.parameters.names)}]', a plain regression)"
             + (", or use population.covariance=diagonal." if correlated else ".")
         )
 
