@@ -1,4 +1,4 @@
-"""Fitting a population model: several starts, EM, exact polish, judged convergence, two kinds of error."""
+"""Fitting a population model: the way that its estimator goes, variances at 0, and what a reader must know of it."""
 
 from __future__ import annotations
 

@@ -10,17 +10,9 @@ from nlme_sbi.population.labelling import in_order
 from nlme_sbi.population.likelihood_search import Task, compare_starts, search_likelihood
 from nlme_sbi.population.outcome import Optimum, Outcome
 from nlme_sbi.population.result import Restart
-from nlme_sbi.population.roles import (
-    Estimator,
-    FitProgress,
-    NoDraws,
-    SearchingEstimator,
-)
+from nlme_sbi.population.roles import Estimator, FitProgress, NoDraws, SearchingEstimator
 from nlme_sbi.population.trust_region import Point
-from nlme_sbi.population.uncertainty import (
-    likelihood_error,
-    monte_carlo_error,
-)
+from nlme_sbi.population.uncertainty import likelihood_error, monte_carlo_error
 from nlme_sbi.population.verification import Verification, verified
 
 _CONTRADICTED = 0.25  # standard errors between a search's estimate and the maximum of the likelihood there

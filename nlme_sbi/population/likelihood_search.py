@@ -95,7 +95,7 @@ class Task:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class CheckedMaximum:
     """Where a search of the likelihood ended, with the check of its end."""
 
     point: Point
@@ -104,7 +104,9 @@ class Found:
     shortage: str = ""
 
 
-def search_likelihood(task: Task, *, starts: int, accuracy: float, begin: Float[Tensor, " P"] | None = None) -> Found:
+def search_likelihood(
+    task: Task, *, starts: int, accuracy: float, begin: Float[Tensor, " P"] | None = None
+) -> CheckedMaximum:
     """The maximum of the likelihood, checked.
 
     Args:
@@ -140,7 +142,7 @@ def compare_starts(task: Task, *, starts: int) -> tuple[Float[Tensor, " P"], tup
     for done, (name, theta) in enumerate(points):
         best = _highest(ends)
         task.report(FitProgress("starts", done, len(points), None if best is None else best.point.value))
-        limits = replace(_ROUGH, enough=partial(_hopeless, best, [0]))
+        limits = replace(_ROUGH, enough=partial(_hopeless, best))
         try:
             ends.append((name, climb_likelihood(part.draw, part.point(theta), limits)))
         except NoLikelihoodError as problem:
@@ -155,7 +157,7 @@ def compare_starts(task: Task, *, starts: int) -> tuple[Float[Tensor, " P"], tup
 
 def climb_to_the_end(
     task: Task, theta: Float[Tensor, " P"], *, accuracy: float, restarts: tuple[Restart, ...]
-) -> Found:
+) -> CheckedMaximum:
     """From near a maximum to a checked estimate on all individuals.
 
     Most of the way is gone roughly, and on a part of many individuals. The last steps are taken with as many draws as
@@ -169,7 +171,7 @@ def climb_to_the_end(
         theta = climb_likelihood(rough.draw, rough.point(theta), _NEARBY, watch=partial(_told, rough)).point.theta
     last = replace(_LAST, tolerance=_WITHOUT_NOISE) if task.estimator.approximation else _LAST
     climb = climb_likelihood(task.look_again, task.point(theta), last, watch=partial(_told, task))
-    climb, shortage = _precise(task, _seconded(task, climb), accuracy)
+    climb, shortage = _precise(task, _seconded(task, climb), last, accuracy)
     checked = _check(task, climb)
     for _ in range(_CHECKS):
         if checked.passed or not climb.arrived or climb.point.left is None or vanishing(climb.point):
@@ -178,11 +180,11 @@ def climb_to_the_end(
         task.report(FitProgress("check", 0, 0, climb.point.value))
         before = climb.point
         again = replace(task.point(before.theta, task.look_again, before.state), held=before.held)
-        climb = climb_likelihood(task.look_again, again, _LAST, watch=partial(_told, task))
+        climb = climb_likelihood(task.look_again, again, last, watch=partial(_told, task))
         climb = climb if climb.previous is not None else replace(climb, previous=before)
-        climb, shortage = _precise(task, climb, accuracy)
+        climb, shortage = _precise(task, climb, last, accuracy)
         checked = _check(task, climb)
-    return Found(climb.point, checked, restarts, shortage)
+    return CheckedMaximum(climb.point, checked, restarts, shortage)
 
 
 def _seconded(task: Task, climb: Climb) -> Climb:
@@ -203,7 +205,7 @@ def _check(task: Task, climb: Climb) -> Verification:
     )
 
 
-def _precise(task: Task, climb: Climb, accuracy: float) -> tuple[Climb, str]:
+def _precise(task: Task, climb: Climb, last: Limits, accuracy: float) -> tuple[Climb, str]:
     """The climb with as many draws as the wished accuracy takes, or why there are no more."""
     while climb.point.covariance is not None and len(climb.point.active):
         lacking = _PRUDENCE * _noise(climb.point) / accuracy
@@ -216,7 +218,7 @@ def _precise(task: Task, climb: Climb, accuracy: float) -> tuple[Climb, str]:
         if isinstance(better, str):
             return climb, better
         again = Point.at(before.theta, better, before.held)
-        climb = climb_likelihood(task.look_again, again, _LAST, watch=partial(_told, task))
+        climb = climb_likelihood(task.look_again, again, last, watch=partial(_told, task))
         climb = climb if climb.previous is not None else replace(climb, previous=before)
     return climb, ""
 
@@ -230,10 +232,9 @@ def _told(task: Task, point: Point, passes: int) -> None:
     task.report(FitProgress(f"likelihood of {len(task.observations)} individuals", passes, 0, point.value))
 
 
-def _hopeless(best: Climb | None, seen: list[int], point: Point) -> str:
+def _hopeless(best: Climb | None, point: Point, passes: int) -> str:
     """Give up a start that is far below another one after some passes."""
-    seen[0] += 1
-    if best is None or seen[0] < _PATIENCE:
+    if best is None or passes < _PATIENCE:
         return ""
     below = best.point.value - point.value
     noise = math.hypot(best.point.error, point.error)

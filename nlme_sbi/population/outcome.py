@@ -11,12 +11,8 @@ from torch import Tensor
 
 from nlme_sbi.population.ascent import Summit
 from nlme_sbi.population.result import Restart
-from nlme_sbi.population.roles import (
-    WeightedDraws,
-)
-from nlme_sbi.population.uncertainty import (
-    MonteCarloError,
-)
+from nlme_sbi.population.roles import WeightedDraws
+from nlme_sbi.population.uncertainty import MonteCarloError
 from nlme_sbi.population.verification import Verification
 
 

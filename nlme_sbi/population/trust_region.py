@@ -34,7 +34,6 @@ from nlme_sbi.population.roles import WeightedDraws
 from nlme_sbi.population.uncertainty import covariance_from
 from nlme_sbi.population.weighting import (
     complete_information,
-    contributions,
     hessian,
     objective_error,
     score_error,
@@ -132,21 +131,24 @@ class Point:
         """Monte-Carlo standard error of :attr:`left`, from how independent draws of every individual differ."""
         if self.covariance is None:
             return torch.full_like(self.gradient[self.active], math.inf)
-        free = self.state.population.unknowns.free.to(self.theta.device)
-        kept = torch.nonzero(~self.held[free])[:, 0]
-        spread = score_error(self.state, self.theta)[kept][:, kept]
+        spread = self.among_active(score_error(self.state, self.theta))
         variance = (self.covariance @ spread @ self.covariance).diagonal() / self.covariance.diagonal()
         return variance.clamp_min(0).sqrt()
-
-    @cached_property
-    def each(self) -> Float[Tensor, " I"]:
-        """Log-likelihood of every individual."""
-        return contributions(self.state, self.theta)
 
     @cached_property
     def noise(self) -> Float[Tensor, " I"]:
         """Monte-Carlo standard error of every individual's log-likelihood, from independent draws of it."""
         return objective_error(self.state, self.theta)
+
+    @cached_property
+    def metric(self) -> tuple[Float[Tensor, "active active"], Float[Tensor, " active"]]:
+        """A factor F of the complete information made positive definite, F F' = D, and the unit of every unknown."""
+        complete = self.among_active(self.complete)
+        scale = complete.diagonal().abs().clamp_min(1e-12).sqrt()
+        values, vectors = eigh_or_diagonal(complete / (scale[:, None] * scale))
+        root = values.abs().clamp_min(_SADDLE).sqrt()
+        factor = scale[:, None] * (vectors * root) @ vectors.T
+        return factor, torch.maximum(math.sqrt(self.state.individuals) / scale, _least_units(self))
 
     @property
     def error(self) -> float:
@@ -181,13 +183,13 @@ class Limits:
         tolerance: largest step left, in standard errors, beside Monte-Carlo error.
         errors: Monte-Carlo standard errors of the step left that are allowed beside it.
         passes: how often draws may be made.
-        enough: asked at every accepted point whether to end there, with a reason, or "".
+        enough: asked before every step, with the number of passes, whether to end there: a reason, or "".
     """
 
     tolerance: float
     errors: float
     passes: int
-    enough: Callable[[Point], str] = lambda _: ""
+    enough: Callable[[Point, int], str] = lambda *_: ""
 
 
 def climb_likelihood(
@@ -212,7 +214,7 @@ def climb_likelihood(
     while True:
         if _has_arrived(point, limits):
             return Climb(point, passes, arrived=True, previous=previous)
-        said = limits.enough(point)
+        said = limits.enough(point, passes)
         if said or passes >= limits.passes:
             return Climb(point, passes, arrived=False, reason=said or _left_words(point), previous=previous)
         step, promised = _proposal(point, radius)
@@ -281,16 +283,6 @@ def _has_arrived(point: Point, limits: Limits) -> bool:
     return bool((point.left.abs() <= limits.tolerance + limits.errors * point.left_error).all())
 
 
-def _metric(point: Point) -> tuple[Float[Tensor, "active active"], Float[Tensor, " active"]]:
-    """A factor F of the complete information made positive definite, F F' = D, and the unit of every unknown."""
-    complete = point.among_active(point.complete)
-    scale = complete.diagonal().abs().clamp_min(1e-12).sqrt()
-    values, vectors = eigh_or_diagonal(complete / (scale[:, None] * scale))
-    root = values.abs().clamp_min(_SADDLE).sqrt()
-    factor = scale[:, None] * (vectors * root) @ vectors.T
-    return factor, torch.maximum(math.sqrt(point.state.individuals) / scale, _least_units(point))
-
-
 def _least_units(point: Point) -> Float[Tensor, " active"]:
     """A share of the training prior's SD for values of constants, which many measurements of an individual tell so
     sharply that their own unit is no distance; nothing for the others."""
@@ -308,7 +300,7 @@ def _least_units(point: Point) -> Float[Tensor, " active"]:
 
 def _proposal(point: Point, radius: float) -> tuple[Float[Tensor, " P"], float]:
     """The step that promises most within the region, and what it promises."""
-    factor, unit = _metric(point)
+    factor, unit = point.metric
     inverse = torch.linalg.inv(factor)
     information = point.among_active(point.information).nan_to_num(0.0)
     gradient = point.gradient[point.active]
@@ -338,7 +330,7 @@ def _proposal(point: Point, radius: float) -> tuple[Float[Tensor, " P"], float]:
 
 
 def _length(point: Point, step: Float[Tensor, " P"]) -> float:
-    _, unit = _metric(point)
+    _, unit = point.metric
     return float((step[point.active].abs() / unit).max()) if len(unit) else 0.0
 
 
