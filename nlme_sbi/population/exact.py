@@ -36,7 +36,8 @@ from nlme_sbi.population.roles import NoDraws, PopulationModel, Source, Weighted
 from nlme_sbi.population.weighting import contributions
 from nlme_sbi.types import Observations, Simulator
 
-_DRAWS_ALL = 100_000  # draws of all individuals together that there are at least
+_DRAWS_ALL = 100_000  # draws of all individuals together that there are to begin with,
+_PREDICTED_ALL = 3_000_000  # where they do not take more predictions than this
 _ROUGH_ALL, _ROUGH_MOST = 10_000, 512  # the same where starts are compared
 
 
@@ -103,7 +104,7 @@ class Exact:
             state = drawn(joint, known.modes, known.mixed, source.prior, generator)
             state = state if self.rough else with_bad_ones_refined(state, generator)
             return replace(state, proposed_for=known.proposed_for)
-        draws = self._draws_of(previous, individuals)
+        draws = self._draws_of(previous, observations)
         if known is None:
             rows, starts = first_climbers(joint, source, observations, generator)
         else:
@@ -179,7 +180,11 @@ class Exact:
         more = drawn(joint, state.modes, state.mixed.with_draws(draws), state.training, generator)
         return with_bad_ones_refined(replace(more, proposed_for=state.proposed_for), generator)
 
-    def _draws_of(self, previous: WeightedDraws | NoDraws, individuals: int) -> int:
+    def _draws_of(self, previous: WeightedDraws | NoDraws, observations: Observations) -> int:
+        individuals = len(observations)
         if isinstance(previous, ExactDraws) and previous.individuals == individuals:
             return previous.draws
-        return self.draws if self.rough else max(self.draws, min(self.max_draws, _DRAWS_ALL // individuals))
+        if self.rough:
+            return self.draws
+        affordable = min(_DRAWS_ALL // individuals, _PREDICTED_ALL // observations.values.numel())
+        return max(self.draws, min(self.max_draws, affordable))

@@ -90,7 +90,9 @@ def fit_population(
         accuracy=accuracy,
         progress=progress,
     )
-    fit = settled(fitted(population), population, lambda smaller, begin: fitted(smaller, begin=begin))
+    fit = settled(
+        fitted(population), population, lambda again: fitted(again.specification, begin=again.begin, kept=again.kept)
+    )
     if not fit.converged:
         logger.warning(fit.message)
     for warning in fit.warnings:
@@ -110,8 +112,9 @@ def _fitted(
     accuracy: float,
     progress: Report | None,
     begin: Mapping[str, float] | None = None,
+    kept: tuple[str, ...] = (),
 ) -> PopulationFit:
-    """One fit, with all of its variances."""
+    """One fit, with all of its variances; the SDs of those ``kept`` are followed however small they become."""
     model = _bound(population, posterior_or_samples, parameters, observations)
     checks.require_enough(model, len(observations))
     chosen, _ = chosen_estimator(Auto() if estimator is None else estimator, posterior_or_samples)
@@ -119,7 +122,7 @@ def _fitted(
     require_orderable(model, declared)
     say = progress or discard
     if isinstance(chosen, FollowingEstimator):
-        task = Task(chosen, posterior_or_samples, observations, model, generator, say)
+        task = Task(chosen, posterior_or_samples, observations, model, generator, say, kept)
         outcome = fit_likelihood(task, starts=starts, accuracy=accuracy, begin=_named(begin, model))
     else:
         inputs = (posterior_or_samples, observations, generator)

@@ -46,7 +46,7 @@ _STARTS_ON = 60  # individuals on whom starts are compared
 _PART = 500  # individuals on whom most of the way is gone where there are many
 _ROUGH = Limits(tolerance=0.15, errors=2.0, passes=25)
 _NEARBY = Limits(tolerance=0.3, errors=2.0, passes=25)
-_LAST = Limits(tolerance=0.5 * TOLERANCE, errors=2.0, passes=30)
+_LAST = Limits(tolerance=0.5 * TOLERANCE, errors=2.0, passes=30, ends_at_zero=True)
 _WITHOUT_NOISE = 5e-4  # tolerance where nothing is sampled
 _HOPELESS = 20.0  # log-likelihood below the best start at which another is given up after some passes
 _PATIENCE = 4
@@ -59,7 +59,8 @@ _PRUDENCE = 1.1  # factor on the Monte-Carlo error before it sets the number of 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What is fitted: an estimator, where first guesses of individuals come from, data, population model."""
+    """What is fitted: an estimator, where first guesses of individuals come from, data, population model, and the
+    parameters whose SD is followed however small it becomes."""
 
     estimator: FollowingEstimator
     source: Source
@@ -67,6 +68,7 @@ class Task:
     population: PopulationModel
     generator: torch.Generator
     report: Report
+    kept: tuple[str, ...] = ()
 
     def part(self, rows: Tensor) -> Task:
         """The same with some of the individuals."""
@@ -168,9 +170,13 @@ def climb_to_the_end(
     if individuals > _STARTS_ON:
         part = task.part(random_part(individuals, _PART, task.generator))
         rough = replace(part, estimator=task.estimator.roughly(len(part.observations)))
-        theta = climb_likelihood(rough.draw, rough.point(theta), _NEARBY, watch=partial(_told, rough)).point.theta
-    last = replace(_LAST, tolerance=_WITHOUT_NOISE) if task.estimator.approximation else _LAST
+        nearby = replace(_NEARBY, kept=task.kept)
+        theta = climb_likelihood(rough.draw, rough.point(theta), nearby, watch=partial(_told, rough)).point.theta
+    tolerance = _WITHOUT_NOISE if task.estimator.approximation else _LAST.tolerance
+    last = replace(_LAST, tolerance=tolerance, kept=task.kept)
     climb = climb_likelihood(task.look_again, task.point(theta), last, watch=partial(_told, task))
+    if vanishing(climb.point):  # decided by a fit in which it is 0
+        return CheckedMaximum(climb.point, _check(task, climb), restarts)
     climb, shortage = _precise(task, _seconded(task, climb), last, accuracy)
     checked = _check(task, climb)
     for _ in range(_CHECKS):

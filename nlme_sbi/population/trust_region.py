@@ -49,9 +49,11 @@ _NARROWEST = 1e-3
 _NEAR = 0.3  # standard errors: such a step gains less than what finitely many draws leave unknown
 _LUCKY = 3  # steps rejected in a row after which the present point is drawn again
 _CLEAR = 4.0  # Monte-Carlo errors by which values differ clearly
-_VANISHED = 0.97  # share of the population's variance that individuals leave open, from which it may be 0
+_VANISHED = 0.96  # share of the population's variance that individuals leave open, from which it may be 0
 _FLAT = 0.02  # gain that is left on the way of a variance to 0 at which it is not followed any further
-_LEAP = 1.5  # logarithm by which an SD on its way to 0 is lowered at once
+_UNTOLD = 2.0  # Monte-Carlo errors within which the slope of a variance is not told
+_LEAPING, _LANDING = 0.8, 0.98  # such shares from which an SD on its way to 0 is lowered at once, and to which
+_LONGEST_LEAP = 1.5  # logarithm by which it is lowered at most
 
 Draw = Callable[[Tensor, WeightedDraws | None], WeightedDraws]  # theta, draws before -> draws made for theta
 
@@ -183,12 +185,16 @@ class Limits:
         tolerance: largest step left, in standard errors, beside Monte-Carlo error.
         errors: Monte-Carlo standard errors of the step left that are allowed beside it.
         passes: how often draws may be made.
+        kept: parameters whose SD is followed however small it becomes.
+        ends_at_zero: whether to end where an SD is on its way to 0, instead of holding it and climbing on.
         enough: asked before every step, with the number of passes, whether to end there: a reason, or "".
     """
 
     tolerance: float
     errors: float
     passes: int
+    kept: tuple[str, ...] = ()
+    ends_at_zero: bool = False
     enough: Callable[[Point, int], str] = lambda *_: ""
 
 
@@ -207,7 +213,7 @@ def climb_likelihood(
         limits: when to end.
         watch: told each accepted point and the number of passes.
     """
-    point, radius, passes = _held(start), 1.0, 1
+    point, radius, passes = _held(start, limits.kept), 1.0, 1
     previous: Point | None = None
     rejected = 0
     watch(point, passes)
@@ -215,10 +221,12 @@ def climb_likelihood(
         if _has_arrived(point, limits):
             return Climb(point, passes, arrived=True, previous=previous)
         said = limits.enough(point, passes)
+        if limits.ends_at_zero and vanishing(point):
+            said = "an SD runs to 0"
         if said or passes >= limits.passes:
             return Climb(point, passes, arrived=False, reason=said or _left_words(point), previous=previous)
         step, promised = _proposal(point, radius)
-        step = _leap(point, step)
+        step = _leap(point, step, limits.kept)
         length = _length(point, step)
         reached = _reached(draw, point, step)
         passes += 1
@@ -238,7 +246,7 @@ def climb_likelihood(
         elif gain > _GOOD * promised and length > 0.8 * radius:
             radius = min(_GROW * radius, _WIDEST)
         rejected = 0
-        previous, point = point, _held(reached)
+        previous, point = point, _held(reached, limits.kept)
         watch(point, passes)
 
 
@@ -348,15 +356,16 @@ def _reached(draw: Draw, point: Point, step: Float[Tensor, " P"]) -> Point | Non
     return found if found.is_finite else None
 
 
-def _log_sds(point: Point) -> list[tuple[int, int]]:
-    """Place of every varying parameter among the varying ones, and of its log SD in theta where that moves."""
+def _log_sds(point: Point) -> list[tuple[int, int, str]]:
+    """Place of every varying parameter among the varying ones, that of its log SD in theta where it moves, its name."""
     population = point.state.population
     names = population.unknowns.names
     found = []
     for place, column in enumerate(population.varying):
-        name = f"log_sd.{population.parameters.names[column]}"
+        parameter = population.parameters.names[column]
+        name = f"log_sd.{parameter}"
         if name in names and not bool(point.held[names.index(name)]):
-            found.append((place, names.index(name)))
+            found.append((place, names.index(name), parameter))
     return found
 
 
@@ -366,33 +375,42 @@ def _shrinkages(point: Point) -> Float[Tensor, " V"]:
     return open_share
 
 
-def _leap(point: Point, step: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+def _leap(point: Point, step: Float[Tensor, " P"], kept: tuple[str, ...]) -> Float[Tensor, " P"]:
     """The step with SDs that run to 0 lowered faster: near 0 the likelihood is flat on the logarithmic scale, and
-    Newton's steps there never end."""
-    falling = [(place, entry) for place, entry in _log_sds(point) if float(step[entry]) < -0.2]
+    Newton's steps there never end. Not further than to where the individuals still tell a trace of them: beyond that
+    nothing is gained, and Monte-Carlo error is all that is left."""
+    falling = [one for one in _log_sds(point) if float(step[one[1]]) < -0.2 and one[2] not in kept]
     if not falling:
         return step
     shrinkage = _shrinkages(point)
     step = step.clone()
-    for place, entry in falling:
-        if float(shrinkage[place]) > 0.8 and float(point.gradient[entry]) < 0:
-            step[entry] = min(float(step[entry]), -_LEAP)
+    for place, entry, _ in falling:
+        left_open = float(shrinkage[place])
+        if left_open > _LEAPING:
+            landing = 0.5 * math.log((1 - _LANDING) / max(1 - left_open, 1e-9))
+            furthest = -max(0.0, min(_LONGEST_LEAP, -landing))
+            step[entry] = furthest if float(point.gradient[entry]) < 0 else max(float(step[entry]), furthest)
     return step
 
 
-def _held(point: Point) -> Point:
+def _held(point: Point, kept: tuple[str, ...]) -> Point:
     """The point with those SDs held that are as good as 0: individuals tell next to nothing of them, and the likelihood
-    would gain next to nothing on the way to 0. Whether they are 0 is decided afterwards, by a fit in which they are."""
-    suspects = [(place, entry) for place, entry in _log_sds(point) if float(point.gradient[entry]) < 0]
+    would gain next to nothing on the way to 0, as far as the draws can tell. Whether they are 0 is decided afterwards,
+    by a fit in which they are."""
+    suspects = [(place, entry, name) for place, entry, name in _log_sds(point) if name not in kept]
     if not suspects:
         return point
     shrinkage = _shrinkages(point)
-    names = point.state.population.unknowns.names
+    suspects = [one for one in suspects if float(shrinkage[one[0]]) > _VANISHED]
+    if not suspects:
+        return point
+    names, free = point.state.population.unknowns.names, point.state.population.unknowns.free.tolist()
+    noise = score_error(point.state, point.theta).diagonal().sqrt()
     held = point.held.clone()
-    for place, entry in suspects:
+    for _, entry, parameter in suspects:
+        slope, error = float(point.gradient[entry]), _UNTOLD * float(noise[free.index(entry)])
         # Linear in the variance: what is left is half of the slope in the logarithm of the SD.
-        if float(shrinkage[place]) > _VANISHED and -0.5 * float(point.gradient[entry]) < _FLAT:
-            parameter = names[entry].removeprefix("log_sd.")
+        if slope < error and -0.5 * slope < _FLAT + 0.5 * error:
             for other, name in enumerate(names):
                 if name == names[entry] or (
                     name.startswith("partial_correlation.") and parameter in name.split(".")[1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nlme_sbi.population.result import PopulationFit
 from nlme_sbi.population.roles import PopulationModel, PopulationSpecification, VariabilitySpecification
@@ -17,50 +17,115 @@ _UNSURE = 0.5  # standard error of a log SD from which it may be running to minu
 _SHRUNK = 0.7  # shrinkage from which the individuals say next to nothing on their variability
 _HALF_SHRUNK = 0.5  # the same where the draws have collapsed, which makes individual means noisy
 _CLEAR = 2.0  # score above which a variance is not at its boundary, whatever the fit did
-_UNCLEAR = 0.5  # score, where the climb itself went to 0, up to which it did so rightly: Monte-Carlo error
+_LEVEL, _ERRORS = 0.2, 2.0  # score up to which a variance gains next to nothing, and Monte-Carlo errors of it
 _TIED = 0.05  # log-likelihoods this near are equal before Monte-Carlo error
+_TRACE = 0.1  # of the variance with which an individual tells a parameter: a small variance to begin with
 _TRIED = 2  # candidates that are refitted, at most, before a variance counts as inside
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How a fit is made again.
+
+    Args:
+        specification: of the population, with fewer variances maybe.
+        begin: values of the unknowns by name, to go on from.
+        kept: parameters whose SD is followed however small it becomes.
+    """
+
+    specification: PopulationSpecification
+    begin: Mapping[str, float]
+    kept: tuple[str, ...] = ()
 
 
 def settled(
     fit: PopulationFit,
     specification: PopulationSpecification | PopulationModel,
-    refit: Callable[[PopulationSpecification, Mapping[str, float]], PopulationFit],
+    refit: Callable[[Refit], PopulationFit],
 ) -> PopulationFit:
     """The fit with variances that ran to 0 set to 0: such parameters become constant, all that the search saw run to 0
     together, others one after the other. Fits with fewer variances go on from the estimates of the one before.
 
-    A variance is looked at where its SD is tiny and not sharply told, where
-    its log SD is not determined and the individuals do not tell it
-    apart from 0, or where the draws have collapsed: as a density narrows, the draws that were made for a wider one
-    become spikes, on which small numbers look precise. It has vanished when, with the parameter constant, the
-    likelihood does not rise with its variance (the score is not positive). A fit that can be trusted must also be no
-    better than the one without; for one that cannot, a score that is not clearly positive is enough.
+    A variance is looked at where its SD is tiny and not sharply told, where its log SD is not determined and the
+    individuals do not tell it apart from 0, or where the draws have collapsed: as a density narrows, the draws that
+    were made for a wider one become spikes, on which small numbers look precise. It has vanished when, with the
+    parameter constant, the likelihood does not rise with its variance (the score is not positive). Where it rises after
+    all, a fit goes on from there with a small variance that is followed whatever it comes to, and 0 is the answer only
+    if that gains nothing. A fit that can be trusted must also be no better than the one without; for one that cannot, a
+    score that is not clearly positive is enough.
 
     Args:
         fit: as it came.
         specification: what it was made from; bound models cannot be changed and are left alone.
-        refit: fits another specification to the same data, from values of the unknowns by name.
+        refit: fits the same data again.
     """
+    kept: tuple[str, ...] = ()
     while isinstance(specification, VariabilitySpecification):
-        accepted = None
+        accepted: tuple[PopulationFit, PopulationSpecification] | None = None
         for names in _candidates(fit):
-            smaller: PopulationSpecification = specification
-            for name in names:
-                if isinstance(smaller, VariabilitySpecification):
-                    smaller = smaller.without_variability(name)
-            begin = dict(zip(fit.population.unknowns.names, fit.theta.tolist(), strict=True))
+            smaller = _without(specification, names)
             try:
-                trial = refit(smaller, begin)
+                trial = refit(Refit(smaller, _values(fit), kept))
             except ValueError:  # without these variances the data have no likelihood: they are there
                 continue
-            if all(_at_boundary(trial, fit, name) for name in names):
+            rising = tuple(name for name in names if not _at_boundary(trial, fit, name))
+            if not rising:
                 accepted = (_marked(trial, fit, names), smaller)
+                break
+            if fit.verification is not None and set(names) <= set(fit.verification.vanishing):
+                held = tuple(name for name in names if name not in rising)
+                wider = _without(specification, held)
+                begin = {**_values(trial), **_small_variances(trial, rising)}
+                followed = refit(Refit(wider, begin, (*kept, *rising)))
+                noise = _noise(followed, trial)
+                if _gained(followed, trial) < (-noise if followed.converged else _TIED + noise):
+                    accepted = (_marked(trial, fit, names), smaller)
+                else:
+                    kept = (*kept, *rising)
+                    accepted = (_marked(followed, fit, held), wider)
                 break
         if accepted is None:
             break
         fit, specification = accepted
     return fit
+
+
+def _without(specification: PopulationSpecification, names: tuple[str, ...]) -> PopulationSpecification:
+    for name in names:
+        if isinstance(specification, VariabilitySpecification):
+            specification = specification.without_variability(name)
+    return specification
+
+
+def _values(fit: PopulationFit) -> dict[str, float]:
+    return dict(zip(fit.population.unknowns.names, fit.theta.tolist(), strict=True))
+
+
+def _value_variances(fit: PopulationFit) -> dict[str, float]:
+    """Squared standard error of every constant's value, times the number of individuals: about the variance with which
+    one individual tells it."""
+    names = fit.population.unknowns.names
+    told = {}
+    for column in fit.population.constant:
+        parameter = fit.population.parameters.names[column]
+        if f"mean.{parameter}" in names:
+            place = names.index(f"mean.{parameter}")
+            told[parameter] = len(fit.ids) * float(fit.covariance[place, place])
+    return told
+
+
+def _small_variances(trial: PopulationFit, names: tuple[str, ...]) -> dict[str, float]:
+    """Log SDs that the individuals tell a trace of, to follow from there; no correlations."""
+    told = _value_variances(trial)
+    return {f"log_sd.{name}": 0.5 * math.log(_TRACE * told[name]) for name in names if told.get(name, 0.0) > 0}
+
+
+def _gained(fit: PopulationFit, other: PopulationFit) -> float:
+    return _corrected(fit) - _corrected(other)
+
+
+def _noise(fit: PopulationFit, other: PopulationFit) -> float:
+    return 3 * math.hypot(fit.monte_carlo.objective_se, other.monte_carlo.objective_se)
 
 
 def _marked(trial: PopulationFit, fit: PopulationFit, names: tuple[str, ...]) -> PopulationFit:
@@ -133,13 +198,15 @@ def _at_boundary(trial: PopulationFit, fit: PopulationFit, name: str) -> bool:
     if test is None:
         return False
     if fit.verification is not None and name in fit.verification.vanishing:
-        # The likelihood was still rising on the way to 0, where its derivative in the variance may be told anew.
-        return test.slope <= 0 or test.z < _UNCLEAR
+        if test.slope <= 0:
+            return True
+        # The variance would gain half of the square of its slope in standard errors, as they are where all individuals
+        # tell equally much: 0.02 at the level.
+        z = test.slope * _value_variances(trial).get(name, math.inf) * math.sqrt(2 / len(trial.ids))
+        return z < max(_LEVEL, 0.0 if math.isnan(test.monte_carlo_se) else _ERRORS * test.monte_carlo_se)
     if not fit.converged or _collapsed(fit):
         return test.slope <= 0 or test.z < _CLEAR
-    noise = math.hypot(trial.monte_carlo.objective_se, fit.monte_carlo.objective_se)
-    lost = _corrected(fit) - _corrected(trial)
-    return test.slope <= 0 and (name in _tiny(fit) or lost < _TIED + 3 * noise)
+    return test.slope <= 0 and (name in _tiny(fit) or _gained(fit, trial) < _TIED + _noise(fit, trial))
 
 
 def _corrected(fit: PopulationFit) -> float:
