@@ -93,7 +93,7 @@ def judged_all(tasks: Sequence[Task], options: argparse.Namespace) -> dict[str, 
             print(f"Network {key}", flush=True)
             networks[key] = train_network(task.case, options.cache)
     # A worker that was forked would inherit the threads of torch in whatever state they are.
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), max_tasks_per_child=20) as pool:
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         futures = {}
         for task in waiting:
             right = small_study_oracle.oracle(task.case, options.cache)

@@ -31,13 +31,14 @@ from nlme_sbi.population.beginnings import (
 )
 from nlme_sbi.population.exact_draws import ExactDraws, drawn, with_bad_ones_refined, without_variability
 from nlme_sbi.population.joint import JointDensity
+from nlme_sbi.population.mode_scan import unseen_modes
 from nlme_sbi.population.proposals import along_profiles, mixtures, modes, with_others
 from nlme_sbi.population.roles import NoDraws, PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions
 from nlme_sbi.types import Observations, Simulator
 
 _DRAWS_ALL = 100_000  # draws of all individuals together that there are to begin with,
-_PREDICTED_ALL = 3_000_000  # where they do not take more predictions than this
+_PREDICTED_ALL = 10_000_000  # where they do not take more predictions than this
 _ROUGH_ALL, _ROUGH_MOST = 10_000, 512  # the same where starts are compared
 
 
@@ -131,6 +132,26 @@ class Exact:
             return without_variability(joint, source.prior)
         rows, starts = first_climbers(joint, source, observations, generator)
         both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, starts])
+        return self._made(joint, both, source, observations, generator, draws=state.draws)
+
+    def search_wider(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Float[Tensor, " P"],
+        generator: torch.Generator,
+    ) -> ExactDraws | None:
+        """Draws for ``theta`` with modes that the search has passed by, where a scan finds any."""
+        if not isinstance(state, ExactDraws):
+            raise TypeError(f"exact made no such draws: {type(state).__name__}.")
+        if not state.population.varying:
+            return None
+        joint = likelihood_of(tractable(self.simulator, source, self.name), state.population, observations, theta)
+        rows, points = unseen_modes(joint, state.modes, generator)
+        if len(rows) == 0:
+            return None
+        both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, points])
         return self._made(joint, both, source, observations, generator, draws=state.draws)
 
     def _made(

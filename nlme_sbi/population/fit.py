@@ -19,10 +19,11 @@ from nlme_sbi.population.fixed_draws_fit import fit_fixed_draws
 from nlme_sbi.population.individuals import IndividualEstimates, individual_estimates
 from nlme_sbi.population.labelling import declared_pairs, labelling_notes, require_orderable
 from nlme_sbi.population.likelihood_fit import fit_likelihood
-from nlme_sbi.population.likelihood_search import Task
+from nlme_sbi.population.likelihood_search import STARTS_ON, Task
 from nlme_sbi.population.outcome import Optimum, Outcome
 from nlme_sbi.population.ratio_check import compare_with_likelihood
 from nlme_sbi.population.result import PopulationFit
+from nlme_sbi.population.rivals import highest
 from nlme_sbi.population.roles import (
     Estimator,
     FollowingEstimator,
@@ -30,6 +31,7 @@ from nlme_sbi.population.roles import (
     PopulationSpecification,
     Redraw,
     Report,
+    SearchingEstimator,
     Source,
     discard,
 )
@@ -90,9 +92,14 @@ def fit_population(
         accuracy=accuracy,
         progress=progress,
     )
-    fit = settled(
-        fitted(population), population, lambda again: fitted(again.specification, begin=again.begin, kept=again.kept)
-    )
+
+    def settle(found: PopulationFit) -> PopulationFit:
+        return settled(found, population, lambda again: fitted(again.specification, begin=again.begin, kept=again.kept))
+
+    fit = settle(fitted(population))
+    were_all_there = len(observations) <= STARTS_ON  # otherwise starts are compared on some individuals only
+    if fit.verification is not None and were_all_there and not isinstance(estimator, SearchingEstimator):
+        fit = highest(fit, lambda begin: settle(fitted(population, begin=begin)))
     if not fit.converged:
         logger.warning(fit.message)
     for warning in fit.warnings:

@@ -29,6 +29,7 @@ from nlme_sbi.population.beginnings import (
 )
 from nlme_sbi.population.joint import JointDensity
 from nlme_sbi.population.laplace_draws import LaplaceDraws, assembled
+from nlme_sbi.population.mode_scan import unseen_modes
 from nlme_sbi.population.proposals import modes, with_others
 from nlme_sbi.population.roles import NoDraws, PopulationModel, Source, WeightedDraws
 from nlme_sbi.population.weighting import contributions
@@ -103,6 +104,24 @@ class Laplace:
         joint = self._joint(source, observations, state, theta)
         rows, starts = first_climbers(joint, source, observations, generator)
         both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, starts])
+        return self._made(joint, both, source, observations, generator)
+
+    def search_wider(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Float[Tensor, " P"],
+        generator: torch.Generator,
+    ) -> LaplaceDraws | None:
+        """Everybody's modes at ``theta`` with those that the search has passed by, where a scan finds any."""
+        if not isinstance(state, LaplaceDraws):
+            raise TypeError(f"laplace made no such draws: {type(state).__name__}.")
+        joint = self._joint(source, observations, state, theta)
+        rows, points = unseen_modes(joint, state.modes, generator)
+        if len(rows) == 0:
+            return None
+        both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, points])
         return self._made(joint, both, source, observations, generator)
 
     def _joint(

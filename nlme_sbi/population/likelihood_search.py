@@ -42,7 +42,7 @@ from nlme_sbi.population.trust_region import (
 from nlme_sbi.population.verification import TOLERANCE, Verification, verified
 from nlme_sbi.types import Observations
 
-_STARTS_ON = 60  # individuals on whom starts are compared
+STARTS_ON = 60  # individuals on whom starts are compared
 _PART = 500  # individuals on whom most of the way is gone where there are many
 _ROUGH = Limits(tolerance=0.15, errors=2.0, passes=25)
 _NEARBY = Limits(tolerance=0.3, errors=2.0, passes=25)
@@ -50,10 +50,11 @@ _LAST = Limits(tolerance=0.5 * TOLERANCE, errors=2.0, passes=30, ends_at_zero=Tr
 _WITHOUT_NOISE = 5e-4  # tolerance where nothing is sampled
 _HOPELESS = 20.0  # log-likelihood below the best start at which another is given up after some passes
 _PATIENCE = 4
-_SAME = 1.0  # standard errors between ends of equal likelihood that are one maximum, as roughly as they are climbed to
-_LEVEL = 0.1  # log-likelihoods this near are equal before Monte-Carlo error
+_SAME = 2.0  # standard errors between ends of equal likelihood that are one maximum, as roughly as they are climbed to
+_LEVEL = 0.5  # log-likelihoods this near may be equal, as roughly as they are climbed to, before Monte-Carlo error
 _DIFFERS = 3.0  # standard errors between means of parameters that are named
-_CHECKS = 4  # times that an end is looked at again
+_CHECKS = 6  # times that an end is looked at again, and climbed on from where that finds more
+_UNSEEN = "a scan still finds modes of individuals that the search had not seen"
 _PRUDENCE = 1.1  # factor on the Monte-Carlo error before it sets the number of draws
 
 
@@ -89,6 +90,14 @@ class Task:
             return self.draw(theta, None)
         with torch.no_grad():
             return self.estimator.look_again(self.source, self.observations, before, theta, self.generator)
+
+    def wider(self, point: Point) -> Point | None:
+        """The same point with draws that cover modes which had been passed by; None where a scan finds none."""
+        with torch.no_grad():
+            state = self.estimator.search_wider(
+                self.source, self.observations, point.state, point.theta, self.generator
+            )
+        return None if state is None else Point.at(point.theta, state, point.held)
 
     def point(self, theta: Float[Tensor, " P"], draw: Draw | None = None, before: WeightedDraws | None = None) -> Point:
         """The likelihood at ``theta`` on draws made for it."""
@@ -134,7 +143,7 @@ def compare_starts(task: Task, *, starts: int) -> tuple[Float[Tensor, " P"], tup
         ValueError: where the likelihood is 0 or not finite at every start.
     """
     estimator, generator = task.estimator, task.generator
-    rows = random_part(len(task.observations), _STARTS_ON, generator)
+    rows = random_part(len(task.observations), STARTS_ON, generator)
     part = replace(task.part(rows), estimator=estimator.roughly(len(rows)))
     simulator = tractable(getattr(estimator, "simulator", None), task.source, estimator.name)
     fits = fit_individuals_alone(simulator, part.source, part.observations, generator)
@@ -167,7 +176,7 @@ def climb_to_the_end(
     individuals are searched for from the beginning, so that the last point is checked by what it is made of.
     """
     individuals = len(task.observations)
-    if individuals > _STARTS_ON:
+    if individuals > STARTS_ON:
         part = task.part(random_part(individuals, _PART, task.generator))
         rough = replace(part, estimator=task.estimator.roughly(len(part.observations)))
         nearby = replace(_NEARBY, kept=task.kept)
@@ -178,18 +187,19 @@ def climb_to_the_end(
     if vanishing(climb.point):  # decided by a fit in which it is 0
         return CheckedMaximum(climb.point, _check(task, climb), restarts)
     climb, shortage = _precise(task, _seconded(task, climb), last, accuracy)
-    checked = _check(task, climb)
-    for _ in range(_CHECKS):
-        if checked.passed or not climb.arrived or climb.point.left is None or vanishing(climb.point):
+    for turn in range(_CHECKS + 1):
+        wider = task.wider(climb.point) if climb.arrived else None
+        checked = _check(task, climb, "" if wider is None else _UNSEEN)
+        is_done = wider is None and (checked.passed or not climb.arrived or climb.point.left is None)
+        if is_done or turn == _CHECKS:
             break
         # A maximum of the draws that were climbed on, which others do not confirm: on from there.
-        task.report(FitProgress("check", 0, 0, climb.point.value))
+        task.report(FitProgress("check", turn, _CHECKS, climb.point.value))
         before = climb.point
-        again = replace(task.point(before.theta, task.look_again, before.state), held=before.held)
+        again = wider or replace(task.point(before.theta, task.look_again, before.state), held=before.held)
         climb = climb_likelihood(task.look_again, again, last, watch=partial(_told, task))
         climb = climb if climb.previous is not None else replace(climb, previous=before)
         climb, shortage = _precise(task, climb, last, accuracy)
-        checked = _check(task, climb)
     return CheckedMaximum(climb.point, checked, restarts, shortage)
 
 
@@ -201,11 +211,12 @@ def _seconded(task: Task, climb: Climb) -> Climb:
     return replace(climb, point=fresh, previous=climb.point)
 
 
-def _check(task: Task, climb: Climb) -> Verification:
-    """The last point beside the one before, whose draws are independent of it."""
+def _check(task: Task, climb: Climb, doubt: str = "") -> Verification:
+    """The last point beside the one before, whose draws are independent of it; with a reason against it, where there is
+    one from elsewhere."""
     point = climb.point
     individuals = individual_estimates(point.state, point.theta)
-    reason = "" if climb.arrived else climb.reason
+    reason = doubt if climb.arrived else climb.reason
     return verified(
         point, climb.previous, individuals, draws=point.state.draws, ids=task.observations.ids, reason=reason
     )
@@ -279,7 +290,8 @@ def _compared(ends: list[tuple[str, Climb | None]], best: Climb) -> tuple[Restar
         below = point.value - end.point.value
         level = below < _LEVEL + 4 * math.hypot(point.error, end.point.error)
         # Roughly climbed ends lie around the maximum.
-        verdict = "same" if distance < _SAME and level else "other point" if level and end.arrived else "lower"
+        arrived = end.arrived or bool(vanishing(end.point))
+        verdict = "same" if distance < _SAME and level else "other point" if level and arrived else "lower"
         differing: tuple[str, ...] = ()
         if verdict == "other point":
             apart = (population.mean(end.point.theta) - population.mean(point.theta)).abs()
@@ -292,5 +304,6 @@ def _compared(ends: list[tuple[str, Climb | None]], best: Climb) -> tuple[Restar
         exchanged = exchange_between(
             population, point.theta, end.point.theta, names=differing, se=free, within=_DIFFERS
         )
-        found.append(Restart(start, end.point.value, below, distance, verdict, differing, exchanged))
+        unknowns = dict(zip(table.names, end.point.theta.tolist(), strict=True))
+        found.append(Restart(start, end.point.value, below, distance, verdict, differing, exchanged, unknowns))
     return tuple(found)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nlme_sbi.population.beginnings import first_climbers, likelihood_of
 from nlme_sbi.population.models import GaussianPopulation
-from nlme_sbi.population.proposals import modes
+from nlme_sbi.population.proposals import Pieces, modes
 from nlme_sbi.population.roles import PopulationModel, Source
 from nlme_sbi.population.trust_region import NoLikelihoodError
 from nlme_sbi.types import Observations, TractableSimulator
@@ -23,15 +23,18 @@ from nlme_sbi.types import Observations, TractableSimulator
 _PRIOR_DRAWS = 200  # of the training prior, from which single fits may start as well
 _NARROW = 0.3  # of the prior's SD: a population about a random individual
 _LEAST_SD, _MOST_SD = 0.05, 1.5  # of the prior's SD, of a population to start from
+_ABOUT_AS_HIGH = 4.0  # log mass below the highest mode at which another one may be what is right
 _LEAST_SPREAD = 0.02  # of the prior's SD that an individual's own uncertainty counts as, at least
 
 
 @dataclass(frozen=True, eq=False)
 class SingleFits:
-    """Individuals fitted alone: ``phi (I, D)`` the highest mode, ``variance (I, D)`` about it, unconstrained."""
+    """Individuals fitted alone: ``phi (I, D)`` the highest mode, ``variance (I, D)`` about it, unconstrained; and where
+    one has another mode that is about as high, everybody's modes that are most like that one (``other``)."""
 
     phi: Float[Tensor, "I D"]
     variance: Float[Tensor, "I D"]
+    other: SingleFits | None = None
 
 
 @torch.no_grad()
@@ -60,10 +63,30 @@ def fit_individuals_alone(
             torch.arange(len(observations)),
         )
     first = torch.cat([found.rows.new_ones(1), found.rows.diff()]) > 0  # sorted, the best of each individual first
-    fits = SingleFits(found.means[first], found.covariances[first].diagonal(dim1=1, dim2=2))
+    variance = found.covariances.diagonal(dim1=1, dim2=2)
+    fits = SingleFits(found.means[first], variance[first], _others(found, joint.scale))
     for pair in getattr(simulator, "exchangeable", ()):
         fits = _labelled(fits, *simulator.parameters.indices(pair))
     return fits
+
+
+def _others(found: Pieces, scale: Float[Tensor, " D"]) -> SingleFits | None:
+    """What a population would be in which the runner-up is right, where that is clearest: two explanations of the same
+    data, such as two exponentials under exchanged names, are two maxima of the likelihood to be compared."""
+    order = torch.cat([found.rows.new_ones(1), found.rows.diff()]) > 0
+    rank = torch.arange(len(order), device=order.device) - torch.nonzero(order)[:, 0][order.cumsum(0) - 1]
+    best = found.log_mass[order][order.cumsum(0) - 1]
+    below = torch.where(rank == 0, torch.inf, best - found.log_mass)
+    runner_up = int(below.argmin())
+    if not float(below[runner_up]) < _ABOUT_AS_HIGH:
+        return None
+    distance = ((found.means - found.means[runner_up]) / scale).square().sum(1)
+    people = torch.unique_consecutive(found.rows)
+    place = torch.searchsorted(people, found.rows)
+    nearest = torch.full((len(people),), torch.inf, dtype=distance.dtype, device=distance.device)
+    nearest = nearest.scatter_reduce(0, place, distance, "amin")
+    chosen = torch.nonzero(distance == nearest[place])[:, 0]
+    return SingleFits(found.means[chosen], found.covariances[chosen].diagonal(dim1=1, dim2=2))
 
 
 def _labelled(fits: SingleFits, one: int, two: int) -> SingleFits:
@@ -73,7 +96,9 @@ def _labelled(fits: SingleFits, one: int, two: int) -> SingleFits:
     order = list(range(fits.phi.shape[1]))
     order[one], order[two] = two, one
     return SingleFits(
-        torch.where(swap, fits.phi[:, order], fits.phi), torch.where(swap, fits.variance[:, order], fits.variance)
+        torch.where(swap, fits.phi[:, order], fits.phi),
+        torch.where(swap, fits.variance[:, order], fits.variance),
+        None if fits.other is None else _labelled(fits.other, one, two),
     )
 
 
@@ -105,8 +130,11 @@ def likelihood_starts(
     narrow = torch.diag((_NARROW * prior_sd).square())
     median = torch.where(_varies(population, mean), fits.phi.quantile(0.5, dim=0), mean)
     made.append(("median of single fits", population.from_moments(median, narrow)))
+    if fits.other is not None:
+        mean, sd = _pooled(fits.other, population, prior_sd)
+        made.append(("other modes of single fits", population.from_moments(mean, torch.diag(sd.square()))))
     order = torch.randperm(len(fits.phi), generator=generator, device=generator.device).tolist()
-    for turn in range(max(0, count - 3)):
+    for turn in range(max(0, count - len(made))):
         place = order[turn % len(order)]
         if turn < len(order):
             made.append(("one individual's fit", population.from_moments(fits.phi[place], narrow)))

@@ -73,7 +73,7 @@ def _log_volume(covariance: Tensor) -> Float[Tensor, " B"]:
 def modes(joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]) -> tuple[Pieces, Expansion]:
     """Distinct modes of every individual, best first, with their Laplace approximations."""
     found: Summits = ascend(joint, rows, starts)
-    return _sorted_out(joint, rows, found.points, found.at)
+    return sorted_out(joint, rows, found.points, found.at)
 
 
 def with_others(
@@ -81,10 +81,10 @@ def with_others(
 ) -> tuple[Pieces, Expansion]:
     """Modes of two searches together, each once."""
     both = Pieces.joined([known[0], others[0]])
-    return _sorted_out(joint, both.rows, both.means, Expansion.joined([known[1], others[1]]))
+    return sorted_out(joint, both.rows, both.means, Expansion.joined([known[1], others[1]]))
 
 
-def _sorted_out(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion) -> tuple[Pieces, Expansion]:
+def sorted_out(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion) -> tuple[Pieces, Expansion]:
     """Summits in the order of the individuals, best first, without those that are near a better one or negligible."""
     finite = torch.isfinite(at.value) & torch.isfinite(at.hessian).flatten(1).all(1)
     place = torch.nonzero(finite)[:, 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import pandas as pd
@@ -40,6 +40,7 @@ class Restart:
         verdict: "same", "other point" (the same objective within Monte-Carlo error elsewhere), "lower" or "failed".
         differing: parameters whose means differ by more than 3 standard errors, where the verdict is "other point".
         exchanged: the two parameters whose exchange takes this end to the best one, where it is a mirror image.
+        unknowns: where it ended, by name.
     """
 
     start: str
@@ -49,6 +50,7 @@ class Restart:
     verdict: str
     differing: tuple[str, ...] = ()
     exchanged: tuple[str, ...] = ()
+    unknowns: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

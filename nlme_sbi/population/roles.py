@@ -348,6 +348,16 @@ class FollowingEstimator(Estimator, Protocol):
     ) -> WeightedDraws:
         """Draws made for ``theta`` that owe nothing to ``state`` but its modes: others are searched for, too."""
 
+    def search_wider(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Tensor,
+        generator: torch.Generator,
+    ) -> WeightedDraws | None:
+        """Draws made for ``theta`` where a scan finds modes of individuals that the search has passed by; else None."""
+
     def roughly(self, individuals: int) -> FollowingEstimator:
         """The same estimator with as few draws as comparing starts on so many individuals takes."""
 

@@ -130,6 +130,17 @@ class Saem:
         """Importance sampling at ``theta`` with modes searched for from the beginning, as in the exact estimator."""
         return self._sampling.look_again(source, observations, state, theta, generator)
 
+    def search_wider(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Float[Tensor, " P"],
+        generator: torch.Generator,
+    ) -> WeightedDraws | None:
+        """The same with modes that a scan finds, where it finds any."""
+        return self._sampling.search_wider(source, observations, state, theta, generator)
+
     def roughly(self, individuals: int) -> Exact:
         """The exact estimator with few draws: starts are compared on the likelihood."""
         return self._sampling.roughly(individuals)

@@ -17,9 +17,10 @@ _UNSURE = 0.5  # standard error of a log SD from which it may be running to minu
 _SHRUNK = 0.7  # shrinkage from which the individuals say next to nothing on their variability
 _HALF_SHRUNK = 0.5  # the same where the draws have collapsed, which makes individual means noisy
 _CLEAR = 2.0  # score above which a variance is not at its boundary, whatever the fit did
-_LEVEL, _ERRORS = 0.2, 2.0  # score up to which a variance gains next to nothing, and Monte-Carlo errors of it
+_LEVEL, _ERRORS = 0.25, 2.0  # score up to which a variance gains next to nothing, and Monte-Carlo errors of it
 _TIED = 0.05  # log-likelihoods this near are equal before Monte-Carlo error
 _TRACE = 0.1  # of the variance with which an individual tells a parameter: a small variance to begin with
+_FEW = 30  # individuals up to which a second maximum at 0 is looked for
 _TRIED = 2  # candidates that are refitted, at most, before a variance counts as inside
 
 
@@ -63,16 +64,19 @@ def settled(
     while isinstance(specification, VariabilitySpecification):
         accepted: tuple[PopulationFit, PopulationSpecification] | None = None
         for names in _candidates(fit):
-            smaller = _without(specification, names)
             try:
-                trial = refit(Refit(smaller, _values(fit), kept))
+                trial = refit(Refit(_without(specification, names), _values(fit), kept))
+                while trial.verification is not None and trial.verification.vanishing:
+                    names = (*names, *trial.verification.vanishing)
+                    trial = refit(Refit(_without(specification, names), _values(trial), kept))
             except ValueError:  # without these variances the data have no likelihood: they are there
                 continue
+            smaller = _without(specification, names)
             rising = tuple(name for name in names if not _at_boundary(trial, fit, name))
             if not rising:
                 accepted = (_marked(trial, fit, names), smaller)
                 break
-            if fit.verification is not None and set(names) <= set(fit.verification.vanishing):
+            if fit.verification is not None and fit.verification.vanishing:
                 held = tuple(name for name in names if name not in rising)
                 wider = _without(specification, held)
                 begin = {**_values(trial), **_small_variances(trial, rising)}
@@ -146,8 +150,23 @@ def _candidates(fit: PopulationFit) -> list[tuple[str, ...]]:
     alone = [(name,) for name in seen]
     together = [tuple(seen)] if len(seen) > 1 else []
     if fit.verification is not None and fit.converged and not _collapsed(fit):
-        return [*together, *alone]  # a maximum that was verified lies inside
+        # A maximum that was verified lies inside; where it is flat there may be a higher one at 0.
+        return [*together, *alone, *((name,) for name in _flat(fit) if name not in seen)]
     return [*together, *alone, *((name,) for name in _doubtful(fit) if name not in seen)]
+
+
+def _flat(fit: PopulationFit) -> list[str]:
+    """Parameters whose SD a few individuals hardly tell, the least told first."""
+    if len(fit.ids) > _FEW:
+        return []
+    found = summarise(fit.population, fit.theta, fit.covariance)
+    names = fit.population.parameters.names
+    open_ones = [
+        (float(found.sd_se[column] / found.sd[column]), names[column])
+        for column in fit.population.varying
+        if not bool(found.sd_fixed[column]) and float(found.sd_se[column]) > _UNSURE * float(found.sd[column])
+    ]
+    return [name for _, name in sorted(open_ones, reverse=True)][:_TRIED]
 
 
 def _doubtful(fit: PopulationFit) -> list[str]:
@@ -197,15 +216,17 @@ def _at_boundary(trial: PopulationFit, fit: PopulationFit, name: str) -> bool:
     test = next((test for test in trial.variance_tests if test.parameter == name), None)
     if test is None:
         return False
-    if fit.verification is not None and name in fit.verification.vanishing:
+    if fit.verification is not None and fit.verification.vanishing:
         if test.slope <= 0:
             return True
         # The variance would gain half of the square of its slope in standard errors, as they are where all individuals
-        # tell equally much: 0.02 at the level.
+        # tell equally much: 0.03 at the level.
         z = test.slope * _value_variances(trial).get(name, math.inf) * math.sqrt(2 / len(trial.ids))
         return z < max(_LEVEL, 0.0 if math.isnan(test.monte_carlo_se) else _ERRORS * test.monte_carlo_se)
     if not fit.converged or _collapsed(fit):
         return test.slope <= 0 or test.z < _CLEAR
+    if fit.verification is not None:
+        return trial.converged and test.slope <= 0 and _gained(trial, fit) > 0
     return test.slope <= 0 and (name in _tiny(fit) or _gained(fit, trial) < _TIED + _noise(fit, trial))
 
 
