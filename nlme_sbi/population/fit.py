@@ -18,6 +18,7 @@ from nlme_sbi.population.boundary import variance_tests
 from nlme_sbi.population.fixed_draws_fit import fit_fixed_draws
 from nlme_sbi.population.individuals import IndividualEstimates, individual_estimates
 from nlme_sbi.population.labelling import declared_pairs, labelling_notes, require_orderable
+from nlme_sbi.population.labels import unknown_label
 from nlme_sbi.population.likelihood_fit import fit_likelihood
 from nlme_sbi.population.likelihood_search import STARTS_ON, Task
 from nlme_sbi.population.outcome import Optimum, Outcome
@@ -193,7 +194,7 @@ def _imprecise(model: PopulationModel, optimum: Optimum, accuracy: float, shorta
         return ()
     se = optimum.covariance.diagonal().sqrt()
     relative = torch.maximum(optimum.error.se[free], optimum.error.bias[free].abs()).nan_to_num(math.inf) / se
-    name = model.unknowns.names[int(free[int(relative.argmax())])]
+    name = unknown_label(model, model.unknowns.names[int(free[int(relative.argmax())])])
     return (
         f"Monte-Carlo error is above {accuracy:g} standard errors: SE up to {largest:.2g}, bias up to {bias:.2g} "
         f"(worst: {name}). No more draws: {shortage}.",

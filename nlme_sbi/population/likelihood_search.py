@@ -39,7 +39,7 @@ from nlme_sbi.population.trust_region import (
     climb_likelihood,
     vanishing,
 )
-from nlme_sbi.population.verification import TOLERANCE, Verification, verified
+from nlme_sbi.population.verification import TOLERANCE, Verification, too_many, verified
 from nlme_sbi.types import Observations
 
 STARTS_ON = 60  # individuals on whom starts are compared
@@ -183,12 +183,15 @@ def climb_to_the_end(
         theta = climb_likelihood(rough.draw, rough.point(theta), nearby, watch=partial(_told, rough)).point.theta
     tolerance = _WITHOUT_NOISE if task.estimator.approximation else _LAST.tolerance
     last = replace(_LAST, tolerance=tolerance, kept=task.kept)
-    climb = climb_likelihood(task.look_again, task.point(theta), last, watch=partial(_told, task))
+    start = task.point(theta)
+    seen = task.wider(start)
+    climb = climb_likelihood(task.look_again, seen or start, last, watch=partial(_told, task))
     if vanishing(climb.point):  # decided by a fit in which it is 0
         return CheckedMaximum(climb.point, _check(task, climb), restarts)
     climb, shortage = _precise(task, _seconded(task, climb), last, accuracy)
     for turn in range(_CHECKS + 1):
-        wider = task.wider(climb.point) if climb.arrived else None
+        # Where a scan found nothing to begin with, and the search arrived, there is nothing to be found.
+        wider = task.wider(climb.point) if seen is not None or not climb.arrived else None
         checked = _check(task, climb, "" if wider is None else _UNSEEN)
         is_done = wider is None and (checked.passed or not climb.arrived or climb.point.left is None)
         if is_done or turn == _CHECKS:
@@ -196,11 +199,21 @@ def climb_to_the_end(
         # A maximum of the draws that were climbed on, which others do not confirm: on from there.
         task.report(FitProgress("check", turn, _CHECKS, climb.point.value))
         before = climb.point
-        again = wider or replace(task.point(before.theta, task.look_again, before.state), held=before.held)
+        again = wider or _richer(task, before, checked)
         climb = climb_likelihood(task.look_again, again, last, watch=partial(_told, task))
         climb = climb if climb.previous is not None else replace(climb, previous=before)
         climb, shortage = _precise(task, climb, last, accuracy)
     return CheckedMaximum(climb.point, checked, restarts, shortage)
+
+
+def _richer(task: Task, before: Point, checked: Verification) -> Point:
+    """The same theta with more draws where many individuals have too few effective ones, else with others."""
+    if too_many(checked.poor_individuals, len(task.observations)):
+        with torch.no_grad():
+            more = task.estimator.improve(before.state, before.theta, task.observations, task.generator, times=4)
+        if not isinstance(more, str):
+            return Point.at(before.theta, more, before.held)
+    return replace(task.point(before.theta, task.look_again, before.state), held=before.held)
 
 
 def _seconded(task: Task, climb: Climb) -> Climb:
@@ -216,7 +229,7 @@ def _check(task: Task, climb: Climb, doubt: str = "") -> Verification:
     one from elsewhere."""
     point = climb.point
     individuals = individual_estimates(point.state, point.theta)
-    reason = doubt if climb.arrived else climb.reason
+    reason = doubt if climb.arrived or vanishing(point) else climb.reason
     return verified(
         point, climb.previous, individuals, draws=point.state.draws, ids=task.observations.ids, reason=reason
     )

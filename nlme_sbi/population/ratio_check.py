@@ -48,7 +48,7 @@ def compare_with_likelihood(
         point = task.point(theta)
     except NoLikelihoodError:
         return (f"{_HERE} At the estimate above the likelihood of some individuals is 0: it is not to be trusted.",)
-    names = [population.unknowns.names[place] for place in point.active.tolist()]
+    names = point.labels
     if not point.is_finite or point.left is None:
         return (f"{_HERE} At the estimate above the likelihood is not near a maximum: no interval is to be trusted.",)
     far = {name: abs(float(left)) for name, left in zip(names, point.left, strict=True) if abs(float(left)) > _FAR}

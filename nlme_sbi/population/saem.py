@@ -23,6 +23,7 @@ from nlme_sbi.population.checks import named
 from nlme_sbi.population.drift import drift
 from nlme_sbi.population.exact import Exact
 from nlme_sbi.population.joint import JointDensity
+from nlme_sbi.population.labels import unknown_label
 from nlme_sbi.population.proposals import Pieces, mixtures, modes
 from nlme_sbi.population.recursion import Recursion, updated
 from nlme_sbi.population.roles import FitProgress, Found, NoDraws, PopulationModel, Report, Source, WeightedDraws
@@ -281,7 +282,8 @@ class _Run:
             if largest < _DRIFT:
                 return run.refreshed()
             if len(trace) >= most:
-                name = self.data.population.unknowns.names[int(free[int(drift(window).abs().argmax())])]
+                place = int(free[int(drift(window).abs().argmax())])
+                name = unknown_label(self.data.population, self.data.population.unknowns.names[place])
                 said = f"After {len(trace)} sweeps with step 1 {name} still drifted; the start may be far off."
                 return replace(run.refreshed(), said=(*run.said, said))
             ahead = min(most, len(trace) + len(trace) // 2)

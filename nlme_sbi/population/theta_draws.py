@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.chains import bulk_ess, split_rhat, tail_ess
+from nlme_sbi.population.labels import unknown_label
 from nlme_sbi.population.roles import PopulationModel
 from nlme_sbi.population.theta_prior import ThetaPrior
 
@@ -155,7 +156,7 @@ def convergence_warnings(
     apart, poor = [], []
     for place in population.unknowns.free.tolist():
         name, check = population.unknowns.names[place], ChainCheck.of(theta[..., place].cpu().numpy())
-        worth = min(check.bulk, check.tail)
+        worth, name = min(check.bulk, check.tail), unknown_label(population, name)
         if not check.rhat <= RHAT:
             apart.append(f"{name} ({check.rhat:.3g})")
         if not worth >= LEAST_ESS:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from nlme_sbi.population.factorizations import eigh_or_diagonal
 from nlme_sbi.population.individuals import posterior_variances
+from nlme_sbi.population.labels import unknown_label
 from nlme_sbi.population.roles import WeightedDraws
 from nlme_sbi.population.uncertainty import covariance_from
 from nlme_sbi.population.weighting import (
@@ -99,6 +100,12 @@ class Point:
     def active(self) -> Tensor:
         """Positions of the unknowns that move."""
         return torch.nonzero(~self.held)[:, 0]
+
+    @property
+    def labels(self) -> list[str]:
+        """What people call the unknowns that move."""
+        population = self.state.population
+        return [unknown_label(population, population.unknowns.names[place]) for place in self.active.tolist()]
 
     @cached_property
     def information(self) -> Float[Tensor, "free free"]:
@@ -432,7 +439,7 @@ def vanishing(point: Point) -> tuple[str, ...]:
 def _left_words(point: Point) -> str:
     if point.left is None:
         return "the observed information is not positive definite: some unknown is not identified by these data"
-    names = [point.state.population.unknowns.names[place] for place in point.active.tolist()]
+    names = point.labels
     worst = int(point.left.abs().argmax())
     return (
         f"the score still points {float(point.left.abs()[worst]):.2g} standard errors away in {names[worst]} "

@@ -102,7 +102,7 @@ def verified(
     repeated, repeated_error = _repeated(point, before, failures)
     poor = _poor(individuals, draws)
     count = int(poor.sum())
-    if count > max(_TOLERATED * len(poor), 0):
+    if too_many(count, len(poor)):
         worst = torch.nonzero(poor)[:, 0]
         worst = worst[torch.argsort(individuals.ess[worst])]
         failures.append(
@@ -129,6 +129,11 @@ def verified(
     )
 
 
+def too_many(poor: int, individuals: int) -> bool:
+    """Whether so many individuals with too few effective draws leave the likelihood unknown."""
+    return poor > _TOLERATED * individuals
+
+
 def _score(point: Point, failures: list[str], tolerance: float) -> tuple[float, float, str]:
     """The largest component of what is left, its error and its name; complaints go to ``failures``."""
     if len(point.active) == 0:
@@ -140,7 +145,7 @@ def _score(point: Point, failures: list[str], tolerance: float) -> tuple[float, 
                 "data, or this is no maximum"
             )
         return math.nan, math.nan, ""
-    names = [point.state.population.unknowns.names[place] for place in point.active.tolist()]
+    names = point.labels
     excess = point.left.abs() - ERRORS * point.left_error
     worst = int(excess.argmax())
     if float(excess[worst]) > tolerance and not failures:
