@@ -23,6 +23,7 @@ _NEWTON = 3  # steps that the other coordinates take at each
 _LOOSE = 0.05  # promised gain at which they stop earlier
 _JUMPS = (0.15, 0.3, 0.6, 1.0, 1.6, 2.4, 3.2)  # the same where nothing else moves, for what is far
 _TOPS = 4  # of each profile that are climbed from
+_ABYSS = 100.0  # log density below the mode at which a walk ends
 _HOPELESS = 60.0  # log density below the best mode at which they are not
 _WORTH = 0.01  # share of an individual's mass that modes must add to be news
 _ROUNDS = 3
@@ -103,15 +104,20 @@ def _tops(
     free = torch.ones((len(rows), best.means.shape[1]), dtype=torch.bool, device=rows.device)
     free[:, column] = False
     point, drift = best.means.repeat(2, 1), torch.zeros_like(free, dtype=top.dtype)
+    floor = top.repeat(2) - _ABYSS
     values, points = [top.repeat(2)], [point]
+    active = torch.arange(len(rows), device=rows.device)
     for _ in range(_STEPS):
-        guess = point + drift
-        guess[:, column] = point[:, column] + step
-        found = ascend(joint, rows, guess, free=free, iterations=_NEWTON, tolerance=_LOOSE)
-        drift = 0.5 * (found.points - point)
-        point = found.points
-        values.append(found.at.value)
+        guess = (point + drift)[active]
+        guess[:, column] = point[active, column] + step[active]
+        found = ascend(joint, rows[active], guess, free=free[active], iterations=_NEWTON, tolerance=_LOOSE)
+        drift = drift.index_copy(0, active, 0.5 * (found.points - point[active]))
+        point = point.index_copy(0, active, found.points)
+        values.append(torch.full_like(floor, -torch.inf).index_copy(0, active, found.at.value))
         points.append(point)
+        active = active[found.at.value > floor[active]]
+        if len(active) == 0:
+            break
     value, place = torch.stack(values, 1), torch.stack(points, 1)
     beside = torch.nn.functional.pad(value, (1, 1), value=-torch.inf)
     is_top = (value >= beside[:, :-2]) & (value >= beside[:, 2:])
