@@ -25,9 +25,9 @@ from record import ROOT, Figure, stopwatch, write_result
 from theophylline_exact import read_data
 
 from nlme_sbi import AmortizedPosterior, Observations
-from nlme_sbi.devices import keep_freed_memory
+from nlme_sbi.compute.devices import keep_freed_memory
 from nlme_sbi.population import Exact, GaussianPopulation, fit_population
-from nlme_sbi.population.assessment import Assessment, assessed
+from nlme_sbi.population.uncertainty.methods import Assessment, assessed
 
 METHODS = ("information", "sandwich", "profile", "bootstrap")
 TRUTH = {

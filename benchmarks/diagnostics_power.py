@@ -28,15 +28,15 @@ import torch
 from record import write_result
 from two_rate_training import NETWORKS, configuration, fresh, trained
 
-from nlme_sbi.diagnostics.agreement import agreement
-from nlme_sbi.diagnostics.agreement_findings import agreement_finding
-from nlme_sbi.diagnostics.calibration import calibration
-from nlme_sbi.diagnostics.calibration_findings import calibration_findings
-from nlme_sbi.diagnostics.pairs import PosteriorPairs, observations_of, posterior_pairs
+from nlme_sbi.diagnostics.network.agreement_findings import agreement_finding
+from nlme_sbi.diagnostics.network.agreement_with_exact import agreement
+from nlme_sbi.diagnostics.network.calibration import calibration
+from nlme_sbi.diagnostics.network.calibration_findings import calibration_findings
+from nlme_sbi.diagnostics.network.simulated_posteriors import PosteriorPairs, observations_of, posterior_pairs
 from nlme_sbi.networks.posterior import AmortizedPosterior, load_weights
-from nlme_sbi.simulation import simulate_batch
-from nlme_sbi.training import train
-from nlme_sbi.training_pairs import OnlinePairs, seeded
+from nlme_sbi.simulation.shards import simulate_batch
+from nlme_sbi.training.loop import train
+from nlme_sbi.training.pairs import OnlinePairs, seeded
 from nlme_sbi.types import Observations, PosteriorSamples
 
 INDIVIDUALS, DRAWS, EXACT = 1000, 300, 100

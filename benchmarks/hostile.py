@@ -43,10 +43,10 @@ from attacks import (
 )
 from sent_runs import STAGES, USES, copy_of, make_runs, run_of
 
-from nlme_sbi.instantiate import instantiate
+from nlme_sbi.config.instantiate import instantiate
+from nlme_sbi.config.targets import STORED_ROLES
 from nlme_sbi.io import LongTable, WideSheet
 from nlme_sbi.runs import load_array, open_run
-from nlme_sbi.targets import STORED_ROLES
 
 
 class Tally:

@@ -21,7 +21,7 @@ from published_population import NAMES, law, published_cells
 from record import Figure, stopwatch, write_result
 
 from nlme_sbi import AmortizedPosterior, Observations
-from nlme_sbi.devices import keep_freed_memory
+from nlme_sbi.compute.devices import keep_freed_memory
 from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, fit_population
 
 

@@ -132,7 +132,7 @@ def our_parts(overrides: list[str], batch_size: int, seed: int):
     import torch
     from two_rate_training import configuration
 
-    from nlme_sbi.training_pairs import OnlinePairs
+    from nlme_sbi.training.pairs import OnlinePairs
 
     parts = configuration(overrides)
     source = OnlinePairs(parts["prior"], parts["design"], parts["simulator"], batch_size, seed, torch.device("cpu"))
@@ -182,8 +182,8 @@ def train_ours(settings: dict[str, object], seed: int, _: Data, budget: Budget) 
     from two_rate_training import fresh
 
     from nlme_sbi.networks.posterior import AmortizedPosterior
-    from nlme_sbi.training import train
-    from nlme_sbi.training_pairs import seeded
+    from nlme_sbi.training.loop import train
+    from nlme_sbi.training.pairs import seeded
     from nlme_sbi.types import Design, Observations
 
     budget.begin()
@@ -235,7 +235,7 @@ def trainer(package: str) -> Callable[[dict[str, object], int, Data, Budget], Fi
 
         return train_bayesflow
     import nlme_sbi.networks.posterior
-    import nlme_sbi.training  # noqa: F401
+    import nlme_sbi.training.loop  # noqa: F401
 
     return train_ours
 
@@ -292,7 +292,7 @@ def one_training(folder: Path, settings: dict[str, object], seed: int, cpu_secon
     import torch
     from record import calibration_seconds
 
-    from nlme_sbi.devices import keep_freed_memory
+    from nlme_sbi.compute.devices import keep_freed_memory
 
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -22,7 +22,7 @@ from published_population import NAMES, TIMES, SyntheticCells, estimation_error,
 from record import ROOT, Figure, Spent, stopwatch, write_result
 
 from nlme_sbi import AmortizedPosterior, Observations
-from nlme_sbi.devices import keep_freed_memory
+from nlme_sbi.compute.devices import keep_freed_memory
 from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, PriorRatio, fit_population
 from nlme_sbi.types import Design
 

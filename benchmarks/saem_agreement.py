@@ -22,8 +22,8 @@ from record import Figure, Spent, stopwatch, write_result
 from theophylline_exact import read_data
 
 from nlme_sbi import AmortizedPosterior, Observations
+from nlme_sbi.compute.devices import keep_freed_memory
 from nlme_sbi.designs import ResampledDesigns
-from nlme_sbi.devices import keep_freed_memory
 from nlme_sbi.population import Exact, GaussianPopulation, Laplace, PopulationFit, Saem, fit_population
 
 DATA = ("theophylline", "trial", "cells")

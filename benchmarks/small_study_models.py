@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nlme_sbi.closed_forms import log_bateman
-from nlme_sbi.events import single_bolus
-from nlme_sbi.mechanistic import MechanisticSimulator, times_for
-from nlme_sbi.noise import Additive, Combined2, Proportional
+from nlme_sbi.individual_model.closed_forms import log_bateman
+from nlme_sbi.individual_model.events import single_bolus
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
+from nlme_sbi.individual_model.noise import Additive, Combined2, Proportional
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design
 

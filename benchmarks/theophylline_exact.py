@@ -21,7 +21,7 @@ from record import ROOT, stopwatch, write_result
 
 from nlme_sbi import AmortizedPosterior, Observations
 from nlme_sbi.cli import compose_config
-from nlme_sbi.instantiate import instantiate
+from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, fit_population
 
 DEVIANCE = 360.7009

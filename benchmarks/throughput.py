@@ -25,11 +25,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from record import ROOT, write_result
 
-from nlme_sbi.devices import keep_freed_memory
-from nlme_sbi.instantiate import instantiate
+from nlme_sbi.compute.devices import keep_freed_memory
+from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.networks.posterior import AmortizedPosterior, initial_network
-from nlme_sbi.simulation import simulate_batch
-from nlme_sbi.training_pairs import seeded
+from nlme_sbi.simulation.shards import simulate_batch
+from nlme_sbi.training.pairs import seeded
 from nlme_sbi.types import Observations
 
 CORES, SHARD, SHARDS = 2, 10_000, 15

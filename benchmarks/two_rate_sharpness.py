@@ -24,8 +24,8 @@ from two_rate_training import NETWORKS, TEST_SEED, configuration, fresh, trained
 
 from nlme_sbi.networks.ensembles import PosteriorEnsemble
 from nlme_sbi.networks.posterior import AmortizedPosterior, load_weights
-from nlme_sbi.simulation import simulate_batch
-from nlme_sbi.training_pairs import OnlinePairs, seeded
+from nlme_sbi.simulation.shards import simulate_batch
+from nlme_sbi.training.pairs import OnlinePairs, seeded
 from nlme_sbi.types import Observations, Posterior
 
 INDIVIDUALS, DRAWS, TOGETHER = 200, 1_000, 10

@@ -24,12 +24,12 @@ from scipy.stats import norm
 from theophylline_exact import fitted, read_data
 
 from nlme_sbi import AmortizedPosterior, Observations
-from nlme_sbi.diagnostics.goodness import goodness_of_fit
-from nlme_sbi.diagnostics.prediction_errors import prediction_errors
-from nlme_sbi.diagnostics.vpc import visual_predictive_check
+from nlme_sbi.diagnostics.fit.iwres import goodness_of_fit
+from nlme_sbi.diagnostics.fit.npde import prediction_errors
+from nlme_sbi.diagnostics.fit.vpc import visual_predictive_check
 from nlme_sbi.population import PopulationFit
-from nlme_sbi.population.over_theta import new_individuals
-from nlme_sbi.population.roles import means_of
+from nlme_sbi.population.models.interface import means_of
+from nlme_sbi.population.theta_posterior.individuals import new_individuals
 
 DATA_SETS, NODES, POSTERIOR_NODES = 20_000, 31, 41
 REPLICATES, NULL, DRAWS = 2_000, 199, 2_000

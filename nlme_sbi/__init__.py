@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from nlme_sbi.designs import FixedGrid, RandomTimes, ResampledDesigns
-    from nlme_sbi.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel
+    from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel
+    from nlme_sbi.individual_model.priors import GaussianPrior, MixturePrior, UniformPrior
     from nlme_sbi.networks.ensembles import PosteriorEnsemble
     from nlme_sbi.networks.flows import AffineCouplingFlow, SplineAutoregressiveFlow, SplineCouplingFlow
     from nlme_sbi.networks.mixtures import GaussianMixtureFlow
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
     from nlme_sbi.networks.summaries import GridSummary, PooledSummary
     from nlme_sbi.parameters import Parameter, ParameterSpace
     from nlme_sbi.population import GaussianPopulation, PopulationFit, PriorRatio, fit_population
-    from nlme_sbi.priors import GaussianPrior, MixturePrior, UniformPrior
     from nlme_sbi.runs import find_run, load_run
-    from nlme_sbi.training import TrainingSettings, train_posterior
+    from nlme_sbi.training.loop import TrainingSettings, train_posterior
     from nlme_sbi.types import Design, Observations
 
 __version__ = "0.1.0"
@@ -62,7 +62,7 @@ __all__ = [
 
 _ROOMS = {
     "designs": ("FixedGrid", "RandomTimes", "ResampledDesigns"),
-    "mechanistic": ("MechanisticSimulator", "NumpySimulator", "OdeModel"),
+    "individual_model.mechanistic": ("MechanisticSimulator", "NumpySimulator", "OdeModel"),
     "networks.ensembles": ("PosteriorEnsemble",),
     "networks.flows": ("AffineCouplingFlow", "SplineAutoregressiveFlow", "SplineCouplingFlow"),
     "networks.mixtures": ("GaussianMixtureFlow",),
@@ -70,9 +70,9 @@ _ROOMS = {
     "networks.summaries": ("GridSummary", "PooledSummary"),
     "parameters": ("Parameter", "ParameterSpace"),
     "population": ("GaussianPopulation", "PopulationFit", "PriorRatio", "fit_population"),
-    "priors": ("GaussianPrior", "MixturePrior", "UniformPrior"),
+    "individual_model.priors": ("GaussianPrior", "MixturePrior", "UniformPrior"),
     "runs": ("find_run", "load_run"),
-    "training": ("TrainingSettings", "train_posterior"),
+    "training.loop": ("TrainingSettings", "train_posterior"),
     "types": ("Design", "Observations"),
 }
 _HOMES = {name: f"{__name__}.{room}" for room, names in _ROOMS.items() for name in names}

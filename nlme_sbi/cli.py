@@ -23,10 +23,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import nlme_sbi
-from nlme_sbi import interrupts
-from nlme_sbi.config_errors import config_sentence
-from nlme_sbi.conversion import convert, hydra_text
-from nlme_sbi.overrides import as_meant
+from nlme_sbi.compute import interrupts
+from nlme_sbi.config.conversion import convert, hydra_text
+from nlme_sbi.config.hydra_errors import config_sentence
+from nlme_sbi.config.overrides import as_meant
 
 if TYPE_CHECKING:
     from nlme_sbi.runs.remedies import CommandLine
@@ -168,7 +168,7 @@ class _Job:
         try:
             prepared(cfg, HydraConfig.get().runtime.choices.get("experiment"))
             _make_importable(cfg)
-            from nlme_sbi.devices import keep_freed_memory  # with torch, which --help can do without
+            from nlme_sbi.compute.devices import keep_freed_memory  # with torch, which --help can do without
             from nlme_sbi.runs.remedies import command_line
 
             keep_freed_memory()
@@ -186,7 +186,7 @@ class _Job:
 
     def _recorded(self, cfg: DictConfig, stage: Stage) -> float | None:
         """Run the stage as a job of a sweep, whose directory then tells which run it was."""
-        from nlme_sbi.sweeps import recorded_job  # loads torch: not before a launcher has set a job's threads
+        from nlme_sbi.runs.sweeps import recorded_job  # loads torch: not before a launcher has set a job's threads
 
         told = HydraConfig.get()
         with recorded_job(Path(told.sweep.dir), told.job.num, list(told.overrides.task)):

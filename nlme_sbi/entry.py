@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nlme_sbi.interrupts import end, watch
+from nlme_sbi.compute.interrupts import end, watch
 
 TYPE_CHECKING = False  # typing itself is not imported: it takes as long as all that is needed here
 if TYPE_CHECKING:

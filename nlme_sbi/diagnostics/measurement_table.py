@@ -37,8 +37,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.diagnostics.prediction_errors import PredictionErrors
-from nlme_sbi.mechanistic import MechanisticSimulator
+from nlme_sbi.diagnostics.fit.npde import PredictionErrors
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.types import Censoring, Observations, TractableSimulator
 
 COLUMNS = ("PRED", "IPRED", "IRES", "IWRES", "EPRED", "PWRES", "NPD", "NPDE", "PDE")
@@ -73,7 +73,7 @@ def individual_predictions(
 
     Args:
         simulator: one with a noise-free prediction; a noise model, which IWRES needs, is part of a
-            :class:`nlme_sbi.mechanistic.MechanisticSimulator`.
+            :class:`nlme_sbi.individual_model.mechanistic.MechanisticSimulator`.
         typical: unconstrained, each individual's typical value.
         own: unconstrained, each individual's estimate.
         observations: the data, on the device of the parameters.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from nlme_sbi.config.wording import counted
 from nlme_sbi.io.tables import Table
-from nlme_sbi.io.wording import counted
 from nlme_sbi.types import Censoring
 
 

@@ -11,9 +11,9 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 
+from nlme_sbi.config.wording import counted, listed_at, quoted, typed
 from nlme_sbi.io.meanings import ROUTE_COLUMNS, plain_name
 from nlme_sbi.io.tables import Table, number_option, same_form
-from nlme_sbi.io.wording import counted, listed_at, quoted, typed
 from nlme_sbi.types import Events
 
 _OBSERVATION, _OTHER = 0, 2

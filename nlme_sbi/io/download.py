@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from nlme_sbi.progress import Progress
+from nlme_sbi.compute.progress import Progress
 from nlme_sbi.runs.files import PARTIAL, could_not_write, sha256_of_file, write_atomically
 
 CACHED = "cached:"  # a data.path that begins so is a name in the cache

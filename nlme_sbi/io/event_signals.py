@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int
 
+from nlme_sbi.config.wording import as_names, counted, did_you_mean, first_true, listed, quoted, typed
 from nlme_sbi.io.meanings import SIGNAL_COLUMNS, plain_name
 from nlme_sbi.io.records import only_signal
 from nlme_sbi.io.tables import Cells, Table, same_form
-from nlme_sbi.io.wording import as_names, counted, did_you_mean, first_true, listed, quoted, typed
 
 _COMPARTMENT = ("cmt", "compartment")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, Int
 
+from nlme_sbi.config.wording import as_names
 from nlme_sbi.io.censored import limits_of, refuse_marks
 from nlme_sbi.io.doses import Kinds, kinds_of, refuse_other_compartments, single_doses
 from nlme_sbi.io.event_signals import MeasuredSignals, signals_of
@@ -19,7 +20,6 @@ from nlme_sbi.io.plans import PlannedDesigns, planned_design
 from nlme_sbi.io.records import Records, Scales, observations
 from nlme_sbi.io.rows import individuals_of, open_table, refuse_disorder
 from nlme_sbi.io.tables import Table, column_names
-from nlme_sbi.io.wording import as_names
 from nlme_sbi.types import Events, Observations
 
 # Without a name of its own the signal's column is looked for: DVID, YTYPE and others, then CMT.

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
+from nlme_sbi.config.wording import check_choice, did_you_mean, listed, quoted, sign, typed
 from nlme_sbi.io import limits
 from nlme_sbi.io.download import cached, published
-from nlme_sbi.io.wording import check_choice, did_you_mean, listed, quoted, sign, typed
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 MISSING = ("", "NA", "NaN", "nan", ".")

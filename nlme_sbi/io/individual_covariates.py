@@ -11,9 +11,9 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
+from nlme_sbi.config.wording import as_names, did_you_mean, first_true, listed, listed_at, quoted, typed
 from nlme_sbi.io.records import one_each
 from nlme_sbi.io.tables import Parsed, Table, number_option
-from nlme_sbi.io.wording import as_names, did_you_mean, first_true, listed, listed_at, quoted, typed
 from nlme_sbi.rows import ReadOnlyMapping
 from nlme_sbi.types import Covariates
 

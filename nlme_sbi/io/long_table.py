@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int
 
+from nlme_sbi.config.wording import as_names
 from nlme_sbi.io.censored import limits_of
 from nlme_sbi.io.files import MISSING, TableFile
 from nlme_sbi.io.individual_covariates import Levels, covariates_of, levels_of, named, scaled
@@ -18,7 +19,6 @@ from nlme_sbi.io.plans import PlannedDesigns, planned_design
 from nlme_sbi.io.records import Records, Scales, chosen_signals, observations, only_signal
 from nlme_sbi.io.rows import apart_note, individuals_of, open_table, refuse_disorder
 from nlme_sbi.io.tables import Table, column_names
-from nlme_sbi.io.wording import as_names
 from nlme_sbi.types import Observations
 
 _COLUMNS = {"id": "id", "time": "time", "signal": "signal", "value": "value", "cens": "CENS", "limit": "LIMIT"}

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
+from nlme_sbi.config.wording import listed, quoted, typed
 from nlme_sbi.io.tables import Cells, Table
-from nlme_sbi.io.wording import listed, quoted, typed
 
 SIGNAL_COLUMNS = (
     "dvid",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from nlme_sbi.io.wording import listed_at
+from nlme_sbi.config.wording import listed_at
 from nlme_sbi.types import Covariates, Design, Events
 
 

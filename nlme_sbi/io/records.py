@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from nlme_sbi.config.wording import as_names, check_choice, did_you_mean, listed, listed_at, quoted, typed
 from nlme_sbi.io.censored import Limits
 from nlme_sbi.io.tables import Table, number_option
-from nlme_sbi.io.wording import as_names, check_choice, did_you_mean, listed, listed_at, quoted, typed
 from nlme_sbi.types import Covariates, Design, Events, Observations
 
 REPLICATES = ("refuse", "keep", "mean")

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
+from nlme_sbi.config.wording import as_names, listed, quoted, typed
 from nlme_sbi.io.files import TableFile
 from nlme_sbi.io.tables import Table, in_same_form, same_form
-from nlme_sbi.io.wording import as_names, listed, quoted, typed
 
 Choices = Mapping[str, object]
 

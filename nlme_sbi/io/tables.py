@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int, Shaped
 
+from nlme_sbi.config.wording import did_you_mean, first_true, listed, nearest, quoted, typed
 from nlme_sbi.io.files import Grid, TableFile
-from nlme_sbi.io.wording import did_you_mean, first_true, listed, nearest, quoted, typed
 
 _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _NOT_FINITE = r"(?i:[+-]?(?:inf|infinity|nan))"

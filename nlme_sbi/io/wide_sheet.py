@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from nlme_sbi.config.wording import listed, quoted, sign, typed
 from nlme_sbi.io.files import MISSING, Grid, TableFile
 from nlme_sbi.io.plans import PlannedDesigns, planned_design
 from nlme_sbi.io.records import Records, Scales, observations, only_signal
 from nlme_sbi.io.rows import form_notes, refuse_disorder
 from nlme_sbi.io.tables import Table, parse
-from nlme_sbi.io.wording import listed, quoted, sign, typed
 from nlme_sbi.types import Observations
 
 

@@ -15,17 +15,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nlme_sbi.compute.devices import choose_device
+from nlme_sbi.compute.progress import Progress
+from nlme_sbi.config.instantiate import instantiate
+from nlme_sbi.config.targets import STORED_ROLES
 from nlme_sbi.designs import ResampledDesigns
-from nlme_sbi.devices import choose_device
-from nlme_sbi.instantiate import instantiate
 from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings, working_bytes_per_row
+from nlme_sbi.networks.scaling import ParameterScaling
 from nlme_sbi.networks.summaries import DataShape, GridNetwork, PooledNetwork, SummarySettings
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.progress import Progress
 from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run, require_same_sources, require_unedited
 from nlme_sbi.runs.schema import DISTINCT, POSITIVE, Rule
-from nlme_sbi.standardize import ParameterScaling
-from nlme_sbi.targets import STORED_ROLES
 from nlme_sbi.types import Design, DesignSource, Observations, PosteriorSamples, Prior, Simulations, Simulator
 from nlme_sbi.units import check_units
 

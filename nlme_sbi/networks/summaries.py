@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from nlme_sbi.events import single_bolus
-from nlme_sbi.standardize import ContextScaling, SignalScaling, TimeScaling, compressed
+from nlme_sbi.individual_model.events import single_bolus
+from nlme_sbi.networks.scaling import ContextScaling, SignalScaling, TimeScaling, compressed
 from nlme_sbi.types import Design, Simulations, Simulator
 
 

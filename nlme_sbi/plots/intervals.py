@@ -18,7 +18,8 @@ def plot_intervals(intervals: Sequence[Mapping[str, Any]]) -> Figure:
     """A row an unknown, a line a method: limits in standard errors (observed information) from the estimate.
 
     Args:
-        intervals: with the keys of :class:`nlme_sbi.population.intervals.Interval`, None for limits that are infinite.
+        intervals: with the keys of :class:`nlme_sbi.population.results.intervals.Interval`, None for limits that are
+            infinite.
 
     Raises:
         ValueError: there are none, or none has a standard error to measure by.

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from nlme_sbi.diagnostics.predictive import PredictiveBands
+from nlme_sbi.diagnostics.fit.predictive_bands import PredictiveBands
 from nlme_sbi.plots.canvas import BLACK, BLUE, ORANGE, TEXT_SIZE, data_text, labelled, legend_above, panels
 from nlme_sbi.types import Observations, Simulator
 

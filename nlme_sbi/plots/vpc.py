@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nlme_sbi.diagnostics.vpc import SignalQuantiles, VisualPredictiveCheck
+from nlme_sbi.diagnostics.fit.vpc import SignalQuantiles, VisualPredictiveCheck
 from nlme_sbi.plots.canvas import BLACK, BLUE, GREY, PALE, TEXT_SIZE, VERMILION, canvas, labelled, legend_above
 from nlme_sbi.types import Observations
 

@@ -1,18 +1,18 @@
 """Population models and their estimators; posteriors are known only as the Protocol in :mod:`nlme_sbi.types`."""
 
-from nlme_sbi.population.assessment import Assessment, assessed, sandwich_covariance, wald_intervals
-from nlme_sbi.population.auto import Auto
-from nlme_sbi.population.bootstrap import Bootstrap, bootstrap
-from nlme_sbi.population.exact import Exact
-from nlme_sbi.population.fit import fit_population
-from nlme_sbi.population.laplace import Laplace
-from nlme_sbi.population.models import GaussianPopulation
-from nlme_sbi.population.profile import Profile, profile_interval, profile_intervals
-from nlme_sbi.population.ratio import PriorRatio
-from nlme_sbi.population.result import PopulationFit, individual_draws
-from nlme_sbi.population.roles import FitProgress
-from nlme_sbi.population.saem import Saem
-from nlme_sbi.population.table import PopulationTable
+from nlme_sbi.population.estimators.auto import Auto
+from nlme_sbi.population.estimators.exact import Exact
+from nlme_sbi.population.estimators.laplace import Laplace
+from nlme_sbi.population.estimators.prior_ratio import PriorRatio
+from nlme_sbi.population.estimators.saem.saem import Saem
+from nlme_sbi.population.fitting.fit import fit_population
+from nlme_sbi.population.models.interface import FitProgress
+from nlme_sbi.population.models.specification import GaussianPopulation
+from nlme_sbi.population.results.fit_result import PopulationFit, individual_draws
+from nlme_sbi.population.results.table import PopulationTable
+from nlme_sbi.population.uncertainty.bootstrap import Bootstrap, bootstrap
+from nlme_sbi.population.uncertainty.methods import Assessment, assessed, sandwich_covariance, wald_intervals
+from nlme_sbi.population.uncertainty.profile import Profile, profile_interval, profile_intervals
 
 __all__ = [
     "Assessment",

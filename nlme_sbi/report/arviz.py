@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from nlme_sbi.population.over_theta import individuals_over_theta
-from nlme_sbi.population.theta_draws import normal_theta
-from nlme_sbi.report.reported import TakenUpFit
+from nlme_sbi.population.theta_posterior.draws import normal_theta
+from nlme_sbi.population.theta_posterior.individuals import individuals_over_theta
+from nlme_sbi.report.inputs.reported_fit import TakenUpFit
 
 _INSTALL = 'ArviZ is not installed; pip install -e ".[arviz]", or leave report.arviz out.'
 

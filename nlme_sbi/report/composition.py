@@ -13,16 +13,22 @@ from torch import Tensor
 
 import nlme_sbi
 from nlme_sbi.diagnostics.findings import Finding
-from nlme_sbi.report.content import Report, Section, attempted_section
-from nlme_sbi.report.convergence import convergence_section
-from nlme_sbi.report.estimates import estimates_section
-from nlme_sbi.report.individual_fits import Shown, closeness, fits_section, shown_individuals
-from nlme_sbi.report.individuals import individual_quantities, individuals_section, weight_flags
-from nlme_sbi.report.model_check import Checked, Simulated, model_section, simulated
-from nlme_sbi.report.network import Diagnosis, familiar_section, individual_scores, network_section, unlike_training
-from nlme_sbi.report.population_check import influence_of, population_section
-from nlme_sbi.report.provenance import provenance_section
-from nlme_sbi.report.reported import ReportedFit
+from nlme_sbi.report.inputs.reported_fit import ReportedFit
+from nlme_sbi.report.page.content import Report, Section, attempted_section
+from nlme_sbi.report.sections.convergence import convergence_section
+from nlme_sbi.report.sections.estimates import estimates_section
+from nlme_sbi.report.sections.individual_fits import Shown, closeness, fits_section, shown_individuals
+from nlme_sbi.report.sections.individuals import individual_quantities, individuals_section, weight_flags
+from nlme_sbi.report.sections.model import Checked, Simulated, model_section, simulated
+from nlme_sbi.report.sections.network import (
+    Diagnosis,
+    familiar_section,
+    individual_scores,
+    network_section,
+    unlike_training,
+)
+from nlme_sbi.report.sections.population import influence_of, population_section
+from nlme_sbi.report.sections.provenance import provenance_section
 from nlme_sbi.report.verdict import Topic, verdict
 
 _MODEL_CHECKS = ("random_effects", "covariates", "robust_errors")  # of the population, but about the model

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from nlme_sbi.diagnostics.findings import GRAVITY, Finding, Light, worst
-from nlme_sbi.report.content import Answer
+from nlme_sbi.report.page.content import Answer
 
 Topic = Literal["network", "familiar", "model", "trust"]
 _QUESTIONS: Mapping[Topic, str] = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nlme_sbi.conversion import hydra_text
+from nlme_sbi.config.conversion import hydra_text
 
 _DEFAULT_ROOT = "outputs"
 _KEPT = ("experiment", "experiment.name", "output_root", "trust")

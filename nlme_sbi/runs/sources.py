@@ -32,9 +32,9 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nlme_sbi.instantiate import TARGET, locate
+from nlme_sbi.config.instantiate import TARGET, locate
+from nlme_sbi.config.targets import OWN_PREFIXES
 from nlme_sbi.runs.remedies import earlier_commands
-from nlme_sbi.targets import OWN_PREFIXES
 
 if TYPE_CHECKING:
     from nlme_sbi.runs.finished import FinishedRun

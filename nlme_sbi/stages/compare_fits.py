@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from nlme_sbi.conversion import convert
-from nlme_sbi.population.comparison import ComparedFit, compared_fits
+from nlme_sbi.config.conversion import convert
+from nlme_sbi.population.results.model_comparison import ComparedFit, compared_fits
 from nlme_sbi.runs import FinishedRun, csv_text, load_run, open_run, save_json, write_atomically
 from nlme_sbi.runs.files import load_json, sha256_of_plain
 from nlme_sbi.runs.schema import FIT

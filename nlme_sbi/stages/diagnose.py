@@ -13,8 +13,8 @@ import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
+from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.designs import Reader
-from nlme_sbi.devices import choose_device
 from nlme_sbi.diagnostics.findings import Finding, worst
 from nlme_sbi.io import describe
 from nlme_sbi.plots.calibration import plot_agreement, plot_coverage, plot_ranks, plot_recovery, plot_scores
@@ -32,10 +32,9 @@ from nlme_sbi.runs import (
     write_atomically,
 )
 from nlme_sbi.runs.remedies import script_command
-from nlme_sbi.stages.data_checks import misspecification_checks
-from nlme_sbi.stages.exact_checks import agreement_checks
-from nlme_sbi.stages.fit_population import sha256_of_observations
-from nlme_sbi.stages.network_checks import (
+from nlme_sbi.stages.checks.data import misspecification_checks
+from nlme_sbi.stages.checks.exact import agreement_checks
+from nlme_sbi.stages.checks.network import (
     Check,
     DiagnosisSettings,
     Outcome,
@@ -44,9 +43,15 @@ from nlme_sbi.stages.network_checks import (
     local_checks,
     prior_checks,
 )
-from nlme_sbi.stages.parts import part
-from nlme_sbi.stages.stored_fit import OBSERVATIONS, find_fit, posterior_runs, stored_observations
-from nlme_sbi.stages.trained import find_posteriors, load_posterior, posterior_hashes, posterior_sources
+from nlme_sbi.stages.fit_population import sha256_of_observations
+from nlme_sbi.stages.shared.components import part
+from nlme_sbi.stages.shared.stored_fit import OBSERVATIONS, find_fit, posterior_runs, stored_observations
+from nlme_sbi.stages.shared.trained_posterior import (
+    find_posteriors,
+    load_posterior,
+    posterior_hashes,
+    posterior_sources,
+)
 from nlme_sbi.types import Observations
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import logging
 
 from omegaconf import DictConfig, OmegaConf
 
-from nlme_sbi.conversion import convert
+from nlme_sbi.config.conversion import convert
 from nlme_sbi.io.download import PUBLISHED, download, published
 
 log = logging.getLogger(__name__)

@@ -14,21 +14,22 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nlme_sbi.conversion import convert
+from nlme_sbi.compute.devices import choose_device
+from nlme_sbi.compute.progress_bar import ProgressBar
+from nlme_sbi.config.conversion import convert
+from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.designs import Reader
-from nlme_sbi.devices import choose_device
-from nlme_sbi.instantiate import instantiate
 from nlme_sbi.io import describe
-from nlme_sbi.population.assessment import Assessment, assessed
-from nlme_sbi.population.auto import Auto
-from nlme_sbi.population.bootstrap import Weights
-from nlme_sbi.population.fit import fit_population as fit_population_model
-from nlme_sbi.population.influence import influence
-from nlme_sbi.population.intervals import intervals_frame
-from nlme_sbi.population.likelihood_weighted_prior import LikelihoodWeightedPrior
-from nlme_sbi.population.modes import individual_modes
-from nlme_sbi.population.result import PopulationFit
-from nlme_sbi.population.roles import Estimator, FollowingEstimator, PopulationSpecification
+from nlme_sbi.population.estimators.auto import Auto
+from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior
+from nlme_sbi.population.fitting.fit import fit_population as fit_population_model
+from nlme_sbi.population.models.interface import Estimator, FollowingEstimator, PopulationSpecification
+from nlme_sbi.population.results.fit_result import PopulationFit
+from nlme_sbi.population.results.individual_map import individual_modes
+from nlme_sbi.population.results.intervals import intervals_frame
+from nlme_sbi.population.uncertainty.bootstrap import Weights
+from nlme_sbi.population.uncertainty.influence import influence
+from nlme_sbi.population.uncertainty.methods import Assessment, assessed
 from nlme_sbi.runs import (
     RunDirectory,
     csv_text,
@@ -40,12 +41,11 @@ from nlme_sbi.runs import (
     write_atomically,
 )
 from nlme_sbi.stages.attempts import attempted
-from nlme_sbi.stages.fit_figures import save_figures
 from nlme_sbi.stages.fit_predictions import PredictionSettings, predictions_frame
-from nlme_sbi.stages.fit_progress import ProgressBar
-from nlme_sbi.stages.parts import part
-from nlme_sbi.stages.stored_fit import IndividualSettings, save_individuals
-from nlme_sbi.stages.trained import (
+from nlme_sbi.stages.shared.components import part
+from nlme_sbi.stages.shared.fit_figures import save_figures
+from nlme_sbi.stages.shared.stored_fit import IndividualSettings, save_individuals
+from nlme_sbi.stages.shared.trained_posterior import (
     AnyPosterior,
     find_posteriors,
     load_posterior,
@@ -53,7 +53,7 @@ from nlme_sbi.stages.trained import (
     posterior_sources,
     untrained_posterior,
 )
-from nlme_sbi.training_pairs import seeded
+from nlme_sbi.training.pairs import seeded
 from nlme_sbi.types import Observations
 
 log = logging.getLogger(__name__)

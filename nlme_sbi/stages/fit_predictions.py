@@ -10,23 +10,23 @@ from typing import Any
 import pandas as pd
 import torch
 
-from nlme_sbi.conversion import convert
+from nlme_sbi.config.conversion import convert
+from nlme_sbi.diagnostics.fit.npde import (
+    LEAST_REPLICATES,
+    PER_MEASUREMENT,
+    PredictionErrors,
+    prediction_errors,
+)
 from nlme_sbi.diagnostics.measurement_table import (
     IndividualPredictions,
     individual_predictions,
     measurement_table,
     scattered,
 )
-from nlme_sbi.diagnostics.prediction_errors import (
-    LEAST_REPLICATES,
-    PER_MEASUREMENT,
-    PredictionErrors,
-    prediction_errors,
-)
-from nlme_sbi.mechanistic import MechanisticSimulator
-from nlme_sbi.population.individuals import individual_typical
-from nlme_sbi.population.over_theta import new_individuals
-from nlme_sbi.population.result import PopulationFit
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
+from nlme_sbi.population.objective.individuals import individual_typical
+from nlme_sbi.population.results.fit_result import PopulationFit
+from nlme_sbi.population.theta_posterior.individuals import new_individuals
 from nlme_sbi.types import Observations, Simulator, TractableSimulator
 
 log = logging.getLogger(__name__)

@@ -16,12 +16,12 @@ from jaxtyping import Float
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nlme_sbi.conversion import convert
-from nlme_sbi.devices import choose_device
-from nlme_sbi.diagnostics.predictive import PredictiveBands, outcomes, predictive_bands
+from nlme_sbi.compute.devices import choose_device
+from nlme_sbi.config.conversion import convert
+from nlme_sbi.diagnostics.fit.predictive_bands import PredictiveBands, outcomes, predictive_bands
 from nlme_sbi.plots.predictions import plot_predictions
-from nlme_sbi.population.over_theta import individuals_over_theta, new_individuals
-from nlme_sbi.population.theta_draws import normal_theta
+from nlme_sbi.population.theta_posterior.draws import normal_theta
+from nlme_sbi.population.theta_posterior.individuals import individuals_over_theta, new_individuals
 from nlme_sbi.runs import (
     FinishedRun,
     RunDirectory,
@@ -37,10 +37,10 @@ from nlme_sbi.runs import (
 )
 from nlme_sbi.runs.remedies import override, script_command, typed
 from nlme_sbi.runs.schema import FLOATS, check_array
-from nlme_sbi.stages.fit_figures import spread_rows
-from nlme_sbi.stages.prediction_designs import Plan, planned
-from nlme_sbi.stages.stored_fit import StoredFit, find_fit, load_fit
-from nlme_sbi.training_pairs import seeded
+from nlme_sbi.stages.shared.fit_figures import spread_rows
+from nlme_sbi.stages.shared.prediction_designs import Plan, planned
+from nlme_sbi.stages.shared.stored_fit import StoredFit, find_fit, load_fit
+from nlme_sbi.training.pairs import seeded
 from nlme_sbi.types import Design, Simulator
 
 log = logging.getLogger(__name__)

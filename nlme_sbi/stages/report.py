@@ -10,18 +10,18 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from nlme_sbi.conversion import convert
-from nlme_sbi.devices import choose_device
+from nlme_sbi.compute.devices import choose_device
+from nlme_sbi.config.conversion import convert
 from nlme_sbi.report.arviz import save_inference_data
 from nlme_sbi.report.composition import ReportSettings, composed_report
-from nlme_sbi.report.files import save_report
-from nlme_sbi.report.network import Diagnosis
-from nlme_sbi.report.reported import ReportedFit, read_tables
+from nlme_sbi.report.inputs.reported_fit import ReportedFit, read_tables
+from nlme_sbi.report.page.files import save_report
+from nlme_sbi.report.sections.network import Diagnosis
 from nlme_sbi.runs import ChangedSources, FinishedRun, RunDirectory, load_run, open_run
 from nlme_sbi.runs.files import PARTIAL
 from nlme_sbi.runs.remedies import override, script_command, typed
-from nlme_sbi.stages.stored_fit import StoredFit, find_fit, load_fit
-from nlme_sbi.training_pairs import seeded
+from nlme_sbi.stages.shared.stored_fit import StoredFit, find_fit, load_fit
+from nlme_sbi.training.pairs import seeded
 
 log = logging.getLogger(__name__)
 

@@ -9,14 +9,16 @@ from typing import Any, BinaryIO
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nlme_sbi.devices import choose_device
-from nlme_sbi.instantiate import instantiate
-from nlme_sbi.population.auto import Auto, chosen_estimator
-from nlme_sbi.population.roles import Estimator, FitProgress, FollowingEstimator, NoDraws, WeightedDraws
-from nlme_sbi.population.theta_draws import ThetaDraws
-from nlme_sbi.population.theta_prior import ThetaPriors
-from nlme_sbi.population.theta_sampling import EnsembleSampler
-from nlme_sbi.population.theta_sampling import sample_theta as sampled_from_posterior
+from nlme_sbi.compute.devices import choose_device
+from nlme_sbi.compute.progress_bar import ProgressBar
+from nlme_sbi.config.instantiate import instantiate
+from nlme_sbi.config.targets import STORED_ROLES
+from nlme_sbi.population.estimators.auto import Auto, chosen_estimator
+from nlme_sbi.population.models.interface import Estimator, FitProgress, FollowingEstimator, NoDraws, WeightedDraws
+from nlme_sbi.population.theta_posterior.draws import ThetaDraws
+from nlme_sbi.population.theta_posterior.prior import ThetaPriors
+from nlme_sbi.population.theta_posterior.sampler import EnsembleSampler
+from nlme_sbi.population.theta_posterior.sampler import sample_theta as sampled_from_posterior
 from nlme_sbi.runs import (
     RunDirectory,
     csv_text,
@@ -28,11 +30,9 @@ from nlme_sbi.runs import (
     write_atomically,
 )
 from nlme_sbi.runs.schema import FIT
-from nlme_sbi.stages.fit_progress import ProgressBar
-from nlme_sbi.stages.parts import part
-from nlme_sbi.stages.stored_fit import StoredFit, find_fit, load_fit
-from nlme_sbi.targets import STORED_ROLES
-from nlme_sbi.training_pairs import seeded
+from nlme_sbi.stages.shared.components import part
+from nlme_sbi.stages.shared.stored_fit import StoredFit, find_fit, load_fit
+from nlme_sbi.training.pairs import seeded
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nlme_sbi.devices import choose_device
-from nlme_sbi.instantiate import instantiate
+from nlme_sbi.compute.devices import choose_device
+from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.runs import RunDirectory, load_run, open_run, save_design, sha256_of_design, sources_of
-from nlme_sbi.simulation import SimulationSettings, write_shards
-from nlme_sbi.stages.parts import generative_parts
-from nlme_sbi.stored_simulations import SHARDS
+from nlme_sbi.simulation.shards import SimulationSettings, write_shards
+from nlme_sbi.simulation.stored import SHARDS
+from nlme_sbi.stages.shared.components import generative_parts
 from nlme_sbi.types import Design, DesignSource, Prior, Simulator
 
 log = logging.getLogger(__name__)

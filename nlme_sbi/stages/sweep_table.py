@@ -8,9 +8,8 @@ from typing import BinaryIO
 
 from omegaconf import DictConfig
 
-from nlme_sbi import sweeps
-from nlme_sbi.conversion import convert
-from nlme_sbi.runs import csv_text, write_atomically
+from nlme_sbi.config.conversion import convert
+from nlme_sbi.runs import csv_text, sweeps, write_atomically
 
 log = logging.getLogger(__name__)
 

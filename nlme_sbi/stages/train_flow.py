@@ -16,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from nlme_sbi.devices import choose_device
-from nlme_sbi.distributed import SharedPairs, Team, joined
-from nlme_sbi.instantiate import instantiate
+from nlme_sbi.compute.devices import choose_device
+from nlme_sbi.compute.distributed import SharedPairs, Team, joined
+from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.networks.densities import FlowSettings
 from nlme_sbi.networks.posterior import PosteriorNetwork, initial_network
 from nlme_sbi.networks.summaries import DataShape, SummarySettings
@@ -38,11 +38,11 @@ from nlme_sbi.runs import (
     sources_of,
     write_atomically,
 )
-from nlme_sbi.stages.parts import generative_parts, part, stored_part
+from nlme_sbi.simulation.stored import StoredSimulations
+from nlme_sbi.stages.shared.components import generative_parts, part, stored_part
 from nlme_sbi.stages.simulate import GENERATIVE
-from nlme_sbi.stored_simulations import StoredSimulations
-from nlme_sbi.training import TrainingResult, TrainingSettings, generalisation_gap, train
-from nlme_sbi.training_pairs import OnlinePairs, PairSource, StoredPairs, weights_seed
+from nlme_sbi.training.loop import TrainingResult, TrainingSettings, generalisation_gap, train
+from nlme_sbi.training.pairs import OnlinePairs, PairSource, StoredPairs, weights_seed
 from nlme_sbi.types import Design, Prior, Simulator
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nlme_sbi.chains import bulk_ess, split_rhat, tail_ess
+from nlme_sbi.numerics.mcmc_diagnostics import bulk_ess, split_rhat, tail_ess
 
 
 def autoregressive(correlation: float, *, chains: int, draws: int, seed: int) -> np.ndarray:

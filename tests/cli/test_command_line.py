@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 
 from nlme_sbi import cli
 from nlme_sbi.runs import find_run, load_design, load_run
-from nlme_sbi.stages.parts import generative_parts
+from nlme_sbi.simulation.stored import StoredSimulations
+from nlme_sbi.stages.shared.components import generative_parts
 from nlme_sbi.stages.simulate import simulate
-from nlme_sbi.stored_simulations import StoredSimulations
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -216,7 +216,7 @@ class Decay:
 CONFIGS = {
     "simulator": "_target_: mymodel.Decay\n",
     "prior": """
-_target_: nlme_sbi.priors.GaussianPrior
+_target_: nlme_sbi.individual_model.priors.GaussianPrior
 parameters:
   rate: {mean: 0.0, sd: 1.0}
   sigma: {mean: -2.0, sd: 0.5}

@@ -7,7 +7,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from nlme_sbi.cli import CONFIG_DIRECTORY, compose_config, sentence_for
-from nlme_sbi.config_errors import config_sentence
+from nlme_sbi.config.hydra_errors import config_sentence
 
 STAGES = ("simulate", "train_flow", "fit_population")
 
@@ -97,7 +97,7 @@ def test_the_default_experiment_and_a_name_of_ones_own() -> None:
 def test_every_choice_has_a_target_that_exists_and_takes_its_keys() -> None:
     import inspect
 
-    from nlme_sbi.instantiate import locate
+    from nlme_sbi.config.instantiate import locate
 
     groups = ("simulator", "prior", "design", "data", "summary", "flow", "training", "population", "estimator")
     for path in [path for group in groups for path in sorted((CONFIG_DIRECTORY / group).glob("*.yaml"))]:

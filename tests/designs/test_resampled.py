@@ -11,8 +11,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.designs import DesignsOfData, FixedGrid, RandomTimes, ResampledDesigns
-from nlme_sbi.instantiate import instantiate
 from nlme_sbi.types import Covariates, Design, DesignSource, Events, Groups, Observations
 
 ROOT = Path(__file__).parents[2]

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from nlme_sbi.devices import keep_freed_memory
+from nlme_sbi.compute.devices import keep_freed_memory
 
 PROGRAM = """
 import os, sys, torch
 from pathlib import Path
-from nlme_sbi.devices import keep_freed_memory
+from nlme_sbi.compute.devices import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 def resident():

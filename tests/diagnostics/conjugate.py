@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nlme_sbi.mechanistic import MechanisticSimulator
-from nlme_sbi.noise import Additive
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
+from nlme_sbi.individual_model.noise import Additive
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.priors import GaussianPrior
 from nlme_sbi.types import Design, Observations, PosteriorSamples
 
 PRIOR_SD, NOISE_SD, TIMES = 1.0, 0.3, 3

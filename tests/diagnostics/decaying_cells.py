@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nlme_sbi.mechanistic import MechanisticSimulator, times_for
-from nlme_sbi.noise import Additive
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
+from nlme_sbi.individual_model.noise import Additive
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.priors import GaussianPrior
 from nlme_sbi.types import Design, Observations
 
 MEAN, SD = torch.tensor([1.5, -0.5, -2.0]), torch.tensor([0.3, 0.3, 0.0])

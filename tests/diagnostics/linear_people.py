@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nlme_sbi.mechanistic import MechanisticSimulator, times_for
-from nlme_sbi.noise import Additive
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
+from nlme_sbi.individual_model.noise import Additive
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design, Observations
 

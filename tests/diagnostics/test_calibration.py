@@ -11,13 +11,18 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from nlme_sbi.diagnostics.calibration import DENSITY, DISTANCE, POOLED, Calibration, calibration
-from nlme_sbi.diagnostics.calibration_findings import calibration_findings, recovery_finding
 from nlme_sbi.diagnostics.findings import Finding
-from nlme_sbi.diagnostics.local import Neighbourhood, ObservedDesigns
-from nlme_sbi.diagnostics.pairs import PosteriorPairs, good_simulations, observations_of, posterior_pairs
-from nlme_sbi.diagnostics.recovery import recovery
-from nlme_sbi.diagnostics.verdicts import overall, verdicts
+from nlme_sbi.diagnostics.network.calibration import DENSITY, DISTANCE, POOLED, Calibration, calibration
+from nlme_sbi.diagnostics.network.calibration_findings import calibration_findings, recovery_finding
+from nlme_sbi.diagnostics.network.local_calibration import Neighbourhood, ObservedDesigns
+from nlme_sbi.diagnostics.network.recovery import recovery
+from nlme_sbi.diagnostics.network.simulated_posteriors import (
+    PosteriorPairs,
+    good_simulations,
+    observations_of,
+    posterior_pairs,
+)
+from nlme_sbi.diagnostics.network.width_and_bias import overall, verdicts
 from nlme_sbi.types import Observations
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -229,7 +234,7 @@ def test_the_neighbourhood_is_the_mixture_that_it_says(generator: torch.Generato
 
 
 def test_a_neighbourhood_stays_in_the_support_of_the_prior(generator: torch.Generator) -> None:
-    from nlme_sbi.priors import UniformPrior
+    from nlme_sbi.individual_model.priors import UniformPrior
 
     prior = UniformPrior({name: {"lower": -1.0, "upper": 1.0} for name in ("first", "second")})
     draws = 0.9 + 0.1 * torch.randn((5, 100, 2), generator=generator)

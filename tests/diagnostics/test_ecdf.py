@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from nlme_sbi.diagnostics.ecdf import evaluation_levels, share_below, uniform_band, uniformity_p_value
-from nlme_sbi.diagnostics.p_values import holm
+from nlme_sbi.diagnostics.network.ecdf_bands import evaluation_levels, share_below, uniform_band, uniformity_p_value
+from nlme_sbi.numerics.multiple_testing import holm
 
 
 def within(share: float, probability: float, repetitions: int) -> bool:

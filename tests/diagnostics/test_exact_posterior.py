@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from nlme_sbi.diagnostics.agreement import Agreement, agreement
-from nlme_sbi.diagnostics.agreement_findings import agreement_finding, chains_finding
-from nlme_sbi.diagnostics.c2st import c2st
-from nlme_sbi.diagnostics.long_chains import ChainSettings, LongChains, long_chains
-from nlme_sbi.diagnostics.pairs import good_simulations, observations_of
+from nlme_sbi.diagnostics.network.agreement_findings import agreement_finding, chains_finding
+from nlme_sbi.diagnostics.network.agreement_with_exact import Agreement, agreement
+from nlme_sbi.diagnostics.network.c2st import c2st
+from nlme_sbi.diagnostics.network.reference_mcmc import ChainSettings, LongChains, long_chains
+from nlme_sbi.diagnostics.network.simulated_posteriors import good_simulations, observations_of
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.priors import GaussianPrior
 from nlme_sbi.types import Observations, PosteriorSamples
 
 sys.path.insert(0, str(Path(__file__).parent))

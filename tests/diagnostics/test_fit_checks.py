@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from nlme_sbi.diagnostics.fit_checks import (
+from nlme_sbi.diagnostics.fit.reliability import (
     chance_of_influence,
     influence_finding,
     monte_carlo_finding,

@@ -10,7 +10,7 @@ import torch
 from linear_people import MEAN, NOISE, Lines, data_set, posterior_draws
 from scipy.stats import binom
 
-from nlme_sbi.diagnostics.goodness import GoodnessOfFit, goodness_finding, goodness_of_fit
+from nlme_sbi.diagnostics.fit.iwres import GoodnessOfFit, goodness_finding, goodness_of_fit
 from nlme_sbi.types import Censoring, Observations
 
 TIMES = torch.linspace(0, 3, 8)

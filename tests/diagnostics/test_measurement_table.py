@@ -12,10 +12,10 @@ import torch
 from linear_people import MEAN, NOISE, SD, Lines, data_set, people, without
 from scipy.stats import kstest, norm
 
+from nlme_sbi.diagnostics.fit.npde import prediction_errors, prediction_errors_finding
 from nlme_sbi.diagnostics.measurement_table import COLUMNS, individual_predictions, measurement_table, scattered
-from nlme_sbi.diagnostics.prediction_errors import prediction_errors, prediction_errors_finding
-from nlme_sbi.mechanistic import MechanisticSimulator
-from nlme_sbi.noise import Exponential, Proportional
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
+from nlme_sbi.individual_model.noise import Exponential, Proportional
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Censoring, Observations
 

@@ -22,12 +22,12 @@ from decaying_cells import (
 from scipy.optimize import least_squares
 from scipy.stats import binom, kstwo
 
-from nlme_sbi.diagnostics.best_fits import BestFits, best_fits, copies_with_the_same_fit, orthogonal
-from nlme_sbi.diagnostics.misspecification import Misspecification, misspecification
-from nlme_sbi.diagnostics.misspecification_findings import support_finding
-from nlme_sbi.diagnostics.misspecification_residuals import residual_tests
-from nlme_sbi.diagnostics.misspecification_summaries import replicate_test, support_scores
-from nlme_sbi.diagnostics.replicates import replicated
+from nlme_sbi.diagnostics.data.findings import support_finding
+from nlme_sbi.diagnostics.data.map_fits import BestFits, best_fits, copies_with_the_same_fit, orthogonal
+from nlme_sbi.diagnostics.data.misspecification import Misspecification, misspecification
+from nlme_sbi.diagnostics.data.residual_tests import residual_tests
+from nlme_sbi.diagnostics.data.summary_tests import replicate_test, support_scores
+from nlme_sbi.diagnostics.fit.replicates import replicated
 from nlme_sbi.types import Censoring, Observations
 
 CELLS = 20

@@ -9,7 +9,7 @@ import pytest
 import torch
 from linear_people import Lines, data_set, posterior_draws, without
 
-from nlme_sbi.diagnostics.posterior_predictive import posterior_predictive_check, posterior_predictive_finding
+from nlme_sbi.diagnostics.fit.posterior_predictive import posterior_predictive_check, posterior_predictive_finding
 from nlme_sbi.types import Observations
 
 TIMES = torch.linspace(0, 3, 8)

@@ -11,8 +11,8 @@ import torch
 from linear_people import MEAN, NOISE, SD, Lines, data_set, people, without
 from scipy.stats import binom, norm
 
-from nlme_sbi.diagnostics.goodness import anderson_darling_p
-from nlme_sbi.diagnostics.prediction_errors import anderson_darling, prediction_errors, prediction_errors_finding
+from nlme_sbi.diagnostics.fit.iwres import anderson_darling_p
+from nlme_sbi.diagnostics.fit.npde import anderson_darling, prediction_errors, prediction_errors_finding
 from nlme_sbi.types import Censoring
 
 TIMES = torch.tensor([0.0, 0.5, 1.0, 2.0])

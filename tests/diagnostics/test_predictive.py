@@ -10,10 +10,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from nlme_sbi.diagnostics import predictive
-from nlme_sbi.diagnostics.predictive import dense_design, predictive_bands
-from nlme_sbi.mechanistic import MechanisticSimulator, times_for
-from nlme_sbi.noise import Additive
+from nlme_sbi.diagnostics.fit import predictive_bands as predictive
+from nlme_sbi.diagnostics.fit.predictive_bands import dense_design, predictive_bands
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
+from nlme_sbi.individual_model.noise import Additive
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Covariates, Design, Events
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from scipy.stats import binom, norm
 
-from nlme_sbi.diagnostics.p_values import holm, twice_the_median
-from nlme_sbi.diagnostics.random_effects import (
+from nlme_sbi.diagnostics.fit.random_effects import (
     RandomEffects,
     covariate_finding,
     covariate_tests,
@@ -19,6 +18,7 @@ from nlme_sbi.diagnostics.random_effects import (
     random_effects,
     shrinkage_finding,
 )
+from nlme_sbi.numerics.multiple_testing import holm, twice_the_median
 from nlme_sbi.types import Covariates, Design
 
 NAMES = ("a", "b", "fixed")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.stats import kstest
 
-from nlme_sbi.diagnostics.ranks import ranked
+from nlme_sbi.diagnostics.network.ranks import ranked
 
 ROWS = 20_000
 

@@ -11,7 +11,7 @@ import torch
 from linear_people import MEAN, NOISE, SD, Lines, data_set, measured, people, without
 from scipy.stats import binom, norm
 
-from nlme_sbi.diagnostics.vpc import visual_predictive_check, vpc_finding
+from nlme_sbi.diagnostics.fit.vpc import visual_predictive_check, vpc_finding
 from nlme_sbi.types import Censoring, Design
 
 TIMES = torch.tensor([0.0, 0.5, 1.0, 2.0])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import nlme_sbi
-from nlme_sbi.population import exact
+from nlme_sbi.population.estimators import exact
 from nlme_sbi.stages.train_flow import train_flow
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))

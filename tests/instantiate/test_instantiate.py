@@ -15,8 +15,8 @@ from jaxtyping import Float
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from nlme_sbi.conversion import convert
-from nlme_sbi.instantiate import instantiate, locate
+from nlme_sbi.config.conversion import convert
+from nlme_sbi.config.instantiate import instantiate, locate
 from nlme_sbi.parameters import Parameter
 
 HERE = __name__
@@ -202,7 +202,7 @@ def test_our_own_classes_are_targets() -> None:
         "nlme_sbi.runs.provenance.subprocess.Popen",
         "nlme_sbi.runs.directory.os.system",
         "nlme_sbi.runs.files.os.remove",
-        "nlme_sbi.instantiate.importlib.import_module",
+        "nlme_sbi.config.instantiate.importlib.import_module",
         "nlme_sbi.types.torch.load",
         "nlme_sbifake.Model",
         "simulators_of_mine.Model",

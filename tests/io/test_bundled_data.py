@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 from scipy.integrate import solve_ivp
 
-from nlme_sbi.instantiate import instantiate
+from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.types import Observations
 
 ROOT = Path(__file__).parents[2]

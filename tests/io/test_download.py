@@ -18,7 +18,7 @@ import pytest
 
 import nlme_sbi.io.download as module
 from nlme_sbi.cli import compose_config
-from nlme_sbi.instantiate import instantiate
+from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.io.download import PUBLISHED, cache_directory, download
 from nlme_sbi.stages.download import download_data
 

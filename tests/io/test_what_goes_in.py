@@ -20,7 +20,7 @@ from reader_cases import Case, cases, verdict
 from readers import READERS, checked, composes, contents, fuzzed, judged, measured, outcome, typed_together
 
 from nlme_sbi.cli import compose_config
-from nlme_sbi.instantiate import instantiate
+from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.io import EventTable, LongTable, WideSheet, describe
 from nlme_sbi.types import Censoring
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nlme_sbi.closed_forms import log_bateman, log_expm1_ratio
+from nlme_sbi.individual_model.closed_forms import log_bateman, log_expm1_ratio
 
 mpmath.mp.dps = 50
 

@@ -11,10 +11,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from nlme_sbi.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel, times_for
-from nlme_sbi.noise import Additive, Combined2
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel, times_for
+from nlme_sbi.individual_model.noise import Additive, Combined2
+from nlme_sbi.individual_model.solvers import DormandPrince5
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.solvers import DormandPrince5
 from nlme_sbi.types import Design, Observations, Simulator, TractableSimulator
 
 

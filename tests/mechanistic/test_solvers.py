@@ -10,7 +10,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from nlme_sbi.solvers import DormandPrince5, RungeKutta4, Solver, TorchDiffEq, solve
+from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, Solver, TorchDiffEq, solve
 
 
 def _pendulum(time: Tensor, state: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from nlme_sbi.designs import FixedGrid
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.networks.ensembles import PosteriorEnsemble
 from nlme_sbi.networks.mixtures import GaussianMixtureFlow
 from nlme_sbi.networks.posterior import AmortizedPosterior, initial_network
 from nlme_sbi.networks.summaries import GridSummary
-from nlme_sbi.priors import GaussianPrior
-from nlme_sbi.simulation import simulate_batch
+from nlme_sbi.simulation.shards import simulate_batch
 from nlme_sbi.types import Observations, Posterior
 
 sys.path.insert(0, str(Path(__file__).parent))

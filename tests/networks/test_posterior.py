@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlme_sbi.designs import FixedGrid
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.networks.densities import working_bytes_per_row
 from nlme_sbi.networks.flows import AffineCouplingFlow
 from nlme_sbi.networks.posterior import AmortizedPosterior, build_network, load_weights
 from nlme_sbi.networks.summaries import DataShape, GridSummary
-from nlme_sbi.priors import GaussianPrior
-from nlme_sbi.training import TrainingSettings, train
-from nlme_sbi.training_pairs import OnlinePairs
+from nlme_sbi.training.loop import TrainingSettings, train
+from nlme_sbi.training.pairs import OnlinePairs
 from nlme_sbi.types import Observations
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nlme_sbi.priors import GaussianPrior, UniformPrior
-from nlme_sbi.standardize import ParameterScaling, SignalScaling, TimeScaling, compressed
+from nlme_sbi.individual_model.priors import GaussianPrior, UniformPrior
+from nlme_sbi.networks.scaling import ParameterScaling, SignalScaling, TimeScaling, compressed
 
 
 @pytest.mark.parametrize("bounded", [False, True])

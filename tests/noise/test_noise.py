@@ -12,7 +12,7 @@ import torch
 from scipy import integrate, stats
 from torch import Tensor
 
-from nlme_sbi.noise import (
+from nlme_sbi.individual_model.noise import (
     Additive,
     Combined1,
     Combined2,

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nlme_sbi.cli import compose_config
-from nlme_sbi.overrides import as_meant
+from nlme_sbi.config.overrides import as_meant
 
 TYPED = [
     "007",

@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 
-from nlme_sbi.diagnostics.predictive import PROBABILITIES, PredictiveBands
+from nlme_sbi.diagnostics.fit.predictive_bands import PROBABILITIES, PredictiveBands
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.plots.canvas import SERIES, data_text, panels, parameter_labels
 from nlme_sbi.plots.individual_fits import plot_individual_fits
@@ -22,7 +23,6 @@ from nlme_sbi.plots.influence import plot_influence
 from nlme_sbi.plots.loss import plot_history
 from nlme_sbi.plots.pairs import plot_pairs
 from nlme_sbi.plots.population import plot_population
-from nlme_sbi.priors import GaussianPrior
 from nlme_sbi.types import Censoring, Design, Observations
 
 

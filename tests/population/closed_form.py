@@ -9,9 +9,9 @@ import torch
 from conjugate_case import ConjugateCase
 from torch import Tensor
 
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.population import GaussianPopulation, PopulationFit, fit_population
-from nlme_sbi.population.roles import PopulationModel
-from nlme_sbi.priors import GaussianPrior
+from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.types import Design
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nlme_sbi.population import exact
+from nlme_sbi.population.estimators import exact
 
 
 @pytest.fixture(autouse=True, scope="session")

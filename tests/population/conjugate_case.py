@@ -10,9 +10,9 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.population.roles import PopulationModel
-from nlme_sbi.priors import GaussianPrior
+from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.types import Covariates, Design, Observations, PosteriorSamples
 
 NAMES = ("uptake", "decay", "sigma")

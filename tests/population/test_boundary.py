@@ -15,7 +15,7 @@ from test_exact import NO_SIGMA
 from torch.distributions import MultivariateNormal
 
 from nlme_sbi.population import Exact, GaussianPopulation, fit_population
-from nlme_sbi.population.boundary import variance_slopes, variance_tests
+from nlme_sbi.population.objective.variance_tests import variance_slopes, variance_tests
 
 DOUBLE = torch.float64
 CONSTANT = GaussianPopulation(constant=("decay",))

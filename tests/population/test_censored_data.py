@@ -9,10 +9,10 @@ import pytest
 import torch
 from scipy.stats import norm
 
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.io import EventTable
-from nlme_sbi.population.models import GaussianPopulation
-from nlme_sbi.population.ratio import PriorRatio
-from nlme_sbi.priors import GaussianPrior
+from nlme_sbi.population.estimators.prior_ratio import PriorRatio
+from nlme_sbi.population.models.specification import GaussianPopulation
 from nlme_sbi.types import PosteriorSamples
 from simulators.theophylline import Theophylline
 

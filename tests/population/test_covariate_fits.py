@@ -16,9 +16,9 @@ from theophylline_quadrature import people, quadrature
 from torch import Tensor
 from torch.distributions import Normal
 
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, fit_population
-from nlme_sbi.population.weighting import contributions, effective_draws
-from nlme_sbi.priors import GaussianPrior
+from nlme_sbi.population.objective.objective import contributions, effective_draws
 from nlme_sbi.types import Design, Observations, PosteriorSamples
 from simulators.theophylline import Theophylline
 

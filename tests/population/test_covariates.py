@@ -14,7 +14,7 @@ from scipy.stats import multivariate_normal
 
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import GaussianPopulation
-from nlme_sbi.population.gaussian import BoundGaussian
+from nlme_sbi.population.models.gaussian import BoundGaussian
 from nlme_sbi.types import Observations
 
 DOUBLE = torch.float64

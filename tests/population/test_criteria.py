@@ -13,8 +13,8 @@ from scipy.optimize import brentq
 from scipy.stats import binom, chi2
 
 from nlme_sbi.population import GaussianPopulation
-from nlme_sbi.population.comparison import ComparedFit, compared_fits, is_same_model, restrictions
-from nlme_sbi.population.criteria import likelihood_ratio_p
+from nlme_sbi.population.objective.information_criteria import likelihood_ratio_p
+from nlme_sbi.population.results.model_comparison import ComparedFit, compared_fits, is_same_model, restrictions
 
 
 def test_p_values_are_those_of_chi_square_and_of_its_mixtures() -> None:

@@ -15,14 +15,14 @@ from scipy.integrate import quad
 from scipy.stats import t as student
 from theophylline_quadrature import people, quadrature
 
-from nlme_sbi.mechanistic import MechanisticSimulator
-from nlme_sbi.noise import Additive
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
+from nlme_sbi.individual_model.noise import Additive
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import Exact, GaussianPopulation, fit_population
-from nlme_sbi.population.exact_draws import ExactDraws
-from nlme_sbi.population.proposals import Mixtures
-from nlme_sbi.population.weighting import contributions, effective_draws, hessian, scores, value_and_gradient
-from nlme_sbi.priors import GaussianPrior
+from nlme_sbi.population.estimators.exact_draws import ExactDraws
+from nlme_sbi.population.likelihood.laplace_components import Mixtures
+from nlme_sbi.population.objective.objective import contributions, effective_draws, hessian, scores, value_and_gradient
 from nlme_sbi.types import Observations, PosteriorSamples
 
 DOUBLE = torch.float64
@@ -276,7 +276,7 @@ def test_theophylline_against_quadrature_at_the_exact_estimate() -> None:
     from omegaconf import OmegaConf
 
     from nlme_sbi.cli import compose_config
-    from nlme_sbi.instantiate import instantiate
+    from nlme_sbi.config.instantiate import instantiate
 
     plain = OmegaConf.to_container(compose_config("fit_population", ["experiment=theophylline"]), resolve=True)
     plain["data"]["path"] = str(DATA.parents[1] / plain["data"]["path"])

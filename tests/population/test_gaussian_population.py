@@ -16,8 +16,8 @@ from torch.distributions import MultivariateNormal
 
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import GaussianPopulation, PriorRatio
-from nlme_sbi.population.correlation import cholesky_from_partial, partial_from_correlation
-from nlme_sbi.population.models import BoundGaussian
+from nlme_sbi.population.models.correlation import cholesky_from_partial, partial_from_correlation
+from nlme_sbi.population.models.specification import BoundGaussian
 from nlme_sbi.types import Design
 
 CONF = Path(__file__).parents[2] / "conf"

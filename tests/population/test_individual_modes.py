@@ -10,9 +10,9 @@ import torch
 from conjugate_case import ConjugateCase, Linear, observations
 from test_exact import Curved, linear_case
 
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, PriorRatio, fit_population
-from nlme_sbi.population.modes import individual_modes
-from nlme_sbi.priors import GaussianPrior
+from nlme_sbi.population.results.individual_map import individual_modes
 from nlme_sbi.types import Observations, PosteriorSamples
 
 DOUBLE = torch.float64

@@ -10,11 +10,11 @@ import pytest
 import torch
 from closed_form import closed_fit, even_case, one_level
 
-from nlme_sbi.diagnostics.fit_checks import influence_finding
+from nlme_sbi.diagnostics.fit.reliability import influence_finding
 from nlme_sbi.population import GaussianPopulation, PopulationFit
-from nlme_sbi.population.assessment import Assessment, assessed, sandwich_covariance
-from nlme_sbi.population.bootstrap import bootstrap
-from nlme_sbi.population.influence import Influence, influence
+from nlme_sbi.population.uncertainty.bootstrap import bootstrap
+from nlme_sbi.population.uncertainty.influence import Influence, influence
+from nlme_sbi.population.uncertainty.methods import Assessment, assessed, sandwich_covariance
 
 NOISE, SD, COUNT = 0.3, 1.0, 24
 

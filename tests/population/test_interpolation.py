@@ -9,17 +9,18 @@ import pytest
 import torch
 from scipy.stats import halfnorm, norm
 
-from nlme_sbi.mechanistic import MechanisticSimulator
-from nlme_sbi.noise import Additive
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
+from nlme_sbi.individual_model.noise import Additive
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.population import Exact, GaussianPopulation, exact_draws
-from nlme_sbi.population.exact_draws import ExactDraws
-from nlme_sbi.population.interpolation import interpolated
-from nlme_sbi.population.joint import interleaved
-from nlme_sbi.population.theta_prior import ThetaPriors
-from nlme_sbi.population.theta_sampling import EnsembleSampler, sample_theta, support_warnings
-from nlme_sbi.population.weighting import hessian, value_and_gradient
-from nlme_sbi.priors import GaussianPrior
+from nlme_sbi.population import Exact, GaussianPopulation
+from nlme_sbi.population.estimators import exact_draws
+from nlme_sbi.population.estimators.exact_draws import ExactDraws
+from nlme_sbi.population.likelihood.log_joint import interleaved
+from nlme_sbi.population.objective.objective import hessian, value_and_gradient
+from nlme_sbi.population.theta_posterior.interpolation import interpolated
+from nlme_sbi.population.theta_posterior.prior import ThetaPriors
+from nlme_sbi.population.theta_posterior.sampler import EnsembleSampler, sample_theta, support_warnings
 from nlme_sbi.types import Design, Observations, PosteriorSamples
 
 DOUBLE = torch.float64

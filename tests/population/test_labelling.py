@@ -9,12 +9,12 @@ import torch
 from conjugate_case import observations
 from test_covariates import SEX, WEIGHT, random_theta, with_covariates
 
-from nlme_sbi.mechanistic import MechanisticSimulator
-from nlme_sbi.noise import Additive
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
+from nlme_sbi.individual_model.noise import Additive
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, PriorRatio, fit_population
-from nlme_sbi.population.labelling import exchange_between, in_order, labelling_notes
-from nlme_sbi.priors import GaussianPrior
+from nlme_sbi.population.fitting.label_switching import exchange_between, in_order, labelling_notes
 from nlme_sbi.types import PosteriorSamples
 
 DOUBLE = torch.float64

@@ -29,11 +29,12 @@ from test_exact import (
 )
 
 from nlme_sbi.cli import compose_config
-from nlme_sbi.instantiate import instantiate
-from nlme_sbi.population import GaussianPopulation, Laplace, fit_population, laplace_pieces
-from nlme_sbi.population.laplace_draws import LaplaceDraws
-from nlme_sbi.population.weighting import contributions, hessian, scores, value_and_gradient
-from nlme_sbi.priors import GaussianPrior
+from nlme_sbi.config.instantiate import instantiate
+from nlme_sbi.individual_model.priors import GaussianPrior
+from nlme_sbi.population import GaussianPopulation, Laplace, fit_population
+from nlme_sbi.population.estimators import laplace_terms as laplace_pieces
+from nlme_sbi.population.estimators.laplace_draws import LaplaceDraws
+from nlme_sbi.population.objective.objective import contributions, hessian, scores, value_and_gradient
 from nlme_sbi.types import Observations, PosteriorSamples
 
 

@@ -10,19 +10,19 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from nlme_sbi.mechanistic import MechanisticSimulator, times_for
-from nlme_sbi.noise import Additive
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
+from nlme_sbi.individual_model.noise import Additive
+from nlme_sbi.individual_model.priors import GaussianPrior
+from nlme_sbi.numerics.factorizations import cholesky_or_diagonal, eigh_or_diagonal
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import Exact, GaussianPopulation, Laplace, PopulationFit, PriorRatio, Saem, fit_population
-from nlme_sbi.population.auto import Auto
-from nlme_sbi.population.factorizations import cholesky_or_diagonal, eigh_or_diagonal
-from nlme_sbi.population.individuals import individual_estimates
-from nlme_sbi.population.likelihood_search import Task
-from nlme_sbi.population.likelihood_weighted_prior import LikelihoodWeightedPrior, tempered
-from nlme_sbi.population.roles import discard
-from nlme_sbi.population.trust_region import NoLikelihoodError, Point, gained
-from nlme_sbi.population.verification import Verification, verified
-from nlme_sbi.priors import GaussianPrior
+from nlme_sbi.population.estimators.auto import Auto
+from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior, tempered
+from nlme_sbi.population.fitting.likelihood_search import Task
+from nlme_sbi.population.models.interface import discard
+from nlme_sbi.population.objective.individuals import individual_estimates
+from nlme_sbi.population.objective.trust_region import NoLikelihoodError, Point, gained
+from nlme_sbi.population.objective.verification import Verification, verified
 from nlme_sbi.types import Design, Observations, Prior
 
 DOUBLE = torch.float64

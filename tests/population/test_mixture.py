@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from nlme_sbi.population.mixture import GaussianMixtures, fit_mixtures
+from nlme_sbi.numerics.gaussian_mixtures import GaussianMixtures, fit_mixtures
 
 DOUBLE = torch.float64
 

@@ -11,8 +11,8 @@ from scipy.stats import norm
 from torch import Tensor
 
 from nlme_sbi.population import GaussianPopulation
-from nlme_sbi.population.over_theta import individuals_over_theta, new_individuals
-from nlme_sbi.population.theta_draws import normal_theta
+from nlme_sbi.population.theta_posterior.draws import normal_theta
+from nlme_sbi.population.theta_posterior.individuals import individuals_over_theta, new_individuals
 from nlme_sbi.types import Design
 
 DOUBLE = torch.float64

@@ -13,10 +13,10 @@ from conjugate_case import ConjugateCase, observations, parameter_space
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
+from nlme_sbi.individual_model.priors import GaussianPrior, UniformPrior
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population import FitProgress, GaussianPopulation, PriorRatio, fit_population, individual_draws
-from nlme_sbi.population.roles import ParameterTable
-from nlme_sbi.priors import GaussianPrior, UniformPrior
+from nlme_sbi.population.models.interface import ParameterTable
 from nlme_sbi.types import Design, Observations, PosteriorSamples
 
 DOUBLE = torch.float64

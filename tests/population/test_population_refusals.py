@@ -9,7 +9,7 @@ import torch
 from conjugate_case import ConjugateCase, observations, parameter_space, with_covariates
 from test_covariates import RACE, SEX, SPACE, WEIGHT
 
-from nlme_sbi.instantiate import instantiate
+from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.population import GaussianPopulation, fit_population
 from nlme_sbi.types import Observations
 
@@ -180,7 +180,8 @@ def test_malformed_effects_are_refused_before_any_data_are_there(case: str) -> N
     covariates, words = MALFORMED[case]
     with pytest.raises(ValueError, match=words):
         instantiate(
-            {"_target_": "nlme_sbi.population.models.GaussianPopulation", "covariates": covariates}, where="population"
+            {"_target_": "nlme_sbi.population.models.specification.GaussianPopulation", "covariates": covariates},
+            where="population",
         )
 
 
@@ -217,9 +218,9 @@ COVARIANCES = {
 def test_impossible_covariances_and_orderings_are_refused(case: str) -> None:
     settings, words = COVARIANCES[case]
     with pytest.raises(ValueError, match=words):
-        instantiate({"_target_": "nlme_sbi.population.models.GaussianPopulation", **settings}, where="population").bind(
-            SPACE
-        )
+        instantiate(
+            {"_target_": "nlme_sbi.population.models.specification.GaussianPopulation", **settings}, where="population"
+        ).bind(SPACE)
 
 
 def test_a_singular_covariance_of_moments_is_refused_with_the_remedy() -> None:

@@ -11,9 +11,9 @@ import torch
 
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import GaussianPopulation
-from nlme_sbi.population.intervals import interval_lines, made_interval
-from nlme_sbi.population.summary import summarise
-from nlme_sbi.population.table import population_table
+from nlme_sbi.population.results.derived_quantities import summarise
+from nlme_sbi.population.results.intervals import interval_lines, made_interval
+from nlme_sbi.population.results.table import population_table
 
 DOUBLE = torch.float64
 SPACE = ParameterSpace(

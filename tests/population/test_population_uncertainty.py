@@ -9,7 +9,7 @@ import torch
 from conjugate_case import ConjugateCase
 
 from nlme_sbi.population import GaussianPopulation, PopulationFit, fit_population
-from nlme_sbi.population.uncertainty import covariance_from
+from nlme_sbi.population.objective.standard_errors import covariance_from
 
 DOUBLE = torch.float64
 REPEATS = 30

@@ -11,10 +11,11 @@ from conjugate_case import ConjugateCase, observations, parameter_space
 from scipy.stats import chi2
 from torch.distributions import MultivariateNormal, Normal
 
+from nlme_sbi.individual_model.priors import GaussianPrior, UniformPrior
 from nlme_sbi.population import GaussianPopulation, PriorRatio
-from nlme_sbi.population.checks import trained_level
-from nlme_sbi.population.ratio import RatioDraws
-from nlme_sbi.population.weighting import (
+from nlme_sbi.population.estimators.prior_ratio import RatioDraws
+from nlme_sbi.population.objective.draw_checks import trained_level
+from nlme_sbi.population.objective.objective import (
     contributions,
     effective_draws,
     hessian,
@@ -22,7 +23,6 @@ from nlme_sbi.population.weighting import (
     scores,
     value_and_gradient,
 )
-from nlme_sbi.priors import GaussianPrior, UniformPrior
 from nlme_sbi.types import PosteriorSamples, Prior
 
 DOUBLE = torch.float64

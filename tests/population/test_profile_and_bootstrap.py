@@ -14,12 +14,19 @@ from scipy.optimize import brentq, minimize
 from scipy.stats import chi2, norm
 from test_exact import NO_SIGMA, Curved, linear_case
 
-from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, exact_draws, fit_population
-from nlme_sbi.population.assessment import Assessment, assessed, bootstrap_rows, sandwich_covariance, wald_intervals
-from nlme_sbi.population.bootstrap import bootstrap
-from nlme_sbi.population.profile import profile_interval, profile_intervals
-from nlme_sbi.population.weighting import contributions, effective_draws
-from nlme_sbi.priors import GaussianPrior
+from nlme_sbi.individual_model.priors import GaussianPrior
+from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, fit_population
+from nlme_sbi.population.estimators import exact_draws
+from nlme_sbi.population.objective.objective import contributions, effective_draws
+from nlme_sbi.population.uncertainty.bootstrap import bootstrap
+from nlme_sbi.population.uncertainty.methods import (
+    Assessment,
+    assessed,
+    bootstrap_rows,
+    sandwich_covariance,
+    wald_intervals,
+)
+from nlme_sbi.population.uncertainty.profile import profile_interval, profile_intervals
 from nlme_sbi.types import PosteriorSamples
 
 DOUBLE = torch.float64

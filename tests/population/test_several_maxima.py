@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from nlme_sbi.mechanistic import MechanisticSimulator, times_for
-from nlme_sbi.noise import Additive
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
+from nlme_sbi.individual_model.noise import Additive
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import Exact, GaussianPopulation, Laplace, PopulationFit, fit_population
-from nlme_sbi.population.beginnings import likelihood_of
-from nlme_sbi.population.joint import JointDensity
-from nlme_sbi.population.likelihood_weighted_prior import LikelihoodWeightedPrior
-from nlme_sbi.population.mode_scan import unseen_modes
-from nlme_sbi.population.proposals import modes
-from nlme_sbi.population.result import Restart
-from nlme_sbi.population.rivals import highest
-from nlme_sbi.priors import GaussianPrior
+from nlme_sbi.population.estimators.initialization import likelihood_of
+from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior
+from nlme_sbi.population.fitting.rivals import highest
+from nlme_sbi.population.likelihood.laplace_components import modes
+from nlme_sbi.population.likelihood.log_joint import JointDensity
+from nlme_sbi.population.likelihood.mode_scan import unseen_modes
+from nlme_sbi.population.results.fit_result import Restart
 from nlme_sbi.types import Design, Observations
 
 DOUBLE = torch.float64

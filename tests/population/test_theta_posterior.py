@@ -12,13 +12,13 @@ from conjugate_case import ConjugateCase, parameter_space
 from scipy.integrate import quad
 from scipy.stats import halfnorm, norm
 
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.population import GaussianPopulation, PriorRatio
-from nlme_sbi.population.correlation import cholesky_from_partial
-from nlme_sbi.population.theta_draws import ThetaDraws, convergence_warnings, normal_theta
-from nlme_sbi.population.theta_prior import ThetaPriors
-from nlme_sbi.population.theta_sampling import EnsembleSampler, sample_theta, support_warnings
-from nlme_sbi.population.weighting import effective_draws
-from nlme_sbi.priors import GaussianPrior
+from nlme_sbi.population.models.correlation import cholesky_from_partial
+from nlme_sbi.population.objective.objective import effective_draws
+from nlme_sbi.population.theta_posterior.draws import ThetaDraws, convergence_warnings, normal_theta
+from nlme_sbi.population.theta_posterior.prior import ThetaPriors
+from nlme_sbi.population.theta_posterior.sampler import EnsembleSampler, sample_theta, support_warnings
 
 DOUBLE = torch.float64
 SHORT = EnsembleSampler(ensembles=2, walkers=8, warmup=20, steps=150, ess=400)

@@ -21,7 +21,7 @@ from nlme_sbi.population import (
     fit_population,
     profile_interval,
 )
-from nlme_sbi.population.weighting import contributions
+from nlme_sbi.population.objective.objective import contributions
 
 OMEGA = torch.diag(torch.tensor([0.36, 0.25, 0.16], dtype=torch.float64))
 COPIES: dict[str, Callable[[PopulationFit], PopulationFit]] = {

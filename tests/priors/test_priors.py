@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from nlme_sbi.priors import GaussianPrior, MixturePrior, UniformPrior
+from nlme_sbi.individual_model.priors import GaussianPrior, MixturePrior, UniformPrior
 from nlme_sbi.types import Prior
 
 PARAMETERS = {"ka": {"mean": 0.5, "sd": 1.5}, "CL": {"mean": -1, "variance": 4}, "V": {"mean": 3, "sd": 0.1}}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.population.models import GaussianPopulation
+from nlme_sbi.population.models.specification import GaussianPopulation
 from nlme_sbi.report import arviz as export
 from nlme_sbi.report.arviz import to_inference_data
 from nlme_sbi.types import Design, Observations

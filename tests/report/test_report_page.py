@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from nlme_sbi.diagnostics.findings import Finding, Light
 from nlme_sbi.plots.canvas import BLACK, BLUE, canvas
-from nlme_sbi.report.content import Answer, Cell, Picture, Report, Section, Table, Words, attempted_section, number
-from nlme_sbi.report.drawing import inline_svg, saved_figure
-from nlme_sbi.report.page import embedded_json, page
+from nlme_sbi.report.page.content import Answer, Cell, Picture, Report, Section, Table, Words, attempted_section, number
+from nlme_sbi.report.page.drawing import inline_svg, saved_figure
+from nlme_sbi.report.page.html import embedded_json, page
 from nlme_sbi.report.verdict import first_sentence, verdict
 
 HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)>\u2028&'

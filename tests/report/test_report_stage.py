@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 
 from nlme_sbi.cli import compose_config
 from nlme_sbi.report import composition
-from nlme_sbi.report.commands import Command, _quoted, command_of
-from nlme_sbi.report.content import Section
+from nlme_sbi.report.inputs.commands import Command, _quoted, command_of
+from nlme_sbi.report.page.content import Section
 from nlme_sbi.runs import FinishedRun, load_run, save_json, sha256_of_file
 from nlme_sbi.runs.directory import sealed
 from nlme_sbi.stages.report import report
@@ -48,9 +48,9 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("model_section", "population_section"):
         made = composition.Checked(Section(name.split("_")[0], name))
         monkeypatch.setattr(composition, name, lambda *_, made=made, **__: made)
-    monkeypatch.setattr("nlme_sbi.report.provenance.command_of", lambda *_: Command("python scripts/..."))
+    monkeypatch.setattr("nlme_sbi.report.sections.provenance.command_of", lambda *_: Command("python scripts/..."))
     monkeypatch.setattr(
-        "nlme_sbi.report.files.drawn_figure", lambda *_, **__: {"svg": b'<svg viewBox="0 0 1 1"></svg>'}
+        "nlme_sbi.report.page.files.drawn_figure", lambda *_, **__: {"svg": b'<svg viewBox="0 0 1 1"></svg>'}
     )
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from nlme_sbi.runs import find_run, load_run, open_run, provenance, save_array, sha256_of_file, sha256_of_plain
 
-CONFIG = {"seed": 3, "prior": {"_target_": "nlme_sbi.priors.GaussianPrior", "mean": [0.0, 1e-5]}}
+CONFIG = {"seed": 3, "prior": {"_target_": "nlme_sbi.individual_model.priors.GaussianPrior", "mean": [0.0, 1e-5]}}
 
 
 def begin(root: Path, **changes):

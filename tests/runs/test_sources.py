@@ -17,7 +17,11 @@ from nlme_sbi.runs import ChangedSources, load_run, open_run, provenance, requir
 from nlme_sbi.runs.remedies import CommandLine, command_line
 from nlme_sbi.runs.sources import Sources, edited_modules, hashes_of, sources_of
 
-CONFIG = {"seed": 1, "simulator": {"_target_": "own_pk.model.Model"}, "prior": {"_target_": "nlme_sbi.priors.Prior"}}
+CONFIG = {
+    "seed": 1,
+    "simulator": {"_target_": "own_pk.model.Model"},
+    "prior": {"_target_": "nlme_sbi.individual_model.priors.Prior"},
+}
 FILES = {
     "own_pk/__init__.py": "",
     "own_pk/model.py": "from own_curves import rise\nfrom .shapes import Shape\n\n\nclass Model(Shape): ...\n",

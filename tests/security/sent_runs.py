@@ -11,15 +11,15 @@ import pytest
 
 import nlme_sbi.stages.fit_population as fitting
 from nlme_sbi.networks.posterior import AmortizedPosterior
-from nlme_sbi.report.provenance import origins
-from nlme_sbi.report.reported import read_tables
+from nlme_sbi.report.inputs.reported_fit import read_tables
+from nlme_sbi.report.sections.provenance import origins
 from nlme_sbi.runs import load_run
+from nlme_sbi.simulation.stored import StoredSimulations
 from nlme_sbi.stages.compare_fits import _read
 from nlme_sbi.stages.fit_population import fit_population
+from nlme_sbi.stages.shared.stored_fit import load_fit
 from nlme_sbi.stages.simulate import simulate
-from nlme_sbi.stages.stored_fit import load_fit
 from nlme_sbi.stages.train_flow import train_flow
-from nlme_sbi.stored_simulations import StoredSimulations
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 from tiny_runs import tiny

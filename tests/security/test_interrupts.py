@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nlme_sbi import interrupts
+from nlme_sbi.compute import interrupts
 
 ROOT = Path(__file__).resolve().parents[2]
 # A script of ours whose stage says when it has begun, swallows the first exception as some libraries do, and waits.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nlme_sbi.report.provenance import origins
+from nlme_sbi.report.sections.provenance import origins
 from nlme_sbi.runs import load_array, load_run, save_array
 from nlme_sbi.runs.directory import sealed
 
@@ -205,7 +205,7 @@ def test_a_shard_that_no_manifest_covers_is_not_read(root: Path) -> None:
     path = run_of(root, "simulate")
     shards = sorted((path / "shards").iterdir())
     shutil.copytree(shards[0], path / "shards" / "000099")
-    from nlme_sbi.stored_simulations import StoredSimulations
+    from nlme_sbi.simulation.stored import StoredSimulations
 
     assert len(StoredSimulations.open(load_run(path))) == 200
     (shards[0] / "more.npy").write_bytes(b"x")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nlme_sbi.instantiate import instantiate, locate
-from nlme_sbi.targets import READER, ROLES, STORED_ROLES
+from nlme_sbi.config.instantiate import instantiate, locate
+from nlme_sbi.config.targets import READER, ROLES, STORED_ROLES
 from nlme_sbi.types import Prior, Simulator
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -86,12 +86,12 @@ def test_every_class_that_can_be_a_target_is_a_part_of_a_run() -> None:
         ("nlme_sbi.io.event_table.EventTable", "is no part that a section may build"),
         ("nlme_sbi.io.describe", "is a function or a method"),
         ("nlme_sbi.types.Prior", "cannot be built"),
-        ("nlme_sbi.mechanistic.OdeModel", "cannot be built"),
+        ("nlme_sbi.individual_model.mechanistic.OdeModel", "cannot be built"),
         ("nlme_sbi.runs.stored_designs.StoredDesign", "is no part that a section may build"),
         ("nlme_sbi.logging.FileHandler", "comes from|there is no module|has no"),
         ("nlme_sbi.runs.directory.logging.FileHandler", "comes from logging"),
-        ("nlme_sbi.priors.GaussianPrior.sample", "something inside GaussianPrior"),
-        ("nlme_sbi.priors.GaussianPrior.__init__", "is private"),
+        ("nlme_sbi.individual_model.priors.GaussianPrior.sample", "something inside GaussianPrior"),
+        ("nlme_sbi.individual_model.priors.GaussianPrior.__init__", "is private"),
     ],
 )
 def test_what_a_stored_section_cannot_name(target: str, words: str) -> None:
@@ -107,7 +107,12 @@ def test_trust_is_of_the_user_and_never_of_a_section(tmp_path: Path, monkeypatch
     inner = {"_target_": "sent_model.M"}
     for hidden in (
         {"_target_": "simulators.theophylline.Theophylline", "trust": ["sent_model"], "noise": inner},
-        {"_target_": "nlme_sbi.priors.MixturePrior", "components": [inner], "weights": [1.0], "trust": ["sent_model"]},
+        {
+            "_target_": "nlme_sbi.individual_model.priors.MixturePrior",
+            "components": [inner],
+            "weights": [1.0],
+            "trust": ["sent_model"],
+        },
         [inner],
         {"trust": ["sent_model"], "part": inner},
     ):
@@ -124,11 +129,13 @@ def test_our_own_package_cannot_be_trusted_into_more() -> None:
 
 
 def test_nothing_is_built_before_every_target_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    import nlme_sbi.priors
+    import nlme_sbi.individual_model.priors
 
     made = []
-    monkeypatch.setattr(nlme_sbi.priors.GaussianPrior, "__post_init__", lambda self: made.append(self), raising=False)
-    good = {"_target_": "nlme_sbi.priors.GaussianPrior", "parameters": {"a": {"mean": 0.0, "sd": 1.0}}}
+    monkeypatch.setattr(
+        nlme_sbi.individual_model.priors.GaussianPrior, "__post_init__", lambda self: made.append(self), raising=False
+    )
+    good = {"_target_": "nlme_sbi.individual_model.priors.GaussianPrior", "parameters": {"a": {"mean": 0.0, "sd": 1.0}}}
     with pytest.raises(ValueError, match="comes from os"):
         instantiate([good, {"_target_": "os.system"}])
     assert made == []
@@ -148,9 +155,9 @@ def test_a_role_is_checked_on_the_class_before_it_is_called() -> None:
 
 
 def test_a_section_that_nests_without_end_is_a_sentence() -> None:
-    node: object = {"_target_": "nlme_sbi.priors.GaussianPrior"}
+    node: object = {"_target_": "nlme_sbi.individual_model.priors.GaussianPrior"}
     for _ in range(5000):
-        node = {"_target_": "nlme_sbi.priors.MixturePrior", "components": [node]}
+        node = {"_target_": "nlme_sbi.individual_model.priors.MixturePrior", "components": [node]}
     with pytest.raises(ValueError, match="nests more than 50 sections"):
         instantiate(node)
 

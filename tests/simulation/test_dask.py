@@ -8,10 +8,10 @@ from pathlib import Path
 import joblib
 import pytest
 
-import nlme_sbi.simulation as simulation
+import nlme_sbi.simulation.shards as simulation
 from nlme_sbi.designs import FixedGrid
-from nlme_sbi.priors import GaussianPrior
-from nlme_sbi.simulation import ShardCounts, SimulationSettings, write_shards
+from nlme_sbi.individual_model.priors import GaussianPrior
+from nlme_sbi.simulation.shards import ShardCounts, SimulationSettings, write_shards
 from simulators.mrna_two_rate import MrnaTwoRate
 
 distributed = pytest.importorskip("distributed", reason="Dask is not installed (extra dask)")

@@ -7,13 +7,13 @@ import logging
 
 import pytest
 
-from nlme_sbi.progress import Progress
+from nlme_sbi.compute.progress import Progress
 
 
 def test_without_a_terminal_a_line_now_and_then(monkeypatch, caplog) -> None:
     monkeypatch.setattr("sys.stderr", io.StringIO())
     now = [0.0]
-    monkeypatch.setattr("nlme_sbi.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("nlme_sbi.compute.progress.time.monotonic", lambda: now[0])
     with caplog.at_level(logging.INFO), Progress(1000, "simulation", "simulate", done=100) as progress:
         for _ in range(5):
             now[0] += 10.0

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from nlme_sbi.designs import FixedGrid, RandomTimes
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.priors import GaussianPrior
 from nlme_sbi.runs import sha256_of_file
 from nlme_sbi.runs.directory import result_files
-from nlme_sbi.simulation import (
+from nlme_sbi.simulation.shards import (
     NOT_FINITE,
     SimulationSettings,
     check_compatible,
@@ -28,7 +28,7 @@ from nlme_sbi.simulation import (
     simulate_batch,
     write_shards,
 )
-from nlme_sbi.stored_simulations import StoredSimulations
+from nlme_sbi.simulation.stored import StoredSimulations
 from nlme_sbi.types import Design, SimulatorOutput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -232,9 +232,9 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch) -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-import nlme_sbi.simulation as simulation
+import nlme_sbi.simulation.shards as simulation
 from nlme_sbi.designs import FixedGrid
-from nlme_sbi.priors import GaussianPrior
+from nlme_sbi.individual_model.priors import GaussianPrior
 from simulators.mrna_two_rate import MrnaTwoRate
 
 whole = simulation.save_array

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from scipy import stats
 from torch import Tensor
 
-from nlme_sbi.priors import GaussianPrior
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.types import Design, Observations, TractableSimulator
 from simulators.mrna_two_rate import MrnaTwoRate
 

@@ -20,8 +20,8 @@ import torch
 from matplotlib.figure import Figure
 from tiny_runs import tiny
 
-from nlme_sbi.stages import fit_figures
 from nlme_sbi.stages.fit_population import fit_population
+from nlme_sbi.stages.shared import fit_figures
 from nlme_sbi.stages.simulate import simulate
 from nlme_sbi.stages.train_flow import train_flow
 

@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import nlme_sbi.stages.checks.exact as exact_stage
 import nlme_sbi.stages.diagnose as diagnose_stage
-import nlme_sbi.stages.exact_checks as exact_stage
 import nlme_sbi.stages.fit_population as fit_stage
 from nlme_sbi.cli import compose_config
 from nlme_sbi.diagnostics.findings import Finding
-from nlme_sbi.diagnostics.long_chains import ChainSettings
+from nlme_sbi.diagnostics.network.reference_mcmc import ChainSettings
 from nlme_sbi.runs import FinishedRun
 from nlme_sbi.stages.diagnose import diagnose
 from nlme_sbi.stages.fit_population import fit_population
@@ -114,7 +114,7 @@ def test_a_check_that_refuses_leaves_the_others_alone(
     def broken(*_: object, **__: object) -> None:
         raise ValueError("The network breaks down there.")
 
-    monkeypatch.setattr("nlme_sbi.stages.network_checks.calibration", broken)
+    monkeypatch.setattr("nlme_sbi.stages.checks.network.calibration", broken)
     monkeypatch.setattr(diagnose_stage, "diagnosis_figures", lambda *_: {})
     run = diagnosed(root, tmp_path, "diagnose.chains=0")
     found = findings_of(run)

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import torch
 
-import nlme_sbi.stages.fit_figures as figures
 import nlme_sbi.stages.fit_population as stage
-from nlme_sbi.mechanistic import NumpySimulator
+import nlme_sbi.stages.shared.fit_figures as figures
+from nlme_sbi.individual_model.mechanistic import NumpySimulator
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.runs import FinishedRun, read_csv
@@ -346,7 +346,11 @@ REFUSED = {
     ),
     "unknown population": (["population=gausian"], r"^population has no choice .* Did you mean gaussian\?$"),
     "population of another group": (
-        ["population._target_=nlme_sbi.priors.GaussianPrior", "~population.covariance", "~population.constant"],
+        [
+            "population._target_=nlme_sbi.individual_model.priors.GaussianPrior",
+            "~population.covariance",
+            "~population.constant",
+        ],
         r"^population",
     ),
     "no draws": (["estimator.draws=0"], r"^estimator: needs 16 <= draws <= max_draws; got 0 "),
@@ -453,7 +457,10 @@ def test_a_simulator_without_a_likelihood_is_fitted_without_the_figure_that_need
     here = __name__
     own = {
         "simulator": {"_target_": f"{here}.Levels"},
-        "prior": {"_target_": "nlme_sbi.priors.GaussianPrior", "parameters": {"level": {"mean": 0.0, "sd": 2.0}}},
+        "prior": {
+            "_target_": "nlme_sbi.individual_model.priors.GaussianPrior",
+            "parameters": {"level": {"mean": 0.0, "sd": 2.0}},
+        },
         "design": {"_target_": "nlme_sbi.designs.FixedGrid", "times": [1.0, 2.0, 3.0, 4.0]},
     }
     random = np.random.default_rng(1)

@@ -18,7 +18,7 @@ from nlme_sbi.runs.directory import sealed
 from nlme_sbi.stages.fit_population import fit_population
 from nlme_sbi.stages.predict import predict
 from nlme_sbi.stages.sample_theta import sample_theta
-from nlme_sbi.stages.stored_fit import load_fit
+from nlme_sbi.stages.shared.stored_fit import load_fit
 from nlme_sbi.stages.train_flow import train_flow
 
 sys.path.insert(0, str(Path(__file__).parent))

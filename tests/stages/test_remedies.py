@@ -14,15 +14,16 @@ from types import SimpleNamespace
 import pytest
 
 import nlme_sbi.stages.predict as predict_stage
-from nlme_sbi import cli, interrupts
+from nlme_sbi import cli
 from nlme_sbi.cli import compose_config
-from nlme_sbi.diagnostics.calibration_findings import REMEDY
+from nlme_sbi.compute import interrupts
+from nlme_sbi.diagnostics.network.calibration_findings import REMEDY
 from nlme_sbi.runs import FinishedRun, find_run
 from nlme_sbi.runs.remedies import CommandLine, command_line, earlier_commands, override, script_command, typed
+from nlme_sbi.runs.sweeps import find_sweep
 from nlme_sbi.stages import report as report_stage
 from nlme_sbi.stages.compare_fits import compare_fits
-from nlme_sbi.stages.trained import find_posteriors
-from nlme_sbi.sweeps import find_sweep
+from nlme_sbi.stages.shared.trained_posterior import find_posteriors
 
 ROOT = "my outputs [2]"
 PLAIN = {"experiment": {"name": "theophylline"}, "output_root": ROOT}

@@ -15,15 +15,15 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import nlme_sbi.stages.train_flow as stage
-import nlme_sbi.training
-from nlme_sbi.instantiate import instantiate
+import nlme_sbi.training.loop
+from nlme_sbi.config.instantiate import instantiate
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.networks.posterior import AmortizedPosterior, PosteriorNetwork
-from nlme_sbi.priors import GaussianPrior
 from nlme_sbi.runs import FinishedRun, load_run
-from nlme_sbi.stages.parts import generative_parts
+from nlme_sbi.stages.shared.components import generative_parts
 from nlme_sbi.stages.simulate import simulate
 from nlme_sbi.stages.train_flow import advice, train_flow
-from nlme_sbi.training import train_posterior
+from nlme_sbi.training.loop import train_posterior
 from nlme_sbi.types import Observations
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -136,7 +136,7 @@ def test_an_interrupted_training_resumed_by_the_same_command_ends_with_the_same_
         trained(tmp_path / "whole", "mrna_two_rate", online=True) if online else only_run(one_run, "train_flow")
     )
     done: list[int] = []
-    step = nlme_sbi.training._step
+    step = nlme_sbi.training.loop._step
 
     def interrupted(network, optimizer, source, settings, state, **team):  # type: ignore[no-untyped-def]
         if state.step == 13 and 13 not in done:
@@ -145,7 +145,7 @@ def test_an_interrupted_training_resumed_by_the_same_command_ends_with_the_same_
         done.append(state.step)
         step(network, optimizer, source, settings, state, **team)
 
-    monkeypatch.setattr(nlme_sbi.training, "_step", interrupted)
+    monkeypatch.setattr(nlme_sbi.training.loop, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "cut", "mrna_two_rate", online=online)
     (path,) = (tmp_path / "cut" / "train_flow").iterdir()

@@ -13,8 +13,8 @@ import pytest
 
 from nlme_sbi.cli import compose_config
 from nlme_sbi.runs import load_run, open_run
+from nlme_sbi.runs.sweeps import find_sweep, recorded_job
 from nlme_sbi.stages.sweep_table import sweep_table
-from nlme_sbi.sweeps import find_sweep, recorded_job
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {"one after another": [], "side by side": ["hydra/launcher=two_cores"]}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import genpareto
 
-from nlme_sbi.tails import heavy_tails, pareto_shape
+from nlme_sbi.numerics.pareto_k import heavy_tails, pareto_shape
 
 
 @pytest.mark.parametrize("shape", [-0.3, 0.0, 0.3, 0.6, 0.9, 1.3])

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from nlme_sbi.threads import over_blocks, torch_threads
+from nlme_sbi.compute.blocks import over_blocks, torch_threads
 
 CPU = torch.device("cpu")
 

@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from nlme_sbi.designs import FixedGrid
-from nlme_sbi.diagnostics.calibration import calibration
-from nlme_sbi.diagnostics.pairs import good_simulations, observations_of, posterior_pairs
-from nlme_sbi.diagnostics.verdicts import Word, overall, verdicts
+from nlme_sbi.diagnostics.network.calibration import calibration
+from nlme_sbi.diagnostics.network.simulated_posteriors import good_simulations, observations_of, posterior_pairs
+from nlme_sbi.diagnostics.network.width_and_bias import Word, overall, verdicts
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.networks.balance import balanced_losses
 from nlme_sbi.networks.flows import AffineCouplingFlow
 from nlme_sbi.networks.posterior import AmortizedPosterior, initial_network
 from nlme_sbi.networks.summaries import GridSummary
-from nlme_sbi.priors import GaussianPrior
-from nlme_sbi.simulation import simulate_batch
-from nlme_sbi.training import TrainingSettings, train, validation_loss
-from nlme_sbi.training_pairs import StoredPairs
+from nlme_sbi.simulation.shards import simulate_batch
+from nlme_sbi.training.loop import TrainingSettings, train, validation_loss
+from nlme_sbi.training.pairs import StoredPairs
 from nlme_sbi.types import Design, Simulations
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))

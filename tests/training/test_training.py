@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from nlme_sbi.designs import FixedGrid
+from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.networks.flows import AffineCouplingFlow
 from nlme_sbi.networks.posterior import PosteriorNetwork, build_network
 from nlme_sbi.networks.summaries import DataShape, GridSummary
-from nlme_sbi.priors import GaussianPrior
-from nlme_sbi.training import TrainingSettings, generalisation_gap, train
-from nlme_sbi.training_pairs import OnlinePairs, StoredPairs, TrainingError
+from nlme_sbi.training.loop import TrainingSettings, generalisation_gap, train
+from nlme_sbi.training.pairs import OnlinePairs, StoredPairs, TrainingError
 from nlme_sbi.types import Design, Simulations
 from simulators.mrna_two_rate import MrnaTwoRate
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from nlme_sbi import FixedGrid, GaussianPopulation, GaussianPrior, Observations, ResampledDesigns
 from nlme_sbi.designs import Schedule
 from nlme_sbi.population import Exact, Laplace, PriorRatio, Saem
-from nlme_sbi.population.theta_prior import ThetaPriors
+from nlme_sbi.population.theta_posterior.prior import ThetaPriors
 from nlme_sbi.rows import ReadOnlyMapping, row_positions
 from nlme_sbi.types import (
     Covariates,

@@ -1,0 +1,1 @@
+"""Devices, threads and processes, random streams, progress and interruptions: how work is done, not what."""

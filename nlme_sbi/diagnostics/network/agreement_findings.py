@@ -1,0 +1,105 @@
+"""What the agreement with the exact posterior says in plain words."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import binom
+
+from nlme_sbi.diagnostics.findings import Finding, Light
+from nlme_sbi.diagnostics.network.agreement_with_exact import Agreement
+from nlme_sbi.diagnostics.network.reference_mcmc import LARGEST_RHAT, LongChains
+from nlme_sbi.numerics.pareto_k import UNRELIABLE
+
+WISHED_SHARE = 0.1
+_FEWEST = 10
+_TOLD_APART = 0.65
+
+
+def agreement_finding(found: Agreement, *, error_rate: float, where: Literal["prior", "data"]) -> Finding:
+    """Green where the typical individual keeps a tenth of its draws, else amber: ``estimator=exact`` makes up for it.
+
+    Args:
+        found: weights of every individual.
+        error_rate: probability of amber where the median is exactly a tenth.
+        where: simulated from the training prior, or measured.
+
+    Raises:
+        ValueError: for fewer than 10 individuals.
+    """
+    count = len(found.ids)
+    if count < _FEWEST:
+        raise ValueError(f"The agreement is told for {_FEWEST} individuals or more; there are {count}.")
+    median, low = float(np.median(found.share)), float(np.quantile(found.share, 0.1))
+    below = int((found.share < WISHED_SHARE).sum())
+    p_value = float(binom.sf(below - 1, count, 0.5))
+    heavy = int((found.shape > UNRELIABLE).sum())
+    light: Light = "amber" if p_value < error_rate else "green"
+    who = "simulated individuals" if where == "prior" else "individuals of the data"
+    sentence = (
+        f"Of {found.draws} draws of the network the typical one of {count} {who} keeps {median:.1%} as draws from the "
+        f"exact posterior, the lowest tenth less than {low:.2%}; {heavy} have weights with a heavy tail (k-hat above "
+        f"{UNRELIABLE:g})."
+    )
+    ranks = found.likelihood_rank[np.isfinite(found.likelihood_rank)]
+    if len(ranks):
+        sentence += f" The truth explains the data better than {ranks.mean():.0%} of the draws do (ideal: 50%)."
+    if light == "amber":
+        sentence += (
+            " The network is a rough guide here, mostly too wide: use estimator=exact, which needs it only as a start, "
+            "or train longer; with estimator=prior_ratio take ensembles and many draws, and look at its warnings."
+        )
+    rule = (
+        f"Amber: the median effective share of all such individuals is below {WISHED_SHARE:.0%} (sign test, error rate "
+        f"{error_rate:g}). Not red, because exact estimators do not rest on it."
+    )
+    numbers: dict[str, float | int | str | None] = {
+        "individuals": count,
+        "draws": found.draws,
+        "median_share": median,
+        "lowest_tenth": low,
+        "heavy_tails": heavy,
+        "p_value": p_value,
+        "mean_likelihood_rank": float(ranks.mean()) if len(ranks) else None,
+    }
+    title = "Agreement with the exact posterior" + (", training prior" if where == "prior" else ", the data")
+    return Finding(f"agreement_{where}", title, light, sentence, rule, numbers=numbers)
+
+
+def chains_finding(ids: tuple[str, ...], told: Float[np.ndarray, " I"], chains: LongChains) -> Finding:
+    """Whether a classifier tells the network's draws from those of long chains (C2ST).
+
+    Args:
+        ids: of the individuals.
+        told: C2ST of each; NaN where the chains have not met.
+        chains: of these.
+    """
+    met = np.isfinite(told)
+    numbers: dict[str, float | int | str | None] = {
+        "individuals": len(ids),
+        "converged": int(met.sum()),
+        "largest_rhat": float(chains.rhat.max()),
+        "smallest_ess": float(chains.ess.min()),
+    }
+    rule = (
+        f"Amber: a classifier tells the draws of the typical one apart in more than {_TOLD_APART:.0%} of cases (50%: "
+        f"not at all). Grey: the chains of no individual have met (R-hat above {LARGEST_RHAT:g})."
+    )
+    title = "Long Markov chains of a few individuals"
+    if not met.any():
+        sentence = f"The chains of none of {len(ids)} individuals have met (R-hat {chains.rhat.min():.2f} and more)."
+        return Finding("long_chains", title, "grey", sentence, rule, numbers=numbers)
+    median = float(np.median(told[met]))
+    each = ", ".join(f"{name} {value:.0%}" for name, value in zip(np.array(ids)[met], told[met], strict=True))
+    sentence = (
+        "A classifier tells the network's draws from those of converged Markov chains in these shares of cases, where "
+        f"50% is chance: {each}."
+    )
+    if not met.all():
+        sentence += f" The chains of {int((~met).sum())} more have not met and were not used."
+    light: Light = "amber" if median > _TOLD_APART else "green"
+    if light == "amber":
+        sentence += " Where single individuals matter, use estimator=exact or reweighted draws, not the network's own."
+    return Finding("long_chains", title, light, sentence, rule, numbers={**numbers, "median_c2st": median})

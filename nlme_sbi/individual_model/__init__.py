@@ -1,0 +1,1 @@
+"""One individual: priors, mechanistic models, solvers, dosing events and residual-error models."""

@@ -1,0 +1,194 @@
+"""Simulators with a likelihood: a noise-free prediction, in closed form or from an ODE, plus an observation model.
+
+And an adapter for simulators that are written in NumPy; those have no likelihood.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.individual_model.noise import NoiseModel, observation_log_prob
+from nlme_sbi.individual_model.solvers import DormandPrince5, Solver, solve
+from nlme_sbi.parameters import ParameterSpace
+from nlme_sbi.types import Design, Observations, SimulatorOutput
+
+
+class MechanisticSimulator(ABC):
+    """A differentiable noise-free :meth:`predict` and a noise model; simulation and likelihood follow from them.
+
+    A simulator of one's own is one class that sets the attributes and writes :meth:`predict`. Where it has weights,
+    let it hold an ``nn.Module``; do not inherit from one, whose ``parameters`` means something else.
+
+    Attributes:
+        parameters: the individual parameters, in the order of the columns of ``phi``, noise parameters included.
+        signals: names of the ``C`` measured channels.
+        signal_units: their units.
+        noise: observation model, its parameters named as in ``parameters``.
+        time_unit: unit of ``design.times``.
+        covariates: the covariates that :meth:`predict` reads from the design.
+        takes_doses: whether :meth:`predict` reads ``design.events``.
+        dose_unit: unit of the doses' amounts, "" where it is left open.
+        covariate_units: units of the covariates by name, as far as they matter.
+        exchangeable: pairs of parameters that may be swapped without changing the prediction (label switching); where
+            there are such, searches for modes look at the mirror image, too.
+    """
+
+    parameters: ParameterSpace
+    signals: tuple[str, ...]
+    signal_units: tuple[str, ...]
+    noise: NoiseModel
+    time_unit: str = "h"
+    covariates: tuple[str, ...] = ()
+    takes_doses: bool = False
+    dose_unit: str = ""
+    covariate_units: Mapping[str, str] = MappingProxyType({})
+    exchangeable: tuple[tuple[str, str], ...] = ()
+
+    @abstractmethod
+    def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T C"]:
+        """Noise-free signals at ``design.times (I, T)`` for ``phi (I, ..., D)``: ``(I, ..., T, C)``."""
+
+    def simulate(self, phi: Float[Tensor, "N D"], design: Design, generator: torch.Generator) -> SimulatorOutput:
+        """Noisy data; status 1 where a measured value is not finite. What is not measured is 0."""
+        with torch.no_grad():
+            prediction = self.predict(phi, design)
+            values = self.noise.sample(prediction, self.noise_parameters(phi), generator=generator)
+            return checked_output(values, design)
+
+    def log_likelihood(
+        self, observations: Observations, phi: Float[Tensor, "I *batch D"]
+    ) -> Float[Tensor, " I *batch"]:
+        """``log p(y_i | phi)`` for ``phi (I, ..., D)``, summed over all measurements of an individual."""
+        if len(observations.signals) != len(self.signals):
+            raise ValueError(
+                f"The data have the signals {list(observations.signals)}, the simulator {list(self.signals)}."
+            )
+        prediction = self.predict(phi, observations.design)
+        every = observation_log_prob(self.noise, observations, prediction, self.noise_parameters(phi))
+        return every.sum((-2, -1))
+
+    def noise_parameters(self, phi: Float[Tensor, "I *batch D"]) -> Mapping[str, Tensor]:
+        """Natural values of the noise model's parameters by name, ``(I, ...)`` each."""
+        names = self.noise.parameters
+        space = ParameterSpace(tuple(self.parameters[name] for name in names))
+        natural = space.to_natural(phi[..., self.parameters.indices(names)])
+        return dict(zip(names, natural.unbind(-1), strict=True))
+
+
+def checked_output(values: Float[Tensor, "N T C"], design: Design) -> SimulatorOutput:
+    """Set what is not measured to 0 and give status 1 to rows with a value that is not finite."""
+    observed = design.observed
+    if not bool((observed[:1] if observed.stride(0) == 0 else observed).all()):
+        values = torch.where(observed, values, 0.0)
+    # A sum shows NaN and infinity ten times faster than looking at every value; it may also overflow: look again.
+    failed = ~torch.isfinite(values.flatten(1).sum(1))
+    if bool(failed.any()):
+        failed = ~torch.isfinite(values).flatten(1).all(1)
+    return SimulatorOutput(values=values, status=failed.to(torch.int64))
+
+
+def times_for(phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, " ..."]:
+    """``design.times`` in the dtype of ``phi`` and with its batch dimensions as ones: ``(I, 1, ..., 1, T)``."""
+    if phi.shape[0] != len(design):
+        raise ValueError(
+            f"phi has {phi.shape[0]} rows, the design {len(design)}: the first dimension of phi is the individual."
+        )
+    times = design.times.to(phi.dtype)
+    return times.reshape(times.shape[0], *(1,) * (phi.ndim - 2), times.shape[1])
+
+
+class OdeModel(MechanisticSimulator):
+    """A mechanistic simulator whose states solve an ordinary differential equation that the user writes.
+
+    Subclasses write :meth:`initial_state`, :meth:`right_hand_side` and :meth:`observe`. Those get ``natural``: each
+    parameter by name, ``(I, ...)`` on its natural scale. A bolus is part of the initial state. Before
+    :meth:`start_time` the state is the initial one. An individual whose equation cannot be solved becomes NaN, which
+    :meth:`simulate` reports as status 1 and :meth:`log_likelihood` as ``-inf``.
+
+    The solver works in the dtype of ``phi``; float32 does not reach relative tolerances below about 1e-6.
+    """
+
+    solver: Solver = DormandPrince5()
+
+    @abstractmethod
+    def initial_state(self, natural: Mapping[str, Tensor], design: Design) -> Tensor:
+        """State at the start, ``(I, ..., X)``."""
+
+    @abstractmethod
+    def right_hand_side(self, time: Tensor, state: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
+        """Time derivative ``(I, ..., X)`` of ``state (I, ..., X)`` at ``time (I, ...)``."""
+
+    @abstractmethod
+    def observe(self, states: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
+        """Noise-free signals ``(I, ..., T, C)`` from ``states (I, ..., T, X)``."""
+
+    def start_time(self, natural: Mapping[str, Tensor], design: Design) -> Tensor:
+        """When the initial state holds, ``(I, ...)``; time 0 unless overridden."""
+        del design
+        return torch.zeros_like(next(iter(natural.values())))
+
+    def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T C"]:
+        """Noise-free signals at ``design.times``, differentiable through the steps that the solver took."""
+        natural = dict(zip(self.parameters.names, self.parameters.to_natural(phi).unbind(-1), strict=True))
+        times = times_for(phi, design)
+        states = solve(
+            lambda time, state: self.right_hand_side(time, state, natural, design),
+            self.initial_state(natural, design),
+            start=self.start_time(natural, design),
+            times=times.expand(*phi.shape[:-1], times.shape[-1]),
+            solver=self.solver,
+        )
+        return self.observe(states, natural, design)
+
+
+class NumpySimulator:
+    """A simulator around a vectorised NumPy function, for code that is not written in torch; it has no likelihood.
+
+    Args:
+        function: called as ``function(natural, times, random)`` with natural parameter values ``(N, D)`` float64,
+            times ``(N, T)`` float64 and a ``numpy.random.Generator``; returns noisy values ``(N, T, C)``. A row with
+            NaN or infinite values counts as a failed simulation.
+        parameters: names, units and transforms.
+        signals: names of the ``C`` channels.
+        signal_units: their units.
+        time_unit: unit of the times.
+    """
+
+    covariates: tuple[str, ...] = ()
+    takes_doses: bool = False
+
+    def __init__(
+        self,
+        function: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray],
+        parameters: ParameterSpace,
+        *,
+        signals: tuple[str, ...],
+        signal_units: tuple[str, ...],
+        time_unit: str = "h",
+    ) -> None:
+        self.function = function
+        self.parameters = parameters
+        self.signals = tuple(signals)
+        self.signal_units = tuple(signal_units)
+        self.time_unit = time_unit
+
+    def simulate(self, phi: Float[Tensor, "N D"], design: Design, generator: torch.Generator) -> SimulatorOutput:
+        """Noisy data; the NumPy generator is seeded from ``generator``, so runs repeat."""
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+        natural = self.parameters.to_natural(phi.double()).cpu().numpy()
+        times = design.times.double().cpu().numpy()
+        found = np.asarray(self.function(natural, times, np.random.default_rng(seed)), dtype=np.float64)
+        expected = (*times.shape, len(self.signals))
+        if found.shape != expected:
+            raise ValueError(
+                f"The NumPy simulator returned values of shape {found.shape}; {expected} is needed "
+                "(simulations, times, signals)."
+            )
+        return checked_output(torch.from_numpy(found).to(phi), design)

@@ -1,0 +1,1 @@
+"""Ways to the population likelihood: prior ratio, importance sampling (exact), Laplace, SAEM."""

@@ -1,0 +1,212 @@
+r"""The exact estimator: the population likelihood itself, for simulators whose likelihood can be evaluated.
+
+.. math:: \log p(y_i \mid \theta) = \log \int p(y_i \mid v, s_\theta)\, p(v \mid \theta)\, dv
+
+with the varying parameters v integrated by importance sampling from a heavy-tailed mixture of each individual's own
+(:mod:`nlme_sbi.population.likelihood.laplace_components`), and the constant parameters s as arguments of the
+likelihood: they are never sampled. The network only tells where to begin.
+
+Draws are made anew for every theta that the search looks at, and value, score and curvature there are those of the
+likelihood itself (:mod:`nlme_sbi.population.objective.trust_region`); the end is checked on draws that nothing was
+fitted to
+(:mod:`nlme_sbi.population.objective.verification`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.population.estimators.exact_draws import ExactDraws, drawn, with_bad_ones_refined, without_variability
+from nlme_sbi.population.estimators.initialization import (
+    first_climbers,
+    is_near,
+    lacking,
+    last_climbers,
+    likelihood_of,
+    modes_with_images,
+    require_everybody,
+    tractable,
+)
+from nlme_sbi.population.likelihood.laplace_components import along_profiles, mixtures, modes, with_others
+from nlme_sbi.population.likelihood.log_joint import JointDensity
+from nlme_sbi.population.likelihood.mode_scan import unseen_modes
+from nlme_sbi.population.models.interface import NoDraws, PopulationModel, Source, WeightedDraws
+from nlme_sbi.population.objective.objective import contributions
+from nlme_sbi.types import Observations, Simulator
+
+_DRAWS_ALL = 100_000  # draws of all individuals together that there are to begin with,
+_PREDICTED_ALL = 10_000_000  # where they do not take more predictions than this
+_ROUGH_ALL, _ROUGH_MOST = 10_000, 512  # the same where starts are compared
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Settings of the exact estimator.
+
+    Args:
+        draws: of each individual's mixture to begin with, at least; few individuals get more.
+        max_draws: how far their number is raised while the Monte-Carlo error is too large.
+        simulator: whose likelihood it is; taken from the posterior when left out.
+        rough: leave out what only matters for the last digits; set where starts are compared.
+    """
+
+    draws: int = 64
+    max_draws: int = 8192
+    simulator: Simulator | None = None
+    rough: bool = False
+
+    name = "exact"
+    absolute = True
+    approximation = ""
+
+    def __post_init__(self) -> None:
+        if self.draws < 16 or self.max_draws < self.draws:
+            raise ValueError(f"estimator: needs 16 <= draws <= max_draws; got {self.draws} and {self.max_draws}.")
+
+    def prepare(
+        self,
+        source: Source,
+        observations: Observations,  # noqa: ARG002
+        population: PopulationModel,
+        generator: torch.Generator,  # noqa: ARG002
+    ) -> NoDraws:
+        """Nothing but the population model: draws are made for one theta.
+
+        Raises:
+            ValueError: where the simulator has no likelihood.
+        """
+        tractable(self.simulator, source, self.name)
+        return NoDraws(population)
+
+    def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
+        """Estimated ``log p(y_i | theta)`` of every individual."""
+        return contributions(state, theta)
+
+    def follow(
+        self,
+        source: Source,
+        observations: Observations,
+        theta: Float[Tensor, " P"],
+        previous: WeightedDraws | NoDraws,
+        generator: torch.Generator,
+    ) -> ExactDraws:
+        """Draws made for ``theta``: modes, mixtures, draws with their likelihoods expanded in the constants."""
+        simulator = tractable(self.simulator, source, self.name)
+        joint = replace(likelihood_of(simulator, previous.population, observations, theta), rough=self.rough)
+        individuals = len(observations)
+        if not previous.population.varying:
+            return without_variability(joint, source.prior)
+        known = previous if isinstance(previous, ExactDraws) and previous.individuals == individuals else None
+        if known is not None and is_near(joint, known.proposed_for):
+            # The mixtures still fit: draws from them, with likelihoods at the new theta.
+            state = drawn(joint, known.modes, known.mixed, source.prior, generator)
+            state = state if self.rough else with_bad_ones_refined(state, generator)
+            return replace(state, proposed_for=known.proposed_for)
+        draws = self._draws_of(previous, observations)
+        if known is None:
+            rows, starts = first_climbers(joint, source, observations, generator)
+        else:
+            every = torch.arange(individuals, device=theta.device)
+            rows = torch.cat([known.modes.rows, every])
+            starts = torch.cat([known.modes.means, joint.centres])
+        return self._made(joint, (rows, starts), source, observations, generator, draws=draws)
+
+    def look_again(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Float[Tensor, " P"],
+        generator: torch.Generator,
+    ) -> ExactDraws:
+        """Draws for ``theta`` that owe nothing to the search but its modes: those, and whatever modes a search from the
+        beginning finds beside them."""
+        if not isinstance(state, ExactDraws):
+            raise TypeError(f"exact made no such draws: {type(state).__name__}.")
+        simulator = tractable(self.simulator, source, self.name)
+        joint = likelihood_of(simulator, state.population, observations, theta)
+        if not state.population.varying:
+            return without_variability(joint, source.prior)
+        rows, starts = first_climbers(joint, source, observations, generator)
+        both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, starts])
+        return self._made(joint, both, source, observations, generator, draws=state.draws)
+
+    def search_wider(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Float[Tensor, " P"],
+        generator: torch.Generator,
+    ) -> ExactDraws | None:
+        """Draws for ``theta`` with modes that the search has passed by, where a scan finds any."""
+        if not isinstance(state, ExactDraws):
+            raise TypeError(f"exact made no such draws: {type(state).__name__}.")
+        if not state.population.varying:
+            return None
+        joint = likelihood_of(tractable(self.simulator, source, self.name), state.population, observations, theta)
+        rows, points = unseen_modes(joint, state.modes, generator)
+        if len(rows) == 0:
+            return None
+        both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, points])
+        return self._made(joint, both, source, observations, generator, draws=state.draws)
+
+    def _made(
+        self,
+        joint: JointDensity,
+        climbers: tuple[Tensor, Tensor],
+        source: Source,
+        observations: Observations,
+        generator: torch.Generator,
+        *,
+        draws: int,
+    ) -> ExactDraws:
+        """Modes from where the climbers begin, mixtures on them, draws."""
+        individuals = len(observations)
+        laplace, at = modes_with_images(joint, *climbers)
+        missing = lacking(laplace.rows, individuals)
+        if len(missing):
+            more = last_climbers(joint, missing, source, observations, generator)
+            laplace, at = with_others(joint, (laplace, at), modes(joint, *more))
+        require_everybody(laplace.rows, observations)
+        if self.rough:  # heavy tails around the modes serve to compare starts
+            return drawn(joint, laplace, mixtures(laplace, individuals, draws), source.prior, generator)
+        mixed = mixtures(along_profiles(joint, laplace, at), individuals, draws)
+        return with_bad_ones_refined(drawn(joint, laplace, mixed, source.prior, generator), generator)
+
+    def roughly(self, individuals: int) -> Exact:
+        """The same with as few draws, and as little care for each individual, as comparing starts takes."""
+        draws = max(self.draws, min(_ROUGH_MOST, self.max_draws, _ROUGH_ALL // individuals))
+        return replace(self, draws=draws, rough=True)
+
+    def improve(
+        self,
+        state: WeightedDraws,
+        theta: Float[Tensor, " P"],
+        observations: Observations,  # noqa: ARG002 - the draws carry theirs
+        generator: torch.Generator,
+        *,
+        times: int = 2,
+    ) -> WeightedDraws | str:
+        """``times`` as many draws, or why there are none."""
+        if not isinstance(state, ExactDraws):
+            raise TypeError(f"exact made no such draws: {type(state).__name__}.")
+        if state.draws >= self.max_draws:
+            return f"max_draws={self.max_draws} is reached"
+        draws = min(times * state.draws, self.max_draws)
+        joint = replace(state.joint, theta=theta.detach())
+        more = drawn(joint, state.modes, state.mixed.with_draws(draws), state.training, generator)
+        return with_bad_ones_refined(replace(more, proposed_for=state.proposed_for), generator)
+
+    def _draws_of(self, previous: WeightedDraws | NoDraws, observations: Observations) -> int:
+        individuals = len(observations)
+        if isinstance(previous, ExactDraws) and previous.individuals == individuals:
+            return previous.draws
+        if self.rough:
+            return self.draws
+        affordable = min(_DRAWS_ALL // individuals, _PREDICTED_ALL // observations.values.numel())
+        return max(self.draws, min(self.max_draws, affordable))

@@ -1,0 +1,444 @@
+"""The exact estimator's draws: made from each individual's own mixture, with the likelihood of every draw.
+
+Draws are made for one theta. The density of the varying parameters is evaluated at any theta; the likelihood depends on
+theta through the constants. Where the data are small (``direct``) it is evaluated anew at every value of the constants;
+for large data it is expanded about the values that the draws were made for: each draw's own gradient, and the mean
+Hessian of draws that are chosen by weight. Value, gradient and curvature are exact at that point in both cases, and
+only there are they used to judge anything: elsewhere an expansion only proposes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.compute.blocks import over_blocks
+from nlme_sbi.population.likelihood.laplace_components import Mixtures, Pieces, independent_sets
+from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows, interleaved
+from nlme_sbi.population.likelihood.population_monte_carlo import refined
+from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.objective.objective import effective_draws
+from nlme_sbi.types import Design, Prior
+
+_BLOCK = 32768  # draws in a block of the objective: in much smaller ones most of the time is overhead
+_PREDICTED = 200_000  # predictions that are worked on at once
+_BAD = 0.25  # share of effective draws below which a mixture is refined
+_REFINEMENTS = 3  # of mixtures that stay bad
+_CURVED = 4  # draws of each individual that tell the curvature in the constants
+_CURVED_ALL = 6000  # or as many as make so many over all individuals
+_STEP = 3e-5  # of finite differences in constants
+_DIRECT = 2_000_000  # predictions of all draws together up to which likelihoods are evaluated wherever constants go
+
+
+@dataclass(frozen=True, eq=False)
+class ExactBlock:
+    """Some individuals' draws: ``phi (i, S, V)`` with proposal density ``log_q (i, S)``, ``log_ratio (i, S)`` =
+    log-likelihood minus ``log_q``, and the likelihood's derivatives in the constants: each draw's own first ones, and
+    second ones that are each draw's own (``R = S``) or their mean over draws that were chosen by weight (``R = 1``).
+    With ``likelihood`` other constants than its own are no expansion but evaluated."""
+
+    population: PopulationModel
+    rows: Tensor
+    design: Design
+    phi: Float[Tensor, "I S V"]
+    log_ratio: Float[Tensor, "I S"]
+    slopes: Float[Tensor, "I S W"]
+    curvatures: Float[Tensor, "I R W W"]
+    constants: Float[Tensor, "I W"]
+    log_q: Float[Tensor, "I S"]
+    likelihood: JointDensity | None = None
+
+    def varying(self) -> Float[Tensor, "I S V"]:
+        """Draws of the varying parameters."""
+        return self.phi
+
+    def log_weights(self, theta: Float[Tensor, " P"]) -> Float[Tensor, "I S"]:
+        """``log p(y | v, s_theta) + log p(v | theta) - log q(v)``."""
+        found = self.log_ratio + self.population.log_prob(self.phi, theta, self.design)
+        if self.constants.shape[1] == 0:
+            return found
+        constants = self.population.constants(theta, self.design)
+        change = constants - self.constants
+        if self.likelihood is not None and bool((change.detach() != 0).any()):
+            gain: Tensor = _LikelihoodGain.apply(constants, self)  # type: ignore[no-untyped-call]
+            return found + gain
+        found = found + (self.slopes @ change[..., None])[..., 0]
+        return found + 0.5 * torch.einsum("iw,irwu,iu->ir", change, self.curvatures, change)
+
+
+class _LikelihoodGain(torch.autograd.Function):
+    """Log-likelihood of a block's draws at other constants minus that at the block's own, twice differentiable in the
+    constants: first derivatives exact, second ones central differences of them. Nothing is kept for later but the
+    gradients, so that memory is bounded however costly the prediction is."""
+
+    @staticmethod
+    def forward(ctx: Any, constants: Tensor, block: ExactBlock) -> Tensor:
+        gain, slopes = block_gain(block, constants.detach())
+        ctx.save_for_backward(constants, slopes)
+        ctx.block = block
+        return gain
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        constants, slopes = ctx.saved_tensors
+        return _GainSlope.apply(constants, cotangent, slopes, ctx.block), None  # type: ignore[no-untyped-call]
+
+
+class _GainSlope(torch.autograd.Function):
+    """``sum_j cotangent_ij slopes_ij``, ``(I, W)``."""
+
+    @staticmethod
+    def forward(ctx: Any, constants: Tensor, cotangent: Tensor, slopes: Tensor, block: ExactBlock) -> Tensor:
+        ctx.save_for_backward(constants, cotangent, slopes)
+        ctx.block = block
+        return torch.einsum("is,isw->iw", cotangent, slopes)
+
+    @staticmethod
+    def backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        constants, cotangent, slopes = (saved.detach() for saved in ctx.saved_tensors)
+        in_constants = in_cotangent = None
+        if ctx.needs_input_grad[0]:
+            way = direction.detach()
+            length = way.abs().amax()
+            step = _STEP / length if float(length) > 0 else torch.ones_like(length)
+            above, below = (block_gain(ctx.block, constants + sign * step * way)[1] for sign in (1.0, -1.0))
+            in_constants = torch.einsum("is,isw->iw", cotangent, above - below) / (2 * step)
+        if ctx.needs_input_grad[1]:
+            in_cotangent = torch.einsum("isw,iw->is", slopes, direction)
+        return in_constants, in_cotangent, None, None
+
+
+def block_gain(
+    block: ExactBlock, constants: Float[Tensor, "I W"]
+) -> tuple[Float[Tensor, "I S"], Float[Tensor, "I S W"]]:
+    """Log-likelihood of every draw at ``constants`` minus that at the block's own, and its gradient there; ``-inf``
+    and 0 where there is no likelihood."""
+    if block.likelihood is None:
+        raise TypeError("These draws hold expansions, not the likelihood itself.")
+    value, slopes = _first_order(block.likelihood, block.rows, block.phi, constants)
+    base = block.log_ratio + block.log_q
+    there = torch.isfinite(value) & torch.isfinite(base)
+    return torch.where(there, value - base, -torch.inf), slopes.masked_fill(~there[..., None], 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class ExactDraws:
+    """Draws of every individual from its own mixture, made for ``joint.theta``; mixtures for ``proposed_for``."""
+
+    joint: JointDensity
+    modes: Pieces
+    mixed: Mixtures
+    training: Prior
+    blocks: tuple[ExactBlock, ...]
+    individuals: int
+    draws: int
+    proposed_for: Float[Tensor, " P"]
+    sets: int = 2
+
+    fitted = True  # the mixtures to the individuals, and draws are spread evenly: halves tell the error, weights do not
+
+    @property
+    def population(self) -> PopulationModel:
+        """The model that the weights belong to."""
+        return self.joint.population
+
+    @property
+    def made_for(self) -> Float[Tensor, " P"]:
+        """Theta that the draws were made for."""
+        return self.joint.theta
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether likelihoods are evaluated, not expanded, wherever the constants go."""
+        return self.blocks[0].likelihood is not None
+
+    def part(self, individuals: Tensor, draws: slice) -> ExactDraws:
+        """Some individuals with some of their draws."""
+        observations = chosen_rows(self.joint.observations, individuals)
+        joint = replace(self.joint, observations=observations)
+        some = _rows(_joined(self.blocks), individuals)
+        cut = replace(
+            _with_draws(some, draws), design=observations.design, likelihood=joint if self.is_direct else None
+        )
+        return replace(
+            self,
+            joint=joint,
+            modes=_modes_of(self.modes, individuals),
+            mixed=self.mixed[individuals],
+            blocks=_in_blocks(cut),
+            individuals=len(individuals),
+            draws=cut.phi.shape[1],
+            sets=self.sets if cut.phi.shape[1] == self.draws else 2,
+        )
+
+    def replaced(self, rows: Tensor, mixed: Mixtures, blocks: tuple[ExactBlock, ...]) -> ExactDraws:
+        """With other mixtures and draws of some individuals."""
+        given, whole = _joined(blocks), _joined(self.blocks)
+        changed = {
+            name: getattr(whole, name).index_copy(0, rows, getattr(given, name))
+            for name in ("phi", "log_ratio", "slopes", "curvatures", "log_q")
+        }
+        whole = replace(whole, design=self.joint.observations.design, **changed)
+        return replace(self, blocks=_in_blocks(whole), mixed=self.mixed.updated(rows, mixed))
+
+    def half(self, which: int) -> ExactDraws:
+        """Every other draw."""
+        return replace(self._every(2, which), sets=max(2, self.sets // 2))
+
+    def independent(self) -> tuple[ExactDraws, ...]:
+        """The sets of draws that are independent of each other, each alone."""
+        return tuple(self._every(self.sets, which) for which in range(self.sets))
+
+    def _every(self, step: int, first: int) -> ExactDraws:
+        blocks = tuple(_with_draws(block, slice(first, None, step)) for block in self.blocks)
+        return replace(self, blocks=blocks, draws=blocks[0].phi.shape[1], sets=2)
+
+    def expanded_at(self, theta: Float[Tensor, " P"]) -> ExactDraws:
+        """The same draws, their likelihoods expanded about the constants at ``theta``, where values and gradients then
+        are exact; the curvatures stay."""
+        if not self.population.constant:
+            return self
+        joint = replace(self.joint, theta=theta.detach())
+
+        def again(block: ExactBlock) -> ExactBlock:
+            constants = joint.population.constants(joint.theta, block.design).detach()
+            log_likelihood, slopes = _first_order(joint, block.rows, block.phi, constants)
+            log_ratio = log_likelihood - block.log_q
+            there = torch.isfinite(log_ratio)
+            return replace(
+                block,
+                log_ratio=torch.where(there, log_ratio, -torch.inf),
+                slopes=slopes.masked_fill(~there[..., None], 0.0),
+                constants=constants,
+            )
+
+        return replace(self, joint=joint, blocks=tuple(over_blocks(again, self.blocks, theta.device)))
+
+    def bridged(self, other: ExactDraws, generator: torch.Generator) -> ExactDraws:
+        """Fresh draws from these and the other's mixtures alike, as many as both have together: for comparing two theta
+        on common draws that serve both. Likelihoods are expanded about this one's constants."""
+        mixed = self.mixed.beside(other.mixed)
+        return drawn(self.joint, self.modes, mixed, self.training, generator)
+
+    def training_draws(self) -> tuple[Tensor, Prior]:
+        """Draws of all parameters, constants at their values."""
+        joined = _joined(self.blocks)
+        constants = joined.constants[:, None].expand(-1, joined.phi.shape[1], -1)
+        return interleaved(self.population, joined.phi, constants), self.training
+
+    def warnings(self, theta: Float[Tensor, " P"], ids: tuple[str, ...]) -> tuple[str, ...]:  # noqa: ARG002
+        """Nothing beyond what the effective numbers of draws tell."""
+        return ()
+
+
+def drawn(
+    joint: JointDensity, laplace: Pieces, mixed: Mixtures, training: Prior, generator: torch.Generator
+) -> ExactDraws:
+    """Draws of everybody from their mixtures."""
+    rows = torch.arange(len(mixed.counts), device=joint.theta.device)
+    blocks = _drawn_blocks(joint, mixed, rows, generator)
+    draws = int(mixed.counts[0].sum())
+    sets = independent_sets(draws)
+    return ExactDraws(joint, laplace, mixed, training, blocks, len(rows), draws, joint.theta, sets)
+
+
+def without_variability(joint: JointDensity, training: Prior) -> ExactDraws:
+    """The likelihood of a population in which nothing varies: there is nothing to integrate, and two equal draws of no
+    parameters stand for that."""
+    individuals, like = len(joint.observations), joint.theta
+    rows = torch.arange(individuals, device=like.device)
+    none = like.new_zeros((individuals, 1, 0))
+    mixed = Mixtures(torch.full((individuals, 1), 2, device=like.device), none, like.new_zeros((individuals, 1, 0, 0)))
+    modes = Pieces(rows, like.new_zeros(individuals), none[:, 0], like.new_zeros((individuals, 0, 0)))
+    constants = joint.population.constants(like, joint.observations.design).detach()
+    phi = none.expand(-1, 2, -1)
+    value, slopes = _first_order(joint, rows, phi, constants)
+    there = torch.isfinite(value)
+    whole = ExactBlock(
+        population=joint.population,
+        rows=rows,
+        design=joint.observations.design,
+        phi=phi,
+        log_ratio=torch.where(there, value, -torch.inf),
+        slopes=slopes.masked_fill(~there[..., None], 0.0),
+        curvatures=_second_order(joint, rows, phi[:, :1], constants, slopes[:, :1]),
+        constants=constants,
+        log_q=torch.zeros_like(value),
+        likelihood=joint if _is_small(joint, 2) else None,
+    )
+    return ExactDraws(joint, modes, mixed, training, _in_blocks(whole), individuals, 2, like)
+
+
+def with_bad_ones_refined(state: ExactDraws, generator: torch.Generator) -> ExactDraws:
+    """Mixtures with few effective draws are refined, and their individuals drawn again where that helped; those that
+    were helped and are still bad again."""
+    worth_trying = torch.ones(state.individuals, dtype=torch.bool, device=state.made_for.device)
+    for _ in range(_REFINEMENTS):
+        before = effective_draws(state, state.made_for)
+        bad = torch.nonzero((before < _BAD * state.draws) & worth_trying)[:, 0]
+        if len(bad) == 0:
+            break
+        better = refined(state.joint, state.mixed[bad], bad, state.draws, generator)
+        trial = state.replaced(bad, better, _drawn_blocks(state.joint, better, bad, generator))
+        helped = effective_draws(trial, state.made_for)[bad] > before[bad]
+        if not bool(helped.any()):
+            break
+        chosen = bad[helped]
+        worth_trying = torch.zeros_like(worth_trying).index_fill(0, chosen, True)
+        kept = _rows(_joined(trial.blocks), chosen)
+        state = state.replaced(chosen, better[torch.nonzero(helped)[:, 0]], (kept,))
+    return state
+
+
+def _drawn_blocks(
+    joint: JointDensity, mixed: Mixtures, rows: Tensor, generator: torch.Generator
+) -> tuple[ExactBlock, ...]:
+    """Draws of the individuals at ``rows`` from their mixtures, block by block."""
+    draws = int(mixed.counts[0].sum())
+    sampled = []
+    for places in torch.split(torch.arange(len(rows), device=rows.device), max(1, _BLOCK // draws)):
+        order = torch.rand((len(places), draws), generator=generator, device=generator.device).argsort(1)
+        sampled.append((rows[places], mixed[places], mixed[places].shifts(generator), order.to(rows.device)))
+    return tuple(over_blocks(lambda part: _block(joint, *part), sampled, joint.theta.device))
+
+
+def _block(joint: JointDensity, rows: Tensor, mixed: Mixtures, shifts: Tensor, order: Tensor) -> ExactBlock:
+    """Likelihoods of draws, expanded in the constants: the gradient of every draw, the mean Hessian of a few of them
+    that are chosen by weight (``order (I, S)`` is random)."""
+    phi, log_q = mixed.draws_at(shifts)
+    design = joint.observations.design[rows]
+    constants = joint.population.constants(joint.theta, design).detach()
+    log_likelihood, slopes = _first_order(joint, rows, phi, constants)
+    log_ratio = torch.where(torch.isfinite(log_likelihood), log_likelihood - log_q, -torch.inf)
+    there = torch.isfinite(log_ratio)
+    slopes = slopes.masked_fill(~there[..., None], 0.0)
+    is_small = _is_small(joint, phi.shape[1])
+    if constants.shape[1] == 0:
+        curvatures = slopes[:, :1, :, None] * slopes[:, :1, None]
+    elif is_small and not joint.rough:
+        curvatures = _second_order(joint, rows, phi, constants, slopes).masked_fill(~there[..., None, None], 0.0)
+    else:
+        log_weights = log_ratio + joint.population.log_prob(phi, joint.theta, design)
+        count = _CURVED if joint.rough else max(_CURVED, _CURVED_ALL // len(joint.observations))
+        few = _systematic(torch.softmax(log_weights, 1), order, count)[..., None]
+        chosen, base = (
+            phi.gather(1, few.expand(-1, -1, phi.shape[2])),
+            slopes.gather(1, few.expand(-1, -1, slopes.shape[2])),
+        )
+        found = _second_order(joint, rows, chosen, constants, base).nan_to_num(0.0, 0.0, 0.0)
+        curvatures = found.mean(1, keepdim=True)
+    return ExactBlock(
+        population=joint.population,
+        rows=rows,
+        design=design,
+        phi=phi,
+        log_ratio=log_ratio,
+        slopes=slopes,
+        curvatures=curvatures,
+        constants=constants,
+        log_q=log_q,
+        likelihood=joint if is_small else None,
+    )
+
+
+def _is_small(joint: JointDensity, draws: int) -> bool:
+    """Whether all draws' likelihoods cost little enough to be evaluated at every theta."""
+    values = joint.observations.values
+    return draws * values.numel() <= _DIRECT
+
+
+def _systematic(weights: Float[Tensor, "I S"], order: Tensor, count: int) -> Tensor:
+    """Systematic resampling of ``count`` draws in a random order."""
+    shuffled = weights.gather(1, order)
+    ends = shuffled.cumsum(1)
+    wished = (torch.arange(count, dtype=weights.dtype, device=weights.device) + 0.5) / count
+    place = torch.searchsorted(ends.contiguous(), wished.expand(len(weights), -1).contiguous())
+    return order.gather(1, place.clamp_max(weights.shape[1] - 1))
+
+
+def _first_order(joint: JointDensity, rows: Tensor, phi: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-likelihood of each draw and its gradient in the constants, a few draws at once."""
+    observations = chosen_rows(joint.observations, rows)
+    predicted = joint.observations.values.shape[1] * joint.observations.values.shape[2] * len(rows)
+    values, slopes = [], []
+    for place in torch.split(torch.arange(phi.shape[1]), max(1, _PREDICTED // predicted)):
+        some = phi[:, place]
+        with torch.set_grad_enabled(constants.shape[1] > 0):
+            leaf = constants[:, None].expand(-1, len(place), -1).clone().requires_grad_(constants.shape[1] > 0)
+            value = joint.simulator.log_likelihood(observations, interleaved(joint.population, some, leaf))
+            slopes.append(torch.autograd.grad(value.sum(), leaf)[0] if constants.shape[1] > 0 else leaf)
+        values.append(value.detach())
+    return torch.cat(values, 1), torch.cat(slopes, 1)
+
+
+def _second_order(
+    joint: JointDensity,
+    rows: Tensor,
+    phi: Float[Tensor, "I n V"],
+    constants: Float[Tensor, "I W"],
+    slopes: Float[Tensor, "I n W"],
+) -> Float[Tensor, "I n W W"]:
+    """Hessian of every draw's log-likelihood in the constants: differences of exact gradients from those at hand."""
+    columns = [
+        (_first_order(joint, rows, phi, constants + step)[1] - slopes) / _STEP
+        for step in _STEP * torch.eye(constants.shape[1], dtype=phi.dtype, device=phi.device)
+    ]
+    hessian = torch.stack(columns, 2) if columns else slopes[..., None] * slopes[..., None, :]
+    return 0.5 * (hessian + hessian.mT)
+
+
+def _joined(blocks: tuple[ExactBlock, ...]) -> ExactBlock:
+    """All blocks as one; they are in the order of the data. The design stays that of the first block."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return replace(
+        blocks[0],
+        rows=torch.cat([block.rows for block in blocks]),
+        phi=torch.cat([block.phi for block in blocks]),
+        log_ratio=torch.cat([block.log_ratio for block in blocks]),
+        slopes=torch.cat([block.slopes for block in blocks]),
+        curvatures=torch.cat([block.curvatures for block in blocks]),
+        constants=torch.cat([block.constants for block in blocks]),
+        log_q=torch.cat([block.log_q for block in blocks]),
+    )
+
+
+def _rows(whole: ExactBlock, rows: Tensor) -> ExactBlock:
+    """Some individuals of a block that holds everybody; the design stays."""
+    return replace(
+        whole,
+        rows=rows,
+        phi=whole.phi[rows],
+        log_ratio=whole.log_ratio[rows],
+        slopes=whole.slopes[rows],
+        curvatures=whole.curvatures[rows],
+        constants=whole.constants[rows],
+        log_q=whole.log_q[rows],
+    )
+
+
+def _with_draws(block: ExactBlock, draws: slice) -> ExactBlock:
+    """Some draws of everybody in it."""
+    cut = {name: getattr(block, name)[:, draws] for name in ("phi", "log_ratio", "slopes", "log_q")}
+    if block.curvatures.shape[1] == block.phi.shape[1]:
+        cut["curvatures"] = block.curvatures[:, draws]
+    return replace(block, **cut)
+
+
+def _in_blocks(whole: ExactBlock) -> tuple[ExactBlock, ...]:
+    individuals, draws = whole.phi.shape[:2]
+    rows = torch.arange(individuals, device=whole.phi.device)
+    parts = torch.split(rows, max(1, _BLOCK // draws))
+    return tuple(replace(_rows(whole, some), design=whole.design[some]) for some in parts)
+
+
+def _modes_of(modes: Pieces, individuals: Tensor) -> Pieces:
+    """Modes of the chosen individuals, each once, renumbered."""
+    place = torch.full((int(modes.rows.max()) + 1,), -1, dtype=torch.int64, device=modes.rows.device)
+    place[individuals] = torch.arange(len(individuals), device=place.device)
+    kept = modes[place[modes.rows] >= 0]
+    return replace(kept, rows=place[kept.rows])

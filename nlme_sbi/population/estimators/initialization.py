@@ -1,0 +1,208 @@
+"""The points that climb to an individual's modes, from the network's draws, the training prior and the data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nlme_sbi.population.likelihood.laplace_components import Pieces, modes, with_others
+from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, promised_gain
+from nlme_sbi.population.models.interface import PopulationModel, Source
+from nlme_sbi.population.objective.draw_checks import named
+from nlme_sbi.population.objective.subsets import of_individuals
+from nlme_sbi.population.objective.trust_region import NoLikelihoodError
+from nlme_sbi.types import Observations, PosteriorSamples, Simulator, TractableSimulator
+
+_FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from
+_CLIMBERS = 3  # starts of Newton's method for each individual, before symmetries
+_LAST_DRAWS, _LAST_CLIMBERS = 200, 8  # of individuals whose modes were lost
+_OUT_OF_REACH = 500.0  # log density of a mirror image below its mode at which it is given up without a look
+_HOPELESS = 15.0  # and below which its summit is expected when it is not climbed
+
+
+def tractable(simulator: Simulator | None, source: Source, estimator: str) -> TractableSimulator:
+    """The simulator whose likelihood it is: the given one, else the posterior's own.
+
+    Raises:
+        ValueError: where there is none, or it has no likelihood.
+    """
+    found = simulator or getattr(source, "simulator", None)
+    if found is None:
+        raise ValueError(
+            f"estimator {estimator}: draws do not tell the simulator; pass {estimator.capitalize()}(simulator=...)."
+        )
+    if not isinstance(found, TractableSimulator):
+        raise ValueError(
+            f"estimator {estimator} needs a likelihood, and {type(found).__name__} has none (it lacks predict or "
+            "log_likelihood). Use estimator=prior_ratio."
+        )
+    return found
+
+
+def likelihood_of(
+    simulator: TractableSimulator, population: PopulationModel, observations: Observations, theta: Tensor
+) -> JointDensity:
+    """Likelihood times population density of everybody at ``theta``, in float64 on its device."""
+    return JointDensity(simulator, population, in_double(observations, theta.device), theta.detach())
+
+
+def in_double(observations: Observations, device: torch.device) -> Observations:
+    """The same data on ``device`` in float64."""
+    moved = observations.to(device)
+    return replace(
+        moved,
+        values=moved.values.double(),
+        lower=None if moved.lower is None else moved.lower.double(),
+        upper=None if moved.upper is None else moved.upper.double(),
+        design=replace(moved.design, times=moved.design.times.double()),
+    )
+
+
+def first_climbers(
+    joint: JointDensity,
+    source: Source,
+    observations: Observations,
+    generator: torch.Generator,
+    *,
+    mirrored: bool = True,
+    others: Float[Tensor, "I n V"] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Individual ``(B,)`` and point ``(B, V)`` of everybody's starts of a search for modes: the best point of each,
+    and the best ones among those that are far from the earlier choices.
+
+    To choose from there are the network's draws, their mirror images where the simulator declares parameters that may
+    be exchanged (unless not ``mirrored``), the individual's own typical values, in case the network was wrong, and
+    ``others``.
+    """
+    draws = _network_draws(source, observations, generator).to(joint.theta)
+    varying = draws[..., list(joint.population.varying)]
+    every = torch.arange(len(varying), device=draws.device)
+    spread = varying.std(1, keepdim=True).clamp_min(1e-6 * joint.scales[:, None])
+    pool = [varying, joint.centres[:, None]]
+    if mirrored:
+        pool[0] = with_images(joint, varying)
+    if others is not None:
+        pool.append(others)
+    points = torch.cat(pool, 1)
+    value = joint.value(every, points)
+    chosen = []
+    for _ in range(min(_CLIMBERS, points.shape[1])):
+        best = value.argmax(1)
+        chosen.append(points[every, best])
+        distance = ((points - chosen[-1][:, None]) / spread).norm(dim=2)
+        value = torch.where(distance < 1.0, -torch.inf, value)
+    return every.repeat_interleave(len(chosen)), torch.stack(chosen, 1).flatten(0, 1)
+
+
+def _network_draws(source: Source, observations: Observations, generator: torch.Generator) -> Float[Tensor, "I S D"]:
+    if isinstance(source, PosteriorSamples):
+        return source.phi[:, :_FIRST_DRAWS]
+    # To a network a limit is a value; that does for a beginning, and the likelihood knows better.
+    plain = replace(observations, censoring=None, lower=None, upper=None)
+    return source.sample(plain, _FIRST_DRAWS, generator).phi
+
+
+def images(simulator: TractableSimulator, population: PopulationModel) -> list[list[int]]:
+    """For each pair that the simulator declares exchangeable: the varying columns with the two exchanged."""
+    found = []
+    for first, second in getattr(simulator, "exchangeable", ()):
+        columns = [population.parameters.index(first), population.parameters.index(second)]
+        if not all(column in population.varying for column in columns):
+            continue
+        order = list(range(len(population.varying)))
+        here, there = (population.varying.index(column) for column in columns)
+        order[here], order[there] = there, here
+        found.append(order)
+    return found
+
+
+def with_images(joint: JointDensity, points: Float[Tensor, "I S V"]) -> Float[Tensor, "I more V"]:
+    """The points and, for every pair of parameters that may be exchanged, their mirror images."""
+    for order in images(joint.simulator, joint.population):
+        points = torch.cat([points, points[..., order]], 1)
+    return points
+
+
+def modes_with_images(
+    joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]
+) -> tuple[Pieces, Expansion]:
+    """Distinct modes that the starts lead to, and those that hopeful mirror images of them lead to."""
+    found = modes(joint, rows, starts)
+    mirrored, points = _hopeful_images(joint, *found)
+    return found if len(mirrored) == 0 else with_others(joint, found, modes(joint, mirrored, points))
+
+
+def _hopeful_images(joint: JointDensity, found: Pieces, at: Expansion) -> tuple[Tensor, Tensor]:
+    """Mirror images of modes that are not so low that the population rules them out."""
+    mirrored = with_images(joint, found.means[:, None])[:, 1:]
+    rows = found.rows[:, None].expand(-1, mirrored.shape[1]).flatten()
+    points, top = mirrored.flatten(0, 1), at.value[:, None].expand(-1, mirrored.shape[1]).flatten()
+    if len(rows) == 0:
+        return rows, points
+    # The likelihood of an image is that of its mode: only the population speaks against it, and it is about quadratic.
+    worth = torch.nonzero(joint.value(rows, points[:, None])[:, 0] > top - _OUT_OF_REACH)[:, 0]
+    there = joint.expand(rows[worth], points[worth])
+    hopeful = worth[there.value + 2 * promised_gain(joint, rows[worth], there) > top[worth] - _HOPELESS]
+    return rows[hopeful], points[hopeful]
+
+
+def is_near(joint: JointDensity, theta: Tensor) -> bool:
+    """Whether mixtures that were made for ``theta`` still serve: what is typical of each individual has hardly moved,
+    in SDs of the population."""
+    population, design, before = joint.population, joint.observations.design, replace(joint, theta=theta)
+    moved = (joint.centres - before.centres).abs() < 0.15 * joint.scales
+    wider = (joint.scales / before.scales).log().abs() < 0.15
+    change = population.constants(joint.theta, design) - population.constants(theta, design)
+    return bool(moved.all()) and bool(wider.all()) and bool((change.abs() < 0.01).all())
+
+
+def require_everybody(rows: Tensor, observations: Observations) -> None:
+    """Raise for individuals for whom no search found a point with a likelihood above 0.
+
+    Raises:
+        NoLikelihoodError: with their positions; a search may go elsewhere, or refuse the data where nowhere is better.
+    """
+    missing = lacking(rows, len(observations))
+    if len(missing):
+        raise NoLikelihoodError(
+            f"The likelihood of {len(missing)} of {len(observations)} individuals is 0 or not finite wherever the "
+            f"search looked; first: {named(observations.ids, missing)}. Check their data, and whether the model can "
+            "produce them (a proportional error around a prediction of 0 cannot).",
+            missing,
+        )
+
+
+def lacking(rows: Int[Tensor, " B"], individuals: int) -> Int[Tensor, " missing"]:
+    """Positions of the individuals that own none of the rows."""
+    there = torch.zeros(individuals, dtype=torch.bool, device=rows.device)
+    there[rows] = True
+    return torch.nonzero(~there)[:, 0]
+
+
+def last_climbers(
+    joint: JointDensity,
+    missing: Int[Tensor, " m"],
+    source: Source,
+    observations: Observations,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """More starts for individuals whose modes were lost: many draws of the network and points around what is typical of
+    them, near and far, of which the best few."""
+    varying = list(joint.population.varying)
+    some = of_individuals(source, missing.cpu())
+    own = observations[missing.cpu()]
+    drawn = some.phi if isinstance(some, PosteriorSamples) else some.sample(own, _LAST_DRAWS, generator).phi
+    pool = drawn.to(joint.theta)[..., varying]
+    centres, scales = joint.centres[missing], joint.scales[missing]
+    shape = (len(missing), _LAST_DRAWS, len(varying))
+    noise = torch.randn(shape, generator=generator, device=generator.device, dtype=joint.theta.dtype).to(centres.device)
+    reach = torch.tensor([0.3, 1.0, 3.0], dtype=noise.dtype, device=noise.device).repeat(_LAST_DRAWS)[:_LAST_DRAWS]
+    around = centres[:, None] + reach[:, None] * scales[:, None] * noise
+    points = torch.cat([pool, around], 1)
+    value = joint.value(missing, points)
+    best = value.topk(min(_LAST_CLIMBERS, points.shape[1]), 1).indices
+    chosen = points.gather(1, best[..., None].expand(-1, -1, points.shape[2]))
+    return missing.repeat_interleave(chosen.shape[1]), chosen.flatten(0, 1)

@@ -1,0 +1,167 @@
+r"""Laplace's approximation of the population likelihood: fast, and approximate.
+
+.. math:: \log p(y_i \mid \theta) \approx \log \sum_m \exp\left[ f_i(\hat v_m, \theta)
+          - \tfrac12 \log\det(-\partial_v^2 f_i) + \tfrac V2 \log 2\pi \right]
+
+summed over the distinct modes of each individual, which are climbed anew at every theta. Constants are arguments of the
+likelihood. Exact for models that are linear in the varying parameters with Gaussian errors; the "LAPLACE" method of
+other software, with exact second derivatives. Values compare with other Laplace fits only.
+
+Source: Wolfinger (1993), Biometrika 80:791.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.population.estimators.initialization import (
+    first_climbers,
+    lacking,
+    last_climbers,
+    likelihood_of,
+    modes_with_images,
+    require_everybody,
+    tractable,
+)
+from nlme_sbi.population.estimators.laplace_draws import LaplaceDraws, assembled
+from nlme_sbi.population.likelihood.laplace_components import modes, with_others
+from nlme_sbi.population.likelihood.log_joint import JointDensity
+from nlme_sbi.population.likelihood.mode_scan import unseen_modes
+from nlme_sbi.population.models.interface import NoDraws, PopulationModel, Source, WeightedDraws
+from nlme_sbi.population.objective.objective import contributions
+from nlme_sbi.types import Observations, Simulator
+
+
+@dataclass(frozen=True)
+class Laplace:
+    """Settings of Laplace's approximation.
+
+    Args:
+        simulator: whose likelihood it is; taken from the posterior when left out.
+    """
+
+    simulator: Simulator | None = None
+
+    name = "laplace"
+    absolute = True
+    approximation = "Laplace"
+
+    def prepare(
+        self,
+        source: Source,
+        observations: Observations,  # noqa: ARG002
+        population: PopulationModel,
+        generator: torch.Generator,  # noqa: ARG002
+    ) -> NoDraws:
+        """Nothing but the population model: draws are made for one theta.
+
+        Raises:
+            ValueError: where the simulator has no likelihood.
+        """
+        tractable(self.simulator, source, self.name)
+        return NoDraws(population)
+
+    def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
+        """Approximate ``log p(y_i | theta)`` of every individual."""
+        return contributions(state, theta)
+
+    def follow(
+        self,
+        source: Source,
+        observations: Observations,
+        theta: Float[Tensor, " P"],
+        previous: WeightedDraws | NoDraws,
+        generator: torch.Generator,
+    ) -> LaplaceDraws:
+        """Everybody's modes at ``theta``: from those that were known, or from the network's draws."""
+        if isinstance(previous, LaplaceDraws) and previous.individuals == len(observations):
+            joint = self._joint(source, observations, previous, theta)
+            every = torch.arange(len(observations), device=theta.device)
+            rows = torch.cat([previous.modes.rows, every])
+            return self._made(
+                joint, (rows, torch.cat([previous.modes.means, joint.centres])), source, observations, generator
+            )
+        joint = self._joint(source, observations, previous, theta)
+        return self._made(
+            joint, first_climbers(joint, source, observations, generator), source, observations, generator
+        )
+
+    def look_again(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Float[Tensor, " P"],
+        generator: torch.Generator,
+    ) -> LaplaceDraws:
+        """Everybody's modes at ``theta``, those that were known and whatever a search from the beginning finds."""
+        if not isinstance(state, LaplaceDraws):
+            raise TypeError(f"laplace made no such draws: {type(state).__name__}.")
+        joint = self._joint(source, observations, state, theta)
+        rows, starts = first_climbers(joint, source, observations, generator)
+        both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, starts])
+        return self._made(joint, both, source, observations, generator)
+
+    def search_wider(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Float[Tensor, " P"],
+        generator: torch.Generator,
+    ) -> LaplaceDraws | None:
+        """Everybody's modes at ``theta`` with those that the search has passed by, where a scan finds any."""
+        if not isinstance(state, LaplaceDraws):
+            raise TypeError(f"laplace made no such draws: {type(state).__name__}.")
+        joint = self._joint(source, observations, state, theta)
+        rows, points = unseen_modes(joint, state.modes, generator)
+        if len(rows) == 0:
+            return None
+        both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, points])
+        return self._made(joint, both, source, observations, generator)
+
+    def _joint(
+        self, source: Source, observations: Observations, previous: WeightedDraws | NoDraws, theta: Float[Tensor, " P"]
+    ) -> JointDensity:
+        if not previous.population.varying:
+            raise ValueError(
+                "estimator laplace integrates over parameters that vary, and here none does: use estimator=exact."
+            )
+        simulator = tractable(self.simulator, source, self.name)
+        return likelihood_of(simulator, previous.population, observations, theta)
+
+    def _made(
+        self,
+        joint: JointDensity,
+        climbers: tuple[Tensor, Tensor],
+        source: Source,
+        observations: Observations,
+        generator: torch.Generator,
+    ) -> LaplaceDraws:
+        found = modes_with_images(joint, *climbers)
+        missing = lacking(found[0].rows, len(observations))
+        if len(missing):
+            more = last_climbers(joint, missing, source, observations, generator)
+            found = with_others(joint, found, modes(joint, *more))
+        require_everybody(found[0].rows, observations)
+        return assembled(joint, source.prior, found[0])
+
+    def roughly(self, individuals: int) -> Laplace:  # noqa: ARG002
+        """Itself: draws decide nothing."""
+        return self
+
+    def improve(
+        self,
+        state: WeightedDraws,  # noqa: ARG002
+        theta: Float[Tensor, " P"],  # noqa: ARG002
+        observations: Observations,  # noqa: ARG002
+        generator: torch.Generator,  # noqa: ARG002
+        *,
+        times: int = 2,  # noqa: ARG002
+    ) -> WeightedDraws | str:
+        """Nothing is sampled, so there is nothing to add."""
+        return "estimator laplace has no Monte-Carlo error; its approximation is the same with more draws"

@@ -1,0 +1,1 @@
+"""Stochastic approximation EM with Metropolis-Hastings chains of every individual."""

@@ -1,0 +1,245 @@
+"""Fitting a population model: the way that its estimator goes, variances at 0, and what a reader must know of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nlme_sbi.numerics.pareto_k import heavy_tails
+from nlme_sbi.parameters import ParameterSpace
+from nlme_sbi.population.estimators.auto import Auto, chosen_estimator
+from nlme_sbi.population.fitting.fixed_draws_fit import fit_fixed_draws
+from nlme_sbi.population.fitting.label_switching import declared_pairs, labelling_notes, require_orderable
+from nlme_sbi.population.fitting.likelihood_fit import fit_likelihood
+from nlme_sbi.population.fitting.likelihood_search import STARTS_ON, Task
+from nlme_sbi.population.fitting.multistart_summary import degenerate, described, doubted, few_individuals
+from nlme_sbi.population.fitting.outcome import Optimum, Outcome
+from nlme_sbi.population.fitting.ratio_check import compare_with_likelihood
+from nlme_sbi.population.fitting.rivals import highest
+from nlme_sbi.population.fitting.zero_variances import settled
+from nlme_sbi.population.models.interface import (
+    Estimator,
+    FollowingEstimator,
+    PopulationModel,
+    PopulationSpecification,
+    Redraw,
+    Report,
+    SearchingEstimator,
+    Source,
+    discard,
+)
+from nlme_sbi.population.models.labels import unknown_label
+from nlme_sbi.population.objective import draw_checks as checks
+from nlme_sbi.population.objective.individuals import IndividualEstimates, individual_estimates
+from nlme_sbi.population.objective.variance_tests import variance_tests
+from nlme_sbi.population.results.fit_result import PopulationFit
+from nlme_sbi.types import Censoring, Observations, Posterior
+
+logger = logging.getLogger(__name__)
+
+
+def fit_population(
+    posterior_or_samples: Source,
+    observations: Observations,
+    population: PopulationSpecification | PopulationModel,
+    *,
+    generator: torch.Generator,
+    estimator: Estimator | Auto | None = None,
+    parameters: ParameterSpace | None = None,
+    starts: int = 5,
+    accuracy: float = 0.1,
+    progress: Report | None = None,
+) -> PopulationFit:
+    """Maximum-likelihood estimate of a population model from draws of the individuals' posteriors.
+
+    Deterministic for a given generator state. Estimators of a likelihood climb it from several starts in a trust
+    region, with draws made anew for every theta (:mod:`nlme_sbi.population.fitting.likelihood_search`), and the
+    estimate counts as converged only when draws that were not climbed on confirm it
+    (:mod:`nlme_sbi.population.objective.verification`). With the prior ratio, whose draws are fixed, starts are
+    compared on at most 1000 individuals with 500 draws, and the best is polished on everything until the Newton step
+    that is left is below 0.01 standard errors. While the Monte-Carlo error of an unknown exceeds ``accuracy`` standard
+    errors, the estimator is asked for better draws. A variance that runs to 0 is set to 0 (its parameter becomes
+    constant, which ``variance_tests`` tell) and the rest fitted again.
+
+    Args:
+        posterior_or_samples: a posterior to draw from, or draws.
+        observations: the individuals' data.
+        population: a specification such as :class:`GaussianPopulation`, or a bound model.
+        generator: for draws and starts, on the device of the draws.
+        estimator: :class:`Auto` when left out: :class:`Exact` where there is a likelihood, else :class:`PriorRatio`.
+        parameters: the simulator's parameters; needed only with samples and an unbound specification.
+        starts: how many.
+        accuracy: wished Monte-Carlo error, in standard errors.
+        progress: told how far the fit is.
+
+    Raises:
+        ValueError: with the remedy, where names, individuals or draws do not fit, or no start has a finite objective.
+    """
+    if starts < 1 or accuracy <= 0:
+        raise ValueError(f"starts must be at least 1 and accuracy above 0; got {starts} and {accuracy}.")
+    fitted = partial(
+        _fitted,
+        posterior_or_samples,
+        observations,
+        generator=generator,
+        estimator=estimator,
+        parameters=parameters,
+        starts=starts,
+        accuracy=accuracy,
+        progress=progress,
+    )
+
+    def settle(found: PopulationFit) -> PopulationFit:
+        return settled(found, population, lambda again: fitted(again.specification, begin=again.begin, kept=again.kept))
+
+    fit = settle(fitted(population))
+    were_all_there = len(observations) <= STARTS_ON  # otherwise starts are compared on some individuals only
+    if fit.verification is not None and were_all_there and not isinstance(estimator, SearchingEstimator):
+        fit = highest(fit, lambda begin: settle(fitted(population, begin=begin)))
+    if not fit.converged:
+        logger.warning(fit.message)
+    for warning in fit.warnings:
+        logger.warning(warning)
+    return fit
+
+
+def _fitted(
+    posterior_or_samples: Source,
+    observations: Observations,
+    population: PopulationSpecification | PopulationModel,
+    *,
+    generator: torch.Generator,
+    estimator: Estimator | Auto | None,
+    parameters: ParameterSpace | None,
+    starts: int,
+    accuracy: float,
+    progress: Report | None,
+    begin: Mapping[str, float] | None = None,
+    kept: tuple[str, ...] = (),
+) -> PopulationFit:
+    """One fit, with all of its variances; the SDs of those ``kept`` are followed however small they become."""
+    model = _bound(population, posterior_or_samples, parameters, observations)
+    checks.require_enough(model, len(observations))
+    chosen, _ = chosen_estimator(Auto() if estimator is None else estimator, posterior_or_samples)
+    declared = declared_pairs(posterior_or_samples, chosen)
+    require_orderable(model, declared)
+    say = progress or discard
+    if isinstance(chosen, FollowingEstimator):
+        task = Task(chosen, posterior_or_samples, observations, model, generator, say, kept)
+        outcome = fit_likelihood(task, starts=starts, accuracy=accuracy, begin=_named(begin, model))
+    else:
+        inputs = (posterior_or_samples, observations, generator)
+        outcome = fit_fixed_draws(chosen, model, inputs, starts=starts, accuracy=accuracy, say=say)
+        theta = outcome.optimum.summit.theta
+        likelihood = compare_with_likelihood(posterior_or_samples, observations, model, theta, generator)
+        outcome = replace(outcome, warnings=(*outcome.warnings, *likelihood))
+    state, theta = outcome.state, outcome.optimum.summit.theta
+    individuals = individual_estimates(state, theta)
+    said = (
+        *few_individuals(model, len(observations)),
+        *doubted(outcome.restarts),
+        *_imprecise(model, outcome.optimum, accuracy, outcome.shortage),
+        *degenerate(model, theta),
+        *checks.low_effective_draws(individuals.ess, state.draws, observations.ids),
+        *state.warnings(theta, observations.ids),
+        *outcome.warnings,
+        *heavy_tails(individuals.pareto_k, observations.ids),
+    )
+    fit = _result(outcome, individuals, chosen=chosen, observations=observations, said=said)
+    redraw = Redraw(chosen, posterior_or_samples, observations) if isinstance(chosen, FollowingEstimator) else None
+    return replace(fit, labelling=labelling_notes(model, declared, theta), redraw=redraw)
+
+
+def _named(begin: Mapping[str, float] | None, model: PopulationModel) -> Tensor | None:
+    """Theta from values by name; None where one of the free unknowns has none."""
+    names, table = model.unknowns.names, model.unknowns
+    if begin is None or any(names[place] not in begin for place in table.free.tolist()):
+        return None
+    given = torch.tensor([begin.get(name, math.nan) for name in names], dtype=torch.float64)
+    return torch.where(table.fixed, table.starts, given)
+
+
+def _bound(
+    population: PopulationSpecification | PopulationModel,
+    source: Source,
+    parameters: ParameterSpace | None,
+    observations: Observations,
+) -> PopulationModel:
+    if isinstance(population, PopulationModel):
+        return population
+    if parameters is None and isinstance(source, Posterior):
+        parameters = source.parameters
+    if parameters is None:
+        raise ValueError(
+            "Draws alone do not tell the parameters' units and transforms; pass parameters=simulator.parameters."
+        )
+    return population.bind(parameters, observations)
+
+
+def _imprecise(model: PopulationModel, optimum: Optimum, accuracy: float, shortage: str) -> tuple[str, ...]:
+    """Sentences on Monte-Carlo error above what was wished, and on missing standard errors."""
+    free = model.unknowns.free
+    if optimum.covariance is None:
+        return (
+            "The observed information is not positive definite: there are no standard errors, and some unknown is not "
+            "identified by these data or this is not a maximum. Fix or drop a parameter, or use more draws.",
+        )
+    largest, bias = optimum.worst(free)
+    if max(largest, bias) < accuracy:
+        return ()
+    se = optimum.covariance.diagonal().sqrt()
+    relative = torch.maximum(optimum.error.se[free], optimum.error.bias[free].abs()).nan_to_num(math.inf) / se
+    name = unknown_label(model, model.unknowns.names[int(free[int(relative.argmax())])])
+    return (
+        f"Monte-Carlo error is above {accuracy:g} standard errors: SE up to {largest:.2g}, bias up to {bias:.2g} "
+        f"(worst: {name}). No more draws: {shortage}.",
+    )
+
+
+def _result(
+    outcome: Outcome,
+    individuals: IndividualEstimates,
+    *,
+    chosen: Estimator,
+    observations: Observations,
+    said: tuple[str, ...],
+) -> PopulationFit:
+    state, optimum = outcome.state, outcome.optimum
+    theta, free = optimum.summit.theta, state.population.unknowns.free.to(optimum.summit.theta.device)
+    covariance = torch.zeros((len(theta), len(theta)), dtype=theta.dtype, device=theta.device)
+    known = optimum.covariance if optimum.covariance is not None else torch.full((len(free), len(free)), math.nan)
+    covariance[free[:, None], free] = known.to(covariance)
+    return PopulationFit(
+        population=state.population,
+        ids=observations.ids,
+        estimator=chosen.name,
+        absolute=chosen.absolute,
+        theta=theta,
+        covariance=covariance,
+        objective=optimum.summit.objective,
+        monte_carlo=optimum.error,
+        individuals=individuals,
+        draws=state.draws,
+        restarts=outcome.restarts,
+        converged=outcome.converged,
+        message=f"{outcome.message} {described(outcome.restarts)}".strip(),
+        warnings=said,
+        measurements=_measurements(observations),
+        state=state,
+        approximation=chosen.approximation,
+        variance_tests=variance_tests(state, theta),
+        verification=outcome.verification,
+    )
+
+
+def _measurements(observations: Observations) -> int:
+    plain = observations.design.observed
+    if observations.censoring is not None:
+        plain = plain & (observations.censoring == int(Censoring.NONE))
+    return int(plain.sum())

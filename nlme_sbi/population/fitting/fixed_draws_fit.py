@@ -1,0 +1,121 @@
+"""Fits on draws that do not depend on theta: starts, the best polished on draws that are good enough."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from nlme_sbi.population.fitting.label_switching import in_order
+from nlme_sbi.population.fitting.multistart import Explored, explore
+from nlme_sbi.population.fitting.outcome import Optimum, Outcome
+from nlme_sbi.population.models.interface import (
+    Estimator,
+    FitProgress,
+    NoDraws,
+    PopulationModel,
+    Report,
+    Source,
+    WeightedDraws,
+)
+from nlme_sbi.population.objective.objective import rough_information
+from nlme_sbi.population.objective.optimization import climb, polish
+from nlme_sbi.population.objective.standard_errors import (
+    covariance_from,
+    monte_carlo_error,
+)
+from nlme_sbi.types import Observations
+
+_CONVERGED = 0.01  # largest Newton step that may be left, in standard errors
+_LABELLINGS = 2  # climbs, the second where the first ended under another labelling than the one asked for
+
+
+def fit_fixed_draws(
+    chosen: Estimator,
+    model: PopulationModel,
+    inputs: tuple[Source, Observations, torch.Generator],
+    *,
+    starts: int,
+    accuracy: float,
+    say: Report,
+) -> Outcome:
+    """For estimators whose draws do not depend on theta: starts, the best polished on draws that are good enough."""
+    source, observations, generator = inputs
+    say(FitProgress("draws", 0, 0))
+    with torch.no_grad():
+        first = chosen.prepare(source, observations, model, generator)
+    if isinstance(first, NoDraws):
+        raise TypeError(f"estimator {chosen.name} neither prepares draws nor makes them for a theta.")
+    explored = explore(first, observations.ids, generator, starts=starts, say=say)
+    for _ in range(_LABELLINGS):
+        state, optimum, shortage = _climbed(chosen, first, explored, inputs, accuracy=accuracy, say=say)
+        wished = in_order(model, optimum.summit.theta)
+        if wished is optimum.summit.theta:
+            break
+        explored = replace(
+            explored, best=replace(optimum.summit, theta=wished), information=rough_information(first, wished)
+        )
+    step = optimum.summit.step
+    left = "unknown" if step is None else f"{step:.2g} standard errors"
+    converged = step is not None and step < _CONVERGED and optimum.covariance is not None
+    return Outcome(
+        state=state,
+        optimum=optimum,
+        restarts=explored.restarts,
+        converged=converged,
+        message=f"{'Converged' if converged else 'NOT converged'} (largest step left: {left}).",
+        shortage=shortage,
+    )
+
+
+def _climbed(
+    chosen: Estimator,
+    state: WeightedDraws,
+    explored: Explored,
+    inputs: tuple[Source, Observations, torch.Generator],
+    *,
+    accuracy: float,
+    say: Report,
+) -> tuple[WeightedDraws, Optimum, str]:
+    """The optimum on draws that are good enough, or as good as they get and why they are no better."""
+    optimum = _optimise(state, explored.best.theta, explored.information, say)
+    free = state.population.unknowns.free
+    while not max(optimum.worst(free)) < accuracy:
+        if optimum.covariance is None:
+            break
+        with torch.no_grad():
+            times = _how_many_times(max(optimum.worst(free)) / accuracy)
+            better = chosen.improve(state, optimum.summit.theta, inputs[1], inputs[2], times=times)
+        if isinstance(better, str):
+            return state, optimum, better
+        state = better
+        optimum = _optimise(state, optimum.summit.theta, optimum.information, say)
+    return state, optimum, ""
+
+
+def _how_many_times(ratio: float) -> int:
+    """How many times as many draws would bring an error down by ``ratio``: a power of 2, at most 16 at once."""
+    return 2 ** min(4, max(1, math.ceil(2 * math.log2(ratio)))) if math.isfinite(ratio) else 2
+
+
+def _optimise(state: WeightedDraws, theta: Tensor, information: Tensor, say: Report) -> Optimum:
+    """L-BFGS and Newton steps on all draws, then both kinds of error."""
+    _, info = torch.linalg.cholesky_ex(information)
+    if int(info) != 0:
+        information = rough_information(state, theta)
+    evaluations = 0
+
+    def watch(objective: float) -> None:
+        nonlocal evaluations
+        evaluations += 1
+        say(FitProgress("polish", evaluations, 0, objective))
+
+    summit = climb(state, theta, information, tolerance=0.02, watch=watch)
+    say(FitProgress("curvature", 0, 0, summit.objective))
+    summit, information = polish(state, summit.theta)
+    covariance = covariance_from(information)
+    say(FitProgress("Monte-Carlo error", 0, 0, summit.objective))
+    error = monte_carlo_error(state, summit.theta, covariance, summit.objective)
+    return Optimum(summit, information, covariance, error)

@@ -1,0 +1,109 @@
+"""Fits of a likelihood: by climbing it, or by an estimator's own search that its draws then judge."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nlme_sbi.population.fitting.label_switching import in_order
+from nlme_sbi.population.fitting.likelihood_search import Task, compare_starts, search_likelihood
+from nlme_sbi.population.fitting.outcome import Optimum, Outcome
+from nlme_sbi.population.models.interface import Estimator, FitProgress, NoDraws, SearchingEstimator
+from nlme_sbi.population.objective.individuals import individual_estimates
+from nlme_sbi.population.objective.optimization import Summit
+from nlme_sbi.population.objective.standard_errors import likelihood_error, monte_carlo_error
+from nlme_sbi.population.objective.trust_region import Point
+from nlme_sbi.population.objective.verification import Verification, verified
+from nlme_sbi.population.results.fit_result import Restart
+
+_CONTRADICTED = 0.25  # standard errors between a search's estimate and the maximum of the likelihood there
+
+
+def fit_likelihood(task: Task, *, starts: int, accuracy: float, begin: Tensor | None) -> Outcome:
+    """The maximum of a likelihood, checked on draws that it was not climbed on."""
+    begin = None if begin is None else begin.to(task.generator.device)
+    if isinstance(task.estimator, SearchingEstimator):
+        return _searched(task, task.estimator, starts=starts, accuracy=accuracy, begin=begin)
+    found = search_likelihood(task, starts=starts, accuracy=accuracy, begin=begin)
+    restarts = found.restarts
+    wished = in_order(task.population, found.point.theta)
+    if wished is not found.point.theta:  # the climb crossed over to the labelling that was not asked for
+        found = search_likelihood(task, starts=starts, accuracy=accuracy, begin=wished)
+    point, state = found.point, found.point.state
+    covariance = _covariance(point)
+    task.report(FitProgress("Monte-Carlo error", 0, 0, point.value))
+    error = monte_carlo_error(state, point.theta, covariance, point.value)
+    optimum = Optimum(
+        Summit(point.theta, point.value, 1, found.verification.score), point.information, covariance, error
+    )
+    return Outcome(
+        state=state,
+        optimum=optimum,
+        restarts=restarts,
+        converged=found.verification.passed,
+        message=found.verification.message(_likelihood_name(task.estimator)),
+        verification=found.verification,
+        shortage=found.shortage,
+    )
+
+
+def _covariance(point: Point) -> Tensor | None:
+    """Of the free unknowns; None where one of them is held or the information is not positive definite."""
+    if len(point.active) < len(point.state.population.unknowns.free):
+        return None
+    return point.covariance
+
+
+def _likelihood_name(estimator: Estimator) -> str:
+    return f"-2 log L ({estimator.approximation})" if estimator.approximation else "-2 log L"
+
+
+def _searched(task: Task, chosen: SearchingEstimator, *, starts: int, accuracy: float, begin: Tensor | None) -> Outcome:
+    """The estimator's own estimate, as it is, with likelihood, information and check from draws made for it."""
+    restarts: tuple[Restart, ...] = ()
+    if begin is None:
+        begin, restarts = compare_starts(task, starts=starts)
+    found = chosen.search(
+        task.source,
+        task.observations,
+        begin,
+        NoDraws(task.population),
+        task.generator,
+        accuracy=accuracy,
+        report=task.report,
+    )
+    task.report(FitProgress("likelihood", 0, 0))
+    point = task.point(found.theta)
+    individuals = individual_estimates(point.state, point.theta)
+    checked = verified(
+        point,
+        None,
+        individuals,
+        draws=point.state.draws,
+        ids=task.observations.ids,
+        reason="" if found.converged else "by the search's own judgement",
+        tolerance=_CONTRADICTED,
+    )
+    covariance = _covariance(point)
+    error = likelihood_error(point.state, found.theta, se=found.monte_carlo_se, bias=found.left)
+    summit = Summit(found.theta, point.value, 1, checked.score)
+    own = f"{found.message} " if checked.passed or not found.converged else ""
+    return Outcome(
+        state=point.state,
+        optimum=Optimum(summit, point.information, covariance, error),
+        restarts=restarts,
+        converged=checked.passed,
+        message=f"{own}{_second_opinion(checked, point)}".strip(),
+        warnings=found.warnings,
+        verification=checked,
+        shortage=found.shortage,
+    )
+
+
+def _second_opinion(checked: Verification, point: Point) -> str:
+    """What the likelihood of draws made at a search's estimate says of it."""
+    if not checked.passed:
+        return checked.message()
+    return (
+        f"The likelihood of draws made there is highest {checked.score:.2g} standard errors away (Monte-Carlo SE "
+        f"{float(point.left_error.max()) if len(point.active) else 0.0:.1g})."
+    )

@@ -1,0 +1,322 @@
+"""Maximising a likelihood that estimators with draws for one theta give: starts, the climb, the check of its end.
+
+Several starts climb the likelihood itself, roughly and on a random part of many individuals; the best goes on with all
+individuals and as many draws as the wished Monte-Carlo error takes. The end is looked at again with draws, and modes of
+the individuals, that the search had no part in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.population.estimators.initialization import tractable
+from nlme_sbi.population.fitting.label_switching import exchange_between, in_order
+from nlme_sbi.population.fitting.likelihood_starts import fit_individuals_alone, likelihood_starts
+from nlme_sbi.population.models.interface import (
+    FitProgress,
+    FollowingEstimator,
+    NoDraws,
+    PopulationModel,
+    Report,
+    Source,
+    WeightedDraws,
+)
+from nlme_sbi.population.objective.individuals import individual_estimates
+from nlme_sbi.population.objective.subsets import of_individuals, random_part
+from nlme_sbi.population.objective.trust_region import (
+    Climb,
+    Draw,
+    Limits,
+    NoLikelihoodError,
+    Point,
+    climb_likelihood,
+    vanishing,
+)
+from nlme_sbi.population.objective.verification import TOLERANCE, Verification, too_many, verified
+from nlme_sbi.population.results.fit_result import Restart
+from nlme_sbi.types import Observations
+
+STARTS_ON = 60  # individuals on whom starts are compared
+_PART = 500  # individuals on whom most of the way is gone where there are many
+_ROUGH = Limits(tolerance=0.15, errors=2.0, passes=25)
+_NEARBY = Limits(tolerance=0.3, errors=2.0, passes=25)
+_LAST = Limits(tolerance=0.5 * TOLERANCE, errors=2.0, passes=30, ends_at_zero=True)
+_WITHOUT_NOISE = 5e-4  # tolerance where nothing is sampled
+_HOPELESS = 20.0  # log-likelihood below the best start at which another is given up after some passes
+_PATIENCE = 4
+_SAME = 2.0  # standard errors between ends of equal likelihood that are one maximum, as roughly as they are climbed to
+_LEVEL = 0.5  # log-likelihoods this near may be equal, as roughly as they are climbed to, before Monte-Carlo error
+_DIFFERS = 3.0  # standard errors between means of parameters that are named
+_CHECKS = 6  # times that an end is looked at again, and climbed on from where that finds more
+_UNSEEN = "a scan still finds modes of individuals that the search had not seen"
+_PRUDENCE = 1.1  # factor on the Monte-Carlo error before it sets the number of draws
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is fitted: an estimator, where first guesses of individuals come from, data, population model, and the
+    parameters whose SD is followed however small it becomes."""
+
+    estimator: FollowingEstimator
+    source: Source
+    observations: Observations
+    population: PopulationModel
+    generator: torch.Generator
+    report: Report
+    kept: tuple[str, ...] = ()
+
+    def part(self, rows: Tensor) -> Task:
+        """The same with some of the individuals."""
+        if len(rows) == len(self.observations):
+            return self
+        some = of_individuals(self.source, rows)
+        return replace(self, source=some, observations=self.observations[rows])
+
+    def draw(self, theta: Float[Tensor, " P"], before: WeightedDraws | None) -> WeightedDraws:
+        """Draws made for ``theta``."""
+        known = NoDraws(self.population) if before is None else before
+        with torch.no_grad():
+            return self.estimator.follow(self.source, self.observations, theta, known, self.generator)
+
+    def look_again(self, theta: Float[Tensor, " P"], before: WeightedDraws | None) -> WeightedDraws:
+        """Draws made for ``theta`` with modes searched for from the beginning, too."""
+        if before is None:
+            return self.draw(theta, None)
+        with torch.no_grad():
+            return self.estimator.look_again(self.source, self.observations, before, theta, self.generator)
+
+    def wider(self, point: Point) -> Point | None:
+        """The same point with draws that cover modes which had been passed by; None where a scan finds none."""
+        with torch.no_grad():
+            state = self.estimator.search_wider(
+                self.source, self.observations, point.state, point.theta, self.generator
+            )
+        return None if state is None else Point.at(point.theta, state, point.held)
+
+    def point(self, theta: Float[Tensor, " P"], draw: Draw | None = None, before: WeightedDraws | None = None) -> Point:
+        """The likelihood at ``theta`` on draws made for it."""
+        state = (draw or self.draw)(theta, before)
+        return Point.at(theta, state, self.population.unknowns.fixed.to(theta.device))
+
+
+@dataclass(frozen=True, eq=False)
+class CheckedMaximum:
+    """Where a search of the likelihood ended, with the check of its end."""
+
+    point: Point
+    verification: Verification
+    restarts: tuple[Restart, ...]
+    shortage: str = ""
+
+
+def search_likelihood(
+    task: Task, *, starts: int, accuracy: float, begin: Float[Tensor, " P"] | None = None
+) -> CheckedMaximum:
+    """The maximum of the likelihood, checked.
+
+    Args:
+        task: what is fitted.
+        starts: how many.
+        accuracy: wished Monte-Carlo error, in standard errors.
+        begin: where to climb from, instead of starts.
+
+    Raises:
+        ValueError: where the likelihood is 0 or not finite at every start.
+    """
+    restarts: tuple[Restart, ...] = ()
+    theta = begin
+    if theta is None:
+        theta, restarts = compare_starts(task, starts=starts)
+    return climb_to_the_end(task, theta, accuracy=accuracy, restarts=restarts)
+
+
+def compare_starts(task: Task, *, starts: int) -> tuple[Float[Tensor, " P"], tuple[Restart, ...]]:
+    """Every start climbed roughly; the best of them under the labelling that is asked for, and how all ended.
+
+    Raises:
+        ValueError: where the likelihood is 0 or not finite at every start.
+    """
+    estimator, generator = task.estimator, task.generator
+    rows = random_part(len(task.observations), STARTS_ON, generator)
+    part = replace(task.part(rows), estimator=estimator.roughly(len(rows)))
+    simulator = tractable(getattr(estimator, "simulator", None), task.source, estimator.name)
+    fits = fit_individuals_alone(simulator, part.source, part.observations, generator)
+    points = likelihood_starts(fits, part.source, task.population, count=starts, generator=generator)
+    ends: list[tuple[str, Climb | None]] = []
+    refused: NoLikelihoodError | None = None
+    for done, (name, theta) in enumerate(points):
+        best = _highest(ends)
+        task.report(FitProgress("starts", done, len(points), None if best is None else best.point.value))
+        limits = replace(_ROUGH, enough=partial(_hopeless, best))
+        try:
+            ends.append((name, climb_likelihood(part.draw, part.point(theta), limits)))
+        except NoLikelihoodError as problem:
+            refused = problem
+            ends.append((name, None))
+    best = _highest(ends)
+    if best is None:
+        raise ValueError(str(refused) if refused is not None else "The likelihood is not finite at any start.")
+    theta = in_order(task.population, best.point.theta)
+    return theta, _compared(ends, best)
+
+
+def climb_to_the_end(
+    task: Task, theta: Float[Tensor, " P"], *, accuracy: float, restarts: tuple[Restart, ...]
+) -> CheckedMaximum:
+    """From near a maximum to a checked estimate on all individuals.
+
+    Most of the way is gone roughly, and on a part of many individuals. The last steps are taken with as many draws as
+    the accuracy takes; the draws of each of their points owe nothing to the step that led there, and modes of the
+    individuals are searched for from the beginning, so that the last point is checked by what it is made of.
+    """
+    individuals = len(task.observations)
+    if individuals > STARTS_ON:
+        part = task.part(random_part(individuals, _PART, task.generator))
+        rough = replace(part, estimator=task.estimator.roughly(len(part.observations)))
+        nearby = replace(_NEARBY, kept=task.kept)
+        theta = climb_likelihood(rough.draw, rough.point(theta), nearby, watch=partial(_told, rough)).point.theta
+    tolerance = _WITHOUT_NOISE if task.estimator.approximation else _LAST.tolerance
+    last = replace(_LAST, tolerance=tolerance, kept=task.kept)
+    start = task.point(theta)
+    seen = task.wider(start)
+    climb = climb_likelihood(task.look_again, seen or start, last, watch=partial(_told, task))
+    if vanishing(climb.point):  # decided by a fit in which it is 0
+        return CheckedMaximum(climb.point, _check(task, climb), restarts)
+    climb, shortage = _precise(task, _seconded(task, climb), last, accuracy)
+    for turn in range(_CHECKS + 1):
+        # Where a scan found nothing to begin with, and the search arrived, there is nothing to be found.
+        wider = task.wider(climb.point) if seen is not None or not climb.arrived else None
+        checked = _check(task, climb, "" if wider is None else _UNSEEN)
+        is_done = wider is None and (checked.passed or not climb.arrived or climb.point.left is None)
+        if is_done or turn == _CHECKS:
+            break
+        # A maximum of the draws that were climbed on, which others do not confirm: on from there.
+        task.report(FitProgress("check", turn, _CHECKS, climb.point.value))
+        before = climb.point
+        again = wider or _richer(task, before, checked)
+        climb = climb_likelihood(task.look_again, again, last, watch=partial(_told, task))
+        climb = climb if climb.previous is not None else replace(climb, previous=before)
+        climb, shortage = _precise(task, climb, last, accuracy)
+    return CheckedMaximum(climb.point, checked, restarts, shortage)
+
+
+def _richer(task: Task, before: Point, checked: Verification) -> Point:
+    """The same theta with more draws where many individuals have too few effective ones, else with others."""
+    if too_many(checked.poor_individuals, len(task.observations)):
+        with torch.no_grad():
+            more = task.estimator.improve(before.state, before.theta, task.observations, task.generator, times=4)
+        if not isinstance(more, str):
+            return Point.at(before.theta, more, before.held)
+    return replace(task.point(before.theta, task.look_again, before.state), held=before.held)
+
+
+def _seconded(task: Task, climb: Climb) -> Climb:
+    """The climb with other draws at its end where it took no step, so that there is something to compare with."""
+    if climb.previous is not None or not climb.arrived:
+        return climb
+    fresh = replace(task.point(climb.point.theta, task.look_again, climb.point.state), held=climb.point.held)
+    return replace(climb, point=fresh, previous=climb.point)
+
+
+def _check(task: Task, climb: Climb, doubt: str = "") -> Verification:
+    """The last point beside the one before, whose draws are independent of it; with a reason against it, where there is
+    one from elsewhere."""
+    point = climb.point
+    individuals = individual_estimates(point.state, point.theta)
+    reason = doubt if climb.arrived or vanishing(point) else climb.reason
+    return verified(
+        point, climb.previous, individuals, draws=point.state.draws, ids=task.observations.ids, reason=reason
+    )
+
+
+def _precise(task: Task, climb: Climb, last: Limits, accuracy: float) -> tuple[Climb, str]:
+    """The climb with as many draws as the wished accuracy takes, or why there are no more."""
+    while climb.point.covariance is not None and len(climb.point.active):
+        lacking = _PRUDENCE * _noise(climb.point) / accuracy
+        if not lacking > _PRUDENCE:
+            break
+        times = 2 ** min(4, max(1, math.ceil(1.6 * math.log2(min(lacking, 1e3)))))
+        before = climb.point
+        with torch.no_grad():
+            better = task.estimator.improve(before.state, before.theta, task.observations, task.generator, times=times)
+        if isinstance(better, str):
+            return climb, better
+        again = Point.at(before.theta, better, before.held)
+        climb = climb_likelihood(task.look_again, again, last, watch=partial(_told, task))
+        climb = climb if climb.previous is not None else replace(climb, previous=before)
+    return climb, ""
+
+
+def _noise(point: Point) -> float:
+    """Largest Monte-Carlo standard error of an unknown, in standard errors."""
+    return float(point.left_error.max()) if len(point.active) else 0.0
+
+
+def _told(task: Task, point: Point, passes: int) -> None:
+    task.report(FitProgress(f"likelihood of {len(task.observations)} individuals", passes, 0, point.value))
+
+
+def _hopeless(best: Climb | None, point: Point, passes: int) -> str:
+    """Give up a start that is far below another one after some passes."""
+    if best is None or passes < _PATIENCE:
+        return ""
+    below = best.point.value - point.value
+    noise = math.hypot(best.point.error, point.error)
+    return "far below another start" if below > _HOPELESS + 4 * noise else ""
+
+
+def _highest(ends: list[tuple[str, Climb | None]]) -> Climb | None:
+    reached = [end for _, end in ends if end is not None and math.isfinite(end.point.value)]
+    arrived = [end for end in reached if end.arrived or vanishing(end.point)]
+    best = max(reached, key=lambda end: end.point.value, default=None)
+    if best is None or best.arrived or not arrived:
+        return best
+    # A climb that has not arrived may be on its way to nowhere: an arrived one goes first unless it is clearly lower.
+    other = max(arrived, key=lambda end: end.point.value)
+    noise = 4 * math.hypot(best.point.error, other.point.error)
+    return other if best.point.value - other.point.value < noise + _LEVEL else best
+
+
+def _compared(ends: list[tuple[str, Climb | None]], best: Climb) -> tuple[Restart, ...]:
+    """Every start's end against the best, on the likelihood that all of them climbed."""
+    point = best.point
+    table, population = point.state.population.unknowns, point.state.population
+    covariance = point.covariance
+    if covariance is None:
+        covariance = torch.linalg.pinv(point.among_active(point.complete), hermitian=True)
+    se = torch.full_like(point.theta, math.inf)
+    se[point.active] = covariance.diagonal().abs().sqrt().clamp_min(1e-12)
+    found = []
+    for start, end in ends:
+        if end is None or not math.isfinite(end.point.value):
+            found.append(Restart(start, -math.inf, math.inf, math.inf, "failed"))
+            continue
+        # What runs to 0 in one of them has no distance: the likelihood is flat there.
+        shift = torch.where(end.point.held, 0.0, end.point.theta - point.theta)
+        distance = float((shift.abs() / se).max())
+        below = point.value - end.point.value
+        level = below < _LEVEL + 4 * math.hypot(point.error, end.point.error)
+        # Roughly climbed ends lie around the maximum.
+        arrived = end.arrived or bool(vanishing(end.point))
+        verdict = "same" if distance < _SAME and level else "other point" if level and arrived else "lower"
+        differing: tuple[str, ...] = ()
+        if verdict == "other point":
+            apart = (population.mean(end.point.theta) - population.mean(point.theta)).abs()
+            differing = tuple(
+                name
+                for name, value in zip(population.parameters.names, apart.tolist(), strict=True)
+                if f"mean.{name}" in table.names and value / float(se[table.names.index(f"mean.{name}")]) > _DIFFERS
+            )
+        free = se[table.free.to(se.device)]
+        exchanged = exchange_between(
+            population, point.theta, end.point.theta, names=differing, se=free, within=_DIFFERS
+        )
+        unknowns = dict(zip(table.names, end.point.theta.tolist(), strict=True))
+        found.append(Restart(start, end.point.value, below, distance, verdict, differing, exchanged, unknowns))
+    return tuple(found)

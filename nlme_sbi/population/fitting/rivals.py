@@ -1,0 +1,103 @@
+"""Maxima that the starts could not tell apart: each is climbed to its end, and the highest is the estimate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from nlme_sbi.population.fitting.multistart_summary import described, doubted
+from nlme_sbi.population.results.fit_result import PopulationFit, Restart
+
+_TRIED = 2  # rivals that are climbed to the end, at most
+_APART = 1.0  # standard errors between rivals that are two
+_SAME = 0.3  # standard errors between ends that are one maximum
+_ERRORS = 3.0  # Monte-Carlo standard errors of a difference that is clear
+_CLEAR = 0.05  # log-likelihood beside that
+
+
+def highest(fit: PopulationFit, climb: Callable[[Mapping[str, float]], PopulationFit]) -> PopulationFit:
+    """The fit, or a rival of it that ends higher; the restarts tell how the rivals ended.
+
+    Args:
+        fit: with restarts, some of which ended elsewhere with about the same likelihood.
+        climb: fits the same from values of the unknowns by name.
+    """
+    for place in _rivals(fit):
+        try:
+            rival = climb(fit.restarts[place].unknowns)
+        except ValueError:  # the likelihood is 0 on the way there
+            continue
+        gain = _corrected(rival) - _corrected(fit)
+        noise = _ERRORS * math.hypot(fit.monte_carlo.objective_se, rival.monte_carlo.objective_se)
+        needed = 0.0
+        if rival.converged != fit.converged:
+            needed = -noise if rival.converged else noise + _CLEAR
+        if gain > needed and not (fit.converged and _distance(fit, rival) < _SAME):
+            fit = _with_restarts(rival, _displaced(fit.restarts, place, gain), fit)
+        else:
+            judged = _judged(fit.restarts[place], fit, rival, -gain, is_lower=gain < -noise - _CLEAR)
+            restarts = tuple(judged if other == place else one for other, one in enumerate(fit.restarts))
+            fit = _with_restarts(fit, restarts, fit)
+    return fit
+
+
+def _judged(entry: Restart, fit: PopulationFit, rival: PopulationFit, below: float, *, is_lower: bool) -> Restart:
+    """The restart after its end is known."""
+    if is_lower:
+        return replace(entry, below=below, verdict="lower", differing=())
+    distance = _distance(fit, rival)
+    if distance < _SAME:
+        return replace(entry, below=below, distance=distance, verdict="same", differing=())
+    return replace(entry, below=below)
+
+
+def _distance(fit: PopulationFit, rival: PopulationFit) -> float:
+    """Largest difference of an unknown, in standard errors; infinite where other variances are 0."""
+    if rival.population.unknowns.names != fit.population.unknowns.names:
+        return math.inf
+    moved = (rival.theta - fit.theta).abs() / fit.covariance.diagonal().sqrt()
+    return float(moved[fit.population.unknowns.free].max())
+
+
+def _rivals(fit: PopulationFit) -> list[int]:
+    """Positions of restarts that ended elsewhere on about the same level, each place once."""
+    found: list[int] = []
+    for place, restart in enumerate(fit.restarts):
+        if restart.verdict != "other point" or restart.exchanged or not restart.unknowns:
+            continue
+        known = [fit.restarts[other] for other in found]
+        if any(abs(restart.distance - one.distance) < _APART and restart.differing == one.differing for one in known):
+            continue
+        found.append(place)
+    return found[:_TRIED]
+
+
+def _displaced(restarts: tuple[Restart, ...], place: int, gain: float) -> tuple[Restart, ...]:
+    """The restarts against another best one, that of ``place``, which is ``gain`` above the one before."""
+    winner = restarts[place]
+
+    def judged(one: Restart) -> Restart:
+        if one is winner or (one.verdict == winner.verdict and one.differing == winner.differing):
+            return replace(one, below=0.0, distance=0.0, verdict="same", differing=())
+        if one.verdict == "same":
+            return replace(one, below=gain, verdict="lower", distance=winner.distance)
+        return replace(one, below=one.below + gain)
+
+    return tuple(judged(one) for one in restarts)
+
+
+def _with_restarts(fit: PopulationFit, restarts: tuple[Restart, ...], before: PopulationFit) -> PopulationFit:
+    """The fit with these restarts, in its message and warnings, too."""
+    message = fit.message.removesuffix(described(fit.restarts)).strip()
+    kept = tuple(said for said in fit.warnings if said not in (*doubted(fit.restarts), *doubted(before.restarts)))
+    return replace(
+        fit,
+        restarts=restarts,
+        message=f"{message} {described(restarts)}".strip(),
+        warnings=(*doubted(restarts), *kept),
+    )
+
+
+def _corrected(fit: PopulationFit) -> float:
+    return fit.objective - fit.monte_carlo.objective_bias

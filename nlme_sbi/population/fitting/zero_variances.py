@@ -1,0 +1,234 @@
+"""Fits in which a variance has run to 0: such a parameter is made constant, and told as being at its boundary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from nlme_sbi.numerics.pareto_k import UNRELIABLE
+from nlme_sbi.population.fitting.multistart_summary import described
+from nlme_sbi.population.models.interface import PopulationModel, PopulationSpecification, VariabilitySpecification
+from nlme_sbi.population.results.derived_quantities import summarise
+from nlme_sbi.population.results.fit_result import PopulationFit
+
+_TINY = 0.02  # of the training prior's SD: below it a variance is looked at
+_UNSURE = 0.5  # standard error of a log SD from which it may be running to minus infinity
+_SHRUNK = 0.7  # shrinkage from which the individuals say next to nothing on their variability
+_HALF_SHRUNK = 0.5  # the same where the draws have collapsed, which makes individual means noisy
+_CLEAR = 2.0  # score above which a variance is not at its boundary, whatever the fit did
+_LEVEL, _ERRORS = 0.25, 2.0  # score up to which a variance gains next to nothing, and Monte-Carlo errors of it
+_TIED = 0.05  # log-likelihoods this near are equal before Monte-Carlo error
+_TRACE = 0.1  # of the variance with which an individual tells a parameter: a small variance to begin with
+_FEW = 30  # individuals up to which a second maximum at 0 is looked for
+_TRIED = 2  # candidates that are refitted, at most, before a variance counts as inside
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How a fit is made again.
+
+    Args:
+        specification: of the population, with fewer variances maybe.
+        begin: values of the unknowns by name, to go on from.
+        kept: parameters whose SD is followed however small it becomes.
+    """
+
+    specification: PopulationSpecification
+    begin: Mapping[str, float]
+    kept: tuple[str, ...] = ()
+
+
+def settled(
+    fit: PopulationFit,
+    specification: PopulationSpecification | PopulationModel,
+    refit: Callable[[Refit], PopulationFit],
+) -> PopulationFit:
+    """The fit with variances that ran to 0 set to 0: such parameters become constant, all that the search saw run to 0
+    together, others one after the other. Fits with fewer variances go on from the estimates of the one before.
+
+    A variance is looked at where its SD is tiny and not sharply told, where its log SD is not determined and the
+    individuals do not tell it apart from 0, or where the draws have collapsed: as a density narrows, the draws that
+    were made for a wider one become spikes, on which small numbers look precise. It has vanished when, with the
+    parameter constant, the likelihood does not rise with its variance (the score is not positive). Where it rises after
+    all, a fit goes on from there with a small variance that is followed whatever it comes to, and 0 is the answer only
+    if that gains nothing. A fit that can be trusted must also be no better than the one without; for one that cannot, a
+    score that is not clearly positive is enough.
+
+    Args:
+        fit: as it came.
+        specification: what it was made from; bound models cannot be changed and are left alone.
+        refit: fits the same data again.
+    """
+    kept: tuple[str, ...] = ()
+    while isinstance(specification, VariabilitySpecification):
+        accepted: tuple[PopulationFit, PopulationSpecification] | None = None
+        for names in _candidates(fit):
+            try:
+                trial = refit(Refit(_without(specification, names), _values(fit), kept))
+                while trial.verification is not None and trial.verification.vanishing:
+                    names = (*names, *trial.verification.vanishing)
+                    trial = refit(Refit(_without(specification, names), _values(trial), kept))
+            except ValueError:  # without these variances the data have no likelihood: they are there
+                continue
+            smaller = _without(specification, names)
+            rising = tuple(name for name in names if not _at_boundary(trial, fit, name))
+            if not rising:
+                accepted = (_marked(trial, fit, names), smaller)
+                break
+            if fit.verification is not None and fit.verification.vanishing:
+                held = tuple(name for name in names if name not in rising)
+                wider = _without(specification, held)
+                begin = {**_values(trial), **_small_variances(trial, rising)}
+                followed = refit(Refit(wider, begin, (*kept, *rising)))
+                noise = _noise(followed, trial)
+                if _gained(followed, trial) < (-noise if followed.converged else _TIED + noise):
+                    accepted = (_marked(trial, fit, names), smaller)
+                else:
+                    kept = (*kept, *rising)
+                    accepted = (_marked(followed, fit, held), wider)
+                break
+        if accepted is None:
+            break
+        fit, specification = accepted
+    return fit
+
+
+def _without(specification: PopulationSpecification, names: tuple[str, ...]) -> PopulationSpecification:
+    for name in names:
+        if isinstance(specification, VariabilitySpecification):
+            specification = specification.without_variability(name)
+    return specification
+
+
+def _values(fit: PopulationFit) -> dict[str, float]:
+    return dict(zip(fit.population.unknowns.names, fit.theta.tolist(), strict=True))
+
+
+def _value_variances(fit: PopulationFit) -> dict[str, float]:
+    """Squared standard error of every constant's value, times the number of individuals: about the variance with which
+    one individual tells it."""
+    names = fit.population.unknowns.names
+    told = {}
+    for column in fit.population.constant:
+        parameter = fit.population.parameters.names[column]
+        if f"mean.{parameter}" in names:
+            place = names.index(f"mean.{parameter}")
+            told[parameter] = len(fit.ids) * float(fit.covariance[place, place])
+    return told
+
+
+def _small_variances(trial: PopulationFit, names: tuple[str, ...]) -> dict[str, float]:
+    """Log SDs that the individuals tell a trace of, to follow from there; no correlations."""
+    told = _value_variances(trial)
+    return {f"log_sd.{name}": 0.5 * math.log(_TRACE * told[name]) for name in names if told.get(name, 0.0) > 0}
+
+
+def _gained(fit: PopulationFit, other: PopulationFit) -> float:
+    return _corrected(fit) - _corrected(other)
+
+
+def _noise(fit: PopulationFit, other: PopulationFit) -> float:
+    return 3 * math.hypot(fit.monte_carlo.objective_se, other.monte_carlo.objective_se)
+
+
+def _marked(trial: PopulationFit, fit: PopulationFit, names: tuple[str, ...]) -> PopulationFit:
+    """The smaller fit, in which these parameters' variances and those that vanished before count as estimated; how the
+    starts ended is known from the larger one."""
+    before = {test.parameter for test in fit.variance_tests if test.estimated}
+    tests = (replace(test, estimated=test.parameter in {*names, *before}) for test in trial.variance_tests)
+    if trial.restarts:
+        return replace(trial, variance_tests=tuple(tests))
+    message = f"{trial.message} {described(fit.restarts)}".strip()
+    return replace(trial, variance_tests=tuple(tests), restarts=fit.restarts, message=message)
+
+
+def _candidates(fit: PopulationFit) -> list[tuple[str, ...]]:
+    """Parameters whose variance seems to vanish, the most doubtful first: those that the search saw run to 0, together
+    and alone, then those whose numbers look like it."""
+    seen = () if fit.verification is None else fit.verification.vanishing
+    alone = [(name,) for name in seen]
+    together = [tuple(seen)] if len(seen) > 1 else []
+    if fit.verification is not None and fit.converged and not _collapsed(fit):
+        # A maximum that was verified lies inside; where it is flat there may be a higher one at 0.
+        return [*together, *alone, *((name,) for name in _flat(fit) if name not in seen)]
+    return [*together, *alone, *((name,) for name in _doubtful(fit) if name not in seen)]
+
+
+def _flat(fit: PopulationFit) -> list[str]:
+    """Parameters whose SD a few individuals hardly tell, the least told first."""
+    if len(fit.ids) > _FEW:
+        return []
+    found = summarise(fit.population, fit.theta, fit.covariance)
+    names = fit.population.parameters.names
+    open_ones = [
+        (float(found.sd_se[column] / found.sd[column]), names[column])
+        for column in fit.population.varying
+        if not bool(found.sd_fixed[column]) and float(found.sd_se[column]) > _UNSURE * float(found.sd[column])
+    ]
+    return [name for _, name in sorted(open_ones, reverse=True)][:_TRIED]
+
+
+def _doubtful(fit: PopulationFit) -> list[str]:
+    """Parameters whose variance looks as if it had run to 0."""
+    # Fixed draws say nothing once none of their parameters varies.
+    if len(fit.ids) < 2 or len(fit.population.varying) < (2 if fit.verification is None else 1):
+        return []
+    found = summarise(fit.population, fit.theta, fit.covariance)
+    spread = fit.individuals.mean.std(0)
+    names = fit.population.parameters.names
+    tiny_ones, collapsed = _tiny(fit), _collapsed(fit)
+    candidates = []
+    for column in fit.population.varying:
+        if bool(found.sd_fixed[column]):
+            continue
+        sd = float(found.sd[column])
+        shrinkage = 1 - float(spread[column]) / sd if sd > 0 else 1.0
+        unsure = not float(found.sd_se[column]) < _UNSURE * sd
+        tiny = names[column] in tiny_ones
+        shrunk = not shrinkage < (_HALF_SHRUNK if collapsed else _SHRUNK)
+        doubtful = unsure or collapsed
+        # Small against the training prior is no reason by itself: a sharply estimated small variance is one.
+        if tiny + shrunk + doubtful >= 2:
+            candidates.append((tiny, shrinkage if math.isfinite(shrinkage) else 1.0, names[column]))
+    return [name for _, _, name in sorted(candidates, reverse=True)][:_TRIED]
+
+
+def _tiny(fit: PopulationFit) -> list[str]:
+    """Parameters whose SD is next to nothing beside the training prior's."""
+    _, prior = fit.state.training_draws()
+    reference = prior.covariance.diagonal().sqrt().to(fit.theta)
+    sd = fit.population.covariance(fit.theta).diagonal().sqrt()
+    return [
+        fit.population.parameters.names[column]
+        for column in fit.population.varying
+        if sd[column] < _TINY * reference[column]
+    ]
+
+
+def _collapsed(fit: PopulationFit) -> bool:
+    """Whether the weights of most individuals rest on single draws."""
+    shapes = fit.individuals.pareto_k
+    return shapes is not None and float((shapes > UNRELIABLE).double().mean()) > 0.5
+
+
+def _at_boundary(trial: PopulationFit, fit: PopulationFit, name: str) -> bool:
+    test = next((test for test in trial.variance_tests if test.parameter == name), None)
+    if test is None:
+        return False
+    if fit.verification is not None and fit.verification.vanishing:
+        if test.slope <= 0:
+            return True
+        # The variance would gain half of the square of its slope in standard errors, as they are where all individuals
+        # tell equally much: 0.03 at the level.
+        z = test.slope * _value_variances(trial).get(name, math.inf) * math.sqrt(2 / len(trial.ids))
+        return z < max(_LEVEL, 0.0 if math.isnan(test.monte_carlo_se) else _ERRORS * test.monte_carlo_se)
+    if not fit.converged or _collapsed(fit):
+        return test.slope <= 0 or test.z < _CLEAR
+    if fit.verification is not None:
+        return trial.converged and test.slope <= 0 and _gained(trial, fit) > 0
+    return test.slope <= 0 and (name in _tiny(fit) or _gained(fit, trial) < _TIED + _noise(fit, trial))
+
+
+def _corrected(fit: PopulationFit) -> float:
+    return fit.objective - fit.monte_carlo.objective_bias

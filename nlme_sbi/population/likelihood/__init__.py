@@ -1,0 +1,1 @@
+"""Every individual's joint density: its modes, and mixtures that cover it."""

@@ -1,0 +1,417 @@
+"""Heavy-tailed mixtures that cover every individual's posterior given the population, modes and weak directions alike.
+
+Laplace's approximation at every mode is not enough: where a parameter is weakly identified, or the posterior is bent or
+skewed, its tails miss mass that no effective sample size ever shows. Each coordinate is therefore probed; where the log
+density departs from the parabola, components are placed along the profile (the others re-optimised), as far as the
+population reaches: a nested Laplace approximation (Rue, Martino and Chopin 2009, J. R. Stat. Soc. B 71:319).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nlme_sbi.numerics.factorizations import cholesky_or_diagonal, eigh_or_diagonal
+from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, Summits, ascend
+
+_FREEDOM = 6  # degrees of freedom of every component; even: the chi-square quantile has a closed distribution function
+_PROBE = 2.5  # SDs at which a coordinate is probed
+_DEPARTURE = 1.0  # from the parabola, in log density, that calls for components along the profile
+_NODES = (1.2, 2.8, 5.0, 8.5, 14.0)  # of a profile, in SDs, on each side
+_REACH = 4.5  # SDs of the population beyond which no component lies
+_DROP = 9.0  # log density below the mode at which a profile ends
+_NEGLIGIBLE = 12.0  # log mass below the largest at which a mode is dropped
+_SAME = 1.0  # squared distance in curvature below which two summits are one mode
+_SETS, _MANY_DRAWS = 8, 2048  # independent sets of draws, and the number of draws that allows them
+_SPREAD = 0.15  # share of the draws that all components get alike
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Components of many individuals, flat: ``rows (K,)`` tells whose each is."""
+
+    rows: Int[Tensor, " K"]
+    log_mass: Float[Tensor, " K"]
+    means: Float[Tensor, "K V"]
+    covariances: Float[Tensor, "K V V"]
+
+    @classmethod
+    def joined(cls, parts: list[Pieces]) -> Pieces:
+        """All of them."""
+        return cls(
+            torch.cat([part.rows for part in parts]),
+            torch.cat([part.log_mass for part in parts]),
+            torch.cat([part.means for part in parts]),
+            torch.cat([part.covariances for part in parts]),
+        )
+
+    def __getitem__(self, chosen: Tensor) -> Pieces:
+        return Pieces(self.rows[chosen], self.log_mass[chosen], self.means[chosen], self.covariances[chosen])
+
+
+def covariance_of(curvature: Float[Tensor, "B V V"], scale: Float[Tensor, "B V"]) -> Float[Tensor, "B V V"]:
+    """Inverse of ``curvature`` with its eigenvalues kept above a ninth of the population's (SDs below three of it)."""
+    sizes = scale[:, :, None] * scale[:, None]
+    values, vectors = eigh_or_diagonal(curvature * sizes)
+    values = values.abs().clamp_min(1 / 9)
+    inverse: Tensor = (vectors / values[:, None]) @ vectors.mT * sizes
+    return inverse
+
+
+def _log_volume(covariance: Tensor) -> Float[Tensor, " B"]:
+    """Half the log determinant of 2 pi times a covariance."""
+    factor = cholesky_or_diagonal(covariance)
+    log_determinant: Tensor = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return log_determinant + 0.5 * covariance.shape[-1] * math.log(2 * math.pi)
+
+
+def modes(joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]) -> tuple[Pieces, Expansion]:
+    """Distinct modes of every individual, best first, with their Laplace approximations."""
+    found: Summits = ascend(joint, rows, starts)
+    return sorted_out(joint, rows, found.points, found.at)
+
+
+def with_others(
+    joint: JointDensity, known: tuple[Pieces, Expansion], others: tuple[Pieces, Expansion]
+) -> tuple[Pieces, Expansion]:
+    """Modes of two searches together, each once."""
+    both = Pieces.joined([known[0], others[0]])
+    return sorted_out(joint, both.rows, both.means, Expansion.joined([known[1], others[1]]))
+
+
+def sorted_out(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion) -> tuple[Pieces, Expansion]:
+    """Summits in the order of the individuals, best first, without those that are near a better one or negligible."""
+    finite = torch.isfinite(at.value) & torch.isfinite(at.hessian).flatten(1).all(1)
+    place = torch.nonzero(finite)[:, 0]
+    place = place[torch.argsort(at.value[place], descending=True, stable=True)]
+    place = place[torch.argsort(rows[place], stable=True)]
+    covariances = covariance_of(-at.hessian[place], joint.scales[rows[place]])
+    pieces = Pieces(rows[place], at.value[place] + _log_volume(covariances), points[place], covariances)
+    kept = distinct(pieces)
+    return pieces[kept], at[place[kept]]
+
+
+def distinct(pieces: Pieces, *, negligible: float = _NEGLIGIBLE) -> Int[Tensor, " kept"]:
+    """Positions of pieces that are neither near an earlier one of the same individual nor ``negligible`` nats below
+    its largest.
+
+    Pieces are sorted by individual. Each is compared with its predecessors at distance 1, 2, ... in the list.
+    """
+    count = len(pieces.rows)
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64, device=pieces.rows.device)
+    keep = torch.ones(count, dtype=torch.bool, device=pieces.rows.device)
+    keep &= pieces.log_mass > _largest(pieces)[pieces.rows] - negligible
+    _, sizes = torch.unique_consecutive(pieces.rows, return_counts=True)
+    precision = torch.cholesky_inverse(cholesky_or_diagonal(pieces.covariances))
+    for apart in range(1, int(sizes.max())):
+        later, earlier = slice(apart, None), slice(None, count - apart)
+        offset = pieces.means[later] - pieces.means[earlier]
+        near = torch.einsum("bv,bvw,bw->b", offset, precision[earlier], offset) < _SAME
+        near &= (pieces.rows[later] == pieces.rows[earlier]) & keep[earlier]
+        keep[later] &= ~near
+    return torch.nonzero(keep)[:, 0]
+
+
+def along_profiles(joint: JointDensity, laplace: Pieces, at: Expansion) -> Pieces:
+    """Components along every coordinate of every mode in which the log density is no parabola."""
+    bent = _bent(joint, laplace, at)
+    which, column = torch.nonzero(bent).unbind(1)
+    if len(which) == 0:
+        return laplace
+    parts = [_lowered(laplace, bent.any(1))]
+    for side in (1.0, -1.0):
+        nodes = _profile(joint, laplace[which], at.value[which], column, side)
+        # At a kink of the likelihood curvatures mean nothing: no node counts more than its individual's modes.
+        parts.append(replace(nodes, log_mass=torch.minimum(nodes.log_mass, _largest(laplace)[nodes.rows])))
+    return Pieces.joined(parts)
+
+
+def _largest(pieces: Pieces) -> Float[Tensor, " I"]:
+    """Largest log mass of each individual."""
+    best = torch.full((int(pieces.rows.max()) + 1,), -math.inf, dtype=pieces.log_mass.dtype, device=pieces.rows.device)
+    return best.scatter_reduce(0, pieces.rows, pieces.log_mass, "amax")
+
+
+def _lowered(laplace: Pieces, bent: Tensor) -> Pieces:
+    """A mode whose profile has components of its own needs fewer draws."""
+    log_mass = torch.where(bent, laplace.log_mass - math.log(2), laplace.log_mass)
+    return Pieces(laplace.rows, log_mass, laplace.means, laplace.covariances)
+
+
+def _bent(joint: JointDensity, laplace: Pieces, at: Expansion) -> Bool[Tensor, "B V"]:
+    """Where a point ``_PROBE`` SDs along a coordinate, the others following linearly, departs from the parabola; only
+    modes that hold a share of the mass worth the work."""
+    sd = laplace.covariances.diagonal(dim1=-2, dim2=-1).sqrt()
+    direction = (laplace.covariances / sd[:, None]).mT  # row d: along coordinate d
+    points = laplace.means[:, None] + _PROBE * torch.cat([direction, -direction], 1)
+    dropped = joint.value(laplace.rows, points) - at.value[:, None]
+    departure = (dropped + 0.5 * _PROBE**2).abs()
+    size = sd.shape[1]
+    bent = torch.maximum(departure[:, :size], departure[:, size:]) > _DEPARTURE
+    return bent & (laplace.log_mass > _largest(laplace)[laplace.rows] - 7)[:, None]
+
+
+def _profile(joint: JointDensity, mode: Pieces, top: Tensor, column: Int[Tensor, " B"], side: float) -> Pieces:
+    """Nodes on one side of a mode along one coordinate each, the others re-optimised from node to node."""
+    every = torch.arange(len(column), device=column.device)
+    sd = mode.covariances[every, column, column].sqrt()
+    slope = mode.covariances[every, :, column] / sd.square()[:, None]  # change of the others with the coordinate
+    centre, reach = joint.centres[mode.rows, column], _REACH * joint.scales[mode.rows, column]
+    farthest = torch.maximum(side * (centre + side * reach - mode.means[every, column]), 1.2 * sd)
+    free = torch.ones_like(mode.means, dtype=torch.bool)
+    free[every, column] = False
+    points, before, parts = mode.means, torch.zeros_like(sd), []
+    active = every
+    for place, multiple in enumerate(_NODES):
+        offset = torch.minimum(multiple * sd, farthest)
+        active = active[(offset > before * 1.05 + 1e-12)[active]]
+        if len(active) == 0:
+            break
+        step = (side * (offset - before))[active]
+        guess = points[active] + step[:, None] * slope[active]
+        found = ascend(joint, mode.rows[active], guess, free=free[active], iterations=3, tolerance=0.2)
+        beyond = _NODES[place + 1] if place + 1 < len(_NODES) else multiple
+        spacing = 0.5 * (torch.minimum(beyond * sd, farthest) - before)[active].clamp_min(1e-9)
+        spacing = torch.maximum(spacing, 0.5 * (offset - before)[active])
+        node, tangent = _node(joint, (mode.rows[active], found, column[active]), spacing)
+        good = torch.isfinite(found.at.value) & (found.at.value > top[active] - _DROP)
+        good &= torch.isfinite(node.covariances).flatten(1).all(1)
+        parts.append(node[good])
+        points = points.index_copy(0, active, found.points)
+        slope = slope.index_copy(0, active, tangent)
+        before = before.index_copy(0, active, offset[active])
+        active = active[good]
+    return Pieces.joined(parts)
+
+
+def _node(
+    joint: JointDensity, place: tuple[Tensor, Summits, Tensor], spacing: Float[Tensor, " B"]
+) -> tuple[Pieces, Float[Tensor, "B V"]]:
+    """A component around a node: as wide as the nodes are apart along the profile, Laplace across it."""
+    rows, found, column = place
+    every = torch.arange(len(column), device=column.device)
+    size = found.points.shape[1]
+    fixed = torch.nn.functional.one_hot(column, size).bool()
+    curvature = -found.at.hessian
+    cross = torch.where(fixed, 0.0, curvature[every, :, column])
+    identity = torch.eye(size, dtype=curvature.dtype, device=curvature.device)
+    outside = fixed[:, :, None] | fixed[:, None]
+    scale = joint.scales[rows]
+    alone = torch.where(outside, identity / (scale[:, :, None] * scale[:, None]), curvature)
+    alone = torch.where(torch.isfinite(alone), alone, 0.0) + 0 * identity
+    across = torch.where(outside, 0.0, covariance_of(alone, scale))
+    tangent = torch.where(fixed, 1.0, -(across @ cross[..., None])[..., 0])
+    tangent = torch.where(torch.isfinite(tangent), tangent, 0.0)
+    width = 0.7 * spacing
+    covariance = across + width.square()[:, None, None] * tangent[:, :, None] * tangent[:, None]
+    # The node's share is that of a slice as wide as its spacing, Laplace's volume across it.
+    solid = torch.where(outside, identity, across)
+    log_across = _log_volume(solid) - 0.5 * math.log(2 * math.pi)
+    return Pieces(rows, found.at.value + log_across + spacing.log(), found.points, covariance), tangent
+
+
+@dataclass(frozen=True, eq=False)
+class Mixtures:
+    """Mixtures of multivariate t components, one for each individual, padded; ``counts (I, K)`` draws from each."""
+
+    counts: Int[Tensor, "I K"]
+    means: Float[Tensor, "I K V"]
+    factors: Float[Tensor, "I K V V"]
+
+    def __getitem__(self, rows: Tensor) -> Mixtures:
+        used = max(1, int((self.counts[rows] > 0).sum(1).max()))
+        return Mixtures(self.counts[rows, :used], self.means[rows, :used], self.factors[rows, :used])
+
+    def with_draws(self, draws: int) -> Mixtures:
+        """The same components in about the same proportions with another number of draws, at least one each while
+        there are enough; the largest component takes what rounding leaves."""
+        there = self.counts > 0
+        share = self.counts / self.counts.sum(1, keepdim=True)
+        counts = ((draws - there.sum(1, keepdim=True)).clamp_min(0) * share).floor().to(torch.int64) + there
+        counts = torch.where(counts.cumsum(1) <= draws, counts, 0)
+        largest = counts.argmax(1, keepdim=True)
+        return replace(self, counts=counts.scatter_add(1, largest, draws - counts.sum(1, keepdim=True)))
+
+    def updated(self, rows: Tensor, others: Mixtures) -> Mixtures:
+        """With the mixtures at ``rows`` replaced."""
+        most = max(self.counts.shape[1], others.counts.shape[1])
+        mine, theirs = self._padded(most), others._padded(most)
+        return Mixtures(
+            mine.counts.index_copy(0, rows, theirs.counts),
+            mine.means.index_copy(0, rows, theirs.means),
+            mine.factors.index_copy(0, rows, theirs.factors),
+        )
+
+    def beside(self, other: Mixtures) -> Mixtures:
+        """All components of both, each with its draws; those without draws last."""
+        counts, order = torch.cat([self.counts, other.counts], 1).sort(dim=1, descending=True)
+        every = torch.arange(len(order), device=order.device)[:, None]
+        means, factors = torch.cat([self.means, other.means], 1), torch.cat([self.factors, other.factors], 1)
+        return Mixtures(counts, means[every, order], factors[every, order])
+
+    def _padded(self, most: int) -> Mixtures:
+        more = most - self.counts.shape[1]
+        size = self.means.shape[2]
+        identity = torch.eye(size, dtype=self.means.dtype, device=self.means.device)
+        return Mixtures(
+            torch.nn.functional.pad(self.counts, (0, more)),
+            torch.nn.functional.pad(self.means, (0, 0, 0, more)),
+            torch.cat([self.factors, identity.expand(len(self.factors), more, -1, -1)], 1),
+        )
+
+    def sample(self, generator: torch.Generator) -> tuple[Float[Tensor, "I S V"], Float[Tensor, "I S"]]:
+        """Draws, stratified over components and spread evenly within them, and the log density of the mixture with the
+        drawn proportions."""
+        return self.draws_at(self.shifts(generator))
+
+    def shifts(self, generator: torch.Generator) -> Float[Tensor, "I 1 R U"]:
+        """All the randomness of :meth:`sample`: for each individual random shifts of one Sobol' sequence.
+
+        Draws belong in turn to independent sets (randomised quasi-Monte Carlo, Cranley and Patterson 1976, SIAM J.
+        Numer. Anal. 13:904), whose differences tell the error that is left.
+        """
+        shape = (len(self.means), 1, independent_sets(int(self.counts[0].sum())), self.means.shape[2] + 2)
+        shift = torch.rand(shape, generator=generator, device=generator.device, dtype=self.means.dtype)
+        return shift.to(self.means.device)
+
+    def draws_at(self, shifts: Float[Tensor, "I 1 R U"]) -> tuple[Float[Tensor, "I S V"], Float[Tensor, "I S"]]:
+        """:meth:`sample`, given the shifts."""
+        draws = int(self.counts[0].sum())
+        sequence = sobol_points(-(-draws // shifts.shape[2]), shifts.shape[-1]).to(shifts)
+        even = (sequence[:, None] + shifts).remainder(1.0).flatten(1, 2)[:, :draws].clamp(1e-12, 1 - 1e-12)
+        component = _strata(self.counts, draws).gather(1, even[..., 0].argsort(1).argsort(1))
+        spread = (0.5 * _FREEDOM / gamma_3_quantile(even[..., 1])).sqrt()
+        standard = torch.special.ndtri(even[..., 2:]) * spread[..., None]
+        every = torch.arange(len(even), device=even.device)[:, None]
+        phi = self.means[every, component] + (self.factors[every, component] @ standard[..., None])[..., 0]
+        return phi, self.log_prob(phi)
+
+    def standard(self, shape: tuple[int, int, int], generator: torch.Generator) -> Float[Tensor, "I S V"]:
+        """Draws of a component before its location and factor."""
+        dtype = self.means.dtype
+        noise = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+        waits = torch.empty((*shape[:2], _FREEDOM // 2), device=generator.device, dtype=dtype)
+        chi_square = 2 * waits.exponential_(generator=generator).sum(-1)
+        return (noise * (_FREEDOM / chi_square).sqrt()[..., None]).to(self.means.device)
+
+    def log_prob(self, phi: Float[Tensor, "I S V"]) -> Float[Tensor, "I S"]:
+        """Log density of the mixture."""
+        size = phi.shape[2]
+        identity = torch.eye(size, dtype=phi.dtype, device=phi.device).expand(self.factors.shape)
+        whitening: Tensor = torch.linalg.solve_triangular(self.factors, identity, upper=False)
+        centres = (whitening @ self.means[..., None])[..., 0]
+        standard = phi @ whitening.flatten(1, 2).mT - centres.flatten(1)[:, None]
+        distance = standard.reshape(*phi.shape[:2], *self.means.shape[1:]).square().sum(-1)
+        normaliser = (
+            math.lgamma(0.5 * (_FREEDOM + size))
+            - math.lgamma(0.5 * _FREEDOM)
+            - 0.5 * size * math.log(_FREEDOM * math.pi)
+            - self.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        )
+        share = self.counts.to(phi.dtype).log() - math.log(int(self.counts[0].sum()))
+        log_component = (share + normaliser)[:, None] - 0.5 * (_FREEDOM + size) * torch.log1p(distance / _FREEDOM)
+        return torch.logsumexp(log_component, -1)
+
+
+def independent_sets(draws: int) -> int:
+    """How many independent sets the draws of an individual are made of: two, or more where there are enough draws, so
+    that their error is well told for a handful of individuals, too."""
+    return _SETS if draws >= _MANY_DRAWS else 2
+
+
+@lru_cache(maxsize=8)
+def sobol_points(count: int, size: int) -> Float[Tensor, "n d"]:
+    """The first points of the Sobol' sequence, float64 on the CPU; not to be written to."""
+    engine = torch.quasirandom.SobolEngine(size)  # type: ignore[no-untyped-call]
+    points: Tensor = engine.draw(count, dtype=torch.float64)
+    return points
+
+
+def gamma_3_quantile(probability: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Quantile of the gamma distribution of shape 3, half a chi-square with 6 degrees of freedom.
+
+    Wilson and Hilferty's approximation, then Newton's method on the closed form of the distribution function, in the
+    logarithm of the smaller tail.
+    """
+    normal = torch.special.ndtri(probability)
+    found = 3 * (1 - 1 / 27 + normal / (3 * math.sqrt(3))).clamp_min(0.02) ** 3
+    upper = probability > 0.5
+    wished = torch.where(upper, torch.log1p(-probability), probability.log())
+    for _ in range(8):
+        above = 1 + found + 0.5 * found.square()
+        log_density = 2 * found.log() - found - math.log(2)
+        log_upper = above.log() - found
+        # Below, 1 - exp(-g)(1 + g + g^2/2) cancels; there its series begins with g^3/6.
+        lower = torch.where(found < 0.3, _gamma_3_below(found), -torch.expm1(log_upper))
+        tail = torch.where(upper, log_upper, lower.log())
+        slope = torch.where(upper, -1.0, 1.0) * (log_density - tail).exp()
+        step = ((tail - wished) / (slope * found)).clamp(-1.0, 1.0)
+        found = found * (-step).exp()
+    quantile: Tensor = found
+    return quantile
+
+
+def _gamma_3_below(x: Tensor) -> Tensor:
+    """Distribution function of the gamma distribution of shape 3 near 0, without cancellation."""
+    term: Tensor = x**3 / 6
+    total = term
+    for order in range(4, 14):
+        term = term * x / order
+        total = total + term
+    return total * (-x).exp()
+
+
+def _strata(counts: Int[Tensor, "I K"], draws: int) -> Int[Tensor, "I S"]:
+    """Component of each draw, in order: the first ``counts[:, 0]`` draws from component 0, and so on."""
+    ends = counts.cumsum(1).contiguous()
+    place = torch.arange(draws, device=counts.device).expand(len(counts), -1).contiguous()
+    return torch.searchsorted(ends, place, right=True)
+
+
+def mixtures(
+    pieces: Pieces, individuals: int, draws: int, *, inflation: float = 1.1, spread: float = _SPREAD
+) -> Mixtures:
+    """Components of every individual side by side, and how many of the ``draws`` each gets.
+
+    In proportion to mass, a share ``spread`` alike, and at least one each while there are enough.
+    """
+    order = torch.argsort(pieces.log_mass, descending=True, stable=True)
+    order = order[torch.argsort(pieces.rows[order], stable=True)]
+    pieces = pieces[order]
+    sizes = torch.bincount(pieces.rows, minlength=individuals)
+    first = sizes.cumsum(0) - sizes
+    place = torch.arange(len(pieces.rows), device=sizes.device) - first[pieces.rows]
+    inside = place < draws  # more components than draws: the heaviest
+    pieces, place = pieces[inside], place[inside]
+    most = int(sizes.clamp_max(draws).max())
+    size = pieces.means.shape[1]
+    shape = (individuals, most)
+    device, dtype = pieces.means.device, pieces.means.dtype
+    log_mass = torch.full(shape, -math.inf, dtype=dtype, device=device)
+    log_mass[pieces.rows, place] = pieces.log_mass
+    means = torch.zeros((*shape, size), dtype=dtype, device=device)
+    means[pieces.rows, place] = pieces.means
+    factors = torch.eye(size, dtype=dtype, device=device).expand(*shape, -1, -1).clone()
+    factors[pieces.rows, place] = math.sqrt(inflation) * cholesky_or_diagonal(pieces.covariances)
+    return Mixtures(_allotted(log_mass, draws, spread), means, factors)
+
+
+def _allotted(log_mass: Float[Tensor, "I K"], draws: int, spread: float) -> Int[Tensor, "I K"]:
+    """Whole numbers of draws that add up, by largest remainders above one each."""
+    there = torch.isfinite(log_mass)
+    share = torch.softmax(log_mass, 1)
+    share = (1 - spread) * share + spread * there / there.sum(1, keepdim=True)
+    left = draws - there.sum(1, keepdim=True)
+    wished = share * left
+    counts = wished.floor()
+    remainder = torch.where(there, wished - counts, -1.0)
+    missing = (left - counts.sum(1, keepdim=True)).round()
+    rank = remainder.argsort(1, descending=True).argsort(1)
+    counts = counts + (rank < missing) + there
+    return counts.to(torch.int64)

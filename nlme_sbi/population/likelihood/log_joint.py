@@ -1,0 +1,255 @@
+"""Likelihood times population density of single individuals: values, derivatives and modes, in batches of points.
+
+A batch is flat: point ``b`` belongs to individual ``rows[b]``, so that individuals may have as many as they need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nlme_sbi.compute.blocks import over_blocks
+from nlme_sbi.numerics.factorizations import eigh_or_diagonal
+from nlme_sbi.population.models.interface import PopulationModel, covariances_of, means_of
+from nlme_sbi.types import Observations, TractableSimulator
+
+_NUMBERS = {"cpu": 200_000, "cuda": 50_000_000}  # predicted values in a block: a CPU's cache, a GPU's width
+_STEP = 1e-5  # of finite differences of gradients, in SDs of the population
+_FLOOR = 0.05  # least curvature that a Newton step assumes, in units of the population's
+_RACE = 12  # Newton steps after which an individual's points are compared; kinks are climbed slowly
+_HOPELESS = 100.0  # log density below the best at which a point is given up
+_LONGEST = 3.0  # longest Newton step, in SDs of the population
+
+
+def chosen_rows(observations: Observations, rows: Int[Tensor, " B"]) -> Observations:
+    """Rows of the observations; a row may come several times (its id then stands for nothing)."""
+    selected = [None if part is None else part[rows] for part in _optional(observations)]
+    return replace(
+        observations,
+        ids=tuple(str(place) for place in range(len(rows))),
+        values=observations.values[rows],
+        design=observations.design[rows],
+        censoring=selected[0],
+        lower=selected[1],
+        upper=selected[2],
+    )
+
+
+def _optional(observations: Observations) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return observations.censoring, observations.lower, observations.upper
+
+
+def interleaved(population: PopulationModel, varying: Tensor, constant: Tensor) -> Tensor:
+    """Columns of varying and constant parameters in the order of phi."""
+    order = [*population.varying, *population.constant]
+    together = torch.cat([varying, constant], -1)
+    return together[..., [order.index(column) for column in range(len(order))]]
+
+
+@dataclass(frozen=True, eq=False)
+class Expansion:
+    """Value, gradient and Hessian of the joint log density at a batch of points."""
+
+    value: Float[Tensor, " B"]
+    gradient: Float[Tensor, "B V"]
+    hessian: Float[Tensor, "B V V"]
+
+    def __getitem__(self, rows: Tensor) -> Expansion:
+        return Expansion(self.value[rows], self.gradient[rows], self.hessian[rows])
+
+    @classmethod
+    def joined(cls, parts: list[Expansion]) -> Expansion:
+        """All of them."""
+        return cls(
+            torch.cat([part.value for part in parts]),
+            torch.cat([part.gradient for part in parts]),
+            torch.cat([part.hessian for part in parts]),
+        )
+
+    def updated(self, rows: Tensor, others: Expansion) -> Expansion:
+        """With the points at ``rows`` replaced."""
+        return Expansion(
+            self.value.index_copy(0, rows, others.value),
+            self.gradient.index_copy(0, rows, others.gradient),
+            self.hessian.index_copy(0, rows, others.hessian),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class JointDensity:
+    """``log p(y_i | v, s_theta) + log p(v | theta)`` over the varying parameters v, float64.
+
+    Args:
+        simulator: whose likelihood it is.
+        population: the bound model.
+        observations: of all individuals, float64.
+        theta: where the population stands.
+        rough: whether only a search's first steps depend on it.
+    """
+
+    simulator: TractableSimulator
+    population: PopulationModel
+    observations: Observations
+    theta: Float[Tensor, " P"]
+    rough: bool = False
+
+    @property
+    def scale(self) -> Float[Tensor, " V"]:
+        """SDs of the varying parameters between individuals like the typical one."""
+        columns = list(self.population.varying)
+        sd: Tensor = self.population.covariance(self.theta).diagonal()[columns].sqrt()
+        return sd.detach()
+
+    @property
+    def centre(self) -> Float[Tensor, " V"]:
+        """Varying parameters of a typical individual."""
+        return self.population.mean(self.theta)[list(self.population.varying)].detach()
+
+    @cached_property
+    def scales(self) -> Float[Tensor, "I V"]:
+        """SDs of the varying parameters about each individual's own typical values."""
+        variances = covariances_of(self.population, self.theta.detach(), self.observations.design)
+        sd: Tensor = variances.diagonal(dim1=1, dim2=2)[:, list(self.population.varying)].sqrt()
+        return sd
+
+    @cached_property
+    def centres(self) -> Float[Tensor, "I V"]:
+        """Typical values of the varying parameters, each individual's own."""
+        return means_of(self.population, self.theta.detach(), self.observations.design)[
+            :, list(self.population.varying)
+        ]
+
+    def blocks(self, rows: Tensor, points: int) -> list[Tensor]:
+        """Positions in a batch, cut so that ``points`` predictions for each stay within a block's memory."""
+        values = self.observations.values
+        width = points * values.shape[1] * values.shape[2]
+        step = max(1, _NUMBERS.get(rows.device.type, _NUMBERS["cuda"]) // width)
+        return list(torch.split(torch.arange(len(rows), device=rows.device), step))
+
+    def value(self, rows: Int[Tensor, " B"], points: Float[Tensor, "B n V"]) -> Float[Tensor, "B n"]:
+        """Joint log density at ``n`` points for each entry of the batch; ``-inf`` where it is not finite."""
+
+        def of_block(some: Tensor) -> Tensor:
+            with torch.no_grad():
+                found = self._log_prob(rows[some], points[some])
+                return torch.where(torch.isfinite(found), found, -torch.inf)
+
+        return torch.cat(over_blocks(of_block, self.blocks(rows, points.shape[1]), rows.device))
+
+    def expand(self, rows: Int[Tensor, " B"], points: Float[Tensor, "B V"]) -> Expansion:
+        """Value, exact gradient, and Hessian by differences of exact gradients; NaN where not finite."""
+        size = points.shape[1]
+        steps = _STEP * self.scales[rows]
+        shifts = torch.cat([torch.zeros_like(points)[:, None], torch.diag_embed(steps)], 1)
+
+        def of_block(some: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                leaf = (points[some, None] + shifts[some]).detach().requires_grad_(True)
+                found = self._log_prob(rows[some], leaf)
+                (gradient,) = torch.autograd.grad(found.sum(), leaf)
+            return found[:, 0].detach(), gradient
+
+        parts = over_blocks(of_block, self.blocks(rows, size + 1), rows.device)
+        gradient = torch.cat([slopes for _, slopes in parts])
+        hessian = (gradient[:, 1:] - gradient[:, :1]) / steps[:, :, None]
+        return Expansion(torch.cat([value for value, _ in parts]), gradient[:, 0], 0.5 * (hessian + hessian.mT))
+
+    def _log_prob(self, rows: Tensor, points: Float[Tensor, "B n V"]) -> Float[Tensor, "B n"]:
+        observations = chosen_rows(self.observations, rows)
+        constants = self.population.constants(self.theta, observations.design)
+        phi = interleaved(self.population, points, constants[:, None].expand(-1, points.shape[1], -1))
+        prior = self.population.log_prob(points, self.theta, observations.design)
+        return self.simulator.log_likelihood(observations, phi) + prior
+
+
+@dataclass(frozen=True, eq=False)
+class Summits:
+    """Where Newton's method ended: points ``(B, V)`` and the expansion there."""
+
+    points: Float[Tensor, "B V"]
+    at: Expansion
+
+
+def ascend(
+    joint: JointDensity,
+    rows: Int[Tensor, " B"],
+    points: Float[Tensor, "B V"],
+    *,
+    free: Bool[Tensor, "B V"] | None = None,
+    iterations: int = 30,
+    tolerance: float = 1e-3,
+) -> Summits:
+    """Damped Newton steps of every point at once, with curvatures made positive (saddle-free), until the gain that a
+    step promises is below ``tolerance``.
+
+    Args:
+        joint: what is climbed.
+        rows: individual of each point.
+        points: where each starts.
+        free: coordinates that may move; all when left out.
+        iterations: most steps.
+        tolerance: promised gain in log density at which a point is done.
+    """
+    at = joint.expand(rows, points)
+    damping = torch.full_like(at.value, 1e-3)
+    active = torch.arange(len(rows), device=rows.device)
+    for done in range(iterations):
+        if done == _RACE:
+            active = active[_in_the_race(rows, at.value)[active]]
+        scale = joint.scales[rows[active]]
+        step, promise = _newton_step(at[active], scale, damping[active], None if free is None else free[active])
+        going = (promise > tolerance) & (damping[active] < 1e8)
+        active, step = active[going], step[going]
+        if len(active) == 0:
+            break
+        proposed = points[active] + step
+        found = joint.expand(rows[active], proposed)
+        better = (found.value >= at.value[active]) & torch.isfinite(found.hessian).flatten(1).all(1)
+        winners = active[better]
+        points = points.index_copy(0, winners, proposed[better])
+        at = at.updated(winners, found[better])
+        damping[winners] *= 0.1
+        losers = active[~better]
+        damping[losers] = 10 * damping[losers].clamp_min(0.1)
+    return Summits(points, at)
+
+
+def promised_gain(joint: JointDensity, rows: Int[Tensor, " B"], at: Expansion) -> Float[Tensor, " B"]:
+    """How much a Newton step from each point would gain; nan where the expansion is not finite."""
+    step, promise = _newton_step(at, joint.scales[rows], torch.full_like(at.value, 1e-3), None)
+    return torch.where(torch.isfinite(at.value) & torch.isfinite(step).all(1), promise, torch.nan)
+
+
+def _in_the_race(rows: Tensor, value: Tensor) -> Bool[Tensor, " B"]:
+    """Points that are not hopelessly below the best of their individual."""
+    best = torch.full((int(rows.max()) + 1,), -torch.inf, dtype=value.dtype, device=value.device)
+    best = best.scatter_reduce(0, rows, value.nan_to_num(-torch.inf), "amax")
+    return value > best[rows] - _HOPELESS
+
+
+def _newton_step(
+    at: Expansion, scale: Float[Tensor, "B V"], damping: Tensor, free: Tensor | None
+) -> tuple[Float[Tensor, "B V"], Float[Tensor, " B"]]:
+    """Step and promised gain; in units of the population's SDs, in which it has unit curvature."""
+    gradient = at.gradient * scale
+    curvature = -at.hessian * scale[:, :, None] * scale[:, None]
+    if free is not None:
+        gradient = torch.where(free, gradient, 0.0)
+        both = free[:, :, None] & free[:, None]
+        identity = torch.eye(scale.shape[1], dtype=scale.dtype, device=scale.device)
+        curvature = torch.where(both, curvature, identity)
+    known = torch.isfinite(curvature).flatten(1).all(1) & torch.isfinite(gradient).all(1)
+    identity = torch.eye(scale.shape[1], dtype=scale.dtype, device=scale.device)
+    curvature = torch.where(known[:, None, None], curvature, identity)
+    gradient = torch.where(known[:, None], gradient, 0.0)
+    values, vectors = eigh_or_diagonal(curvature)
+    values = values.abs().clamp_min(_FLOOR) * (1 + damping[:, None])
+    inner = (vectors.mT @ gradient[..., None])[..., 0]
+    step = (vectors @ (inner / values)[..., None])[..., 0]
+    length = step.norm(dim=1).clamp_min(1e-300)
+    step = step * (_LONGEST / length).clamp_max(1.0)[:, None]
+    return step * scale, 0.5 * (inner.square() / values).sum(1)

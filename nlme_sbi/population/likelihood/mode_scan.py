@@ -1,0 +1,157 @@
+"""A search for modes of individuals that the climb from first guesses has passed by.
+
+Some models have many: where a parameter is the time of an onset, there may be one between any two measurements, each so
+narrow that no draw of the others' mixtures ever falls into it. Along every coordinate, on both sides of each
+individual's best mode, the others are re-optimised from step to step as far as the population reaches; wherever that
+profile has a top, Newton's method goes on with everything free. A random part of many individuals tells whether
+it is worth the work for the rest, and along which coordinates.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nlme_sbi.population.likelihood.laplace_components import Pieces, modes, sorted_out, with_others
+from nlme_sbi.population.likelihood.log_joint import JointDensity, Summits, ascend
+from nlme_sbi.population.objective.subsets import random_part
+
+_LOOKED_AT = 24  # individuals who tell whether there is anything to be found
+_STEP, _STEPS = 0.1, 24  # of a walk along a coordinate, in SDs of the population, on each side
+_NEWTON = 3  # steps that the other coordinates take at each
+_LOOSE = 0.05  # promised gain at which they stop earlier
+_JUMPS = (0.15, 0.3, 0.6, 1.0, 1.6, 2.4, 3.2)  # the same where nothing else moves, for what is far
+_TOPS = 4  # of each profile that are climbed from
+_ABYSS = 100.0  # log density below the mode at which a walk ends
+_HOPELESS = 60.0  # log density below the best mode at which they are not
+_WORTH = 0.01  # share of an individual's mass that modes must add to be news
+_ROUNDS = 3
+
+
+def unseen_modes(
+    joint: JointDensity, known: Pieces, generator: torch.Generator
+) -> tuple[Int[Tensor, " B"], Float[Tensor, "B V"]]:
+    """Individual and place of modes that hold mass and are not among the known ones; empty where there are none.
+
+    Args:
+        joint: density of everybody.
+        known: modes of everybody, sorted by individual, the best first.
+        generator: chooses individuals and places.
+    """
+    everybody = len(joint.observations)
+    some = random_part(everybody, _LOOKED_AT, generator).to(known.rows.device)
+    rows, points, columns = _news(joint, _of(known, some), torch.arange(known.means.shape[1]), generator)
+    if len(rows) == 0 or len(some) == everybody:
+        return rows, points
+    rest = torch.ones(everybody, dtype=torch.bool, device=some.device).index_fill(0, some, False)
+    others = torch.nonzero(rest)[:, 0]
+    more_rows, more_points, _ = _news(joint, _of(known, others), torch.unique(columns).cpu(), generator)
+    return torch.cat([rows, more_rows]), torch.cat([points, more_points])
+
+
+def _of(known: Pieces, individuals: Int[Tensor, " i"]) -> Pieces:
+    return known[torch.nonzero(torch.isin(known.rows, individuals))[:, 0]]
+
+
+def _news(
+    joint: JointDensity, known: Pieces, columns: Int[Tensor, " c"], generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Individual, place and coordinate of what a few rounds of scanning find beside the known modes."""
+    found_rows, found_points, found_columns = [], [], []
+    for _ in range(_ROUNDS):
+        best = known[_first(known.rows)]
+        starts = [_tops(joint, best, int(column), generator) for column in columns]
+        rows = torch.cat([row for row, _ in starts])
+        points = torch.cat([point for _, point in starts])
+        along = torch.cat([torch.full_like(row, int(c)) for (row, _), c in zip(starts, columns, strict=True)])
+        if len(rows) == 0:
+            break
+        summits = ascend(joint, rows, points)
+        better = _adds_mass(joint, known, rows, summits)
+        if not bool(better.any()):
+            break
+        found_rows.append(rows[better])
+        found_points.append(summits.points[better])
+        found_columns.append(along[better])
+        there = torch.cat([known.rows, found_rows[-1]]), torch.cat([known.means, found_points[-1]])
+        both, _ = modes(joint, *there)
+        # Only those who had news may have more.
+        known = _of(both, found_rows[-1])
+    if not found_rows:
+        none = torch.empty(0, dtype=torch.int64, device=known.rows.device)
+        return none, known.means[:0], none
+    return torch.cat(found_rows), torch.cat(found_points), torch.cat(found_columns)
+
+
+def _first(rows: Int[Tensor, " K"]) -> Int[Tensor, " i"]:
+    """Position of each individual's first piece."""
+    change = torch.cat([rows.new_ones(1), rows.diff()]) > 0
+    return torch.nonzero(change)[:, 0]
+
+
+def _tops(
+    joint: JointDensity, best: Pieces, column: int, generator: torch.Generator
+) -> tuple[Int[Tensor, " B"], Float[Tensor, "B V"]]:
+    """Where the profile along a coordinate is higher than beside it, on both sides of each individual's best mode, and
+    the best point of jumps in that coordinate alone."""
+    count = len(best.rows)
+    top = joint.value(best.rows, best.means[:, None])[:, 0]
+    rows = best.rows.repeat(2)
+    jitter = 0.8 + 0.4 * torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
+    side = torch.cat([torch.ones_like(top), -torch.ones_like(top)])
+    step = side * (_STEP * jitter.to(top)) * joint.scales[rows, column]
+    free = torch.ones((len(rows), best.means.shape[1]), dtype=torch.bool, device=rows.device)
+    free[:, column] = False
+    point, drift = best.means.repeat(2, 1), torch.zeros_like(free, dtype=top.dtype)
+    floor = top.repeat(2) - _ABYSS
+    values, points = [top.repeat(2)], [point]
+    active = torch.arange(len(rows), device=rows.device)
+    for _ in range(_STEPS):
+        guess = (point + drift)[active]
+        guess[:, column] = point[active, column] + step[active]
+        found = ascend(joint, rows[active], guess, free=free[active], iterations=_NEWTON, tolerance=_LOOSE)
+        drift = drift.index_copy(0, active, 0.5 * (found.points - point[active]))
+        point = point.index_copy(0, active, found.points)
+        values.append(torch.full_like(floor, -torch.inf).index_copy(0, active, found.at.value))
+        points.append(point)
+        active = active[found.at.value > floor[active]]
+        if len(active) == 0:
+            break
+    value, place = torch.stack(values, 1), torch.stack(points, 1)
+    beside = torch.nn.functional.pad(value, (1, 1), value=-torch.inf)
+    is_top = (value >= beside[:, :-2]) & (value >= beside[:, 2:])
+    is_top[:, 0] = False  # the mode itself
+    height = torch.where(is_top & torch.isfinite(value), value, -torch.inf)
+    tall, which = height.topk(min(_TOPS, height.shape[1]), 1)
+    walked = place.gather(1, which[..., None].expand(-1, -1, place.shape[2]))
+    jumps = torch.tensor([*_JUMPS, *(-jump for jump in _JUMPS)], dtype=top.dtype, device=top.device) * jitter.to(top)
+    jumped = best.means[:, None].repeat(1, len(jumps), 1)
+    jumped[:, :, column] += jumps * joint.scales[best.rows, column][:, None]
+    lone, which = joint.value(best.rows, jumped).max(1)
+    # A jump that lands lower has been walked over; only what is higher is another hill.
+    lone = torch.where(lone > top, lone, -torch.inf)
+    every = torch.arange(count, device=rows.device)
+    heights = torch.cat([tall.flatten(), lone])
+    owners = torch.cat([rows.repeat_interleave(tall.shape[1]), best.rows])
+    places = torch.cat([walked.flatten(0, 1), jumped[every, which]])
+    floor = torch.cat([top.repeat(2).repeat_interleave(tall.shape[1]), top]) - _HOPELESS
+    worth = torch.nonzero(heights > floor)[:, 0]
+    return owners[worth], places[worth]
+
+
+def _adds_mass(joint: JointDensity, known: Pieces, rows: Int[Tensor, " B"], summits: Summits) -> Tensor:
+    """Which summits belong to individuals whose mass they raise by a share that counts."""
+    everybody = len(joint.observations)
+
+    def mass(pieces: Pieces) -> Tensor:
+        highest = torch.full((everybody,), -torch.inf, dtype=pieces.log_mass.dtype, device=pieces.rows.device)
+        highest = highest.scatter_reduce(0, pieces.rows, pieces.log_mass, "amax")
+        shares = (pieces.log_mass - highest[pieces.rows]).exp()
+        return highest + torch.zeros_like(highest).index_add(0, pieces.rows, shares).log()
+
+    mine = _of(known, torch.unique(rows))
+    own = mine, joint.expand(mine.rows, mine.means)
+    both, _ = with_others(joint, own, sorted_out(joint, rows, summits.points, summits.at))
+    news: Tensor = (mass(both) - mass(mine))[rows] > _WORTH
+    return news

@@ -1,0 +1,1 @@
+"""Population models: means, variances, correlations, covariates."""

@@ -1,0 +1,253 @@
+"""What must hold before a fit is worth starting, and what a reader must be told after it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from scipy.stats import binom, chi2
+from torch import Tensor
+
+from nlme_sbi.population.models.interface import PopulationModel, covariances_of, means_of
+from nlme_sbi.types import Design, Observations, PosteriorSamples, Prior
+
+_NAMED = 5  # individuals named in one sentence
+_FALSE_ALARMS = 0.01  # chance that anybody is named where posteriors are exact and Gaussian
+_TAIL = 0.025  # what lies in the tails: beyond 2.2 SD in one dimension
+_SAMPLED = 20_000  # individuals sampled from the population to see how many lie outside the prior
+_TRAINED = 100_000  # prior samples that tell where the network was trained
+_MARGIN = 20.0  # below the least log density of them; about 8.5 SD in six dimensions
+_STRAY = 0.01  # share of draws outside that region that is worth a warning
+_OUTSIDE = 1e-3  # share of the population outside the prior's support that is worth a warning
+
+
+def named(ids: tuple[str, ...], chosen: Tensor) -> str:
+    """Ids of the chosen positions, the first few of them."""
+    places = [int(place) for place in chosen]
+    listed = ", ".join(ids[place] for place in places[:_NAMED])
+    return listed + (f" and {len(places) - _NAMED} more" if len(places) > _NAMED else "")
+
+
+def require_matching(samples: PosteriorSamples, observations: Observations, population: PopulationModel) -> None:
+    """Draws, data and population must speak of the same parameters and individuals; draws must be finite."""
+    if samples.names != population.parameters.names or samples.prior.names != samples.names:
+        raise ValueError(
+            f"Parameters disagree: the draws have {list(samples.names)}, their prior {list(samples.prior.names)}, the "
+            f"population model {list(population.parameters.names)}. Use one simulator for all."
+        )
+    if len(samples.phi) != len(observations):
+        raise ValueError(f"{len(samples.phi)} individuals have draws, but the data have {len(observations)}.")
+    broken = ~torch.isfinite(samples.phi).all(-1)
+    if bool(broken.any()):
+        rows = torch.nonzero(broken.any(1))[:, 0]
+        raise ValueError(
+            f"{int(broken.sum())} of {broken.numel()} posterior draws are not finite; individuals: "
+            f"{named(observations.ids, rows)}. The posterior does not cover these data; check them, or train again."
+        )
+
+
+def require_enough(model: PopulationModel, individuals: int) -> None:
+    """Refuse what has no maximum: variances from one individual, a full covariance from too few."""
+    varying, table = len(model.varying), model.unknowns
+    correlated = "partial_correlation" in table.transforms
+    free_sd = any(table.transforms[place] == "log" for place in table.free.tolist())
+    needed = _largest_block(model) + 1 if correlated else 2 if free_sd else 1
+    if individuals < needed:
+        raise ValueError(
+            f"{individuals} individuals cannot tell the {'covariance' if correlated else 'variance'} of {varying} "
+            f"varying parameters: at least {needed} are needed. Give more data, fix SDs, or keep parameters constant "
+            f"(all of them: 'population.constant=[{','.join(model.parameters.names)}]', a plain regression)"
+            + (", or use population.covariance=diagonal." if correlated else ".")
+        )
+
+
+def _largest_block(model: PopulationModel) -> int:
+    """The most parameters that one is correlated with, itself included, read off the model at an arbitrary theta."""
+    theta = torch.full((len(model.unknowns),), 0.1, dtype=torch.float64)
+    return int((model.covariance(theta) != 0).sum(1).max())
+
+
+def inside_prior(
+    samples: PosteriorSamples, ids: tuple[str, ...], generator: torch.Generator, *, max_outside: float
+) -> Float[Tensor, "I S D"]:
+    """The draws, with the tolerated few that lie outside the prior replaced by others of the same individual.
+
+    Raises:
+        ValueError: where the prior has no density at too many draws, with the individuals and the remedies.
+    """
+    log_prior = [samples.prior.log_prob(phi.double()) for phi in torch.split(samples.phi, 256)]
+    outside = ~torch.isfinite(torch.cat(log_prior))
+    if not bool(outside.any()):
+        return samples.phi
+    share = outside.double().mean(1)
+    rows = torch.nonzero(share > max_outside)[:, 0]
+    if len(rows) > 0:
+        raise ValueError(
+            f"The training prior has no density at {int(outside.sum())} of {outside.numel()} draws (up to "
+            f"{100 * float(share.max()):.2g}% of an individual's); individuals: {named(ids, rows)}. Train with a prior "
+            "that covers them, have the posterior reject such draws, or let "
+            "estimator.max_outside tolerate this share."
+        )
+    # A random inside draw takes the place of each one outside: the posterior restricted to the prior's support.
+    weights = (~outside).double()
+    replacement = torch.multinomial(
+        weights.to(generator.device), outside.shape[1], replacement=True, generator=generator
+    )
+    own = torch.arange(outside.shape[1], device=outside.device).expand(outside.shape)
+    index = torch.where(outside, replacement.to(outside.device), own)
+    return samples.phi.gather(1, index[..., None].expand(samples.phi.shape))
+
+
+def trained_level(prior: Prior, device: torch.device) -> float:
+    """Log prior density below which no simulation of a training set lies, nor anything near one.
+
+    Out there neither draws nor density of a network mean anything, and weights ``1 / p(phi)`` have no bound: one stray
+    draw, or the tail of one wide mixture, would carry the whole fit.
+    """
+    generator = torch.Generator(device=device).manual_seed(0)  # a property of the prior: the same every time
+    return float(prior.log_prob(prior.sample(_TRAINED, generator).double()).min()) - _MARGIN
+
+
+def stray_draws(stray: Float[Tensor, " I"], ids: tuple[str, ...]) -> tuple[str, ...]:
+    """A sentence where more than 1% of the draws (share by individual) lie where the network was never trained."""
+    share = float(stray.mean())
+    if share <= _STRAY:
+        return ()
+    worst = torch.argsort(stray, descending=True)[: int((stray > _STRAY).sum())]
+    return (
+        f"{100 * share:.2g}% of the draws lie so far outside the training prior that no simulation was ever near; they "
+        f"count as impossible. Individuals, worst first: {named(ids, worst)}. The network is not trained well enough "
+        "for these data: train longer, or with a prior that covers them.",
+    )
+
+
+def low_effective_draws(effective: Float[Tensor, " I"], draws: int, ids: tuple[str, ...]) -> tuple[str, ...]:
+    """A sentence on individuals whose weights rest on fewer than 50 draws (an eighth where there are few) or 1%."""
+    floor = max(min(50.0, 0.125 * draws), 0.01 * draws)
+    low = torch.nonzero(effective < floor)[:, 0]
+    if len(low) == 0:
+        return ()
+    low = low[torch.argsort(effective[low])]
+    worst = ", ".join(f"{ids[int(place)]} ({float(effective[place]):.1f})" for place in low[:_NAMED])
+    return (
+        f"{len(low)} of {len(effective)} individuals have an effective number of draws below {floor:g} of "
+        f"{draws}; the worst: {worst}. Their likelihood is uncertain: use more draws, train longer, or, where there "
+        "is a likelihood, estimator=exact.",
+    )
+
+
+def in_tails(distance: Float[Tensor, " I"], ids: tuple[str, ...], names: list[str]) -> tuple[str, ...]:
+    """A sentence on individuals in whose tails the constants lie: one far out, or more of them than chance allows.
+
+    A sampler's density is least reliable in its tails, and every individual's enters the common value as a factor.
+    """
+    alone = math.sqrt(chi2.isf(_FALSE_ALARMS / len(distance), len(names)))
+    crowd = math.sqrt(chi2.isf(_TAIL, len(names)))
+    expected = _TAIL * len(distance)
+    beyond = distance > crowd
+    crowded = int(beyond.sum()) > binom.isf(_FALSE_ALARMS, len(distance), _TAIL)
+    far = torch.nonzero(beyond if crowded else distance > alone)[:, 0]
+    if len(far) == 0:
+        return ()
+    far = far[torch.argsort(distance[far], descending=True)]
+    worst = ", ".join(f"{ids[int(place)]} ({float(distance[place]):.1f} SD)" for place in far[:_NAMED])
+    limit = f"{crowd if crowded else alone:.1f} SD"
+    share = f", where {expected:.1f} were to be expected" if crowded else ""
+    return (
+        f"The common value of {', '.join(names)} lies more than {limit} from the draws of {len(far)} of "
+        f"{len(distance)} individuals{share}; the farthest: {worst}. There the density of the draws is extrapolated or "
+        "rests on the sampler's tails, which pull the common value: train longer, compare with a fit in which the "
+        "parameter varies, or look at these individuals.",
+    )
+
+
+def is_gaussian(prior: Prior) -> bool:
+    """Whether a prior is Gaussian, told by its density at random points around its mean."""
+    mean, covariance = prior.mean.double(), prior.covariance.double()
+    generator = torch.Generator(device=mean.device).manual_seed(0)  # probes, not draws: the same every time
+    noise = torch.randn((64, len(mean)), generator=generator, dtype=torch.float64, device=mean.device)
+    points = mean + 1.5 * noise @ torch.linalg.cholesky(covariance).T
+    normal = torch.distributions.MultivariateNormal(mean, covariance)
+    expected = normal.log_prob(points)  # type: ignore[no-untyped-call]
+    return bool(((prior.log_prob(points) - expected).abs() < 1e-6 * (1 + expected.abs())).all())
+
+
+def outgrown(prior: Prior, population: PopulationModel, theta: Float[Tensor, " P"], design: Design) -> tuple[str, ...]:
+    """Sentences on a population that the prior does not cover: the ratio's weights then have no bound."""
+    if is_gaussian(prior):
+        return _wider_than_gaussian(prior, population, theta, design) + _far_from_prior(
+            prior, population, theta, design
+        )
+    return _outside_support(prior, population, theta, design)
+
+
+_REMEDY = "Train with a wider prior there, or use estimator=exact where there is a likelihood."
+
+
+def _wider_than_gaussian(prior: Prior, population: PopulationModel, theta: Tensor, design: Design) -> tuple[str, ...]:
+    """Largest eigenvalue of anybody's omega against the prior's covariance given the constants."""
+    varying, constant = list(population.varying), list(population.constant)
+    precision = torch.linalg.inv(prior.covariance.double().to(theta))[varying][:, varying]
+    factor = torch.linalg.cholesky(precision)
+    omega = _different(covariances_of(population, theta.detach(), design))[:, varying][:, :, varying]
+    every, directions = torch.linalg.eigh(factor.T @ omega @ factor)
+    widest = int(every[:, -1].argmax())
+    values, vectors = every[widest], directions[widest]
+    if float(values[-1]) <= 1:
+        return ()
+    # The direction in phi, each entry in units of the prior's SD: the parameters with large entries are responsible.
+    direction = torch.linalg.solve(factor.T, vectors[:, -1]).abs() * precision.diagonal().sqrt()
+    names = [
+        population.parameters.names[varying[place]]
+        for place in torch.argsort(direction, descending=True).tolist()
+        if float(direction[place]) > 0.5 * float(direction.max())
+    ]
+    where = names[0] if len(names) == 1 else "a combination of " + ", ".join(names)
+    given = " given the constants" if constant else ""
+    return (
+        f"The population outgrows the training prior in {where}: its variance is {float(values[-1]):.2f} times "
+        f"the prior's{given}, so the weights have no bound and the estimate of this SD cannot be trusted. {_REMEDY}",
+    )
+
+
+def _different(covariances: Float[Tensor, "I D D"]) -> Float[Tensor, "J D D"]:
+    """One of them where all are one and the same in memory."""
+    return covariances[:1] if covariances.stride(0) == 0 else covariances
+
+
+def _far_from_prior(prior: Prior, population: PopulationModel, theta: Tensor, design: Design) -> tuple[str, ...]:
+    sd = prior.covariance.diagonal().sqrt().to(theta)
+    beyond = (means_of(population, theta.detach(), design) - prior.mean.to(theta)).abs() > 3 * sd
+    counts = dict(zip(population.parameters.names, beyond.sum(0).tolist(), strict=True))
+    far = [
+        name if count == len(design) else f"{name} (of {count} individuals with their covariates)"
+        for name, count in counts.items()
+        if count
+    ]
+    if not far:
+        return ()
+    return (
+        f"The population mean of {', '.join(far)} lies more than 3 SD from the mean of the training prior. {_REMEDY}",
+    )
+
+
+def _outside_support(prior: Prior, population: PopulationModel, theta: Tensor, design: Design) -> tuple[str, ...]:
+    """Share of a large sampled population where the prior has no density, and the parameters that are responsible."""
+    generator = torch.Generator(device=theta.device).manual_seed(0)  # a diagnostic: the same for the same fit
+    rows = torch.arange(_SAMPLED, device=theta.device) % len(design)
+    phi = population.sample(theta.detach(), design[rows], generator)
+    share = float(torch.isinf(prior.log_prob(phi)).double().mean())
+    if share <= _OUTSIDE:
+        return ()
+    names = []
+    for column, name in enumerate(population.parameters.names):
+        alone = prior.mean.to(phi).repeat(len(phi), 1)
+        alone[:, column] = phi[:, column]
+        if float(torch.isinf(prior.log_prob(alone)).double().mean()) > 0.1 * share:
+            names.append(name)
+    where = ", ".join(names) if names else "a combination of parameters"
+    return (
+        f"The population outgrows the training prior in {where}: {100 * share:.2g}% of it lies where the prior "
+        f"has no density, and the fit cannot see it. {_REMEDY}",
+    )

@@ -1,0 +1,27 @@
+"""A random part of many individuals, and what belongs to it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from nlme_sbi.population.models.interface import Source
+from nlme_sbi.types import PosteriorSamples
+
+
+def random_part(individuals: int, most: int, generator: torch.Generator) -> Int[Tensor, " part"]:
+    """Positions of at most ``most`` of the individuals, in their order, on the CPU; nothing is drawn where all fit."""
+    if individuals <= most:
+        return torch.arange(individuals)
+    shuffled = torch.randperm(individuals, generator=generator, device=generator.device)
+    return shuffled[:most].sort().values.cpu()
+
+
+def of_individuals(source: Source, rows: Int[Tensor, " part"]) -> Source:
+    """Where draws of these individuals come from: a posterior as it is, of stored draws the rows."""
+    if isinstance(source, PosteriorSamples):
+        return replace(source, phi=source.phi[rows], log_q=source.log_q[rows])
+    return source

@@ -1,0 +1,1 @@
+"""What a fit gives: estimates, tables, intervals, comparisons, most probable individual parameters."""

@@ -1,0 +1,306 @@
+"""What a population fit returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.population.models.interface import PopulationModel, Redraw, WeightedDraws
+from nlme_sbi.population.models.labels import unknown_label
+from nlme_sbi.population.objective.individuals import (
+    IndividualEstimates,
+    IndividualModes,
+    individual_typical,
+    individuals_table,
+    resampled_draws,
+)
+from nlme_sbi.population.objective.information_criteria import corrected_bic
+from nlme_sbi.population.objective.standard_errors import MonteCarloError
+from nlme_sbi.population.objective.variance_tests import VarianceTest, told
+from nlme_sbi.population.objective.verification import Verification
+from nlme_sbi.population.results.intervals import Interval, ProfileCurve, interval_lines
+from nlme_sbi.population.results.table import PopulationTable, number, population_table
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Where one start ended, compared with the best of them on the same draws.
+
+    Args:
+        start: where it began.
+        objective: where it ended.
+        below: how much lower than the best.
+        distance: largest difference of an unknown from the best's, in standard errors.
+        verdict: "same", "other point" (the same objective within Monte-Carlo error elsewhere), "lower" or "failed".
+        differing: parameters whose means differ by more than 3 standard errors, where the verdict is "other point".
+        exchanged: the two parameters whose exchange takes this end to the best one, where it is a mirror image.
+        unknowns: where it ended, by name.
+    """
+
+    start: str
+    objective: float
+    below: float
+    distance: float
+    verdict: str
+    differing: tuple[str, ...] = ()
+    exchanged: tuple[str, ...] = ()
+    unknowns: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class PopulationFit:
+    """Estimates of a population model with their uncertainty.
+
+    Args:
+        population: the bound model; ``population.unknowns.names`` names the entries of ``theta``.
+        ids: of the individuals.
+        estimator: name of the estimator.
+        absolute: whether ``objective`` is log p(y | theta); otherwise it is a log likelihood ratio.
+        approximation: what the likelihood is approximated by ("Laplace"), so that it compares only with other fits of
+            the same approximation; "" where only draws limit it.
+        theta: ``(P,)`` estimates, unconstrained.
+        covariance: ``(P, P)`` of the estimates (inverse observed information); zero for fixed unknowns, NaN where the
+            information was not positive definite.
+        objective: at the optimum, summed over individuals.
+        monte_carlo: what finitely many draws do to objective and estimates; apart from sampling error.
+        individuals: the individuals given the fit.
+        draws: for each individual.
+        restarts: where every start ended.
+        converged: whether the optimum is one within tolerance.
+        message: how the fit ended, in words.
+        warnings: what a reader must know before using the numbers.
+        measurements: number of values in the data; bounds of censored ones do not count.
+        state: the weighted draws, for predictions and plots.
+        variance_tests: whether parameters without variability vary after all.
+        intervals: by all methods that were asked for; see :mod:`nlme_sbi.population.results.intervals`.
+        profiles: likelihood profiles, where they were asked for.
+        redraw: makes draws for another theta; None where draws do not depend on it.
+        labelling: which parameters can be exchanged, and how that was settled, in words.
+        verification: the check of a likelihood's maximum on draws that it was not climbed on.
+        modes: of the individuals, where they were searched
+            (:func:`nlme_sbi.population.results.individual_map.individual_modes`).
+    """
+
+    population: PopulationModel
+    ids: tuple[str, ...]
+    estimator: str
+    absolute: bool
+    theta: Float[Tensor, " P"]
+    covariance: Float[Tensor, "P P"]
+    objective: float
+    monte_carlo: MonteCarloError
+    individuals: IndividualEstimates
+    draws: int
+    restarts: tuple[Restart, ...]
+    converged: bool
+    message: str
+    warnings: tuple[str, ...]
+    measurements: int
+    state: WeightedDraws = field(repr=False)
+    labelling: tuple[str, ...] = ()
+    approximation: str = ""
+    variance_tests: tuple[VarianceTest, ...] = ()
+    intervals: tuple[Interval, ...] = ()
+    profiles: tuple[ProfileCurve, ...] = ()
+    redraw: Redraw | None = field(default=None, repr=False)
+    verification: Verification | None = None
+    modes: IndividualModes | None = field(default=None, repr=False)
+
+    @property
+    def ess(self) -> Float[Tensor, " I"]:
+        """Effective number of draws of every individual at the optimum; all of them where the likelihood is an
+        approximation, which needs none."""
+        return self.individuals.ess
+
+    @property
+    def log_likelihood_ratio(self) -> float | None:
+        """``sum_i log p(y_i | theta) - log p(y_i)``, the evidence being that under the training prior. It compares
+        population models for the same network, prior and data, and nothing else. None for an absolute estimator."""
+        return None if self.absolute else self.objective
+
+    @property
+    def minus_two_log_likelihood(self) -> float | None:
+        """-2 log L, corrected for the bias that the log of a mean of weights has; None where the estimator does not
+        give it. With an :attr:`approximation` it is that approximation's value."""
+        return -2 * (self.objective - self.monte_carlo.objective_bias) if self.absolute else None
+
+    @property
+    def objective_function_value(self) -> float | None:
+        """-2 log L without the constant n log 2 pi of the n measurements, as other software prints it (OFV)."""
+        deviance = self.minus_two_log_likelihood
+        return None if deviance is None else deviance - self.measurements * math.log(2 * math.pi)
+
+    @property
+    def estimated(self) -> int:
+        """Number of estimated unknowns: neither fixed values nor constants' variances."""
+        return len(self.population.unknowns.free)
+
+    @property
+    def aic(self) -> float:
+        """-2 objective + 2 unknowns. From a likelihood ratio only differences mean something, and only between
+        population models for the same network, prior and data."""
+        return self._deviance + 2 * self.estimated
+
+    @property
+    def bic(self) -> float:
+        """-2 objective + unknowns x log(individuals); to be compared like :attr:`aic`."""
+        return self._deviance + math.log(len(self.ids)) * self.estimated
+
+    @property
+    def bicc(self) -> float:
+        """The BIC that Monolix calls corrected (BICc): see
+        :func:`nlme_sbi.population.objective.information_criteria.corrected_bic`."""
+        return corrected_bic(self._deviance, self.state, self.theta, measurements=self.measurements)
+
+    @property
+    def _deviance(self) -> float:
+        return -2 * (self.objective - self.monte_carlo.objective_bias)
+
+    @property
+    def standard_errors(self) -> Float[Tensor, " P"]:
+        """Of theta; 0 where fixed, NaN where not known."""
+        return self.covariance.diagonal().sqrt()
+
+    def table(self) -> PopulationTable:
+        """The table of parameters, with the objective above it and warnings below.
+
+        Shrinkage is that of the modes, where a likelihood was climbed to them, else that of the posterior means.
+        """
+        vanished = tuple(test.parameter for test in self.variance_tests if test.estimated)
+        modes = self.modes.phi if self.modes is not None and self.modes.searched else None
+        return population_table(
+            self.population,
+            self.theta,
+            self.covariance,
+            self.individuals.mean if modes is None else modes,
+            individuals_are="means" if modes is None else "modes",
+            vanished=vanished,
+            typical=individual_typical(self.state, self.theta),
+            heading=self._heading(),
+            notes=(
+                *interval_lines(self.intervals),
+                *told(self.variance_tests),
+                self.message,
+                *self.labelling,
+                *(f"WARNING: {warning}" for warning in self.warnings),
+            ),
+        )
+
+    def individual_draws(self, count: int, generator: torch.Generator) -> Float[Tensor, "I count D"]:
+        """Draws from ``p(phi | y_i, theta_hat)``; see :func:`individual_draws`."""
+        return individual_draws(self, count, generator)
+
+    def individuals_frame(self, ids: Sequence[str] | None = None) -> pd.DataFrame:
+        """One row an individual; columns as in :func:`nlme_sbi.population.objective.individuals.individuals_table`.
+
+        Args:
+            ids: only these, in this order; everybody when left out.
+        """
+        typical, _ = individual_typical(self.state, self.theta)
+        frame = individuals_table(self.population.parameters, self.ids, self.individuals, typical, self.modes)
+        if ids is not None:
+            missing = [name for name in ids if name not in self.ids]
+            if missing:
+                raise ValueError(f"No such individuals in this fit: {missing[:5]}.")
+            frame = frame.set_index("id").loc[list(ids)].reset_index()
+        return frame
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain Python numbers, ready for JSON; None where there is no number."""
+        error, se = self.monte_carlo, self.standard_errors
+        ess = self.ess
+        return {
+            "estimator": self.estimator,
+            "approximation": self.approximation,
+            "individuals": len(self.ids),
+            "draws": self.draws,
+            "log_likelihood_ratio": number_or_none(self.log_likelihood_ratio),
+            "minus_two_log_likelihood": number_or_none(self.minus_two_log_likelihood),
+            "objective_function_value": number_or_none(self.objective_function_value),
+            "aic": number(self.aic),
+            "bic": number(self.bic),
+            "bicc": number(self.bicc),
+            "measurements": self.measurements,
+            "estimated_unknowns": self.estimated,
+            "monte_carlo": {
+                "objective_se": number(error.objective_se),
+                "objective_bias": number(error.objective_bias),
+                "objective_bias_jackknife": number_or_none(error.objective_bias_jackknife),
+            },
+            "unknowns": [
+                {
+                    "name": name,
+                    "label": unknown_label(self.population, name),
+                    "estimate": float(self.theta[place]),
+                    "se": number(se[place]),
+                    "fixed": bool(self.population.unknowns.fixed[place]),
+                    "monte_carlo_se": number(error.se[place]),
+                    "monte_carlo_bias": number(error.bias[place]),
+                }
+                for place, name in enumerate(self.population.unknowns.names)
+            ],
+            "covariance": [[number(value) for value in row] for row in self.covariance.tolist()],
+            "table": self.table().to_dict(),
+            "intervals": [_plain(asdict(interval)) for interval in self.intervals],
+            "profiles": [asdict(curve) for curve in self.profiles],
+            "population_model": type(self.population).__name__,
+            "variance_tests": [_plain(asdict(test)) for test in self.variance_tests],
+            "ess": {
+                name: None if self.approximation else float(value)
+                for name, value in (("mean", ess.mean()), ("median", ess.median()), ("smallest", ess.min()))
+            },
+            "restarts": [_plain(asdict(restart)) for restart in self.restarts],
+            "converged": self.converged,
+            "verification": None if self.verification is None else _plain(asdict(self.verification)),
+            "message": self.message,
+            "labelling": list(self.labelling),
+            "warnings": list(self.warnings),
+        }
+
+    def _heading(self) -> tuple[str, ...]:
+        error, ess = self.monte_carlo, self.ess
+        who = f"{len(self.ids)} individuals, estimator {self.estimator}"
+        what = "log L" if self.absolute else "log likelihood ratio to the training prior"
+        said = "not available with this estimator"
+        deviance, ofv = self.minus_two_log_likelihood, self.objective_function_value
+        if self.approximation and deviance is not None and ofv is not None:
+            label = f"{self.approximation}'s approximation; compare only with other fits of it"
+            return (
+                f"{who}, nothing is sampled",
+                f"{what}: {self.objective:.2f} ({label})",
+                f"-2 log L: {deviance:.2f} ({self.approximation}), OFV {ofv:.2f} ({self.approximation})",
+            )
+        if deviance is not None and ofv is not None:
+            said = f"{deviance:.2f} (Monte-Carlo SE {2 * error.objective_se:.2g}, corrected for bias), OFV {ofv:.2f}"
+        return (
+            f"{who}, {self.draws} draws each "
+            f"(effective: median {float(ess.median()):.0f}, smallest {float(ess.min()):.0f})",
+            f"{what}: {self.objective:.2f} (Monte-Carlo SE {error.objective_se:.2f}, bias {error.objective_bias:.2f})",
+            f"-2 log L: {said}",
+        )
+
+
+def number_or_none(value: float | None) -> float | None:
+    """A plain finite number or None."""
+    return None if value is None else number(value)
+
+
+def _plain(entry: dict[str, object]) -> dict[str, object]:
+    return {key: number(value) if isinstance(value, float) else value for key, value in entry.items()}
+
+
+def individual_draws(fit: PopulationFit, count: int, generator: torch.Generator) -> Float[Tensor, "I count D"]:
+    """Draws of every individual's parameters given data and fit, with constants set, for predictions and plots.
+
+    Args:
+        fit: the population fit.
+        count: draws for each individual; more than its effective number only repeats draws.
+        generator: for the resampling.
+    """
+    return resampled_draws(fit.state, fit.theta, count, generator)

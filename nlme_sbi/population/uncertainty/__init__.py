@@ -1,0 +1,1 @@
+"""Confidence intervals: information, sandwich, profile likelihood, bootstrap; influence of individuals."""

@@ -1,0 +1,136 @@
+"""Whether the fit has found its optimum, and what finitely many draws do to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+
+from nlme_sbi.diagnostics.findings import Finding, attempted
+from nlme_sbi.diagnostics.fit.reliability import monte_carlo_finding, weights_finding
+from nlme_sbi.numerics.pareto_k import UNRELIABLE
+from nlme_sbi.report.inputs.reported_fit import ReportedFit
+from nlme_sbi.report.page.content import Block, Cell, Section, Table, Words, number
+
+Told = Mapping[str, Any]
+LEAST_DRAWS = 50.0  # effective, below which an individual is flagged to be looked at
+
+
+def convergence_section(fit: ReportedFit) -> Section:
+    """Restarts, Monte-Carlo errors, effective draws."""
+    blocks: list[Block] = []
+    if fit.told.get("restarts"):
+        blocks.append(restart_table(fit.told))
+    if fit.told.get("message"):
+        blocks.append(Words(str(fit.told["message"])))
+    return Section(
+        "convergence",
+        "Convergence and Monte-Carlo error",
+        lead="Whether the search ended at the highest maximum, and how much of the result is chance of the draws.",
+        findings=(
+            convergence_finding(fit.told),
+            attempted("monte_carlo", "Sensitivity to draws and seeds", lambda: _sensitivity(fit.told)),
+            attempted("weights", "Effective draws of the individuals", lambda: _weights(fit)),
+            warnings_finding(fit.told),
+        ),
+        blocks=tuple(blocks),
+    )
+
+
+def _sensitivity(told: Told) -> Finding:
+    """What other draws would change; nothing is known of it where the estimate is no maximum.
+
+    Raises:
+        ValueError: for a fit that has not converged.
+    """
+    if not told.get("converged"):
+        raise ValueError("The fit has not converged: other draws or another seed may lead anywhere.")
+    return monte_carlo_finding(told["unknowns"])
+
+
+def convergence_finding(told: Told) -> Finding:
+    """From the restarts' verdicts and the search's own."""
+    rule = (
+        "Green: the search converged (where there is a likelihood: draws that were not climbed on confirm the maximum) "
+        "and at least two starts ended at this maximum, or at the same one under exchanged names; amber: only one "
+        "start did, or another point is as good; red: the search did not converge, or that check failed."
+    )
+    restarts = told.get("restarts") or []
+    same = [one for one in restarts if one["verdict"] == "same" or one.get("exchanged")]
+    other = [one for one in restarts if one["verdict"] == "other point" and not one.get("exchanged")]
+    numbers: dict[str, float | int | str | None] = {"starts": len(restarts), "same": len(same), "other": len(other)}
+    title = "Convergence"
+    checked = told.get("verification") or {}
+    numbers |= {name: checked[name] for name in ("score", "score_error", "unknown") if checked.get(name) is not None}
+    if not told.get("converged"):
+        said = f"The search did not converge: {told.get('message', 'no reason was stored')}"
+        return Finding("convergence", title, "red", said, rule, numbers)
+    if other:
+        said = (
+            f"The search converged, but {len(other)} of {len(restarts)} starts ended at another point that is as good: "
+            "the data do not tell the two apart. Look at which parameters differ, and fix or order one of them."
+        )
+        return Finding("convergence", title, "amber", said, rule, numbers)
+    if len(same) < 2:
+        said = (
+            f"The search converged, but only {len(same)} of {len(restarts)} starts confirms this maximum. Use more "
+            "starts (fit.starts=10)."
+        )
+        return Finding("convergence", title, "amber", said, rule, numbers)
+    said = f"The search converged, and {len(same)} of {len(restarts)} starts reached this maximum."
+    return Finding("convergence", title, "green", said, rule, numbers)
+
+
+def _weights(fit: ReportedFit) -> Finding:
+    """Of importance weights; an approximation has none."""
+    title = "Effective draws of the individuals"
+    if fit.told.get("approximation"):
+        said = f"{fit.told['approximation']}'s approximation uses no draws, so nothing was weighted."
+        return Finding("weights", title, "green", said, "Green: there are no weights.")
+    frame = fit.individuals
+    shapes = torch.tensor(frame["pareto_k"].to_numpy(float)) if "pareto_k" in frame else None
+    ess = torch.tensor(frame["ess"].to_numpy(float))
+    return weights_finding(ess, shapes, draws=int(fit.told["draws"]), ids=tuple(frame["id"]))
+
+
+def weak_individuals(told: Told, individuals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """Who has too few effective draws, and whose weights are heavy-tailed."""
+    least = min(LEAST_DRAWS, 0.125 * float(told["draws"]))
+    few = individuals["ess"] < least
+    heavy = individuals["pareto_k"] > UNRELIABLE if "pareto_k" in individuals else few & False
+    return few, heavy
+
+
+def warnings_finding(told: Told) -> Finding:
+    """What the fit itself warned of."""
+    rule = "Green: the fit gave no warnings; amber: it did."
+    warnings = list(told.get("warnings") or [])
+    if not warnings:
+        return Finding("fit_warnings", "Warnings of the fit", "green", "The fit gave no warnings.", rule)
+    said = " ".join(warnings)
+    return Finding("fit_warnings", "Warnings of the fit", "amber", said, rule, {"warnings": len(warnings)})
+
+
+def restart_table(told: Told) -> Table:
+    """Where every start ended."""
+    rows = tuple(
+        (
+            Cell(f"{place + 1}: {one['start']}"),
+            Cell(f"mirror image ({' and '.join(one['exchanged'])})" if one.get("exchanged") else str(one["verdict"])),
+            number(one["objective"], 7),
+            number(one["below"], 3),
+            number(one["distance"], 3),
+            Cell(", ".join(one.get("differing", ())) or "–"),
+        )
+        for place, one in enumerate(told["restarts"])
+    )
+    return Table(
+        "restarts",
+        "Starting points and where they ended",
+        ("start", "verdict", "objective", "below the best", "distance (SE)", "parameters that differ"),
+        rows,
+        note="Compared on the same draws, before the estimate was refined on more of them. Distance: the largest "
+        "difference of an unknown, in standard errors.",
+    )

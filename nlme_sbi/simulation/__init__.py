@@ -1,0 +1,1 @@
+"""Simulated pairs of parameters and data: batches, shards on disk, a store for training."""

@@ -1,0 +1,44 @@
+"""Parts of a run from their config sections, refused by name where they are of another kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nlme_sbi.config.instantiate import instantiate, role_members
+from nlme_sbi.config.targets import ROLES, STORED_ROLES, Role
+from nlme_sbi.simulation.shards import check_compatible
+from nlme_sbi.types import DesignSource, Prior, Simulator
+
+
+def part(section: Any, role: type, *, where: str, trust: tuple[str, ...], roles: tuple[Role, ...] = ROLES) -> Any:
+    """What a config section describes, which must have the members of the Protocol ``role``.
+
+    Methods are checked on the class, before anything is built; what only an object has is checked on the object.
+
+    Raises:
+        ValueError: for a section that cannot be built, or that builds something of another kind; the latter is often a
+            ``_target_`` of another group.
+    """
+    made = instantiate(section, trust=trust, where=where, role=role, roles=roles)
+    lacking = [name for name in sorted(role_members(role)) if not hasattr(made, name)]
+    if lacking:
+        raise ValueError(
+            f"{where} is a {type(made).__name__}, which is no {role.__name__}: it lacks {', '.join(lacking)}."
+        )
+    return made
+
+
+def stored_part(section: Any, role: type, *, where: str, trust: tuple[str, ...]) -> Any:
+    """As :func:`part`, for a section of a run directory: what that describes never reads a data file."""
+    return part(section, role, where=where, trust=trust, roles=STORED_ROLES)
+
+
+def generative_parts(config: Mapping[str, Any], trust: tuple[str, ...]) -> tuple[Prior, DesignSource, Simulator]:
+    """Prior, design source and simulator of a plain configuration, checked to belong together."""
+    prior, designs, simulator = (
+        part(config[name], role, where=name, trust=trust)
+        for name, role in (("prior", Prior), ("design", DesignSource), ("simulator", Simulator))
+    )
+    check_compatible(prior, designs, simulator)
+    return prior, designs, simulator

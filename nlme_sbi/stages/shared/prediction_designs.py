@@ -1,0 +1,253 @@
+"""From the config's design to what is predicted: for which individuals of the fit, for which new ones."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from nlme_sbi.config.instantiate import instantiate
+from nlme_sbi.designs import DesignsOfData, FixedGrid, Schedule
+from nlme_sbi.io import PlannedDesigns, PlanReader, same_form
+from nlme_sbi.stages.shared.stored_fit import StoredFit
+from nlme_sbi.types import Covariates, Design, Observations, Simulator
+from nlme_sbi.units import check_unit
+
+log = logging.getLogger(__name__)
+
+Who = Literal["all", "none"] | tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """Individuals of the fit: their ids, their rows in its data, the designs to predict for."""
+
+    ids: tuple[str, ...]
+    rows: list[int]
+    design: Design
+
+
+@dataclass(frozen=True, eq=False)
+class New:
+    """New individuals: what each is called, the designs to predict for."""
+
+    ids: tuple[str, ...]
+    design: Design
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is predicted; ``like_the_data`` tells whether measurements belong into the same picture."""
+
+    known: Known | None
+    new: New | None
+    like_the_data: bool
+
+
+def planned(
+    section: Any, fit: StoredFit, *, individuals: Who, new: Literal["auto"] | bool, trust: tuple[str, ...]
+) -> Plan:
+    """Read the section ``design`` and lay out what is predicted, on the device of the fit.
+
+    Args:
+        section: of the config: a :class:`Schedule`, a fixed grid, or the designs of a data file.
+        fit: what the predictions are made from.
+        individuals: of the fit.
+        new: whether new individuals are wished; "auto" leaves them out, and says so, where their design is not known.
+        trust: module prefixes that the section may name.
+
+    Raises:
+        ValueError: for ids that are not in the fit, a design that is not for predictions, missing doses or covariates.
+    """
+    source = instantiate(section, trust=trust, where="design")
+    if isinstance(source, DesignsOfData):
+        plan = _of_data(source, fit, individuals, new)
+    else:
+        plan = _scheduled(_schedule(source), fit, individuals, new)
+    if plan.known is None and plan.new is None:
+        raise ValueError("Nothing is left to predict: individuals=none and no new ones. Ask for one of them.")
+    return plan
+
+
+def _schedule(source: Any) -> Schedule:
+    if isinstance(source, Schedule):
+        return source
+    if isinstance(source, FixedGrid):
+        return Schedule(times=source.grid.tolist())
+    raise ValueError(
+        f"design is a {type(source).__name__}, which names no times to predict for; use design=schedule, "
+        "design=of_data or a fixed grid."
+    )
+
+
+def _scheduled(schedule: Schedule, fit: StoredFit, individuals: Who, new: Literal["auto"] | bool) -> Plan:
+    observations = fit.observations
+    rows = _rows(individuals, observations)
+    simulator = fit.posterior.simulator
+    known = None
+    if rows:
+        design = schedule.for_known(observations[rows].design).to(fit.device)
+        known = Known(tuple(observations.ids[row] for row in rows), rows, design)
+    return Plan(
+        known=known,
+        new=_new(schedule.for_new(observations.design, needed(fit), takes_doses=simulator.takes_doses), new, fit),
+        like_the_data=schedule.dose is None,
+    )
+
+
+def needed(fit: StoredFit) -> tuple[str, ...]:
+    """Covariates that simulator and population model depend on."""
+    effects = fit.population.unknowns.effects
+    return tuple(dict.fromkeys([*fit.posterior.simulator.covariates, *(effect.covariate for effect in effects)]))
+
+
+def _new(found: Design | str, wished: Literal["auto"] | bool, fit: StoredFit) -> New | None:
+    if wished is False:
+        return None
+    if isinstance(found, str):
+        if wished is True:
+            raise ValueError(f"New individuals cannot be predicted: {found}.")
+        log.info("New individuals are left out: %s.", found)
+        return None
+    return New(("new",), found.to(fit.device))
+
+
+def _of_data(source: DesignsOfData, fit: StoredFit, individuals: Who, new: Literal["auto"] | bool) -> Plan:
+    """Designs of a file: of individuals of the fit by their ids, of all its rows for new ones."""
+    observations, simulator = fit.observations, fit.posterior.simulator
+    data = _read_plan(source, len(simulator.signals))
+    for note in data.notes:
+        log.info("%s", note)
+    _check_units(data, simulator, observations.time_unit)
+    chosen = _chosen(data, observations, individuals)
+    known = None
+    if chosen:
+        rows = [observations.ids.index(name) for name in chosen]
+        design = data.design[[data.ids.index(name) for name in chosen]]
+        design = _with_own_covariates(design, observations.design[rows])
+        known = Known(tuple(chosen), rows, _complete(design).to(fit.device))
+    made = None
+    if new is not False:
+        lacking = [name for name in needed(fit) if name not in _names(data.design)]
+        if lacking and new is True:
+            raise ValueError(f"The design's data lack the covariates {lacking}; name them in data.covariates.")
+        if lacking:
+            log.info("New individuals are left out: the design's data lack the covariates %s.", ", ".join(lacking))
+        else:
+            made = New(data.ids, _complete(data.design).to(fit.device))
+    if individuals == "all":
+        _tell_strangers(data.ids, observations.ids, predicted=made is not None)
+    return Plan(known, made, like_the_data=False)
+
+
+def _read_plan(source: DesignsOfData, signals: int) -> PlannedDesigns:
+    """What a file plans; a reader of one's own that knows no plans is asked for observations."""
+    if isinstance(source.data, PlanReader):
+        found = source.data.plan()
+        observed = found.design.observed.expand(-1, -1, signals)
+        return replace(found, design=replace(found.design, observed=observed))
+    data = source.data.read()
+    return PlannedDesigns(
+        data.ids, data.design, data.time_unit, data.dose_unit, dict(data.covariate_units), tuple(data.notes)
+    )
+
+
+def _check_units(data: PlannedDesigns, simulator: Simulator, time_unit: str) -> None:
+    """Refuse times, doses and covariates in other units than the simulator's."""
+    check_unit("The plan's times are", data.time_unit, simulator.time_unit or time_unit, option="time")
+    check_unit("The plan's doses are", data.dose_unit, getattr(simulator, "dose_unit", ""), option="dose")
+    units = getattr(simulator, "covariate_units", {})
+    for name in simulator.covariates:
+        given, wanted = data.covariate_units.get(name, ""), units.get(name, "")
+        check_unit(f'The plan\'s covariate "{name}" is', given, wanted, option="covariate", name=name)
+
+
+def _chosen(data: PlannedDesigns, observations: Observations, individuals: Who) -> list[str]:
+    """Ids of the fit that have a design in the plan and are asked for; refuses those that differ in form only."""
+    if individuals == "none":
+        return []
+    there = set(observations.ids)
+    chosen = [name for name in data.ids if name in there]
+    if individuals != "all":
+        wanted = [observations.ids[row] for row in _rows(individuals, observations)]
+        absent = [name for name in wanted if name not in set(chosen)]
+        if absent:
+            raise ValueError(f"individuals: {absent[0]} has no design in the data file; it has {_few(data.ids)}.")
+        return wanted
+    by_form = {same_form(name): name for name in observations.ids}
+    doubtful = [
+        (name, by_form[same_form(name)]) for name in data.ids if name not in there and same_form(name) in by_form
+    ]
+    if doubtful:
+        shown = ", ".join(f'"{mine}" (the fit has "{its}")' for mine, its in doubtful[:8])
+        raise ValueError(
+            f"{len(doubtful)} of {len(data.ids)} ids of the plan differ from ids of the fit in form only: {shown}. "
+            "Write them as in the fit; or pass individuals=none if they are new individuals."
+        )
+    return chosen
+
+
+def _tell_strangers(ids: tuple[str, ...], there: tuple[str, ...], *, predicted: bool) -> None:
+    """Name the plan's ids that the fit does not have."""
+    strangers = tuple(name for name in ids if name not in set(there))
+    if strangers:
+        fate = "predicted as new individuals only" if predicted else "left out"
+        log.warning(
+            "%d of %d ids of the plan are not in the fit, which has %s: %s; they are %s.",
+            *(len(strangers), len(ids), _few(there), _few(strangers), fate),
+        )
+
+
+def _with_own_covariates(design: Design, own: Design) -> Design:
+    """A plan's covariates, and those of the fit's data where the plan has none."""
+    if own.covariates is None:
+        return design
+    have, planned_ones = own.covariates, design.covariates
+    extra = [name for name in have.names if planned_ones is None or name not in planned_ones.names]
+    if not extra:
+        return design
+    columns = torch.stack([have.column(name) for name in extra], dim=1)
+    levels = {name: have.levels[name] for name in extra if name in have.levels}
+    if planned_ones is None:
+        return replace(design, covariates=Covariates(tuple(extra), columns, levels))
+    both = Covariates(
+        (*planned_ones.names, *extra),
+        torch.cat([planned_ones.values, columns.to(planned_ones.values)], dim=1),
+        {**planned_ones.levels, **levels},
+    )
+    return replace(design, covariates=both)
+
+
+def _names(design: Design) -> tuple[str, ...]:
+    return () if design.covariates is None else design.covariates.names
+
+
+def _complete(design: Design) -> Design:
+    """Every signal at every time; repeated padding times stay, they are predictions like others."""
+    everything = torch.ones((1, 1, 1), dtype=torch.bool, device=design.times.device)
+    return replace(design, observed=everything.expand(design.observed.shape), occasion=None)
+
+
+def _rows(individuals: Who, observations: Observations) -> list[int]:
+    """Rows of the fit's data; raises ``ValueError`` for an id that is not there, or there twice."""
+    if individuals == "none":
+        return []
+    if individuals == "all":
+        return list(range(len(observations)))
+    if len(set(individuals)) != len(individuals):
+        raise ValueError(f"individuals names somebody twice: {list(individuals)}.")
+    rows = []
+    for name in individuals:
+        if name not in observations.ids:
+            near = difflib.get_close_matches(name, observations.ids, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f'individuals: "{name}" is not in this fit, which has {_few(observations.ids)}.{hint}')
+        rows.append(observations.ids.index(name))
+    return rows
+
+
+def _few(ids: tuple[str, ...]) -> str:
+    return ", ".join(ids[:8]) + (f", ... ({len(ids)} in all)" if len(ids) > 8 else "")

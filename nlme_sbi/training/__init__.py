@@ -1,0 +1,1 @@
+"""Training of the network: the loop, and the pairs that it sees."""

@@ -1,0 +1,414 @@
+"""Training a posterior network by maximum likelihood on simulated pairs: one loop for fresh and for stored simulations.
+
+Every batch is a function of (seed, step) alone, so a resumed run sees exactly the batches that an undisturbed run sees.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nlme_sbi.compute.blocks import torch_threads
+from nlme_sbi.compute.devices import choose_device
+from nlme_sbi.compute.distributed import ALONE, Team
+from nlme_sbi.compute.progress import Progress
+from nlme_sbi.networks.balance import balanced_losses
+from nlme_sbi.networks.densities import FlowSettings
+from nlme_sbi.networks.flows import AffineCouplingFlow
+from nlme_sbi.networks.posterior import AmortizedPosterior, PosteriorNetwork, initial_network
+from nlme_sbi.networks.summaries import SummarySettings
+from nlme_sbi.runs import write_atomically
+from nlme_sbi.simulation.shards import check_compatible
+from nlme_sbi.training.pairs import OnlinePairs, PairSource, TrainingError, weights_seed
+from nlme_sbi.types import DesignSource, Prior, Simulations, Simulator
+
+_ROWS = 2_000  # held-out pairs at once
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train.
+
+    Args:
+        steps: gradient steps at most; the learning rate decays over them.
+        simulations: pairs to train on, instead of ``steps``, which then follow; stored pairs count whenever seen.
+        batch_size: pairs in each step.
+        learning_rate: peak of the schedule (linear warm-up, then a cosine down to zero).
+        warmup_steps: steps of the warm-up.
+        gradient_clip: largest norm of a gradient.
+        validation_size: held-out pairs.
+        validate_every: steps between validations, which are also the checkpoints.
+        patience: validations without a better loss before training stops early.
+        plateau: validations without a better loss after which the learning rate is halved, beside its schedule.
+        pilot_size: simulations that fix the scalings.
+        max_failed: largest share of failed simulations in a batch of fresh ones.
+        calibrate: ``none``, or ``balanced``: add ``balance`` times the squared departure from balance to the loss
+            (:mod:`nlme_sbi.networks.balance`), so that posteriors are rather too wide than too narrow. For networks
+            that a diagnosis calls overconfident where more simulations cannot be had; a step costs up to twice as much.
+        balance: weight of the departure.
+        threads: of torch on a CPU. Layers of a hundred nodes are as fast on one core as on two, and lose half where
+            the other core is busy; raise it for networks of thousands of nodes. The bytes depend on it.
+    """
+
+    steps: int = 20_000
+    simulations: int | None = None
+    batch_size: int = 512
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
+    gradient_clip: float = 5.0
+    validation_size: int = 2_000
+    validate_every: int = 500
+    patience: int = 20
+    plateau: int = 8
+    pilot_size: int = 10_000
+    max_failed: float = 0.0
+    calibrate: Literal["none", "balanced"] = "none"
+    balance: float = 100.0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.simulations is not None:
+            if self.simulations < self.batch_size:
+                raise ValueError(
+                    f"training.simulations={self.simulations} is less than one batch of {self.batch_size} pairs; raise "
+                    "it, or lower training.batch_size."
+                )
+            object.__setattr__(self, "steps", self.simulations // max(1, self.batch_size))
+        counts = ("steps", "batch_size", "validation_size", "validate_every", "patience", "plateau", "pilot_size")
+        for name in (*counts, "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be at least 1; got {getattr(self, name)}.")
+        for name in ("learning_rate", "gradient_clip", "balance"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"training.{name} must be positive and finite; got {getattr(self, name)}.")
+        if self.calibrate == "balanced" and min(self.batch_size, self.validation_size) < 2:
+            raise ValueError("training.calibrate=balanced needs at least 2 pairs in a batch and held out.")
+        if self.warmup_steps < 0 or not 0 <= self.max_failed < 1:
+            raise ValueError("training.warmup_steps must not be negative and training.max_failed lie in [0, 1).")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of a step, from 0: linear warm-up, then half a cosine down to zero at ``steps``."""
+        warmup = min(self.warmup_steps, self.steps - 1)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        share = (step - warmup) / max(1, self.steps - warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+@dataclass
+class TrainingState:
+    """What a checkpoint holds beside weights and optimiser: where training is and the best that it has seen; ``worse``
+    validations since then, and the factor that plateaus have put on the learning rate."""
+
+    step: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    worse: int = 0
+    slowed: float = 1.0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingResult:
+    """The end of training; the network holds the best weights.
+
+    ``history`` has one row a validation: step, train_loss, validation_loss, learning_rate. Losses are means of
+    ``-log q(phi|y)``, in nats on the scale of ``phi``, plus what the balance costs where that is asked for.
+    """
+
+    history: list[dict[str, float]]
+    best_loss: float
+    best_step: int
+    steps: int
+    stopped_early: bool
+
+
+def save_checkpoint(
+    path: Path, network: PosteriorNetwork, optimizer: torch.optim.Optimizer, state: TrainingState
+) -> None:
+    """Write weights, optimiser and position atomically."""
+    content = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "state": vars(state)}
+    # In memory first: where a disk is full, torch's zip writer raises an error of its own that hides the reason.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+
+    def write(file: BinaryIO) -> None:
+        file.write(buffer.getbuffer())
+
+    write_atomically(path, write)
+
+
+def load_checkpoint(
+    path: Path, network: PosteriorNetwork, optimizer: torch.optim.Optimizer, device: torch.device
+) -> TrainingState:
+    """Restore what :func:`save_checkpoint` wrote; nothing in the file can execute code.
+
+    Raises ``ValueError`` for a damaged file or one of another network.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        network.load_state_dict(content["network"])
+        optimizer.load_state_dict(content["optimizer"])
+        return TrainingState(**content["state"])
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError, ValueError, OSError) as problem:
+        raise ValueError(
+            f"{path} cannot be resumed from ({str(problem).splitlines()[0]}); delete it to train from the start."
+        ) from problem
+
+
+@torch.no_grad()
+def validation_loss(
+    network: PosteriorNetwork, held_out: Simulations, settings: TrainingSettings, prior: Prior | None = None
+) -> Float[Tensor, ""]:
+    """Mean ``-log q(phi|y)`` over held-out pairs, plus the cost of their balance where ``settings`` ask for it."""
+    network.eval()
+    if prior is None or settings.calibrate == "none":
+        return _pair_losses(network, held_out).mean()
+    # A pair that would be left alone at the end has nobody to lend it parameters, and is left out.
+    parts = [held_out[start : start + _ROWS] for start in range(0, max(1, len(held_out) - 1), _ROWS)]
+    losses = [balanced_losses(network, part, prior) for part in parts]
+    departure = sum(len(part) * departed.double() for part, (_, departed) in zip(parts, losses, strict=True))
+    own = torch.cat([loss.double() for loss, _ in losses])
+    return own.mean() + settings.balance * (departure / len(own)) ** 2
+
+
+@torch.no_grad()
+def _pair_losses(network: PosteriorNetwork, pairs: Simulations) -> Float[Tensor, " N"]:
+    network.eval()
+    parts = (pairs[start : start + _ROWS] for start in range(0, len(pairs), _ROWS))
+    return -torch.cat([network(part.phi, part.values, part.design).double() for part in parts])
+
+
+def generalisation_gap(
+    network: PosteriorNetwork, source: PairSource, settings: TrainingSettings
+) -> tuple[float, float]:
+    """How much higher the loss is on held-out pairs than on pairs that trained the network, and its standard error.
+
+    In expectation half of it goes with twice as many simulations: what a fit gains by chance falls as 1/N.
+    """
+    held_out = _pair_losses(network, source.validation(settings.validation_size))
+    batches = range(math.ceil(settings.validation_size / settings.batch_size))
+    seen = torch.cat([_pair_losses(network, source.batch(step)) for step in batches])
+    variance = held_out.var() / len(held_out) + seen.var() / len(seen)
+    return float(held_out.mean() - seen.mean()), float(variance.sqrt())
+
+
+def train(
+    network: PosteriorNetwork,
+    source: PairSource,
+    settings: TrainingSettings,
+    *,
+    prior: Prior | None = None,
+    checkpoint: Path | None = None,
+    report: Callable[[dict[str, float]], None] | None = None,
+    progress: bool = True,
+    team: Team = ALONE,
+) -> TrainingResult:
+    """Train until the steps are used up or the held-out loss has stopped falling; keep the best weights.
+
+    Args:
+        network: with scalings fitted, on its device; trained in place.
+        source: of pairs.
+        settings: steps, learning rate and the rest.
+        prior: of the parameters; ``settings.calibrate`` other than ``none`` needs it.
+        checkpoint: file to resume from when it exists, and to write at every validation and on interruption.
+        report: called with every new row of the history.
+        progress: whether to show a bar.
+        team: processes that train together; ``source`` then gives this one's share of each batch.
+
+    Raises:
+        TrainingError: the loss is not finite; the checkpoint keeps the best weights.
+        ValueError: a balanced loss is asked for without the prior.
+    """
+    if settings.calibrate != "none" and prior is None:
+        raise ValueError("training.calibrate=balanced compares with the prior; pass it to train(..., prior=prior).")
+    with torch_threads(settings.threads):
+        return _trained(
+            network,
+            source,
+            settings,
+            prior=prior,
+            checkpoint=checkpoint,
+            report=report,
+            progress=progress,
+            team=team,
+        )
+
+
+def _trained(
+    network: PosteriorNetwork,
+    source: PairSource,
+    settings: TrainingSettings,
+    *,
+    prior: Prior | None,
+    checkpoint: Path | None,
+    report: Callable[[dict[str, float]], None] | None,
+    progress: bool,
+    team: Team,
+) -> TrainingResult:
+    device = network.scaling.location.device
+    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, fused=True)
+    state = TrainingState()
+    if checkpoint is not None and checkpoint.exists():
+        state = load_checkpoint(checkpoint, network, optimizer, device)
+    held_out = source.validation(settings.validation_size)
+    saved_at = state.step
+    replica = team.replica(network)
+    checkpoint = checkpoint if team.is_first else None  # read by all, written by one
+    bar = Progress(settings.steps, "step", "train", done=state.step) if progress and team.is_first else None
+    try:
+        with bar or nullcontext():
+            while state.step < settings.steps and state.worse < settings.patience:
+                _step(replica, optimizer, source, settings, state, prior=prior, team=team)
+                if bar is not None:
+                    bar.update(1, best=state.best_loss)
+                if state.step % settings.validate_every == 0 or state.step == settings.steps:
+                    row = _validate(network, held_out, settings, state, prior=prior, team=team)
+                    if report is not None:
+                        report(row)
+                    if checkpoint is not None:
+                        save_checkpoint(checkpoint, network, optimizer, state)
+                        saved_at = state.step
+    except KeyboardInterrupt:
+        if checkpoint is not None and state.step > saved_at:
+            save_checkpoint(checkpoint, network, optimizer, state)
+        raise
+    network.load_state_dict(state.best_weights)
+    network.eval()
+    stopped_early = state.step < settings.steps
+    return TrainingResult(state.history, state.best_loss, state.best_step, state.step, stopped_early)
+
+
+def train_posterior(
+    simulator: Simulator,
+    prior: Prior,
+    designs: DesignSource,
+    *,
+    summary: SummarySettings,
+    flow: FlowSettings | None = None,
+    settings: TrainingSettings | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+) -> tuple[AmortizedPosterior, TrainingResult]:
+    """Train on fresh simulations, for notebooks: no configuration, nothing on disk.
+
+    The network is the one that ``train_flow.py simulations=online`` makes of the same choices and seed.
+
+    Args:
+        simulator: makes the data.
+        prior: of the individual parameters, named as the simulator's.
+        designs: times, doses and covariates of simulated individuals.
+        summary: ``GridSummary()`` where all are measured at the same times, else ``PooledSummary()``.
+        flow: ``AffineCouplingFlow()`` when left out.
+        settings: ``TrainingSettings()`` when left out.
+        seed: of everything that is random.
+        device: auto, cpu, cuda or cuda:N.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: for parts that do not belong together.
+        TrainingError: for a loss that is not finite, or too many failed simulations.
+    """
+    check_compatible(prior, designs, simulator)
+    chosen = settings or TrainingSettings()
+    source = OnlinePairs(
+        prior, designs, simulator, chosen.batch_size, seed, choose_device(device), max_failed=chosen.max_failed
+    )
+    network, _ = initial_network(
+        source.pilot(chosen.pilot_size),
+        simulator,
+        prior,
+        summary=summary,
+        flow=flow or AffineCouplingFlow(),
+        seed=weights_seed(seed),
+    )
+    result = train(network, source, chosen, prior=prior, progress=progress)
+    return AmortizedPosterior(network, simulator, prior, designs), result
+
+
+def _step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    source: PairSource,
+    settings: TrainingSettings,
+    state: TrainingState,
+    *,
+    prior: Prior | None,
+    team: Team,
+) -> None:
+    pairs = source.batch(state.step)
+    network.train()
+    for group in optimizer.param_groups:
+        group["lr"] = state.slowed * settings.learning_rate_at(state.step)
+    optimizer.zero_grad(set_to_none=True)
+    loss = _batch_loss(network, pairs, settings, prior)
+    value = team.mean(float(loss.detach()))
+    if not math.isfinite(value):
+        kept = f"the best weights so far (step {state.best_step}) are in the checkpoint" if state.best_weights else ""
+        raise TrainingError(
+            f"The training loss is {value} at step {state.step}{'; ' + kept if kept else ''}. Lower "
+            "training.learning_rate or training.gradient_clip, or look for absurd simulations under the prior."
+        )
+    torch.autograd.backward(loss)
+    torch.nn.utils.clip_grad_norm_(network.parameters(), settings.gradient_clip)
+    optimizer.step()
+    state.step += 1
+    state.loss_sum += value
+    state.loss_count += 1
+
+
+def _batch_loss(
+    network: nn.Module, pairs: Simulations, settings: TrainingSettings, prior: Prior | None
+) -> Float[Tensor, ""]:
+    if prior is None or settings.calibrate == "none":
+        loss: Tensor = -network(pairs.phi, pairs.values, pairs.design).mean()
+        return loss
+    losses, departure = balanced_losses(network, pairs, prior)
+    return losses.mean() + settings.balance * departure.square()
+
+
+def _validate(
+    network: PosteriorNetwork,
+    held_out: Simulations,
+    settings: TrainingSettings,
+    state: TrainingState,
+    *,
+    prior: Prior | None,
+    team: Team,
+) -> dict[str, float]:
+    loss = team.mean(float(validation_loss(network, held_out, settings, prior)))
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"The validation loss is {loss} at step {state.step}; the checkpoint keeps the best weights (step "
+            f"{state.best_step}). Lower training.learning_rate, or look for absurd simulations under the prior."
+        )
+    row = {
+        "step": float(state.step),
+        "train_loss": state.loss_sum / max(1, state.loss_count),
+        "validation_loss": loss,
+        "learning_rate": state.slowed * settings.learning_rate_at(state.step - 1),
+    }
+    state.history.append(row)
+    state.loss_sum, state.loss_count = 0.0, 0
+    if loss < state.best_loss:
+        state.best_loss, state.best_step, state.worse = loss, state.step, 0
+        state.best_weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    else:
+        state.worse += 1
+        if state.worse % settings.plateau == 0:
+            state.slowed *= 0.5
+    return row
