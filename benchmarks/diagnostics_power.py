@@ -28,6 +28,7 @@ import torch
 from record import write_result
 from two_rate_training import NETWORKS, configuration, fresh, trained
 
+from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.diagnostics.network.agreement_findings import agreement_finding
 from nlme_sbi.diagnostics.network.agreement_with_exact import agreement
 from nlme_sbi.diagnostics.network.calibration import calibration
@@ -36,7 +37,7 @@ from nlme_sbi.diagnostics.network.simulated_posteriors import PosteriorPairs, ob
 from nlme_sbi.networks.posterior import AmortizedPosterior, load_weights
 from nlme_sbi.simulation.shards import simulate_batch
 from nlme_sbi.training.loop import train
-from nlme_sbi.training.pairs import OnlinePairs, seeded
+from nlme_sbi.training.pairs import OnlinePairs
 from nlme_sbi.types import Observations, PosteriorSamples
 
 INDIVIDUALS, DRAWS, EXACT = 1000, 300, 100

@@ -14,11 +14,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from record import ROOT, write_result
 
+from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.networks.posterior import AmortizedPosterior, build_network
 from nlme_sbi.networks.summaries import DataShape
 from nlme_sbi.training.loop import TrainingSettings, train
-from nlme_sbi.training.pairs import OnlinePairs, seeded
+from nlme_sbi.training.pairs import OnlinePairs
 from nlme_sbi.types import Observations
 
 

@@ -27,8 +27,8 @@ from record import stopwatch, write_result
 from scipy.special import gammainc
 
 from nlme_sbi import AmortizedPosterior, Observations
+from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.diagnostics.data.misspecification import DRAWS, misspecification
-from nlme_sbi.training.pairs import seeded
 from nlme_sbi.types import Design
 
 CELLS, OUTLIERS, RAISED_BY, RAISED_FOR = 200, 0.05, 1.0, 10

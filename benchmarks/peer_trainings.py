@@ -181,9 +181,9 @@ def train_ours(settings: dict[str, object], seed: int, _: Data, budget: Budget) 
     import torch
     from two_rate_training import fresh
 
+    from nlme_sbi.compute.random_streams import seeded
     from nlme_sbi.networks.posterior import AmortizedPosterior
     from nlme_sbi.training.loop import train
-    from nlme_sbi.training.pairs import seeded
     from nlme_sbi.types import Design, Observations
 
     budget.begin()

@@ -26,10 +26,10 @@ from hydra import compose, initialize_config_dir
 from record import ROOT, write_result
 
 from nlme_sbi.compute.devices import keep_freed_memory
+from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.networks.posterior import AmortizedPosterior, initial_network
 from nlme_sbi.simulation.shards import simulate_batch
-from nlme_sbi.training.pairs import seeded
 from nlme_sbi.types import Observations
 
 CORES, SHARD, SHARDS = 2, 10_000, 15

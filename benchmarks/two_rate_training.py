@@ -31,10 +31,11 @@ from hydra import compose, initialize_config_dir
 from record import ROOT, stopwatch, write_result
 from safetensors.torch import save_file
 
+from nlme_sbi.compute.random_streams import weights_seed
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.networks.posterior import PosteriorNetwork, initial_network
 from nlme_sbi.training.loop import TrainingSettings, train
-from nlme_sbi.training.pairs import OnlinePairs, weights_seed
+from nlme_sbi.training.pairs import OnlinePairs
 
 TEST_SEED, TEST_PAIRS = 20_181_116, 2_000
 PROBE_STEPS = 300

@@ -10,13 +10,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-
-from nlme_sbi.types import Simulations
 
 
 @dataclass(frozen=True)
@@ -89,38 +87,3 @@ def joined(device: torch.device) -> Iterator[Team]:
         yield Team(dist.get_rank(), size, device)
     finally:
         dist.destroy_process_group()
-
-
-@runtime_checkable
-class Pairs(Protocol):
-    """A source of training pairs, as ``nlme_sbi.training.loop`` has them."""
-
-    def batch(self, step: int) -> Simulations: ...
-    def validation(self, count: int) -> Simulations: ...
-    def pilot(self, count: int) -> Simulations: ...
-
-
-@dataclass(frozen=True, eq=False)
-class SharedPairs:
-    """One process's share of every batch; held-out pairs and pilot are the same for all.
-
-    Args:
-        source: whose batches have the size of a share. The team's shares of one step are its consecutive batches, so
-            stored rows are seen once an epoch, and fresh ones are not simulated twice.
-        team: that shares them.
-    """
-
-    source: Pairs
-    team: Team
-
-    def batch(self, step: int) -> Simulations:
-        """This process's pairs of a step."""
-        return self.source.batch(step * self.team.size + self.team.rank)
-
-    def validation(self, count: int) -> Simulations:
-        """Held-out pairs."""
-        return self.source.validation(count)
-
-    def pilot(self, count: int) -> Simulations:
-        """Pairs that fix the scalings."""
-        return self.source.pilot(count)

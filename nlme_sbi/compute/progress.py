@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -71,3 +73,20 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+@dataclass(frozen=True)
+class FitProgress:
+    """How far a fit is: ``done`` of ``total`` steps of a named stage (total 0: not known), and its objective."""
+
+    stage: str
+    done: int
+    total: int
+    objective: float | None = None
+
+
+Report = Callable[[FitProgress], None]
+
+
+def discard(progress: FitProgress) -> None:
+    """Discard progress reports."""

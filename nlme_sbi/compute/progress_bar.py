@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from nlme_sbi.population.models.interface import FitProgress
+from nlme_sbi.compute.progress import FitProgress
 
 
 class ProgressBar:

@@ -1,12 +1,12 @@
 """Population models and their estimators; posteriors are known only as the Protocol in :mod:`nlme_sbi.types`."""
 
+from nlme_sbi.compute.progress import FitProgress
 from nlme_sbi.population.estimators.auto import Auto
 from nlme_sbi.population.estimators.exact import Exact
 from nlme_sbi.population.estimators.laplace import Laplace
 from nlme_sbi.population.estimators.prior_ratio import PriorRatio
 from nlme_sbi.population.estimators.saem.saem import Saem
 from nlme_sbi.population.fitting.fit import fit_population
-from nlme_sbi.population.models.interface import FitProgress
 from nlme_sbi.population.models.specification import GaussianPopulation
 from nlme_sbi.population.results.fit_result import PopulationFit, individual_draws
 from nlme_sbi.population.results.table import PopulationTable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from nlme_sbi.runs.files import load_array, load_json, save_array, save_json
 from nlme_sbi.runs.schema import OBSERVATION_ARRAYS, OBSERVATIONS, check_array
-from nlme_sbi.runs.stored_designs import load_design, save_design
+from nlme_sbi.runs.stored_designs import load_design, save_design, sha256_of_design
 from nlme_sbi.types import Censoring, Observations
 
 _DESCRIPTION, _DESIGN = "observations.json", "design"
@@ -69,3 +70,12 @@ def load_observations(directory: Path) -> Observations:
         covariate_units=dict(description.get("covariate_units") or {}),
         **{name: arrays[name] for name in _OPTIONAL if name in arrays},
     )
+
+
+def sha256_of_observations(observations: Observations) -> str:
+    """Hash of everything that was read: values, masks, times, doses, covariates, names."""
+    digest = hashlib.sha256(sha256_of_design(observations.design).encode())
+    digest.update(repr((observations.ids, observations.signals, observations.time_unit)).encode())
+    for tensor in (observations.values, observations.censoring, observations.lower, observations.upper):
+        digest.update(b"none" if tensor is None else tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()

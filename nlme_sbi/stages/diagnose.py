@@ -32,6 +32,7 @@ from nlme_sbi.runs import (
     write_atomically,
 )
 from nlme_sbi.runs.remedies import script_command
+from nlme_sbi.runs.stored_observations import sha256_of_observations
 from nlme_sbi.stages.checks.data import misspecification_checks
 from nlme_sbi.stages.checks.exact import agreement_checks
 from nlme_sbi.stages.checks.network import (
@@ -43,7 +44,6 @@ from nlme_sbi.stages.checks.network import (
     local_checks,
     prior_checks,
 )
-from nlme_sbi.stages.fit_population import sha256_of_observations
 from nlme_sbi.stages.shared.components import part
 from nlme_sbi.stages.shared.stored_fit import OBSERVATIONS, find_fit, posterior_runs, stored_observations
 from nlme_sbi.stages.shared.trained_posterior import (

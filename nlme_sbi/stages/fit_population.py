@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,14 +15,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.compute.progress_bar import ProgressBar
+from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.designs import Reader
 from nlme_sbi.io import describe
 from nlme_sbi.population.estimators.auto import Auto
+from nlme_sbi.population.estimators.interface import Estimator, FollowingEstimator
 from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior
 from nlme_sbi.population.fitting.fit import fit_population as fit_population_model
-from nlme_sbi.population.models.interface import Estimator, FollowingEstimator, PopulationSpecification
+from nlme_sbi.population.models.interface import PopulationSpecification
 from nlme_sbi.population.results.fit_result import PopulationFit
 from nlme_sbi.population.results.individual_map import individual_modes
 from nlme_sbi.population.results.intervals import intervals_frame
@@ -36,10 +37,10 @@ from nlme_sbi.runs import (
     load_run,
     open_run,
     save_json,
-    sha256_of_design,
     sources_of,
     write_atomically,
 )
+from nlme_sbi.runs.stored_observations import sha256_of_observations
 from nlme_sbi.stages.attempts import attempted
 from nlme_sbi.stages.fit_predictions import PredictionSettings, predictions_frame
 from nlme_sbi.stages.shared.components import part
@@ -53,7 +54,6 @@ from nlme_sbi.stages.shared.trained_posterior import (
     posterior_sources,
     untrained_posterior,
 )
-from nlme_sbi.training.pairs import seeded
 from nlme_sbi.types import Observations
 
 log = logging.getLogger(__name__)
@@ -212,15 +212,6 @@ def _estimator(plain: Mapping[str, Any], posterior: AnyPosterior, trust: tuple[s
             "estimator=exact, or train one: python scripts/simulate.py, then python scripts/train_flow.py."
         )
     return estimator, ""
-
-
-def sha256_of_observations(observations: Observations) -> str:
-    """Hash of everything that was read: values, masks, times, doses, covariates, names."""
-    digest = hashlib.sha256(sha256_of_design(observations.design).encode())
-    digest.update(repr((observations.ids, observations.signals, observations.time_unit)).encode())
-    for tensor in (observations.values, observations.censoring, observations.lower, observations.upper):
-        digest.update(b"none" if tensor is None else tensor.contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _relevant(plain: Mapping[str, Any], device: torch.device, *, trained: bool) -> dict[str, Any]:

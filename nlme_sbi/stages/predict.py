@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nlme_sbi.compute.devices import choose_device
+from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.diagnostics.fit.predictive_bands import PredictiveBands, outcomes, predictive_bands
 from nlme_sbi.plots.predictions import plot_predictions
@@ -40,7 +41,6 @@ from nlme_sbi.runs.schema import FLOATS, check_array
 from nlme_sbi.stages.shared.fit_figures import spread_rows
 from nlme_sbi.stages.shared.prediction_designs import Plan, planned
 from nlme_sbi.stages.shared.stored_fit import StoredFit, find_fit, load_fit
-from nlme_sbi.training.pairs import seeded
 from nlme_sbi.types import Design, Simulator
 
 log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.compute.devices import choose_device
+from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.report.arviz import save_inference_data
 from nlme_sbi.report.composition import ReportSettings, composed_report
@@ -21,7 +22,6 @@ from nlme_sbi.runs import ChangedSources, FinishedRun, RunDirectory, load_run, o
 from nlme_sbi.runs.files import PARTIAL
 from nlme_sbi.runs.remedies import override, script_command, typed
 from nlme_sbi.stages.shared.stored_fit import StoredFit, find_fit, load_fit
-from nlme_sbi.training.pairs import seeded
 
 log = logging.getLogger(__name__)
 

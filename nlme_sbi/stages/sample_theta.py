@@ -10,11 +10,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.compute.devices import choose_device
+from nlme_sbi.compute.progress import FitProgress
 from nlme_sbi.compute.progress_bar import ProgressBar
+from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
 from nlme_sbi.population.estimators.auto import Auto, chosen_estimator
-from nlme_sbi.population.models.interface import Estimator, FitProgress, FollowingEstimator, NoDraws, WeightedDraws
+from nlme_sbi.population.estimators.interface import Estimator, FollowingEstimator
+from nlme_sbi.population.objective.interface import NoDraws, WeightedDraws
 from nlme_sbi.population.theta_posterior.draws import ThetaDraws
 from nlme_sbi.population.theta_posterior.prior import ThetaPriors
 from nlme_sbi.population.theta_posterior.sampler import EnsembleSampler
@@ -32,7 +35,6 @@ from nlme_sbi.runs import (
 from nlme_sbi.runs.schema import FIT
 from nlme_sbi.stages.shared.components import part
 from nlme_sbi.stages.shared.stored_fit import StoredFit, find_fit, load_fit
-from nlme_sbi.training.pairs import seeded
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from nlme_sbi.compute.devices import choose_device
-from nlme_sbi.compute.distributed import SharedPairs, Team, joined
+from nlme_sbi.compute.distributed import Team, joined
+from nlme_sbi.compute.random_streams import weights_seed
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.networks.densities import FlowSettings
 from nlme_sbi.networks.posterior import PosteriorNetwork, initial_network
@@ -42,7 +43,7 @@ from nlme_sbi.simulation.stored import StoredSimulations
 from nlme_sbi.stages.shared.components import generative_parts, part, stored_part
 from nlme_sbi.stages.simulate import GENERATIVE
 from nlme_sbi.training.loop import TrainingResult, TrainingSettings, generalisation_gap, train
-from nlme_sbi.training.pairs import OnlinePairs, PairSource, StoredPairs, weights_seed
+from nlme_sbi.training.pairs import OnlinePairs, PairSource, SharedPairs, StoredPairs
 from nlme_sbi.types import Design, Prior, Simulator
 
 log = logging.getLogger(__name__)

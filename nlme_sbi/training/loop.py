@@ -22,6 +22,7 @@ from nlme_sbi.compute.blocks import torch_threads
 from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.compute.distributed import ALONE, Team
 from nlme_sbi.compute.progress import Progress
+from nlme_sbi.compute.random_streams import weights_seed
 from nlme_sbi.networks.balance import balanced_losses
 from nlme_sbi.networks.densities import FlowSettings
 from nlme_sbi.networks.flows import AffineCouplingFlow
@@ -29,7 +30,7 @@ from nlme_sbi.networks.posterior import AmortizedPosterior, PosteriorNetwork, in
 from nlme_sbi.networks.summaries import SummarySettings
 from nlme_sbi.runs import write_atomically
 from nlme_sbi.simulation.shards import check_compatible
-from nlme_sbi.training.pairs import OnlinePairs, PairSource, TrainingError, weights_seed
+from nlme_sbi.training.pairs import OnlinePairs, PairSource, TrainingError
 from nlme_sbi.types import DesignSource, Prior, Simulations, Simulator
 
 _ROWS = 2_000  # held-out pairs at once

@@ -8,29 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from nlme_sbi.compute.distributed import Team
+from nlme_sbi.compute.random_streams import PILOT_STREAM, TRAINING_STREAM, VALIDATION_STREAM, seeded
 from nlme_sbi.simulation.shards import simulate_batch
 from nlme_sbi.types import DesignSource, Prior, Simulations, Simulator
-
-TRAINING_STREAM, VALIDATION_STREAM, PILOT_STREAM, WEIGHTS_STREAM = range(4)
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says what to change and what is kept."""
-
-
-def seeded(device: torch.device | str, *entropy: int) -> torch.Generator:
-    """A generator that depends on all of ``entropy``: the run's seed, the purpose, the step."""
-    state = np.random.SeedSequence(entropy).generate_state(1, dtype=np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state) >> 1)
-
-
-def weights_seed(seed: int) -> int:
-    """The seed of a network's first weights, which depends on the run's."""
-    return seeded("cpu", seed, WEIGHTS_STREAM).initial_seed()
 
 
 @runtime_checkable
@@ -135,3 +123,38 @@ class StoredPairs:
     def pilot(self, count: int) -> Simulations:
         chosen = torch.randperm(len(self._training), generator=seeded("cpu", self.seed, PILOT_STREAM))[:count]
         return self.stored.rows(self._training[chosen]).to(self.device)
+
+
+@runtime_checkable
+class Pairs(Protocol):
+    """A source of training pairs, as ``nlme_sbi.training.loop`` has them."""
+
+    def batch(self, step: int) -> Simulations: ...
+    def validation(self, count: int) -> Simulations: ...
+    def pilot(self, count: int) -> Simulations: ...
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPairs:
+    """One process's share of every batch; held-out pairs and pilot are the same for all.
+
+    Args:
+        source: whose batches have the size of a share. The team's shares of one step are its consecutive batches, so
+            stored rows are seen once an epoch, and fresh ones are not simulated twice.
+        team: that shares them.
+    """
+
+    source: Pairs
+    team: Team
+
+    def batch(self, step: int) -> Simulations:
+        """This process's pairs of a step."""
+        return self.source.batch(step * self.team.size + self.team.rank)
+
+    def validation(self, count: int) -> Simulations:
+        """Held-out pairs."""
+        return self.source.validation(count)
+
+    def pilot(self, count: int) -> Simulations:
+        """Pairs that fix the scalings."""
+        return self.source.pilot(count)

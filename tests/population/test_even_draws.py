@@ -12,10 +12,10 @@ from scipy.stats import gamma
 from scipy.stats import t as student
 from torch.distributions import Normal
 
+from nlme_sbi.numerics.t_mixtures import Mixtures, gamma_3_quantile
 from nlme_sbi.population import Exact, GaussianPopulation, fit_population
 from nlme_sbi.population.estimators.exact_draws import ExactDraws
 from nlme_sbi.population.fitting import likelihood_search
-from nlme_sbi.population.likelihood.laplace_components import Mixtures, gamma_3_quantile
 
 DOUBLE = torch.float64
 

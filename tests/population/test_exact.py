@@ -18,10 +18,10 @@ from theophylline_quadrature import people, quadrature
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.individual_model.noise import Additive
 from nlme_sbi.individual_model.priors import GaussianPrior
+from nlme_sbi.numerics.t_mixtures import Mixtures
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import Exact, GaussianPopulation, fit_population
 from nlme_sbi.population.estimators.exact_draws import ExactDraws
-from nlme_sbi.population.likelihood.laplace_components import Mixtures
 from nlme_sbi.population.objective.objective import contributions, effective_draws, hessian, scores, value_and_gradient
 from nlme_sbi.types import Observations, PosteriorSamples
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
+from nlme_sbi.compute.progress import discard
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
 from nlme_sbi.individual_model.noise import Additive
 from nlme_sbi.individual_model.priors import GaussianPrior
@@ -19,7 +20,6 @@ from nlme_sbi.population import Exact, GaussianPopulation, Laplace, PopulationFi
 from nlme_sbi.population.estimators.auto import Auto
 from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior, tempered
 from nlme_sbi.population.fitting.likelihood_search import Task
-from nlme_sbi.population.models.interface import discard
 from nlme_sbi.population.objective.individuals import individual_estimates
 from nlme_sbi.population.objective.trust_region import NoLikelihoodError, Point, gained
 from nlme_sbi.population.objective.verification import Verification, verified

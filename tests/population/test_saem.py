@@ -18,25 +18,22 @@ from test_exact import DOUBLE, MEAN, NO_SIGMA, OMEGA, Curved, Opaque, linear_cas
 from test_laplace import theophylline
 
 from nlme_sbi.cli import compose_config
+from nlme_sbi.compute.progress import FitProgress
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.individual_model.noise import Additive
 from nlme_sbi.individual_model.priors import GaussianPrior
+from nlme_sbi.numerics.t_mixtures import Mixtures
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import GaussianPopulation, Laplace, Saem, fit_population
+from nlme_sbi.population.estimators.interface import FollowingEstimator, Found, SearchingEstimator
 from nlme_sbi.population.estimators.saem.convergence import standstill
 from nlme_sbi.population.estimators.saem.drift import drift, mean_covariance
 from nlme_sbi.population.estimators.saem.mcmc import CompleteData, Kernels, begun, swept
 from nlme_sbi.population.estimators.saem.stochastic_approximation import newton_step
-from nlme_sbi.population.likelihood.laplace_components import Mixtures, modes
+from nlme_sbi.population.likelihood.laplace_components import modes
 from nlme_sbi.population.likelihood.log_joint import JointDensity
-from nlme_sbi.population.models.interface import (
-    FitProgress,
-    FollowingEstimator,
-    Found,
-    PopulationModel,
-    SearchingEstimator,
-)
+from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.types import Observations, PosteriorSamples, Simulator
 
 QUICK = {"burn_in": 40, "averaging": 80}

@@ -14,11 +14,12 @@ import pandas as pd
 import pytest
 import torch
 
-from nlme_sbi.compute.distributed import SharedPairs, Team
+from nlme_sbi.compute.distributed import Team
 from nlme_sbi.designs import FixedGrid
 from nlme_sbi.runs import FinishedRun, load_run
 from nlme_sbi.stages.simulate import simulate
 from nlme_sbi.stages.train_flow import train_flow
+from nlme_sbi.training.pairs import SharedPairs
 from nlme_sbi.types import Simulations
 
 sys.path.insert(0, str(Path(__file__).parent))

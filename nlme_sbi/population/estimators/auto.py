@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nlme_sbi.population.estimators.exact import Exact
+from nlme_sbi.population.estimators.interface import Estimator
 from nlme_sbi.population.estimators.prior_ratio import PriorRatio
-from nlme_sbi.population.models.interface import Estimator, Source
+from nlme_sbi.population.objective.interface import Source
 from nlme_sbi.types import TractableSimulator
 
 

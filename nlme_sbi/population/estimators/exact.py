@@ -34,7 +34,8 @@ from nlme_sbi.population.estimators.initialization import (
 from nlme_sbi.population.likelihood.laplace_components import along_profiles, mixtures, modes, with_others
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.likelihood.mode_scan import unseen_modes
-from nlme_sbi.population.models.interface import NoDraws, PopulationModel, Source, WeightedDraws
+from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.objective import contributions
 from nlme_sbi.types import Observations, Simulator
 

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.compute.blocks import over_blocks
-from nlme_sbi.population.likelihood.laplace_components import Mixtures, Pieces, independent_sets
+from nlme_sbi.numerics.t_mixtures import Mixtures, independent_sets
+from nlme_sbi.population.likelihood.laplace_components import Pieces
 from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows, interleaved
 from nlme_sbi.population.likelihood.population_monte_carlo import refined
 from nlme_sbi.population.models.interface import PopulationModel

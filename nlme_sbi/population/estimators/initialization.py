@@ -10,8 +10,9 @@ from torch import Tensor
 
 from nlme_sbi.population.likelihood.laplace_components import Pieces, modes, with_others
 from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, promised_gain
-from nlme_sbi.population.models.interface import PopulationModel, Source
-from nlme_sbi.population.objective.draw_checks import named
+from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.models.labels import named
+from nlme_sbi.population.objective.interface import Source
 from nlme_sbi.population.objective.subsets import of_individuals
 from nlme_sbi.population.objective.trust_region import NoLikelihoodError
 from nlme_sbi.types import Observations, PosteriorSamples, Simulator, TractableSimulator

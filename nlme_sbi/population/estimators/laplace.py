@@ -31,7 +31,8 @@ from nlme_sbi.population.estimators.laplace_draws import LaplaceDraws, assembled
 from nlme_sbi.population.likelihood.laplace_components import modes, with_others
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.likelihood.mode_scan import unseen_modes
-from nlme_sbi.population.models.interface import NoDraws, PopulationModel, Source, WeightedDraws
+from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.objective import contributions
 from nlme_sbi.types import Observations, Simulator
 

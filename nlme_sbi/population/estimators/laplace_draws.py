@@ -18,7 +18,7 @@ from nlme_sbi.population.estimators.laplace_terms import Approximations, approxi
 from nlme_sbi.population.likelihood.laplace_components import Pieces, distinct, mixtures
 from nlme_sbi.population.likelihood.log_joint import JointDensity, interleaved
 from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.population.objective.draw_checks import named
+from nlme_sbi.population.models.labels import named
 from nlme_sbi.types import Design, Prior
 
 DRAWS = 256  # of the normal components of each individual

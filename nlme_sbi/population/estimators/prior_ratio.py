@@ -31,8 +31,9 @@ from torch import Tensor
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.numerics.gaussian_mixtures import ConditionalDensity, GaussianMixtures, fit_mixtures
 from nlme_sbi.numerics.mixture_em import Criterion
-from nlme_sbi.population.models.interface import PopulationModel, Source, WeightedDraws
+from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective import draw_checks as checks
+from nlme_sbi.population.objective.interface import Source, WeightedDraws
 from nlme_sbi.population.objective.objective import contributions
 from nlme_sbi.types import Design, Observations, Posterior, PosteriorSamples, Prior
 

@@ -11,9 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nlme_sbi.compute.progress import Report, discard
 from nlme_sbi.numerics.pareto_k import heavy_tails
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.estimators.auto import Auto, chosen_estimator
+from nlme_sbi.population.estimators.interface import Estimator, FollowingEstimator, Redraw, SearchingEstimator
 from nlme_sbi.population.fitting.fixed_draws_fit import fit_fixed_draws
 from nlme_sbi.population.fitting.label_switching import declared_pairs, labelling_notes, require_orderable
 from nlme_sbi.population.fitting.likelihood_fit import fit_likelihood
@@ -23,20 +25,11 @@ from nlme_sbi.population.fitting.outcome import Optimum, Outcome
 from nlme_sbi.population.fitting.ratio_check import compare_with_likelihood
 from nlme_sbi.population.fitting.rivals import highest
 from nlme_sbi.population.fitting.zero_variances import settled
-from nlme_sbi.population.models.interface import (
-    Estimator,
-    FollowingEstimator,
-    PopulationModel,
-    PopulationSpecification,
-    Redraw,
-    Report,
-    SearchingEstimator,
-    Source,
-    discard,
-)
+from nlme_sbi.population.models.interface import PopulationModel, PopulationSpecification
 from nlme_sbi.population.models.labels import unknown_label
 from nlme_sbi.population.objective import draw_checks as checks
 from nlme_sbi.population.objective.individuals import IndividualEstimates, individual_estimates
+from nlme_sbi.population.objective.interface import Source
 from nlme_sbi.population.objective.variance_tests import variance_tests
 from nlme_sbi.population.results.fit_result import PopulationFit
 from nlme_sbi.types import Censoring, Observations, Posterior
@@ -125,7 +118,7 @@ def _fitted(
 ) -> PopulationFit:
     """One fit, with all of its variances; the SDs of those ``kept`` are followed however small they become."""
     model = _bound(population, posterior_or_samples, parameters, observations)
-    checks.require_enough(model, len(observations))
+    require_enough(model, len(observations))
     chosen, _ = chosen_estimator(Auto() if estimator is None else estimator, posterior_or_samples)
     declared = declared_pairs(posterior_or_samples, chosen)
     require_orderable(model, declared)
@@ -243,3 +236,24 @@ def _measurements(observations: Observations) -> int:
     if observations.censoring is not None:
         plain = plain & (observations.censoring == int(Censoring.NONE))
     return int(plain.sum())
+
+
+def require_enough(model: PopulationModel, individuals: int) -> None:
+    """Refuse what has no maximum: variances from one individual, a full covariance from too few."""
+    varying, table = len(model.varying), model.unknowns
+    correlated = "partial_correlation" in table.transforms
+    free_sd = any(table.transforms[place] == "log" for place in table.free.tolist())
+    needed = _largest_block(model) + 1 if correlated else 2 if free_sd else 1
+    if individuals < needed:
+        raise ValueError(
+            f"{individuals} individuals cannot tell the {'covariance' if correlated else 'variance'} of {varying} "
+            f"varying parameters: at least {needed} are needed. Give more data, fix SDs, or keep parameters constant "
+            f"(all of them: 'population.constant=[{','.join(model.parameters.names)}]', a plain regression)"
+            + (", or use population.covariance=diagonal." if correlated else ".")
+        )
+
+
+def _largest_block(model: PopulationModel) -> int:
+    """The most parameters that one is correlated with, itself included, read off the model at an arbitrary theta."""
+    theta = torch.full((len(model.unknowns),), 0.1, dtype=torch.float64)
+    return int((model.covariance(theta) != 0).sum(1).max())

@@ -8,18 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from nlme_sbi.compute.progress import FitProgress, Report
+from nlme_sbi.population.estimators.interface import Estimator
 from nlme_sbi.population.fitting.label_switching import in_order
 from nlme_sbi.population.fitting.multistart import Explored, explore
 from nlme_sbi.population.fitting.outcome import Optimum, Outcome
-from nlme_sbi.population.models.interface import (
-    Estimator,
-    FitProgress,
-    NoDraws,
-    PopulationModel,
-    Report,
-    Source,
-    WeightedDraws,
-)
+from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.objective import rough_information
 from nlme_sbi.population.objective.optimization import climb, polish
 from nlme_sbi.population.objective.standard_errors import (

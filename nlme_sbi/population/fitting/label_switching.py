@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.models.interface import Estimator, ExchangeableModel, PopulationModel, Source
+from nlme_sbi.population.estimators.interface import Estimator
+from nlme_sbi.population.models.interface import ExchangeableModel, PopulationModel
+from nlme_sbi.population.objective.interface import Source
 
 Pair = tuple[str, str]
 

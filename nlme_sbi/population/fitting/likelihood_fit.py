@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from nlme_sbi.compute.progress import FitProgress
+from nlme_sbi.population.estimators.interface import Estimator, SearchingEstimator
 from nlme_sbi.population.fitting.label_switching import in_order
 from nlme_sbi.population.fitting.likelihood_search import Task, compare_starts, search_likelihood
 from nlme_sbi.population.fitting.outcome import Optimum, Outcome
-from nlme_sbi.population.models.interface import Estimator, FitProgress, NoDraws, SearchingEstimator
 from nlme_sbi.population.objective.individuals import individual_estimates
+from nlme_sbi.population.objective.interface import NoDraws
 from nlme_sbi.population.objective.optimization import Summit
 from nlme_sbi.population.objective.standard_errors import likelihood_error, monte_carlo_error
 from nlme_sbi.population.objective.trust_region import Point

@@ -15,19 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.estimators.initialization import tractable
+from nlme_sbi.population.estimators.interface import FollowingEstimator
 from nlme_sbi.population.fitting.label_switching import exchange_between, in_order
 from nlme_sbi.population.fitting.likelihood_starts import fit_individuals_alone, likelihood_starts
-from nlme_sbi.population.models.interface import (
-    FitProgress,
-    FollowingEstimator,
-    NoDraws,
-    PopulationModel,
-    Report,
-    Source,
-    WeightedDraws,
-)
+from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.individuals import individual_estimates
+from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.subsets import of_individuals, random_part
 from nlme_sbi.population.objective.trust_region import (
     Climb,

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from nlme_sbi.population.estimators.initialization import first_climbers, likelihood_of
 from nlme_sbi.population.likelihood.laplace_components import Pieces, modes
-from nlme_sbi.population.models.interface import PopulationModel, Source
+from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.specification import GaussianPopulation
+from nlme_sbi.population.objective.interface import Source
 from nlme_sbi.population.objective.trust_region import NoLikelihoodError
 from nlme_sbi.types import Observations, TractableSimulator
 

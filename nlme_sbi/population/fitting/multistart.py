@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.fitting.initial_values import starting_points
 from nlme_sbi.population.fitting.label_switching import in_order
 from nlme_sbi.population.fitting.multistart_summary import compared
-from nlme_sbi.population.models.interface import FitProgress, Report, WeightedDraws
 from nlme_sbi.population.objective import draw_checks as checks
+from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import contributions, rough_information
 from nlme_sbi.population.objective.optimization import Summit, rise
 from nlme_sbi.population.objective.subsets import random_part

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.fitting.label_switching import exchange_between
-from nlme_sbi.population.models.interface import PopulationModel, WeightedDraws
+from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import effective_draws
 from nlme_sbi.population.objective.optimization import Summit
 from nlme_sbi.population.results.fit_result import Restart

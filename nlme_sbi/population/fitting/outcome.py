@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.models.interface import WeightedDraws
+from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.optimization import Summit
 from nlme_sbi.population.objective.standard_errors import MonteCarloError
 from nlme_sbi.population.objective.verification import Verification

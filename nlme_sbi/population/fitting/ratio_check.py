@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.compute.progress import discard
 from nlme_sbi.population.estimators.exact import Exact
 from nlme_sbi.population.fitting.likelihood_search import Task
-from nlme_sbi.population.models.interface import PopulationModel, Source, discard
+from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.objective.interface import Source
 from nlme_sbi.population.objective.trust_region import NoLikelihoodError
 from nlme_sbi.types import Observations, TractableSimulator
 

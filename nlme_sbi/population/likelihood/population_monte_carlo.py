@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nlme_sbi.numerics.gaussian_mixtures import fit_mixtures
-from nlme_sbi.population.likelihood.laplace_components import Mixtures, Pieces, mixtures
+from nlme_sbi.numerics.t_mixtures import Mixtures
+from nlme_sbi.population.likelihood.laplace_components import Pieces, mixtures
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 
 _TRIED = 768  # draws of the old mixture in each pass

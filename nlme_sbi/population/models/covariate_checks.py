@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.models.covariates import CovariateEffect, EffectSettings, column_of, nearest
-from nlme_sbi.population.objective.draw_checks import named
+from nlme_sbi.population.models.labels import named
 from nlme_sbi.types import Observations
 
 _DEPENDENT = 1e-6  # singular value of standardised regressors, relative to the largest, below which they are collinear

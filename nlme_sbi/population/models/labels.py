@@ -1,8 +1,12 @@
-"""What unknowns are called in print: ``ka`` for ``mean.ka``, ``omega(ka)`` for ``log_sd.ka``, ``corr(ka, V)``."""
+"""What unknowns and individuals are called in print: ``ka`` for ``mean.ka``, ``omega(ka)`` for ``log_sd.ka``."""
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from nlme_sbi.population.models.interface import PopulationModel
+
+_NAMED = 5  # individuals named in one sentence
 
 _PAIR = "partial_correlation."
 
@@ -42,3 +46,10 @@ def unknown_label(population: PopulationModel, unknown: str) -> str:
 def _pair(unknown: str, names: tuple[str, ...]) -> tuple[str, str] | None:
     rest = unknown.removeprefix(_PAIR)
     return next(((one, two) for one in names for two in names if rest == f"{one}.{two}"), None)
+
+
+def named(ids: tuple[str, ...], chosen: Tensor) -> str:
+    """Ids of the chosen positions, the first few of them."""
+    places = [int(place) for place in chosen]
+    listed = ", ".join(ids[place] for place in places[:_NAMED])
+    return listed + (f" and {len(places) - _NAMED} more" if len(places) > _NAMED else "")

@@ -10,9 +10,9 @@ from scipy.stats import binom, chi2
 from torch import Tensor
 
 from nlme_sbi.population.models.interface import PopulationModel, covariances_of, means_of
+from nlme_sbi.population.models.labels import _NAMED, named
 from nlme_sbi.types import Design, Observations, PosteriorSamples, Prior
 
-_NAMED = 5  # individuals named in one sentence
 _FALSE_ALARMS = 0.01  # chance that anybody is named where posteriors are exact and Gaussian
 _TAIL = 0.025  # what lies in the tails: beyond 2.2 SD in one dimension
 _SAMPLED = 20_000  # individuals sampled from the population to see how many lie outside the prior
@@ -20,13 +20,6 @@ _TRAINED = 100_000  # prior samples that tell where the network was trained
 _MARGIN = 20.0  # below the least log density of them; about 8.5 SD in six dimensions
 _STRAY = 0.01  # share of draws outside that region that is worth a warning
 _OUTSIDE = 1e-3  # share of the population outside the prior's support that is worth a warning
-
-
-def named(ids: tuple[str, ...], chosen: Tensor) -> str:
-    """Ids of the chosen positions, the first few of them."""
-    places = [int(place) for place in chosen]
-    listed = ", ".join(ids[place] for place in places[:_NAMED])
-    return listed + (f" and {len(places) - _NAMED} more" if len(places) > _NAMED else "")
 
 
 def require_matching(samples: PosteriorSamples, observations: Observations, population: PopulationModel) -> None:
@@ -45,27 +38,6 @@ def require_matching(samples: PosteriorSamples, observations: Observations, popu
             f"{int(broken.sum())} of {broken.numel()} posterior draws are not finite; individuals: "
             f"{named(observations.ids, rows)}. The posterior does not cover these data; check them, or train again."
         )
-
-
-def require_enough(model: PopulationModel, individuals: int) -> None:
-    """Refuse what has no maximum: variances from one individual, a full covariance from too few."""
-    varying, table = len(model.varying), model.unknowns
-    correlated = "partial_correlation" in table.transforms
-    free_sd = any(table.transforms[place] == "log" for place in table.free.tolist())
-    needed = _largest_block(model) + 1 if correlated else 2 if free_sd else 1
-    if individuals < needed:
-        raise ValueError(
-            f"{individuals} individuals cannot tell the {'covariance' if correlated else 'variance'} of {varying} "
-            f"varying parameters: at least {needed} are needed. Give more data, fix SDs, or keep parameters constant "
-            f"(all of them: 'population.constant=[{','.join(model.parameters.names)}]', a plain regression)"
-            + (", or use population.covariance=diagonal." if correlated else ".")
-        )
-
-
-def _largest_block(model: PopulationModel) -> int:
-    """The most parameters that one is correlated with, itself included, read off the model at an arbitrary theta."""
-    theta = torch.full((len(model.unknowns),), 0.1, dtype=torch.float64)
-    return int((model.covariance(theta) != 0).sum(1).max())
 
 
 def inside_prior(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nlme_sbi.numerics.pareto_k import pareto_shape
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.population.models.interface import DrawBlock, WeightedDraws, covariances_of, means_of
+from nlme_sbi.population.models.interface import covariances_of, means_of
+from nlme_sbi.population.objective.interface import DrawBlock, WeightedDraws
 
 
 @dataclass(frozen=True, eq=False)

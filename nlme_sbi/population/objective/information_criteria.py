@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import chi2
 from torch import Tensor
 
-from nlme_sbi.population.models.interface import WeightedDraws
+from nlme_sbi.population.objective.interface import WeightedDraws
 
 _SEEN = 2  # draws of each individual that tell which unknowns a density depends on
 

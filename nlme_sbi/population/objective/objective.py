@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.compute.blocks import over_blocks
-from nlme_sbi.population.models.interface import DrawBlock, SetsOfDraws, WeightedDraws
+from nlme_sbi.population.objective.interface import DrawBlock, SetsOfDraws, WeightedDraws
 
 _ROUGH = 200  # individuals that tell the scales of a search
 

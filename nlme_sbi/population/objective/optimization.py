@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from nlme_sbi.numerics.factorizations import cholesky_or_diagonal
-from nlme_sbi.population.models.interface import WeightedDraws
+from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import expected_statistics, hessian, rough_information, value_and_gradient
 
 EM_STEPS = 30

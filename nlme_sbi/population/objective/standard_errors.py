@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.models.interface import WeightedDraws
+from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import (
     effective_draws,
     objective_error,

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from nlme_sbi.population.models.interface import Source
+from nlme_sbi.population.objective.interface import Source
 from nlme_sbi.types import PosteriorSamples
 
 

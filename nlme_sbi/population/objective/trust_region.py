@@ -29,9 +29,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nlme_sbi.numerics.factorizations import eigh_or_diagonal
-from nlme_sbi.population.models.interface import WeightedDraws
 from nlme_sbi.population.models.labels import unknown_label
 from nlme_sbi.population.objective.individuals import posterior_variances
+from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import (
     complete_information,
     hessian,

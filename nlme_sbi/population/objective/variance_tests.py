@@ -24,7 +24,7 @@ from jaxtyping import Float
 from scipy.stats import norm
 from torch import Tensor
 
-from nlme_sbi.population.models.interface import WeightedDraws
+from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import halves, scores, slopes_along
 
 _STEP = 1e-4  # of central differences of exact derivatives

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.numerics.pareto_k import UNRELIABLE
-from nlme_sbi.population.objective.draw_checks import named
+from nlme_sbi.population.models.labels import named
 from nlme_sbi.population.objective.individuals import IndividualEstimates
 from nlme_sbi.population.objective.trust_region import Point, vanishing
 

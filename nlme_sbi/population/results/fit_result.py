@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.models.interface import PopulationModel, Redraw, WeightedDraws
+from nlme_sbi.population.estimators.interface import Redraw
+from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.labels import unknown_label
 from nlme_sbi.population.objective.individuals import (
     IndividualEstimates,
@@ -21,6 +22,7 @@ from nlme_sbi.population.objective.individuals import (
     resampled_draws,
 )
 from nlme_sbi.population.objective.information_criteria import corrected_bic
+from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.standard_errors import MonteCarloError
 from nlme_sbi.population.objective.variance_tests import VarianceTest, told
 from nlme_sbi.population.objective.verification import Verification

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
+from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.estimators.exact_draws import ExactDraws
-from nlme_sbi.population.models.interface import FitProgress, Report, WeightedDraws
+from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import (
     contributions,
     effective_draws,

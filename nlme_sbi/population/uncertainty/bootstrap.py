@@ -20,7 +20,8 @@ from jaxtyping import Float
 from scipy.stats import norm
 from torch import Tensor
 
-from nlme_sbi.population.models.interface import FitProgress, Report, WeightedDraws
+from nlme_sbi.compute.progress import FitProgress, Report
+from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import scores, value_and_gradient
 from nlme_sbi.population.objective.optimization import NOWHERE, climb
 from nlme_sbi.population.results.fit_result import PopulationFit

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nlme_sbi.population.models.interface import WeightedDraws
+from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import contributions, scores, value_and_gradient
 
 _LONG = 0.3  # standard errors from which a step is no longer trusted

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from scipy.stats import norm
 from torch import Tensor
 
-from nlme_sbi.population.models.interface import FitProgress, Report
+from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.objective.standard_errors import sandwich
 from nlme_sbi.population.results.fit_result import PopulationFit
 from nlme_sbi.population.results.intervals import Interval, ProfileCurve, made_interval, natural_values

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from scipy.stats import norm
 from torch import Tensor
 
-from nlme_sbi.population.models.interface import MovableDraws, WeightedDraws
+from nlme_sbi.population.objective.interface import MovableDraws, WeightedDraws
 from nlme_sbi.population.objective.objective import contributions, halves, value_and_gradient
 from nlme_sbi.population.objective.optimization import NOWHERE, climb
 from nlme_sbi.population.results.fit_result import PopulationFit

@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from nlme_sbi.compute.progress import Progress
+from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.diagnostics.findings import Finding, refused
 from nlme_sbi.diagnostics.network.calibration import Calibration, calibration
@@ -28,7 +29,6 @@ from nlme_sbi.diagnostics.network.simulated_posteriors import (
 from nlme_sbi.diagnostics.network.width_and_bias import verdicts, verdicts_frame
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.stages.shared.trained_posterior import TrainedPosterior
-from nlme_sbi.training.pairs import seeded
 from nlme_sbi.types import DesignSource, Observations, Simulations
 
 PRIOR_STREAM, LOCAL_STREAM = range(50, 52)

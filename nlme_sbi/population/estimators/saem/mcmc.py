@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nlme_sbi.compute.blocks import over_blocks
+from nlme_sbi.numerics.t_mixtures import Mixtures
 from nlme_sbi.population.estimators.initialization import images
-from nlme_sbi.population.likelihood.laplace_components import Mixtures, Pieces, along_profiles, mixtures
+from nlme_sbi.population.likelihood.laplace_components import Pieces, along_profiles, mixtures
 from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, chosen_rows, interleaved
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.types import Observations, TractableSimulator

@@ -18,25 +18,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.estimators.exact import Exact
 from nlme_sbi.population.estimators.initialization import first_climbers, likelihood_of, require_everybody, tractable
+from nlme_sbi.population.estimators.interface import Found
 from nlme_sbi.population.estimators.saem.convergence import Standstill, standstill
 from nlme_sbi.population.estimators.saem.drift import drift
 from nlme_sbi.population.estimators.saem.mcmc import Chains, CompleteData, Kernels, begun, prior_of, swept
 from nlme_sbi.population.estimators.saem.stochastic_approximation import Recursion, updated
 from nlme_sbi.population.likelihood.laplace_components import Pieces, mixtures, modes
 from nlme_sbi.population.likelihood.log_joint import JointDensity
-from nlme_sbi.population.models.interface import (
-    FitProgress,
-    Found,
-    NoDraws,
-    PopulationModel,
-    Report,
-    Source,
-    WeightedDraws,
-)
-from nlme_sbi.population.models.labels import unknown_label
-from nlme_sbi.population.objective.draw_checks import named
+from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.models.labels import named, unknown_label
+from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.objective import contributions
 from nlme_sbi.population.objective.subsets import of_individuals, random_part
 from nlme_sbi.types import Observations, Simulator, TractableSimulator

@@ -1,0 +1,168 @@
+"""What an estimator is to the fit: Protocols, and what they hand over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.compute.progress import Report
+from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
+from nlme_sbi.types import Observations
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """A way to the population likelihood.
+
+    ``absolute`` tells whether the objective is log p(y | theta) itself; otherwise it is a ratio to the evidence under
+    the training prior, and no absolute -2 log L exists.
+    """
+
+    @property
+    def name(self) -> str:
+        """As in tables and configs."""
+
+    @property
+    def absolute(self) -> bool:
+        """Whether the objective is a log likelihood."""
+
+    @property
+    def approximation(self) -> str:
+        """What the likelihood is approximated by, in a word that tables print; "" where only draws limit it."""
+
+    def prepare(
+        self, source: Source, observations: Observations, population: PopulationModel, generator: torch.Generator
+    ) -> WeightedDraws | NoDraws:
+        """Draws for every individual, or nothing yet where draws are made for one theta."""
+
+    def objective(self, theta: Tensor, state: WeightedDraws) -> Tensor:
+        """Each individual's contribution, ``(I,)``."""
+
+    def improve(
+        self,
+        state: WeightedDraws,
+        theta: Tensor,
+        observations: Observations,
+        generator: torch.Generator,
+        *,
+        times: int = 2,
+    ) -> WeightedDraws | str:
+        """``times`` as many draws because those at hand were too few at ``theta``, or as many as there may be; or the
+        reason why there are no more."""
+
+
+@runtime_checkable
+class FollowingEstimator(Estimator, Protocol):
+    """An estimator of a likelihood whose draws are made for one theta, and made anew for every theta of the search."""
+
+    def follow(
+        self,
+        source: Source,
+        observations: Observations,
+        theta: Tensor,
+        previous: WeightedDraws | NoDraws,
+        generator: torch.Generator,
+    ) -> WeightedDraws:
+        """Draws of all individuals made for ``theta``; ``previous`` is what the search had before, or only tells the
+        population model.
+
+        Raises:
+            NoLikelihoodError: where no draw of some individual has a likelihood above 0.
+        """
+
+    def look_again(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Tensor,
+        generator: torch.Generator,
+    ) -> WeightedDraws:
+        """Draws made for ``theta`` that owe nothing to ``state`` but its modes: others are searched for, too."""
+
+    def search_wider(
+        self,
+        source: Source,
+        observations: Observations,
+        state: WeightedDraws,
+        theta: Tensor,
+        generator: torch.Generator,
+    ) -> WeightedDraws | None:
+        """Draws made for ``theta`` where a scan finds modes of individuals that the search has passed by; else None."""
+
+    def roughly(self, individuals: int) -> FollowingEstimator:
+        """The same estimator with as few draws as comparing starts on so many individuals takes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Where an estimator's own search ended.
+
+    Args:
+        theta: ``(P,)`` the estimate.
+        monte_carlo_se: ``(P,)`` what the search's randomness does to it, 0 where fixed.
+        left: ``(P,)`` how far the search sees itself from where it was going: estimate minus optimum, 0 where fixed.
+        converged: whether the search may end there, by its own judgement.
+        message: how it ended, in words.
+        shortage: why its Monte-Carlo error is no smaller.
+        warnings: what a reader must know of the search.
+    """
+
+    theta: Float[Tensor, " P"]
+    monte_carlo_se: Float[Tensor, " P"]
+    left: Float[Tensor, " P"]
+    converged: bool
+    message: str
+    shortage: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class SearchingEstimator(FollowingEstimator, Protocol):
+    """An estimator that finds theta by itself; its draws at that theta then tell everything else.
+
+    The fit takes the estimate as it
+    is: likelihood, information, individuals and table come from :meth:`FollowingEstimator.follow` at it, the estimate's
+    own Monte-Carlo error from the search.
+    """
+
+    def search(
+        self,
+        source: Source,
+        observations: Observations,
+        theta: Float[Tensor, " P"],
+        previous: WeightedDraws | NoDraws,
+        generator: torch.Generator,
+        *,
+        accuracy: float,
+        report: Report,
+    ) -> Found:
+        """From a start to the estimate.
+
+        Args:
+            source: the posterior or draws, for first guesses of individuals.
+            observations: all data.
+            theta: where the comparison of starts ended.
+            previous: draws that it had, or only the population model.
+            generator: of everything random.
+            accuracy: wished Monte-Carlo error, in standard errors.
+            report: told how far it is.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Redraw:
+    """Makes draws for another theta, as the fit's estimator does it; a value that can be copied and sent."""
+
+    estimator: FollowingEstimator
+    source: Source
+    observations: Observations
+
+    def __call__(self, theta: Tensor, previous: WeightedDraws, generator: torch.Generator) -> WeightedDraws:
+        """Draws made for ``theta``; ``previous`` is what was there before."""
+        return self.estimator.follow(self.source, self.observations, theta, previous, generator)
