@@ -13,7 +13,7 @@ from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.fitting.initial_values import starting_points
 from nlme_sbi.population.fitting.label_switching import in_order
 from nlme_sbi.population.fitting.multistart_summary import compared
-from nlme_sbi.population.objective import draw_checks as checks
+from nlme_sbi.population.models.labels import named
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import contributions, rough_information
 from nlme_sbi.population.objective.optimization import Summit, rise
@@ -73,7 +73,7 @@ def _highest(ends: list[tuple[str, Summit | None]]) -> float | None:
 
 def _nowhere(state: WeightedDraws, theta: Tensor, ids: tuple[str, ...]) -> str:
     broken = torch.nonzero(~torch.isfinite(contributions(state, theta)))[:, 0]
-    names = f" First: {checks.named(ids, broken)}." if len(ids) == state.individuals else ""
+    names = f" First: {named(ids, broken)}." if len(ids) == state.individuals else ""
     return (
         f"The objective is not finite at any start, for {len(broken)} of {state.individuals} individuals.{names} "
         "A fixed or constant value may lie outside the training prior, or the draws are degenerate."
