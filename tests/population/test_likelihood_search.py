@@ -21,7 +21,8 @@ from nlme_sbi.population.estimators.auto import Auto
 from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior, tempered
 from nlme_sbi.population.fitting.likelihood_search import Task
 from nlme_sbi.population.objective.individuals import individual_estimates
-from nlme_sbi.population.objective.trust_region import NoLikelihoodError, Point, gained
+from nlme_sbi.population.objective.likelihood_point import NoLikelihoodError, Point
+from nlme_sbi.population.objective.trust_region import gained
 from nlme_sbi.population.objective.verification import Verification, verified
 from nlme_sbi.types import Design, Observations, Prior
 

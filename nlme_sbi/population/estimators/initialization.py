@@ -13,8 +13,8 @@ from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, pr
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.labels import named
 from nlme_sbi.population.objective.interface import Source
+from nlme_sbi.population.objective.likelihood_point import NoLikelihoodError
 from nlme_sbi.population.objective.subsets import of_individuals
-from nlme_sbi.population.objective.trust_region import NoLikelihoodError
 from nlme_sbi.types import Observations, PosteriorSamples, Simulator, TractableSimulator
 
 _FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from

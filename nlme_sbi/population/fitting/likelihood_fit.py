@@ -11,9 +11,9 @@ from nlme_sbi.population.fitting.likelihood_search import Task, compare_starts, 
 from nlme_sbi.population.fitting.outcome import Optimum, Outcome
 from nlme_sbi.population.objective.individuals import individual_estimates
 from nlme_sbi.population.objective.interface import NoDraws
+from nlme_sbi.population.objective.likelihood_point import Point
 from nlme_sbi.population.objective.optimization import Summit
 from nlme_sbi.population.objective.standard_errors import likelihood_error, monte_carlo_error
-from nlme_sbi.population.objective.trust_region import Point
 from nlme_sbi.population.objective.verification import Verification, verified
 from nlme_sbi.population.results.fit_result import Restart
 

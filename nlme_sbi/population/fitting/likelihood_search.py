@@ -23,16 +23,10 @@ from nlme_sbi.population.fitting.likelihood_starts import fit_individuals_alone,
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.individuals import individual_estimates
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
+from nlme_sbi.population.objective.likelihood_point import Draw, NoLikelihoodError, Point
 from nlme_sbi.population.objective.subsets import of_individuals, random_part
-from nlme_sbi.population.objective.trust_region import (
-    Climb,
-    Draw,
-    Limits,
-    NoLikelihoodError,
-    Point,
-    climb_likelihood,
-    vanishing,
-)
+from nlme_sbi.population.objective.trust_region import Climb, Limits, climb_likelihood
+from nlme_sbi.population.objective.vanishing_sds import vanishing
 from nlme_sbi.population.objective.verification import TOLERANCE, Verification, too_many, verified
 from nlme_sbi.population.results.fit_result import Restart
 from nlme_sbi.types import Observations

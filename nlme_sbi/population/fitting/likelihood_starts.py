@@ -18,7 +18,7 @@ from nlme_sbi.population.likelihood.laplace_components import Pieces, modes
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.specification import GaussianPopulation
 from nlme_sbi.population.objective.interface import Source
-from nlme_sbi.population.objective.trust_region import NoLikelihoodError
+from nlme_sbi.population.objective.likelihood_point import NoLikelihoodError
 from nlme_sbi.types import Observations, TractableSimulator
 
 _PRIOR_DRAWS = 200  # of the training prior, from which single fits may start as well

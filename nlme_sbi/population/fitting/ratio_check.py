@@ -15,7 +15,7 @@ from nlme_sbi.population.estimators.exact import Exact
 from nlme_sbi.population.fitting.likelihood_search import Task
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import Source
-from nlme_sbi.population.objective.trust_region import NoLikelihoodError
+from nlme_sbi.population.objective.likelihood_point import NoLikelihoodError
 from nlme_sbi.types import Observations, TractableSimulator
 
 _FAR = 1.0  # standard errors from the maximum of the likelihood from which an interval is not to be trusted

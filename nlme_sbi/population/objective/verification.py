@@ -15,7 +15,8 @@ from torch import Tensor
 from nlme_sbi.numerics.pareto_k import UNRELIABLE
 from nlme_sbi.population.models.labels import named
 from nlme_sbi.population.objective.individuals import IndividualEstimates
-from nlme_sbi.population.objective.trust_region import Point, vanishing
+from nlme_sbi.population.objective.likelihood_point import Point
+from nlme_sbi.population.objective.vanishing_sds import vanishing
 
 TOLERANCE = 0.02  # largest score that may be left, in standard errors, beside its Monte-Carlo error
 ERRORS = 3.0  # Monte-Carlo standard errors of the score that are allowed beside it
