@@ -1,6 +1,7 @@
 """Simulation-based inference for nonlinear mixed-effects models.
 
-The names below are for notebooks: ``from nlme_sbi import Observations``. Each comes from its room when it is asked for
+The names below are what configurations name (``_target_: nlme_sbi.Exact``) and notebooks import (``from nlme_sbi import
+Observations``); where they live may change. Each comes from its room when it is asked for
 first, so that ``import nlme_sbi`` imports nothing.
 """
 
@@ -12,33 +13,79 @@ TYPE_CHECKING = False  # typing itself is not imported: scripts watch for Ctrl-C
 if TYPE_CHECKING:
     from typing import Any
 
-    from nlme_sbi.designs import FixedGrid, RandomTimes, ResampledDesigns
-    from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel
+    from nlme_sbi.compute.random_streams import seeded
+    from nlme_sbi.designs import DesignsOfData, FixedGrid, RandomTimes, ResampledDesigns, Schedule
+    from nlme_sbi.diagnostics.fit.predictive_bands import dense_design, predictive_bands
+    from nlme_sbi.individual_model.closed_forms import log_bateman
+    from nlme_sbi.individual_model.events import single_bolus
+    from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel, times_for
+    from nlme_sbi.individual_model.noise import Additive, Combined1, Combined2, Exponential, NoiseModel, Proportional
     from nlme_sbi.individual_model.priors import GaussianPrior, MixturePrior, UniformPrior
+    from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, TorchDiffEq
+    from nlme_sbi.io import EventTable, LongTable, WideSheet, describe
     from nlme_sbi.networks.ensembles import PosteriorEnsemble
     from nlme_sbi.networks.flows import AffineCouplingFlow, SplineAutoregressiveFlow, SplineCouplingFlow
     from nlme_sbi.networks.mixtures import GaussianMixtureFlow
     from nlme_sbi.networks.posterior import AmortizedPosterior
     from nlme_sbi.networks.summaries import GridSummary, PooledSummary
     from nlme_sbi.parameters import Parameter, ParameterSpace
-    from nlme_sbi.population import GaussianPopulation, PopulationFit, PriorRatio, fit_population
+    from nlme_sbi.plots.individual_fits import plot_individual_fits
+    from nlme_sbi.population import (
+        Assessment,
+        Auto,
+        Exact,
+        GaussianPopulation,
+        Laplace,
+        PopulationFit,
+        PriorRatio,
+        Saem,
+        assessed,
+        bootstrap,
+        fit_population,
+        profile_interval,
+        sandwich_covariance,
+    )
+    from nlme_sbi.population.results.individual_map import individual_modes
+    from nlme_sbi.population.theta_posterior.draws import normal_theta
+    from nlme_sbi.population.theta_posterior.individuals import new_individuals
+    from nlme_sbi.population.theta_posterior.prior import ThetaPriors
+    from nlme_sbi.population.theta_posterior.sampler import EnsembleSampler, sample_theta
     from nlme_sbi.runs import find_run, load_run
+    from nlme_sbi.simulation.shards import SimulationSettings
     from nlme_sbi.training.loop import TrainingSettings, train_posterior
-    from nlme_sbi.types import Design, Observations
+    from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Observations
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Additive",
     "AffineCouplingFlow",
     "AmortizedPosterior",
+    "Assessment",
+    "Auto",
+    "Censoring",
+    "Combined1",
+    "Combined2",
+    "Covariates",
     "Design",
+    "DesignsOfData",
+    "DormandPrince5",
+    "EnsembleSampler",
+    "EventKind",
+    "EventTable",
+    "Events",
+    "Exact",
+    "Exponential",
     "FixedGrid",
     "GaussianMixtureFlow",
     "GaussianPopulation",
     "GaussianPrior",
     "GridSummary",
+    "Laplace",
+    "LongTable",
     "MechanisticSimulator",
     "MixturePrior",
+    "NoiseModel",
     "NumpySimulator",
     "Observations",
     "OdeModel",
@@ -48,32 +95,144 @@ __all__ = [
     "PopulationFit",
     "PosteriorEnsemble",
     "PriorRatio",
+    "Proportional",
     "RandomTimes",
     "ResampledDesigns",
+    "RungeKutta4",
+    "Saem",
+    "Schedule",
+    "SimulationSettings",
     "SplineAutoregressiveFlow",
     "SplineCouplingFlow",
+    "ThetaPriors",
+    "TorchDiffEq",
     "TrainingSettings",
     "UniformPrior",
+    "WideSheet",
+    "assessed",
+    "bootstrap",
+    "dense_design",
+    "describe",
     "find_run",
     "fit_population",
+    "individual_modes",
     "load_run",
+    "log_bateman",
+    "new_individuals",
+    "normal_theta",
+    "plot_individual_fits",
+    "predictive_bands",
+    "profile_interval",
+    "sample_theta",
+    "sandwich_covariance",
+    "seeded",
+    "single_bolus",
+    "times_for",
     "train_posterior",
 ]
 
 _ROOMS = {
-    "designs": ("FixedGrid", "RandomTimes", "ResampledDesigns"),
-    "individual_model.mechanistic": ("MechanisticSimulator", "NumpySimulator", "OdeModel"),
+    "compute.random_streams": ("seeded",),
+    "designs": (
+        "DesignsOfData",
+        "FixedGrid",
+        "RandomTimes",
+        "ResampledDesigns",
+        "Schedule",
+    ),
+    "diagnostics.fit.predictive_bands": (
+        "dense_design",
+        "predictive_bands",
+    ),
+    "individual_model.closed_forms": ("log_bateman",),
+    "individual_model.events": ("single_bolus",),
+    "individual_model.mechanistic": (
+        "MechanisticSimulator",
+        "NumpySimulator",
+        "OdeModel",
+        "times_for",
+    ),
+    "individual_model.noise": (
+        "Additive",
+        "Combined1",
+        "Combined2",
+        "Exponential",
+        "NoiseModel",
+        "Proportional",
+    ),
+    "individual_model.priors": (
+        "GaussianPrior",
+        "MixturePrior",
+        "UniformPrior",
+    ),
+    "individual_model.solvers": (
+        "DormandPrince5",
+        "RungeKutta4",
+        "TorchDiffEq",
+    ),
+    "io": (
+        "EventTable",
+        "LongTable",
+        "WideSheet",
+        "describe",
+    ),
     "networks.ensembles": ("PosteriorEnsemble",),
-    "networks.flows": ("AffineCouplingFlow", "SplineAutoregressiveFlow", "SplineCouplingFlow"),
+    "networks.flows": (
+        "AffineCouplingFlow",
+        "SplineAutoregressiveFlow",
+        "SplineCouplingFlow",
+    ),
     "networks.mixtures": ("GaussianMixtureFlow",),
     "networks.posterior": ("AmortizedPosterior",),
-    "networks.summaries": ("GridSummary", "PooledSummary"),
-    "parameters": ("Parameter", "ParameterSpace"),
-    "population": ("GaussianPopulation", "PopulationFit", "PriorRatio", "fit_population"),
-    "individual_model.priors": ("GaussianPrior", "MixturePrior", "UniformPrior"),
-    "runs": ("find_run", "load_run"),
-    "training.loop": ("TrainingSettings", "train_posterior"),
-    "types": ("Design", "Observations"),
+    "networks.summaries": (
+        "GridSummary",
+        "PooledSummary",
+    ),
+    "parameters": (
+        "Parameter",
+        "ParameterSpace",
+    ),
+    "plots.individual_fits": ("plot_individual_fits",),
+    "population": (
+        "Assessment",
+        "Auto",
+        "Exact",
+        "GaussianPopulation",
+        "Laplace",
+        "PopulationFit",
+        "PriorRatio",
+        "Saem",
+        "assessed",
+        "bootstrap",
+        "fit_population",
+        "profile_interval",
+        "sandwich_covariance",
+    ),
+    "population.results.individual_map": ("individual_modes",),
+    "population.theta_posterior.draws": ("normal_theta",),
+    "population.theta_posterior.individuals": ("new_individuals",),
+    "population.theta_posterior.prior": ("ThetaPriors",),
+    "population.theta_posterior.sampler": (
+        "EnsembleSampler",
+        "sample_theta",
+    ),
+    "runs": (
+        "find_run",
+        "load_run",
+    ),
+    "simulation.shards": ("SimulationSettings",),
+    "training.loop": (
+        "TrainingSettings",
+        "train_posterior",
+    ),
+    "types": (
+        "Censoring",
+        "Covariates",
+        "Design",
+        "EventKind",
+        "Events",
+        "Observations",
+    ),
 }
 _HOMES = {name: f"{__name__}.{room}" for room, names in _ROOMS.items() for name in names}
 

@@ -47,7 +47,7 @@ from nlme_sbi.runs.provenance import committed_files, git_state, machine, versio
 from nlme_sbi.runs.schema import NOT_RESULTS, TIME
 from nlme_sbi.runs.sources import Sources, hashes_of
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
 _LOCK, _CLOCK = ".lock", "clock.json"
 _LOG, _CHECKPOINT = NOT_RESULTS

@@ -60,7 +60,7 @@ def test_the_manifest_tells_what_made_the_results(tmp_path: Path) -> None:
         run.finish({"n": 3, "rate": np.float32(0.5)})
         assert run.finished
     manifest = json.loads((run.path / "manifest.json").read_text())
-    assert manifest["schema_version"] == 1
+    assert manifest["schema_version"] == 2
     assert (manifest["status"], manifest["stage"], manifest["experiment"]) == ("finished", "simulate", "pk")
     assert manifest["config"] == CONFIG
     assert manifest["seeds"] == {"seed": 3}
@@ -193,8 +193,8 @@ def test_an_edited_or_foreign_config_is_not_resumed(tmp_path: Path) -> None:
     path.write_text(text.replace("seed: 3", "seed: 5"))
     with pytest.raises(ValueError, match=r"config\.yaml was edited.*fresh=true"):
         begin(tmp_path)
-    path.write_text(text.replace("schema_version: 1", "schema_version: 9"))
-    with pytest.raises(ValueError, match="has schema version 9, this nlme_sbi reads 1; pass fresh=true"):
+    path.write_text(text.replace("schema_version: 2", "schema_version: 9"))
+    with pytest.raises(ValueError, match="has schema version 9, this nlme_sbi reads 2; pass fresh=true"):
         begin(tmp_path)
     for damage in ("{", "just text", "[]"):
         path.write_text(damage)
@@ -252,7 +252,7 @@ def test_a_run_of_another_stage_is_refused(tmp_path: Path) -> None:
         (lambda manifest: manifest["config"].update(seed=4), "was edited after the run"),
         (lambda manifest: manifest["outputs"].pop("part/values.npy"), "was edited after the run"),
         (lambda manifest: manifest.pop("seal"), "was edited after the run"),
-        (lambda manifest: manifest.update(schema_version=0), "has schema version 0, this nlme_sbi reads 1"),
+        (lambda manifest: manifest.update(schema_version=1), "has schema version 1, this nlme_sbi reads 2"),
     ],
 )
 def test_an_edited_manifest_is_refused(tmp_path, change, words) -> None:

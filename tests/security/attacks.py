@@ -239,7 +239,7 @@ def alias_bomb(levels: int = 30) -> str:
     """YAML of a few lines that means gigabytes."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
     lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 8)}]" for k in range(1, levels)]
-    return "\n".join(["schema_version: 1", *lines]) + "\n"
+    return "\n".join(["schema_version: 2", *lines]) + "\n"
 
 
 def gzip_bomb(path: Path, megabytes: int) -> None:
