@@ -143,18 +143,21 @@ class Exact:
         state: WeightedDraws,
         theta: Float[Tensor, " P"],
         generator: torch.Generator,
-    ) -> ExactDraws | None:
+        *,
+        columns: tuple[int, ...] = (),
+    ) -> tuple[ExactDraws, tuple[int, ...]] | None:
         """Draws for ``theta`` with modes that the search has passed by, where a scan finds any."""
         if not isinstance(state, ExactDraws):
             raise TypeError(f"exact made no such draws: {type(state).__name__}.")
         if not state.population.varying:
             return None
         joint = likelihood_of(tractable(self.simulator, source, self.name), state.population, observations, theta)
-        rows, points = unseen_modes(joint, state.modes, generator)
-        if len(rows) == 0:
+        unseen = unseen_modes(joint, state.modes, generator, columns=columns)
+        if unseen is None:
             return None
-        both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, points])
-        return self._made(joint, both, source, observations, generator, draws=state.draws)
+        both = torch.cat([state.modes.rows, unseen.rows]), torch.cat([state.modes.means, unseen.points])
+        made = self._made(joint, both, source, observations, generator, draws=state.draws)
+        return made, unseen.columns
 
     def _made(
         self,

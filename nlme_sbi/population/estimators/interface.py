@@ -92,8 +92,11 @@ class FollowingEstimator(Estimator, Protocol):
         state: WeightedDraws,
         theta: Tensor,
         generator: torch.Generator,
-    ) -> WeightedDraws | None:
-        """Draws made for ``theta`` where a scan finds modes of individuals that the search has passed by; else None."""
+        *,
+        columns: tuple[int, ...] = (),
+    ) -> tuple[WeightedDraws, tuple[int, ...]] | None:
+        """Draws made for ``theta`` where a scan finds modes of individuals that the search has passed by, and the
+        coordinates of what varies along which it did; else None. Along ``columns`` everybody is scanned in any case."""
 
     def roughly(self, individuals: int) -> FollowingEstimator:
         """The same estimator with as few draws as comparing starts on so many individuals takes."""

@@ -114,16 +114,19 @@ class Laplace:
         state: WeightedDraws,
         theta: Float[Tensor, " P"],
         generator: torch.Generator,
-    ) -> LaplaceDraws | None:
+        *,
+        columns: tuple[int, ...] = (),
+    ) -> tuple[LaplaceDraws, tuple[int, ...]] | None:
         """Everybody's modes at ``theta`` with those that the search has passed by, where a scan finds any."""
         if not isinstance(state, LaplaceDraws):
             raise TypeError(f"laplace made no such draws: {type(state).__name__}.")
         joint = self._joint(source, observations, state, theta)
-        rows, points = unseen_modes(joint, state.modes, generator)
-        if len(rows) == 0:
+        unseen = unseen_modes(joint, state.modes, generator, columns=columns)
+        if unseen is None:
             return None
-        both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, points])
-        return self._made(joint, both, source, observations, generator)
+        both = torch.cat([state.modes.rows, unseen.rows]), torch.cat([state.modes.means, unseen.points])
+        made = self._made(joint, both, source, observations, generator)
+        return made, unseen.columns
 
     def _joint(
         self, source: Source, observations: Observations, previous: WeightedDraws | NoDraws, theta: Float[Tensor, " P"]

@@ -80,13 +80,14 @@ class Task:
         with torch.no_grad():
             return self.estimator.look_again(self.source, self.observations, before, theta, self.generator)
 
-    def wider(self, point: Point) -> Point | None:
-        """The same point with draws that cover modes which had been passed by; None where a scan finds none."""
+    def wider(self, point: Point, columns: tuple[int, ...] = ()) -> tuple[Point, tuple[int, ...]] | None:
+        """The same point with draws that cover modes which had been passed by, and where they were found; None where a
+        scan finds none."""
         with torch.no_grad():
-            state = self.estimator.search_wider(
-                self.source, self.observations, point.state, point.theta, self.generator
+            found = self.estimator.search_wider(
+                self.source, self.observations, point.state, point.theta, self.generator, columns=columns
             )
-        return None if state is None else Point.at(point.theta, state, point.held)
+        return None if found is None else (Point.at(point.theta, found[0], point.held), found[1])
 
     def point(self, theta: Float[Tensor, " P"], draw: Draw | None = None, before: WeightedDraws | None = None) -> Point:
         """The likelihood at ``theta`` on draws made for it."""
@@ -173,14 +174,14 @@ def climb_to_the_end(
     tolerance = _WITHOUT_NOISE if task.estimator.approximation else _LAST.tolerance
     last = replace(_LAST, tolerance=tolerance, kept=task.kept)
     start = task.point(theta)
-    seen = task.wider(start)
-    climb = climb_likelihood(task.look_again, seen or start, last, watch=partial(_told, task))
+    start, columns = task.wider(start) or (start, ())
+    climb = climb_likelihood(task.look_again, start, last, watch=partial(_told, task))
     if vanishing(climb.point):  # decided by a fit in which it is 0
         return CheckedMaximum(climb.point, _check(task, climb), restarts)
     climb, shortage = _precise(task, _seconded(task, climb), last, accuracy)
     for turn in range(_CHECKS + 1):
         # Where a scan found nothing to begin with, and the search arrived, there is nothing to be found.
-        wider = task.wider(climb.point) if seen is not None or not climb.arrived else None
+        wider = task.wider(climb.point, columns) if columns or not climb.arrived else None
         checked = _check(task, climb, "" if wider is None else _UNSEEN)
         is_done = wider is None and (checked.passed or not climb.arrived or climb.point.left is None)
         if is_done or turn == _CHECKS:
@@ -188,7 +189,7 @@ def climb_to_the_end(
         # A maximum of the draws that were climbed on, which others do not confirm: on from there.
         task.report(FitProgress("check", turn, _CHECKS, climb.point.value))
         before = climb.point
-        again = wider or _richer(task, before, checked)
+        again, columns = wider or (_richer(task, before, checked), columns)
         climb = climb_likelihood(task.look_again, again, last, watch=partial(_told, task))
         climb = climb if climb.previous is not None else replace(climb, previous=before)
         climb, shortage = _precise(task, climb, last, accuracy)

@@ -9,6 +9,9 @@ it is worth the work for the rest, and along which coordinates.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,28 +29,56 @@ _TOPS = 4  # of each profile that are climbed from
 _ABYSS = 100.0  # log density below the mode at which a walk ends
 _HOPELESS = 60.0  # log density below the best mode at which they are not
 _WORTH = 0.01  # share of an individual's mass that modes must add to be news
+_NEGLIGIBLE = 0.02  # log mass, times the square root of the number of individuals, that is no news for all together
 _ROUNDS = 3
 
 
+@dataclass(frozen=True, eq=False)
+class UnseenModes:
+    """What a scan has found beside the known modes.
+
+    Args:
+        rows: whose they are, ``(B,)``.
+        points: where, ``(B, V)``.
+        columns: coordinates along which they were found.
+        gain: log mass that they add to all individuals together.
+    """
+
+    rows: Int[Tensor, " B"]
+    points: Float[Tensor, "B V"]
+    columns: tuple[int, ...]
+    gain: float
+
+
 def unseen_modes(
-    joint: JointDensity, known: Pieces, generator: torch.Generator
-) -> tuple[Int[Tensor, " B"], Float[Tensor, "B V"]]:
-    """Individual and place of modes that hold mass and are not among the known ones; empty where there are none.
+    joint: JointDensity, known: Pieces, generator: torch.Generator, *, columns: tuple[int, ...] = ()
+) -> UnseenModes | None:
+    """Modes that hold mass and are not among the known ones; None where what they hold is negligible.
 
     Args:
         joint: density of everybody.
         known: modes of everybody, sorted by individual, the best first.
         generator: chooses individuals and places.
+        columns: coordinates along which everybody is scanned in any case; along the others only where some individuals
+            show that it is worth it.
     """
     everybody = len(joint.observations)
+    every = tuple(range(known.means.shape[1]))
     some = random_part(everybody, _LOOKED_AT, generator).to(known.rows.device)
-    rows, points, columns = _news(joint, _of(known, some), torch.arange(known.means.shape[1]), generator)
-    if len(rows) == 0 or len(some) == everybody:
-        return rows, points
-    rest = torch.ones(everybody, dtype=torch.bool, device=some.device).index_fill(0, some, False)
-    others = torch.nonzero(rest)[:, 0]
-    more_rows, more_points, _ = _news(joint, _of(known, others), torch.unique(columns).cpu(), generator)
-    return torch.cat([rows, more_rows]), torch.cat([points, more_points])
+    rows, points, along = _news(joint, _of(known, some), every, generator)
+    fruitful = tuple(sorted({*columns, *torch.unique(along).tolist()}))
+    if len(some) < everybody and fruitful:
+        rest = torch.ones(everybody, dtype=torch.bool, device=some.device).index_fill(0, some, False)
+        others = _of(known, torch.nonzero(rest)[:, 0])
+        more_rows, more_points, _ = _news(joint, others, fruitful, generator)
+        rows, points = torch.cat([rows, more_rows]), torch.cat([points, more_points])
+    if len(rows) == 0:
+        return None
+    mine = _of(known, torch.unique(rows))
+    both, _ = modes(joint, torch.cat([mine.rows, rows]), torch.cat([mine.means, points]))
+    gained = (_mass(both, everybody) - _mass(mine, everybody))[torch.unique(rows)]
+    gain = float(gained.clamp_min(0).sum())
+    return UnseenModes(rows, points, fruitful, gain) if gain > _NEGLIGIBLE * math.sqrt(everybody) else None
 
 
 def _of(known: Pieces, individuals: Int[Tensor, " i"]) -> Pieces:
@@ -55,16 +86,16 @@ def _of(known: Pieces, individuals: Int[Tensor, " i"]) -> Pieces:
 
 
 def _news(
-    joint: JointDensity, known: Pieces, columns: Int[Tensor, " c"], generator: torch.Generator
+    joint: JointDensity, known: Pieces, columns: tuple[int, ...], generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Individual, place and coordinate of what a few rounds of scanning find beside the known modes."""
     found_rows, found_points, found_columns = [], [], []
     for _ in range(_ROUNDS):
         best = known[_first(known.rows)]
-        starts = [_tops(joint, best, int(column), generator) for column in columns]
+        starts = [_tops(joint, best, column, generator) for column in columns]
         rows = torch.cat([row for row, _ in starts])
         points = torch.cat([point for _, point in starts])
-        along = torch.cat([torch.full_like(row, int(c)) for (row, _), c in zip(starts, columns, strict=True)])
+        along = torch.cat([torch.full_like(row, c) for (row, _), c in zip(starts, columns, strict=True)])
         if len(rows) == 0:
             break
         summits = ascend(joint, rows, points)
@@ -143,15 +174,16 @@ def _tops(
 def _adds_mass(joint: JointDensity, known: Pieces, rows: Int[Tensor, " B"], summits: Summits) -> Tensor:
     """Which summits belong to individuals whose mass they raise by a share that counts."""
     everybody = len(joint.observations)
-
-    def mass(pieces: Pieces) -> Tensor:
-        highest = torch.full((everybody,), -torch.inf, dtype=pieces.log_mass.dtype, device=pieces.rows.device)
-        highest = highest.scatter_reduce(0, pieces.rows, pieces.log_mass, "amax")
-        shares = (pieces.log_mass - highest[pieces.rows]).exp()
-        return highest + torch.zeros_like(highest).index_add(0, pieces.rows, shares).log()
-
     mine = _of(known, torch.unique(rows))
     own = mine, joint.expand(mine.rows, mine.means)
     both, _ = with_others(joint, own, sorted_out(joint, rows, summits.points, summits.at))
-    news: Tensor = (mass(both) - mass(mine))[rows] > _WORTH
+    news: Tensor = (_mass(both, everybody) - _mass(mine, everybody))[rows] > _WORTH
     return news
+
+
+def _mass(pieces: Pieces, everybody: int) -> Float[Tensor, " I"]:
+    """Log mass of each individual's modes; -inf for those who have none among them."""
+    highest = torch.full((everybody,), -torch.inf, dtype=pieces.log_mass.dtype, device=pieces.rows.device)
+    highest = highest.scatter_reduce(0, pieces.rows, pieces.log_mass, "amax")
+    shares = (pieces.log_mass - highest[pieces.rows]).exp()
+    return highest + torch.zeros_like(highest).index_add(0, pieces.rows, shares).log()

@@ -141,9 +141,11 @@ class Saem:
         state: WeightedDraws,
         theta: Float[Tensor, " P"],
         generator: torch.Generator,
-    ) -> WeightedDraws | None:
+        *,
+        columns: tuple[int, ...] = (),
+    ) -> tuple[WeightedDraws, tuple[int, ...]] | None:
         """The same with modes that a scan finds, where it finds any."""
-        return self._sampling.search_wider(source, observations, state, theta, generator)
+        return self._sampling.search_wider(source, observations, state, theta, generator, columns=columns)
 
     def roughly(self, individuals: int) -> Exact:
         """The exact estimator with few draws: starts are compared on the likelihood."""
