@@ -27,7 +27,7 @@ from theophylline_exact import read_data
 from nlme_sbi import AmortizedPosterior, Observations
 from nlme_sbi.compute.devices import keep_freed_memory
 from nlme_sbi.population import Exact, GaussianPopulation, fit_population
-from nlme_sbi.population.uncertainty.methods import Assessment, assessed
+from nlme_sbi.population.uncertainty.methods import Assessment, add_intervals
 
 METHODS = ("information", "sandwich", "profile", "bootstrap")
 TRUTH = {
@@ -73,7 +73,7 @@ def assessed_population(
             estimator=Exact(max_draws=256),
             starts=1,
         )
-        fit = assessed(fit, Assessment(methods=methods), generator=torch.Generator().manual_seed(seed))
+        fit = add_intervals(fit, Assessment(methods=methods), generator=torch.Generator().manual_seed(seed))
     rows = [
         {
             "unknown": row.unknown,

@@ -11,7 +11,7 @@ from nlme_sbi.population.models.specification import GaussianPopulation
 from nlme_sbi.population.results.fit_result import PopulationFit, individual_draws
 from nlme_sbi.population.results.table import PopulationTable
 from nlme_sbi.population.uncertainty.bootstrap import Bootstrap, bootstrap
-from nlme_sbi.population.uncertainty.methods import Assessment, assessed, sandwich_covariance, wald_intervals
+from nlme_sbi.population.uncertainty.methods import Assessment, add_intervals, sandwich_covariance, wald_intervals
 from nlme_sbi.population.uncertainty.profile import Profile, profile_interval, profile_intervals
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "PriorRatio",
     "Profile",
     "Saem",
-    "assessed",
+    "add_intervals",
     "bootstrap",
     "fit_population",
     "individual_draws",

@@ -142,7 +142,10 @@ def _individuals(fit: ReportedFit, diagnosis: Diagnosis, close: Tensor | None, s
     flags = weight_flags(fit)
     scores = individual_scores(diagnosis)
     if scores is not None:
-        for key, label in (("oddness", "oddness of the residuals"), ("distance", "distance from training simulations")):
+        for key, label in (
+            ("outlier_score", "outlier score of the residuals"),
+            ("distance", "distance from training simulations"),
+        ):
             if key in scores:
                 others[key] = (label, scores[key])
         flagged = unlike_training(scores).reindex(fit.individuals["id"], fill_value=False)

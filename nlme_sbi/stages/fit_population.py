@@ -21,7 +21,7 @@ from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.designs import Reader
 from nlme_sbi.io import describe
 from nlme_sbi.population.estimators.auto import Auto
-from nlme_sbi.population.estimators.interface import Estimator, FollowingEstimator
+from nlme_sbi.population.estimators.interface import Estimator, ThetaDependentEstimator
 from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior
 from nlme_sbi.population.fitting.fit import fit_population as fit_population_model
 from nlme_sbi.population.models.interface import PopulationSpecification
@@ -30,7 +30,7 @@ from nlme_sbi.population.results.individual_map import individual_modes
 from nlme_sbi.population.results.intervals import intervals_frame
 from nlme_sbi.population.uncertainty.bootstrap import Weights
 from nlme_sbi.population.uncertainty.influence import influence
-from nlme_sbi.population.uncertainty.methods import Assessment, assessed
+from nlme_sbi.population.uncertainty.methods import Assessment, add_intervals
 from nlme_sbi.runs import (
     RunDirectory,
     csv_text,
@@ -161,7 +161,7 @@ def fit_population(cfg: DictConfig) -> float:
                 accuracy=settings.accuracy,
                 progress=progress.report,
             )
-            fit = assessed(
+            fit = add_intervals(
                 fit,
                 settings.uncertainty,
                 generator=seeded(device, seed, UNCERTAINTY_STREAM),
@@ -206,7 +206,7 @@ def _estimator(plain: Mapping[str, Any], posterior: AnyPosterior, trust: tuple[s
     if isinstance(section, Auto):
         return section.choose(posterior)
     estimator: Estimator = part(plain["estimator"], Estimator, where="estimator", trust=trust)
-    if isinstance(posterior, LikelihoodWeightedPrior) and not isinstance(estimator, FollowingEstimator):
+    if isinstance(posterior, LikelihoodWeightedPrior) and not isinstance(estimator, ThetaDependentEstimator):
         raise ValueError(
             f"estimator={estimator.name} needs draws of a trained network, and posterior=none trains none. Use "
             "estimator=exact, or train one: python scripts/simulate.py, then python scripts/train_flow.py."

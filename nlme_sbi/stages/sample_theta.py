@@ -16,7 +16,7 @@ from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
 from nlme_sbi.population.estimators.auto import Auto, chosen_estimator
-from nlme_sbi.population.estimators.interface import Estimator, FollowingEstimator
+from nlme_sbi.population.estimators.interface import Estimator, ThetaDependentEstimator
 from nlme_sbi.population.objective.interface import NoDraws, WeightedDraws
 from nlme_sbi.population.theta_posterior.draws import ThetaDraws
 from nlme_sbi.population.theta_posterior.prior import ThetaPriors
@@ -107,7 +107,7 @@ def rebuilt_state(fit: StoredFit, estimator: Estimator, generator: torch.Generat
     source, observations = fit.posterior, fit.observations.to(fit.device)
     with torch.no_grad():
         prepared = estimator.prepare(source, observations, fit.population, generator)
-        if isinstance(estimator, FollowingEstimator):
+        if isinstance(estimator, ThetaDependentEstimator):
             state: WeightedDraws = estimator.follow(source, observations, fit.theta, prepared, generator)
         elif isinstance(prepared, NoDraws):
             raise TypeError(f"estimator {estimator.name} neither prepares draws nor makes them for a theta.")

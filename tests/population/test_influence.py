@@ -14,7 +14,7 @@ from nlme_sbi.diagnostics.fit.reliability import influence_finding
 from nlme_sbi.population import GaussianPopulation, PopulationFit
 from nlme_sbi.population.uncertainty.bootstrap import bootstrap
 from nlme_sbi.population.uncertainty.influence import Influence, influence
-from nlme_sbi.population.uncertainty.methods import Assessment, assessed, sandwich_covariance
+from nlme_sbi.population.uncertainty.methods import Assessment, add_intervals, sandwich_covariance
 
 NOISE, SD, COUNT = 0.3, 1.0, 24
 
@@ -110,7 +110,7 @@ def test_what_judges_by_differences_needs_more_individuals_than_unknowns(individ
     ):
         bootstrap(fit, generator=torch.Generator().manual_seed(1))
     wished = Assessment(methods=("information", "sandwich", "bootstrap"))
-    found = assessed(fit, wished, generator=torch.Generator().manual_seed(1))
+    found = add_intervals(fit, wished, generator=torch.Generator().manual_seed(1))
     assert {row.method for row in found.intervals} == {"information"}
     (said,) = set(found.warnings) - set(fit.warnings)
     assert said == (
@@ -119,5 +119,5 @@ def test_what_judges_by_differences_needs_more_individuals_than_unknowns(individ
         "model alone."
     )
     larger = even_case([0.5, -0.3], [1.5, 1.5], noise=0.1, individuals=5, seed=1)
-    enough = assessed(closed_fit(larger, GaussianPopulation()), Assessment(), generator=torch.Generator())
+    enough = add_intervals(closed_fit(larger, GaussianPopulation()), Assessment(), generator=torch.Generator())
     assert {row.method for row in enough.intervals} == {"information", "sandwich"}

@@ -42,7 +42,7 @@ SYMMETRIC = {
 def test_an_exchange_is_the_same_density_of_exchanged_individuals(name: str) -> None:
     data = with_covariates({"weight": WEIGHT, "sex": SEX})
     model = SYMMETRIC[name].bind(SPACE, data)
-    assert model.obstacle("fast", "slow") == ""
+    assert model.why_not_exchangeable("fast", "slow") == ""
     theta = random_theta(model, 1)
     turned = model.exchanged(theta, "fast", "slow")
     phi = torch.randn((len(WEIGHT), 7, 4), generator=torch.Generator().manual_seed(2), dtype=DOUBLE)
@@ -75,16 +75,16 @@ BROKEN = {
 def test_where_the_model_tells_them_apart_it_says_why(name: str) -> None:
     specification, reason = BROKEN[name]
     model = specification.bind(SPACE, with_covariates({"weight": WEIGHT, "sex": SEX}))
-    assert reason in model.obstacle("fast", "slow")
+    assert reason in model.why_not_exchangeable("fast", "slow")
     with pytest.raises(ValueError, match="fast and slow cannot be exchanged in this population model"):
         model.exchanged(random_theta(model, 1), "fast", "slow")
     (note,) = labelling_notes(model, (("fast", "slow"),), random_theta(model, 1))
-    assert f"but not in this population model, because {model.obstacle('fast', 'slow')}" in note
+    assert f"but not in this population model, because {model.why_not_exchangeable('fast', 'slow')}" in note
 
 
 def test_different_scales_are_no_symmetry() -> None:
     space = ParameterSpace((Parameter("fast"), Parameter("slow", transform="identity")))
-    assert "different scales" in GaussianPopulation().bind(space).obstacle("fast", "slow")
+    assert "different scales" in GaussianPopulation().bind(space).why_not_exchangeable("fast", "slow")
 
 
 def test_a_chain_is_sorted_and_what_is_in_order_stays_as_it_is() -> None:

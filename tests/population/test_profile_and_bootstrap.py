@@ -21,7 +21,7 @@ from nlme_sbi.population.objective.objective import contributions, effective_dra
 from nlme_sbi.population.uncertainty.bootstrap import bootstrap
 from nlme_sbi.population.uncertainty.methods import (
     Assessment,
-    assessed,
+    add_intervals,
     bootstrap_rows,
     sandwich_covariance,
     wald_intervals,
@@ -94,7 +94,7 @@ def test_an_sd_that_may_be_zero_has_no_lower_limit() -> None:
     profile = profile_interval(fit, "log_sd.uptake")
     assert profile.limits[0] == -math.inf
     assert math.isfinite(profile.limits[1])
-    found = assessed(fit, Assessment(methods=("information", "profile")), generator=seeded())
+    found = add_intervals(fit, Assessment(methods=("information", "profile")), generator=seeded())
     row = next(row for row in found.intervals if (row.unknown, row.method) == ("log_sd.uptake", "profile"))
     assert (row.natural_lower, row.quantity) == (0.0, "omega(uptake)")
     assert "profile [95% CI]" in found.table().text()
@@ -203,7 +203,7 @@ def test_draws_for_two_ends_serve_both(drawn_fit: tuple[ConjugateCase, Linear, P
     far[0] += 1.5
     far[3] += 0.8
     state = fit.redraw(far, fit.state, seeded(3))
-    both = fit.state.part(torch.arange(25), slice(0, 400)).bridged(
+    both = fit.state.part(torch.arange(25), slice(0, 400)).joint_draws(
         state.part(torch.arange(25), slice(0, 400)), seeded(4)
     )
     assert both.draws == fit.state.draws + state.draws
@@ -285,7 +285,7 @@ def test_what_has_no_interval_is_refused(level: tuple[ConjugateCase, PopulationF
     for ask in (lambda: profile_interval(broken, "mean.uptake"), lambda: bootstrap(broken, generator=seeded())):
         with pytest.raises(ValueError, match="This fit has no standard errors"):
             ask()
-    assert assessed(broken, Assessment(), generator=seeded()).intervals == ()
+    assert add_intervals(broken, Assessment(), generator=seeded()).intervals == ()
     with pytest.raises(ValueError, match="replicates must be at least 2; got 1"):
         bootstrap(fit, generator=seeded(), replicates=1)
     with pytest.raises(ValueError, match=r"30 replicates have no 95% interval: at least 39"):

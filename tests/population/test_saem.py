@@ -26,7 +26,7 @@ from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.numerics.t_mixtures import Mixtures
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import GaussianPopulation, Laplace, Saem, fit_population
-from nlme_sbi.population.estimators.interface import FollowingEstimator, Found, SearchingEstimator
+from nlme_sbi.population.estimators.interface import Found, SelfOptimizingEstimator, ThetaDependentEstimator
 from nlme_sbi.population.estimators.saem.convergence import standstill
 from nlme_sbi.population.estimators.saem.drift import drift, mean_covariance
 from nlme_sbi.population.estimators.saem.mcmc import CompleteData, Kernels, begun, swept
@@ -346,8 +346,8 @@ def test_the_configuration_files_hold_the_defaults(choice: str, expected: Saem |
     plain = OmegaConf.to_container(compose_config("fit_population", [f"estimator={choice}"]), resolve=True)
     found = instantiate(plain["estimator"], where="estimator")
     assert found == expected
-    assert isinstance(found, SearchingEstimator) == (choice == "saem")
-    assert isinstance(found, FollowingEstimator)
+    assert isinstance(found, SelfOptimizingEstimator) == (choice == "saem")
+    assert isinstance(found, ThetaDependentEstimator)
 
 
 def test_a_simulator_without_likelihood_is_refused_with_the_remedy() -> None:

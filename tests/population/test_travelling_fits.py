@@ -17,7 +17,7 @@ from nlme_sbi.population import (
     Laplace,
     PopulationFit,
     PriorRatio,
-    assessed,
+    add_intervals,
     fit_population,
     profile_interval,
 )
@@ -58,7 +58,7 @@ def test_a_fit_is_the_same_after_a_journey(case: ConjugateCase, name: str) -> No
         parameters=case.parameters,
         starts=1,
     )
-    fit = assessed(fit, Assessment(methods=("information", "sandwich")), generator=seeded())
+    fit = add_intervals(fit, Assessment(methods=("information", "sandwich")), generator=seeded())
     for make in COPIES.values():
         there = make(fit)
         assert str(there.table()) == str(fit.table())

@@ -47,7 +47,7 @@ def fits(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     asked = {
         "varying": [],
         "constant": ["population.constant=[sigma]"],
-        "assessed": [
+        "add_intervals": [
             "seed=1",
             "fit.uncertainty=[information,sandwich,profile,bootstrap]",
             "fit.bootstrap.replicates=39",
@@ -113,14 +113,14 @@ def test_runs_are_named_as_words_and_wrong_ones_refused(
 
 def test_a_fit_tells_intervals_by_every_method_that_was_asked_for(fits: tuple[Path, dict[str, Path]]) -> None:
     _, runs = fits
-    intervals = pd.read_csv(runs["assessed"] / "intervals.csv")
-    stored = json.loads((runs["assessed"] / "fit.json").read_text())
+    intervals = pd.read_csv(runs["add_intervals"] / "intervals.csv")
+    stored = json.loads((runs["add_intervals"] / "fit.json").read_text())
     free = [entry["name"] for entry in stored["unknowns"] if not entry["fixed"]]
     for method in ("information", "sandwich", "profile", "bootstrap"):
         assert intervals.loc[intervals["method"] == method, "unknown"].tolist() == free
     assert bool((intervals["lower"] <= intervals["upper"]).all())
     assert len(stored["intervals"]) == len(intervals)
-    assert "bootstrap [95% CI]" in (runs["assessed"] / "table.txt").read_text()
+    assert "bootstrap [95% CI]" in (runs["add_intervals"] / "table.txt").read_text()
     default = pd.read_csv(runs["varying"] / "intervals.csv")
     assert sorted(set(default["method"])) == ["information", "sandwich"]
     assert "pareto_k" in pd.read_csv(runs["varying"] / "individuals.csv").columns

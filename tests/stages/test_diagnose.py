@@ -103,7 +103,7 @@ def test_a_fit_brings_its_data_and_the_same_command_the_same_bytes(
     assert agreement["where"].value_counts().to_dict() == {"prior": 12, "data": 12}
     people = pd.read_csv(first.path / "misspecification.csv")
     assert len(people) == 12
-    assert set(people.columns) >= {"id", "correlation", "oddness", "limit", "named", "distance", "p", "rare"}
+    assert set(people.columns) >= {"id", "correlation", "outlier_score", "limit", "named", "distance", "p", "rare"}
     again = diagnosed(root, tmp_path / "one", fit)  # finished: told, not made anew
     assert again.manifest["seconds"] == first.manifest["seconds"]
 

@@ -56,7 +56,7 @@ def model_finding(tests: ResidualTests) -> Finding:
 def individuals_finding(tests: ResidualTests) -> Finding:
     """Whether single individuals' data cannot be made."""
     count = int(tests.named.sum())
-    worst = tests.oddness.argsort(descending=True)[: min(count, _NAMED)].tolist()
+    worst = tests.outlier_score.argsort(descending=True)[: min(count, _NAMED)].tolist()
     listed = ", ".join(tests.ids[place] for place in worst) + (f" and {count - _NAMED} more" if count > _NAMED else "")
     if count == 0:
         sentence = f"No individual's residuals are unlike noise (the oddest: p = {tests.p_individuals:.2g} of all)."

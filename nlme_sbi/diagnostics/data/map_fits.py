@@ -297,10 +297,10 @@ def _odd(found: BestFits, data: _Data) -> Int[Tensor, " odd"]:
     unit = left / (left.square().sum((1, 2)) / count).sqrt().clamp_min(1e-300)[:, None, None]
     together = (unit[:, 1:] * unit[:, :-1]).sum((1, 2)) / count.sqrt()
     farthest = unit.abs().amax((1, 2)) / (2 * (50 * count).log()).sqrt()  # about 1 once in a hundred
-    oddness = torch.maximum(together / 2.3, farthest).nan_to_num(math.inf)
-    oddness = torch.where(torch.isfinite(found.objective), oddness, math.inf)
-    worst = oddness.argsort(descending=True)[: max(50, len(oddness) // 5)]
-    return worst[oddness[worst] > 1]
+    outlier_score = torch.maximum(together / 2.3, farthest).nan_to_num(math.inf)
+    outlier_score = torch.where(torch.isfinite(found.objective), outlier_score, math.inf)
+    worst = outlier_score.argsort(descending=True)[: max(50, len(outlier_score) // 5)]
+    return worst[outlier_score[worst] > 1]
 
 
 def _elsewhere(

@@ -40,8 +40,8 @@ class ResidualTests:
         scores: ``(I, 4)`` each statistic in the SDs of what noise gives this individual; NaN where its fit leaves
             fewer than 3 dimensions. ``correlation`` of neighbours, ``run``: largest sum of neighbours,
             ``farthest`` single residual, ``waves``: mean squared sum of neighbours.
-        oddness: ``(I,)`` minus log of about the smallest p-value of the four.
-        limit: of the oddness, which a data set of noise exceeds anywhere with probability ``level``.
+        outlier_score: ``(I,)`` minus log of about the smallest p-value of the four.
+        limit: of the outlier_score, which a data set of noise exceeds anywhere with probability ``level``.
         named: ``(I,)`` individuals above it.
         p_individuals: that the oddest is like noise, all individuals considered.
         p_model: that the others together are like noise: whether they have something in common that the model lacks.
@@ -54,7 +54,7 @@ class ResidualTests:
 
     ids: tuple[str, ...]
     scores: Float[Tensor, "I 4"]
-    oddness: Float[Tensor, " I"]
+    outlier_score: Float[Tensor, " I"]
     limit: float
     named: Bool[Tensor, " I"]
     p_individuals: float
@@ -71,10 +71,12 @@ class ResidualTests:
         return float(self.named.double().mean()) > MANY
 
     def to_frame(self) -> pd.DataFrame:
-        """One row an individual: id, the four scores, oddness, limit, named."""
+        """One row an individual: id, the four scores, outlier_score, limit, named."""
         columns = {name: self.scores[:, place].cpu().numpy() for place, name in enumerate(STATISTICS)}
-        oddness, named = self.oddness.cpu().numpy(), self.named.cpu().numpy()
-        return pd.DataFrame({"id": self.ids, **columns, "oddness": oddness, "limit": self.limit, "named": named})
+        outlier_score, named = self.outlier_score.cpu().numpy(), self.named.cpu().numpy()
+        return pd.DataFrame(
+            {"id": self.ids, **columns, "outlier_score": outlier_score, "limit": self.limit, "named": named}
+        )
 
 
 @torch.no_grad()
@@ -119,18 +121,18 @@ def residual_tests(
     values = _all_statistics(fits, mask, generator, replicates)
     values = torch.where(judged[:, None, None], values, 0.0)
     scores = _standardised(values)
-    oddness = _oddness(scores)
-    oddness[(left >= _LEFT) & ~judged, 0] = math.inf  # nothing that the simulator can do makes these data
-    highest = oddness.amax(0)
+    outlier_score = _outlier_score(scores)
+    outlier_score[(left >= _LEFT) & ~judged, 0] = math.inf  # nothing that the simulator can do makes these data
+    highest = outlier_score.amax(0)
     p_individuals, limit = _share_above(highest), _upper(highest[1:], level)
-    named = oddness > limit
+    named = outlier_score > limit
     kept = judged[:, None] & (~named | (named.double().mean(0) > MANY))
     common = _in_common(scores, kept)
     missing = torch.where(judged, 0.0, math.nan)[:, None]
     return ResidualTests(
         ids=observations.ids,
         scores=scores[:, 0] + missing,
-        oddness=oddness[:, 0],
+        outlier_score=outlier_score[:, 0],
         limit=limit,
         named=named[:, 0],
         p_individuals=p_individuals,
@@ -197,7 +199,7 @@ def _standardised(values: Float[Tensor, "I K 4"]) -> Float[Tensor, "I K 4"]:
     return torch.where(spread > 1e-9, (values - values.mean(1, keepdim=True)) / spread.clamp_min(1e-9), 0.0)
 
 
-def _oddness(scores: Float[Tensor, "I K 4"]) -> Float[Tensor, "I K"]:
+def _outlier_score(scores: Float[Tensor, "I K 4"]) -> Float[Tensor, "I K"]:
     """Minus log of about the smallest p-value: normal for sums, Gumbel for maxima. Any monotone map would be valid;
     these give all four statistics the same chance to be the largest."""
     reduced = scores * (math.pi / math.sqrt(6)) + 0.5772156649015329

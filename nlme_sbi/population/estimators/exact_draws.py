@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.numerics.t_mixtures import Mixtures, independent_sets
-from nlme_sbi.population.likelihood.laplace_components import Pieces
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents
 from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows, interleaved
 from nlme_sbi.population.likelihood.population_monte_carlo import refined
 from nlme_sbi.population.models.interface import PopulationModel
@@ -131,7 +131,7 @@ class ExactDraws:
     """Draws of every individual from its own mixture, made for ``joint.theta``; mixtures for ``proposed_for``."""
 
     joint: JointDensity
-    modes: Pieces
+    modes: LaplaceComponents
     mixed: Mixtures
     training: Prior
     blocks: tuple[ExactBlock, ...]
@@ -219,7 +219,7 @@ class ExactDraws:
 
         return replace(self, joint=joint, blocks=tuple(over_blocks(again, self.blocks, theta.device)))
 
-    def bridged(self, other: ExactDraws, generator: torch.Generator) -> ExactDraws:
+    def joint_draws(self, other: ExactDraws, generator: torch.Generator) -> ExactDraws:
         """Fresh draws from these and the other's mixtures alike, as many as both have together: for comparing two theta
         on common draws that serve both. Likelihoods are expanded about this one's constants."""
         mixed = self.mixed.beside(other.mixed)
@@ -237,7 +237,7 @@ class ExactDraws:
 
 
 def drawn(
-    joint: JointDensity, laplace: Pieces, mixed: Mixtures, training: Prior, generator: torch.Generator
+    joint: JointDensity, laplace: LaplaceComponents, mixed: Mixtures, training: Prior, generator: torch.Generator
 ) -> ExactDraws:
     """Draws of everybody from their mixtures."""
     rows = torch.arange(len(mixed.counts), device=joint.theta.device)
@@ -254,7 +254,7 @@ def without_variability(joint: JointDensity, training: Prior) -> ExactDraws:
     rows = torch.arange(individuals, device=like.device)
     none = like.new_zeros((individuals, 1, 0))
     mixed = Mixtures(torch.full((individuals, 1), 2, device=like.device), none, like.new_zeros((individuals, 1, 0, 0)))
-    modes = Pieces(rows, like.new_zeros(individuals), none[:, 0], like.new_zeros((individuals, 0, 0)))
+    modes = LaplaceComponents(rows, like.new_zeros(individuals), none[:, 0], like.new_zeros((individuals, 0, 0)))
     constants = joint.population.constants(like, joint.observations.design).detach()
     phi = none.expand(-1, 2, -1)
     value, slopes = _first_order(joint, rows, phi, constants)
@@ -437,7 +437,7 @@ def _in_blocks(whole: ExactBlock) -> tuple[ExactBlock, ...]:
     return tuple(replace(_rows(whole, some), design=whole.design[some]) for some in parts)
 
 
-def _modes_of(modes: Pieces, individuals: Tensor) -> Pieces:
+def _modes_of(modes: LaplaceComponents, individuals: Tensor) -> LaplaceComponents:
     """Modes of the chosen individuals, each once, renumbered."""
     place = torch.full((int(modes.rows.max()) + 1,), -1, dtype=torch.int64, device=modes.rows.device)
     place[individuals] = torch.arange(len(individuals), device=place.device)

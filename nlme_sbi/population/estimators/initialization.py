@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nlme_sbi.population.likelihood.laplace_components import Pieces, modes, with_others
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, modes, with_others
 from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, promised_gain
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.labels import named
@@ -129,14 +129,14 @@ def with_images(joint: JointDensity, points: Float[Tensor, "I S V"]) -> Float[Te
 
 def modes_with_images(
     joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]
-) -> tuple[Pieces, Expansion]:
+) -> tuple[LaplaceComponents, Expansion]:
     """Distinct modes that the starts lead to, and those that hopeful mirror images of them lead to."""
     found = modes(joint, rows, starts)
     mirrored, points = _hopeful_images(joint, *found)
     return found if len(mirrored) == 0 else with_others(joint, found, modes(joint, mirrored, points))
 
 
-def _hopeful_images(joint: JointDensity, found: Pieces, at: Expansion) -> tuple[Tensor, Tensor]:
+def _hopeful_images(joint: JointDensity, found: LaplaceComponents, at: Expansion) -> tuple[Tensor, Tensor]:
     """Mirror images of modes that are not so low that the population rules them out."""
     mirrored = with_images(joint, found.means[:, None])[:, 1:]
     rows = found.rows[:, None].expand(-1, mirrored.shape[1]).flatten()

@@ -57,7 +57,7 @@ class Estimator(Protocol):
 
 
 @runtime_checkable
-class FollowingEstimator(Estimator, Protocol):
+class ThetaDependentEstimator(Estimator, Protocol):
     """An estimator of a likelihood whose draws are made for one theta, and made anew for every theta of the search."""
 
     def follow(
@@ -98,7 +98,7 @@ class FollowingEstimator(Estimator, Protocol):
         """Draws made for ``theta`` where a scan finds modes of individuals that the search has passed by, and the
         coordinates of what varies along which it did; else None. Along ``columns`` everybody is scanned in any case."""
 
-    def roughly(self, individuals: int) -> FollowingEstimator:
+    def roughly(self, individuals: int) -> ThetaDependentEstimator:
         """The same estimator with as few draws as comparing starts on so many individuals takes."""
 
 
@@ -126,12 +126,12 @@ class Found:
 
 
 @runtime_checkable
-class SearchingEstimator(FollowingEstimator, Protocol):
+class SelfOptimizingEstimator(ThetaDependentEstimator, Protocol):
     """An estimator that finds theta by itself; its draws at that theta then tell everything else.
 
     The fit takes the estimate as it
-    is: likelihood, information, individuals and table come from :meth:`FollowingEstimator.follow` at it, the estimate's
-    own Monte-Carlo error from the search.
+    is: likelihood, information, individuals and table come from :meth:`ThetaDependentEstimator.follow` at it, the
+    estimate's own Monte-Carlo error from the search.
     """
 
     def search(
@@ -162,7 +162,7 @@ class SearchingEstimator(FollowingEstimator, Protocol):
 class Redraw:
     """Makes draws for another theta, as the fit's estimator does it; a value that can be copied and sent."""
 
-    estimator: FollowingEstimator
+    estimator: ThetaDependentEstimator
     source: Source
     observations: Observations
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nlme_sbi.population.estimators.laplace_terms import Approximations, approximations, at_theta
-from nlme_sbi.population.likelihood.laplace_components import Pieces, distinct, mixtures
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct, mixtures
 from nlme_sbi.population.likelihood.log_joint import JointDensity, interleaved
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.labels import named
@@ -47,7 +47,7 @@ class LaplaceBlock:
 
     joint: JointDensity
     rows: Tensor
-    modes: Pieces
+    modes: LaplaceComponents
     owners: Int[Tensor, " B"]
     place: Int[Tensor, "I M"]
     chosen: tuple[int, ...]
@@ -68,7 +68,7 @@ class LaplaceBlock:
         theta = self.joint.theta if self.last.theta is None else self.last.theta
         found = self.at(theta)
         there = torch.isfinite(found.log_mass)
-        local = Pieces(self.owners, found.log_mass, found.points, found.covariances)[there]
+        local = LaplaceComponents(self.owners, found.log_mass, found.points, found.covariances)[there]
         mixed = mixtures(local, len(self.rows), DRAWS, inflation=1.0, spread=0.0)
         ends = mixed.counts.cumsum(1).contiguous()
         every = torch.arange(DRAWS, device=ends.device)
@@ -91,7 +91,7 @@ class LaplaceBlock:
         if self.last.theta is not None and self.last.found is not None and torch.equal(self.last.theta, theta):
             return self.last.found
         found = approximations(at_theta(self.joint, theta), self.modes.rows, self.modes.means)
-        pieces = Pieces(self.modes.rows, found.log_mass, found.points, found.covariances)
+        pieces = LaplaceComponents(self.modes.rows, found.log_mass, found.points, found.covariances)
         once = torch.zeros_like(found.log_mass, dtype=torch.bool)
         once[distinct(pieces, negligible=torch.inf)] = True
         found = replace(found, log_mass=torch.where(once, found.log_mass, -torch.inf))
@@ -155,7 +155,7 @@ class LaplaceDraws:
 
     joint: JointDensity
     training: Prior
-    modes: Pieces
+    modes: LaplaceComponents
     blocks: tuple[LaplaceBlock, ...]
 
     fitted = False
@@ -229,14 +229,14 @@ class LaplaceDraws:
         return tuple(said)
 
 
-def assembled(joint: JointDensity, training: Prior, modes: Pieces) -> LaplaceDraws:
+def assembled(joint: JointDensity, training: Prior, modes: LaplaceComponents) -> LaplaceDraws:
     """The state of a fit from modes that are sorted by individual, for ``joint.theta``."""
     everybody = torch.arange(len(joint.observations), device=joint.theta.device)
     blocks = tuple(_block(joint, modes, rows) for rows in torch.split(everybody, _BLOCK))
     return LaplaceDraws(joint, training, modes, blocks)
 
 
-def _block(joint: JointDensity, modes: Pieces, rows: Tensor) -> LaplaceBlock:
+def _block(joint: JointDensity, modes: LaplaceComponents, rows: Tensor) -> LaplaceBlock:
     mine = modes[(modes.rows >= rows[0]) & (modes.rows <= rows[-1])]
     owners = mine.rows - rows[0]
     sizes = torch.bincount(owners, minlength=len(rows))
@@ -268,7 +268,7 @@ def checked_by_sampling(
     joint = at_theta(state.joint, theta)
     found = [block.at(theta.detach()) for block in state.blocks]
     mass = torch.cat([part.log_mass for part in found])
-    every = Pieces(
+    every = LaplaceComponents(
         state.modes.rows,
         mass,
         torch.cat([part.points for part in found]),

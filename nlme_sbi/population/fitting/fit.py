@@ -15,7 +15,7 @@ from nlme_sbi.compute.progress import Report, discard
 from nlme_sbi.numerics.pareto_k import heavy_tails
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.estimators.auto import Auto, chosen_estimator
-from nlme_sbi.population.estimators.interface import Estimator, FollowingEstimator, Redraw, SearchingEstimator
+from nlme_sbi.population.estimators.interface import Estimator, Redraw, SelfOptimizingEstimator, ThetaDependentEstimator
 from nlme_sbi.population.fitting.fixed_draws_fit import fit_fixed_draws
 from nlme_sbi.population.fitting.label_switching import declared_pairs, labelling_notes, require_orderable
 from nlme_sbi.population.fitting.likelihood_fit import fit_likelihood
@@ -24,7 +24,7 @@ from nlme_sbi.population.fitting.multistart_summary import degenerate, described
 from nlme_sbi.population.fitting.outcome import Optimum, Outcome
 from nlme_sbi.population.fitting.ratio_check import compare_with_likelihood
 from nlme_sbi.population.fitting.rivals import highest
-from nlme_sbi.population.fitting.zero_variances import settled
+from nlme_sbi.population.fitting.zero_variances import fix_zero_variances
 from nlme_sbi.population.models.interface import PopulationModel, PopulationSpecification
 from nlme_sbi.population.models.labels import unknown_label
 from nlme_sbi.population.objective import draw_checks as checks
@@ -89,11 +89,13 @@ def fit_population(
     )
 
     def settle(found: PopulationFit) -> PopulationFit:
-        return settled(found, population, lambda again: fitted(again.specification, begin=again.begin, kept=again.kept))
+        return fix_zero_variances(
+            found, population, lambda again: fitted(again.specification, begin=again.begin, kept=again.kept)
+        )
 
     fit = settle(fitted(population))
     were_all_there = len(observations) <= STARTS_ON  # otherwise starts are compared on some individuals only
-    if fit.verification is not None and were_all_there and not isinstance(estimator, SearchingEstimator):
+    if fit.verification is not None and were_all_there and not isinstance(estimator, SelfOptimizingEstimator):
         fit = highest(fit, lambda begin: settle(fitted(population, begin=begin)))
     if not fit.converged:
         logger.warning(fit.message)
@@ -123,7 +125,7 @@ def _fitted(
     declared = declared_pairs(posterior_or_samples, chosen)
     require_orderable(model, declared)
     say = progress or discard
-    if isinstance(chosen, FollowingEstimator):
+    if isinstance(chosen, ThetaDependentEstimator):
         task = Task(chosen, posterior_or_samples, observations, model, generator, say, kept)
         outcome = fit_likelihood(task, starts=starts, accuracy=accuracy, begin=_named(begin, model))
     else:
@@ -145,7 +147,7 @@ def _fitted(
         *heavy_tails(individuals.pareto_k, observations.ids),
     )
     fit = _result(outcome, individuals, chosen=chosen, observations=observations, said=said)
-    redraw = Redraw(chosen, posterior_or_samples, observations) if isinstance(chosen, FollowingEstimator) else None
+    redraw = Redraw(chosen, posterior_or_samples, observations) if isinstance(chosen, ThetaDependentEstimator) else None
     return replace(fit, labelling=labelling_notes(model, declared, theta), redraw=redraw)
 
 

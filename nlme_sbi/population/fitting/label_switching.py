@@ -48,7 +48,7 @@ def require_orderable(model: PopulationModel, declared: tuple[Pair, ...] | None)
                     f"changing the prediction, as far as the simulator tells (its exchangeable pairs: {known}). Drop "
                     "the ordering; an order of other parameters is a result, not a choice."
                 )
-            reason = model.obstacle(first, second) if isinstance(model, ExchangeableModel) else ""
+            reason = model.why_not_exchangeable(first, second) if isinstance(model, ExchangeableModel) else ""
             if reason:
                 raise ValueError(
                     f"population.ordering=[{', '.join(chain)}]: in this population model {first} and {second} cannot "
@@ -81,7 +81,7 @@ def labelling_notes(
         if not isinstance(model, ExchangeableModel):
             said.append(f"{exchange} prediction; these estimates may show one of two equivalent labellings.")
             continue
-        reason, chain = model.obstacle(first, second), _chain_of(model, first, second)
+        reason, chain = model.why_not_exchangeable(first, second), _chain_of(model, first, second)
         if reason:
             said.append(
                 f"{exchange} prediction, but not in this population model, because {reason}: the model itself tells "
@@ -119,7 +119,7 @@ def exchange_between(
         return ()
     free = model.unknowns.free.to(theta.device)
     for first, second in combinations(names, 2):
-        if model.obstacle(first, second):
+        if model.why_not_exchangeable(first, second):
             continue
         apart = (model.exchanged(other, first, second) - theta)[free].abs() / se
         if bool(torch.isfinite(apart).all()) and float(apart.max()) < within:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nlme_sbi.compute.progress import FitProgress
-from nlme_sbi.population.estimators.interface import Estimator, SearchingEstimator
+from nlme_sbi.population.estimators.interface import Estimator, SelfOptimizingEstimator
 from nlme_sbi.population.fitting.label_switching import in_order
 from nlme_sbi.population.fitting.likelihood_search import Task, compare_starts, search_likelihood
 from nlme_sbi.population.fitting.outcome import Optimum, Outcome
@@ -23,7 +23,7 @@ _CONTRADICTED = 0.25  # standard errors between a search's estimate and the maxi
 def fit_likelihood(task: Task, *, starts: int, accuracy: float, begin: Tensor | None) -> Outcome:
     """The maximum of a likelihood, checked on draws that it was not climbed on."""
     begin = None if begin is None else begin.to(task.generator.device)
-    if isinstance(task.estimator, SearchingEstimator):
+    if isinstance(task.estimator, SelfOptimizingEstimator):
         return _searched(task, task.estimator, starts=starts, accuracy=accuracy, begin=begin)
     found = search_likelihood(task, starts=starts, accuracy=accuracy, begin=begin)
     restarts = found.restarts
@@ -59,7 +59,9 @@ def _likelihood_name(estimator: Estimator) -> str:
     return f"-2 log L ({estimator.approximation})" if estimator.approximation else "-2 log L"
 
 
-def _searched(task: Task, chosen: SearchingEstimator, *, starts: int, accuracy: float, begin: Tensor | None) -> Outcome:
+def _searched(
+    task: Task, chosen: SelfOptimizingEstimator, *, starts: int, accuracy: float, begin: Tensor | None
+) -> Outcome:
     """The estimator's own estimate, as it is, with likelihood, information and check from draws made for it."""
     restarts: tuple[Restart, ...] = ()
     if begin is None:

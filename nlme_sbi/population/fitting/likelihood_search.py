@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.estimators.initialization import tractable
-from nlme_sbi.population.estimators.interface import FollowingEstimator
+from nlme_sbi.population.estimators.interface import ThetaDependentEstimator
 from nlme_sbi.population.fitting.label_switching import exchange_between, in_order
 from nlme_sbi.population.fitting.likelihood_starts import fit_individuals_alone, likelihood_starts
 from nlme_sbi.population.models.interface import PopulationModel
@@ -52,7 +52,7 @@ class Task:
     """What is fitted: an estimator, where first guesses of individuals come from, data, population model, and the
     parameters whose SD is followed however small it becomes."""
 
-    estimator: FollowingEstimator
+    estimator: ThetaDependentEstimator
     source: Source
     observations: Observations
     population: PopulationModel

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.estimators.initialization import first_climbers, likelihood_of
-from nlme_sbi.population.likelihood.laplace_components import Pieces, modes
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, modes
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.specification import GaussianPopulation
 from nlme_sbi.population.objective.interface import Source
@@ -71,7 +71,7 @@ def fit_individuals_alone(
     return fits
 
 
-def _others(found: Pieces, scale: Float[Tensor, " D"]) -> SingleFits | None:
+def _others(found: LaplaceComponents, scale: Float[Tensor, " D"]) -> SingleFits | None:
     """What a population would be in which the runner-up is right, where that is clearest: two explanations of the same
     data, such as two exponentials under exchanged names, are two maxima of the likelihood to be compared."""
     order = torch.cat([found.rows.new_ones(1), found.rows.diff()]) > 0

@@ -39,7 +39,7 @@ class Refit:
     kept: tuple[str, ...] = ()
 
 
-def settled(
+def fix_zero_variances(
     fit: PopulationFit,
     specification: PopulationSpecification | PopulationModel,
     refit: Callable[[Refit], PopulationFit],

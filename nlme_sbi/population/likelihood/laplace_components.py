@@ -30,7 +30,7 @@ _SPREAD = 0.15  # share of the draws that all components get alike
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces:
+class LaplaceComponents:
     """Components of many individuals, flat: ``rows (K,)`` tells whose each is."""
 
     rows: Int[Tensor, " K"]
@@ -39,7 +39,7 @@ class Pieces:
     covariances: Float[Tensor, "K V V"]
 
     @classmethod
-    def joined(cls, parts: list[Pieces]) -> Pieces:
+    def joined(cls, parts: list[LaplaceComponents]) -> LaplaceComponents:
         """All of them."""
         return cls(
             torch.cat([part.rows for part in parts]),
@@ -48,8 +48,8 @@ class Pieces:
             torch.cat([part.covariances for part in parts]),
         )
 
-    def __getitem__(self, chosen: Tensor) -> Pieces:
-        return Pieces(self.rows[chosen], self.log_mass[chosen], self.means[chosen], self.covariances[chosen])
+    def __getitem__(self, chosen: Tensor) -> LaplaceComponents:
+        return LaplaceComponents(self.rows[chosen], self.log_mass[chosen], self.means[chosen], self.covariances[chosen])
 
 
 def covariance_of(curvature: Float[Tensor, "B V V"], scale: Float[Tensor, "B V"]) -> Float[Tensor, "B V V"]:
@@ -68,37 +68,40 @@ def _log_volume(covariance: Tensor) -> Float[Tensor, " B"]:
     return log_determinant + 0.5 * covariance.shape[-1] * math.log(2 * math.pi)
 
 
-def modes(joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]) -> tuple[Pieces, Expansion]:
+def modes(
+    joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]
+) -> tuple[LaplaceComponents, Expansion]:
     """Distinct modes of every individual, best first, with their Laplace approximations."""
     found: Summits = ascend(joint, rows, starts)
     return sorted_out(joint, rows, found.points, found.at)
 
 
 def with_others(
-    joint: JointDensity, known: tuple[Pieces, Expansion], others: tuple[Pieces, Expansion]
-) -> tuple[Pieces, Expansion]:
+    joint: JointDensity, known: tuple[LaplaceComponents, Expansion], others: tuple[LaplaceComponents, Expansion]
+) -> tuple[LaplaceComponents, Expansion]:
     """Modes of two searches together, each once."""
-    both = Pieces.joined([known[0], others[0]])
+    both = LaplaceComponents.joined([known[0], others[0]])
     return sorted_out(joint, both.rows, both.means, Expansion.joined([known[1], others[1]]))
 
 
-def sorted_out(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion) -> tuple[Pieces, Expansion]:
+def sorted_out(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion) -> tuple[LaplaceComponents, Expansion]:
     """Summits in the order of the individuals, best first, without those that are near a better one or negligible."""
     finite = torch.isfinite(at.value) & torch.isfinite(at.hessian).flatten(1).all(1)
     place = torch.nonzero(finite)[:, 0]
     place = place[torch.argsort(at.value[place], descending=True, stable=True)]
     place = place[torch.argsort(rows[place], stable=True)]
     covariances = covariance_of(-at.hessian[place], joint.scales[rows[place]])
-    pieces = Pieces(rows[place], at.value[place] + _log_volume(covariances), points[place], covariances)
+    pieces = LaplaceComponents(rows[place], at.value[place] + _log_volume(covariances), points[place], covariances)
     kept = distinct(pieces)
     return pieces[kept], at[place[kept]]
 
 
-def distinct(pieces: Pieces, *, negligible: float = _NEGLIGIBLE) -> Int[Tensor, " kept"]:
+def distinct(pieces: LaplaceComponents, *, negligible: float = _NEGLIGIBLE) -> Int[Tensor, " kept"]:
     """Positions of pieces that are neither near an earlier one of the same individual nor ``negligible`` nats below
     its largest.
 
-    Pieces are sorted by individual. Each is compared with its predecessors at distance 1, 2, ... in the list.
+    LaplaceComponents are sorted by individual. Each is compared with its predecessors at distance 1, 2, ... in the
+    list.
     """
     count = len(pieces.rows)
     if count == 0:
@@ -116,7 +119,7 @@ def distinct(pieces: Pieces, *, negligible: float = _NEGLIGIBLE) -> Int[Tensor, 
     return torch.nonzero(keep)[:, 0]
 
 
-def along_profiles(joint: JointDensity, laplace: Pieces, at: Expansion) -> Pieces:
+def along_profiles(joint: JointDensity, laplace: LaplaceComponents, at: Expansion) -> LaplaceComponents:
     """Components along every coordinate of every mode in which the log density is no parabola."""
     bent = _bent(joint, laplace, at)
     which, column = torch.nonzero(bent).unbind(1)
@@ -127,22 +130,22 @@ def along_profiles(joint: JointDensity, laplace: Pieces, at: Expansion) -> Piece
         nodes = _profile(joint, laplace[which], at.value[which], column, side)
         # At a kink of the likelihood curvatures mean nothing: no node counts more than its individual's modes.
         parts.append(replace(nodes, log_mass=torch.minimum(nodes.log_mass, _largest(laplace)[nodes.rows])))
-    return Pieces.joined(parts)
+    return LaplaceComponents.joined(parts)
 
 
-def _largest(pieces: Pieces) -> Float[Tensor, " I"]:
+def _largest(pieces: LaplaceComponents) -> Float[Tensor, " I"]:
     """Largest log mass of each individual."""
     best = torch.full((int(pieces.rows.max()) + 1,), -math.inf, dtype=pieces.log_mass.dtype, device=pieces.rows.device)
     return best.scatter_reduce(0, pieces.rows, pieces.log_mass, "amax")
 
 
-def _lowered(laplace: Pieces, bent: Tensor) -> Pieces:
+def _lowered(laplace: LaplaceComponents, bent: Tensor) -> LaplaceComponents:
     """A mode whose profile has components of its own needs fewer draws."""
     log_mass = torch.where(bent, laplace.log_mass - math.log(2), laplace.log_mass)
-    return Pieces(laplace.rows, log_mass, laplace.means, laplace.covariances)
+    return LaplaceComponents(laplace.rows, log_mass, laplace.means, laplace.covariances)
 
 
-def _bent(joint: JointDensity, laplace: Pieces, at: Expansion) -> Bool[Tensor, "B V"]:
+def _bent(joint: JointDensity, laplace: LaplaceComponents, at: Expansion) -> Bool[Tensor, "B V"]:
     """Where a point ``_PROBE`` SDs along a coordinate, the others following linearly, departs from the parabola; only
     modes that hold a share of the mass worth the work."""
     sd = laplace.covariances.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -155,7 +158,9 @@ def _bent(joint: JointDensity, laplace: Pieces, at: Expansion) -> Bool[Tensor, "
     return bent & (laplace.log_mass > _largest(laplace)[laplace.rows] - 7)[:, None]
 
 
-def _profile(joint: JointDensity, mode: Pieces, top: Tensor, column: Int[Tensor, " B"], side: float) -> Pieces:
+def _profile(
+    joint: JointDensity, mode: LaplaceComponents, top: Tensor, column: Int[Tensor, " B"], side: float
+) -> LaplaceComponents:
     """Nodes on one side of a mode along one coordinate each, the others re-optimised from node to node."""
     every = torch.arange(len(column), device=column.device)
     sd = mode.covariances[every, column, column].sqrt()
@@ -185,12 +190,12 @@ def _profile(joint: JointDensity, mode: Pieces, top: Tensor, column: Int[Tensor,
         slope = slope.index_copy(0, active, tangent)
         before = before.index_copy(0, active, offset[active])
         active = active[good]
-    return Pieces.joined(parts)
+    return LaplaceComponents.joined(parts)
 
 
 def _node(
     joint: JointDensity, place: tuple[Tensor, Summits, Tensor], spacing: Float[Tensor, " B"]
-) -> tuple[Pieces, Float[Tensor, "B V"]]:
+) -> tuple[LaplaceComponents, Float[Tensor, "B V"]]:
     """A component around a node: as wide as the nodes are apart along the profile, Laplace across it."""
     rows, found, column = place
     every = torch.arange(len(column), device=column.device)
@@ -211,11 +216,11 @@ def _node(
     # The node's share is that of a slice as wide as its spacing, Laplace's volume across it.
     solid = torch.where(outside, identity, across)
     log_across = _log_volume(solid) - 0.5 * math.log(2 * math.pi)
-    return Pieces(rows, found.at.value + log_across + spacing.log(), found.points, covariance), tangent
+    return LaplaceComponents(rows, found.at.value + log_across + spacing.log(), found.points, covariance), tangent
 
 
 def mixtures(
-    pieces: Pieces, individuals: int, draws: int, *, inflation: float = 1.1, spread: float = _SPREAD
+    pieces: LaplaceComponents, individuals: int, draws: int, *, inflation: float = 1.1, spread: float = _SPREAD
 ) -> Mixtures:
     """Components of every individual side by side, and how many of the ``draws`` each gets.
 

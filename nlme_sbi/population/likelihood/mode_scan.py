@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nlme_sbi.population.likelihood.laplace_components import Pieces, modes, sorted_out, with_others
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, modes, sorted_out, with_others
 from nlme_sbi.population.likelihood.log_joint import JointDensity, Summits, ascend
 from nlme_sbi.population.objective.subsets import random_part
 
@@ -51,7 +51,7 @@ class UnseenModes:
 
 
 def unseen_modes(
-    joint: JointDensity, known: Pieces, generator: torch.Generator, *, columns: tuple[int, ...] = ()
+    joint: JointDensity, known: LaplaceComponents, generator: torch.Generator, *, columns: tuple[int, ...] = ()
 ) -> UnseenModes | None:
     """Modes that hold mass and are not among the known ones; None where what they hold is negligible.
 
@@ -81,12 +81,12 @@ def unseen_modes(
     return UnseenModes(rows, points, fruitful, gain) if gain > _NEGLIGIBLE * math.sqrt(everybody) else None
 
 
-def _of(known: Pieces, individuals: Int[Tensor, " i"]) -> Pieces:
+def _of(known: LaplaceComponents, individuals: Int[Tensor, " i"]) -> LaplaceComponents:
     return known[torch.nonzero(torch.isin(known.rows, individuals))[:, 0]]
 
 
 def _news(
-    joint: JointDensity, known: Pieces, columns: tuple[int, ...], generator: torch.Generator
+    joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...], generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Individual, place and coordinate of what a few rounds of scanning find beside the known modes."""
     found_rows, found_points, found_columns = [], [], []
@@ -122,7 +122,7 @@ def _first(rows: Int[Tensor, " K"]) -> Int[Tensor, " i"]:
 
 
 def _tops(
-    joint: JointDensity, best: Pieces, column: int, generator: torch.Generator
+    joint: JointDensity, best: LaplaceComponents, column: int, generator: torch.Generator
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, "B V"]]:
     """Where the profile along a coordinate is higher than beside it, on both sides of each individual's best mode, and
     the best point of jumps in that coordinate alone."""
@@ -171,7 +171,7 @@ def _tops(
     return owners[worth], places[worth]
 
 
-def _adds_mass(joint: JointDensity, known: Pieces, rows: Int[Tensor, " B"], summits: Summits) -> Tensor:
+def _adds_mass(joint: JointDensity, known: LaplaceComponents, rows: Int[Tensor, " B"], summits: Summits) -> Tensor:
     """Which summits belong to individuals whose mass they raise by a share that counts."""
     everybody = len(joint.observations)
     mine = _of(known, torch.unique(rows))
@@ -181,7 +181,7 @@ def _adds_mass(joint: JointDensity, known: Pieces, rows: Int[Tensor, " B"], summ
     return news
 
 
-def _mass(pieces: Pieces, everybody: int) -> Float[Tensor, " I"]:
+def _mass(pieces: LaplaceComponents, everybody: int) -> Float[Tensor, " I"]:
     """Log mass of each individual's modes; -inf for those who have none among them."""
     highest = torch.full((everybody,), -torch.inf, dtype=pieces.log_mass.dtype, device=pieces.rows.device)
     highest = highest.scatter_reduce(0, pieces.rows, pieces.log_mass, "amax")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nlme_sbi.numerics.gaussian_mixtures import fit_mixtures
 from nlme_sbi.numerics.t_mixtures import Mixtures
-from nlme_sbi.population.likelihood.laplace_components import Pieces, mixtures
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, mixtures
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 
 _TRIED = 768  # draws of the old mixture in each pass
@@ -42,29 +42,29 @@ def refined(
         fitted = fit_mixtures(chosen + 0.15 * spread * noise.to(chosen), _COMPONENTS, criterion="aic")
         there = torch.isfinite(fitted.log_weights)
         owner, component = torch.nonzero(there).unbind(1)
-        new = Pieces(
+        new = LaplaceComponents(
             owner,
             fitted.log_weights[owner, component],
             fitted.means[owner, component],
             fitted.covariances[owner, component],
         )
         shares = torch.log(torch.tensor([_NEW, 1 - _NEW], dtype=phi.dtype, device=phi.device))
-        both = Pieces.joined(
+        both = LaplaceComponents.joined(
             [
-                Pieces(new.rows, new.log_mass + shares[0], new.means, new.covariances),
-                Pieces(old.rows, old.log_mass + shares[1], old.means, old.covariances),
+                LaplaceComponents(new.rows, new.log_mass + shares[0], new.means, new.covariances),
+                LaplaceComponents(old.rows, old.log_mass + shares[1], old.means, old.covariances),
             ]
         )
         mixed = mixtures(both, len(rows), draws)
     return mixed
 
 
-def _as_pieces(mixed: Mixtures) -> Pieces:
+def _as_pieces(mixed: Mixtures) -> LaplaceComponents:
     """Components with their shares of the draws as masses."""
     owner, component = torch.nonzero(mixed.counts > 0).unbind(1)
     share = mixed.counts.double() / mixed.counts.sum(1, keepdim=True)
     factors = mixed.factors[owner, component]
-    return Pieces(owner, share[owner, component].log(), mixed.means[owner, component], factors @ factors.mT)
+    return LaplaceComponents(owner, share[owner, component].log(), mixed.means[owner, component], factors @ factors.mT)
 
 
 def _resampled(phi: Tensor, log_weights: Float[Tensor, "B S"], generator: torch.Generator) -> Float[Tensor, "B R V"]:

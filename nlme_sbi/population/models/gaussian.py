@@ -164,7 +164,7 @@ class BoundGaussian:
         ratio = log_sd_shifts(self.effects, self.parameters, theta, design).exp()
         return common * ratio[:, :, None] * ratio[:, None]
 
-    def obstacle(self, first: str, second: str) -> str:
+    def why_not_exchangeable(self, first: str, second: str) -> str:
         """Why exchanging two parameters does not leave the model as it was, in words; empty where it does."""
         one, two = (self.parameters.index(name) for name in (first, second))
         mine, other = self.parameters.parameters[one], self.parameters.parameters[two]
@@ -189,7 +189,7 @@ class BoundGaussian:
         Raises:
             ValueError: where the exchange is no symmetry of the model, with the reason.
         """
-        reason = self.obstacle(first, second)
+        reason = self.why_not_exchangeable(first, second)
         if reason:
             raise ValueError(f"{first} and {second} cannot be exchanged in this population model: {reason}.")
         one, two = (self.parameters.index(name) for name in (first, second))

@@ -148,7 +148,7 @@ class ExchangeableModel(PopulationModel, Protocol):
     def ordering(self) -> tuple[tuple[str, ...], ...]:
         """Chains of names whose typical values shall decrease in what is presented."""
 
-    def obstacle(self, first: str, second: str) -> str:
+    def why_not_exchangeable(self, first: str, second: str) -> str:
         """Why the exchange does not leave the model as it was, in words; empty where it does."""
 
     def exchanged(self, theta: Tensor, first: str, second: str) -> Tensor:

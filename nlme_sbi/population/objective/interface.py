@@ -100,5 +100,5 @@ class MovableDraws(WeightedDraws, Protocol):
     def expanded_at(self, theta: Tensor) -> WeightedDraws:
         """The same draws expanded about the constants at ``theta``."""
 
-    def bridged(self, other: Any, generator: torch.Generator) -> WeightedDraws:
+    def joint_draws(self, other: Any, generator: torch.Generator) -> WeightedDraws:
         """Fresh draws that serve the theta of these and that of the other draws alike."""

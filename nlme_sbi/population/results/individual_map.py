@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nlme_sbi.population.estimators.exact_draws import ExactDraws
 from nlme_sbi.population.estimators.initialization import likelihood_of, with_images
-from nlme_sbi.population.likelihood.laplace_components import Pieces
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents
 from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, ascend, interleaved
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.individuals import IndividualModes, ModeKind, resampled_draws
@@ -57,7 +57,7 @@ def individual_modes(
     return _heaviest(fit)
 
 
-def _climbed(joint: JointDensity, drawn: Float[Tensor, "I S D"], known: Pieces | None) -> IndividualModes:
+def _climbed(joint: JointDensity, drawn: Float[Tensor, "I S D"], known: LaplaceComponents | None) -> IndividualModes:
     """Newton's method from the best draw, its mirror images, and the modes that are known already."""
     population = joint.population
     varying = drawn[..., list(population.varying)].to(joint.theta)

@@ -126,7 +126,7 @@ def bootstrap_rows(fit: PopulationFit, found: Bootstrap, *, level: float = 0.95)
     )
 
 
-def assessed(
+def add_intervals(
     fit: PopulationFit, settings: Assessment, *, generator: torch.Generator, progress: Report | None = None
 ) -> PopulationFit:
     """The fit with its :attr:`PopulationFit.intervals` by every method that was asked for.

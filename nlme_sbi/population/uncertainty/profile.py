@@ -270,7 +270,7 @@ def _served(fit: PopulationFit, line: _Line, end: _Point, generator: torch.Gener
         return None
     with torch.no_grad():
         far = fit.redraw(end.theta, end.state, generator)
-        state = fit.state.bridged(far, generator)
+        state = fit.state.joint_draws(far, generator)
     free = fit.population.unknowns.free.to(fit.theta.device)
     information = torch.linalg.inv(fit.covariance[free][:, free])
     summit = climb(state, fit.theta, information, tolerance=0.01)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from nlme_sbi.diagnostics.findings import Finding
 from nlme_sbi.plots.calibration import plot_agreement, plot_coverage, plot_ranks, plot_recovery
-from nlme_sbi.plots.oddness import plot_oddness
+from nlme_sbi.plots.outlier_scores import plot_outlier_scores
 from nlme_sbi.report.page.content import Picture, Section
 from nlme_sbi.runs import FinishedRun, load_json, read_csv, schema
 
@@ -147,17 +147,17 @@ def _further_pictures(run: FinishedRun, said: Mapping[str, str]) -> Iterator[Pic
 
 def _data_pictures(diagnosis: Diagnosis, findings: Sequence[Finding]) -> Iterator[Picture]:
     scores = individual_scores(diagnosis)
-    if scores is None or not {"oddness", "limit"} <= set(scores):
+    if scores is None or not {"outlier_score", "limit"} <= set(scores):
         return
     named = int(scores["named"].sum())
     yield Picture(
-        "oddness",
+        "outlier_score",
         "Individuals that the simulator can hardly make",
         f"Oddness of {len(scores)} individuals in order, with the limit; {named} lie above it. "
         + " ".join(one.sentence for one in findings if one.check == "misspecification_individuals"),
         "Residuals about each individual's best fit, beside what pure noise gives; above the line nothing that the "
         "simulator does explains them.",
-        drawn=plot_oddness(scores),
+        drawn=plot_outlier_scores(scores),
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.numerics.t_mixtures import Mixtures
 from nlme_sbi.population.estimators.initialization import images
-from nlme_sbi.population.likelihood.laplace_components import Pieces, along_profiles, mixtures
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, along_profiles, mixtures
 from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, chosen_rows, interleaved
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.types import Observations, TractableSimulator
@@ -113,7 +113,7 @@ class Kernels:
     target: float
 
     @classmethod
-    def around(cls, joint: JointDensity, modes: Pieces, at: Expansion, *, target: float) -> Kernels:
+    def around(cls, joint: JointDensity, modes: LaplaceComponents, at: Expansion, *, target: float) -> Kernels:
         """From modes sorted by individual, the best of each first, and the expansions there.
 
         Where an individual tells little of a parameter, Laplace's component alone leaves its chains in one place.
@@ -130,7 +130,7 @@ class Kernels:
             target=target,
         )
 
-    def moved_to(self, joint: JointDensity, modes: Pieces, at: Expansion) -> Kernels:
+    def moved_to(self, joint: JointDensity, modes: LaplaceComponents, at: Expansion) -> Kernels:
         """Around other modes, with the steps that were learnt."""
         fresh = Kernels.around(joint, modes, at, target=self.target)
         return replace(fresh, log_joint=self.log_joint, log_single=self.log_single)

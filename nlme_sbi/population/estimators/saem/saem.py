@@ -26,7 +26,7 @@ from nlme_sbi.population.estimators.saem.convergence import Standstill, standsti
 from nlme_sbi.population.estimators.saem.drift import drift
 from nlme_sbi.population.estimators.saem.mcmc import Chains, CompleteData, Kernels, begun, prior_of, swept
 from nlme_sbi.population.estimators.saem.stochastic_approximation import Recursion, updated
-from nlme_sbi.population.likelihood.laplace_components import Pieces, mixtures, modes
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, mixtures, modes
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.labels import named, unknown_label
@@ -193,7 +193,7 @@ class _Run:
     settings: Saem
     data: CompleteData
     joint: JointDensity
-    modes: Pieces
+    modes: LaplaceComponents
     chains: Chains
     kernels: Kernels
     recursion: Recursion

@@ -11,13 +11,13 @@ from nlme_sbi.plots.canvas import BLUE, GREY, TEXT_SIZE, VERMILION, canvas, data
 _NAMED = 5
 
 
-def plot_oddness(scores: pd.DataFrame) -> Figure:
+def plot_outlier_scores(scores: pd.DataFrame) -> Figure:
     """Oddness of all individuals in order; those above the limit are marked, the first few with their names.
 
     Args:
-        scores: indexed by id, with oddness, limit and named (``misspecification.csv``).
+        scores: indexed by id, with outlier_score, limit and named (``misspecification.csv``).
     """
-    ordered = scores.sort_values("oddness")
+    ordered = scores.sort_values("outlier_score")
     places = np.arange(1, len(ordered) + 1)
     named = ordered["named"].fillna(False).astype(bool).to_numpy()
     figure, axes = canvas(1, 1, width=5.0, row_height=2.6)
@@ -26,7 +26,7 @@ def plot_oddness(scores: pd.DataFrame) -> Figure:
         if chosen.any():
             ax.plot(
                 places[chosen],
-                ordered["oddness"].to_numpy(float)[chosen],
+                ordered["outlier_score"].to_numpy(float)[chosen],
                 marker,
                 color=colour,
                 markersize=3,
@@ -39,7 +39,7 @@ def plot_oddness(scores: pd.DataFrame) -> Figure:
     for place in np.flatnonzero(named)[-_NAMED:]:
         ax.annotate(
             data_text(str(ordered.index[place])),
-            (places[place], float(ordered["oddness"].iloc[place])),
+            (places[place], float(ordered["outlier_score"].iloc[place])),
             xytext=(-4, 0),
             textcoords="offset points",
             ha="right",
@@ -47,6 +47,6 @@ def plot_oddness(scores: pd.DataFrame) -> Figure:
             fontsize=TEXT_SIZE - 1,
         )
     ax.set_xlabel("individuals, in order", fontsize=TEXT_SIZE)
-    ax.set_ylabel("oddness", fontsize=TEXT_SIZE)
+    ax.set_ylabel("outlier_score", fontsize=TEXT_SIZE)
     legend_above(figure, ax)
     return figure
