@@ -62,7 +62,7 @@ class Composed:
 def composed_report(
     fit: ReportedFit, diagnosis: Diagnosis, settings: ReportSettings, *, generators: Mapping[str, torch.Generator]
 ) -> Composed:
-    """Everything that can be said of a fit.
+    """Assemble all report sections of a fit.
 
     Args:
         fit: the fit.

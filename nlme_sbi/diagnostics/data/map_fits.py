@@ -306,7 +306,7 @@ def _odd(found: BestFits, data: _Data) -> Int[Tensor, " odd"]:
 def _elsewhere(
     data: _Data, found: BestFits, odd: Int[Tensor, " odd"], ranked: Float[Tensor, "I S D"], starts: int
 ) -> Float[Tensor, "odd m D"]:
-    """Where the odd ones start again: at other draws, at others' fits, and at mirror images of where they are."""
+    """Where outliers start again: at other draws, at others' fits, and at mirror images of where they are."""
     others = found.phi[torch.isfinite(found.objective)][:_OTHERS]
     begin = [ranked[odd, starts : 3 * starts], found.phi[odd, None]]
     parts = torch.split(odd, data.at_once(max(len(others), 1)))

@@ -392,4 +392,4 @@ def _emcee() -> Any:
 
 
 def _silent(progress: FitProgress) -> None:
-    """Nobody listens."""
+    """Discard progress reports."""

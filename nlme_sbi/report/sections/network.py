@@ -153,7 +153,7 @@ def _data_pictures(diagnosis: Diagnosis, findings: Sequence[Finding]) -> Iterato
     yield Picture(
         "outlier_score",
         "Individuals that the simulator can hardly make",
-        f"Oddness of {len(scores)} individuals in order, with the limit; {named} lie above it. "
+        f"Outlier scores of {len(scores)} individuals in order, with the limit; {named} lie above it. "
         + " ".join(one.sentence for one in findings if one.check == "misspecification_individuals"),
         "Residuals about each individual's best fit, beside what pure noise gives; above the line nothing that the "
         "simulator does explains them.",
