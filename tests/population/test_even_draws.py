@@ -67,7 +67,7 @@ def test_most_of_the_way_is_gone_with_few_draws_of_some_individuals(monkeypatch:
 
     monkeypatch.setattr(Exact, "follow", watched)
     monkeypatch.setattr(likelihood_search, "_PART", 40)
-    monkeypatch.setattr(likelihood_search, "_STARTS_ON", 20)
+    monkeypatch.setattr(likelihood_search, "STARTS_ON", 20)
     found = fit_population(
         case.samples(200, seed=1),
         case.observations,

@@ -198,7 +198,7 @@ def test_the_check_passes_the_maximum_and_fails_what_is_beside_it(maximum: tuple
     beside[3] += 0.3 * float(first.covariance.diagonal().sqrt()[3])
     found = checked(work.point(beside), None)
     assert not found.passed
-    assert found.unknown == "mean.sigma"
+    assert found.unknown == "sigma"
     # A Newton step brings back what was added, in standard errors; log sigma is skewed by a tenth of that.
     assert found.score == pytest.approx(0.3, rel=0.2)
     assert "score points" in found.message()
