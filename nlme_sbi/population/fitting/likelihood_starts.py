@@ -7,7 +7,7 @@ not from their mean weighted by precision, so that constants begin at what the i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from nlme_sbi.population.estimators.initialization import first_climbers, likelihood_of
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, modes
-from nlme_sbi.population.likelihood.log_joint import JointDensity, ascend
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.specification import GaussianPopulation
 from nlme_sbi.population.objective.interface import Source
@@ -25,10 +24,7 @@ from nlme_sbi.types import Observations, TractableSimulator
 _PRIOR_DRAWS = 200  # of the training prior, from which single fits may start as well
 _NARROW = 0.3  # of the prior's SD: a population about a random individual
 _LEAST_SD, _MOST_SD = 0.05, 1.5  # of the prior's SD, of a population to start from
-_WIDE = 3.0  # times the training prior's SD, in which other explanations of the data are looked for
-_ELSEWHERE = 1.5  # of the training prior's SD, in some parameter, at which a mode is another explanation
-_CLIMBERS = 4  # for each individual
-_ABOUT_AS_HIGH, _HOPELESS = 10.0, 20.0  # log density below the single fit at which another one may be right; or may not
+_ABOUT_AS_HIGH = 4.0  # log mass below the highest mode at which another one may be what is right
 _LEAST_SPREAD = 0.02  # of the prior's SD that an individual's own uncertainty counts as, at least
 
 
@@ -54,12 +50,12 @@ def fit_individuals_alone(
     """
     prior = source.prior
     bound = GaussianPopulation().bind(simulator.parameters)
-    mean, covariance = prior.mean.double(), prior.covariance.double()
-    theta = bound.from_moments(mean, covariance).to(generator.device)
+    theta = bound.from_moments(prior.mean.double(), prior.covariance.double()).to(generator.device)
     joint = likelihood_of(simulator, bound, observations, theta)
     drawn = prior.sample(_PRIOR_DRAWS, generator).to(theta)
     others = drawn.expand(len(observations), -1, -1)
-    found, _ = modes(joint, *first_climbers(joint, source, observations, generator, others=others))
+    rows, points = first_climbers(joint, source, observations, generator, others=others)
+    found, _ = modes(joint, rows, points)
     if len(found.rows) == 0:
         raise NoLikelihoodError(
             f"The likelihood of all {len(observations)} individuals is 0 or not finite at every draw of the network "
@@ -67,54 +63,31 @@ def fit_individuals_alone(
             "error around a prediction of 0 cannot).",
             torch.arange(len(observations)),
         )
-    best = found[torch.nonzero(_is_first(found.rows))[:, 0]]
-    wide = replace(joint, theta=bound.from_moments(mean, _WIDE**2 * covariance).to(theta))
-    elsewhere = _elsewhere(wide, best, joint.centre + _WIDE * (drawn - joint.centre), joint.scale)
-    fits = SingleFits(best.means, best.covariances.diagonal(dim1=1, dim2=2), elsewhere)
+    first = torch.cat([found.rows.new_ones(1), found.rows.diff()]) > 0  # sorted, the best of each individual first
+    variance = found.covariances.diagonal(dim1=1, dim2=2)
+    fits = SingleFits(found.means[first], variance[first], _others(found, joint.scale))
     for pair in getattr(simulator, "exchangeable", ()):
         fits = _labelled(fits, *simulator.parameters.indices(pair))
     return fits
 
 
-def _is_first(rows: Tensor) -> Tensor:
-    """Where each individual's pieces, which are sorted with the best first, begin."""
-    return torch.cat([rows.new_ones(1), rows.diff()]) > 0
-
-
-def _elsewhere(
-    wide: JointDensity, best: LaplaceComponents, drawn: Float[Tensor, "n D"], scale: Float[Tensor, " D"]
-) -> SingleFits | None:
-    """What a population would be in which another explanation of the data is right, where there is one about as good:
-    two exponentials under exchanged names, say, of which only one varies. They are two maxima to be compared.
-
-    Args:
-        wide: density under a prior that is much wider than the training prior.
-        best: everybody's single fit.
-        drawn: where others are looked for.
-        scale: of the training prior.
-    """
-    at_best = wide.value(best.rows, best.means[:, None])[:, 0]
-    points = drawn.expand(len(best.rows), -1, -1)
-    value = wide.value(best.rows, points)
-    chosen = best.means[:, None]
-    for _ in range(_CLIMBERS):
-        near = ((points[:, :, None] - chosen[:, None]) / scale).abs().amax(3).amin(2) < _ELSEWHERE
-        value = torch.where(near, -torch.inf, value)
-        top = value.argmax(1)[:, None, None].expand(-1, 1, points.shape[2])
-        chosen = torch.cat([chosen, points.gather(1, top)], 1)
-    rows = best.rows.repeat_interleave(_CLIMBERS)
-    found = ascend(wide, rows, chosen[:, 1:].flatten(0, 1))
-    place = torch.arange(len(best.rows), device=rows.device).repeat_interleave(_CLIMBERS)
-    apart = ((found.points - best.means[place]) / scale).abs().amax(1)
-    below = torch.where(apart > _ELSEWHERE, at_best[place] - found.at.value, torch.inf).nan_to_num(torch.inf)
-    other = int(below.argmin())
-    if not float(below[other]) < _ABOUT_AS_HIGH:
+def _others(found: LaplaceComponents, scale: Float[Tensor, " D"]) -> SingleFits | None:
+    """What a population would be in which the runner-up is right, where that is clearest: two explanations of the same
+    data, such as two exponentials under exchanged names, are two maxima of the likelihood to be compared."""
+    order = torch.cat([found.rows.new_ones(1), found.rows.diff()]) > 0
+    rank = torch.arange(len(order), device=order.device) - torch.nonzero(order)[:, 0][order.cumsum(0) - 1]
+    best = found.log_mass[order][order.cumsum(0) - 1]
+    below = torch.where(rank == 0, torch.inf, best - found.log_mass)
+    runner_up = int(below.argmin())
+    if not float(below[runner_up]) < _ABOUT_AS_HIGH:
         return None
-    # Everybody's mode that is reached from there; those who end far below stay with their own.
-    like_it = ascend(wide, best.rows, found.points[other].expand(len(best.rows), -1))
-    good = like_it.at.value > at_best - _HOPELESS
-    points = torch.where(good[:, None], like_it.points, best.means)
-    return SingleFits(points, best.covariances.diagonal(dim1=1, dim2=2))
+    distance = ((found.means - found.means[runner_up]) / scale).square().sum(1)
+    people = torch.unique_consecutive(found.rows)
+    place = torch.searchsorted(people, found.rows)
+    nearest = torch.full((len(people),), torch.inf, dtype=distance.dtype, device=distance.device)
+    nearest = nearest.scatter_reduce(0, place, distance, "amin")
+    chosen = torch.nonzero(distance == nearest[place])[:, 0]
+    return SingleFits(found.means[chosen], found.covariances[chosen].diagonal(dim1=1, dim2=2))
 
 
 def _labelled(fits: SingleFits, one: int, two: int) -> SingleFits:
