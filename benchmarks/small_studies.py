@@ -67,9 +67,13 @@ def simulated_cases(count: int, cache: Path, *, report: bool = True) -> tuple[li
 def tasks_of(part: str, options: argparse.Namespace) -> tuple[list[Task], int]:
     """The fits of a part, and how many simulated studies were passed over for it."""
     if part == "a":
-        seeds = range(1, options.seeds + 1)
-        named = ("exact", "saem")
-        return [Task(case, name, seed, options.quick) for name in named for case in PUBLIC for seed in seeds], 0
+        counts = {"exact": options.seeds, "saem": options.saem_seeds}
+        return [
+            Task(case, name, seed, options.quick)
+            for name, count in counts.items()
+            for case in PUBLIC
+            for seed in range(1, count + 1)
+        ], 0
     if part == "c":
         seeds = range(1, options.base_seeds + 1)
         return [Task(BASE8, options.estimator, seed, options.quick) for seed in seeds], 0
@@ -201,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=12, help="of each fit of part a")
+    parser.add_argument("--saem-seeds", type=int, default=12, help="of each fit of part a by saem")
     parser.add_argument("--base-seeds", type=int, default=20, help="of part c")
     parser.add_argument("--studies", type=int, default=300, help="of part b")
     parser.add_argument("--estimator", default="exact", help="of parts b and c")
