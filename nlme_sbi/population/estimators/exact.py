@@ -31,12 +31,11 @@ from nlme_sbi.population.estimators.initialization import (
     require_everybody,
     tractable,
 )
+from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
 from nlme_sbi.population.likelihood.laplace_components import along_profiles, mixtures, modes, with_others
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.likelihood.mode_scan import unseen_modes
-from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
-from nlme_sbi.population.objective.objective import contributions
 from nlme_sbi.types import Observations, Simulator
 
 _DRAWS_ALL = 100_000  # draws of all individuals together that there are to begin with,
@@ -45,7 +44,7 @@ _ROUGH_ALL, _ROUGH_MOST = 10_000, 512  # the same where starts are compared
 
 
 @dataclass(frozen=True)
-class Exact:
+class Exact(OfLikelihood):
     """Settings of the exact estimator.
 
     Args:
@@ -67,25 +66,6 @@ class Exact:
     def __post_init__(self) -> None:
         if self.draws < 16 or self.max_draws < self.draws:
             raise ValueError(f"estimator: needs 16 <= draws <= max_draws; got {self.draws} and {self.max_draws}.")
-
-    def prepare(
-        self,
-        source: Source,
-        observations: Observations,  # noqa: ARG002
-        population: PopulationModel,
-        generator: torch.Generator,  # noqa: ARG002
-    ) -> NoDraws:
-        """Nothing but the population model: draws are made for one theta.
-
-        Raises:
-            ValueError: where the simulator has no likelihood.
-        """
-        tractable(self.simulator, source, self.name)
-        return NoDraws(population)
-
-    def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
-        """Estimated ``log p(y_i | theta)`` of every individual."""
-        return contributions(state, theta)
 
     def follow(
         self,

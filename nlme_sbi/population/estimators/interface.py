@@ -129,9 +129,8 @@ class Found:
 class SelfOptimizingEstimator(ThetaDependentEstimator, Protocol):
     """An estimator that finds theta by itself; its draws at that theta then tell everything else.
 
-    The fit takes the estimate as it
-    is: likelihood, information, individuals and table come from :meth:`ThetaDependentEstimator.follow` at it, the
-    estimate's own Monte-Carlo error from the search.
+    The fit takes the estimate as it is: likelihood, information, individuals and table come from
+    :meth:`ThetaDependentEstimator.follow` at it, the estimate's own Monte-Carlo error from the search.
     """
 
     def search(

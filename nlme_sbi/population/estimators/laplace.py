@@ -28,17 +28,16 @@ from nlme_sbi.population.estimators.initialization import (
     tractable,
 )
 from nlme_sbi.population.estimators.laplace_draws import LaplaceDraws, assembled
+from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
 from nlme_sbi.population.likelihood.laplace_components import modes, with_others
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.likelihood.mode_scan import unseen_modes
-from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
-from nlme_sbi.population.objective.objective import contributions
 from nlme_sbi.types import Observations, Simulator
 
 
 @dataclass(frozen=True)
-class Laplace:
+class Laplace(OfLikelihood):
     """Settings of Laplace's approximation.
 
     Args:
@@ -50,25 +49,6 @@ class Laplace:
     name = "laplace"
     absolute = True
     approximation = "Laplace"
-
-    def prepare(
-        self,
-        source: Source,
-        observations: Observations,  # noqa: ARG002
-        population: PopulationModel,
-        generator: torch.Generator,  # noqa: ARG002
-    ) -> NoDraws:
-        """Nothing but the population model: draws are made for one theta.
-
-        Raises:
-            ValueError: where the simulator has no likelihood.
-        """
-        tractable(self.simulator, source, self.name)
-        return NoDraws(population)
-
-    def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
-        """Approximate ``log p(y_i | theta)`` of every individual."""
-        return contributions(state, theta)
 
     def follow(
         self,

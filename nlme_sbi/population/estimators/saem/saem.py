@@ -22,6 +22,7 @@ from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.estimators.exact import Exact
 from nlme_sbi.population.estimators.initialization import first_climbers, likelihood_of, require_everybody, tractable
 from nlme_sbi.population.estimators.interface import Found
+from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
 from nlme_sbi.population.estimators.saem.convergence import Standstill, standstill
 from nlme_sbi.population.estimators.saem.drift import drift
 from nlme_sbi.population.estimators.saem.mcmc import Chains, CompleteData, Kernels, begun, prior_of, swept
@@ -31,7 +32,6 @@ from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.labels import named, unknown_label
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
-from nlme_sbi.population.objective.objective import contributions
 from nlme_sbi.population.objective.subsets import of_individuals, random_part
 from nlme_sbi.types import Observations, Simulator, TractableSimulator
 
@@ -51,7 +51,7 @@ _STUCK = 0.02  # share of accepted proposals below which chains are named
 
 
 @dataclass(frozen=True)
-class Saem:
+class Saem(OfLikelihood):
     """Settings of SAEM.
 
     Args:
@@ -92,25 +92,6 @@ class Saem:
     def _sampling(self) -> Exact:
         most = Exact.max_draws
         return Exact(draws=min(self.draws, most), max_draws=most, simulator=self.simulator)
-
-    def prepare(
-        self,
-        source: Source,
-        observations: Observations,  # noqa: ARG002
-        population: PopulationModel,
-        generator: torch.Generator,  # noqa: ARG002
-    ) -> NoDraws:
-        """Nothing but the population model: draws are made for one theta.
-
-        Raises:
-            ValueError: where the simulator has no likelihood.
-        """
-        tractable(self.simulator, source, self.name)
-        return NoDraws(population)
-
-    def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
-        """Estimated ``log p(y_i | theta)`` of every individual, by importance sampling."""
-        return contributions(state, theta)
 
     def follow(
         self,

@@ -1,0 +1,38 @@
+"""What estimators of a likelihood that makes its draws for one theta have in common."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from nlme_sbi.population.estimators.initialization import tractable
+from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
+from nlme_sbi.population.objective.objective import contributions
+from nlme_sbi.types import Observations, Simulator
+
+
+class OfLikelihood:
+    """A likelihood that weighted draws for one theta tell; subclasses make the draws."""
+
+    simulator: Simulator | None
+    name: str
+
+    def prepare(
+        self,
+        source: Source,
+        observations: Observations,  # noqa: ARG002
+        population: PopulationModel,
+        generator: Generator,  # noqa: ARG002
+    ) -> NoDraws:
+        """Nothing but the population model: draws are made for one theta.
+
+        Raises:
+            ValueError: where the simulator has no likelihood.
+        """
+        tractable(self.simulator, source, self.name)
+        return NoDraws(population)
+
+    def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
+        """``log p(y_i | theta)`` of every individual, as the draws tell it."""
+        return contributions(state, theta)
