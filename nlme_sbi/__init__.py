@@ -1,8 +1,8 @@
 """Simulation-based inference for nonlinear mixed-effects models.
 
 The names below are what configurations name (``_target_: nlme_sbi.Exact``) and notebooks import (``from nlme_sbi import
-Observations``); where they live may change. Each comes from its room when it is asked for
-first, so that ``import nlme_sbi`` imports nothing.
+Observations``); where they live may change. Each comes from its room when it is asked for first, so that ``import
+nlme_sbi`` imports nothing.
 """
 
 from __future__ import annotations

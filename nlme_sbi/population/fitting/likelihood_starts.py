@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.estimators.initialization import first_climbers, likelihood_of
-from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, modes
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, first_of_each, modes
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.specification import GaussianPopulation
 from nlme_sbi.population.objective.interface import Source
@@ -63,9 +63,8 @@ def fit_individuals_alone(
             "error around a prediction of 0 cannot).",
             torch.arange(len(observations)),
         )
-    first = torch.cat([found.rows.new_ones(1), found.rows.diff()]) > 0  # sorted, the best of each individual first
-    variance = found.covariances.diagonal(dim1=1, dim2=2)
-    fits = SingleFits(found.means[first], variance[first], _others(found, joint.scale))
+    best = found[first_of_each(found.rows)]  # sorted, the best of each individual first
+    fits = SingleFits(best.means, best.covariances.diagonal(dim1=1, dim2=2), _others(found, joint.scale))
     for pair in getattr(simulator, "exchangeable", ()):
         fits = _labelled(fits, *simulator.parameters.indices(pair))
     return fits
@@ -74,16 +73,13 @@ def fit_individuals_alone(
 def _others(found: LaplaceComponents, scale: Float[Tensor, " D"]) -> SingleFits | None:
     """What a population would be in which the runner-up is right, where that is clearest: two explanations of the same
     data, such as two exponentials under exchanged names, are two maxima of the likelihood to be compared."""
-    order = torch.cat([found.rows.new_ones(1), found.rows.diff()]) > 0
-    rank = torch.arange(len(order), device=order.device) - torch.nonzero(order)[:, 0][order.cumsum(0) - 1]
-    best = found.log_mass[order][order.cumsum(0) - 1]
-    below = torch.where(rank == 0, torch.inf, best - found.log_mass)
+    first = first_of_each(found.rows)
+    people, place = torch.unique_consecutive(found.rows, return_inverse=True)
+    below = (found.log_mass[first][place] - found.log_mass).index_fill(0, first, torch.inf)
     runner_up = int(below.argmin())
     if not float(below[runner_up]) < _ABOUT_AS_HIGH:
         return None
     distance = ((found.means - found.means[runner_up]) / scale).square().sum(1)
-    people = torch.unique_consecutive(found.rows)
-    place = torch.searchsorted(people, found.rows)
     nearest = torch.full((len(people),), torch.inf, dtype=distance.dtype, device=distance.device)
     nearest = nearest.scatter_reduce(0, place, distance, "amin")
     chosen = torch.nonzero(distance == nearest[place])[:, 0]

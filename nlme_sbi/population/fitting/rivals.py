@@ -12,8 +12,7 @@ from nlme_sbi.population.results.fit_result import PopulationFit, Restart
 _TRIED = 2  # rivals that are climbed to the end, at most
 _APART = 1.0  # standard errors between rivals that are two
 _SAME = 0.3  # standard errors between ends that are one maximum
-_ERRORS = 3.0  # Monte-Carlo standard errors of a difference that is clear
-_CLEAR = 0.05  # log-likelihood beside that
+_CLEAR = 0.05  # log-likelihood beside Monte-Carlo error that is a difference
 
 
 def highest(fit: PopulationFit, climb: Callable[[Mapping[str, float]], PopulationFit]) -> PopulationFit:
@@ -28,8 +27,7 @@ def highest(fit: PopulationFit, climb: Callable[[Mapping[str, float]], Populatio
             rival = climb(fit.restarts[place].unknowns)
         except ValueError:  # the likelihood is 0 on the way there
             continue
-        gain = _corrected(rival) - _corrected(fit)
-        noise = _ERRORS * math.hypot(fit.monte_carlo.objective_se, rival.monte_carlo.objective_se)
+        gain, noise = rival.gain_over(fit)
         needed = 0.0
         if rival.converged != fit.converged:
             needed = -noise if rival.converged else noise + _CLEAR
@@ -97,7 +95,3 @@ def _with_restarts(fit: PopulationFit, restarts: tuple[Restart, ...], before: Po
         message=f"{message} {described(restarts)}".strip(),
         warnings=(*doubted(restarts), *kept),
     )
-
-
-def _corrected(fit: PopulationFit) -> float:
-    return fit.objective - fit.monte_carlo.objective_bias

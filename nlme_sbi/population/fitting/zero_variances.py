@@ -81,8 +81,8 @@ def fix_zero_variances(
                 wider = _without(specification, held)
                 begin = {**_values(trial), **_small_variances(trial, rising)}
                 followed = refit(Refit(wider, begin, (*kept, *rising)))
-                noise = _noise(followed, trial)
-                if _gained(followed, trial) < (-noise if followed.converged else _TIED + noise):
+                gain, noise = followed.gain_over(trial)
+                if gain < (-noise if followed.converged else _TIED + noise):
                     accepted = (_marked(trial, fit, names), smaller)
                 else:
                     kept = (*kept, *rising)
@@ -122,14 +122,6 @@ def _small_variances(trial: PopulationFit, names: tuple[str, ...]) -> dict[str, 
     """Log SDs that the individuals tell a trace of, to follow from there; no correlations."""
     told = _value_variances(trial)
     return {f"log_sd.{name}": 0.5 * math.log(_TRACE * told[name]) for name in names if told.get(name, 0.0) > 0}
-
-
-def _gained(fit: PopulationFit, other: PopulationFit) -> float:
-    return _corrected(fit) - _corrected(other)
-
-
-def _noise(fit: PopulationFit, other: PopulationFit) -> float:
-    return 3 * math.hypot(fit.monte_carlo.objective_se, other.monte_carlo.objective_se)
 
 
 def _marked(trial: PopulationFit, fit: PopulationFit, names: tuple[str, ...]) -> PopulationFit:
@@ -225,10 +217,7 @@ def _at_boundary(trial: PopulationFit, fit: PopulationFit, name: str) -> bool:
         return z < max(_LEVEL, 0.0 if math.isnan(test.monte_carlo_se) else _ERRORS * test.monte_carlo_se)
     if not fit.converged or _collapsed(fit):
         return test.slope <= 0 or test.z < _CLEAR
+    lost, noise = fit.gain_over(trial)
     if fit.verification is not None:
-        return trial.converged and test.slope <= 0 and _gained(trial, fit) > 0
-    return test.slope <= 0 and (name in _tiny(fit) or _gained(fit, trial) < _TIED + _noise(fit, trial))
-
-
-def _corrected(fit: PopulationFit) -> float:
-    return fit.objective - fit.monte_carlo.objective_bias
+        return trial.converged and test.slope <= 0 and lost < 0
+    return test.slope <= 0 and (name in _tiny(fit) or lost < _TIED + noise)

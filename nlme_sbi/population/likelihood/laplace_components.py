@@ -119,6 +119,11 @@ def distinct(pieces: LaplaceComponents, *, negligible: float = _NEGLIGIBLE) -> I
     return torch.nonzero(keep)[:, 0]
 
 
+def first_of_each(rows: Int[Tensor, " K"]) -> Int[Tensor, " i"]:
+    """Positions at which another individual's components begin in a list that is sorted by individual."""
+    return torch.nonzero(torch.cat([rows.new_ones(1), rows.diff()]) > 0)[:, 0]
+
+
 def along_profiles(joint: JointDensity, laplace: LaplaceComponents, at: Expansion) -> LaplaceComponents:
     """Components along every coordinate of every mode in which the log density is no parabola."""
     bent = _bent(joint, laplace, at)

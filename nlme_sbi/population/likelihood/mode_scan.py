@@ -16,7 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, modes, sorted_out, with_others
+from nlme_sbi.population.likelihood.laplace_components import (
+    LaplaceComponents,
+    first_of_each,
+    modes,
+    sorted_out,
+    with_others,
+)
 from nlme_sbi.population.likelihood.log_joint import JointDensity, Summits, ascend
 from nlme_sbi.population.objective.subsets import random_part
 
@@ -25,9 +31,9 @@ _STEP, _STEPS = 0.1, 24  # of a walk along a coordinate, in SDs of the populatio
 _NEWTON = 3  # steps that the other coordinates take at each
 _LOOSE = 0.05  # promised gain at which they stop earlier
 _JUMPS = (0.15, 0.3, 0.6, 1.0, 1.6, 2.4, 3.2)  # the same where nothing else moves, for what is far
-_TOPS = 4  # of each profile that are climbed from
 _ABYSS = 100.0  # log density below the mode at which a walk ends
-_HOPELESS = 60.0  # log density below the best mode at which they are not
+_TOPS = 4  # of each profile that are climbed from,
+_HOPELESS = 60.0  # where they are not further than this below the mode
 _WORTH = 0.01  # share of an individual's mass that modes must add to be news
 _NEGLIGIBLE = 0.02  # log mass, times the square root of the number of individuals, that is no news for all together
 _ROUNDS = 3
@@ -41,13 +47,11 @@ class UnseenModes:
         rows: whose they are, ``(B,)``.
         points: where, ``(B, V)``.
         columns: coordinates along which they were found.
-        gain: log mass that they add to all individuals together.
     """
 
     rows: Int[Tensor, " B"]
     points: Float[Tensor, "B V"]
     columns: tuple[int, ...]
-    gain: float
 
 
 def unseen_modes(
@@ -78,7 +82,7 @@ def unseen_modes(
     both, _ = modes(joint, torch.cat([mine.rows, rows]), torch.cat([mine.means, points]))
     gained = (_mass(both, everybody) - _mass(mine, everybody))[torch.unique(rows)]
     gain = float(gained.clamp_min(0).sum())
-    return UnseenModes(rows, points, fruitful, gain) if gain > _NEGLIGIBLE * math.sqrt(everybody) else None
+    return UnseenModes(rows, points, fruitful) if gain > _NEGLIGIBLE * math.sqrt(everybody) else None
 
 
 def _of(known: LaplaceComponents, individuals: Int[Tensor, " i"]) -> LaplaceComponents:
@@ -91,7 +95,7 @@ def _news(
     """Individual, place and coordinate of what a few rounds of scanning find beside the known modes."""
     found_rows, found_points, found_columns = [], [], []
     for _ in range(_ROUNDS):
-        best = known[_first(known.rows)]
+        best = known[first_of_each(known.rows)]
         starts = [_tops(joint, best, column, generator) for column in columns]
         rows = torch.cat([row for row, _ in starts])
         points = torch.cat([point for _, point in starts])
@@ -113,12 +117,6 @@ def _news(
         none = torch.empty(0, dtype=torch.int64, device=known.rows.device)
         return none, known.means[:0], none
     return torch.cat(found_rows), torch.cat(found_points), torch.cat(found_columns)
-
-
-def _first(rows: Int[Tensor, " K"]) -> Int[Tensor, " i"]:
-    """Position of each individual's first piece."""
-    change = torch.cat([rows.new_ones(1), rows.diff()]) > 0
-    return torch.nonzero(change)[:, 0]
 
 
 def _tops(

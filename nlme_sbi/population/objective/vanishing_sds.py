@@ -10,9 +10,7 @@ from torch import Tensor
 
 from nlme_sbi.population.objective.individuals import posterior_variances
 from nlme_sbi.population.objective.likelihood_point import Point
-from nlme_sbi.population.objective.objective import (
-    score_error,
-)
+from nlme_sbi.population.objective.objective import score_error
 
 _VANISHED = 0.96  # share of the population's variance that individuals leave open, from which it may be 0
 _FLAT = 0.02  # gain that is left on the way of a variance to 0 at which it is not followed any further

@@ -130,7 +130,17 @@ class PopulationFit:
     def minus_two_log_likelihood(self) -> float | None:
         """-2 log L, corrected for the bias that the log of a mean of weights has; None where the estimator does not
         give it. With an :attr:`approximation` it is that approximation's value."""
-        return -2 * (self.objective - self.monte_carlo.objective_bias) if self.absolute else None
+        return -2 * self._unbiased if self.absolute else None
+
+    @property
+    def _unbiased(self) -> float:
+        return self.objective - self.monte_carlo.objective_bias
+
+    def gain_over(self, other: PopulationFit) -> tuple[float, float]:
+        """How much higher the objective is than that of another fit to the same data, corrected for bias, and three
+        Monte-Carlo standard errors of the difference."""
+        error = math.hypot(self.monte_carlo.objective_se, other.monte_carlo.objective_se)
+        return self._unbiased - other._unbiased, 3 * error
 
     @property
     def objective_function_value(self) -> float | None:
