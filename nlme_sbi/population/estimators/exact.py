@@ -32,14 +32,23 @@ from nlme_sbi.population.estimators.initialization import (
     tractable,
 )
 from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
-from nlme_sbi.population.likelihood.laplace_components import along_profiles, mixtures, modes, with_others
-from nlme_sbi.population.likelihood.log_joint import JointDensity
+from nlme_sbi.population.likelihood.laplace_components import (
+    LaplaceComponents,
+    along_profiles,
+    mixtures,
+    modes,
+    with_others,
+)
+from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows
 from nlme_sbi.population.likelihood.mode_scan import unseen_modes
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
+from nlme_sbi.population.objective.subsets import of_individuals
 from nlme_sbi.types import Observations, Simulator
 
 _DRAWS_ALL = 100_000  # draws of all individuals together that there are to begin with,
 _PREDICTED_ALL = 10_000_000  # where they do not take more predictions than this
+_EXPANDED = 0.05  # change of constants over which expansions serve to climb
+_MANY = 400  # individuals from which only those are drawn again for whom a scan has found modes
 _ROUGH_ALL, _ROUGH_MOST = 10_000, 512  # the same where starts are compared
 
 
@@ -136,8 +145,47 @@ class Exact(OfLikelihood):
         if unseen is None:
             return None
         both = torch.cat([state.modes.rows, unseen.rows]), torch.cat([state.modes.means, unseen.points])
+        if len(observations) > _MANY and bool((state.made_for == theta).all()):
+            changed = torch.unique(unseen.rows)
+            return self._remade(state, changed, both, source, observations, generator), unseen.columns
         made = self._made(joint, both, source, observations, generator, draws=state.draws)
         return made, unseen.columns
+
+    def _remade(
+        self,
+        state: ExactDraws,
+        changed: Tensor,
+        climbers: tuple[Tensor, Tensor],
+        source: Source,
+        observations: Observations,
+        generator: torch.Generator,
+    ) -> ExactDraws:
+        """The same draws, but those of the ``changed`` individuals made anew from where the climbers begin."""
+        rows, starts = climbers
+        place = torch.full((state.individuals,), -1, dtype=torch.int64, device=rows.device)
+        place[changed] = torch.arange(len(changed), device=rows.device)
+        mine = place[rows] >= 0
+        made = self._made(
+            replace(state.joint, observations=chosen_rows(state.joint.observations, changed)),
+            (place[rows[mine]], starts[mine]),
+            of_individuals(source, changed.cpu()),
+            observations[changed.cpu()],
+            generator,
+            draws=state.draws,
+        )
+        kept = state.modes[torch.nonzero(place[state.modes.rows] < 0)[:, 0]]
+        together = LaplaceComponents.joined([kept, replace(made.modes, rows=changed[made.modes.rows])])
+        together = together[torch.argsort(together.rows, stable=True)]
+        blocks = tuple(replace(block, rows=changed[block.rows]) for block in made.blocks)
+        return replace(state.replaced(changed, made.mixed, blocks), modes=together)
+
+    def reuse(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> ExactDraws | None:
+        """The same draws where ``theta`` is so near that they serve as well; their likelihoods at other constants are
+        expansions unless they are evaluated anyhow."""
+        if not isinstance(state, ExactDraws) or not state.population.varying:
+            return None
+        there = replace(state.joint, theta=theta.detach())
+        return state if is_near(there, state.made_for, constants=_EXPANDED) else None
 
     def _made(
         self,

@@ -179,6 +179,8 @@ class ExactDraws:
     def replaced(self, rows: Tensor, mixed: Mixtures, blocks: tuple[ExactBlock, ...]) -> ExactDraws:
         """With other mixtures and draws of some individuals."""
         given, whole = _joined(blocks), _joined(self.blocks)
+        if given.curvatures.shape[1] > whole.curvatures.shape[1]:  # of few individuals every draw has its own
+            given = _with_mean_curvatures(given, self.made_for)
         changed = {
             name: getattr(whole, name).index_copy(0, rows, getattr(given, name))
             for name in ("phi", "log_ratio", "slopes", "curvatures", "log_q")
@@ -390,6 +392,12 @@ def _second_order(
     ]
     hessian = torch.stack(columns, 2) if columns else slopes[..., None] * slopes[..., None, :]
     return 0.5 * (hessian + hessian.mT)
+
+
+def _with_mean_curvatures(block: ExactBlock, theta: Float[Tensor, " P"]) -> ExactBlock:
+    """One curvature in the constants for all draws of an individual: their mean by weight."""
+    weights = torch.softmax(block.log_weights(theta), 1)
+    return replace(block, curvatures=torch.einsum("is,iswu->iwu", weights, block.curvatures)[:, None])
 
 
 def _joined(blocks: tuple[ExactBlock, ...]) -> ExactBlock:

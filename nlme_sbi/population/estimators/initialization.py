@@ -150,14 +150,14 @@ def _hopeful_images(joint: JointDensity, found: LaplaceComponents, at: Expansion
     return rows[hopeful], points[hopeful]
 
 
-def is_near(joint: JointDensity, theta: Tensor) -> bool:
+def is_near(joint: JointDensity, theta: Tensor, *, constants: float = 0.01) -> bool:
     """Whether mixtures that were made for ``theta`` still serve: what is typical of each individual has hardly moved,
-    in SDs of the population."""
+    in SDs of the population, and no constant by more than ``constants``."""
     population, design, before = joint.population, joint.observations.design, replace(joint, theta=theta)
     moved = (joint.centres - before.centres).abs() < 0.15 * joint.scales
     wider = (joint.scales / before.scales).log().abs() < 0.15
     change = population.constants(joint.theta, design) - population.constants(theta, design)
-    return bool(moved.all()) and bool(wider.all()) and bool((change.abs() < 0.01).all())
+    return bool(moved.all()) and bool(wider.all()) and bool((change.abs() < constants).all())
 
 
 def require_everybody(rows: Tensor, observations: Observations) -> None:

@@ -98,6 +98,9 @@ class ThetaDependentEstimator(Estimator, Protocol):
         """Draws made for ``theta`` where a scan finds modes of individuals that the search has passed by, and the
         coordinates of what varies along which it did; else None. Along ``columns`` everybody is scanned in any case."""
 
+    def reuse(self, theta: Tensor, state: WeightedDraws) -> WeightedDraws | None:
+        """The same draws, if they serve for ``theta`` as well; None where they must be made anew."""
+
     def roughly(self, individuals: int) -> ThetaDependentEstimator:
         """The same estimator with as few draws as comparing starts on so many individuals takes."""
 

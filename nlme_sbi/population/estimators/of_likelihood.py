@@ -36,3 +36,7 @@ class OfLikelihood:
     def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
         """``log p(y_i | theta)`` of every individual, as the draws tell it."""
         return contributions(state, theta)
+
+    def reuse(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> WeightedDraws | None:  # noqa: ARG002
+        """Nothing: the draws are a theta's own."""
+        return None

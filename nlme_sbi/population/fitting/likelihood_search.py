@@ -33,6 +33,7 @@ from nlme_sbi.types import Observations
 
 STARTS_ON = 60  # individuals on whom starts are compared
 _PART = 500  # individuals on whom most of the way is gone where there are many
+_MANY = 1000  # individuals from which the last steps are taken on common draws
 _ROUGH = Limits(tolerance=0.15, errors=2.0, passes=25)
 _NEARBY = Limits(tolerance=0.3, errors=2.0, passes=25)
 _LAST = Limits(tolerance=0.5 * TOLERANCE, errors=2.0, passes=30, ends_at_zero=True)
@@ -72,6 +73,12 @@ class Task:
         known = NoDraws(self.population) if before is None else before
         with torch.no_grad():
             return self.estimator.follow(self.source, self.observations, theta, known, self.generator)
+
+    def keep(self, theta: Float[Tensor, " P"], before: WeightedDraws | None) -> WeightedDraws:
+        """The draws before where they serve for ``theta``, too; else others."""
+        with torch.no_grad():
+            kept = None if before is None else self.estimator.reuse(theta, before)
+        return self.draw(theta, before) if kept is None else kept
 
     def look_again(self, theta: Float[Tensor, " P"], before: WeightedDraws | None) -> WeightedDraws:
         """Draws made for ``theta`` with modes searched for from the beginning, too."""
@@ -171,10 +178,16 @@ def climb_to_the_end(
         rough = replace(part, estimator=task.estimator.roughly(len(part.observations)))
         nearby = replace(_NEARBY, kept=task.kept)
         theta = climb_likelihood(rough.draw, rough.point(theta), nearby, watch=partial(_told, rough)).point.theta
+        if individuals > _MANY:  # to begin with everybody where no more is left than what a part cannot tell
+            near = part.point(theta)
+            near, _ = part.wider(near) or (near, ())
+            theta = climb_likelihood(part.keep, near, nearby, watch=partial(_told, part)).point.theta
     tolerance = _WITHOUT_NOISE if task.estimator.approximation else _LAST.tolerance
     last = replace(_LAST, tolerance=tolerance, kept=task.kept)
     start = task.point(theta)
     start, columns = task.wider(start) or (start, ())
+    if individuals > _MANY:
+        return _climb_for_many(task, start, columns, last, accuracy=accuracy, restarts=restarts)
     climb = climb_likelihood(task.look_again, start, last, watch=partial(_told, task))
     if vanishing(climb.point):  # decided by a fit in which it is 0
         return CheckedMaximum(climb.point, _check(task, climb), restarts)
@@ -194,6 +207,37 @@ def climb_to_the_end(
         climb = climb if climb.previous is not None else replace(climb, previous=before)
         climb, shortage = _precise(task, climb, last, accuracy)
     return CheckedMaximum(climb.point, checked, restarts, shortage)
+
+
+def _climb_for_many(
+    task: Task,
+    start: Point,
+    columns: tuple[int, ...],
+    last: Limits,
+    *,
+    accuracy: float,
+    restarts: tuple[Restart, ...],
+) -> CheckedMaximum:
+    """The last steps with many individuals, for whom draws are dear and the way that is left is short beside the
+    population's SDs: the same draws serve all steps, and others, made at the end, check it."""
+    shared = replace(last, errors=0.0)
+    climb = climb_likelihood(task.keep, start, shared, watch=partial(_told, task))
+    if vanishing(climb.point):  # decided by a fit in which it is 0
+        return CheckedMaximum(climb.point, _check(task, climb), restarts)
+    climb, shortage = _precise(task, climb, shared, accuracy, draw=task.keep)
+    for turn in range(_CHECKS + 1):
+        task.report(FitProgress("check", turn, _CHECKS, climb.point.value))
+        fresh = replace(task.point(climb.point.theta, task.draw, climb.point.state), held=climb.point.held)
+        wider = task.wider(fresh, columns)
+        end = replace(climb, point=fresh, previous=climb.point)
+        checked = _check(task, end, "" if wider is None else _UNSEEN)
+        is_done = wider is None and (checked.passed or not climb.arrived or fresh.left is None)
+        if is_done or turn == _CHECKS:
+            break
+        again, columns = wider or (_richer(task, fresh, checked), columns)
+        climb = climb_likelihood(task.keep, again, shared, watch=partial(_told, task))
+        climb, shortage = _precise(task, climb, shared, accuracy, draw=task.keep)
+    return CheckedMaximum(fresh, checked, restarts, shortage)
 
 
 def _richer(task: Task, before: Point, checked: Verification) -> Point:
@@ -225,8 +269,9 @@ def _check(task: Task, climb: Climb, doubt: str = "") -> Verification:
     )
 
 
-def _precise(task: Task, climb: Climb, last: Limits, accuracy: float) -> tuple[Climb, str]:
-    """The climb with as many draws as the wished accuracy takes, or why there are no more."""
+def _precise(task: Task, climb: Climb, last: Limits, accuracy: float, *, draw: Draw | None = None) -> tuple[Climb, str]:
+    """The climb with as many draws as the wished accuracy takes, made by ``draw`` for every step, or why there are no
+    more."""
     while climb.point.covariance is not None and len(climb.point.active):
         lacking = _PRUDENCE * _noise(climb.point) / accuracy
         if not lacking > _PRUDENCE:
@@ -238,7 +283,7 @@ def _precise(task: Task, climb: Climb, last: Limits, accuracy: float) -> tuple[C
         if isinstance(better, str):
             return climb, better
         again = Point.at(before.theta, better, before.held)
-        climb = climb_likelihood(task.look_again, again, last, watch=partial(_told, task))
+        climb = climb_likelihood(draw or task.look_again, again, last, watch=partial(_told, task))
         climb = climb if climb.previous is not None else replace(climb, previous=before)
     return climb, ""
 

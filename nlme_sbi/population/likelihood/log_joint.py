@@ -158,6 +158,21 @@ class JointDensity:
         hessian = (gradient[:, 1:] - gradient[:, :1]) / steps[:, :, None]
         return Expansion(torch.cat([value for value, _ in parts]), gradient[:, 0], 0.5 * (hessian + hessian.mT))
 
+    def slopes(
+        self, rows: Int[Tensor, " B"], points: Float[Tensor, "B V"]
+    ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B V"]]:
+        """Value and exact gradient, which cost a fraction of the Hessian; NaN where not finite."""
+
+        def of_block(some: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                leaf = points[some, None].detach().requires_grad_(True)
+                found = self._log_prob(rows[some], leaf)
+                (gradient,) = torch.autograd.grad(found.sum(), leaf)
+            return found[:, 0].detach(), gradient[:, 0]
+
+        parts = over_blocks(of_block, self.blocks(rows, 1), rows.device)
+        return torch.cat([value for value, _ in parts]), torch.cat([gradient for _, gradient in parts])
+
     def _log_prob(self, rows: Tensor, points: Float[Tensor, "B n V"]) -> Float[Tensor, "B n"]:
         observations = chosen_rows(self.observations, rows)
         constants = self.population.constants(self.theta, observations.design)
@@ -215,6 +230,54 @@ def ascend(
         damping[winners] *= 0.1
         losers = active[~better]
         damping[losers] = 10 * damping[losers].clamp_min(0.1)
+    return Summits(points, at)
+
+
+def follow_profile(
+    joint: JointDensity,
+    rows: Int[Tensor, " B"],
+    points: Float[Tensor, "B V"],
+    hessian: Float[Tensor, "B V V"],
+    *,
+    free: Bool[Tensor, "B V"],
+    iterations: int,
+    tolerance: float,
+) -> Summits:
+    """A few steps to the top of what is free, from points that are near it, by chord Newton: the Hessian is one from
+    nearby, and made anew only where a step with it does not rise.
+
+    Args:
+        joint: what is climbed.
+        rows: individual of each point.
+        points: where each starts.
+        hessian: of a point nearby.
+        free: coordinates that may move.
+        iterations: most steps.
+        tolerance: promised gain in log density at which a point is done.
+    """
+    value, gradient = joint.slopes(rows, points)
+    at = Expansion(value, gradient, hessian)
+    damping = torch.full_like(value, 1e-3)
+    active = torch.arange(len(rows), device=rows.device)
+    stale = torch.ones_like(rows, dtype=torch.bool)
+    for _ in range(iterations):
+        scale = joint.scales[rows[active]]
+        step, promise = _newton_step(at[active], scale, damping[active], free[active])
+        going = torch.isfinite(at.value[active]) & (promise > tolerance)
+        active, step = active[going], step[going]
+        if len(active) == 0:
+            break
+        proposed = points[active] + step
+        risen, slope = joint.slopes(rows[active], proposed)
+        better = (risen >= at.value[active]) & torch.isfinite(slope).all(1)
+        winners, losers = active[better], active[~better]
+        points = points.index_copy(0, winners, proposed[better])
+        at = at.updated(winners, Expansion(risen[better], slope[better], at.hessian[winners]))
+        renewed = losers[stale[losers]]
+        if len(renewed):
+            at = at.updated(renewed, joint.expand(rows[renewed], points[renewed]))
+            stale[renewed] = False
+        damping[losers[~stale[losers]]] *= 10
     return Summits(points, at)
 
 

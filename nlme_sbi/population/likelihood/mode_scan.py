@@ -23,20 +23,28 @@ from nlme_sbi.population.likelihood.laplace_components import (
     sorted_out,
     with_others,
 )
-from nlme_sbi.population.likelihood.log_joint import JointDensity, Summits, ascend
+from nlme_sbi.population.likelihood.log_joint import JointDensity, Summits, ascend, follow_profile
 from nlme_sbi.population.objective.subsets import random_part
 
-_LOOKED_AT = 24  # individuals who tell whether there is anything to be found
+_LOOKED_AT = 24  # individuals who tell whether there is anything to be found,
+_WORST = 12  # and those whom their best mode fits worst
+_MANY = 400  # individuals of whom first
+_PROBED = 100  # are scanned
 _STEP, _STEPS = 0.1, 24  # of a walk along a coordinate, in SDs of the population, on each side
 _NEWTON = 3  # steps that the other coordinates take at each
 _LOOSE = 0.05  # promised gain at which they stop earlier
+_RENEWED = 4  # steps after which curvatures are computed anew
 _JUMPS = (0.15, 0.3, 0.6, 1.0, 1.6, 2.4, 3.2)  # the same where nothing else moves, for what is far
 _ABYSS = 100.0  # log density below the mode at which a walk ends
 _TOPS = 4  # of each profile that are climbed from,
 _HOPELESS = 60.0  # where they are not further than this below the mode
 _WORTH = 0.01  # share of an individual's mass that modes must add to be news
 _NEGLIGIBLE = 0.02  # log mass, times the square root of the number of individuals, that is no news for all together
+_NEGLIGIBLE_OF_MANY = 0.2  # the same where it is told by a part of them
 _ROUNDS = 3
+
+
+News = tuple[Tensor, Tensor, Tensor]  # individual, place and coordinate of every find
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,40 +67,99 @@ def unseen_modes(
 ) -> UnseenModes | None:
     """Modes that hold mass and are not among the known ones; None where what they hold is negligible.
 
+    A random part of many individuals, and those whom their best mode fits worst, are scanned along every coordinate;
+    the others along the coordinates where that finds something.
+
     Args:
         joint: density of everybody.
         known: modes of everybody, sorted by individual, the best first.
         generator: chooses individuals and places.
-        columns: coordinates along which everybody is scanned in any case; along the others only where some individuals
-            show that it is worth it.
+        columns: coordinates along which the others are scanned in any case; of very many, again a random part tells
+            whether it is worth it.
     """
     everybody = len(joint.observations)
     every = tuple(range(known.means.shape[1]))
-    some = random_part(everybody, _LOOKED_AT, generator).to(known.rows.device)
-    rows, points, along = _news(joint, _of(known, some), every, generator)
-    fruitful = tuple(sorted({*columns, *torch.unique(along).tolist()}))
-    if len(some) < everybody and fruitful:
-        rest = torch.ones(everybody, dtype=torch.bool, device=some.device).index_fill(0, some, False)
-        others = _of(known, torch.nonzero(rest)[:, 0])
-        more_rows, more_points, _ = _news(joint, others, fruitful, generator)
-        rows, points = torch.cat([rows, more_rows]), torch.cat([points, more_points])
-    if len(rows) == 0:
+    some = _looked_at(joint, known, generator)
+    news = _news(joint, _of(known, some), every, generator)
+    fruitful = _most_fruitful((*news[2].tolist(), *columns))
+    others = torch.ones(everybody, dtype=torch.bool, device=some.device).index_fill(0, some, False)
+    rest = torch.nonzero(others)[:, 0]
+    if len(rest) > _MANY:
+        for column in fruitful:
+            news = _joined(news, _news_of_many(joint, known, news, rest, column, generator))
+    elif len(rest) and fruitful:
+        news = _joined(news, _news(joint, _of(known, rest), tuple(sorted(fruitful)), generator))
+    rows, points, _ = news
+    if len(rows) == 0 or not _gain(joint, known, rows, points) > _NEGLIGIBLE * math.sqrt(everybody):
         return None
+    return UnseenModes(rows, points, tuple(sorted(fruitful)))
+
+
+def _looked_at(joint: JointDensity, known: LaplaceComponents, generator: torch.Generator) -> Int[Tensor, " some"]:
+    """Who is scanned along every coordinate, in the order of the data: a random part, and who is fitted worst."""
+    everybody = len(joint.observations)
+    some = random_part(everybody, _LOOKED_AT, generator).to(known.rows.device)
+    if len(some) == everybody:
+        return some
+    best = known[first_of_each(known.rows)]
+    value = joint.value(best.rows, best.means[:, None])[:, 0]
+    measured = joint.observations.design.observed[best.rows].flatten(1).sum(1).clamp_min(1)
+    worst = best.rows[torch.argsort(value / measured)[:_WORST]]
+    return torch.unique(torch.cat([some, worst]))
+
+
+def _most_fruitful(found: tuple[int, ...]) -> tuple[int, ...]:
+    """Coordinates, those with most finds first."""
+    return tuple(sorted(set(found), key=lambda column: (-found.count(column), column)))
+
+
+def _news_of_many(
+    joint: JointDensity, known: LaplaceComponents, news: News, rest: Tensor, column: int, generator: torch.Generator
+) -> News:
+    """What a scan of all the others along a coordinate finds beside what is known by now; nothing where a random part
+    of them shows that it is negligible."""
+    known = _with_news(joint, known, news)
+    probed = rest[random_part(len(rest), _PROBED, generator).to(rest.device)]
+    first = _news(joint, _of(known, probed), (column,), generator)
+    expected = 0.0 if len(first[0]) == 0 else _gain(joint, known, first[0], first[1]) * len(rest) / len(probed)
+    if expected <= _NEGLIGIBLE_OF_MANY * math.sqrt(len(rest)):
+        return first
+    left = rest[~torch.isin(rest, probed)]
+    return _joined(first, _news(joint, _of(known, left), (column,), generator))
+
+
+def _with_news(joint: JointDensity, known: LaplaceComponents, news: News) -> LaplaceComponents:
+    """The known modes and those that were found, sorted by individual, the best first."""
+    rows, points, _ = news
+    if len(rows) == 0:
+        return known
+    changed = torch.isin(known.rows, rows)
+    mine = known[torch.nonzero(changed)[:, 0]]
+    both, _ = modes(joint, torch.cat([mine.rows, rows]), torch.cat([mine.means, points]))
+    together = LaplaceComponents.joined([known[torch.nonzero(~changed)[:, 0]], both])
+    return together[torch.argsort(together.rows, stable=True)]
+
+
+def _joined(first: News, second: News) -> News:
+    rows, points, columns = (torch.cat(parts) for parts in zip(first, second, strict=True))
+    return rows, points, columns
+
+
+def _gain(joint: JointDensity, known: LaplaceComponents, rows: Tensor, points: Tensor) -> float:
+    """Log mass that points add to the known modes of their individuals, over all of these."""
+    everybody = len(joint.observations)
     mine = _of(known, torch.unique(rows))
     both, _ = modes(joint, torch.cat([mine.rows, rows]), torch.cat([mine.means, points]))
     gained = (_mass(both, everybody) - _mass(mine, everybody))[torch.unique(rows)]
-    gain = float(gained.clamp_min(0).sum())
-    return UnseenModes(rows, points, fruitful) if gain > _NEGLIGIBLE * math.sqrt(everybody) else None
+    return float(gained.clamp_min(0).sum())
 
 
 def _of(known: LaplaceComponents, individuals: Int[Tensor, " i"]) -> LaplaceComponents:
     return known[torch.nonzero(torch.isin(known.rows, individuals))[:, 0]]
 
 
-def _news(
-    joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...], generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Individual, place and coordinate of what a few rounds of scanning find beside the known modes."""
+def _news(joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...], generator: torch.Generator) -> News:
+    """What a few rounds of scanning find beside the known modes."""
     found_rows, found_points, found_columns = [], [], []
     for _ in range(_ROUNDS):
         best = known[first_of_each(known.rows)]
@@ -136,10 +203,16 @@ def _tops(
     floor = top.repeat(2) - _ABYSS
     values, points = [top.repeat(2)], [point]
     active = torch.arange(len(rows), device=rows.device)
-    for _ in range(_STEPS):
+    bend = joint.expand(best.rows, best.means).hessian.repeat(2, 1, 1)
+    for done in range(_STEPS):
         guess = (point + drift)[active]
         guess[:, column] = point[active, column] + step[active]
-        found = ascend(joint, rows[active], guess, free=free[active], iterations=_NEWTON, tolerance=_LOOSE)
+        if done and done % _RENEWED == 0:
+            bend = bend.index_copy(0, active, joint.expand(rows[active], point[active]).hessian)
+        found = follow_profile(
+            joint, rows[active], guess, bend[active], free=free[active], iterations=_NEWTON, tolerance=_LOOSE
+        )
+        bend = bend.index_copy(0, active, found.at.hessian)
         drift = drift.index_copy(0, active, 0.5 * (found.points - point[active]))
         point = point.index_copy(0, active, found.points)
         values.append(torch.full_like(floor, -torch.inf).index_copy(0, active, found.at.value))

@@ -128,6 +128,10 @@ class Saem(OfLikelihood):
         """The same with modes that a scan finds, where it finds any."""
         return self._sampling.search_wider(source, observations, state, theta, generator, columns=columns)
 
+    def reuse(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> WeightedDraws | None:
+        """Importance sampling's draws where they serve for ``theta`` as well."""
+        return self._sampling.reuse(theta, state)
+
     def roughly(self, individuals: int) -> Exact:
         """The exact estimator with few draws: starts are compared on the likelihood."""
         return self._sampling.roughly(individuals)
