@@ -183,7 +183,7 @@ def figures_of_b(tasks: Sequence[Task], judged: dict[str, Judgement], passed_ove
 
 def figures_of_c(tasks: Sequence[Task], judged: dict[str, Judgement], cache: Path) -> dict[str, Figure]:
     found = [judged[task.name] for task in tasks]
-    right = small_study_oracle.oracle(BASE8, cache).best.deviance
+    right = small_study_oracle.oracle(BASE8, cache).right.best.deviance
     numbers = [one.deviance for one in found if one.converged is not None]
     return {
         "base8_worst": (

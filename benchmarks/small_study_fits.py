@@ -25,8 +25,9 @@ from record import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "oracles"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from population_maximum import Maximum, Optimum
+from population_maximum import Optimum
 from small_study_cases import Case
+from small_study_oracle import Answer
 
 CONFIGURATIONS = ROOT / "benchmarks" / "small_studies_conf"
 # People whose dose and times are their own, for the bundled theophylline model.
@@ -152,7 +153,7 @@ def command(overrides: Sequence[str]) -> str:
     return f"PYTHONPATH={shlex.quote(str(ROOT / 'benchmarks'))} {shlex.join(words)}"
 
 
-def fitted(task: Task, cache: Path, posterior: Path, right: Maximum) -> Judgement:
+def fitted(task: Task, cache: Path, posterior: Path, answer: Answer) -> Judgement:
     """Fit and judge; the fit's run stays in the cache where it is not right."""
     outputs = cache / "fits" / task.name
     shutil.rmtree(outputs, ignore_errors=True)
@@ -165,7 +166,7 @@ def fitted(task: Task, cache: Path, posterior: Path, right: Maximum) -> Judgemen
         return _unfinished(error, time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
     (path,) = (outputs / "fit_population").glob("*/fit.json")
-    judged = judge(json.loads(path.read_text()), task.case, right, seconds)
+    judged = judge(json.loads(path.read_text()), task.case, answer, seconds)
     if judged.outcome == "right":
         shutil.rmtree(outputs)
     return judged
@@ -225,8 +226,10 @@ def _unfinished(error: Exception, seconds: float) -> Judgement:
     )
 
 
-def judge(fit: Mapping[str, Any], case: Case, right: Maximum, seconds: float) -> Judgement:
-    """Compare ``fit.json`` with the oracle: with each of the optima that are equally good, and the nearest counts."""
+def judge(fit: Mapping[str, Any], case: Case, answer: Answer, seconds: float) -> Judgement:
+    """Compare ``fit.json`` with the oracle: with each of the optima that are equally good, and the nearest counts. A
+    maximum that only the prior rules out must be named by the fit."""
+    right = answer.right
     found = {entry["name"]: entry for entry in fit["unknowns"]}
     zero = {test["parameter"] for test in fit["variance_tests"] if test["estimated"]}
     zero |= {name for name in case.varying if f"log_sd.{name}" not in found}
@@ -238,6 +241,8 @@ def judge(fit: Mapping[str, Any], case: Case, right: Maximum, seconds: float) ->
         for optimum in (right.best, *right.ties)
     ]
     reasons, distance, ratio, z = min(judged, key=lambda one: (len(one[0]), one[1]))
+    if answer.ruled_out is not None and not any(one["verdict"] == "beyond the prior" for one in fit["restarts"]):
+        reasons = (*reasons, f"does not name the maximum beyond the prior, -2 log L {answer.ruled_out.deviance:.4f}")
     converged = bool(fit["converged"])
     outcome = "right" if not reasons else "wrong" if converged else "unsettled"
     return Judgement(outcome, converged, distance, ratio, deviance, deviance_se, z, reasons, seconds)

@@ -19,6 +19,7 @@ from curves import log_likelihood
 from population_maximum import Maximum, Optimum
 from small_study_cases import BASE8, MODELS, ORANGE, simulated_case
 from small_study_fits import judge
+from small_study_oracle import Answer
 
 from simulators.theophylline import Theophylline
 
@@ -101,11 +102,11 @@ class _Case:
 
 
 def _outcome(fit, right: Maximum = RIGHT) -> str:
-    return judge(fit, _Case(), right, 1.0).outcome
+    return judge(fit, _Case(), Answer(right), 1.0).outcome
 
 
 def test_a_fit_within_all_limits_is_right():
-    judged = judge(FIT, _Case(), RIGHT, 1.0)
+    judged = judge(FIT, _Case(), Answer(RIGHT), 1.0)
     assert judged.outcome == "right"
     assert judged.estimate_se == pytest.approx(0.025)
 
@@ -145,3 +146,12 @@ def test_any_of_several_optima_that_are_as_good_is_right():
     fit["unknowns"][0]["estimate"] = 4.0
     assert _outcome(fit) == "wrong"
     assert _outcome(fit, Maximum(RIGHT.best, (other,), 50.0, 0.001, ())) == "right"
+
+
+def test_a_maximum_that_only_the_prior_rules_out_must_be_named():
+    elsewhere = Optimum(RIGHT.best.unknowns, (9.0, -2.0, -0.5), RIGHT.best.se, 48.0, (), 9)
+    answer = Answer(RIGHT, elsewhere)
+    silent = {**FIT, "restarts": [{"verdict": "same"}]}
+    assert judge(silent, _Case(), answer, 1.0).outcome == "wrong"
+    naming = {**FIT, "restarts": [{"verdict": "same"}, {"verdict": "beyond the prior"}]}
+    assert judge(naming, _Case(), answer, 1.0).outcome == "right"

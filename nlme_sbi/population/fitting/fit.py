@@ -16,6 +16,7 @@ from nlme_sbi.numerics.pareto_k import heavy_tails
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.estimators.auto import Auto, chosen_estimator
 from nlme_sbi.population.estimators.interface import Estimator, Redraw, SelfOptimizingEstimator, ThetaDependentEstimator
+from nlme_sbi.population.fitting.beyond_prior import warn_beyond_prior
 from nlme_sbi.population.fitting.fixed_draws_fit import fit_fixed_draws
 from nlme_sbi.population.fitting.label_switching import declared_pairs, labelling_notes, require_orderable
 from nlme_sbi.population.fitting.likelihood_fit import fit_likelihood
@@ -139,6 +140,7 @@ def _fitted(
     said = (
         *few_individuals(model, len(observations)),
         *doubted(outcome.restarts),
+        *warn_beyond_prior(model, outcome.restarts),
         *_imprecise(model, outcome.optimum, accuracy, outcome.shortage),
         *degenerate(model, theta),
         *checks.low_effective_draws(individuals.ess, state.draws, observations.ids),

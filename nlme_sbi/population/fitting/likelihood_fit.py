@@ -17,6 +17,7 @@ from nlme_sbi.population.objective.standard_errors import likelihood_error, mont
 from nlme_sbi.population.objective.verification import Verification, verified
 from nlme_sbi.population.results.fit_result import Restart
 
+_SCANS = 3  # for modes of individuals that a search may have passed by
 _CONTRADICTED = 0.25  # standard errors between a search's estimate and the maximum of the likelihood there
 
 
@@ -76,7 +77,12 @@ def _searched(
         report=task.report,
     )
     task.report(FitProgress("likelihood", 0, 0))
-    point = task.point(found.theta)
+    point, columns = task.point(found.theta), ()
+    for _ in range(_SCANS):  # the likelihood of all modes judges the search, not that of those it knew
+        wider = task.wider(point, columns)
+        if wider is None:
+            break
+        point, columns = wider
     individuals = individual_estimates(point.state, point.theta)
     checked = verified(
         point,

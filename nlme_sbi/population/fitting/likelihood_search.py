@@ -18,8 +18,14 @@ from torch import Tensor
 from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.estimators.initialization import tractable
 from nlme_sbi.population.estimators.interface import ThetaDependentEstimator
+from nlme_sbi.population.fitting.beyond_prior import explain_otherwise, ruled_out
 from nlme_sbi.population.fitting.label_switching import exchange_between, in_order
-from nlme_sbi.population.fitting.likelihood_starts import fit_individuals_alone, likelihood_starts
+from nlme_sbi.population.fitting.likelihood_starts import (
+    SingleFits,
+    fit_individuals_alone,
+    likelihood_starts,
+    start_from,
+)
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.individuals import individual_estimates
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
@@ -28,7 +34,7 @@ from nlme_sbi.population.objective.subsets import of_individuals, random_part
 from nlme_sbi.population.objective.trust_region import Climb, Limits, climb_likelihood
 from nlme_sbi.population.objective.vanishing_sds import vanishing
 from nlme_sbi.population.objective.verification import TOLERANCE, Verification, too_many, verified
-from nlme_sbi.population.results.fit_result import Restart
+from nlme_sbi.population.results.fit_result import BEYOND, Restart
 from nlme_sbi.types import Observations
 
 STARTS_ON = 60  # individuals on whom starts are compared
@@ -159,8 +165,36 @@ def compare_starts(task: Task, *, starts: int) -> tuple[Float[Tensor, " P"], tup
     best = _highest(ends)
     if best is None:
         raise ValueError(str(refused) if refused is not None else "The likelihood is not finite at any start.")
-    theta = in_order(task.population, best.point.theta)
-    return theta, _compared(ends, best)
+    other = None
+    if len(part.observations) == len(task.observations):
+        other = _explained_otherwise(part, fits, replace(_ROUGH, enough=partial(_hopeless, best)))
+    if other is None:
+        return in_order(task.population, best.point.theta), _compared(ends, best)
+    gain = other.point.value - best.point.value
+    beyond = ruled_out(task.population, best.point.theta, other.point.theta, gain, task.source)
+    named = "another explanation of the data", other
+    if not beyond:
+        ends.append(named)
+        best = _highest(ends) or best
+        return in_order(task.population, best.point.theta), _compared(ends, best)
+    (judged,) = _compared([named], best)
+    restarts = _compared(ends, best)
+    if judged.verdict == "other point" and not judged.exchanged:
+        restarts = (*restarts, replace(judged, verdict=BEYOND, differing=beyond))
+    return in_order(task.population, best.point.theta), restarts
+
+
+def _explained_otherwise(part: Task, fits: SingleFits, limits: Limits) -> Climb | None:
+    """Where the climb from another explanation of the same data ends; None where there is none."""
+    simulator = tractable(getattr(part.estimator, "simulator", None), part.source, part.estimator.name)
+    other = explain_otherwise(simulator, part.source, part.observations, fits, part.generator)
+    if other is None:
+        return None
+    try:
+        end = climb_likelihood(part.draw, part.point(start_from(other, part.source, part.population)), limits)
+    except NoLikelihoodError:
+        return None
+    return end if math.isfinite(end.point.value) else None
 
 
 def climb_to_the_end(

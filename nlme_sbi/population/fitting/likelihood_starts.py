@@ -128,8 +128,7 @@ def likelihood_starts(
     median = torch.where(_varies(population, mean), fits.phi.quantile(0.5, dim=0), mean)
     made.append(("median of single fits", population.from_moments(median, narrow)))
     if fits.other is not None:
-        mean, sd = _pooled(fits.other, population, prior_sd)
-        made.append(("other modes of single fits", population.from_moments(mean, torch.diag(sd.square()))))
+        made.append(("other modes of single fits", start_from(fits.other, source, population)))
     order = torch.randperm(len(fits.phi), generator=generator, device=generator.device).tolist()
     for turn in range(max(0, count - len(made))):
         place = order[turn % len(order)]
@@ -139,6 +138,12 @@ def likelihood_starts(
         drawn = source.prior.sample(1, generator)[0].to(fits.phi)  # individuals are used up
         made.append(("a draw of the training prior", population.from_moments(drawn, narrow)))
     return made[:count]
+
+
+def start_from(fits: SingleFits, source: Source, population: PopulationModel) -> Float[Tensor, " P"]:
+    """Theta with the mean and the spread of single fits."""
+    mean, sd = _pooled(fits, population, source.prior.covariance.diagonal().sqrt().to(fits.phi))
+    return population.from_moments(mean, torch.diag(sd.square()))
 
 
 def _pooled(

@@ -13,7 +13,7 @@ from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import effective_draws
 from nlme_sbi.population.objective.optimization import Summit
-from nlme_sbi.population.results.fit_result import Restart
+from nlme_sbi.population.results.fit_result import BEYOND, Restart
 
 _SAME = 0.1  # largest distance of one and the same optimum, in standard errors
 _LEVEL = 0.05  # objectives this near are equal before Monte-Carlo error
@@ -74,6 +74,7 @@ def _differing(state: WeightedDraws, theta: Tensor, best: Tensor, covariance: Te
 
 def described(restarts: tuple[Restart, ...]) -> str:
     """One or two sentences on how well the starts agree."""
+    restarts = within_reach(restarts)
     total = len(restarts)
     if total == 0:
         return ""
@@ -106,8 +107,14 @@ def described(restarts: tuple[Restart, ...]) -> str:
     return " ".join(said)
 
 
+def within_reach(restarts: tuple[Restart, ...]) -> tuple[Restart, ...]:
+    """Those that did not end where the training prior rules them out."""
+    return tuple(restart for restart in restarts if restart.verdict != BEYOND)
+
+
 def doubted(restarts: tuple[Restart, ...]) -> tuple[str, ...]:
     """A warning where nothing confirms the maximum: no second start came there, nor to its mirror image."""
+    restarts = within_reach(restarts)
     agreeing = sum(restart.verdict in ("same", "other point") for restart in restarts)
     if len(restarts) > 1 and agreeing < 2:
         return (

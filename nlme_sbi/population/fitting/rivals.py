@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from nlme_sbi.population.fitting.beyond_prior import warn_beyond_prior
 from nlme_sbi.population.fitting.multistart_summary import described, doubted
+from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.results.fit_result import PopulationFit, Restart
 
 _TRIED = 2  # rivals that are climbed to the end, at most
@@ -88,10 +90,16 @@ def _displaced(restarts: tuple[Restart, ...], place: int, gain: float) -> tuple[
 def _with_restarts(fit: PopulationFit, restarts: tuple[Restart, ...], before: PopulationFit) -> PopulationFit:
     """The fit with these restarts, in its message and warnings, too."""
     message = fit.message.removesuffix(described(fit.restarts)).strip()
-    kept = tuple(said for said in fit.warnings if said not in (*doubted(fit.restarts), *doubted(before.restarts)))
+    outdated = [said for one in (fit, before) for said in _of_restarts(one.population, one.restarts)]
+    kept = tuple(said for said in fit.warnings if said not in outdated)
     return replace(
         fit,
         restarts=restarts,
         message=f"{message} {described(restarts)}".strip(),
-        warnings=(*doubted(restarts), *kept),
+        warnings=(*_of_restarts(fit.population, restarts), *kept),
     )
+
+
+def _of_restarts(population: PopulationModel, restarts: tuple[Restart, ...]) -> tuple[str, ...]:
+    """What a fit warns of because of how its starts ended."""
+    return *doubted(restarts), *warn_beyond_prior(population, restarts)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from nlme_sbi.numerics.pareto_k import UNRELIABLE
+from nlme_sbi.population.fitting.beyond_prior import warn_beyond_prior
 from nlme_sbi.population.fitting.multistart_summary import described
 from nlme_sbi.population.models.interface import PopulationModel, PopulationSpecification, VariabilitySpecification
 from nlme_sbi.population.results.derived_quantities import summarise
@@ -132,7 +133,8 @@ def _marked(trial: PopulationFit, fit: PopulationFit, names: tuple[str, ...]) ->
     if trial.restarts:
         return replace(trial, variance_tests=tuple(tests))
     message = f"{trial.message} {described(fit.restarts)}".strip()
-    return replace(trial, variance_tests=tuple(tests), restarts=fit.restarts, message=message)
+    warnings = (*warn_beyond_prior(fit.population, fit.restarts), *trial.warnings)
+    return replace(trial, variance_tests=tuple(tests), restarts=fit.restarts, message=message, warnings=warnings)
 
 
 def _candidates(fit: PopulationFit) -> list[tuple[str, ...]]:

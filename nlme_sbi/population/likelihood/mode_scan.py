@@ -105,7 +105,8 @@ def _looked_at(joint: JointDensity, known: LaplaceComponents, generator: torch.G
     value = joint.value(best.rows, best.means[:, None])[:, 0]
     measured = joint.observations.design.observed[best.rows].flatten(1).sum(1).clamp_min(1)
     worst = best.rows[torch.argsort(value / measured)[:_WORST]]
-    return torch.unique(torch.cat([some, worst]))
+    together: Tensor = torch.unique(torch.cat([some, worst]))
+    return together
 
 
 def _most_fruitful(found: tuple[int, ...]) -> tuple[int, ...]:

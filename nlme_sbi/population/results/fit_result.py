@@ -29,6 +29,8 @@ from nlme_sbi.population.objective.verification import Verification
 from nlme_sbi.population.results.intervals import Interval, ProfileCurve, interval_lines
 from nlme_sbi.population.results.table import PopulationTable, number, population_table
 
+BEYOND = "beyond the prior"  # verdict on a maximum that the training prior rules out
+
 
 @dataclass(frozen=True)
 class Restart:
@@ -39,8 +41,10 @@ class Restart:
         objective: where it ended.
         below: how much lower than the best.
         distance: largest difference of an unknown from the best's, in standard errors.
-        verdict: "same", "other point" (the same objective within Monte-Carlo error elsewhere), "lower" or "failed".
-        differing: parameters whose means differ by more than 3 standard errors, where the verdict is "other point".
+        verdict: "same", "other point" (the same objective within Monte-Carlo error elsewhere), "lower", "failed", or
+            "beyond the prior": a maximum at least about as high that the training prior rules out.
+        differing: parameters whose means differ by more than 3 standard errors, where the verdict is "other point";
+            those whose typical values speak against it where it is "beyond the prior".
         exchanged: the two parameters whose exchange takes this end to the best one, where it is a mirror image.
         unknowns: where it ended, by name.
     """

@@ -11,6 +11,7 @@ import torch
 from nlme_sbi.diagnostics.findings import Finding, attempted
 from nlme_sbi.diagnostics.fit.reliability import monte_carlo_finding, weights_finding
 from nlme_sbi.numerics.pareto_k import UNRELIABLE
+from nlme_sbi.population.results.fit_result import BEYOND
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
 from nlme_sbi.report.page.content import Block, Cell, Section, Table, Words, number
 
@@ -57,7 +58,8 @@ def convergence_finding(told: Told) -> Finding:
         "and at least two starts ended at this maximum, or at the same one under exchanged names; amber: only one "
         "start did, or another point is as good; red: the search did not converge, or that check failed."
     )
-    restarts = told.get("restarts") or []
+    # Ends that the training prior rules out are warnings of the fit.
+    restarts = [one for one in told.get("restarts") or [] if one["verdict"] != BEYOND]
     same = [one for one in restarts if one["verdict"] == "same" or one.get("exchanged")]
     other = [one for one in restarts if one["verdict"] == "other point" and not one.get("exchanged")]
     numbers: dict[str, float | int | str | None] = {"starts": len(restarts), "same": len(same), "other": len(other)}
