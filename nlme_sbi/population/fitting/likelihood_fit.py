@@ -77,7 +77,8 @@ def _searched(
         report=task.report,
     )
     task.report(FitProgress("likelihood", 0, 0))
-    point, columns = task.point(found.theta), ()
+    point = task.point(found.theta)
+    columns: tuple[int, ...] = ()
     for _ in range(_SCANS):  # the likelihood of all modes judges the search, not that of those it knew
         wider = task.wider(point, columns)
         if wider is None:
