@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nlme_sbi.compute.progress import FitProgress, Report
@@ -382,10 +382,23 @@ def _compared(ends: list[tuple[str, Climb | None]], best: Climb) -> tuple[Restar
                 for name, value in zip(population.parameters.names, apart.tolist(), strict=True)
                 if f"mean.{name}" in table.names and value / float(se[table.names.index(f"mean.{name}")]) > _DIFFERS
             )
-        free = se[table.free.to(se.device)]
+        told = torch.where(_on_the_way_to_zero(point) | _on_the_way_to_zero(end.point), math.inf, se)
         exchanged = exchange_between(
-            population, point.theta, end.point.theta, names=differing, se=free, within=_DIFFERS
+            population,
+            point.theta,
+            end.point.theta,
+            names=differing,
+            se=told[table.free.to(se.device)],
+            within=_DIFFERS,
         )
         unknowns = dict(zip(table.names, end.point.theta.tolist(), strict=True))
         found.append(Restart(start, end.point.value, below, distance, verdict, differing, exchanged, unknowns))
     return tuple(found)
+
+
+def _on_the_way_to_zero(point: Point) -> Bool[Tensor, " P"]:
+    """Unknowns of parameters whose SD was on its way to 0, where rough climbs end anywhere."""
+    table = point.state.population.unknowns
+    gone = {name.split(".", 1)[1] for name, held in zip(table.names, point.held.tolist(), strict=True) if held}
+    gone -= {table.names[place].split(".", 1)[1] for place in torch.nonzero(table.fixed)[:, 0].tolist()}
+    return torch.tensor([name.split(".", 1)[-1] in gone for name in table.names], device=point.theta.device)
