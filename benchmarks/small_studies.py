@@ -55,7 +55,7 @@ def simulated_cases(count: int, cache: Path, *, report: bool = True) -> tuple[li
     number = 0
     while len(cases) < count:
         case = simulated_case(number)
-        found = small_study_oracle.oracle(case, cache)
+        found = small_study_oracle.oracle(case, cache).right
         if not found.problems:
             cases.append(case)
         elif report:
