@@ -20,7 +20,7 @@ from nlme_sbi.population.estimators.initialization import tractable
 from nlme_sbi.population.estimators.interface import ThetaDependentEstimator
 from nlme_sbi.population.fitting.label_switching import exchange_between, in_order
 from nlme_sbi.population.fitting.likelihood_starts import fit_individuals_alone, likelihood_starts
-from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.models.interface import MEAN, PopulationModel
 from nlme_sbi.population.objective.individuals import individual_estimates
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.likelihood_point import Draw, NoLikelihoodError, Point
@@ -301,7 +301,7 @@ def _compared(ends: list[tuple[str, Climb | None]], best: Climb) -> tuple[Restar
             differing = tuple(
                 name
                 for name, value in zip(population.parameters.names, apart.tolist(), strict=True)
-                if f"mean.{name}" in table.names and value / float(se[table.names.index(f"mean.{name}")]) > _DIFFERS
+                if (place := table.entry(MEAN, name)) is not None and value / float(se[place]) > _DIFFERS
             )
         free = se[table.free.to(se.device)]
         exchanged = exchange_between(
