@@ -2,10 +2,10 @@
 
     python benchmarks/same_results.py OLD NEW [--outputs DIR]
 
-``OLD`` and ``NEW`` are directories of two checkouts, both run by this Python. Theophylline and the 200 bundled cells are
-fitted by the command line of each, with the same seed and without a network. Figures: the largest difference of an
+``OLD`` and ``NEW`` are directories of two checkouts, both run by this Python. Theophylline and the 200 bundled cells
+are fitted by the command line of each, with the same seed and without a network. Figures: the largest difference of an
 estimate, of a standard error and of -2 log L, and whether the printed tables are the same. A fit that is finished below
-``DIR`` is taken up again. The exit code is 1 where anything differs by more than 1e-8.
+``DIR`` is taken up again. The exit code is 1 where a number differs by more than 1e-8.
 """
 
 from __future__ import annotations
