@@ -225,6 +225,7 @@ FIT = {
     "unknowns": [
         {
             "name": str,
+            **dict.fromkeys(("quantity", "parameter", "other", "level"), str),
             "estimate": NUMBER,
             "se": Maybe(NUMBER),
             "fixed": bool,

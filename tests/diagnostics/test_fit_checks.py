@@ -49,4 +49,4 @@ def test_what_one_of_few_individuals_may_move_is_more_than_one_of_many() -> None
     assert chance_of_influence(1000, 1, 0) == pytest.approx(4.05 / 1000**0.5, rel=0.1)
     frame = pd.DataFrame({"id": ["a", "b", "c"], "shift.mean.x": [0.1, float("nan"), 0.2]})
     with pytest.raises(ValueError, match="positive definite"):
-        influence_finding(frame)
+        influence_finding(frame, [{"name": "mean.x", "quantity": "mean", "fixed": False}])

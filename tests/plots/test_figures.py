@@ -326,7 +326,7 @@ def test_figures_of_individuals_survive_any_id_name_and_unit(generator: torch.Ge
     _draws_without_complaint(plot_pairs([draws[0], draws[1]], names, labels=["training prior: $1_$2", "b"]))
     _draws_without_complaint(plot_population(names, torch.zeros(2), torch.eye(2), draws))
     shifts = pd.DataFrame({"id": list(ODD), "cook": np.arange(10.0) / 10, "shift.mean.$k_$a": np.linspace(-1, 1, 10)})
-    _draws_without_complaint(plot_influence(shifts))
+    _draws_without_complaint(plot_influence(shifts, ["mean.$k_$a"]))
 
 
 def test_what_is_infinite_cannot_be_drawn_and_says_so(generator: torch.Generator) -> None:

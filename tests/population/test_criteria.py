@@ -13,6 +13,7 @@ from scipy.optimize import brentq
 from scipy.stats import binom, chi2
 
 from nlme_sbi.population import GaussianPopulation
+from nlme_sbi.population.models.interface import Unknown
 from nlme_sbi.population.objective.information_criteria import likelihood_ratio_p
 from nlme_sbi.population.results.model_comparison import ComparedFit, compared_fits, is_same_model, restrictions
 
@@ -63,7 +64,11 @@ def written(label: str, **changes: object) -> ComparedFit:
         "bic": deviance + 3 * count,
         "bicc": deviance + 3 * count + 1,
         "monte_carlo": {"objective_se": 0.1},
-        "unknowns": [{"name": name, "fixed": name in fixed, "estimate": fixed.get(name, 0.0)} for name in names],
+        "unknowns": [
+            {**dict.fromkeys(("other", "level"), ""), "quantity": name.split(".")[0], "parameter": name.split(".")[1]}
+            | {"name": name, "fixed": name in fixed, "estimate": fixed.get(name, 0.0)}
+            for name in names
+        ],
         "variance_tests": [{"parameter": name, "estimated": True} for name in vanished],
         "population_model": "BoundGaussian",
         "simulator": {"_target_": "any"},
@@ -246,7 +251,7 @@ def test_other_forms_of_a_covariate_effect_are_other_models() -> None:
     found = compared_fits([power, linear, written("without", deviance=104.0)])
     assert found.contradictions == ()
     assert {(test.smaller, test.larger) for test in found.tests} == {("without", "power"), ("without", "linear")}
-    larger = replace(linear, free=linear.free | {"effect.b.WT"})
+    larger = replace(linear, free=linear.free | {Unknown("effect", "b", "WT")})
     assert restrictions(power, larger) is None
     assert restrictions(linear, larger) == (1, 0)
     assert len(compared_fits([power, replace(power, label="again", deviance=95.0)]).contradictions) == 1
@@ -281,7 +286,7 @@ def test_criteria_of_a_fit_count_what_was_estimated() -> None:
         for place, each in enumerate((fit, varying))
     ]
     assert same[0].vanished == {"decay"}
-    assert same[1].fixed == {"log_sd.decay": pytest.approx(math.log(0.2))}
+    assert same[1].fixed == {Unknown("log_sd", "decay"): pytest.approx(math.log(0.2))}
     (test,) = compared_fits(same).tests  # an SD of 0.2 is one value of those that the other fit could choose
     assert (test.restrictions, test.variances_at_zero) == (1, 0)
     assert test.statistic == pytest.approx(2 * (fit.objective - varying.objective))

@@ -17,6 +17,7 @@ from nlme_sbi.population.uncertainty.influence import Influence, influence
 from nlme_sbi.population.uncertainty.methods import Assessment, add_intervals, sandwich_covariance
 
 NOISE, SD, COUNT = 0.3, 1.0, 24
+UNKNOWNS = [{"name": f"{kind}.uptake", "quantity": kind, "fixed": False} for kind in ("mean", "log_sd")]
 
 
 def _estimate(y: np.ndarray) -> np.ndarray:
@@ -59,10 +60,10 @@ def test_one_step_is_near_leaving_out_and_long_steps_are_climbed(outlier: float)
 
 
 def test_an_outlier_carries_the_estimates_and_ordinary_individuals_do_not() -> None:
-    calm = influence_finding(_influence(_fit()[0]).to_frame())
+    calm = influence_finding(_influence(_fit()[0]).to_frame(), UNKNOWNS)
     assert calm.light == "green"
     found = _influence(_fit(outlier=6.0)[0])
-    loud = influence_finding(found.to_frame())
+    loud = influence_finding(found.to_frame(), UNKNOWNS)
     assert loud.light == "amber"
     assert "cell_3" in loud.sentence
     assert int(found.cook.argmax()) == 3
@@ -78,10 +79,10 @@ def test_false_alarms_of_influence_are_at_most_what_is_said() -> None:
         sd = np.exp(_estimate(y)[1])
         total = sd**2 + NOISE**2
         se = np.sqrt([total / COUNT, total**2 / (2 * COUNT * sd**4)])
-        columns = {"shift.mean.a": shifts[:, 0] / se[0], "shift.log_sd.a": shifts[:, 1] / se[1]}
+        columns = {"shift.mean.uptake": shifts[:, 0] / se[0], "shift.log_sd.uptake": shifts[:, 1] / se[1]}
 
         frame = pd.DataFrame({"id": list(map(str, range(COUNT))), **columns})
-        flagged += influence_finding(frame).light == "amber"
+        flagged += influence_finding(frame, UNKNOWNS).light == "amber"
     assert flagged <= 20
 
 

@@ -16,7 +16,7 @@ from torch.distributions import MultivariateNormal, Normal
 from nlme_sbi.individual_model.priors import GaussianPrior, UniformPrior
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population import FitProgress, GaussianPopulation, PriorRatio, fit_population, individual_draws
-from nlme_sbi.population.models.interface import ParameterTable
+from nlme_sbi.population.models.interface import ParameterTable, Unknown
 from nlme_sbi.types import Design, Observations, PosteriorSamples
 
 DOUBLE = torch.float64
@@ -316,7 +316,7 @@ class LaplacePopulation:
         names = self.parameters.names
         size = len(names)
         return ParameterTable(
-            names=tuple([f"mean.{name}" for name in names] + [f"log_scale.{name}" for name in names]),
+            rows=tuple(Unknown(quantity, name) for quantity in ("mean", "log_scale") for name in names),
             transforms=("identity",) * size + ("log",) * size,
             starts=torch.full((2 * size,), math.nan, dtype=DOUBLE),
             fixed=torch.zeros(2 * size, dtype=torch.bool),

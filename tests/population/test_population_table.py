@@ -257,9 +257,10 @@ def test_intervals_have_errors_on_the_scale_of_their_rows(method: str) -> None:
     }
     rows = []
     for unknown, (label, change) in expected.items():
-        estimate = float(theta[model.unknowns.names.index(unknown)])
+        place = model.unknowns.names.index(unknown)
+        estimate = float(theta[place])
         limits = (estimate, estimate - 0.4, estimate + 0.4)
-        row = made_interval(model, unknown, limits, method=method, level=0.95, se=0.2, monte_carlo_se=0.0)
+        row = made_interval(model, place, limits, method=method, level=0.95, se=0.2, monte_carlo_se=0.0)
         assert row.quantity == label
         assert row.natural == pytest.approx(change(estimate))
         assert row.natural_se == pytest.approx(0.2 * central(change, estimate), rel=1e-8)
@@ -269,9 +270,8 @@ def test_intervals_have_errors_on_the_scale_of_their_rows(method: str) -> None:
     for row, line in zip(rows, lines[2:-1], strict=True):
         assert line.startswith(row.quantity)
         assert f"  {row.natural_se:.3g}  " in line
-    profile = made_interval(
-        model, "mean.share", (0.4, 0.0, 0.8), method="profile", level=0.95, se=None, monte_carlo_se=0.0
-    )
+    share = model.unknowns.entry("mean", "share")
+    profile = made_interval(model, share, (0.4, 0.0, 0.8), method="profile", level=0.95, se=None, monte_carlo_se=0.0)
     assert profile.natural_se is None
 
 

@@ -23,6 +23,7 @@ _SMALL, _LARGE = 0.2, 0.5  # Monte-Carlo error in standard errors: adds 2% and 1
 _MOVED = 1.0  # standard errors by which one individual may move an estimate
 _CHANCE = 0.05
 _NAMED = 5
+_OF_SPREAD = ("log_sd", "partial_correlation")  # quantities that squares of distances tell
 
 
 def weights_finding(
@@ -145,31 +146,33 @@ def chance_of_influence(individuals: int, means: int, sds: int) -> float:
     return float(np.quantile(most, 1 - _CHANCE))
 
 
-def influence_finding(influence: pd.DataFrame) -> Finding:
+def influence_finding(influence: pd.DataFrame, unknowns: Sequence[Mapping[str, Any]]) -> Finding:
     """Whether single individuals carry an estimate.
 
     Args:
         influence: the table ``influence.csv`` of a fit: id, cook, refitted and, for each unknown, ``shift.<name>``:
             what leaving the individual out does to it, in standard errors.
+        unknowns: entries of ``fit.json``: name, quantity, fixed.
 
     Raises:
         ValueError: for fewer than 3 individuals, or where influence could not be computed.
     """
-    columns = [name for name in influence.columns if name.startswith("shift.")]
-    shifts = influence[columns].to_numpy(dtype=float)
+    free = [entry for entry in unknowns if not entry["fixed"]]
+    columns = [f"shift.{entry['name']}" for entry in free]
+    shifts = influence.reindex(columns=columns).to_numpy(dtype=float)
     if len(shifts) < 3 or not columns or not np.isfinite(shifts).all():
         raise ValueError(
             "Influence needs at least 3 individuals and a fit with standard errors, whose information without any one "
             "of them is positive definite."
         )
-    sds = sum(name.startswith(("shift.log_sd.", "shift.partial_correlation.")) for name in columns)
-    chance = chance_of_influence(min(len(shifts), 5000), len(columns) - sds, sds)
+    sds = sum(entry["quantity"] in _OF_SPREAD for entry in free)
+    chance = chance_of_influence(min(len(shifts), 5000), len(free) - sds, sds)
     limit = max(_MOVED, chance)
     size = np.abs(shifts).max(1)
     who = np.argsort(-size)[: int((size > limit).sum())]
     place = int(np.abs(shifts[int(size.argmax())]).argmax())
     most = (
-        f'leaving out "{influence["id"].iloc[int(size.argmax())]}" moves {columns[place].removeprefix("shift.")} by '
+        f'leaving out "{influence["id"].iloc[int(size.argmax())]}" moves {free[place]["name"]} by '
         f"{size.max():.2g} standard errors"
     )
     if len(who) == 0:

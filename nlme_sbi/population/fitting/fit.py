@@ -27,7 +27,6 @@ from nlme_sbi.population.fitting.ratio_check import compare_with_likelihood
 from nlme_sbi.population.fitting.rivals import highest
 from nlme_sbi.population.fitting.zero_variances import fix_zero_variances
 from nlme_sbi.population.models.interface import PopulationModel, PopulationSpecification
-from nlme_sbi.population.models.labels import unknown_label
 from nlme_sbi.population.objective import draw_checks as checks
 from nlme_sbi.population.objective.individuals import IndividualEstimates, individual_estimates
 from nlme_sbi.population.objective.interface import Source
@@ -192,7 +191,7 @@ def _imprecise(model: PopulationModel, optimum: Optimum, accuracy: float, shorta
         return ()
     se = optimum.covariance.diagonal().sqrt()
     relative = torch.maximum(optimum.error.se[free], optimum.error.bias[free].abs()).nan_to_num(math.inf) / se
-    name = unknown_label(model, model.unknowns.names[int(free[int(relative.argmax())])])
+    name = model.unknowns.labels[int(free[int(relative.argmax())])]
     return (
         f"Monte-Carlo error is above {accuracy:g} standard errors: SE up to {largest:.2g}, bias up to {bias:.2g} "
         f"(worst: {name}). No more draws: {shortage}.",
@@ -244,10 +243,9 @@ def _measurements(observations: Observations) -> int:
 
 def require_enough(model: PopulationModel, individuals: int) -> None:
     """Refuse what has no maximum: variances from one individual, a full covariance from too few."""
-    varying, table = len(model.varying), model.unknowns
-    correlated = "partial_correlation" in table.transforms
-    free_sd = any(table.transforms[place] == "log" for place in table.free.tolist())
-    needed = _largest_block(model) + 1 if correlated else 2 if free_sd else 1
+    varying, block = len(model.varying), _largest_block(model)
+    correlated = block > 1
+    needed = block + 1 if correlated else 2 if _estimates_variances(model) else 1
     if individuals < needed:
         raise ValueError(
             f"{individuals} individuals cannot tell the {'covariance' if correlated else 'variance'} of {varying} "
@@ -259,5 +257,15 @@ def require_enough(model: PopulationModel, individuals: int) -> None:
 
 def _largest_block(model: PopulationModel) -> int:
     """The most parameters that one is correlated with, itself included, read off the model at an arbitrary theta."""
-    theta = torch.full((len(model.unknowns),), 0.1, dtype=torch.float64)
-    return int((model.covariance(theta) != 0).sum(1).max())
+    return int((model.covariance(_anywhere(model)) != 0).sum(1).max())
+
+
+def _estimates_variances(model: PopulationModel) -> bool:
+    """Whether a variance between individuals moves with an unknown that is estimated, by the model's derivatives."""
+    slopes = torch.func.jacfwd(lambda theta: model.covariance(theta).diagonal())(_anywhere(model))
+    return bool((slopes[:, model.unknowns.free] != 0).any())
+
+
+def _anywhere(model: PopulationModel) -> Tensor:
+    """A theta at which nothing is 0 by chance."""
+    return torch.full((len(model.unknowns),), 0.1, dtype=torch.float64)

@@ -26,7 +26,7 @@ from nlme_sbi.population.fitting.likelihood_starts import (
     likelihood_starts,
     start_from,
 )
-from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.models.interface import MEAN, PopulationModel
 from nlme_sbi.population.objective.individuals import individual_estimates
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.likelihood_point import Draw, NoLikelihoodError, Point
@@ -380,7 +380,7 @@ def _compared(ends: list[tuple[str, Climb | None]], best: Climb) -> tuple[Restar
             differing = tuple(
                 name
                 for name, value in zip(population.parameters.names, apart.tolist(), strict=True)
-                if f"mean.{name}" in table.names and value / float(se[table.names.index(f"mean.{name}")]) > _DIFFERS
+                if (place := table.entry(MEAN, name)) is not None and value / float(se[place]) > _DIFFERS
             )
         told = torch.where(_on_the_way_to_zero(point) | _on_the_way_to_zero(end.point), math.inf, se)
         exchanged = exchange_between(
@@ -399,6 +399,6 @@ def _compared(ends: list[tuple[str, Climb | None]], best: Climb) -> tuple[Restar
 def _on_the_way_to_zero(point: Point) -> Bool[Tensor, " P"]:
     """Unknowns of parameters whose SD was on its way to 0, where rough climbs end anywhere."""
     table = point.state.population.unknowns
-    gone = {name.split(".", 1)[1] for name, held in zip(table.names, point.held.tolist(), strict=True) if held}
-    gone -= {table.names[place].split(".", 1)[1] for place in torch.nonzero(table.fixed)[:, 0].tolist()}
-    return torch.tensor([name.split(".", 1)[-1] in gone for name in table.names], device=point.theta.device)
+    held = (point.held & ~table.fixed.to(point.held.device)).tolist()
+    gone = {row.parameter for row, is_held in zip(table.rows, held, strict=True) if is_held}
+    return torch.tensor([row.parameter in gone for row in table.rows], device=point.theta.device)

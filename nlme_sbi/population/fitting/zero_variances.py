@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from nlme_sbi.numerics.pareto_k import UNRELIABLE
 from nlme_sbi.population.fitting.beyond_prior import warn_beyond_prior
 from nlme_sbi.population.fitting.multistart_summary import described
-from nlme_sbi.population.models.interface import PopulationModel, PopulationSpecification, VariabilitySpecification
+from nlme_sbi.population.models.interface import (
+    LOG_SD,
+    MEAN,
+    PopulationModel,
+    PopulationSpecification,
+    Unknown,
+    VariabilitySpecification,
+)
 from nlme_sbi.population.results.derived_quantities import summarise
 from nlme_sbi.population.results.fit_result import PopulationFit
 
@@ -109,12 +116,11 @@ def _values(fit: PopulationFit) -> dict[str, float]:
 def _value_variances(fit: PopulationFit) -> dict[str, float]:
     """Squared standard error of every constant's value, times the number of individuals: about the variance with which
     one individual tells it."""
-    names = fit.population.unknowns.names
     told = {}
     for column in fit.population.constant:
         parameter = fit.population.parameters.names[column]
-        if f"mean.{parameter}" in names:
-            place = names.index(f"mean.{parameter}")
+        place = fit.population.unknowns.entry(MEAN, parameter)
+        if place is not None:
             told[parameter] = len(fit.ids) * float(fit.covariance[place, place])
     return told
 
@@ -122,7 +128,9 @@ def _value_variances(fit: PopulationFit) -> dict[str, float]:
 def _small_variances(trial: PopulationFit, names: tuple[str, ...]) -> dict[str, float]:
     """Log SDs that the individuals tell a trace of, to follow from there; no correlations."""
     told = _value_variances(trial)
-    return {f"log_sd.{name}": 0.5 * math.log(_TRACE * told[name]) for name in names if told.get(name, 0.0) > 0}
+    return {
+        Unknown(LOG_SD, name).name: 0.5 * math.log(_TRACE * told[name]) for name in names if told.get(name, 0.0) > 0
+    }
 
 
 def _marked(trial: PopulationFit, fit: PopulationFit, names: tuple[str, ...]) -> PopulationFit:

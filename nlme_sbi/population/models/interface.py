@@ -6,7 +6,9 @@ Population unknowns ``theta`` are always one flat, unconstrained float64 vector 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -14,68 +16,124 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nlme_sbi.parameters import ParameterSpace
+from nlme_sbi.population.models.labels import correlation_label, effect_label
 from nlme_sbi.types import Design, Observations
 
-Unknown = Literal["identity", "log", "partial_correlation"]
+Transform = Literal["identity", "log", "partial_correlation"]
+
+# Quantities that theta holds in the models of this package; a model of one's own may have others.
+MEAN, LOG_SD, PARTIAL_CORRELATION = "mean", "log_sd", "partial_correlation"
+EFFECT, LOG_SD_EFFECT = "effect", "log_sd_effect"
+EFFECTS = (EFFECT, LOG_SD_EFFECT)
 
 
 @dataclass(frozen=True)
-class EffectLabel:
-    """What a coefficient of a covariate is, for tables.
+class Unknown:
+    """What one entry of theta is. Equal unknowns of two models of a kind mean the same.
 
     Args:
-        position: in theta.
-        parameter: whose typical value or SD it shifts.
-        on: "mean" or "log_sd".
-        covariate: its name.
+        quantity: "mean" or "log_sd" of an individual parameter, "partial_correlation" of two, "effect" (of a covariate
+            on a typical value), "log_sd_effect", or a word of a model of one's own.
+        parameter: that it belongs to; "" where it belongs to none. Of a correlation the one that comes first.
+        other: the second parameter of a correlation, the covariate of an effect; "" for the others.
+        level: of a categorical covariate; "" otherwise.
+    """
+
+    quantity: str
+    parameter: str = ""
+    other: str = ""
+    level: str = ""
+
+    @property
+    def name(self) -> str:
+        """As files and error messages call it: ``log_sd.ka``, ``effect.CL.sex.male``. To be read, not to be parsed."""
+        return ".".join(part for part in (self.quantity, self.parameter, self.other, self.level) if part)
+
+
+@dataclass(frozen=True)
+class EffectForm:
+    """How a coefficient of a covariate acts, for tables.
+
+    Args:
         form: power, exponential, linear, categorical, or what a model of one's own calls it.
         reference: where the effect is nothing, a number or a level in words.
-        level: of a categorical covariate; "" otherwise.
         ratio: whether ``exp(coefficient)`` is a ratio of natural values (of SDs), for a level or for one unit.
     """
 
-    position: int
-    parameter: str
-    on: Literal["mean", "log_sd"]
-    covariate: str
     form: str
     reference: str
-    level: str = ""
     ratio: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class ParameterTable:
-    """The population unknowns, in the order of ``theta``.
+    """The population unknowns, in the order of ``theta``; places are positions in theta.
 
     Args:
-        names: such as ``mean.delta``, ``log_sd.delta``.
+        rows: what each entry is.
         transforms: how an entry of theta relates to the quantity that it stands for.
         starts: ``(P,)`` float64; the given value for fixed entries, a wished start, or NaN: taken from the draws.
         fixed: ``(P,)`` True where the value is given and not estimated.
-        effects: which entries are coefficients of covariates.
+        effects: forms of the coefficients of covariates, by place.
     """
 
-    names: tuple[str, ...]
-    transforms: tuple[Unknown, ...]
+    rows: tuple[Unknown, ...]
+    transforms: tuple[Transform, ...]
     starts: Float[Tensor, " P"]
     fixed: Bool[Tensor, " P"]
-    effects: tuple[EffectLabel, ...] = ()
+    effects: Mapping[int, EffectForm] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        lengths = {len(self.names), len(self.transforms), len(self.starts), len(self.fixed)}
-        if len(lengths) != 1 or len(set(self.names)) != len(self.names):
+        lengths = {len(self.rows), len(self.transforms), len(self.starts), len(self.fixed)}
+        if len(lengths) != 1 or len(set(self.names)) != len(self.rows):
             raise ValueError("A parameter table needs one different name, transform, start and flag for each unknown.")
         if bool(torch.isnan(self.starts[self.fixed]).any()):
             raise ValueError("Every fixed unknown needs its value.")
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.rows)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Such as ``mean.delta``, ``log_sd.delta``."""
+        return tuple(row.name for row in self.rows)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """What tables print: ``ka`` for ``mean.ka``, ``omega(ka)`` for ``log_sd.ka``, ``corr(ka, V)``, ``WT on CL``."""
+        return tuple(self._label(row) for row in self.rows)
+
+    def entry(self, quantity: str, parameter: str = "", other: str = "", level: str = "") -> int | None:
+        """Place of an unknown in theta, or None where the model has none."""
+        return self._places.get(Unknown(quantity, parameter, other, level))
+
+    def entries(self, *quantities: str) -> tuple[int, ...]:
+        """Places of all unknowns of these quantities, ascending."""
+        return tuple(place for place, row in enumerate(self.rows) if row.quantity in quantities)
 
     @property
     def free(self) -> Int[Tensor, " free"]:
         """Positions of the unknowns that are estimated."""
         return torch.nonzero(~self.fixed)[:, 0]
+
+    @cached_property
+    def _places(self) -> dict[Unknown, int]:
+        return {row: place for place, row in enumerate(self.rows)}
+
+    def _label(self, row: Unknown) -> str:
+        if row.quantity == MEAN:
+            return row.parameter
+        if row.quantity == LOG_SD:
+            return f"omega({row.parameter})"
+        if row.quantity in EFFECTS:
+            return effect_label(row.parameter, row.other, row.level, on_log_sd=row.quantity == LOG_SD_EFFECT)
+        if row.quantity == PARTIAL_CORRELATION:
+            # The first ones of a block are plain correlations; the others are given the parameters before the pair.
+            given = tuple(
+                one.parameter for one in self.rows if one.quantity == PARTIAL_CORRELATION and one.other == row.parameter
+            )
+            return correlation_label(row.parameter, row.other, given)
+        return row.name
 
 
 @runtime_checkable

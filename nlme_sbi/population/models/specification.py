@@ -13,7 +13,17 @@ from nlme_sbi.population.models.correlation import partial_from_correlation
 from nlme_sbi.population.models.covariate_checks import bound_effects, coefficients
 from nlme_sbi.population.models.covariates import CovariateEffect, EffectSettings, Section, nearest, read_settings
 from nlme_sbi.population.models.gaussian import BoundGaussian
-from nlme_sbi.population.models.interface import EffectLabel, ParameterTable, Unknown
+from nlme_sbi.population.models.interface import (
+    EFFECT,
+    LOG_SD,
+    LOG_SD_EFFECT,
+    MEAN,
+    PARTIAL_CORRELATION,
+    EffectForm,
+    ParameterTable,
+    Transform,
+    Unknown,
+)
 from nlme_sbi.rows import ReadOnlyMapping
 from nlme_sbi.types import Observations
 
@@ -269,23 +279,23 @@ def _table(
 ) -> ParameterTable:
     """Unknowns without covariates; ``fixed`` and ``start`` hold unconstrained means and SDs by name, ``pairs`` the
     correlated places with unconstrained partial correlations to start from."""
-    names = [f"mean.{name}" for name in parameters.names]
-    transforms: list[Unknown] = ["identity"] * len(names)
+    rows = [Unknown(MEAN, name) for name in parameters.names]
+    transforms: list[Transform] = ["identity"] * len(rows)
     fixed_mean, fixed_sd = fixed
     parameters.indices(fixed_sd)
     known = [{**start[0], **fixed_mean}, {**start[1], **fixed_sd}]
     starts = [float(known[0].get(name, math.nan)) for name in parameters.names]
     flags = [name in fixed_mean for name in parameters.names]
     for name in (parameters.names[column] for column in varying):
-        names.append(f"log_sd.{name}")
+        rows.append(Unknown(LOG_SD, name))
         transforms.append("log")
         starts.append(math.log(known[1][name]) if name in known[1] else math.nan)
         flags.append(name in fixed_sd)
     varied = [parameters.names[column] for column in varying]
-    names += [f"partial_correlation.{varied[column]}.{varied[row]}" for row, column in pairs[0]]
+    rows += [Unknown(PARTIAL_CORRELATION, varied[column], varied[row]) for row, column in pairs[0]]
     transforms += ["partial_correlation"] * len(pairs[0])
     return ParameterTable(
-        names=tuple(names),
+        rows=tuple(rows),
         transforms=tuple(transforms),
         starts=torch.tensor([*starts, *pairs[1]], dtype=torch.float64),
         fixed=torch.tensor([*flags, *[False] * len(pairs[0])]),
@@ -301,33 +311,26 @@ def _with_effects(
     """The table with one entry for each coefficient: ``effect.CL.weight``, ``log_sd_effect.CL.sex.male``."""
     if not effects:
         return table
-    names, starts, flags = list(table.names), table.starts.tolist(), table.fixed.tolist()
-    labels: list[EffectLabel] = []
-    more: list[Unknown] = []
+    rows, starts, flags = list(table.rows), table.starts.tolist(), table.fixed.tolist()
+    forms: dict[int, EffectForm] = {}
     for one, effect in zip(settings, effects, strict=True):
-        head = ("effect" if one.on == "mean" else "log_sd_effect") + f".{one.parameter}.{one.covariate}"
         multiplies = one.on == "log_sd" or parameters[one.parameter].transform == "log"
+        form = EffectForm(
+            form=one.form,
+            reference=effect.levels[0] if effect.levels else f"{effect.reference:.6g}",
+            ratio=multiplies and one.form in ("categorical", "exponential"),
+        )
         for level, fixed, start in coefficients(one, effect):
-            labels.append(
-                EffectLabel(
-                    position=len(names),
-                    parameter=one.parameter,
-                    on=one.on,
-                    covariate=one.covariate,
-                    form=one.form,
-                    reference=effect.levels[0] if effect.levels else f"{effect.reference:.6g}",
-                    level=level,
-                    ratio=multiplies and one.form in ("categorical", "exponential"),
-                )
-            )
-            names.append(f"{head}.{level}" if level else head)
-            more.append("identity")
+            forms[len(rows)] = form
+            quantity = EFFECT if one.on == "mean" else LOG_SD_EFFECT
+            rows.append(Unknown(quantity, one.parameter, one.covariate, level))
             starts.append(next((value for value in (fixed, start) if value is not None), math.nan))
             flags.append(fixed is not None)
+    more: list[Transform] = ["identity"] * len(forms)
     return ParameterTable(
-        names=tuple(names),
+        rows=tuple(rows),
         transforms=(*table.transforms, *more),
         starts=torch.tensor(starts, dtype=torch.float64),
         fixed=torch.tensor(flags),
-        effects=tuple(labels),
+        effects=forms,
     )

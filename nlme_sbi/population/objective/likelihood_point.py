@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nlme_sbi.numerics.factorizations import eigh_or_diagonal
-from nlme_sbi.population.models.labels import unknown_label
+from nlme_sbi.population.models.interface import MEAN
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import (
     complete_information,
@@ -76,7 +76,7 @@ class Point:
     def labels(self) -> list[str]:
         """What people call the unknowns that move."""
         population = self.state.population
-        return [unknown_label(population, population.unknowns.names[place]) for place in self.active.tolist()]
+        return [population.unknowns.labels[place] for place in self.active.tolist()]
 
     @cached_property
     def information(self) -> Float[Tensor, "free free"]:
@@ -145,7 +145,7 @@ def _least_units(point: Point) -> Float[Tensor, " active"]:
     sd = point.state.training_draws()[1].covariance.diagonal().sqrt().to(point.theta)
     least = torch.zeros_like(point.theta)
     for column in population.constant:
-        name = f"mean.{population.parameters.names[column]}"
-        if name in population.unknowns.names:
-            least[population.unknowns.names.index(name)] = _OF_PRIOR * sd[column]
+        place = population.unknowns.entry(MEAN, population.parameters.names[column])
+        if place is not None:
+            least[place] = _OF_PRIOR * sd[column]
     return least[point.active]

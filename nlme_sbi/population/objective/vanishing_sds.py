@@ -8,6 +8,7 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.population.models.interface import LOG_SD, PARTIAL_CORRELATION
 from nlme_sbi.population.objective.individuals import posterior_variances
 from nlme_sbi.population.objective.likelihood_point import Point
 from nlme_sbi.population.objective.objective import score_error
@@ -22,13 +23,12 @@ _LONGEST_LEAP = 1.5  # logarithm by which it is lowered at most
 def _log_sds(point: Point) -> list[tuple[int, int, str]]:
     """Place of every varying parameter among the varying ones, that of its log SD in theta where it moves, its name."""
     population = point.state.population
-    names = population.unknowns.names
     found = []
     for place, column in enumerate(population.varying):
         parameter = population.parameters.names[column]
-        name = f"log_sd.{parameter}"
-        if name in names and not bool(point.held[names.index(name)]):
-            found.append((place, names.index(name), parameter))
+        entry = population.unknowns.entry(LOG_SD, parameter)
+        if entry is not None and not bool(point.held[entry]):
+            found.append((place, entry, parameter))
     return found
 
 
@@ -67,18 +67,18 @@ def held_at_zero(point: Point, kept: tuple[str, ...]) -> Point:
     suspects = [one for one in suspects if float(shrinkage[one[0]]) > _VANISHED]
     if not suspects:
         return point
-    names, free = point.state.population.unknowns.names, point.state.population.unknowns.free.tolist()
+    table = point.state.population.unknowns
+    free = table.free.tolist()
     noise = score_error(point.state, point.theta).diagonal().sqrt()
     held = point.held.clone()
     for _, entry, parameter in suspects:
         slope, error = float(point.gradient[entry]), _UNTOLD * float(noise[free.index(entry)])
         # Linear in the variance: what is left is half of the slope in the logarithm of the SD.
         if slope < error and -0.5 * slope < _FLAT + 0.5 * error:
-            for other, name in enumerate(names):
-                if name == names[entry] or (
-                    name.startswith("partial_correlation.") and parameter in name.split(".")[1:]
-                ):
-                    held[other] = True
+            held[entry] = True
+            for place in table.entries(PARTIAL_CORRELATION):
+                if parameter in (table.rows[place].parameter, table.rows[place].other):
+                    held[place] = True
     return point if bool((held == point.held).all()) else replace(point, held=held)
 
 
@@ -86,7 +86,7 @@ def vanishing(point: Point) -> tuple[str, ...]:
     """Parameters whose SD is held on its way to 0."""
     table = point.state.population.unknowns
     return tuple(
-        name.removeprefix("log_sd.")
-        for place, name in enumerate(table.names)
-        if name.startswith("log_sd.") and bool(point.held[place]) and not bool(table.fixed[place])
+        table.rows[place].parameter
+        for place in table.entries(LOG_SD)
+        if bool(point.held[place]) and not bool(table.fixed[place])
     )

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from scipy.stats import norm
 from torch import Tensor
 
+from nlme_sbi.population.models.interface import MEAN
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import halves, scores, slopes_along
 
@@ -88,11 +89,11 @@ def variance_slopes(
 
 def _direction(state: WeightedDraws, theta: Tensor, name: str) -> Tensor | None:
     """Unit vector of the unknown that is this constant's value for everybody; None where there is no such unknown."""
-    known = state.population.unknowns.names
-    if f"mean.{name}" not in known:
+    entry = state.population.unknowns.entry(MEAN, name)
+    if entry is None:
         return None
     direction = torch.zeros_like(theta)
-    direction[known.index(f"mean.{name}")] = 1.0
+    direction[entry] = 1.0
     population, design = state.population, state.blocks[0].design
     change = population.constants(theta + direction, design) - population.constants(theta, design)
     column = [population.parameters.names[place] for place in population.constant].index(name)

@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.models.interface import EffectLabel, PopulationModel
+from nlme_sbi.population.models.interface import LOG_SD_EFFECT, EffectForm, PopulationModel, Unknown
 from nlme_sbi.population.models.labels import effect_label
 from nlme_sbi.population.results.derived_quantities import NORMAL_95
 
@@ -60,22 +60,22 @@ def effect_rows(
     table = population.unknowns
     se = covariance.diagonal().clamp_min(0).sqrt()
     return tuple(
-        _row(label, float(theta[label.position]), float(se[label.position]), bool(table.fixed[label.position]))
-        for label in table.effects
+        _row(table.rows[place], form, float(theta[place]), float(se[place]), fixed=bool(table.fixed[place]))
+        for place, form in table.effects.items()
     )
 
 
-def _row(label: EffectLabel, estimate: float, se: float, fixed: bool) -> EffectRow:
+def _row(unknown: Unknown, form: EffectForm, estimate: float, se: float, *, fixed: bool) -> EffectRow:
     known = math.isfinite(se) and not fixed
     ends = (estimate - NORMAL_95 * se, estimate + NORMAL_95 * se) if known else (None, None)
-    ratios = [_exponential(value) if label.ratio else None for value in (estimate, *ends)]
+    ratios = [_exponential(value) if form.ratio else None for value in (estimate, *ends)]
     return EffectRow(
-        parameter=label.parameter,
-        on=label.on,
-        covariate=label.covariate,
-        level=label.level,
-        form=label.form,
-        reference=label.reference,
+        parameter=unknown.parameter,
+        on="log_sd" if unknown.quantity == LOG_SD_EFFECT else "mean",
+        covariate=unknown.other,
+        level=unknown.level,
+        form=form.form,
+        reference=form.reference,
         estimate=estimate,
         se=0.0 if fixed else (se if known else None),
         rse_percent=100 * se / abs(estimate) if known and estimate != 0 else None,
@@ -103,7 +103,7 @@ def effect_cells(row: EffectRow) -> tuple[str, ...]:
             "" if given or row.ratio_lower is None else f" {_interval(row.ratio_lower, row.ratio_upper)}"
         )
     return (
-        effect_label(row.parameter, row.on, row.covariate, row.level),
+        effect_label(row.parameter, row.covariate, row.level, on_log_sd=row.on == "log_sd"),
         row.form + against,
         f"{row.estimate:.4g}",
         "fixed" if given else _written(row.se),

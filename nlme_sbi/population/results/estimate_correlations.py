@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.population.models.labels import unknown_label
 
 ILL_CONDITIONED = 1000.0  # NONMEM's users' rule of thumb
 
@@ -68,9 +67,8 @@ def estimate_correlations(population: PopulationModel, covariance: Float[Tensor,
     correlation = own * variance.rsqrt()[:, None] * variance.rsqrt()
     values = torch.linalg.eigvalsh(0.5 * (correlation + correlation.T))
     smallest = float(values[0])
-    names = population.unknowns.names
     return EstimateCorrelations(
-        labels=tuple(unknown_label(population, names[place]) for place in free.tolist()),
+        labels=tuple(population.unknowns.labels[place] for place in free.tolist()),
         correlation=correlation,
         condition_number=float(values[-1]) / smallest if smallest > 0 else math.inf,
     )

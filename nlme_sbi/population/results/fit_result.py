@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nlme_sbi.population.estimators.interface import Redraw
 from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.population.models.labels import unknown_label
 from nlme_sbi.population.objective.individuals import (
     IndividualEstimates,
     IndividualModes,
@@ -229,7 +228,7 @@ class PopulationFit:
 
     def to_dict(self) -> dict[str, object]:
         """Plain Python numbers, ready for JSON; None where there is no number."""
-        error, se = self.monte_carlo, self.standard_errors
+        error, se, table = self.monte_carlo, self.standard_errors, self.population.unknowns
         ess = self.ess
         return {
             "estimator": self.estimator,
@@ -251,15 +250,16 @@ class PopulationFit:
             },
             "unknowns": [
                 {
-                    "name": name,
-                    "label": unknown_label(self.population, name),
+                    "name": row.name,
+                    **asdict(row),
+                    "label": table.labels[place],
                     "estimate": float(self.theta[place]),
                     "se": number(se[place]),
-                    "fixed": bool(self.population.unknowns.fixed[place]),
+                    "fixed": bool(table.fixed[place]),
                     "monte_carlo_se": number(error.se[place]),
                     "monte_carlo_bias": number(error.bias[place]),
                 }
-                for place, name in enumerate(self.population.unknowns.names)
+                for place, row in enumerate(table.rows)
             ],
             "covariance": [[number(value) for value in row] for row in self.covariance.tolist()],
             "table": self.table().to_dict(),

@@ -11,8 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.population.models.labels import unknown_label
+from nlme_sbi.population.models.interface import MEAN, PopulationModel
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,8 @@ class Interval:
         lower: limit there; minus infinity where a profile has none.
         upper: the other one.
         quantity: what ``natural`` is, as printed: ``typical ka`` (in its unit), ``omega(ka)`` (the SD between
-            individuals), ``corr(ka, V)``, ``WT on CL``; see :func:`nlme_sbi.population.models.labels.unknown_label`.
+            individuals), ``corr(ka, V)``, ``WT on CL``; see
+            :attr:`nlme_sbi.population.models.interface.ParameterTable.labels`.
         natural: the estimate on the natural scale (parameter's unit; SD; correlation).
         natural_se: its standard error, by the delta method or, of the bootstrap, the replicates' SD; None for profiles.
         natural_lower: limit there; 0 for an SD without a lower limit.
@@ -66,7 +66,7 @@ class ProfileCurve:
 
 def made_interval(
     population: PopulationModel,
-    unknown: str,
+    place: int,
     limits: tuple[float, float, float],
     *,
     method: str,
@@ -75,25 +75,26 @@ def made_interval(
     monte_carlo_se: float | None,
     natural_se: float | None = None,
 ) -> Interval:
-    """An interval with its natural values, from estimate, lower and upper limit on the scale of theta.
+    """An interval of the unknown at a place in theta with its natural values, from estimate, lower and upper limit on
+    the scale of theta.
 
     ``natural_se`` comes by the delta method from ``se`` where it is not given.
     """
     estimate, lower, upper = limits
-    places = torch.tensor(limits, dtype=torch.float64)
-    natural = natural_values(population, unknown, places).tolist()
+    values = torch.tensor(limits, dtype=torch.float64)
+    natural = natural_values(population, place, values).tolist()
     if se is not None and natural_se is None:
-        slope = torch.func.jacfwd(lambda at: natural_values(population, unknown, at))(places[:1])
+        slope = torch.func.jacfwd(lambda at: natural_values(population, place, at))(values[:1])
         natural_se = abs(float(slope)) * se
     return Interval(
-        unknown=unknown,
+        unknown=population.unknowns.names[place],
         method=method,
         level=level,
         estimate=estimate,
         se=se,
         lower=lower,
         upper=upper,
-        quantity=_quantity(population, unknown),
+        quantity=_quantity(population, place),
         natural=natural[0],
         natural_se=natural_se,
         natural_lower=natural[1],
@@ -102,18 +103,17 @@ def made_interval(
     )
 
 
-def _quantity(population: PopulationModel, unknown: str) -> str:
-    label = unknown_label(population, unknown)
-    return f"typical {label}" if label in population.parameters.names else label
+def _quantity(population: PopulationModel, place: int) -> str:
+    table = population.unknowns
+    return f"typical {table.labels[place]}" if table.rows[place].quantity == MEAN else table.labels[place]
 
 
-def natural_values(population: PopulationModel, unknown: str, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Values of an unknown on its natural scale: the parameter's unit, an SD, a correlation, a coefficient as it is."""
-    kind, _, name = unknown.partition(".")
-    table, names = population.unknowns, population.parameters.names
-    transform = table.transforms[table.names.index(unknown)]
-    if kind == "mean" and name in names:
-        return ParameterSpace((population.parameters[name],)).to_natural(values[:, None])[:, 0]
+def natural_values(population: PopulationModel, place: int, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Values of the unknown at a place in theta on its natural scale: the parameter's unit, an SD, a correlation, a
+    coefficient as it is."""
+    unknown, transform = population.unknowns.rows[place], population.unknowns.transforms[place]
+    if unknown.quantity == MEAN:
+        return ParameterSpace((population.parameters[unknown.parameter],)).to_natural(values[:, None])[:, 0]
     if transform == "log":
         return values.exp()
     return torch.tanh(values) if transform == "partial_correlation" else values

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from nlme_sbi.population.models.interface import LOG_SD, Unknown
 from nlme_sbi.population.objective.information_criteria import likelihood_ratio_p
 
 _EQUAL = 1e-9  # relative difference of fixed values that are the same
@@ -42,7 +43,7 @@ class ComparedFit:
         aic: Akaike's criterion.
         bic: with log(individuals).
         bicc: as Monolix defines it.
-        free: names of the estimated unknowns.
+        free: the estimated unknowns.
         fixed: values of the others.
         vanished: parameters whose variance was estimated as 0.
         converged: whether the fit did.
@@ -62,8 +63,8 @@ class ComparedFit:
     aic: float
     bic: float
     bicc: float
-    free: frozenset[str]
-    fixed: Mapping[str, float]
+    free: frozenset[Unknown]
+    fixed: Mapping[Unknown, float]
     vanished: frozenset[str]
     converged: bool
     effects: Mapping[tuple[str, str, str], str] = field(default_factory=dict)
@@ -82,6 +83,7 @@ class ComparedFit:
         if plain["aic"] is None:
             raise ValueError(f"{label} has no finite likelihood; it cannot be compared.")
         ratio = plain["log_likelihood_ratio"] is not None
+        unknowns = [(stored_unknown(entry), entry) for entry in plain["unknowns"]]
         return cls(
             label=label,
             estimator=plain["estimator"],
@@ -96,8 +98,8 @@ class ComparedFit:
             aic=plain["aic"],
             bic=plain["bic"],
             bicc=plain["bicc"],
-            free=frozenset(entry["name"] for entry in plain["unknowns"] if not entry["fixed"]),
-            fixed={entry["name"]: entry["estimate"] for entry in plain["unknowns"] if entry["fixed"]},
+            free=frozenset(unknown for unknown, entry in unknowns if not entry["fixed"]),
+            fixed={unknown: entry["estimate"] for unknown, entry in unknowns if entry["fixed"]},
             vanished=frozenset(test["parameter"] for test in plain["variance_tests"] if test["estimated"]),
             converged=plain["converged"],
             effects={
@@ -105,6 +107,11 @@ class ComparedFit:
                 for row in plain.get("table", {}).get("covariate_effects", [])
             },
         )
+
+    @property
+    def zero(self) -> frozenset[Unknown]:
+        """The log SDs that were estimated as minus infinity."""
+        return frozenset(Unknown(LOG_SD, name) for name in self.vanished)
 
     @property
     def quantity(self) -> str:
@@ -209,6 +216,11 @@ class Comparison:
         return "\n".join([*parts, *(one.sentence for one in self.contradictions), *self.notes]).rstrip() + "\n"
 
 
+def stored_unknown(entry: Mapping[str, Any]) -> Unknown:
+    """An unknown as ``fit.json`` tells it."""
+    return Unknown(entry["quantity"], entry["parameter"], entry["other"], entry["level"])
+
+
 def _with_difference(name: str, fit: ComparedFit, best: Mapping[str, float]) -> dict[str, float]:
     value = getattr(fit, name)
     return {name: value, f"{name}_difference": value - best[name]}
@@ -255,7 +267,7 @@ def is_same_model(first: ComparedFit, second: ComparedFit) -> bool:
         and first.free == second.free
         and first.effects == second.effects
         and set(first.fixed) == set(second.fixed)
-        and all(_same(value, second.fixed[name]) for name, value in first.fixed.items())
+        and all(_same(value, second.fixed[unknown]) for unknown, value in first.fixed.items())
     )
 
 
@@ -354,18 +366,17 @@ def restrictions(small: ComparedFit, large: ComparedFit) -> tuple[int, int] | No
     or nothing is known of it."""
     if small.model != large.model or small.simulator != large.simulator:
         return None
-    known = large.free | {f"log_sd.{name}" for name in large.vanished}
-    if not (small.free | {f"log_sd.{name}" for name in small.vanished}) <= known:
+    known = large.free | large.zero
+    if not small.free | small.zero <= known:
         return None
-    if any(not _same(value, small.fixed.get(name)) for name, value in large.fixed.items()):
+    if any(not _same(value, small.fixed.get(unknown)) for unknown, value in large.fixed.items()):
         return None
     if any(large.effects.get(name) != form for name, form in small.effects.items()):
         return None
     if not set(small.fixed) <= known | set(large.fixed):
         return None
-    beyond = known - small.free - {f"log_sd.{name}" for name in small.vanished}
-    absent = {name for name in beyond if name not in small.fixed}
-    zero = {name for name in absent if name.startswith("log_sd.")}
+    beyond = known - small.free - small.zero
+    zero = {unknown for unknown in beyond if unknown not in small.fixed and unknown.quantity == LOG_SD}
     return (len(beyond) - len(zero), len(zero)) if beyond else None
 
 

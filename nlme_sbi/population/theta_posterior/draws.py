@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nlme_sbi.numerics.mcmc_diagnostics import bulk_ess, split_rhat, tail_ess
 from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.population.models.labels import unknown_label
 from nlme_sbi.population.theta_posterior.prior import ThetaPrior
 
 RHAT = 1.01  # above it chains have not met (Vehtari et al. 2021)
@@ -155,8 +154,8 @@ def convergence_warnings(
     """Sentences on unknowns whose chains have not met or are worth too few draws."""
     apart, poor = [], []
     for place in population.unknowns.free.tolist():
-        name, check = population.unknowns.names[place], ChainCheck.of(theta[..., place].cpu().numpy())
-        worth, name = min(check.bulk, check.tail), unknown_label(population, name)
+        name, check = population.unknowns.labels[place], ChainCheck.of(theta[..., place].cpu().numpy())
+        worth = min(check.bulk, check.tail)
         if not check.rhat <= RHAT:
             apart.append(f"{name} ({check.rhat:.3g})")
         if not worth >= LEAST_ESS:

@@ -27,7 +27,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.models.interface import (
+    LOG_SD,
+    MEAN,
+    PARTIAL_CORRELATION,
+    ParameterTable,
+    PopulationModel,
+    Unknown,
+)
 from nlme_sbi.rows import ReadOnlyMapping
 from nlme_sbi.types import Prior
 
@@ -78,21 +85,19 @@ class ThetaPriors:
                 near = difflib.get_close_matches(name, estimated, n=1)
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise ValueError(f"priors.given.{name}: the fit estimates {', '.join(estimated)}.{hint}")
-        pairs = _conditioned(population)
         sd = dict(zip(training.names, training.covariance.diagonal().sqrt().tolist(), strict=True))
         centre = dict(zip(training.names, training.mean.tolist(), strict=True))
         entries = []
         for place in free:
-            kind, _, parameter = unknowns.names[place].partition(".")
-            name, transform = unknowns.names[place], unknowns.transforms[place]
+            row, name = unknowns.rows[place], unknowns.names[place]
             if name in self.given:
                 entries.append(_Entry("normal", float(self.given[name]["mean"]), float(self.given[name]["sd"])))
-            elif kind == "mean" and parameter in sd:
-                entries.append(_Entry("normal", centre[parameter], self.mean_scale * sd[parameter]))
-            elif kind == "log_sd" and parameter in sd:
-                entries.append(_Entry("half-normal", 0.0, self.sd_scale * sd[parameter]))
-            elif transform == "partial_correlation":
-                entries.append(_Entry("LKJ", 0.0, self.correlation_shape + 0.5 * pairs[name]))
+            elif row.quantity == MEAN:
+                entries.append(_Entry("normal", centre[row.parameter], self.mean_scale * sd[row.parameter]))
+            elif row.quantity == LOG_SD:
+                entries.append(_Entry("half-normal", 0.0, self.sd_scale * sd[row.parameter]))
+            elif row.quantity == PARTIAL_CORRELATION:
+                entries.append(_Entry("LKJ", 0.0, self.correlation_shape + 0.5 * _unconditioned(unknowns, row)))
             else:
                 entries.append(_Entry("normal", 0.0, float(self.effect_sd)))
         return ThetaPrior(unknowns.free, tuple(entries), float(self.correlation_shape))
@@ -150,21 +155,10 @@ def _log_density(value: Tensor, entry: _Entry) -> Tensor:
     return -2 * entry.scale * log_cosh - constant
 
 
-def _conditioned(population: PopulationModel) -> dict[str, int]:
-    """``d - 2 - k`` for every partial correlation by name: variables of its block that are neither of the pair nor
-    conditioned on.
-
-    Names are ``partial_correlation.A.B``, A the earlier one; those before A in their block are conditioned on.
-    """
-    names = [name.split(".")[1:] for name in population.unknowns.names if name.startswith("partial_correlation.")]
-    order = {name: place for place, name in enumerate(population.parameters.names)}
-    partners = {first: {first} for pair in names for first in pair}
-    for first, second in names:
-        partners[first].add(second)
-        partners[second].add(first)
-    rest = {}
-    for first, second in names:
-        earlier = min(first, second, key=order.__getitem__)
-        before = sum(order[other] < order[earlier] for other in partners[earlier])
-        rest[f"partial_correlation.{first}.{second}"] = len(partners[earlier]) - 2 - before
-    return rest
+def _unconditioned(table: ParameterTable, pair: Unknown) -> int:
+    """``d - 2 - k`` of a partial correlation: variables of its block that are neither of the pair nor conditioned on,
+    which are those that come before the pair's first."""
+    pairs = [table.rows[place] for place in table.entries(PARTIAL_CORRELATION)]
+    before = {one.parameter for one in pairs if one.other == pair.parameter}
+    after = {one.other for one in pairs if one.parameter == pair.parameter}
+    return len(before | after) - 1 - len(before)

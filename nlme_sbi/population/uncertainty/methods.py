@@ -120,7 +120,7 @@ def bootstrap_rows(fit: PopulationFit, found: Bootstrap, *, level: float = 0.95)
             level=level,
             se=float(errors[place]),
             noise=float(noise[place]),
-            natural_se=float(natural_values(fit.population, fit.population.unknowns.names[place], replicates).std()),
+            natural_se=float(natural_values(fit.population, place, replicates).std()),
         )
         for place, replicates in ((place, found.theta[:, place]) for place in fit.population.unknowns.free.tolist())
     )
@@ -216,7 +216,7 @@ def _made(
     own = float(fit.monte_carlo.se[place])
     return made_interval(
         fit.population,
-        fit.population.unknowns.names[place],
+        place,
         limits,
         method=method,
         level=level,

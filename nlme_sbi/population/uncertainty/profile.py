@@ -17,6 +17,7 @@ from jaxtyping import Float
 from scipy.stats import norm
 from torch import Tensor
 
+from nlme_sbi.population.models.interface import MEAN
 from nlme_sbi.population.objective.interface import MovableDraws, WeightedDraws
 from nlme_sbi.population.objective.objective import contributions, halves, value_and_gradient
 from nlme_sbi.population.objective.optimization import NOWHERE, climb
@@ -243,11 +244,11 @@ def expanded(state: WeightedDraws, theta: Float[Tensor, " P"], se: Float[Tensor,
     """
     if not isinstance(state, MovableDraws) or not state.population.constant or state.is_direct:
         return None
-    names = [f"mean.{state.population.parameters.names[column]}" for column in state.population.constant]
     design = state.blocks[0].design
     shift = (state.population.constants(theta, design) - state.population.constants(state.made_for, design)).abs()
-    known = state.population.unknowns.names
-    errors = torch.stack([se[known.index(name)] if name in known else torch.zeros_like(se[0]) for name in names])
+    names = [state.population.parameters.names[column] for column in state.population.constant]
+    places = [state.population.unknowns.entry(MEAN, name) for name in names]
+    errors = torch.stack([torch.zeros_like(se[0]) if place is None else se[place] for place in places])
     allowed = torch.minimum((_CUBIC * errors).sqrt(), errors)
     return None if bool((shift.amax(0) <= allowed).all()) else state.expanded_at(theta)
 

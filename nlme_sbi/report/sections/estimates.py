@@ -8,6 +8,7 @@ from typing import Any
 
 from nlme_sbi.diagnostics.findings import Finding
 from nlme_sbi.plots.intervals import plot_intervals
+from nlme_sbi.population.models.interface import LOG_SD
 from nlme_sbi.population.objective.variance_tests import VarianceTest, sentence
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
 from nlme_sbi.report.page.content import Block, Cell, Picture, Section, Table, Words, interval, number
@@ -29,7 +30,7 @@ def estimates_section(fit: ReportedFit) -> Section:
     blocks.append(likelihood_table(fit.told))
     intervals = fit.told.get("intervals") or []
     if intervals:
-        blocks += [interval_table(intervals), interval_picture(intervals)]
+        blocks += [interval_table(intervals, fit.told["unknowns"]), interval_picture(intervals)]
     blocks.append(unknowns_table(fit.told["unknowns"]))
     notes = [*fit.told.get("labelling", []), *(_tested(test) for test in fit.told.get("variance_tests", []))]
     blocks += [Words(note) for note in notes]
@@ -188,8 +189,9 @@ def _digits_to_hundredths(value: int | float) -> int:
     return max(7, len(str(int(abs(value)))) + 2)
 
 
-def interval_table(intervals: Sequence[Row]) -> Table:
-    """A row an unknown, a column a method."""
+def interval_table(intervals: Sequence[Row], unknowns: Sequence[Row]) -> Table:
+    """A row an unknown, a column a method; ``unknowns`` of the fit tell which of them are SDs."""
+    sds = {entry["name"] for entry in unknowns if entry["quantity"] == LOG_SD}
     methods = list(dict.fromkeys(row["method"] for row in intervals))
     quantities = list(dict.fromkeys(row["quantity"] for row in intervals))
     found = {(row["quantity"], row["method"]): row for row in intervals}
@@ -198,7 +200,10 @@ def interval_table(intervals: Sequence[Row]) -> Table:
     for quantity in quantities:
         some = [found.get((quantity, method)) for method in methods]
         estimate = next(row["natural"] for row in some if row is not None)
-        limits = [Cell("–") if row is None else interval(_low(row), _high(row)) for row in some]
+        limits = [
+            Cell("–") if row is None else interval(_low(row, 0.0 if row["unknown"] in sds else -math.inf), _high(row))
+            for row in some
+        ]
         made.append((Cell(quantity), number(estimate), *limits))
     return Table(
         "intervals",
@@ -210,9 +215,8 @@ def interval_table(intervals: Sequence[Row]) -> Table:
     )
 
 
-def _low(row: Row) -> float:
-    """JSON has no infinity: a limit that is not there is one."""
-    missing = 0.0 if str(row["unknown"]).startswith("log_sd.") else -math.inf
+def _low(row: Row, missing: float) -> float:
+    """JSON has no infinity: a limit that is not there is one, or what is given for it."""
     return float(row["natural_lower"]) if row["natural_lower"] is not None else missing
 
 

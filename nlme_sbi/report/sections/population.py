@@ -141,26 +141,28 @@ def _covariate_frame(ids: Sequence[str], design: Design) -> pd.DataFrame:
 def _influence(fit: ReportedFit) -> Made:
     frame = influence_of(fit)
     top = frame.sort_values("cook", ascending=False)
-    shifts = [name for name in frame.columns if name.startswith("shift.")]
+    unknowns = fit.told["unknowns"]
+    finding = influence_finding(frame, unknowns)
+    names = [str(entry["name"]) for entry in unknowns if not entry["fixed"]]
     rows = []
     for _, row in top.head(_LISTED).iterrows():
-        largest = max(shifts, key=lambda name: abs(float(row[name])))
+        shifts = {name: float(row[f"shift.{name}"]) for name in names}
+        largest = max(names, key=lambda name: abs(shifts[name]))
         rows.append(
             (
                 Cell(str(row["id"])),
                 number(float(row["cook"]), 3),
-                Cell(largest.removeprefix("shift.")),
-                number(float(row[largest]), 3),
+                Cell(largest),
+                number(shifts[largest], 3),
             )
         )
-    finding = influence_finding(frame)
     picture = Picture(
         "influence",
         "Influence of single individuals",
         f"Left: Cook's distance of the {min(20, len(frame))} most influential individuals; right: what leaving each "
         f"out does to every unknown, in standard errors. {finding.sentence}",
         "The individuals that matter most for the estimates, most influential first.",
-        drawn=plot_influence(frame),
+        drawn=plot_influence(frame, names),
     )
     table = Table(
         "influence",

@@ -12,6 +12,7 @@ import torch
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.designs import DesignsOfData, FixedGrid, Schedule
 from nlme_sbi.io import PlannedDesigns, PlanReader, same_form
+from nlme_sbi.population.models.interface import EFFECTS
 from nlme_sbi.stages.shared.stored_fit import StoredFit
 from nlme_sbi.types import Covariates, Design, Observations, Simulator
 from nlme_sbi.units import check_unit
@@ -100,8 +101,9 @@ def _scheduled(schedule: Schedule, fit: StoredFit, individuals: Who, new: Litera
 
 def needed(fit: StoredFit) -> tuple[str, ...]:
     """Covariates that simulator and population model depend on."""
-    effects = fit.population.unknowns.effects
-    return tuple(dict.fromkeys([*fit.posterior.simulator.covariates, *(effect.covariate for effect in effects)]))
+    table = fit.population.unknowns
+    of_effects = [table.rows[place].other for place in table.entries(*EFFECTS)]
+    return tuple(dict.fromkeys([*fit.posterior.simulator.covariates, *of_effects]))
 
 
 def _new(found: Design | str, wished: Literal["auto"] | bool, fit: StoredFit) -> New | None:

@@ -30,7 +30,7 @@ from nlme_sbi.population.estimators.saem.stochastic_approximation import Recursi
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, mixtures, modes
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.population.models.labels import named, unknown_label
+from nlme_sbi.population.models.labels import named
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.subsets import of_individuals, random_part
 from nlme_sbi.types import Observations, Simulator, TractableSimulator
@@ -273,7 +273,7 @@ class _Run:
                 return run.refreshed()
             if len(trace) >= most:
                 place = int(free[int(drift(window).abs().argmax())])
-                name = unknown_label(self.data.population, self.data.population.unknowns.names[place])
+                name = self.data.population.unknowns.labels[place]
                 said = f"After {len(trace)} sweeps with step 1 {name} still drifted; the start may be far off."
                 return replace(run.refreshed(), said=(*run.said, said))
             ahead = min(most, len(trace) + len(trace) // 2)
