@@ -69,7 +69,8 @@ STAGES = {
         "diagnose.exact=0",
         "diagnose.chains=0",
     ],
-    "report": [*EXPERIMENT[:2], "report.replicates=20", "diagnosis=none"],
+    "check_fit": [*EXPERIMENT[:2], "check_fit.replicates=20"],
+    "report": [*EXPERIMENT[:2], "check_fit.replicates=30", "diagnosis=none"],
     "compare_fits": ["{first}", "{second}"],
 }
 

@@ -15,7 +15,7 @@ _OPEN = (
     *("covariate_units", "covariate_scale"),
 )
 _LIST_OR_MAPPING = ("data.categorical",)
-_NAMES = ("individuals", "report.individuals")
+_NAMES = ("individuals", "check_fit.individuals")
 _OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|)(?P<key>[\w.@/-]+)=(?P<value>.*)", re.DOTALL)
 # What Hydra makes a number, a truth value or nothing of; a text that looks so is a name all the same.
 _NO_TEXT = re.compile(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,13 +12,30 @@ from torch import Tensor
 
 from nlme_sbi.diagnostics.fit.predictive_bands import PredictiveBands
 from nlme_sbi.plots.canvas import BLACK, BLUE, ORANGE, TEXT_SIZE, data_text, labelled, legend_above, panels
-from nlme_sbi.types import Observations, Simulator
+from nlme_sbi.types import Observations
+
+
+@runtime_checkable
+class SignalNames(Protocol):
+    """Names and units of signals and time: a simulator has them, and so have data."""
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Names."""
+
+    @property
+    def signal_units(self) -> tuple[str, ...]:
+        """A unit each."""
+
+    @property
+    def time_unit(self) -> str:
+        """Of all times."""
 
 
 def plot_predictions(
     bands: PredictiveBands,
     titles: Sequence[str],
-    simulator: Simulator,
+    names: SignalNames,
     *,
     signal: int = 0,
     data: Observations | None = None,
@@ -27,7 +45,7 @@ def plot_predictions(
     Args:
         bands: one row a panel.
         titles: of the panels.
-        simulator: for names and units.
+        names: of signals and units.
         signal: which of the signals.
         data: measurements of the same rows, where they belong to what is predicted.
 
@@ -44,9 +62,9 @@ def plot_predictions(
             times, values = (_plain(one)[seen] for one in (data.design.times[row], data.values[row, :, signal]))
             ax.plot(times, values, ".", color=BLACK, markersize=3.0, zorder=3, label="measured")
         ax.set_title(data_text(title), fontsize=TEXT_SIZE, pad=2)
-    figure.supxlabel(labelled("time", simulator.time_unit), fontsize=TEXT_SIZE)
-    name = simulator.signals[signal].replace("_", " ")
-    figure.supylabel(labelled(name, simulator.signal_units[signal]), fontsize=TEXT_SIZE)
+    figure.supxlabel(labelled("time", names.time_unit), fontsize=TEXT_SIZE)
+    name = names.signals[signal].replace("_", " ")
+    figure.supylabel(labelled(name, names.signal_units[signal]), fontsize=TEXT_SIZE)
     legend_above(figure, axes[0], columns=5)
     return figure
 

@@ -1,4 +1,4 @@
-"""The whole report of a fit: all sections, and the verdict over them."""
+"""The whole report of a fit: all sections, and the verdict over them. Nothing is computed from the model here."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 import nlme_sbi
 from nlme_sbi.diagnostics.findings import Finding
+from nlme_sbi.diagnostics.fit.individual_curves import Shown, choose_individuals
+from nlme_sbi.report.inputs.fit_checks import TABLES
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
 from nlme_sbi.report.page.content import Report, Section, attempted_section
 from nlme_sbi.report.sections.convergence import convergence_section
 from nlme_sbi.report.sections.estimates import estimates_section
-from nlme_sbi.report.sections.individual_fits import Shown, closeness, fits_section, shown_individuals
+from nlme_sbi.report.sections.individual_fits import fits_section
 from nlme_sbi.report.sections.individuals import individual_quantities, individuals_section, weight_flags
-from nlme_sbi.report.sections.model import Checked, Simulated, model_section, simulated
+from nlme_sbi.report.sections.model import model_section
 from nlme_sbi.report.sections.network import (
     Diagnosis,
     familiar_section,
@@ -34,23 +34,6 @@ from nlme_sbi.report.verdict import Topic, verdict
 _MODEL_CHECKS = ("random_effects", "covariates", "robust_errors")  # of the population, but about the model
 
 
-@dataclass(frozen=True)
-class ReportSettings:
-    """The section ``report``."""
-
-    individuals: tuple[str, ...] = ()
-    each: int = 8
-    replicates: int = 1000
-    checked: int = 500
-
-    def __post_init__(self) -> None:
-        for key in ("each", "replicates", "checked"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"report.{key} must be at least 1; got {getattr(self, key)}.")
-        if len(set(self.individuals)) != len(self.individuals):
-            raise ValueError("report.individuals names somebody twice.")
-
-
 @dataclass(frozen=True, eq=False)
 class Composed:
     """The report and the tables that are saved beside it."""
@@ -60,84 +43,72 @@ class Composed:
 
 
 def composed_report(
-    fit: ReportedFit, diagnosis: Diagnosis, settings: ReportSettings, *, generators: Mapping[str, torch.Generator]
+    fit: ReportedFit,
+    diagnosis: Diagnosis,
+    *,
+    chosen: Sequence[str] = (),
+    each: int = 8,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Composed:
     """Assemble all report sections of a fit.
 
     Args:
-        fit: the fit.
+        fit: the fit, with its checks where there are any.
         diagnosis: of its network.
-        settings: what is wished.
-        generators: ``fits``, ``model`` and ``population``, on the fit's device.
+        chosen: ids that stay on the map of all individuals where the fit was not checked; the checks name their own.
+        each: representative individuals that stay, as ``chosen``.
+        advance: is told sections that are done.
 
     Raises:
-        ValueError: for ids in ``settings.individuals`` that the fit does not have; everything else that is refused
-            becomes a grey finding in its section.
+        ValueError: for ids in ``chosen`` that the fit does not have; everything else that is refused becomes a grey
+            finding in its section.
     """
-    close = _closeness(fit)
-    shown = shown_individuals(fit, close, chosen=settings.individuals, each=settings.each)
-    held: list[Simulated] = []
-
-    def among() -> Simulated:
-        if not held:
-            held.append(
-                simulated(fit, replicates=settings.replicates, most=settings.checked, generator=generators["model"])
-            )
-        return held[0]
-
-    frames: dict[str, pd.DataFrame] = {"individuals": fit.individuals}
-    model = _kept(
-        "model", "Model against data", frames, lambda: model_section(fit, among(), generator=generators["model"])
+    shown = _shown(fit, chosen, each)
+    runs = [one for one in (fit.run, None if fit.checks is None else fit.checks.run, diagnosis.run) if one is not None]
+    makers: tuple[tuple[str, str, Callable[[], Section]], ...] = (
+        ("estimates", "Population estimates", lambda: estimates_section(fit)),
+        ("fits", "Individual fits", lambda: fits_section(fit)),
+        ("model", "Model against data", lambda: model_section(fit)),
+        ("network", "Network: calibration", lambda: network_section(diagnosis)),
+        ("misspecification", "Data against training", lambda: familiar_section(diagnosis)),
+        ("population", "Population", lambda: population_section(fit)),
+        ("convergence", "Convergence and Monte-Carlo error", lambda: convergence_section(fit)),
+        ("individuals", "All individuals", lambda: _individuals(fit, diagnosis, shown)),
+        ("provenance", "Where this comes from", lambda: provenance_section(runs)),
     )
-    population = _kept(
-        "population", "Population", frames, lambda: population_section(fit, generator=generators["population"])
-    )
-    runs = [fit.run, *([] if diagnosis.run is None else [diagnosis.run])]
-    sections = (
-        attempted_section("estimates", "Population estimates", lambda: estimates_section(fit)),
-        attempted_section("fits", "Individual fits", lambda: fits_section(fit, shown, generator=generators["fits"])),
-        model,
-        attempted_section("network", "Network: calibration", lambda: network_section(diagnosis)),
-        attempted_section("misspecification", "Data against training", lambda: familiar_section(diagnosis)),
-        population,
-        attempted_section("convergence", "Convergence and Monte-Carlo error", lambda: convergence_section(fit)),
-        attempted_section("individuals", "All individuals", lambda: _individuals(fit, diagnosis, close, shown)),
-        attempted_section("provenance", "Where this comes from", lambda: provenance_section(runs)),
-    )
+    sections = []
+    for anchor, title, make in makers:
+        sections.append(attempted_section(anchor, title, make))
+        advance(1)
     report = Report(
         title=f"Population fit: {fit.run.manifest['experiment']}",
         subtitle="What the fit says, how far it can be trusted, and where it came from.",
         facts=_facts(fit),
         answers=verdict(_by_topic(sections), by_likelihood=fit.by_likelihood),
-        sections=sections,
+        sections=tuple(sections),
         version=nlme_sbi.__version__,
     )
-    return Composed(report, frames)
+    return Composed(report, {"individuals": fit.individuals, **_tables(fit)})
 
 
-def _closeness(fit: ReportedFit) -> Float[Tensor, " I"] | None:
-    if fit.stored is None:
-        return None
-    names = fit.stored.population.parameters.names
-    columns = [f"{name}.mean" for name in names]
-    if any(column not in fit.individuals for column in columns):
-        return None
-    means = torch.tensor(fit.individuals[columns].to_numpy(float), dtype=torch.float64)
-    return closeness(fit.stored, means)
+SECTIONS = 9  # that composed_report makes
 
 
-def _kept(anchor: str, title: str, frames: dict[str, pd.DataFrame], make: Callable[[], Checked]) -> Section:
-    """A checked section, whose tables go to the others."""
-
-    def made() -> Section:
-        found = make()
-        frames.update(found.frames)
-        return found.section
-
-    return attempted_section(anchor, title, made)
+def _shown(fit: ReportedFit, chosen: Sequence[str], each: int) -> Shown:
+    if fit.checks is not None:
+        return fit.checks.shown
+    ess = torch.tensor(fit.individuals["ess"].to_numpy(), dtype=torch.float64)
+    return choose_individuals(list(fit.individuals["id"]), ess, None, chosen=chosen, each=each)
 
 
-def _individuals(fit: ReportedFit, diagnosis: Diagnosis, close: Tensor | None, shown: Shown) -> Section:
+def _tables(fit: ReportedFit) -> dict[str, pd.DataFrame]:
+    """Those of the checks, which the report keeps beside its own."""
+    checks = fit.checks
+    return {} if checks is None else {name: checks.table(name) for name in TABLES if checks.has(name)}
+
+
+def _individuals(fit: ReportedFit, diagnosis: Diagnosis, shown: Shown) -> Section:
+    close = None if fit.checks is None else fit.checks.closeness()
     others: dict[str, tuple[str, pd.Series]] = {}
     flags = weight_flags(fit)
     scores = individual_scores(diagnosis)
@@ -159,7 +130,7 @@ def _individuals(fit: ReportedFit, diagnosis: Diagnosis, close: Tensor | None, s
     worst[[row for row, reason in zip(shown.rows, shown.reasons, strict=True) if reason == "worst fit"]] = True
     if close is not None and len(fit.individuals) > 4 * worst.sum():
         flags["among the worst fits"] = worst
-    quantities = individual_quantities(fit, closeness=None if close is None else close.numpy(), others=others)
+    quantities = individual_quantities(fit, closeness=close, others=others)
     return individuals_section(fit, quantities, flags, shown=shown.rows)
 
 

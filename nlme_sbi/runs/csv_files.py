@@ -59,8 +59,12 @@ def records_text(records: Sequence[Mapping[str, Any]]) -> str:
     return held.getvalue()
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    """A table that :func:`csv_text` wrote, with its column ``id`` as text.
+def read_csv(path: Path, *, texts: Sequence[str] = ("id",)) -> pd.DataFrame:
+    """A table that :func:`csv_text` wrote.
+
+    Args:
+        path: of the file.
+        texts: columns that hold text, even where it looks like a number or a gap.
 
     Raises:
         ValueError: where the file is missing or no such table.
@@ -69,8 +73,9 @@ def read_csv(path: Path) -> pd.DataFrame:
     try:
         columns = list(pd.read_csv(path, nrows=0).columns)
         # An id may be called NA; in every other column that is a gap.
-        gaps = {name: list(_GAPS) for name in columns if name != "id"}
-        frame = pd.read_csv(path, dtype={"id": str}, keep_default_na=False, na_values=gaps)
+        gaps = {name: list(_GAPS) for name in columns if name not in texts}
+        kinds = dict.fromkeys(texts, str)
+        frame = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=gaps)
     except (ValueError, OSError) as problem:  # pandas' parser errors, a wrong encoding
         raise ValueError(
             f"{path} is damaged: it is no table ({problem}). Run its stage again with fresh=true."

@@ -262,6 +262,16 @@ FINDINGS = {
         }
     ]
 }
+_SHARE = Rule("a number between 0 and 1", lambda value: _is_number(value) and 0 < value < 1)
+FIT_CHECKS = {
+    "individuals": COUNT,
+    "checked": [COUNT],
+    "replicates": POSITIVE,
+    "confidence": Maybe(_SHARE),
+    "transforms": Each(str),
+    "shown": [{"row": COUNT, "reason": str}],
+    "curve_probabilities": Maybe([_SHARE]),
+}
 JOB = {"overrides": [str], "run": Maybe(str), "ended": str}
 CONFIG = {"schema_version": int, "stage": WORD, "experiment": NAME, "config": dict, "inputs": Each(SHA256)}
 
@@ -277,6 +287,14 @@ DESIGN_ARRAYS = {
     **{f"events.{name}": (INTEGERS, 2) for name in ("kind", "additional", "steady_state", "compartment")},
 }
 OBSERVATION_ARRAYS = {"values": (FLOATS, 3), "censoring": (INTEGERS, 3), "lower": (FLOATS, 3), "upper": (FLOATS, 3)}
+CURVE_ARRAYS = {
+    "times": (FLOATS, 2),
+    "noise_free": (FLOATS, 4),
+    "with_noise": (FLOATS, 4),
+    "typical": (FLOATS, 3),
+    "failed": (INTEGERS, 1),
+    "within": (INTEGERS, 2),
+}
 SHARD_ARRAYS = {"phi": (FLOATS, 2), "values": (FLOATS, 3), "status": (INTEGERS, 1)}
 
 

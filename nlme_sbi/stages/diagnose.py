@@ -38,12 +38,12 @@ from nlme_sbi.stages.checks.exact import agreement_checks
 from nlme_sbi.stages.checks.network import (
     Check,
     DiagnosisSettings,
-    Outcome,
     Subject,
     attempted_check,
     local_checks,
     prior_checks,
 )
+from nlme_sbi.stages.checks.outcome import Outcome
 from nlme_sbi.stages.shared.components import part
 from nlme_sbi.stages.shared.stored_fit import OBSERVATIONS, find_fit, posterior_runs, stored_observations
 from nlme_sbi.stages.shared.trained_posterior import (

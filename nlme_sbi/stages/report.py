@@ -1,124 +1,180 @@
-"""The report: what a finished fit says, how far it can be trusted, and where it came from, as one HTML file."""
+"""The report: what a finished fit says, how far it can be trusted, and where it came from, as one HTML file.
+
+It reads and draws. What is computed from the model is a run of ``check_fit``, which is made here where it is missing.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.compute.devices import choose_device
-from nlme_sbi.compute.random_streams import seeded
+from nlme_sbi.compute.progress import Progress
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.report.arviz import save_inference_data
-from nlme_sbi.report.composition import ReportSettings, composed_report
+from nlme_sbi.report.composition import SECTIONS, Composed, composed_report
+from nlme_sbi.report.inputs.fit_checks import FitChecks
 from nlme_sbi.report.inputs.reported_fit import ReportedFit, read_tables
 from nlme_sbi.report.page.files import save_report
 from nlme_sbi.report.sections.network import Diagnosis
 from nlme_sbi.runs import ChangedSources, FinishedRun, RunDirectory, load_run, open_run
 from nlme_sbi.runs.files import PARTIAL
-from nlme_sbi.runs.remedies import override, script_command, typed
-from nlme_sbi.stages.shared.stored_fit import StoredFit, find_fit, load_fit
+from nlme_sbi.runs.remedies import override, script_command
+from nlme_sbi.stages.check_fit import find_checks, run_checks
+from nlme_sbi.stages.checks.fit import FitCheckSettings
+from nlme_sbi.stages.shared.stored_fit import OBSERVATIONS, StoredFit, find_fit, load_fit, stored_observations
 
 log = logging.getLogger(__name__)
 
-FITS_STREAM, MODEL_STREAM, POPULATION_STREAM = range(40, 43)
+Lack = Literal["", "gone", "changed"]
+
+
+@dataclass(frozen=True, eq=False)
+class TakenUp:
+    """A fit that was taken up again, or why that was refused, in a sentence and in a word."""
+
+    fit: StoredFit | None
+    missing: str = ""
+    lack: Lack = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Checks:
+    """The checks of a fit, or why there are none, in a sentence and in a word."""
+
+    run: FinishedRun | None
+    missing: str = ""
+    lack: Lack = ""
 
 
 def report(cfg: DictConfig) -> None:
     """Make the report of a fit; the run holds ``report.html``, ``report.json``, ``tables/`` and ``figures/``.
 
     Args:
-        cfg: composed configuration with ``fit`` (RUN or latest), ``diagnosis`` (RUN, latest or none), ``report``,
-            ``seed``, ``device``, ``output_root``, ``fresh`` and ``trust``.
+        cfg: composed configuration with ``fit`` (RUN or latest), ``checks`` (auto, RUN or latest), ``diagnosis`` (RUN,
+            latest or none), ``check_fit``, ``report``, ``seed``, ``device``, ``output_root``, ``fresh`` and ``trust``.
 
     Raises:
         ValueError: one sentence where there is no fit, or it was edited, or an individual is asked for that it does not
             have. What cannot be computed (a posterior that is gone, a check that is refused) is told in the report.
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    settings, device = _settings(plain), choose_device(plain["device"])
-    wished_arviz = convert(plain["report"]["arviz"], bool, "report.arviz")
-    if wished_arviz and importlib.util.find_spec("arviz") is None:
+    settings = FitCheckSettings.of(plain)
+    root, device = Path(plain["output_root"]), choose_device(plain["device"])
+    with_arviz = convert(plain["report"]["arviz"], bool, "report.arviz")
+    if with_arviz and importlib.util.find_spec("arviz") is None:
         raise ValueError('report.arviz=true needs ArviZ: pip install -e ".[arviz]"')
     upstream = find_fit(plain)
     told, individuals = read_tables(upstream)
-    stored, missing, lack = _taken_up(upstream, str(device), tuple(plain["trust"]))
-    diagnosis = _diagnosis(convert(plain["diagnosis"], str, "diagnosis"), upstream, Path(plain["output_root"]))
+    checks = _checks(convert(plain["checks"], str, "checks"), plain, upstream, settings)
+    diagnosis = _diagnosis(convert(plain["diagnosis"], str, "diagnosis"), upstream, root)
+    inputs = {"fit": upstream}
+    inputs |= {} if checks.run is None else {"checks": checks.run}
+    inputs |= {} if diagnosis.run is None else {"diagnosis": diagnosis.run}
+    taken = _take_up(upstream, str(device), tuple(plain["trust"])) if with_arviz else TakenUp(None)
     run = open_run(
         stage="report",
         experiment=str(upstream.manifest["experiment"]),
-        config={**_relevant(plain), "device": device.type, "posterior": "there" if stored else lack},
-        inputs={"fit": upstream.sha256, **({} if diagnosis.run is None else {"diagnosis": diagnosis.run.sha256})},
-        root=Path(plain["output_root"]),
+        config={
+            "report": plain["report"],
+            **({"device": device.type, "posterior": taken.lack or "there"} if with_arviz else {}),
+            **({"checks": checks.lack, "check_fit": _asked(settings)} if checks.run is None else {}),
+        },
+        inputs={name: one.sha256 for name, one in inputs.items()},
+        root=root,
         fresh=plain["fresh"],
-        input_paths={"fit": upstream.path, **({} if diagnosis.run is None else {"diagnosis": diagnosis.run.path})},
-        sources=None if stored is None else stored.sources,
+        input_paths={name: one.path for name, one in inputs.items()},
+        sources=None if taken.fit is None else taken.fit.sources,
     )
     with run:
         if run.finished:
             load_run(run.path, stage="report")
         else:
-            seed = int(plain["seed"])
-            composed = composed_report(
-                ReportedFit(upstream, told, individuals, stored, missing),
-                diagnosis,
-                settings,
-                generators={
-                    "fits": seeded(device, seed, FITS_STREAM),
-                    "model": seeded(device, seed, MODEL_STREAM),
-                    "population": seeded(device, seed, POPULATION_STREAM),
-                },
+            fit = ReportedFit(
+                upstream,
+                told,
+                individuals,
+                stored_observations(upstream) if upstream.has(OBSERVATIONS) else None,
+                None if checks.run is None else FitChecks(checks.run),
+                checks.missing,
             )
-            save_report(run.path, composed.report, composed.frames)
-            if wished_arviz:
-                _save_arviz(run, stored, missing)
+            composed = _drawn(run, fit, diagnosis, settings)
+            if with_arviz:
+                _save_arviz(run, taken)
             for answer in composed.report.answers:
                 log.info("%s %s (%s)", answer.question, answer.word, answer.light)
             run.finish({answer.name: answer.light for answer in composed.report.answers})
     log.info("Report: %s", run.path / "report.html")
 
 
-def _settings(plain: Mapping[str, Any]) -> ReportSettings:
-    """Read and check; raises ``ValueError`` with the key."""
-    section = plain["report"]
-    given = section["individuals"]
-    if not isinstance(given, list) or not all(isinstance(one, (str, int)) for one in given):
-        example = typed("report.individuals", ["1", "5"])
-        raise ValueError(f"report.individuals must be a list of ids such as {example}; got {given!r}.")
-    return ReportSettings(
-        individuals=tuple(str(one) for one in given),
-        **{key: convert(section[key], int, f"report.{key}") for key in ("each", "replicates", "checked")},
-    )
+def _drawn(run: RunDirectory, fit: ReportedFit, diagnosis: Diagnosis, settings: FitCheckSettings) -> Composed:
+    """The report, and its files in the run."""
+    with Progress(SECTIONS, "section", "sections") as progress:
+        composed = composed_report(
+            fit, diagnosis, chosen=settings.individuals, each=settings.each, advance=progress.update
+        )
+    with Progress(len(composed.report.pictures), "figure", "figures") as progress:
+        save_report(run.path, composed.report, composed.frames, advance=progress.update)
+    return composed
 
 
-def _relevant(plain: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: plain[name] for name in ("report", "seed")}
+def _asked(settings: FitCheckSettings) -> dict[str, Any]:
+    return {**asdict(settings), "individuals": list(settings.individuals)}
 
 
-def _taken_up(
-    run: FinishedRun, device: str, trust: tuple[str, ...]
-) -> tuple[StoredFit | None, str, Literal["", "gone", "changed"]]:
-    """The stored fit, or why there is none in a sentence and in a word: the report then tells what the fit's files
-    tell."""
+def _checks(named: str, plain: Mapping[str, Any], fit: FinishedRun, settings: FitCheckSettings) -> Checks:
+    """The checks that are named, made where that is auto and they are missing.
+
+    Raises:
+        ValueError: as :func:`nlme_sbi.stages.check_fit.find_checks`, or where curves of an individual are asked for
+            that checks of another command do not have.
+    """
+    found = find_checks(named, plain, fit, settings)
+    if found is None:
+        taken = _take_up(fit, str(choose_device(plain["device"])), tuple(plain["trust"]))
+        if taken.fit is None:
+            return Checks(None, taken.missing, taken.lack)
+        log.info("Checks of the fit are made first; later reports of it read them.")
+        # With fresh=true another report is made, of the same checks: their bytes would be the same.
+        found = run_checks(taken.fit, settings, seed=int(plain["seed"]), root=Path(plain["output_root"]))
+    elif named != "auto":
+        _require_curves(found, fit, settings)
+    log.info("Checks: %s", found.path)
+    return Checks(found)
+
+
+def _require_curves(run: FinishedRun, fit: FinishedRun, settings: FitCheckSettings) -> None:
+    _, individuals = read_tables(fit)
+    shown = set(individuals["id"].iloc[list(FitChecks(run).shown.rows)])
+    lacking = [name for name in settings.individuals if name not in shown]
+    if lacking:
+        raise ValueError(
+            f'check_fit.individuals: {run.path} holds no curves of "{lacking[0]}"; checks=auto makes checks that do.'
+        )
+
+
+def _take_up(run: FinishedRun, device: str, trust: tuple[str, ...]) -> TakenUp:
     try:
-        return load_fit(run, device=device, trust=trust), "", ""
+        return TakenUp(load_fit(run, device=device, trust=trust))
     except ValueError as problem:
         log.warning("The report is made without what needs the posterior: %s", problem)
-        return None, str(problem), "changed" if isinstance(problem, ChangedSources) else "gone"
+        return TakenUp(None, str(problem), "changed" if isinstance(problem, ChangedSources) else "gone")
 
 
-def _save_arviz(run: RunDirectory, stored: StoredFit | None, missing: str) -> None:
+def _save_arviz(run: RunDirectory, taken: TakenUp) -> None:
     """``draws.nc``; where it cannot be made that is told, and the report is there all the same."""
     try:
-        if stored is None:
-            raise ValueError(missing)
+        if taken.fit is None:
+            raise ValueError(taken.missing)
         # Under a name that an interrupted run clears away; the library writes by path only.
         partial = run.path / f".draws.nc{PARTIAL}"
-        save_inference_data(partial, stored)
+        save_inference_data(partial, taken.fit)
         partial.replace(run.path / "draws.nc")
     except ValueError as problem:
         log.warning("No draws.nc for ArviZ: %s", problem)

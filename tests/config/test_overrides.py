@@ -32,7 +32,11 @@ TYPED = [
 def test_an_id_is_the_text_that_was_typed(text: str) -> None:
     # Oracle: the characters between the brackets.
     assert list(compose_config("predict", [f"individuals=[{text}]"]).individuals) == [text]
-    assert list(compose_config("report", [f"report.individuals=[x,{text} , 7]"]).report.individuals) == ["x", text, "7"]
+    assert list(compose_config("report", [f"check_fit.individuals=[x,{text} , 7]"]).check_fit.individuals) == [
+        "x",
+        text,
+        "7",
+    ]
 
 
 @pytest.mark.parametrize("text", ["'007'", '"1_000"'])

@@ -33,7 +33,7 @@ PHONE = 390
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a report."""
     root = small_fit(tmp_path_factory.mktemp("fits") / "outputs")
-    chosen = ["report.replicates=420", "report.individuals=[12]", "report.each=3"]
+    chosen = ["check_fit.replicates=420", "check_fit.individuals=[12]", "check_fit.each=3"]
     report(compose_config("report", ["experiment=theophylline", f"output_root={root}", "device=cpu", *chosen]))
     return only_run(root, "report").path
 

@@ -44,9 +44,9 @@ def root(fitted: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks by simulation and drawings are tested elsewhere; what is tested here needs none of them."""
+    """Figures of checks and drawings are tested elsewhere; what is tested here needs none of them."""
     for name in ("model_section", "population_section"):
-        made = composition.Checked(Section(name.split("_")[0], name))
+        made = Section(name.split("_")[0], name)
         monkeypatch.setattr(composition, name, lambda *_, made=made, **__: made)
     monkeypatch.setattr("nlme_sbi.report.sections.provenance.command_of", lambda *_: Command("python scripts/..."))
     monkeypatch.setattr(
@@ -73,7 +73,7 @@ def reseal(run: FinishedRun, **changes: object) -> None:
 
 @pytest.mark.usefixtures("bare")
 def test_the_numbers_are_those_of_the_fit(root: Path) -> None:
-    run = reported(root, "report.individuals=[3]")
+    run = reported(root, "check_fit.individuals=[3]")
     fit = json.loads((only_run(root, "fit_population").path / "fit.json").read_text())
     kept = json.loads((run.path / "report.json").read_text())
     rows = kept["tables"]["parameters"]
@@ -130,11 +130,11 @@ def test_a_fit_of_an_older_version_gives_what_it_has(root: Path) -> None:
 
 
 REFUSED = {
-    "an unknown individual": (["report.individuals=[77]"], r'^report\.individuals: "77" is not in this fit'),
-    "an individual twice": (["report.individuals=[1,1]"], r"^report\.individuals names somebody twice"),
-    "individuals that are no list": (["report.individuals=all"], r"^report\.individuals must be a list of ids"),
-    "nobody": (["report.each=0"], r"^report\.each must be at least 1; got 0"),
-    "a number in words": (["report.replicates=many"], r"^report\.replicates"),
+    "an unknown individual": (["check_fit.individuals=[77]"], r'^check_fit\.individuals: "77" is not in this fit'),
+    "an individual twice": (["check_fit.individuals=[1,1]"], r"^check_fit\.individuals names somebody twice"),
+    "individuals that are no list": (["check_fit.individuals=all"], r"^check_fit\.individuals must be a list of ids"),
+    "nobody": (["check_fit.each=0"], r"^check_fit\.each must be at least 1; got 0"),
+    "a number in words": (["check_fit.replicates=many"], r"^check_fit\.replicates"),
     "no such fit": (["fit=nothing"], r"^There is no run directory nothing"),
     "no such diagnosis": (["diagnosis=nothing"], r"^There is no run directory nothing"),
 }

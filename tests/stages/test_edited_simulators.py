@@ -68,7 +68,7 @@ STAGES: dict[str, Stage] = {
         )
     ),
     "report": lambda root: report(
-        compose_config("report", [*AFTER, f"output_root={root}", "report.replicates=20", "report.each=1"])
+        compose_config("report", [*AFTER, f"output_root={root}", "check_fit.replicates=20", "check_fit.each=1"])
     ),
 }
 REFUSES = ("train_flow", "fit_population", "diagnose", "predict", "sample_theta")

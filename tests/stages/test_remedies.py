@@ -22,6 +22,8 @@ from nlme_sbi.runs import FinishedRun, find_run
 from nlme_sbi.runs.remedies import CommandLine, command_line, earlier_commands, override, script_command, typed
 from nlme_sbi.runs.sweeps import find_sweep
 from nlme_sbi.stages import report as report_stage
+from nlme_sbi.stages.check_fit import find_checks
+from nlme_sbi.stages.checks.fit import FitCheckSettings
 from nlme_sbi.stages.compare_fits import compare_fits
 from nlme_sbi.stages.shared.trained_posterior import find_posteriors
 
@@ -62,9 +64,11 @@ MESSAGES: dict[str, Callable[[], str]] = {
     "individuals of predictions": lambda: told(
         lambda: predict_stage.PredictionSettings.of(settings("predict", "individuals=some"))
     ),
-    "individuals of a report": lambda: told(
-        lambda: report_stage._settings(settings("report", "report.individuals=[[1]]"))
+    "individuals whose fits are shown": lambda: told(
+        lambda: FitCheckSettings.of(settings("report", "check_fit.individuals=[[1]]"))
     ),
+    "no checks": lambda: told(lambda: find_checks("latest", PLAIN, FIT, FitCheckSettings(1000, 500, (), 8))),
+    "no such checks": lambda: told(lambda: find_checks("nothing", PLAIN, FIT, FitCheckSettings(1000, 500, (), 8))),
     "no diagnosis": lambda: report_stage._diagnosis("latest", FIT, Path(ROOT)).missing,
     "diagnosis left out": lambda: report_stage._diagnosis("none", FIT, Path(ROOT)).missing,
     "no sweep": lambda: told(lambda: find_sweep("latest", Path(ROOT))),
@@ -106,7 +110,7 @@ def test_remedies_can_be_typed_as_they_are_printed(case: str, tmp_path: Path, mo
             assert through_a_shell(text, shell, tmp_path) == words
         if words[0] != "python":
             (key,) = (word.partition("=")[0] for word in words)
-            stage = {"posterior": "fit_population", "individuals": "predict", "report.individuals": "report"}[key]
+            stage = {"posterior": "fit_population", "individuals": "predict", "check_fit.individuals": "check_fit"}[key]
             compose_config(stage, words)
             continue
         stage = Path(words[1]).stem

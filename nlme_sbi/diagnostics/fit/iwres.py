@@ -11,6 +11,7 @@ Ther. 82:17, for what shrinkage does to residuals at estimates.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +88,7 @@ def goodness_of_fit(
     observations: Observations,
     *,
     generator: torch.Generator,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> GoodnessOfFit:
     """Predictions and residuals of a fit.
 
@@ -96,6 +98,7 @@ def goodness_of_fit(
         typical: unconstrained parameters of each individual's typical value.
         observations: the data, on the device of the draws.
         generator: which draw of each individual is tested; censored measurements are drawn beyond their limits.
+        advance: is told individuals that are done.
 
     Raises:
         ValueError: for a simulator without noise-free prediction or noise model: prediction_errors needs neither.
@@ -107,10 +110,10 @@ def goodness_of_fit(
         )
     design, mask = observations.design, observations.design.observed
     typical_curve = simulator.predict(typical[:, None], design)[:, 0]
-    parts = [
-        _individuals(simulator, draws[rows], observations[rows.tolist()], generator)
-        for rows in torch.split(torch.arange(len(draws), device=draws.device), _at_once(draws, mask))
-    ]
+    parts = []
+    for rows in torch.split(torch.arange(len(draws), device=draws.device), _at_once(draws, mask)):
+        parts.append(_individuals(simulator, draws[rows], observations[rows.tolist()], generator))
+        advance(len(rows))
     curve, iwres, drawn = (torch.cat(part) for part in zip(*parts, strict=True))
     unknown = torch.where(mask, 0.0, torch.nan)
     iwres, drawn = iwres + unknown, drawn + unknown

@@ -11,6 +11,7 @@ censored measurements, which are drawn from what is simulated beyond their limit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -82,6 +83,7 @@ def prediction_errors(
     *,
     generator: torch.Generator,
     null: int = 199,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> PredictionErrors:
     """Errors of all measurements, from ``K`` simulated data sets, of which the last ``null`` only tell what to expect.
 
@@ -94,6 +96,7 @@ def prediction_errors(
         observations: the data, on the device of ``phi``.
         generator: of the measurement noise.
         null: data sets that tests compare with; 0 for no tests.
+        advance: is told individuals that are done.
 
     Raises:
         ValueError: where fewer than 200 data sets remain, or simulations fail, with what is needed.
@@ -107,7 +110,10 @@ def prediction_errors(
     some, places = _thinned(observations, max(1, replicates // PER_MEASUREMENT))
     step = max(1, _NUMBERS // (phi.shape[1] * some.values[0].numel()))
     blocks = torch.split(torch.arange(len(phi), device=phi.device), step)
-    found = [_errors(simulator, phi[rows], some[rows.tolist()], null, generator) for rows in blocks]
+    found = []
+    for rows in blocks:
+        found.append(_errors(simulator, phi[rows], some[rows.tolist()], null, generator))
+        advance(len(rows))
     scores, prediction, npd, pwres = (torch.cat(parts) for parts in zip(*found, strict=True))
     shape = observations.values.shape
 

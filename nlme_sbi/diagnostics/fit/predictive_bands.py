@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,6 +78,7 @@ def predictive_bands(
     *,
     generator: torch.Generator,
     probabilities: tuple[float, ...] = PROBABILITIES,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> PredictiveBands:
     """Quantiles of the prediction and of new measurements over each individual's draws.
 
@@ -86,6 +88,7 @@ def predictive_bands(
         design: ``I`` rows, everything observed (:func:`dense_design`).
         generator: for the measurement noise, on the device of the draws.
         probabilities: increasing.
+        advance: is told individuals that are done.
     """
     individuals, count = draws.shape[:2]
     levels = torch.tensor(probabilities, dtype=draws.dtype, device=draws.device)
@@ -99,6 +102,7 @@ def predictive_bands(
             noise_free.append(_quantiles(found.noise_free, levels))
         with_noise.append(_quantiles(found.with_noise, levels))
         failed.append(found.with_noise.isnan().flatten(2).any(2).sum(1))
+        advance(len(found.with_noise))
     return PredictiveBands(
         design.times,
         tuple(probabilities),

@@ -6,8 +6,9 @@ Wallin and Karlsson (2011), AAPS J. 13:143, for the correction by predictions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -81,6 +82,35 @@ class VisualPredictiveCheck:
         median, upper, correction."""
         return pd.concat([_frame(one, self.probabilities) for one in self.signals], ignore_index=True)
 
+    def censored_frame(self) -> pd.DataFrame | None:
+        """Shares below a limit of quantification, one row for each signal and bin: signal, bin, observed, lower,
+        median, upper. None where no signal has any."""
+        frames = [_censored_frame(one) for one in self.signals if one.censored is not None]
+        return pd.concat(frames, ignore_index=True) if frames else None
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: pd.DataFrame,
+        censored: pd.DataFrame | None,
+        *,
+        confidence: float,
+        replicates: int,
+        outside: float,
+        p_value: float,
+    ) -> VisualPredictiveCheck:
+        """The inverse of :meth:`to_frame` and :meth:`censored_frame`, which leave out the other numbers.
+
+        Raises:
+            ValueError: for a table that is not that of a visual predictive check.
+        """
+        probabilities = tuple(float(level) for level in dict.fromkeys(frame["probability"]))
+        signals = tuple(
+            _of_frame(str(name), frame[frame["signal"] == name], censored, probabilities)
+            for name in dict.fromkeys(frame["signal"])
+        )
+        return cls(probabilities, confidence, replicates, signals, outside, p_value)
+
 
 @torch.no_grad()
 def visual_predictive_check(
@@ -94,6 +124,7 @@ def visual_predictive_check(
     bins: int | None = None,
     probabilities: tuple[float, ...] = PROBABILITIES,
     confidence: float = 0.95,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> VisualPredictiveCheck:
     """Compare quantiles of the data with those of ``K`` data sets of the same individuals' designs.
 
@@ -111,6 +142,7 @@ def visual_predictive_check(
             most 20, when left out.
         probabilities: increasing.
         confidence: of the bands.
+        advance: is told data sets that are done.
 
     Raises:
         ValueError: for fewer than 100 data sets, for correction of censored data, or where limits of quantification
@@ -138,7 +170,7 @@ def visual_predictive_check(
         bin_quantiles(data[:, None, :, place], plan, probabilities, floor)
         for place, (plan, floor) in enumerate(zip(plans, floors, strict=True))
     ]
-    simulated = _simulated(simulator, phi, observations, plans, floors, probabilities, generator)
+    simulated = _simulated(simulator, phi, observations, plans, floors, probabilities, generator, advance)
     checks, scores = [], []
     for place, (plan, (own, share)) in enumerate(zip(plans, found, strict=True)):
         among, shares = simulated[place]
@@ -181,6 +213,7 @@ def _simulated(
     floors: list[float | None],
     probabilities: tuple[float, ...],
     generator: torch.Generator,
+    advance: Callable[[int], None],
 ) -> list[tuple[Tensor, Tensor]]:
     """Quantiles and censored shares of every simulated data set, some data sets at a time."""
     step = max(1, _NUMBERS // observations.values.numel())
@@ -189,6 +222,7 @@ def _simulated(
         values = replicated(simulator, some, observations.design, generator)
         for place, (plan, floor) in enumerate(zip(plans, floors, strict=True)):
             parts[place].append(bin_quantiles(values[..., place], plan, probabilities, floor))
+        advance(some.shape[1])
     return [(torch.cat([own for own, _ in part]), torch.cat([share for _, share in part])) for part in parts]
 
 
@@ -252,6 +286,43 @@ def _frame(check: SignalQuantiles, probabilities: tuple[float, ...]) -> pd.DataF
             "upper": check.upper.ravel(),
             "correction": check.correction,
         }
+    )
+
+
+def _censored_frame(check: SignalQuantiles) -> pd.DataFrame:
+    shares = np.full((4, len(check.times)), np.nan) if check.censored is None else check.censored
+    columns = dict(zip(("observed", "lower", "median", "upper"), shares, strict=True))
+    return pd.DataFrame({"signal": check.signal, "bin": np.arange(len(check.times)) + 1, **columns})
+
+
+def _of_frame(
+    name: str, frame: pd.DataFrame, censored: pd.DataFrame | None, probabilities: tuple[float, ...]
+) -> SignalQuantiles:
+    levels = len(probabilities)
+    bins, rest = divmod(len(frame), levels)
+    correction = str(frame["correction"].iloc[0])
+    if rest or correction not in get_args(Correction):
+        raise ValueError(f'The table of a visual predictive check is damaged: see its rows of the signal "{name}".')
+    first = frame.iloc[:bins]
+
+    def quantiles(column: str) -> Float[np.ndarray, "Q B"]:
+        return frame[column].to_numpy(float).reshape(levels, bins)
+
+    own = None if censored is None else censored[censored["signal"] == name]
+    shares = None
+    if own is not None and len(own):
+        shares = own[["observed", "lower", "median", "upper"]].to_numpy(float).T
+    return SignalQuantiles(
+        signal=name,
+        edges=np.append(first["from"].to_numpy(float), first["to"].to_numpy(float)[-1]),
+        times=first["time"].to_numpy(float),
+        counts=first["count"].to_numpy(int),
+        observed=quantiles("observed"),
+        lower=quantiles("lower"),
+        median=quantiles("median"),
+        upper=quantiles("upper"),
+        censored=shares,
+        correction=correction,  # type: ignore[arg-type]
     )
 
 

@@ -1,5 +1,4 @@
-"""A finished fit as the report sees it: its files always, and what can be computed anew where its posterior is
-there."""
+"""A finished fit as the report sees it: its files always, and its checks where they were made or could be."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.theta_posterior.individuals import LogLikelihood
+from nlme_sbi.report.inputs.fit_checks import FitChecks
 from nlme_sbi.runs import FinishedRun, load_json, read_csv
 from nlme_sbi.runs.schema import FIT
 from nlme_sbi.types import Observations, Posterior, Simulator
@@ -78,14 +78,16 @@ class ReportedFit:
         run: its directory, checked.
         told: the content of ``fit.json``.
         individuals: the content of ``individuals.csv``, ids as text.
-        stored: the fit taken up again; None where that is refused.
-        missing: why it is refused, in words.
+        observations: the data; None where the fit did not keep them.
+        checks: of the fit against its data; None where there are none and none could be made.
+        missing: why there are no checks, in words.
     """
 
     run: FinishedRun
     told: dict[str, Any]
     individuals: pd.DataFrame
-    stored: TakenUpFit | None
+    observations: Observations | None
+    checks: FitChecks | None
     missing: str = ""
 
     @property
@@ -93,21 +95,11 @@ class ReportedFit:
         """Whether the estimates come from the likelihood itself, the network only telling where to begin."""
         return str(self.told.get("estimator")) in LIKELIHOOD_ESTIMATORS
 
-    def taken_up(self) -> TakenUpFit:
-        """The stored fit; raises ``ValueError`` with the reason where there is none."""
-        if self.stored is None:
-            raise ValueError(self.missing or "The fit could not be taken up again.")
-        return self.stored
-
-    def with_draws(self) -> tuple[TakenUpFit, Float[Tensor, "I S D"]]:
-        """The stored fit and its draws; raises ``ValueError`` where it kept none."""
-        stored = self.taken_up()
-        if stored.draws is None:
-            raise ValueError(
-                f"{self.run.path} kept no draws of its individuals (individuals.draws=0), which this part is made "
-                "from. Fit again with individuals.draws=200."
-            )
-        return stored, stored.draws
+    def checked(self) -> tuple[FitChecks, Observations]:
+        """The checks and the data; raises ``ValueError`` with the reason where there are none."""
+        if self.checks is None or self.observations is None:
+            raise ValueError(self.missing or "The fit was not checked.")
+        return self.checks, self.observations
 
 
 def read_tables(run: FinishedRun) -> tuple[dict[str, Any], pd.DataFrame]:

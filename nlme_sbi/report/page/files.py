@@ -14,13 +14,20 @@ from nlme_sbi.report.page.html import page
 from nlme_sbi.runs import csv_text, records_text, save_json, write_atomically
 
 
-def save_report(directory: Path, report: Report, frames: Mapping[str, pd.DataFrame]) -> None:
+def save_report(
+    directory: Path,
+    report: Report,
+    frames: Mapping[str, pd.DataFrame],
+    *,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
     """Write ``report.html``, ``report.json``, ``tables/*.csv`` and ``figures/*``.
 
     Args:
         directory: of the run.
         report: what is on the page.
         frames: further numbers, each a CSV in ``tables/``.
+        advance: is told figures that are drawn.
     """
     drawn: dict[str, bytes] = {}
     for picture in report.pictures:
@@ -30,6 +37,7 @@ def save_report(directory: Path, report: Report, frames: Mapping[str, pd.DataFra
                 drawn |= {picture.name: content} if kind == "svg" else {}
         elif picture.png is not None:
             write_atomically(directory / "figures" / f"{picture.name}.png", _writer(picture.png))
+        advance(1)
     for table in report.tables:
         write_atomically(directory / "tables" / f"{table.name}.csv", _writer(records_text(table.records()).encode()))
     for name, frame in frames.items():

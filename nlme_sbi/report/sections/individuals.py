@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.plots.canvas import labelled
 from nlme_sbi.plots.individual_map import plot_individual_map
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
@@ -49,12 +48,12 @@ def individual_quantities(
         found.append(Quantity("closeness", "log-likelihood a measurement (nats)", closeness))
     for key, (label, series) in others.items():
         found.append(Quantity(key, label, series.reindex(frame["id"]).to_numpy(float)))
-    space: ParameterSpace | None = None if fit.stored is None else fit.stored.population.parameters
+    transforms = {} if fit.checks is None else fit.checks.transforms
     rows = fit.told["table"]["parameters"]
     for row in rows:
         name = str(row["parameter"])
         if name in frame and frame[name].nunique() > 1:
-            log = space is not None and space[name].transform == "log"
+            log = transforms.get(name) == "log"
             found.append(Quantity(name, labelled(name, str(row["unit"] or "")), frame[name].to_numpy(float), log=log))
     return found
 

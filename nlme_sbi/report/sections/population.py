@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.stats import chi2
 
 from nlme_sbi.diagnostics.findings import Finding
-from nlme_sbi.diagnostics.fit.random_effects import (
-    RandomEffects,
-    covariate_finding,
-    covariate_tests,
-    distribution_finding,
-    distribution_tests,
-    random_effects,
-    shrinkage_finding,
-)
 from nlme_sbi.diagnostics.fit.reliability import influence_finding
 from nlme_sbi.plots.influence import plot_influence
 from nlme_sbi.plots.profiles import plot_profiles
 from nlme_sbi.plots.random_effects import plot_effects_against_covariates, plot_random_effects
-from nlme_sbi.population.models.interface import covariances_of, means_of
+from nlme_sbi.report.inputs.fit_checks import POPULATION_CHECKS
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
 from nlme_sbi.report.page.content import Block, Cell, Picture, Section, Table, attempted_blocks, number
-from nlme_sbi.report.sections.model import Checked
 from nlme_sbi.runs import read_csv
 from nlme_sbi.types import Design
 
@@ -35,26 +25,16 @@ _LISTED = 10
 INFLUENCE = "influence.csv"
 
 
-def population_section(fit: ReportedFit, *, generator: torch.Generator) -> Checked:
+def population_section(fit: ReportedFit) -> Section:
     """All checks of the population; each that is refused becomes a grey finding."""
-    frames: dict[str, pd.DataFrame] = {}
-    held: list[RandomEffects] = []
-
-    def effects() -> RandomEffects:
-        if not held:
-            held.append(fitted_effects(fit, generator=generator))
-        return held[0]
-
     parts = [
-        attempted_blocks("random_effects", "Random effects", lambda: _distributions(effects(), frames)),
-        attempted_blocks(
-            "covariates", "Random effects against covariates", lambda: _covariates(fit, effects(), frames)
-        ),
+        attempted_blocks("random_effects", "Random effects", lambda: _distributions(fit)),
+        attempted_blocks("covariates", "Random effects against covariates", lambda: _covariates(fit)),
         attempted_blocks("influence", "Influence of single individuals", lambda: _influence(fit)),
     ]
     if fit.told.get("profiles"):
         parts.append(attempted_blocks("profiles", "Likelihood profiles", lambda: _profiles(fit)))
-    section = Section(
+    return Section(
         "population",
         "Population",
         lead="Whether individuals are distributed as the model says, what covariates leave unexplained, and whether "
@@ -62,69 +42,56 @@ def population_section(fit: ReportedFit, *, generator: torch.Generator) -> Check
         findings=tuple(finding for found, _ in parts for finding in found),
         blocks=tuple(block for _, made in parts for block in made),
     )
-    return Checked(section, frames)
 
 
-@torch.no_grad()
-def fitted_effects(fit: ReportedFit, *, generator: torch.Generator) -> RandomEffects:
-    """Standardised random effects of everybody; raises ``ValueError`` where the fit kept no draws."""
-    stored, draws = fit.with_draws()
-    design = stored.observations.design.to(stored.device)
-    return random_effects(
-        draws,
-        means_of(stored.population, stored.theta, design),
-        covariances_of(stored.population, stored.theta, design).diagonal(dim1=1, dim2=2).sqrt(),
-        ids=stored.observations.ids,
-        names=stored.population.parameters.names,
-        generator=generator,
-    )
+def _distributions(fit: ReportedFit) -> Made:
+    checks, _ = fit.checked()
+    findings = checks.findings(POPULATION_CHECKS["random_effects"])
+    if not checks.has("random_effects"):
+        return findings, ()
+    frame = checks.table("random_effects")
+    told = {key: value for one in findings if one.check == "shrinkage" for key, value in one.numbers.items()}
+    shrinkage = {
+        name: math.nan if told[f"shrinkage.{name}"] is None else float(told[f"shrinkage.{name}"])  # type: ignore[arg-type]
+        for name in dict.fromkeys(frame["parameter"])
+    }
+    blocks: list[Block] = [
+        Picture(
+            "random_effects",
+            "Distribution of the random effects",
+            "Histograms of one draw of every individual and of posterior means, beside the population's normal "
+            "density; shrinkage: " + ", ".join(f"{name} {100 * value:.0f}%" for name, value in shrinkage.items()) + ".",
+            "One draw of each individual should look like the population (line); posterior means are narrower by the "
+            "shrinkage, which is no fault.",
+            drawn=plot_random_effects(frame, shrinkage),
+        )
+    ]
+    if checks.has("random_effect_tests"):
+        caption = "Tests of the random effects' distribution"
+        blocks.append(_frame_table("random_effect_tests", caption, checks.table("random_effect_tests")))
+    return findings, blocks
 
 
-def _distributions(effects: RandomEffects, frames: dict[str, pd.DataFrame]) -> Made:
-    frame = effects.to_frame()
-    frames["random_effects"] = frame
-    shrinkage = dict(zip(effects.names, effects.shrinkage.tolist(), strict=True))
-    tested, tables = attempted_blocks(
-        "random_effects", "Distribution of the random effects", lambda: _tested(effects, frames)
-    )
-    picture = Picture(
-        "random_effects",
-        "Distribution of the random effects",
-        "Histograms of one draw of every individual and of posterior means, beside the population's normal density; "
-        "shrinkage: " + ", ".join(f"{name} {100 * value:.0f}%" for name, value in shrinkage.items()) + ".",
-        "One draw of each individual should look like the population (line); posterior means are narrower by the "
-        "shrinkage, which is no fault.",
-        drawn=plot_random_effects(frame, shrinkage),
-    )
-    return (*tested, shrinkage_finding(effects)), (picture, *tables)
-
-
-def _tested(effects: RandomEffects, frames: dict[str, pd.DataFrame]) -> Made:
-    tests = distribution_tests(effects)
-    frames["random_effect_tests"] = tests.table
-    return (distribution_finding(tests),), (
-        _frame_table("random_effect_tests", "Tests of the random effects' distribution", tests.table),
-    )
-
-
-def _covariates(fit: ReportedFit, effects: RandomEffects, frames: dict[str, pd.DataFrame]) -> Made:
-    design = fit.taken_up().observations.design
-    if design.covariates is None:  # then there is nothing to check, which is no gap
-        return (), ()
-    tests = covariate_tests(effects, design)
-    frames["covariate_tests"] = tests.table
-    ranked = tests.table.sort_values("p", kind="stable")
+def _covariates(fit: ReportedFit) -> Made:
+    checks, observations = fit.checked()
+    findings = checks.findings(POPULATION_CHECKS["covariates"])
+    if not checks.has("covariate_tests"):
+        return findings, ()
+    ranked = checks.table("covariate_tests").sort_values("p", kind="stable")
     pairs = list(zip(ranked["parameter"], ranked["covariate"], strict=True))
+    covariates = _covariate_frame(observations.ids, observations.design)
     picture = Picture(
         "covariates",
         "Random effects against covariates",
         f"Posterior means of random effects against covariates for {len(pairs)} pairs, those with the smallest "
         "p-values first; the table below has them all.",
         "What the covariates of the model leave unexplained should not depend on any covariate. Lines: least squares.",
-        drawn=plot_effects_against_covariates(effects.to_frame(), _covariate_frame(effects.ids, design), pairs),
+        drawn=plot_effects_against_covariates(checks.table("random_effects"), covariates, pairs),
     )
-    table = _frame_table("covariate_tests", "Tests of random effects against covariates", ranked)
-    return (covariate_finding(tests),), (picture, table)
+    return findings, (
+        picture,
+        _frame_table("covariate_tests", "Tests of random effects against covariates", ranked),
+    )
 
 
 def _covariate_frame(ids: Sequence[str], design: Design) -> pd.DataFrame:

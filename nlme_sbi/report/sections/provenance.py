@@ -14,7 +14,13 @@ from nlme_sbi.report.inputs.commands import command_of
 from nlme_sbi.report.page.content import Block, Cell, Section, Table, Words
 from nlme_sbi.runs import FinishedRun, load_run
 
-_STAGE_OF = {"posterior": "train_flow", "simulations": "simulate", "fit": "fit_population", "diagnosis": "diagnose"}
+_STAGE_OF = {
+    "posterior": "train_flow",
+    "simulations": "simulate",
+    "fit": "fit_population",
+    "diagnosis": "diagnose",
+    "checks": "check_fit",
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-// Draws the figures of the report, one after another, in the colours of the page; redraws when these change.
+// Draws the figures of the report, those in view first, in the colours of the page; redraws when these change.
 (function () {
   'use strict';
   const store = JSON.parse(document.getElementById('figures').textContent);
@@ -163,7 +163,7 @@
       Object.keys(store).filter((other) => store[other].kind === 'fits').forEach((other) => {
         const place = store[other].people.findIndex((one) => one.id === id);
         if (place < 0) {
-          tell(name, `Individual ${id} is not among the fits on this page; make the report again with report.individuals=[${id}].`);
+          tell(name, `Individual ${id} is not among the fits on this page; make the report again with check_fit.individuals=[${id}].`);
           return;
         }
         const menu = control(other, 'person');
@@ -176,14 +176,34 @@
 
   function redraw() { if (root.dataset.drawn !== undefined) names.forEach(draw); }
   const names = [...document.querySelectorAll('[data-figure]')].map((one) => one.dataset.figure);
+  // What somebody looks at is drawn first, wherever on the page that is, and the rest in the order of the page.
+  const inView = new Set();
+  const watcher = window.IntersectionObserver && new IntersectionObserver((entries) => entries.forEach((entry) => {
+    const name = entry.target.dataset.figure;
+    if (entry.isIntersecting) inView.add(name); else inView.delete(name);
+  }), {rootMargin: '25%'});
   async function drawAll() {
-    for (const name of names) {
+    const left = [...names];
+    if (watcher) {
+      names.forEach((name) => watcher.observe(element(name)));
+      await new Promise((resolve) => setTimeout(resolve, 50)); // its first word comes with the next frame
+    }
+    while (left.length) {
+      await new Promise((resolve) => setTimeout(resolve)); // the page stays usable between figures
+      const next = left.findIndex((name) => inView.has(name));
+      if (next < 0 && root.dataset.seen === undefined) {
+        performance.mark('seen');
+        root.dataset.seen = '';
+        await new Promise((resolve) => (window.requestIdleCallback || setTimeout)(resolve)); // scrolling goes first
+        continue;
+      }
+      const [name] = left.splice(Math.max(next, 0), 1);
       await draw(name);
+      if (watcher) watcher.unobserve(element(name));
       if (store[name].kind === 'explorer' && !state[name].followed) {
         state[name].followed = true;
         follow(name);
       }
-      await new Promise((resolve) => setTimeout(resolve)); // the page stays usable between figures
     }
     performance.mark('drawn');
     root.dataset.drawn = String(names.length);

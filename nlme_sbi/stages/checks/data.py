@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nlme_sbi.diagnostics.data.misspecification import DRAWS, misspecification
 from nlme_sbi.networks.posterior import AmortizedPosterior
-from nlme_sbi.stages.checks.network import Outcome, Subject
+from nlme_sbi.stages.checks.network import Subject
+from nlme_sbi.stages.checks.outcome import Outcome
 
 MISSPECIFICATION_STREAM = 55
 

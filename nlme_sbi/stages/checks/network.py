@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 from nlme_sbi.compute.progress import Progress
 from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.config.conversion import convert
-from nlme_sbi.diagnostics.findings import Finding, refused
 from nlme_sbi.diagnostics.network.calibration import Calibration, calibration
 from nlme_sbi.diagnostics.network.calibration_findings import Where, calibration_findings, recovery_finding
 from nlme_sbi.diagnostics.network.local_calibration import Neighbourhood, ObservedDesigns
@@ -28,6 +25,7 @@ from nlme_sbi.diagnostics.network.simulated_posteriors import (
 )
 from nlme_sbi.diagnostics.network.width_and_bias import verdicts, verdicts_frame
 from nlme_sbi.networks.posterior import AmortizedPosterior
+from nlme_sbi.stages.checks.outcome import Outcome, attempt
 from nlme_sbi.stages.shared.trained_posterior import TrainedPosterior
 from nlme_sbi.types import DesignSource, Observations, Simulations
 
@@ -93,31 +91,12 @@ class Subject:
         return self.observations[rows.tolist()]
 
 
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """Of one or more checks. ``tables`` become CSV files of that name, ``figures`` PNG and PDF."""
-
-    findings: list[Finding] = field(default_factory=list)
-    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
-    figures: dict[str, Figure] = field(default_factory=dict)
-
-    def joined(self, other: Outcome) -> Outcome:
-        """Both; tables of one name are put one below the other."""
-        tables = dict(self.tables)
-        for name, frame in other.tables.items():
-            tables[name] = pd.concat([tables[name], frame], ignore_index=True) if name in tables else frame
-        return Outcome(self.findings + other.findings, tables, {**self.figures, **other.figures})
-
-
 Check = Callable[[Subject], Outcome]
 
 
 def attempted_check(check: str, title: str, make: Check, subject: Subject) -> Outcome:
     """What a check gives, or a grey finding where it refuses, so that the others go on."""
-    try:
-        return make(subject)
-    except ValueError as problem:
-        return Outcome([refused(check, title, problem)])
+    return attempt(check, title, lambda: make(subject))
 
 
 def prior_checks(subject: Subject) -> Outcome:
