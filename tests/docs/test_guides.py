@@ -124,9 +124,8 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for page in sorted(GUIDES.glob("*.md")):
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                if "scripts/" in line:
-                    found.append((page.name, line))
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(page.name, line) for line in lines if "scripts/" in line]
     return found
 
 
