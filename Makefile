@@ -34,7 +34,7 @@ check: $(VENV)/.installed-dev ## lint, format, types and layers
 
 docs: $(VENV)/.installed-docs ## the documentation site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "Open site/index.html."
+	@echo "Open site/index.html; with search: $(BIN)/python -m http.server -d site"
 
 clean: ## remove the environment made here and all caches; outputs/ stays
 	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
