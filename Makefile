@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Two pips in one environment would trip over each other.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check docs clean
 
 help: ## show this list
 	@grep -E '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_]+):.*## /  make \1\t/' | expand -t 16
@@ -32,8 +32,12 @@ check: $(VENV)/.installed-dev ## lint, format, types and layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.installed-docs ## the documentation site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Open site/index.html; with search: $(BIN)/python -m http.server -d site"
+
 clean: ## remove the environment made here and all caches; outputs/ stays
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
+	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
 	find . -name __pycache__ -type d -not -path './outputs/*' -prune -exec rm -rf {} +
 
 # The stamp is inside the environment, so that a new environment installs and an unchanged one does not.
@@ -47,6 +51,10 @@ $(VENV)/.installed-test: $(INSTALL_INPUTS) | $(BIN)/python
 
 $(VENV)/.installed-dev: $(INSTALL_INPUTS) | $(BIN)/python
 	$(INSTALL) '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(INSTALL_INPUTS) | $(BIN)/python
+	$(INSTALL) '.[docs]'
 	@touch $@
 
 $(BIN)/python:

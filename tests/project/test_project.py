@@ -66,7 +66,7 @@ def test_no_file_of_ours_is_longer_than_two_want_to_be() -> None:
     assert not long
 
 
-@pytest.mark.parametrize("target", ["help", "demo", "test", "check", "clean"])
+@pytest.mark.parametrize("target", ["help", "demo", "test", "check", "docs", "clean"])
 def test_the_makefile_has_its_targets(target: str) -> None:
     shown = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr

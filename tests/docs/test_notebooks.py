@@ -1,0 +1,71 @@
+"""The tutorials run from the first cell to the last, as a reader would run them, and are stored without output."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+# What is added behind the last cell of each: what its text promises.
+CLAIMS = {
+    "single_cells": """
+assert draws.phi.shape == (12, 500, 6)
+assert len(cells) == 12 and fit.approximation == "Laplace"
+assert list(typical.index) == list(posterior.parameters.names)
+assert typical["delta"] > typical["gamma"]
+""",
+    # The maximum of the likelihood by quadrature is in benchmarks/results/theophylline_exact.json.
+    "theophylline": """
+import json
+figures = json.loads((root / "benchmarks/results/theophylline_exact.json").read_text())["figures"]
+assert base.converged and by_weight.converged
+assert abs(base.minus_two_log_likelihood - figures["minus_two_log_likelihood"]["value"]) < 0.1
+assert by_weight.minus_two_log_likelihood < base.minus_two_log_likelihood + 0.1
+assert bands.quantile(0.5, with_noise=False).shape == (1, 5, 1)
+""",
+    "own_model": """
+assert fit.converged
+assert set(off) == {"mean.r", "mean.K", "mean.N0", "mean.sd", "mean.cv"}
+assert max(map(abs, off.values())) < 4, off
+""",
+}
+
+
+def code_cells(path: Path) -> list[dict[str, object]]:
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+
+
+def test_every_tutorial_has_its_claims() -> None:
+    assert {path.stem for path in NOTEBOOKS} == set(CLAIMS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_stored_without_output(path: Path) -> None:
+    for cell in code_cells(path):
+        assert cell["outputs"] == []
+        assert cell["execution_count"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_cell_runs(path: Path, tmp_path: Path) -> None:
+    script = tmp_path / f"{path.stem}.py"
+    cells = ["".join(cell["source"]) for cell in code_cells(path)]  # type: ignore[arg-type]
+    script.write_text("\n\n".join([*cells, CLAIMS[path.stem]]), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=ROOT / "notebooks",  # where Jupyter runs them
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
