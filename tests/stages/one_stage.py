@@ -76,8 +76,8 @@ def draw_nothing() -> None:
 
 
 def flush_until_full(room: float) -> None:
-    """Let so many files reach the disk and no more. Nothing is flushed: the death of a process loses no byte that it has
-    written, and waiting for the disk takes longer than most stages."""
+    """Let so many files reach the disk and no more. Nothing is flushed: the death of a process loses no byte that it
+    has written, and waiting for the disk takes longer than most stages."""
     left = [room]
 
     def nearly_full(_: int) -> None:
