@@ -25,53 +25,16 @@ from pathlib import Path
 
 from record import ROOT, write_result
 
-EXPERIMENT = [
-    "experiment=theophylline",
-    "device=cpu",
-    f"data.path={ROOT / 'data' / 'theophylline' / 'theophylline.csv'}",
-]
-NETWORK = [
-    "training.steps=20",
-    "training.batch_size=32",
-    "training.warmup_steps=2",
-    "training.validation_size=40",
-    "training.validate_every=5",
-    "training.pilot_size=100",
-    "flow.couplings=2",
-    "flow.hidden=8",
-    "summary.hidden=8",
-    "summary.width=8",
-    "summary.layers=1",
-    "summary.row_hidden=8",
-    "summary.row_width=4",
-    "summary.nodes=6",
-]
-STAGES = {
-    "simulate": [*EXPERIMENT, "simulation.n=2000", "simulation.shard_size=500", "simulation.workers=1"],
-    "train_flow": [*EXPERIMENT, *NETWORK],
-    "fit_population": [
-        *EXPERIMENT,
-        "estimator=prior_ratio",
-        "fit.starts=1",
-        "estimator.draws=200",
-        "estimator.max_draws=200",
-        "figures.individuals=2",
-        "individuals.draws=100",
-    ],
-    "sample_theta": [*EXPERIMENT[:2], "sampler.warmup=20", "sampler.steps=200"],
-    "predict": [*EXPERIMENT[:2], "predict.draws=50", "figures.individuals=2"],
-    "diagnose": [
-        *EXPERIMENT[:2],
-        "fit=latest",
-        "diagnose.simulations=60",
-        "diagnose.draws=50",
-        "diagnose.local=0",
-        "diagnose.exact=0",
-        "diagnose.chains=0",
-    ],
-    "check_fit": [*EXPERIMENT[:2], "check_fit.replicates=20"],
-    "report": [*EXPERIMENT[:2], "check_fit.replicates=30", "diagnosis=none"],
-    "compare_fits": ["{first}", "{second}"],
+sys.path.insert(0, str(ROOT / "tests" / "stages"))
+from tiny_runs import STAGES, overrides
+
+EXPERIMENT = "theophylline"
+# Long enough that the work itself is hit, and not only what comes before it.
+MORE = {
+    "simulate": ["simulation.n=2000", "simulation.shard_size=500"],
+    "fit_population": ["estimator=prior_ratio", "individuals.draws=100"],
+    "sample_theta": ["sampler.warmup=20", "sampler.steps=200"],
+    "report": ["diagnosis=none"],
 }
 
 
@@ -107,13 +70,8 @@ def start(stage: str, arguments: list[str], folder: Path) -> subprocess.Popen[st
 
 
 def arguments_of(stage: str, folder: Path) -> list[str]:
-    """Overrides of a stage, with the names of two fits where they are asked for."""
-    names = [path.parent.name for path in sorted((folder / "outputs" / "fit_population").glob("*/manifest.json"))]
-    first, second = [*names, "", ""][:2]
-    return [
-        argument.format(first=first, second=second) if argument in ("{first}", "{second}") else argument
-        for argument in STAGES[stage]
-    ]
+    """What is typed for a stage below ``folder``."""
+    return [*overrides(stage, EXPERIMENT, folder / "outputs"), *MORE.get(stage, ())]
 
 
 def undisturbed(stage: str, folder: Path, *more: str) -> float:

@@ -2,7 +2,9 @@
 
     python benchmarks/reading.py
 
-Every file is read in a process of its own, whose peak memory is that of Python, torch and the table together.
+Every file is read in a process of its own, whose peak memory is that of Python, torch and the table together. Growth is
+the CPU time of a cell in the large file over that in the small one: 1 where reading is linear. Small files are read
+three times, and the fastest counts, because a busy machine slows a short measurement most.
 """
 
 from __future__ import annotations
@@ -73,21 +75,26 @@ def main() -> None:
             for size in sizes:
                 path = folder / f"{kind}_{size}.csv"
                 make(path, size)
-                found[kind, size] = measured(kind, path)
+                times = 3 if size == min(sizes) else 1
+                found[kind, size] = min((measured(kind, path) for _ in range(times)), key=lambda one: one["cpu"])
                 path.unlink()
                 print(kind, size, found[kind, size], flush=True)
     long, wide = found["long", 5_000_000], found["wide", 10_000]
+
+    def growth(small: dict[str, float], large: dict[str, float]) -> float:
+        return (large["cpu"] / large["cells"]) / (small["cpu"] / small["cells"])
+
     write_result(
         "reading",
         {
             "long_seconds": (long["seconds"], "s, 5,000,000 long rows"),
             "long_cpu_seconds": (long["cpu"], "CPU s"),
             "long_peak_gb": (long["gb"], "GB, Python and torch included"),
-            "long_growth": (long["cpu"] / found["long", 1_000_000]["cpu"], "times the CPU of a fifth of the rows"),
+            "long_growth": (growth(found["long", 1_000_000], long), "times the CPU a cell of a fifth of the rows"),
             "wide_seconds": (wide["seconds"], "s, 10,000 columns of 100 rows"),
             "wide_cpu_seconds": (wide["cpu"], "CPU s"),
             "wide_peak_gb": (wide["gb"], "GB, Python and torch included"),
-            "wide_growth": (found["wide", 80_000]["cpu"] / wide["cpu"], "times the CPU for eight times the columns"),
+            "wide_growth": (growth(wide, found["wide", 80_000]), "times the CPU a cell for eight times the columns"),
         },
         title="Reading large files: one row a measurement, one column an individual.",
     )

@@ -27,6 +27,7 @@ from nlme_sbi.compute import interrupts
 from nlme_sbi.config.conversion import convert, hydra_text
 from nlme_sbi.config.hydra_errors import config_sentence
 from nlme_sbi.config.overrides import as_meant
+from nlme_sbi.config.wording import visible
 
 if TYPE_CHECKING:
     from nlme_sbi.runs.remedies import CommandLine
@@ -275,7 +276,7 @@ def _tell(sentence: str) -> None:
     if sys.stderr is None:  # closed by whoever started this
         return
     try:
-        sys.stderr.write(sentence.rstrip("\n") + "\n")
+        sys.stderr.write(visible(sentence.rstrip("\n")) + "\n")
         sys.stderr.flush()
     except (OSError, ValueError):  # nobody reads it, or it is closed
         interrupts.silence(2)
@@ -339,4 +340,4 @@ class _Words(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.capitalize()}: "
-        return prefix + super().format(record)
+        return visible(prefix + super().format(record))

@@ -1,8 +1,8 @@
-"""How a script begins: Ctrl-C is watched before anything else is imported."""
+"""How a script begins: there are standard streams, and Ctrl-C is watched, before anything else is imported."""
 
 from __future__ import annotations
 
-from nlme_sbi.compute.interrupts import end, watch
+from nlme_sbi.compute.interrupts import end, open_closed_streams, watch
 
 TYPE_CHECKING = False  # typing itself is not imported: it takes as long as all that is needed here
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ def entry_point(stage: str, config_name: str, *, words: str | None = None) -> Ca
     """
 
     def main() -> None:
+        open_closed_streams()
         watch()
         from nlme_sbi import cli
 

@@ -51,6 +51,21 @@ def watch() -> None:
         signal.signal(signal.SIGINT, _watch.interrupted)
 
 
+def open_closed_streams() -> None:
+    """Give standard streams that were closed before the process began (``2>&-``) a place that swallows everything.
+
+    The next file that is opened, a result of a run perhaps, would get their number otherwise, and what a library writes
+    to the error output would end in it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - for good
+
+
 def begin_work() -> None:
     """From now on there is something to tidy up."""
     _watch.working = True

@@ -61,7 +61,16 @@ def _hydra_key(key: object) -> str:
 def quoted(cell: object) -> str:
     """A cell between double quotes, control characters escaped, cut at 40 characters."""
     text = str(cell)
-    return json.dumps(text if len(text) <= 40 else text[:37] + "...", ensure_ascii=False)
+    return visible(json.dumps(text if len(text) <= 40 else text[:37] + "...", ensure_ascii=False))
+
+
+# Control characters but tab and line feed, and what turns the direction of writing around.
+_INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    r"""A text for a terminal or a log: an id from data moves no cursor and renames no window, ``\x1b`` is shown so."""
+    return _INVISIBLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
 def listed(names: Iterable[object], *, limit: int = 8) -> str:

@@ -18,8 +18,9 @@ import pandas as pd
 
 from nlme_sbi.runs.files import require_regular
 
-# With the wide forms of these signs, which spreadsheets take for them, and blanks in front, which they may skip.
-_FORMULA = re.compile(r"'*\s*[=+\-@＝＋－＠]")
+# With the wide and small forms of these signs, which spreadsheets take for them, and blanks and characters without a
+# width in front, which they may skip.
+_FORMULA = re.compile(r"'*[\s\x00-\x1f\x7f\xad\u200b-\u200f\u2060\ufeff]*[=+\-@＝＋－＠﹦﹢﹣﹫]")
 _GAPS = ("", "NA", "NaN", "nan")
 _NUMBER = re.compile(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\s*|[+-]?(?:inf|Infinity|nan)")
 

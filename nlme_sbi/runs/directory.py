@@ -287,9 +287,11 @@ def _claim(base: Path, *, fresh: bool) -> tuple[Path, IO[str]]:
         ) from None
     except OSError:  # a file system without locks: nothing to hold, and refusing would help nobody
         _log.warning("%s: the file system offers no locks; do not start the same command twice.", newest)
-    lock.truncate(0)
-    lock.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
-    lock.flush()
+    # A courtesy to whoever finds it locked: where the disk is full, the first result says so in a sentence. Not through
+    # the file object, whose buffer would be written once more when it is closed.
+    with contextlib.suppress(OSError):
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f"pid {os.getpid()} on {os.uname().nodename}\n".encode())
     return newest, lock
 
 

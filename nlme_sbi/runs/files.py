@@ -233,7 +233,7 @@ def load_array(path: Path, *, mmap: bool = True) -> np.ndarray:
             start, end = file.tell(), os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise ValueError(f"{path} is missing.") from None
-    except (ValueError, EOFError) as error:
+    except (ValueError, TypeError, EOFError, MemoryError, RecursionError) as error:  # what Python's parser raises
         raise ValueError(f"{path} is damaged: it is not an array in NumPy's .npy format. {_DAMAGED}") from error
     if kind.hasobject:
         raise ValueError(f"{path} holds Python objects, which could run code; only numbers are read. {_DAMAGED}")

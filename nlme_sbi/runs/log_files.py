@@ -6,11 +6,15 @@ import contextlib
 import logging
 from pathlib import Path
 
+from nlme_sbi.config.wording import visible
 from nlme_sbi.runs.files import could_not_write
 
 
 class _LogFile(logging.FileHandler):
     """A log that cannot be written is no reason to stop, nor for a traceback at every line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass

@@ -124,6 +124,29 @@ def test_results_for_nobody_do_not_stop_the_work(tmp_path: Path) -> None:
     assert list(tmp_path.glob("simulate/*/manifest.json"))
 
 
+LOUD_STAGE = """
+import logging, os, sys
+def stage(cfg):
+    with open({made!r}, "w") as file:
+        os.write(1, b"noise")
+        os.write(2, b"noise")
+        print("results", file=sys.stderr)
+        logging.getLogger("nlme_sbi.stages.loud").info("results")
+        file.write(f"above the streams: {{file.fileno() > 2}}")
+"""
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_streams_that_were_closed_before_do_not_stop_the_work_nor_end_in_files(tmp_path: Path, closed: str) -> None:
+    made = tmp_path / "made"
+    (tmp_path / "waiting_stage.py").write_text(LOUD_STAGE.format(made=str(made)))
+    (tmp_path / "script.py").write_text(SCRIPT.replace("{folder!r}", repr(str(tmp_path))))
+    command = f"{sys.executable} {tmp_path / 'script.py'} output_root={tmp_path} {closed}"
+    ended = subprocess.run(["sh", "-c", command], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60, check=False)
+    assert ended.returncode == 0
+    assert made.read_text() == "above the streams: True"
+
+
 def test_a_working_directory_that_is_gone_is_a_sentence(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from nlme_sbi.runs.csv_files import cell_text, cell_value, csv_text, read_csv, r
 
 IDS = [
     *("=1+1", "=cmd|' /C calc'!A0", "+x", "-x", "@SUM(A1)", "\t=1", " =1", "'=1", "''=1", "-", "＝1"),
+    *("\ufeff=1", "\u200b+1+1", "\x01@x", "﹦1"),
     *("-1", "+2e3", "007", "NA", "nan", "", "a=b", "'a", "true", "1_000"),
 ]
 signs = st.characters(codec="utf-8", exclude_characters="\r\x00")
@@ -21,9 +23,9 @@ text = st.text(alphabet=st.one_of(st.sampled_from("=+-@'\t 1.e,;"), signs))
 
 
 def runs_in_a_spreadsheet(cell: str) -> bool:
-    """What a spreadsheet takes for a formula: an oracle of its own, by the first sign behind blanks, numbers apart."""
-    stripped = cell.strip()
-    if not stripped or stripped[0] not in "=+-@＝＋－＠":
+    """What a spreadsheet takes for a formula: an oracle of its own, by the first sign that is seen, numbers apart."""
+    stripped = "".join(itertools.dropwhile(lambda sign: sign.isspace() or not sign.isprintable(), cell)).rstrip()
+    if not stripped or stripped[0] not in "=+-@＝＋－＠﹦﹢﹣﹫":
         return False
     try:
         float(stripped)

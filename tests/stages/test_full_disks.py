@@ -7,75 +7,94 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import nlme_sbi.stages.fit_population as fitting
-from nlme_sbi.stages.fit_population import fit_population
+from nlme_sbi.runs import find_run
 from nlme_sbi.stages.simulate import simulate
 from nlme_sbi.stages.train_flow import train_flow
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_runs import EXPERIMENTS, ROOT, SUMMARIES, TRAINING, bytes_of, only_run, tiny
+from tiny_runs import DATA, ROOT, STAGES, SUMMARIES, TRAINING, bytes_of, only_run, tiny
 
-STAGES = {"simulate": simulate, "train_flow": train_flow, "fit_population": fit_population}
 EXPERIMENT = "theophylline"
+# Files that reach the disk before it is full: more and more of a stage's, or one after another.
+SOME = (0, 1, 4, 9, 25)
+ALL = tuple(range(100))
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output root with the three stages done, without figures; not to be written to."""
-    root = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fitting, "save_figures", lambda *_, **__: None)
-        for stage, run in STAGES.items():
-            run(tiny(stage, EXPERIMENT, root))
-    return root
+def assert_begun_and_no_more(root: Path, stage: str) -> None:
+    """Nothing is half-written, and nothing says that the run is finished."""
+    assert list((root / stage).rglob("*.partial")) == []
+    assert list((root / stage).rglob("manifest.json")) == []
 
 
-def inputs_alone(finished: Path, stage: str, copy: Path) -> Path:
-    """A copy of an output root without what the stage made."""
-    return Path(shutil.copytree(finished, copy, ignore=lambda _, names: [stage] if stage in names else []))
+@pytest.mark.parametrize("rooms", [pytest.param(SOME, id="some"), pytest.param(ALL, id="all", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_disk_that_fills_up_at_any_file_is_a_sentence_and_costs_nothing_that_is_done(
+    run_stage: Callable[..., dict[str, Any]],
+    inputs_of: Callable[..., Path],
+    undisturbed: Path,
+    stage: str,
+    rooms: tuple[int, ...],
+) -> None:
+    root, refusals = inputs_of(stage), []
+    for room in rooms:
+        ended = run_stage(stage, root, room=room)
+        if ended["code"] == 0:
+            break
+        refusals.append(ended["refusal"])
+        assert_begun_and_no_more(root, stage)
+    else:
+        assert run_stage(stage, root)["code"] == 0
+    assert len(refusals) >= 3
+    for words in refusals:
+        assert words.startswith("OSError: ")
+        assert "could not be written: the disk is full; free some space and run the same command" in words
+        assert "\n" not in words
+    expected = bytes_of(find_run("latest", stage=stage, experiment=EXPERIMENT, root=undisturbed))
+    assert bytes_of(only_run(root, stage)) == expected
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_disk_that_fills_up_at_any_file_is_a_sentence_and_costs_nothing_that_is_done(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+def test_a_file_that_the_system_refuses_is_a_sentence_whoever_writes_it(
+    run_stage: Callable[..., dict[str, Any]], inputs_of: Callable[..., Path], undisturbed: Path, stage: str
 ) -> None:
-    monkeypatch.setattr(fitting, "save_figures", lambda *_, **__: None)
-    root = inputs_alone(finished, stage, tmp_path / "outputs")
-    real, left = os.fsync, [0]
+    """The system's own limit counts for every file of the process, whichever library writes it."""
+    root, refusals = inputs_of(stage), []
+    for largest in (0, 500, 3000):
+        ended = run_stage(stage, root, largest=largest)
+        if ended["code"] == 0:
+            break
+        refusals.append(ended["refusal"])
+        assert_begun_and_no_more(root, stage)
+    assert len(refusals) >= 2
+    for words in refusals:
+        assert "could not be written: File too large; mend that and run the same command again" in words
+    assert run_stage(stage, root)["code"] == 0
+    expected = bytes_of(find_run("latest", stage=stage, experiment=EXPERIMENT, root=undisturbed))
+    assert bytes_of(only_run(root, stage)) == expected
 
-    def nearly_full(handle: int) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(28, "No space left on device")
-        real(handle)
 
-    refusals = []
-    with monkeypatch.context() as patched:
-        patched.setattr("nlme_sbi.runs.files.os.fsync", nearly_full)
-        for room in (0, 1, 2, 5, 11, 25, 60, 1000):  # more and more of a stage's files fit
-            left[0] = room
-            try:
-                STAGES[stage](tiny(stage, EXPERIMENT, root))
-            except OSError as refusal:
-                refusals.append(str(refusal))
-            else:
-                break
-            assert list((root / stage).rglob("*.partial")) == []
-            assert list((root / stage).rglob("manifest.json")) == []
-    assert len(refusals) >= 4
-    for sentence in refusals:
-        assert "could not be written: the disk is full; free some space and run the same command" in sentence
-        assert "\n" not in sentence
-    assert bytes_of(only_run(root, stage)) == bytes_of(only_run(finished, stage))
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output root with simulations and the network that was trained on them; not to be written to."""
+    root = tmp_path_factory.mktemp("simulated")
+    simulate(tiny("simulate", EXPERIMENT, root))
+    train_flow(tiny("train_flow", EXPERIMENT, root))
+    return root
+
+
+def without_network(simulated: Path, copy: Path) -> Path:
+    """A copy of an output root without the trained network."""
+    return Path(shutil.copytree(simulated, copy, ignore=lambda _, names: {"train_flow"} & set(names)))
 
 
 def test_a_log_that_cannot_be_written_stops_nothing_and_shows_no_traceback(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -84,9 +103,9 @@ def test_a_log_that_cannot_be_written_stops_nothing_and_shows_no_traceback(
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
     monkeypatch.setattr("nlme_sbi.runs.log_files._LogFile.emit", lambda self, record: _failing(self, record))
-    root = inputs_alone(finished, "train_flow", tmp_path / "outputs")
+    root = without_network(simulated, tmp_path / "outputs")
     train_flow(tiny("train_flow", EXPERIMENT, root))
-    assert bytes_of(only_run(root, "train_flow")) == bytes_of(only_run(finished, "train_flow"))
+    assert bytes_of(only_run(root, "train_flow")) == bytes_of(only_run(simulated, "train_flow"))
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -97,10 +116,10 @@ def _failing(handler, record) -> None:  # type: ignore[no-untyped-def]
         handler.handleError(record)
 
 
-def test_the_systems_own_limit_on_files_is_a_sentence_on_the_command_line(finished: Path, tmp_path: Path) -> None:
+def test_the_systems_own_limit_on_files_is_a_sentence_on_the_command_line(simulated: Path, tmp_path: Path) -> None:
     """Every file of the process is limited, whoever writes it: checkpoints by torch, curves by TensorBoard, logs."""
-    root = inputs_alone(finished, "train_flow", tmp_path / "outputs")
-    small = [*TRAINING, *SUMMARIES[EXPERIMENT], *EXPERIMENTS[EXPERIMENT]]
+    root = without_network(simulated, tmp_path / "outputs")
+    small = [*TRAINING, *SUMMARIES[EXPERIMENT], *DATA[EXPERIMENT]]
     command = [sys.executable, ROOT / "scripts" / "train_flow.py", f"experiment={EXPERIMENT}", f"output_root={root}"]
     ended = subprocess.run(
         [*command, "device=cpu", *small],
@@ -116,7 +135,7 @@ def test_the_systems_own_limit_on_files_is_a_sentence_on_the_command_line(finish
     assert "training.pt could not be written: File too large; mend that and run the same command" in ended.stderr
     assert "Traceback" not in ended.stderr
     train_flow(tiny("train_flow", EXPERIMENT, root))
-    assert bytes_of(only_run(root, "train_flow")) == bytes_of(only_run(finished, "train_flow"))
+    assert bytes_of(only_run(root, "train_flow")) == bytes_of(only_run(simulated, "train_flow"))
 
 
 @pytest.fixture

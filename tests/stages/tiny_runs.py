@@ -1,8 +1,10 @@
-"""The three stages on settings that take fractions of a second, as a user's overrides would give them."""
+"""All stages on settings that take fractions of a second, as a user's overrides would give them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -13,6 +15,11 @@ from nlme_sbi.runs.directory import sealed
 
 ROOT = Path(__file__).resolve().parents[2]
 THEOPHYLLINE = ROOT / "data" / "theophylline" / "theophylline.csv"
+# In an order in which each finds what it needs.
+STAGES = (
+    *("simulate", "train_flow", "fit_population", "sample_theta"),
+    *("predict", "diagnose", "check_fit", "report", "compare_fits"),
+)
 
 SIMULATION = ["simulation.n=200", "simulation.shard_size=80", "simulation.workers=1"]
 TRAINING = [
@@ -29,25 +36,55 @@ TRAINING = [
     "summary.layers=1",
 ]
 FIT = ["fit.starts=1", "figures.individuals=2"]
-ESTIMATORS = {"mrna_two_rate": "prior_ratio", "theophylline": "exact"}
-EXPERIMENTS = {
-    "mrna_two_rate": [],
-    "theophylline": [f"data.path={THEOPHYLLINE}"],
+AFTER_THE_FIT = {
+    "sample_theta": [
+        *("sampler.ensembles=2", "sampler.walkers=14", "sampler.warmup=10"),
+        *("sampler.steps=50", "sampler.ess=10000", "sampler.effective=40"),
+    ],
+    "predict": ["predict.draws=50", "figures.individuals=2"],
+    "diagnose": [
+        *("fit=latest", "diagnose.simulations=50", "diagnose.draws=40"),
+        *("diagnose.local=0", "diagnose.exact=0", "diagnose.chains=0"),
+    ],
+    "check_fit": ["check_fit.replicates=20", "check_fit.each=1"],
+    "report": ["check_fit.replicates=20", "check_fit.each=1"],
+    "compare_fits": [],
 }
+ESTIMATORS = {"mrna_two_rate": "prior_ratio", "theophylline": "exact"}
+DATA = {"mrna_two_rate": [], "theophylline": [f"data.path={THEOPHYLLINE}"]}
 SUMMARIES = {"mrna_two_rate": [], "theophylline": ["summary.row_hidden=8", "summary.row_width=4", "summary.nodes=6"]}
 
 
-def tiny(stage: str, experiment: str, root: Path, *overrides: str) -> DictConfig:
-    """The configuration of a tiny run; ``overrides`` come last."""
+def overrides(stage: str, experiment: str, root: Path) -> list[str]:
+    """What is typed for a tiny run of a stage below ``root``; compare_fits takes the first two fits that are there."""
+    if stage == "compare_fits":
+        fits = [path.parent.name for path in sorted((root / "fit_population").glob("*/manifest.json"))]
+        return [f"fits=[{','.join(fits[:2])}]", f"output_root={root}"]
     own = {
         "simulate": SIMULATION,
         "train_flow": [*TRAINING, *SUMMARIES[experiment]],
-        "fit_population": FIT,
-    }[stage]
-    if stage == "fit_population":
-        own = [*own, f"estimator={ESTIMATORS[experiment]}", "estimator.draws=200", "estimator.max_draws=200"]
-    chosen = [f"experiment={experiment}", f"output_root={root}", "device=cpu", *own, *EXPERIMENTS[experiment]]
-    return compose_config(stage, [*chosen, *overrides])
+        "fit_population": [
+            *FIT,
+            f"estimator={ESTIMATORS[experiment]}",
+            "estimator.draws=200",
+            "estimator.max_draws=200",
+        ],
+    }
+    common = [f"experiment={experiment}", f"output_root={root}", "device=cpu"]
+    if stage in AFTER_THE_FIT:
+        return [*common, *AFTER_THE_FIT[stage]]
+    return [*common, *own[stage], *DATA[experiment]]
+
+
+def tiny(stage: str, experiment: str, root: Path, *more: str) -> DictConfig:
+    """The configuration of a tiny run; ``more`` overrides come last."""
+    return compose_config(stage, [*overrides(stage, experiment, root), *more])
+
+
+def function_of(stage: str) -> Callable[[DictConfig], object]:
+    """The stage; imported when it is asked for, because some bring all figures with them."""
+    function: Callable[[DictConfig], object] = getattr(import_module(f"nlme_sbi.stages.{stage}"), stage)
+    return function
 
 
 def only_run(root: Path, stage: str) -> FinishedRun:

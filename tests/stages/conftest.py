@@ -1,0 +1,61 @@
+"""What kills and full disks share: tiny runs of every stage, made once a session, and stages that start warm."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output root with all stages, once `run_stage` is there; the same for all workers, not to be written to."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "undisturbed"
+    root.mkdir(exist_ok=True)
+    return root
+
+
+@pytest.fixture(scope="session")
+def run_stage(undisturbed: Path) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Runs a stage below a root and tells how it ended; takes the fields of ``one_stage.Order``."""
+    command = [sys.executable, HERE / "one_stage.py", undisturbed]
+    # Without a GPU: a process that has used one cannot be forked.
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+    with (
+        (undisturbed / "lock").open("w") as lock,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes first makes the runs, the others wait for them
+        assert server.stdout.readline() == "ready\n"
+        fcntl.flock(lock, fcntl.LOCK_UN)
+
+        def once(stage: str, root: Path, **more: Any) -> dict[str, Any]:
+            server.stdin.write(json.dumps({"stage": stage, "root": str(root), **more}) + "\n")
+            server.stdin.flush()
+            ended: dict[str, Any] = json.loads(server.stdout.readline())
+            return ended
+
+        yield once
+        server.stdin.close()
+
+
+@pytest.fixture
+def inputs_of(undisturbed: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the output root without what a stage made."""
+
+    def copied(stage: str, name: str = "outputs") -> Path:
+        left_out = {stage, "lock", "all"}
+        return Path(shutil.copytree(undisturbed, tmp_path / name, ignore=lambda _, names: left_out & set(names)))
+
+    return copied
