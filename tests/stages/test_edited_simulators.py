@@ -117,12 +117,14 @@ def without_figures(patched: pytest.MonkeyPatch) -> None:
     # What a report says where the fit cannot be taken up is tested with the report; here, whether it was.
     patched.setattr(report_stage, "composed_report", lambda reported, *_, **__: composed(reported.missing))
     patched.setattr(
-        report_stage, "save_report", lambda path, page, _: save_json(path / "report.json", {"missing": page.missing})
+        report_stage,
+        "save_report",
+        lambda path, page, _, **__: save_json(path / "report.json", {"missing": page.missing}),
     )
 
 
 def composed(missing: str) -> SimpleNamespace:
-    return SimpleNamespace(report=SimpleNamespace(answers=[], missing=missing), frames={})
+    return SimpleNamespace(report=SimpleNamespace(answers=[], pictures=[], missing=missing), frames={})
 
 
 @pytest.fixture
@@ -179,8 +181,14 @@ def test_simulations_are_made_anew_and_taken_back_where_the_file_is_put_back(
 
 
 @pytest.mark.usefixtures("edited")
-def test_a_report_is_made_anew_and_says_why_it_lacks_what_needs_the_simulator(root: Path) -> None:
+def test_a_report_reads_checks_made_before_an_edit_and_without_them_says_why_there_are_none(
+    root: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(root, tmp_path / "outputs"))
     before = runs(root, "report")
+    STAGES["report"](root)  # the checks that are there were made with the code of the fit
+    assert runs(root, "report") == before
+    shutil.rmtree(root / "check_fit")
     STAGES["report"](root)
     (new,) = runs(root, "report") - before
     assert "the code was changed since" in json.loads((root / "report" / new / "report.json").read_text())["missing"]
