@@ -32,7 +32,9 @@ def assert_begun_and_no_more(root: Path, stage: str) -> None:
     assert list((root / stage).rglob("manifest.json")) == []
 
 
-@pytest.mark.parametrize("rooms", [pytest.param(SOME, id="some"), pytest.param(ALL, id="all", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "rooms", [pytest.param(SOME, id="some"), pytest.param(ALL, id="all", marks=pytest.mark.thorough)]
+)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_disk_that_fills_up_at_any_file_is_a_sentence_and_costs_nothing_that_is_done(
     run_stage: Callable[..., dict[str, Any]],
