@@ -83,7 +83,7 @@ def test_every_class_that_can_be_a_target_is_a_part_of_a_run() -> None:
         ("nlme_sbi.runs.directory.RunDirectory", "is no part that a section may build"),
         ("nlme_sbi.io.download.download", "is a function or a method"),
         ("nlme_sbi.io.download.PublishedFile", "is no part that a section may build"),
-        ("nlme_sbi.io.event_table.EventTable", "is no part that a section may build"),
+        ("nlme_sbi.io.event_tables.event_table.EventTable", "is no part that a section may build"),
         ("nlme_sbi.io.describe", "is a function or a method"),
         ("nlme_sbi.types.Prior", "cannot be built"),
         ("nlme_sbi.individual_model.mechanistic.OdeModel", "cannot be built"),

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 
 from nlme_sbi.config.wording import as_names
 from nlme_sbi.io.censored import limits_of, refuse_marks
-from nlme_sbi.io.doses import Kinds, kinds_of, refuse_other_compartments, single_doses
-from nlme_sbi.io.event_signals import MeasuredSignals, signals_of
+from nlme_sbi.io.event_tables.doses import Kinds, kinds_of, refuse_other_compartments, single_doses
+from nlme_sbi.io.event_tables.event_signals import MeasuredSignals, signals_of
 from nlme_sbi.io.files import MISSING, TableFile
 from nlme_sbi.io.individual_covariates import Levels, covariates_of, levels_of, named, scaled
 from nlme_sbi.io.meanings import Rows, refuse_other_meanings
