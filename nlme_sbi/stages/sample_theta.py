@@ -108,7 +108,7 @@ def rebuilt_state(fit: StoredFit, estimator: Estimator, generator: torch.Generat
     with torch.no_grad():
         prepared = estimator.prepare(source, observations, fit.population, generator)
         if isinstance(estimator, ThetaDependentEstimator):
-            state: WeightedDraws = estimator.follow(source, observations, fit.theta, prepared, generator)
+            state: WeightedDraws = estimator.draws_at(source, observations, fit.theta, prepared, generator)
         elif isinstance(prepared, NoDraws):
             raise TypeError(f"estimator {estimator.name} neither prepares draws nor makes them for a theta.")
         else:

@@ -69,7 +69,7 @@ def test_draws_of_the_exact_estimator_give_the_same_within_their_error() -> None
     best, _, _ = case.maximum(model, model.from_moments(torch.tensor([0.5, -0.3, 0.8], dtype=DOUBLE), NO_SIGMA))
     estimator = Exact(draws=1000, simulator=simulator)
     samples = case.samples(100, seed=1)
-    state = estimator.follow(
+    state = estimator.draws_at(
         samples, case.observations, best, estimator.prepare(samples, case.observations, model, seeded()), seeded()
     )
     (found,) = variance_tests(state, best)

@@ -331,7 +331,7 @@ def test_proposals_cover_everybodys_own_population_on_theophylline() -> None:
     phi = prior.sample(12 * 60, seeded(3)).double().reshape(12, 60, 4)
     samples = PosteriorSamples(prior.names, phi, torch.zeros((12, 60), dtype=DOUBLE), prior)
     estimator = Exact(draws=1000, max_draws=1000, simulator=simulator)
-    state = estimator.follow(samples, data, theta, estimator.prepare(samples, data, model, seeded()), seeded())
+    state = estimator.draws_at(samples, data, theta, estimator.prepare(samples, data, model, seeded()), seeded())
     found = contributions(state, theta)
     weights = data.design.covariates.column("WT").tolist()
     expected = [by_quadrature(person, weight) for person, weight in zip(people(data), weights, strict=True)]

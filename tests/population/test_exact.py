@@ -53,7 +53,7 @@ def drawn(
     estimator = Exact(draws=draws, max_draws=max(draws, 8192), simulator=simulator)
     samples, model = case.samples(100, seed=1), population.bind(case.parameters)
     first = estimator.prepare(samples, case.observations, model, seeded())
-    return estimator.follow(samples, case.observations, theta, first, seeded())
+    return estimator.draws_at(samples, case.observations, theta, first, seeded())
 
 
 @pytest.mark.parametrize("constant", [(), ("sigma",)])
@@ -174,7 +174,7 @@ def test_modes_tails_and_kinks_are_all_found(shape: str, values: list[float]) ->
     phi = prior.sample(4 * 60, seeded(3)).double().reshape(4, 60, 2)
     samples = PosteriorSamples(names=prior.names, phi=phi, log_q=torch.zeros(4, 60, dtype=DOUBLE), prior=prior)
     estimator = Exact(draws=4000, simulator=simulator)
-    state = estimator.follow(samples, data, theta, estimator.prepare(samples, data, model, seeded()), seeded())
+    state = estimator.draws_at(samples, data, theta, estimator.prepare(samples, data, model, seeded()), seeded())
     expected = [by_quadrature(shape, y, mean=mean, sd=sd, sigma=sigma) for y in values]
     error = (1 / effective_draws(state, theta) - 1 / state.draws).clamp_min(1e-12).sqrt()
     assert float(error.max()) < 0.1
@@ -255,7 +255,7 @@ def test_data_that_the_model_cannot_produce_are_refused_by_name() -> None:
     first = estimator.prepare(samples, data, model, seeded())
     theta = model.from_moments(torch.tensor(MEAN, dtype=DOUBLE), OMEGA)
     with pytest.raises(ValueError, match=r"likelihood of 1 of 6 individuals is 0.*first: cell_2"):
-        estimator.follow(samples, data, theta, first, seeded())
+        estimator.draws_at(samples, data, theta, first, seeded())
 
 
 @pytest.mark.parametrize("settings", [{"draws": 8}, {"draws": 100, "max_draws": 50}])
@@ -291,7 +291,7 @@ def test_theophylline_against_quadrature_at_the_exact_estimate() -> None:
     phi = prior.sample(12 * 200, seeded(3)).double().reshape(12, 200, 4)
     samples = PosteriorSamples(names=prior.names, phi=phi, log_q=torch.zeros(12, 200, dtype=DOUBLE), prior=prior)
     estimator = Exact(draws=4000, simulator=simulator)
-    state = estimator.follow(samples, data, theta, estimator.prepare(samples, data, model, seeded()), seeded())
+    state = estimator.draws_at(samples, data, theta, estimator.prepare(samples, data, model, seeded()), seeded())
     found = contributions(state, theta)
     mean, sd = list(ESTIMATE.values()), list(SDS.values())
     expected = [quadrature(person, mean=mean, sd=sd, residual=RESIDUAL, nodes=21) for person in people(data)]

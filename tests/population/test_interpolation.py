@@ -66,7 +66,7 @@ def drawn(population: GaussianPopulation, draws: int) -> tuple[ExactDraws, torch
     samples = PosteriorSamples(names=PRIOR.names, phi=phi, log_q=log_q, prior=PRIOR)
     estimator = Exact(draws=draws, max_draws=draws, simulator=simulator)
     first = estimator.prepare(samples, data, model, seeded())
-    return estimator.follow(samples, data, theta, first, seeded()), theta
+    return estimator.draws_at(samples, data, theta, first, seeded()), theta
 
 
 def test_likelihoods_hold_as_far_as_constants_may_go(monkeypatch: pytest.MonkeyPatch) -> None:

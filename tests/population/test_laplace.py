@@ -95,7 +95,7 @@ def theophylline(*, full: bool) -> tuple[LaplaceDraws, torch.Tensor, Observation
     samples = PosteriorSamples(names=prior.names, phi=phi, log_q=torch.zeros(12, 60, dtype=DOUBLE), prior=prior)
     estimator = Laplace(simulator=simulator)
     first = estimator.prepare(samples, data, model, seeded())
-    return estimator.follow(samples, data, theta, first, seeded()), theta, data
+    return estimator.draws_at(samples, data, theta, first, seeded()), theta, data
 
 
 def laplace_of_one(times: np.ndarray, values: np.ndarray, dose: float) -> float:
@@ -178,7 +178,7 @@ def one_dimension(shape: str, values: list[float], *, sd: float, sigma: float) -
     phi = prior.sample(count * 60, seeded(3)).double().reshape(count, 60, 2)
     samples = PosteriorSamples(names=prior.names, phi=phi, log_q=torch.zeros(count, 60, dtype=DOUBLE), prior=prior)
     estimator = Laplace(simulator=simulator)
-    return estimator.follow(samples, data, theta, estimator.prepare(samples, data, model, seeded()), seeded()), theta
+    return estimator.draws_at(samples, data, theta, estimator.prepare(samples, data, model, seeded()), seeded()), theta
 
 
 def test_the_modes_of_an_individual_are_added_up() -> None:

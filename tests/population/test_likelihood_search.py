@@ -23,7 +23,7 @@ from nlme_sbi.population.fitting.likelihood_search import Task
 from nlme_sbi.population.objective.individuals import individual_estimates
 from nlme_sbi.population.objective.likelihood_point import NoLikelihoodError, Point
 from nlme_sbi.population.objective.trust_region import gained
-from nlme_sbi.population.objective.verification import Verification, verified
+from nlme_sbi.population.objective.verification import Verification, verify_maximum
 from nlme_sbi.types import Design, Observations, Prior
 
 DOUBLE = torch.float64
@@ -186,7 +186,7 @@ def task(estimator: Exact | None = None) -> Task:
 def checked(point: Point, before: Point | None, **options: object) -> Verification:
     individuals = individual_estimates(point.state, point.theta)
     individuals = replace(individuals, **options)
-    return verified(point, before, individuals, draws=point.state.draws, ids=tuple("abcde"))
+    return verify_maximum(point, before, individuals, draws=point.state.draws, ids=tuple("abcde"))
 
 
 def test_the_check_passes_the_maximum_and_fails_what_is_beside_it(maximum: tuple[np.ndarray, float]) -> None:

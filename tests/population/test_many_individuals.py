@@ -20,7 +20,7 @@ from nlme_sbi.population.estimators.initialization import likelihood_of
 from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior
 from nlme_sbi.population.fitting import likelihood_search
 from nlme_sbi.population.likelihood import mode_scan
-from nlme_sbi.population.likelihood.log_joint import JointDensity, ascend, follow_profile
+from nlme_sbi.population.likelihood.log_joint import JointDensity, find_modes, follow_profile
 from nlme_sbi.population.objective.objective import contributions
 from nlme_sbi.types import Design, Observations
 
@@ -166,11 +166,11 @@ def test_those_who_are_fitted_worst_are_looked_at(monkeypatch: pytest.MonkeyPatc
 def test_a_profile_is_followed_as_newton_with_fresh_curvatures_follows_it() -> None:
     joint, _ = waves(20)
     rows = torch.arange(20)
-    best = ascend(joint, rows, joint.centres.clone())
+    best = find_modes(joint, rows, joint.centres.clone())
     free = torch.tensor([[False, True]]).expand(20, -1)
     moved = best.points.clone()
     moved[:, 0] += 0.05
-    exactly = ascend(joint, rows, moved, free=free, tolerance=1e-8)
+    exactly = find_modes(joint, rows, moved, free=free, tolerance=1e-8)
     nearly = follow_profile(joint, rows, moved, best.at.hessian, free=free, iterations=8, tolerance=1e-8)
     torch.testing.assert_close(nearly.points, exactly.points, rtol=0, atol=1e-4)
     torch.testing.assert_close(nearly.at.value, exactly.at.value, rtol=0, atol=1e-6)

@@ -234,7 +234,7 @@ def test_draws_expanded_anew_are_exact_where_an_expansion_was_not(monkeypatch: p
     samples = PosteriorSamples(names=prior.names, phi=phi, log_q=torch.zeros(4, 60, dtype=DOUBLE), prior=prior)
     monkeypatch.setattr(exact_draws, "_DIRECT", 0)  # as where the data are many: expanded, not evaluated
     estimator = Exact(draws=4000, simulator=simulator)
-    state = estimator.follow(samples, data, theta, estimator.prepare(samples, data, model, seeded()), seeded())
+    state = estimator.draws_at(samples, data, theta, estimator.prepare(samples, data, model, seeded()), seeded())
     x = np.linspace(-1.0 - 10 * sd, -1.0 + 10 * sd, 200_001)
     integrands = [norm.pdf(y, np.exp(-np.exp(x)), other) * norm.pdf(x, -1.0, sd) for y in values]
     expected = torch.tensor([math.log(each.sum() * (x[1] - x[0])) for each in integrands], dtype=DOUBLE)

@@ -31,7 +31,7 @@ from nlme_sbi.population.estimators.saem.convergence import standstill
 from nlme_sbi.population.estimators.saem.drift import drift, mean_covariance
 from nlme_sbi.population.estimators.saem.mcmc import CompleteData, Kernels, begun, swept
 from nlme_sbi.population.estimators.saem.stochastic_approximation import newton_step
-from nlme_sbi.population.likelihood.laplace_components import modes
+from nlme_sbi.population.likelihood.laplace_components import distinct_modes
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.types import Observations, PosteriorSamples, Simulator
@@ -167,7 +167,7 @@ def square_case() -> tuple[CompleteData, Kernels, torch.Tensor, torch.Tensor]:
     )
     joint = JointDensity(simulator, model, data, theta)
     rows, starts = torch.tensor([0, 0, 1, 1]), torch.tensor([-0.5, 0.5, -1.0, 1.0], dtype=DOUBLE)[:, None]
-    found, at = modes(joint, rows, starts)
+    found, at = distinct_modes(joint, rows, starts)
     kernels = Kernels.around(joint, found, at, target=0.35)
     return CompleteData.of(simulator, model, data, chains=300), kernels, theta, values
 
@@ -282,7 +282,7 @@ def test_chains_that_exchange_declared_parameters_find_the_maximum_and_others_do
 def standing(case: ConjugateCase, simulator: Linear, model: PopulationModel, theta: torch.Tensor):
     joint = JointDensity(simulator, model, case.observations, theta)
     every = torch.arange(len(case.y))
-    found, at = modes(joint, every, joint.centre.expand(len(every), -1))
+    found, at = distinct_modes(joint, every, joint.centre.expand(len(every), -1))
     data = CompleteData.of(simulator, model, case.observations, chains=4)
     kernels = Kernels.around(joint, found, at, target=0.35)
     chains = begun(data, theta, found.means[:, None].expand(-1, 4, -1).clone())

@@ -17,7 +17,7 @@ from nlme_sbi.population import Exact, GaussianPopulation, Laplace, PopulationFi
 from nlme_sbi.population.estimators.initialization import likelihood_of
 from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior
 from nlme_sbi.population.fitting.rivals import highest
-from nlme_sbi.population.likelihood.laplace_components import modes
+from nlme_sbi.population.likelihood.laplace_components import distinct_modes
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.likelihood.mode_scan import unseen_modes
 from nlme_sbi.population.results.fit_result import Restart
@@ -76,13 +76,13 @@ def test_a_scan_finds_the_mode_that_newton_passed_by(count: int) -> None:
     joint, _ = waves(count, seed=1)
     right = best_of_grid(joint)
     rows = torch.arange(count)
-    known, _ = modes(joint, rows, joint.centres.clone())  # from the typical value only
+    known, _ = distinct_modes(joint, rows, joint.centres.clone())  # from the typical value only
     start = torch.cat([known.means[known.rows == row][0] for row in rows]).numpy()
     assert (np.abs(start - right) > 0.05).mean() > 0.3  # most are caught elsewhere
     found = unseen_modes(joint, known, seeded())
     assert found is not None
     assert found.columns == (0,)
-    both, _ = modes(joint, torch.cat([known.rows, found.rows]), torch.cat([known.means, found.points]))
+    both, _ = distinct_modes(joint, torch.cat([known.rows, found.rows]), torch.cat([known.means, found.points]))
     best = np.array([float(both.means[both.rows == row][0, 0]) for row in rows])
     assert (np.abs(best - right) < 0.01).mean() > 0.9
 
@@ -90,10 +90,10 @@ def test_a_scan_finds_the_mode_that_newton_passed_by(count: int) -> None:
 def test_where_everything_was_seen_a_scan_finds_nothing() -> None:
     joint, _ = waves(6, seed=2)
     right = torch.tensor(best_of_grid(joint))[:, None]
-    known, _ = modes(joint, torch.arange(6), right)
+    known, _ = distinct_modes(joint, torch.arange(6), right)
     first = unseen_modes(joint, known, seeded())
     if first is not None:  # others may hold a share of the mass; once they are known, too, there is no news
-        known, _ = modes(joint, torch.cat([known.rows, first.rows]), torch.cat([known.means, first.points]))
+        known, _ = distinct_modes(joint, torch.cat([known.rows, first.rows]), torch.cat([known.means, first.points]))
     assert unseen_modes(joint, known, seeded(1)) is None
 
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.estimators.exact_draws import ExactDraws, drawn, with_bad_ones_refined, without_variability
+from nlme_sbi.population.estimators.exact_draws import ExactDraws, drawn, refine_bad_mixtures, without_variability
 from nlme_sbi.population.estimators.initialization import (
     first_climbers,
     is_near,
@@ -35,8 +35,8 @@ from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
 from nlme_sbi.population.likelihood.laplace_components import (
     LaplaceComponents,
     along_profiles,
+    distinct_modes,
     mixtures,
-    modes,
     with_others,
 )
 from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows
@@ -76,7 +76,7 @@ class Exact(OfLikelihood):
         if self.draws < 16 or self.max_draws < self.draws:
             raise ValueError(f"estimator: needs 16 <= draws <= max_draws; got {self.draws} and {self.max_draws}.")
 
-    def follow(
+    def draws_at(
         self,
         source: Source,
         observations: Observations,
@@ -94,7 +94,7 @@ class Exact(OfLikelihood):
         if known is not None and is_near(joint, known.proposed_for):
             # The mixtures still fit: draws from them, with likelihoods at the new theta.
             state = drawn(joint, known.modes, known.mixed, source.prior, generator)
-            state = state if self.rough else with_bad_ones_refined(state, generator)
+            state = state if self.rough else refine_bad_mixtures(state, generator)
             return replace(state, proposed_for=known.proposed_for)
         draws = self._draws_of(previous, observations)
         if known is None:
@@ -203,12 +203,12 @@ class Exact(OfLikelihood):
         missing = lacking(laplace.rows, individuals)
         if len(missing):
             more = last_climbers(joint, missing, source, observations, generator)
-            laplace, at = with_others(joint, (laplace, at), modes(joint, *more))
+            laplace, at = with_others(joint, (laplace, at), distinct_modes(joint, *more))
         require_everybody(laplace.rows, observations)
         if self.rough:  # heavy tails around the modes serve to compare starts
             return drawn(joint, laplace, mixtures(laplace, individuals, draws), source.prior, generator)
         mixed = mixtures(along_profiles(joint, laplace, at), individuals, draws)
-        return with_bad_ones_refined(drawn(joint, laplace, mixed, source.prior, generator), generator)
+        return refine_bad_mixtures(drawn(joint, laplace, mixed, source.prior, generator), generator)
 
     def roughly(self, individuals: int) -> Exact:
         """The same with as few draws, and as little care for each individual, as comparing starts takes."""
@@ -232,7 +232,7 @@ class Exact(OfLikelihood):
         draws = min(times * state.draws, self.max_draws)
         joint = replace(state.joint, theta=theta.detach())
         more = drawn(joint, state.modes, state.mixed.with_draws(draws), state.training, generator)
-        return with_bad_ones_refined(replace(more, proposed_for=state.proposed_for), generator)
+        return refine_bad_mixtures(replace(more, proposed_for=state.proposed_for), generator)
 
     def _draws_of(self, previous: WeightedDraws | NoDraws, observations: Observations) -> int:
         individuals = len(observations)

@@ -20,7 +20,7 @@ from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.numerics.t_mixtures import Mixtures, independent_sets
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents
 from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows, interleaved
-from nlme_sbi.population.likelihood.population_monte_carlo import refined
+from nlme_sbi.population.likelihood.population_monte_carlo import refine_mixtures
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.objective import effective_draws
 from nlme_sbi.types import Design, Prior
@@ -276,7 +276,7 @@ def without_variability(joint: JointDensity, training: Prior) -> ExactDraws:
     return ExactDraws(joint, modes, mixed, training, _in_blocks(whole), individuals, 2, like)
 
 
-def with_bad_ones_refined(state: ExactDraws, generator: torch.Generator) -> ExactDraws:
+def refine_bad_mixtures(state: ExactDraws, generator: torch.Generator) -> ExactDraws:
     """Mixtures with few effective draws are refined, and their individuals drawn again where that helped; those that
     were helped and are still bad again."""
     worth_trying = torch.ones(state.individuals, dtype=torch.bool, device=state.made_for.device)
@@ -285,7 +285,7 @@ def with_bad_ones_refined(state: ExactDraws, generator: torch.Generator) -> Exac
         bad = torch.nonzero((before < _BAD * state.draws) & worth_trying)[:, 0]
         if len(bad) == 0:
             break
-        better = refined(state.joint, state.mixed[bad], bad, state.draws, generator)
+        better = refine_mixtures(state.joint, state.mixed[bad], bad, state.draws, generator)
         trial = state.replaced(bad, better, _drawn_blocks(state.joint, better, bad, generator))
         helped = effective_draws(trial, state.made_for)[bad] > before[bad]
         if not bool(helped.any()):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, modes, with_others
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_modes, with_others
 from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, promised_gain
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.labels import named
@@ -131,9 +131,9 @@ def modes_with_images(
     joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]
 ) -> tuple[LaplaceComponents, Expansion]:
     """Distinct modes that the starts lead to, and those that hopeful mirror images of them lead to."""
-    found = modes(joint, rows, starts)
+    found = distinct_modes(joint, rows, starts)
     mirrored, points = _hopeful_images(joint, *found)
-    return found if len(mirrored) == 0 else with_others(joint, found, modes(joint, mirrored, points))
+    return found if len(mirrored) == 0 else with_others(joint, found, distinct_modes(joint, mirrored, points))
 
 
 def _hopeful_images(joint: JointDensity, found: LaplaceComponents, at: Expansion) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,7 @@ class Estimator(Protocol):
 class ThetaDependentEstimator(Estimator, Protocol):
     """An estimator of a likelihood whose draws are made for one theta, and made anew for every theta of the search."""
 
-    def follow(
+    def draws_at(
         self,
         source: Source,
         observations: Observations,
@@ -133,7 +133,7 @@ class SelfOptimizingEstimator(ThetaDependentEstimator, Protocol):
     """An estimator that finds theta by itself; its draws at that theta then tell everything else.
 
     The fit takes the estimate as it is: likelihood, information, individuals and table come from
-    :meth:`ThetaDependentEstimator.follow` at it, the estimate's own Monte-Carlo error from the search.
+    :meth:`ThetaDependentEstimator.draws_at` at it, the estimate's own Monte-Carlo error from the search.
     """
 
     def search(
@@ -170,4 +170,4 @@ class Redraw:
 
     def __call__(self, theta: Tensor, previous: WeightedDraws, generator: torch.Generator) -> WeightedDraws:
         """Draws made for ``theta``; ``previous`` is what was there before."""
-        return self.estimator.follow(self.source, self.observations, theta, previous, generator)
+        return self.estimator.draws_at(self.source, self.observations, theta, previous, generator)

@@ -29,7 +29,7 @@ from nlme_sbi.population.estimators.initialization import (
 )
 from nlme_sbi.population.estimators.laplace_draws import LaplaceDraws, assembled
 from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
-from nlme_sbi.population.likelihood.laplace_components import modes, with_others
+from nlme_sbi.population.likelihood.laplace_components import distinct_modes, with_others
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.likelihood.mode_scan import unseen_modes
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
@@ -50,7 +50,7 @@ class Laplace(OfLikelihood):
     absolute = True
     approximation = "Laplace"
 
-    def follow(
+    def draws_at(
         self,
         source: Source,
         observations: Observations,
@@ -130,7 +130,7 @@ class Laplace(OfLikelihood):
         missing = lacking(found[0].rows, len(observations))
         if len(missing):
             more = last_climbers(joint, missing, source, observations, generator)
-            found = with_others(joint, found, modes(joint, *more))
+            found = with_others(joint, found, distinct_modes(joint, *more))
         require_everybody(found[0].rows, observations)
         return assembled(joint, source.prior, found[0])
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.population.likelihood.laplace_components import covariance_of
-from nlme_sbi.population.likelihood.log_joint import JointDensity, ascend, chosen_rows, interleaved
+from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows, find_modes, interleaved
 from nlme_sbi.population.objective.objective import along
 from nlme_sbi.types import Design
 
@@ -68,7 +68,7 @@ def _exact_modes(joint: JointDensity, rows: Tensor, starts: Tensor, *, near: boo
     points = starts
     at = None
     if not near:
-        found = ascend(joint, rows, starts, iterations=60, tolerance=_PROMISE)
+        found = find_modes(joint, rows, starts, iterations=60, tolerance=_PROMISE)
         points, at = found.points, found.at
     for _ in range(_LAST_STEPS):
         at = joint.expand(rows, points) if at is None else at

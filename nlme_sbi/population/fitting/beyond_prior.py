@@ -16,7 +16,7 @@ from torch import Tensor
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.estimators.initialization import likelihood_of
 from nlme_sbi.population.fitting.likelihood_starts import SingleFits
-from nlme_sbi.population.likelihood.log_joint import ascend
+from nlme_sbi.population.likelihood.log_joint import find_modes
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.specification import GaussianPopulation
 from nlme_sbi.population.objective.interface import Source
@@ -73,13 +73,13 @@ def explain_otherwise(
         top = value.argmax(1)[:, None, None].expand(-1, 1, points.shape[2])
         chosen = torch.cat([chosen, points.gather(1, top)], 1)
     owners = rows.repeat_interleave(_CLIMBERS)
-    found = ascend(wide, owners, chosen[:, 1:].flatten(0, 1))
+    found = find_modes(wide, owners, chosen[:, 1:].flatten(0, 1))
     apart = ((found.points - fits.phi[owners]) / scale).abs().amax(1)
     below = torch.where(apart > _ELSEWHERE, at_best[owners] - found.at.value, torch.inf).nan_to_num(torch.inf)
     best: tuple[float, Tensor] | None = None
     for other in _apart_from_each_other(found.points / scale, below):
         # Everybody's mode that is reached from there; those who end far below stay with their own.
-        like_it = ascend(wide, rows, found.points[other].expand(len(rows), -1))
+        like_it = find_modes(wide, rows, found.points[other].expand(len(rows), -1))
         good = (like_it.at.value > at_best - _HOPELESS)[:, None]
         moved = torch.where(good, like_it.points, fits.phi)
         if float((((moved - fits.phi) / scale).abs().amax(1) > _ELSEWHERE).double().mean()) < 0.5:

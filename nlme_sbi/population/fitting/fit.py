@@ -21,7 +21,12 @@ from nlme_sbi.population.fitting.fixed_draws_fit import fit_fixed_draws
 from nlme_sbi.population.fitting.label_switching import declared_pairs, labelling_notes, require_orderable
 from nlme_sbi.population.fitting.likelihood_fit import fit_likelihood
 from nlme_sbi.population.fitting.likelihood_search import STARTS_ON, Task
-from nlme_sbi.population.fitting.multistart_summary import degenerate, described, doubted, few_individuals
+from nlme_sbi.population.fitting.multistart_summary import (
+    degenerate,
+    describe_starts,
+    few_individuals,
+    warn_of_lone_maximum,
+)
 from nlme_sbi.population.fitting.outcome import Optimum, Outcome
 from nlme_sbi.population.fitting.ratio_check import compare_with_likelihood
 from nlme_sbi.population.fitting.rivals import highest
@@ -138,7 +143,7 @@ def _fitted(
     individuals = individual_estimates(state, theta)
     said = (
         *few_individuals(model, len(observations)),
-        *doubted(outcome.restarts),
+        *warn_of_lone_maximum(outcome.restarts),
         *warn_beyond_prior(model, outcome.restarts),
         *_imprecise(model, outcome.optimum, accuracy, outcome.shortage),
         *degenerate(model, theta),
@@ -224,7 +229,7 @@ def _result(
         draws=state.draws,
         restarts=outcome.restarts,
         converged=outcome.converged,
-        message=f"{outcome.message} {described(outcome.restarts)}".strip(),
+        message=f"{outcome.message} {describe_starts(outcome.restarts)}".strip(),
         warnings=said,
         measurements=_measurements(observations),
         state=state,

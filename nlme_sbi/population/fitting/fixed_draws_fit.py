@@ -16,7 +16,7 @@ from nlme_sbi.population.fitting.outcome import Optimum, Outcome
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.objective import rough_information
-from nlme_sbi.population.objective.optimization import climb, polish
+from nlme_sbi.population.objective.optimization import lbfgs, newton
 from nlme_sbi.population.objective.standard_errors import (
     covariance_from,
     monte_carlo_error,
@@ -107,9 +107,9 @@ def _optimise(state: WeightedDraws, theta: Tensor, information: Tensor, say: Rep
         evaluations += 1
         say(FitProgress("polish", evaluations, 0, objective))
 
-    summit = climb(state, theta, information, tolerance=0.02, watch=watch)
+    summit = lbfgs(state, theta, information, tolerance=0.02, watch=watch)
     say(FitProgress("curvature", 0, 0, summit.objective))
-    summit, information = polish(state, summit.theta)
+    summit, information = newton(state, summit.theta)
     covariance = covariance_from(information)
     say(FitProgress("Monte-Carlo error", 0, 0, summit.objective))
     error = monte_carlo_error(state, summit.theta, covariance, summit.objective)

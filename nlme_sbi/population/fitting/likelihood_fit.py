@@ -14,7 +14,7 @@ from nlme_sbi.population.objective.interface import NoDraws
 from nlme_sbi.population.objective.likelihood_point import Point
 from nlme_sbi.population.objective.optimization import Summit
 from nlme_sbi.population.objective.standard_errors import likelihood_error, monte_carlo_error
-from nlme_sbi.population.objective.verification import Verification, verified
+from nlme_sbi.population.objective.verification import Verification, verify_maximum
 from nlme_sbi.population.results.fit_result import Restart
 
 _SCANS = 3  # for modes of individuals that a search may have passed by
@@ -85,7 +85,7 @@ def _searched(
             break
         point, columns = wider
     individuals = individual_estimates(point.state, point.theta)
-    checked = verified(
+    checked = verify_maximum(
         point,
         None,
         individuals,

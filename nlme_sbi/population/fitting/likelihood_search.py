@@ -33,7 +33,7 @@ from nlme_sbi.population.objective.likelihood_point import Draw, NoLikelihoodErr
 from nlme_sbi.population.objective.subsets import of_individuals, random_part
 from nlme_sbi.population.objective.trust_region import Climb, Limits, climb_likelihood
 from nlme_sbi.population.objective.vanishing_sds import vanishing
-from nlme_sbi.population.objective.verification import TOLERANCE, Verification, too_many, verified
+from nlme_sbi.population.objective.verification import TOLERANCE, Verification, too_many, verify_maximum
 from nlme_sbi.population.results.fit_result import BEYOND, Restart
 from nlme_sbi.types import Observations
 
@@ -78,7 +78,7 @@ class Task:
         """Draws made for ``theta``."""
         known = NoDraws(self.population) if before is None else before
         with torch.no_grad():
-            return self.estimator.follow(self.source, self.observations, theta, known, self.generator)
+            return self.estimator.draws_at(self.source, self.observations, theta, known, self.generator)
 
     def keep(self, theta: Float[Tensor, " P"], before: WeightedDraws | None) -> WeightedDraws:
         """The draws before where they serve for ``theta``, too; else others."""
@@ -298,7 +298,7 @@ def _check(task: Task, climb: Climb, doubt: str = "") -> Verification:
     point = climb.point
     individuals = individual_estimates(point.state, point.theta)
     reason = doubt if climb.arrived or vanishing(point) else climb.reason
-    return verified(
+    return verify_maximum(
         point, climb.previous, individuals, draws=point.state.draws, ids=task.observations.ids, reason=reason
     )
 

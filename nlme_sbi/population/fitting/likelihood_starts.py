@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.estimators.initialization import first_climbers, likelihood_of
-from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, first_of_each, modes
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_modes, first_of_each
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.specification import GaussianPopulation
 from nlme_sbi.population.objective.interface import Source
@@ -55,7 +55,7 @@ def fit_individuals_alone(
     drawn = prior.sample(_PRIOR_DRAWS, generator).to(theta)
     others = drawn.expand(len(observations), -1, -1)
     rows, points = first_climbers(joint, source, observations, generator, others=others)
-    found, _ = modes(joint, rows, points)
+    found, _ = distinct_modes(joint, rows, points)
     if len(found.rows) == 0:
         raise NoLikelihoodError(
             f"The likelihood of all {len(observations)} individuals is 0 or not finite at every draw of the network "

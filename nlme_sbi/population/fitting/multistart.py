@@ -12,7 +12,7 @@ from torch import Tensor
 from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.fitting.initial_values import starting_points
 from nlme_sbi.population.fitting.label_switching import in_order
-from nlme_sbi.population.fitting.multistart_summary import compared
+from nlme_sbi.population.fitting.multistart_summary import compare_ends
 from nlme_sbi.population.models.labels import named
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import contributions, rough_information
@@ -52,7 +52,7 @@ def explore(
         raise ValueError(_nowhere(part, points[0][1], ids))
     best = max(reached, key=lambda end: end.objective)
     information = rough_information(part, best.theta)
-    restarts = compared(ends, best, part, torch.linalg.inv(information))
+    restarts = compare_ends(ends, best, part, torch.linalg.inv(information))
     theta = in_order(state.population, best.theta)
     if theta is not best.theta:
         best, information = replace(best, theta=theta), rough_information(part, theta)

@@ -21,7 +21,7 @@ _SINGULAR = 0.999  # correlation above which a covariance counts as singular
 _DIFFERS = 3.0  # standard errors between the means of a parameter that is named
 
 
-def compared(
+def compare_ends(
     ends: list[tuple[str, Summit | None]],
     best: Summit,
     state: WeightedDraws,
@@ -72,7 +72,7 @@ def _differing(state: WeightedDraws, theta: Tensor, best: Tensor, covariance: Te
     )
 
 
-def described(restarts: tuple[Restart, ...]) -> str:
+def describe_starts(restarts: tuple[Restart, ...]) -> str:
     """One or two sentences on how well the starts agree."""
     restarts = within_reach(restarts)
     total = len(restarts)
@@ -112,7 +112,7 @@ def within_reach(restarts: tuple[Restart, ...]) -> tuple[Restart, ...]:
     return tuple(restart for restart in restarts if restart.verdict != BEYOND)
 
 
-def doubted(restarts: tuple[Restart, ...]) -> tuple[str, ...]:
+def warn_of_lone_maximum(restarts: tuple[Restart, ...]) -> tuple[str, ...]:
     """A warning where nothing confirms the maximum: no second start came there, nor to its mirror image."""
     restarts = within_reach(restarts)
     agreeing = sum(restart.verdict in ("same", "other point") for restart in restarts)

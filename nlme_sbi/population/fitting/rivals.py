@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from nlme_sbi.population.fitting.beyond_prior import warn_beyond_prior
-from nlme_sbi.population.fitting.multistart_summary import described, doubted
+from nlme_sbi.population.fitting.multistart_summary import describe_starts, warn_of_lone_maximum
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.results.fit_result import PopulationFit, Restart
 
@@ -89,17 +89,17 @@ def _displaced(restarts: tuple[Restart, ...], place: int, gain: float) -> tuple[
 
 def _with_restarts(fit: PopulationFit, restarts: tuple[Restart, ...], before: PopulationFit) -> PopulationFit:
     """The fit with these restarts, in its message and warnings, too."""
-    message = fit.message.removesuffix(described(fit.restarts)).strip()
+    message = fit.message.removesuffix(describe_starts(fit.restarts)).strip()
     outdated = [said for one in (fit, before) for said in _of_restarts(one.population, one.restarts)]
     kept = tuple(said for said in fit.warnings if said not in outdated)
     return replace(
         fit,
         restarts=restarts,
-        message=f"{message} {described(restarts)}".strip(),
+        message=f"{message} {describe_starts(restarts)}".strip(),
         warnings=(*_of_restarts(fit.population, restarts), *kept),
     )
 
 
 def _of_restarts(population: PopulationModel, restarts: tuple[Restart, ...]) -> tuple[str, ...]:
     """What a fit warns of because of how its starts ended."""
-    return *doubted(restarts), *warn_beyond_prior(population, restarts)
+    return *warn_of_lone_maximum(restarts), *warn_beyond_prior(population, restarts)

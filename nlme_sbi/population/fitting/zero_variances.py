@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from nlme_sbi.numerics.pareto_k import UNRELIABLE
 from nlme_sbi.population.fitting.beyond_prior import warn_beyond_prior
-from nlme_sbi.population.fitting.multistart_summary import described
+from nlme_sbi.population.fitting.multistart_summary import describe_starts
 from nlme_sbi.population.models.interface import (
     LOG_SD,
     MEAN,
@@ -140,7 +140,7 @@ def _marked(trial: PopulationFit, fit: PopulationFit, names: tuple[str, ...]) ->
     tests = (replace(test, estimated=test.parameter in {*names, *before}) for test in trial.variance_tests)
     if trial.restarts:
         return replace(trial, variance_tests=tuple(tests))
-    message = f"{trial.message} {described(fit.restarts)}".strip()
+    message = f"{trial.message} {describe_starts(fit.restarts)}".strip()
     warnings = (*warn_beyond_prior(fit.population, fit.restarts), *trial.warnings)
     return replace(trial, variance_tests=tuple(tests), restarts=fit.restarts, message=message, warnings=warnings)
 

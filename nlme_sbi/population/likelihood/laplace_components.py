@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nlme_sbi.numerics.factorizations import cholesky_or_diagonal, eigh_or_diagonal
 from nlme_sbi.numerics.t_mixtures import Mixtures
-from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, Summits, ascend
+from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, Modes, find_modes
 
 _PROBE = 2.5  # SDs at which a coordinate is probed
 _DEPARTURE = 1.0  # from the parabola, in log density, that calls for components along the profile
@@ -68,11 +68,11 @@ def _log_volume(covariance: Tensor) -> Float[Tensor, " B"]:
     return log_determinant + 0.5 * covariance.shape[-1] * math.log(2 * math.pi)
 
 
-def modes(
+def distinct_modes(
     joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]
 ) -> tuple[LaplaceComponents, Expansion]:
     """Distinct modes of every individual, best first, with their Laplace approximations."""
-    found: Summits = ascend(joint, rows, starts)
+    found: Modes = find_modes(joint, rows, starts)
     return sorted_out(joint, rows, found.points, found.at)
 
 
@@ -85,7 +85,7 @@ def with_others(
 
 
 def sorted_out(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion) -> tuple[LaplaceComponents, Expansion]:
-    """Summits in the order of the individuals, best first, without those that are near a better one or negligible."""
+    """Modes in the order of the individuals, best first, without those that are near a better one or negligible."""
     finite = torch.isfinite(at.value) & torch.isfinite(at.hessian).flatten(1).all(1)
     place = torch.nonzero(finite)[:, 0]
     place = place[torch.argsort(at.value[place], descending=True, stable=True)]
@@ -183,7 +183,7 @@ def _profile(
             break
         step = (side * (offset - before))[active]
         guess = points[active] + step[:, None] * slope[active]
-        found = ascend(joint, mode.rows[active], guess, free=free[active], iterations=3, tolerance=0.2)
+        found = find_modes(joint, mode.rows[active], guess, free=free[active], iterations=3, tolerance=0.2)
         beyond = _NODES[place + 1] if place + 1 < len(_NODES) else multiple
         spacing = 0.5 * (torch.minimum(beyond * sd, farthest) - before)[active].clamp_min(1e-9)
         spacing = torch.maximum(spacing, 0.5 * (offset - before)[active])
@@ -199,7 +199,7 @@ def _profile(
 
 
 def _node(
-    joint: JointDensity, place: tuple[Tensor, Summits, Tensor], spacing: Float[Tensor, " B"]
+    joint: JointDensity, place: tuple[Tensor, Modes, Tensor], spacing: Float[Tensor, " B"]
 ) -> tuple[LaplaceComponents, Float[Tensor, "B V"]]:
     """A component around a node: as wide as the nodes are apart along the profile, Laplace across it."""
     rows, found, column = place

@@ -182,14 +182,14 @@ class JointDensity:
 
 
 @dataclass(frozen=True, eq=False)
-class Summits:
+class Modes:
     """Where Newton's method ended: points ``(B, V)`` and the expansion there."""
 
     points: Float[Tensor, "B V"]
     at: Expansion
 
 
-def ascend(
+def find_modes(
     joint: JointDensity,
     rows: Int[Tensor, " B"],
     points: Float[Tensor, "B V"],
@@ -197,7 +197,7 @@ def ascend(
     free: Bool[Tensor, "B V"] | None = None,
     iterations: int = 30,
     tolerance: float = 1e-3,
-) -> Summits:
+) -> Modes:
     """Damped Newton steps of every point at once, with curvatures made positive (saddle-free), until the gain that a
     step promises is below ``tolerance``.
 
@@ -230,7 +230,7 @@ def ascend(
         damping[winners] *= 0.1
         losers = active[~better]
         damping[losers] = 10 * damping[losers].clamp_min(0.1)
-    return Summits(points, at)
+    return Modes(points, at)
 
 
 def follow_profile(
@@ -242,7 +242,7 @@ def follow_profile(
     free: Bool[Tensor, "B V"],
     iterations: int,
     tolerance: float,
-) -> Summits:
+) -> Modes:
     """A few steps to the top of what is free, from points that are near it, by chord Newton: the Hessian is one from
     nearby, and made anew only where a step with it does not rise.
 
@@ -278,7 +278,7 @@ def follow_profile(
             at = at.updated(renewed, joint.expand(rows[renewed], points[renewed]))
             stale[renewed] = False
         damping[losers[~stale[losers]]] *= 10
-    return Summits(points, at)
+    return Modes(points, at)
 
 
 def promised_gain(joint: JointDensity, rows: Int[Tensor, " B"], at: Expansion) -> Float[Tensor, " B"]:

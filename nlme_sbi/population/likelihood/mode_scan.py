@@ -18,12 +18,12 @@ from torch import Tensor
 
 from nlme_sbi.population.likelihood.laplace_components import (
     LaplaceComponents,
+    distinct_modes,
     first_of_each,
-    modes,
     sorted_out,
     with_others,
 )
-from nlme_sbi.population.likelihood.log_joint import JointDensity, Summits, ascend, follow_profile
+from nlme_sbi.population.likelihood.log_joint import JointDensity, Modes, find_modes, follow_profile
 from nlme_sbi.population.objective.subsets import random_part
 
 _LOOKED_AT = 24  # individuals who tell whether there is anything to be found,
@@ -136,7 +136,7 @@ def _with_news(joint: JointDensity, known: LaplaceComponents, news: News) -> Lap
         return known
     changed = torch.isin(known.rows, rows)
     mine = known[torch.nonzero(changed)[:, 0]]
-    both, _ = modes(joint, torch.cat([mine.rows, rows]), torch.cat([mine.means, points]))
+    both, _ = distinct_modes(joint, torch.cat([mine.rows, rows]), torch.cat([mine.means, points]))
     together = LaplaceComponents.joined([known[torch.nonzero(~changed)[:, 0]], both])
     return together[torch.argsort(together.rows, stable=True)]
 
@@ -150,7 +150,7 @@ def _gain(joint: JointDensity, known: LaplaceComponents, rows: Tensor, points: T
     """Log mass that points add to the known modes of their individuals, over all of these."""
     everybody = len(joint.observations)
     mine = _of(known, torch.unique(rows))
-    both, _ = modes(joint, torch.cat([mine.rows, rows]), torch.cat([mine.means, points]))
+    both, _ = distinct_modes(joint, torch.cat([mine.rows, rows]), torch.cat([mine.means, points]))
     gained = (_mass(both, everybody) - _mass(mine, everybody))[torch.unique(rows)]
     return float(gained.clamp_min(0).sum())
 
@@ -170,7 +170,7 @@ def _news(joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...
         along = torch.cat([torch.full_like(row, c) for (row, _), c in zip(starts, columns, strict=True)])
         if len(rows) == 0:
             break
-        summits = ascend(joint, rows, points)
+        summits = find_modes(joint, rows, points)
         better = _adds_mass(joint, known, rows, summits)
         if not bool(better.any()):
             break
@@ -178,7 +178,7 @@ def _news(joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...
         found_points.append(summits.points[better])
         found_columns.append(along[better])
         there = torch.cat([known.rows, found_rows[-1]]), torch.cat([known.means, found_points[-1]])
-        both, _ = modes(joint, *there)
+        both, _ = distinct_modes(joint, *there)
         # Only those who had news may have more.
         known = _of(both, found_rows[-1])
     if not found_rows:
@@ -243,7 +243,7 @@ def _tops(
     return owners[worth], places[worth]
 
 
-def _adds_mass(joint: JointDensity, known: LaplaceComponents, rows: Int[Tensor, " B"], summits: Summits) -> Tensor:
+def _adds_mass(joint: JointDensity, known: LaplaceComponents, rows: Int[Tensor, " B"], summits: Modes) -> Tensor:
     """Which summits belong to individuals whose mass they raise by a share that counts."""
     everybody = len(joint.observations)
     mine = _of(known, torch.unique(rows))

@@ -19,7 +19,7 @@ _PASSES = 2
 _NEW = 0.8  # share of the fitted components; the rest keeps the old mixture and its tails
 
 
-def refined(
+def refine_mixtures(
     joint: JointDensity, mixed: Mixtures, rows: Int[Tensor, " B"], draws: int, generator: torch.Generator
 ) -> Mixtures:
     """Mixtures of the individuals at ``rows``, fitted to weighted draws of the present ones.

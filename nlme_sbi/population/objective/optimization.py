@@ -55,7 +55,7 @@ def expectation_maximisation(state: WeightedDraws, theta: Float[Tensor, " P"], *
     return best
 
 
-def climb(
+def lbfgs(
     state: WeightedDraws,
     theta: Float[Tensor, " P"],
     information: Float[Tensor, "free free"],
@@ -102,7 +102,7 @@ def climb(
     return Summit(place(found.x), -float(found.fun), count)
 
 
-def polish(
+def newton(
     state: WeightedDraws, theta: Float[Tensor, " P"], *, tolerance: float = 1e-3
 ) -> tuple[Summit, Float[Tensor, "free free"]]:
     """Damped Newton steps with the exact Hessian; the summit and the negative Hessian there.
@@ -145,4 +145,4 @@ def _backtracked(
 def rise(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Summit:
     """From a start to its summit: EM, then L-BFGS."""
     theta = expectation_maximisation(state, theta)
-    return climb(state, theta, rough_information(state, theta), tolerance=0.02)
+    return lbfgs(state, theta, rough_information(state, theta), tolerance=0.02)

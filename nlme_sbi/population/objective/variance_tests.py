@@ -125,7 +125,7 @@ def _noise(state: WeightedDraws, theta: Tensor, direction: Tensor) -> float:
     return 0.5 * float((first - second).square().sum().sqrt())
 
 
-def told(tests: tuple[VarianceTest, ...]) -> tuple[str, ...]:
+def describe_test(tests: tuple[VarianceTest, ...]) -> tuple[str, ...]:
     """A sentence below the table for each."""
     return tuple(sentence(test) for test in tests)
 

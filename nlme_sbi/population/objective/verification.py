@@ -77,7 +77,7 @@ class Verification:
         return said + "."
 
 
-def verified(
+def verify_maximum(
     point: Point,
     before: Point | None,
     individuals: IndividualEstimates,

@@ -23,7 +23,7 @@ from nlme_sbi.population.objective.individuals import (
 from nlme_sbi.population.objective.information_criteria import corrected_bic
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.standard_errors import MonteCarloError
-from nlme_sbi.population.objective.variance_tests import VarianceTest, told
+from nlme_sbi.population.objective.variance_tests import VarianceTest, describe_test
 from nlme_sbi.population.objective.verification import Verification
 from nlme_sbi.population.results.intervals import Interval, ProfileCurve, interval_lines
 from nlme_sbi.population.results.table import PopulationTable, number, population_table
@@ -200,7 +200,7 @@ class PopulationFit:
             heading=self._heading(),
             notes=(
                 *interval_lines(self.intervals),
-                *told(self.variance_tests),
+                *describe_test(self.variance_tests),
                 self.message,
                 *self.labelling,
                 *(f"WARNING: {warning}" for warning in self.warnings),

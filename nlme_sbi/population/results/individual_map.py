@@ -12,7 +12,7 @@ from torch import Tensor
 from nlme_sbi.population.estimators.exact_draws import ExactDraws
 from nlme_sbi.population.estimators.initialization import likelihood_of, with_images
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents
-from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, ascend, interleaved
+from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, find_modes, interleaved
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.individuals import IndividualModes, ModeKind, resampled_draws
 from nlme_sbi.population.results.fit_result import PopulationFit
@@ -68,7 +68,7 @@ def _climbed(joint: JointDensity, drawn: Float[Tensor, "I S D"], known: LaplaceC
     if known is not None:
         rows, points = torch.cat([rows, known.rows]), torch.cat([points, known.means])
     with torch.enable_grad():
-        ends = ascend(joint, rows, points, tolerance=_TOLERANCE)
+        ends = find_modes(joint, rows, points, tolerance=_TOLERANCE)
     value = ends.at.value.nan_to_num(-torch.inf)
     highest = torch.full((len(every),), -torch.inf, dtype=value.dtype, device=value.device)
     highest = highest.scatter_reduce(0, rows, value, "amax")

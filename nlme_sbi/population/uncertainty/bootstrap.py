@@ -23,7 +23,7 @@ from torch import Tensor
 from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import scores, value_and_gradient
-from nlme_sbi.population.objective.optimization import NOWHERE, climb
+from nlme_sbi.population.objective.optimization import NOWHERE, lbfgs
 from nlme_sbi.population.results.fit_result import PopulationFit
 from nlme_sbi.population.uncertainty.profile import expanded
 
@@ -121,7 +121,7 @@ def bootstrap(
     thin = _thinned(fit)
     free = fit.population.unknowns.free.to(fit.theta.device)
     information = torch.linalg.inv(fit.covariance[free][:, free])
-    centre = climb(thin, fit.theta, information, tolerance=_TOLERANCE / 4).theta
+    centre = lbfgs(thin, fit.theta, information, tolerance=_TOLERANCE / 4).theta
     base = replace(fit, state=thin, theta=centre)
     slopes = scores(thin, centre)
     found, failed = [], 0
@@ -178,7 +178,7 @@ def _replicate(fit: PopulationFit, slopes: Float[Tensor, "I free"], multiplicity
         if moved is None and done > 0:
             break
         state = state if moved is None else moved
-        summit = climb(
+        summit = lbfgs(
             state, theta, information, tolerance=_TOLERANCE, evaluations=_EVALUATIONS, multiplicity=multiplicity
         )
         if abs(summit.objective) >= NOWHERE:

@@ -20,7 +20,7 @@ from torch import Tensor
 from nlme_sbi.population.models.interface import MEAN
 from nlme_sbi.population.objective.interface import MovableDraws, WeightedDraws
 from nlme_sbi.population.objective.objective import contributions, halves, value_and_gradient
-from nlme_sbi.population.objective.optimization import NOWHERE, climb
+from nlme_sbi.population.objective.optimization import NOWHERE, lbfgs
 from nlme_sbi.population.results.fit_result import PopulationFit
 
 _TOLERANCE = 0.005  # of the signed root: a limit is known to about so many standard errors
@@ -225,7 +225,7 @@ def _constrained(line: _Line, guess: _Point) -> _Point:
         if not math.isfinite(value):
             return _Point(guess.offset, theta, -NOWHERE, state)
         if len(line.others) > 0:
-            summit = climb(state, theta, line.information, tolerance=0.01, free=line.others)
+            summit = lbfgs(state, theta, line.information, tolerance=0.01, free=line.others)
             theta, value = summit.theta, summit.objective
         moved = expanded(state, theta, line.se)
         if moved is None:
@@ -274,5 +274,5 @@ def _served(fit: PopulationFit, line: _Line, end: _Point, generator: torch.Gener
         state = fit.state.joint_draws(far, generator)
     free = fit.population.unknowns.free.to(fit.theta.device)
     information = torch.linalg.inv(fit.covariance[free][:, free])
-    summit = climb(state, fit.theta, information, tolerance=0.01)
+    summit = lbfgs(state, fit.theta, information, tolerance=0.01)
     return _Point(float((summit.theta - fit.theta)[line.place]) / line.unit, summit.theta, summit.objective, state)

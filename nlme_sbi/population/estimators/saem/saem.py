@@ -27,7 +27,7 @@ from nlme_sbi.population.estimators.saem.convergence import Standstill, standsti
 from nlme_sbi.population.estimators.saem.drift import drift
 from nlme_sbi.population.estimators.saem.mcmc import Chains, CompleteData, Kernels, begun, prior_of, swept
 from nlme_sbi.population.estimators.saem.stochastic_approximation import Recursion, updated
-from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, mixtures, modes
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_modes, mixtures
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.labels import named
@@ -93,7 +93,7 @@ class Saem(OfLikelihood):
         most = Exact.max_draws
         return Exact(draws=min(self.draws, most), max_draws=most, simulator=self.simulator)
 
-    def follow(
+    def draws_at(
         self,
         source: Source,
         observations: Observations,
@@ -102,7 +102,7 @@ class Saem(OfLikelihood):
         generator: torch.Generator,
     ) -> WeightedDraws:
         """Importance sampling at ``theta``, as the exact estimator does it."""
-        return self._sampling.follow(source, observations, theta, previous, generator)
+        return self._sampling.draws_at(source, observations, theta, previous, generator)
 
     def look_again(
         self,
@@ -200,7 +200,7 @@ class _Run:
         joint = likelihood_of(simulator, population, observations, theta)
         with torch.no_grad():
             rows, starts = first_climbers(joint, source, observations, generator, mirrored=False)
-            found, at = modes(joint, rows, starts)
+            found, at = distinct_modes(joint, rows, starts)
             require_everybody(found.rows, observations)
             kernels = Kernels.around(joint, found, at, target=settings.acceptance)
         count = settings.chains or max(1, -(-_CHAINS_ALL // len(observations)))
@@ -246,7 +246,7 @@ class _Run:
         rows = torch.cat([self.modes.rows, every])
         points = torch.cat([self.modes.means, self.chains.points[:, 0]])
         with torch.no_grad():
-            found, at = modes(joint, rows, points)
+            found, at = distinct_modes(joint, rows, points)
             if len(torch.unique(found.rows)) < individuals:
                 return self
             kernels = self.kernels.moved_to(joint, found, at)
