@@ -20,6 +20,7 @@ from nlme_sbi.runs.directory import sealed
 sys.path.insert(0, str(Path(__file__).parent))
 from attacks import ODD, claimed_array, mutated, odd_array, outcome, sealed_again, watched, write_sealed
 from sent_runs import STAGES, USES, copy_of, make_runs, run_of
+from tiny_runs import shared_folder
 
 ARRAYS = {
     "simulate": ("phi.npy", "values.npy", "status.npy", "times.npy", "events.kind.npy", "observed.npy"),
@@ -31,9 +32,11 @@ ARRAYS = {
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output root with the three stages; not to be written to."""
-    root = tmp_path_factory.mktemp("sent") / "outputs"
-    make_runs(root)
-    return root
+    with shared_folder(tmp_path_factory.getbasetemp(), "sent") as folder:
+        if not (folder / "made").exists():
+            make_runs(folder / "outputs")
+            (folder / "made").touch()
+    return folder / "outputs"
 
 
 @pytest.fixture

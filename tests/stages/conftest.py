@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,31 +13,32 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_runs import shared_folder
+
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output root with all stages, once `run_stage` is there; the same for all workers, not to be written to."""
-    base = tmp_path_factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "undisturbed"
-    root.mkdir(exist_ok=True)
-    return root
+    with shared_folder(tmp_path_factory.getbasetemp(), "undisturbed") as root:
+        return root
 
 
 @pytest.fixture(scope="session")
-def run_stage(undisturbed: Path) -> Iterator[Callable[..., dict[str, Any]]]:
+def run_stage(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dict[str, Any]]]:
     """Runs a stage below a root and tells how it ended; takes the fields of ``one_stage.Order``."""
     command = [sys.executable, HERE / "one_stage.py", undisturbed]
     # Without a GPU: a process that has used one cannot be forked.
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "CUDA_VISIBLE_DEVICES": ""}
-    with (
-        (undisturbed / "lock").open("w") as lock,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server,
-    ):
-        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes first makes the runs, the others wait for them
-        assert server.stdout.readline() == "ready\n"
-        fcntl.flock(lock, fcntl.LOCK_UN)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        with shared_folder(
+            tmp_path_factory.getbasetemp(), "undisturbed"
+        ):  # who comes first makes the runs, others wait
+            server.stdin.write("begin\n")
+            server.stdin.flush()
+            assert server.stdout.readline() == "ready\n"
 
         def once(stage: str, root: Path, **more: Any) -> dict[str, Any]:
             server.stdin.write(json.dumps({"stage": stage, "root": str(root), **more}) + "\n")

@@ -1,6 +1,7 @@
 """Tiny stages, each in a process of its own that is forked from this one, where everything is warm already.
 
-Runs all stages below the root ``argv[1]`` first, unless that was done before, and says ``ready``. Then reads lines of
+At the first line of its input it runs all stages below the root ``argv[1]``, unless that was done before, and says
+``ready``. Then reads lines of
 JSON, an :class:`Order` each, and answers each with one, an :class:`Ended`.
 """
 
@@ -146,6 +147,7 @@ if __name__ == "__main__":
         function_of(name)
     draw_nothing()
     made = Path(sys.argv[1])
+    sys.stdin.readline()  # "begin": nobody else makes the runs now
     if not (made / "all").exists():
         run_all(made)
         (made / "all").touch()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -85,6 +88,19 @@ def function_of(stage: str) -> Callable[[DictConfig], object]:
     """The stage; imported when it is asked for, because some bring all figures with them."""
     function: Callable[[DictConfig], object] = getattr(import_module(f"nlme_sbi.stages.{stage}"), stage)
     return function
+
+
+@contextlib.contextmanager
+def shared_folder(base: Path, name: str) -> Iterator[Path]:
+    """A folder that all workers of a session share; inside the ``with`` one has it for itself, to fill it once.
+
+    ``base`` is what ``tmp_path_factory.getbasetemp()`` gives, which is each worker's own.
+    """
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
 
 
 def only_run(root: Path, stage: str) -> FinishedRun:
