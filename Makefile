@@ -3,16 +3,18 @@ VENV ?= .venv
 PYTHON ?= python3
 
 BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+COVERAGE := --cov=nlme_sbi --cov=simulators
 INSTALL_INPUTS := setup.cfg pyproject.toml constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 # Two pips in one environment would trip over each other.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs clean
+.PHONY: help demo test test-fast test-thorough check docs clean
 
 help: ## show this list
-	@grep -E '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):.*## /  make \1\t/' | expand -t 24
 	@echo "  VENV=DIR and PYTHON=EXECUTABLE choose the environment (now $(VENV)) and what creates it (now $(PYTHON))."
 
 demo: $(VENV)/.installed-demo ## population parameters of the theophylline data, from simulation to report, in minutes
@@ -22,9 +24,17 @@ demo: $(VENV)/.installed-demo ## population parameters of the theophylline data,
 	$(BIN)/python scripts/diagnose.py experiment=theophylline fit=latest
 	$(BIN)/python scripts/report.py experiment=theophylline
 
+# Shape checks of every annotated function double the time of fits: what takes long runs without them.
 test: $(VENV)/.installed-test ## all tests with line coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov=nlme_sbi --cov=simulators --cov-report=term:skip-covered \
-		--cov-fail-under=90 $(PYTEST_ARGS)
+	NLME_SBI_SHAPE_CHECKS=off $(PYTEST) -m slow $(COVERAGE) --cov-report= $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) -m 'not slow and not thorough' $(COVERAGE) --cov-append --cov-report=term:skip-covered --cov-fail-under=90 \
+		$(PYTEST_ARGS)
+
+test-fast: $(VENV)/.installed-test ## the tests that take less than seconds each, under shape checks
+	$(PYTEST) -m 'not slow and not thorough' $(PYTEST_ARGS)
+
+test-thorough: $(VENV)/.installed-test ## more of what is tested anyway: kills at twenty moments, disks full at every file
+	$(PYTEST) -m thorough $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev ## lint, format, types and layers
 	$(BIN)/ruff check .

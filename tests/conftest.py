@@ -14,7 +14,9 @@ import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-install_import_hook(["nlme_sbi", "simulators"], "beartype.beartype")
+# They double the time of a fit: `make test` runs the tests marked slow without them.
+if os.environ.get("NLME_SBI_SHAPE_CHECKS") != "off":
+    install_import_hook(["nlme_sbi", "simulators"], "beartype.beartype")
 matplotlib.use("Agg")
 torch.set_num_threads(1)
 
