@@ -22,7 +22,7 @@ from nlme_sbi.config.targets import STORED_ROLES
 from nlme_sbi.designs import ResampledDesigns
 from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings, working_bytes_per_row
 from nlme_sbi.networks.scaling import ParameterScaling
-from nlme_sbi.networks.summaries import DataShape, GridNetwork, PooledNetwork, SummarySettings
+from nlme_sbi.networks.summaries import DataShape, SummaryNetwork, SummarySettings
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run, require_same_sources, require_unedited
 from nlme_sbi.runs.schema import DISTINCT, POSITIVE, Rule
@@ -165,8 +165,10 @@ _SHAPE = {
 class PosteriorNetwork(nn.Module):
     """Density ``q(phi | y, design)``: everything that has weights or scalings, and nothing else."""
 
-    def __init__(self, summary: GridNetwork | PooledNetwork, flow: ConditionalDensity, dimension: int) -> None:
+    def __init__(self, summary: SummaryNetwork, flow: ConditionalDensity, dimension: int) -> None:
         super().__init__()
+        if not isinstance(summary, nn.Module):
+            raise TypeError(f"A summary network is a torch.nn.Module, and {type(summary).__name__} is none.")
         self.summary = summary
         self.flow = flow
         self.scaling = ParameterScaling(dimension)

@@ -65,7 +65,8 @@ class DataShape:
 
 @runtime_checkable
 class SummaryNetwork(Protocol):
-    """What a posterior network needs of a summary: its width, scalings from pilot simulations, and the summary."""
+    """What a posterior network needs of a summary, a ``torch.nn.Module``: its width, scalings from pilot simulations,
+    and the summary."""
 
     width: int
 
@@ -78,7 +79,7 @@ class SummaryNetwork(Protocol):
 class SummarySettings(Protocol):
     """A choice in the config group ``summary``."""
 
-    def build(self, shape: DataShape) -> GridNetwork | PooledNetwork: ...
+    def build(self, shape: DataShape) -> SummaryNetwork: ...
 
 
 def carried_forward(values: Float[Tensor, "B T C"], observed: Bool[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:

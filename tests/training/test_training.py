@@ -13,7 +13,7 @@ import torch
 from nlme_sbi.designs import FixedGrid
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.networks.flows import AffineCouplingFlow
-from nlme_sbi.networks.posterior import PosteriorNetwork, build_network
+from nlme_sbi.networks.posterior import PosteriorNetwork, build_network, initial_network
 from nlme_sbi.networks.summaries import DataShape, GridSummary
 from nlme_sbi.training.loop import TrainingSettings, generalisation_gap, train
 from nlme_sbi.training.pairs import OnlinePairs, StoredPairs, TrainingError
@@ -247,3 +247,56 @@ def test_a_network_that_has_learned_its_pairs_by_heart_shows_a_gap_and_a_fresh_o
     train(network, pairs(), settings, progress=False)
     gap, standard_error = generalisation_gap(network, pairs(), settings)
     assert abs(gap) < 4 * standard_error
+
+
+class MomentNetwork(torch.nn.Module):
+    """Somebody's own summary: mean and SD of every signal, and a layer."""
+
+    def __init__(self, signals: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.layer = torch.nn.Linear(2 * signals, width)
+        self.register_buffer("centre", torch.zeros(2 * signals))
+        self.register_buffer("spread", torch.ones(2 * signals))
+
+    def moments(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values.mean(1), values.std(1)], 1)
+
+    def fit_scaling(self, pilot: Simulations) -> None:
+        moments = self.moments(pilot.values)
+        self.centre.copy_(moments.mean(0))
+        self.spread.copy_(moments.std(0).clamp_min(1e-6))
+
+    def forward(self, values: torch.Tensor, design: Design) -> torch.Tensor:
+        return torch.tanh(self.layer((self.moments(values) - self.centre) / self.spread))
+
+
+class Moments:
+    """Its settings."""
+
+    def build(self, shape: DataShape) -> MomentNetwork:
+        return MomentNetwork(shape.signals, 8)
+
+
+def test_a_summary_of_ones_own_is_trained_like_ours() -> None:
+    network, _ = initial_network(
+        pairs().pilot(200), SIMULATOR, PRIOR, summary=Moments(), flow=AffineCouplingFlow(hidden=16), seed=3
+    )
+    before = network.summary.layer.weight.detach().clone()
+    trained = train(network, pairs(), SETTINGS, progress=False)
+    assert trained.best_loss < float(trained.history[0]["validation_loss"])
+    assert not torch.equal(network.summary.layer.weight, before)  # its weights are trained, too
+
+
+def test_a_summary_without_weights_of_torch_is_refused() -> None:
+    class Plain:
+        width = 8
+
+        def fit_scaling(self, pilot: Simulations) -> None: ...
+
+        def __call__(self, values: torch.Tensor, design: Design) -> torch.Tensor:
+            return values.mean(1)
+
+    flow = AffineCouplingFlow(hidden=16).build(6, 8)
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module, and Plain is none"):
+        PosteriorNetwork(Plain(), flow, 6)
