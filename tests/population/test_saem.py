@@ -27,8 +27,7 @@ from nlme_sbi.numerics.t_mixtures import Mixtures
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import GaussianPopulation, Laplace, Saem, fit_population
 from nlme_sbi.population.estimators.interface import Found, SelfOptimizingEstimator, ThetaDependentEstimator
-from nlme_sbi.population.estimators.saem.convergence import standstill
-from nlme_sbi.population.estimators.saem.drift import drift, mean_covariance
+from nlme_sbi.population.estimators.saem.convergence import drift, mean_covariance, standstill
 from nlme_sbi.population.estimators.saem.mcmc import CompleteData, Kernels, begun, swept
 from nlme_sbi.population.estimators.saem.stochastic_approximation import newton_step
 from nlme_sbi.population.likelihood.laplace_components import distinct_modes

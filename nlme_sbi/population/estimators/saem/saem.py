@@ -23,8 +23,7 @@ from nlme_sbi.population.estimators.exact import Exact
 from nlme_sbi.population.estimators.initialization import first_climbers, likelihood_of, require_everybody, tractable
 from nlme_sbi.population.estimators.interface import Found
 from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
-from nlme_sbi.population.estimators.saem.convergence import Standstill, standstill
-from nlme_sbi.population.estimators.saem.drift import drift
+from nlme_sbi.population.estimators.saem.convergence import Standstill, drift, standstill
 from nlme_sbi.population.estimators.saem.mcmc import Chains, CompleteData, Kernels, begun, prior_of, swept
 from nlme_sbi.population.estimators.saem.stochastic_approximation import Recursion, updated
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_modes, mixtures
