@@ -1,4 +1,4 @@
-"""How odd individuals are for the simulator."""
+"""How far individuals lie from what the simulator makes."""
 
 from __future__ import annotations
 

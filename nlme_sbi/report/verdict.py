@@ -53,7 +53,7 @@ def _answer(topic: Topic, found: tuple[Finding, ...], *, by_likelihood: bool) ->
     failed = [one for one in found if one.light in ("amber", "red")]
     if by_likelihood and failed and all(_of_the_network(topic, one) for one in failed):
         sentence += (
-            " The estimates below come from the likelihood itself, for which the network only told where to begin, so "
+            " The estimates below come from the likelihood itself, for which the network only gave starting points, so "
             "this does not reach them."
         )
     return Answer(topic, _QUESTIONS[topic], light, _WORDS[topic][light], sentence, _RULE, found)

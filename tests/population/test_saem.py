@@ -27,7 +27,7 @@ from nlme_sbi.numerics.t_mixtures import Mixtures
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import GaussianPopulation, Laplace, Saem, fit_population
 from nlme_sbi.population.estimators.interface import Found, SelfOptimizingEstimator, ThetaDependentEstimator
-from nlme_sbi.population.estimators.saem.convergence import drift, mean_covariance, standstill
+from nlme_sbi.population.estimators.saem.convergence import check_stationarity, drift, mean_covariance
 from nlme_sbi.population.estimators.saem.mcmc import CompleteData, Kernels, begun, swept
 from nlme_sbi.population.estimators.saem.stochastic_approximation import newton_step
 from nlme_sbi.population.likelihood.laplace_components import distinct_modes
@@ -285,7 +285,7 @@ def standing(case: ConjugateCase, simulator: Linear, model: PopulationModel, the
     data = CompleteData.of(simulator, model, case.observations, chains=4)
     kernels = Kernels.around(joint, found, at, target=0.35)
     chains = begun(data, theta, found.means[:, None].expand(-1, 4, -1).clone())
-    return standstill(data, chains, kernels, theta, seeded(), sweeps=60)[0]
+    return check_stationarity(data, chains, kernels, theta, seeded(), sweeps=60)[0]
 
 
 def test_a_standstill_knows_the_maximum_and_how_far_another_point_is_from_it() -> None:

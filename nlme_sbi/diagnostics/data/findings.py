@@ -28,9 +28,9 @@ def model_finding(tests: ResidualTests) -> Finding:
     else:
         sentence = (
             f"The simulator cannot make these data: residuals about the individuals' best fits are not like noise, "
-            f"foremost because {most} (p = {tests.p_model:.2g}; {told}; {100 * share:.0f}% of the individuals are odd "
-            "by themselves). Look at their fits, and change the mechanism or the noise model; posteriors of its "
-            "parameters are too narrow."
+            f"foremost because {most} (p = {tests.p_model:.2g}; {told}; {100 * share:.0f}% of the individuals are "
+            "outliers by themselves). Look at their fits, and change the mechanism or the noise model; posteriors of "
+            "its parameters are too narrow."
         )
     return Finding(
         check="misspecification_model",
@@ -38,10 +38,10 @@ def model_finding(tests: ResidualTests) -> Finding:
         light=light,
         sentence=sentence,
         rule=(
-            f"Test of all individuals together, those named as odd left out where they are at most {100 * MANY:.0f}%, "
+            f"Test of all individuals together, named outliers left out where they are at most {100 * MANY:.0f}%, "
             f"against {tests.replicates} data sets of noise: green above p = {tests.level:g}, which is its "
             f"false-alarm rate; red where also neighbouring residuals are correlated by more than {_STRONG:g} or more "
-            f"than {100 * MANY:.0f}% of the individuals are odd; amber between."
+            f"than {100 * MANY:.0f}% of the individuals are outliers; amber between."
         ),
         numbers={
             "p": tests.p_model,
@@ -59,7 +59,9 @@ def individuals_finding(tests: ResidualTests) -> Finding:
     worst = tests.outlier_score.argsort(descending=True)[: min(count, _NAMED)].tolist()
     listed = ", ".join(tests.ids[place] for place in worst) + (f" and {count - _NAMED} more" if count > _NAMED else "")
     if count == 0:
-        sentence = f"No individual's residuals are unlike noise (the oddest: p = {tests.p_individuals:.2g} of all)."
+        sentence = (
+            f"No individual's residuals are unlike noise (the most extreme: p = {tests.p_individuals:.2g} of all)."
+        )
     elif tests.many:
         sentence = (
             f"{count} of {len(tests.ids)} individuals have data that the simulator cannot make: too many to be "
@@ -76,7 +78,7 @@ def individuals_finding(tests: ResidualTests) -> Finding:
         light="amber" if count else "green",
         sentence=sentence,
         rule=(
-            f"Amber where an individual's residuals are odder than the oddest of a whole data set of noise is in "
+            f"Amber where an individual's residuals are more extreme than the most extreme of a whole data set of noise are in "
             f"{100 * tests.level:.3g}% of {tests.replicates} simulated ones: the chance to name anybody wrongly."
         ),
         numbers={

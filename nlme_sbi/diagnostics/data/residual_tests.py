@@ -43,7 +43,7 @@ class ResidualTests:
         outlier_score: ``(I,)`` minus log of about the smallest p-value of the four.
         limit: of the outlier_score, which a data set of noise exceeds anywhere with probability ``level``.
         named: ``(I,)`` individuals above it.
-        p_individuals: that the oddest is like noise, all individuals considered.
+        p_individuals: that the most extreme is like noise, all individuals considered.
         p_model: that the others together are like noise: whether they have something in common that the model lacks.
         common: ``(4,)`` each statistic's mean over the others, in the SDs that it has between data sets of noise.
         correlation: of neighbouring residuals, mean over individuals, beyond what projected noise has.
@@ -67,7 +67,7 @@ class ResidualTests:
 
     @property
     def many(self) -> bool:
-        """Whether so many individuals are odd that the model is to blame."""
+        """Whether so many individuals are outliers that the model is to blame."""
         return float(self.named.double().mean()) > MANY
 
     def to_frame(self) -> pd.DataFrame:

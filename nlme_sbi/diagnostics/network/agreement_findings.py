@@ -31,7 +31,7 @@ def agreement_finding(found: Agreement, *, error_rate: float, where: Literal["pr
     """
     count = len(found.ids)
     if count < _FEWEST:
-        raise ValueError(f"The agreement is told for {_FEWEST} individuals or more; there are {count}.")
+        raise ValueError(f"The agreement needs {_FEWEST} individuals or more; there are {count}.")
     median, low = float(np.median(found.share)), float(np.quantile(found.share, 0.1))
     below = int((found.share < WISHED_SHARE).sum())
     p_value = float(binom.sf(below - 1, count, 0.5))

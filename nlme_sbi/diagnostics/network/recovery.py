@@ -73,7 +73,7 @@ def recovery(pairs: PosteriorPairs, prior: Prior) -> Recovery:
     Raises ``ValueError`` for pairs with weights, whose truth came from elsewhere.
     """
     if pairs.log_weights is not None:
-        raise ValueError("Recovery is told for individuals that the training prior made.")
+        raise ValueError("Recovery needs individuals simulated from the training prior.")
     draws = pairs.draws.double()
     prior_sd = prior.covariance.diagonal().sqrt()
     plain = (pairs.truth.double(), draws.mean(1), draws.std(1), prior_sd)

@@ -102,7 +102,7 @@ def _map(
     start = (0, 1)
     flagged = np.any(list(flags.values()), axis=0) if flags else np.zeros(total, bool)
     first, second = quantities[start[0]], quantities[start[1]]
-    told = "; ".join(f"{name}: {int(marked.sum())}" for name, marked in flags.items()) or "nobody is flagged"
+    told = "; ".join(f"{name}: {int(marked.sum())}" for name, marked in flags.items()) or "none is flagged"
     return Picture(
         "individuals",
         "All individuals",

@@ -129,8 +129,8 @@ def _further_pictures(run: FinishedRun, said: Mapping[str, str]) -> Iterator[Pic
             "Recovery of parameters",
             f"Posterior mean and SD against the truth of simulated individuals, a panel a parameter. "
             f"{said.get('recovery', '')}",
-            "What the data of one individual tell: points on the line are known exactly, a flat cloud is not told at "
-            "all.",
+            "What the data of one individual say: points on the line are known exactly; a flat cloud means that they "
+            "say nothing.",
             drawn=plot_recovery(recovered, {}),
         )
     if agreement is not None:

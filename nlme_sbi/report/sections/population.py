@@ -144,7 +144,7 @@ def influence_of(fit: ReportedFit) -> pd.DataFrame:
     """``influence.csv`` of the fit; raises ``ValueError`` where it has none."""
     if INFLUENCE not in fit.run.manifest["outputs"]:
         raise ValueError(
-            f"{fit.run.path.name} has no {INFLUENCE}: it was made before fits told the influence of their "
+            f"{fit.run.path.name} has no {INFLUENCE}: it was made before fits recorded the influence of their "
             "individuals, or has no standard errors. Run its command again with this nlme_sbi."
         )
     return read_csv(fit.run.file(INFLUENCE))

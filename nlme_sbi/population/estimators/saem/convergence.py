@@ -28,7 +28,7 @@ _CURVED = 10  # sweeps between looks at the complete information
 
 
 @dataclass(frozen=True, eq=False)
-class Standstill:
+class StationaryPoint:
     """What chains at a fixed theta tell, over the free unknowns.
 
     Args:
@@ -49,7 +49,7 @@ class Standstill:
     acceptance: dict[str, float]
 
 
-def standstill(
+def check_stationarity(
     data: CompleteData,
     chains: Chains,
     kernels: Kernels,
@@ -57,7 +57,7 @@ def standstill(
     generator: torch.Generator,
     *,
     sweeps: int,
-) -> tuple[Standstill, Chains]:
+) -> tuple[StationaryPoint, Chains]:
     """``sweeps`` sweeps at ``theta``, at least 20; the chains' densities must belong to it."""
     free = data.population.unknowns.free.to(theta.device)
     constants = data.population.constants(theta, data.observations.design)
@@ -82,7 +82,7 @@ def standstill(
     covariance = _covariance(torch.stack(informations).mean(0), missing, individuals)
     noise = covariance @ mean_covariance(score) @ covariance
     noise_se = noise.diagonal().clamp_min(0).sqrt()
-    return Standstill(
+    return StationaryPoint(
         se=covariance.diagonal().sqrt(),
         left=-covariance @ score.mean(0),
         left_se=noise_se,

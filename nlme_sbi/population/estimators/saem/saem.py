@@ -23,7 +23,7 @@ from nlme_sbi.population.estimators.exact import Exact
 from nlme_sbi.population.estimators.initialization import first_climbers, likelihood_of, require_everybody, tractable
 from nlme_sbi.population.estimators.interface import Found
 from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
-from nlme_sbi.population.estimators.saem.convergence import Standstill, drift, standstill
+from nlme_sbi.population.estimators.saem.convergence import StationaryPoint, check_stationarity, drift
 from nlme_sbi.population.estimators.saem.mcmc import Chains, CompleteData, Kernels, begun, prior_of, swept
 from nlme_sbi.population.estimators.saem.stochastic_approximation import Recursion, updated
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_modes, mixtures
@@ -292,7 +292,7 @@ class _Run:
             kept = trace[int(_SETTLED * len(trace)) :]
             mean = torch.where(fixed, self.theta, torch.stack(kept).mean(0))  # fixed values to the last bit
             run = run.at(mean)
-            judged, chains = standstill(run.data, run.chains, run.kernels, mean, run.generator, sweeps=watched)
+            judged, chains = check_stationarity(run.data, run.chains, run.kernels, mean, run.generator, sweeps=watched)
             run = replace(run, chains=chains, sweeps=run.sweeps + watched)
             se, beyond = judged.sweep_se / len(kept) ** 0.5 / judged.se, _beyond_chance(judged)
             still = float(beyond.abs().max()) < wished
@@ -306,7 +306,7 @@ class _Run:
             ahead = min(int(1.1 * needed) + 20, len(trace) + room)
         return run.found(judged, len(kept), accuracy, ids)
 
-    def found(self, judged: Standstill, averaged: int, accuracy: float, ids: tuple[str, ...]) -> Found:
+    def found(self, judged: StationaryPoint, averaged: int, accuracy: float, ids: tuple[str, ...]) -> Found:
         """The estimate with what is known of it."""
         free = self.data.population.unknowns.free.to(self.theta.device)
         se = judged.sweep_se / averaged**0.5
@@ -341,7 +341,7 @@ class _Run:
         )
 
 
-def _beyond_chance(judged: Standstill) -> Float[Tensor, " free"]:
+def _beyond_chance(judged: StationaryPoint) -> Float[Tensor, " free"]:
     """How far the estimate is from the maximum beyond two Monte-Carlo standard errors of that distance, in standard
     errors."""
     excess = (judged.left.abs() - 2 * judged.left_se).clamp_min(0)
