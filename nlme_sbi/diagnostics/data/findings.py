@@ -78,8 +78,8 @@ def individuals_finding(tests: ResidualTests) -> Finding:
         light="amber" if count else "green",
         sentence=sentence,
         rule=(
-            f"Amber where an individual's residuals are more extreme than the most extreme of a whole data set of noise are in "
-            f"{100 * tests.level:.3g}% of {tests.replicates} simulated ones: the chance to name anybody wrongly."
+            f"Amber where an individual's residuals are more extreme than the most extreme ones of a whole data set of "
+            f"noise are in {100 * tests.level:.3g}% of {tests.replicates} simulated ones: the chance to name anybody wrongly."
         ),
         numbers={
             "named": count,
