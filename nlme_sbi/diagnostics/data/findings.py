@@ -79,7 +79,8 @@ def individuals_finding(tests: ResidualTests) -> Finding:
         sentence=sentence,
         rule=(
             f"Amber where an individual's residuals are more extreme than the most extreme ones of a whole data set of "
-            f"noise are in {100 * tests.level:.3g}% of {tests.replicates} simulated ones: the chance to name anybody wrongly."
+            f"noise are in {100 * tests.level:.3g}% of {tests.replicates} simulated ones: the chance to "
+            "name anybody wrongly."
         ),
         numbers={
             "named": count,
