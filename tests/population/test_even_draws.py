@@ -58,14 +58,14 @@ def test_most_of_the_way_is_gone_with_few_draws_of_some_individuals(monkeypatch:
     case = ConjugateCase.simulated([0.5, -0.3, 0.8], omega, individuals=150, seed=3, noise=0.3)
     case.noise[:] = 0.3
     asked: list[tuple[int, int]] = []
-    follow = Exact.follow
+    follow = Exact.draws_at
 
     def watched(self: Exact, *arguments: object) -> ExactDraws:
         state = follow(self, *arguments)  # type: ignore[arg-type]
         asked.append((state.individuals, state.draws))
         return state
 
-    monkeypatch.setattr(Exact, "follow", watched)
+    monkeypatch.setattr(Exact, "draws_at", watched)
     monkeypatch.setattr(likelihood_search, "_PART", 40)
     monkeypatch.setattr(likelihood_search, "STARTS_ON", 20)
     found = fit_population(

@@ -132,7 +132,7 @@ def test_only_those_for_whom_a_scan_finds_modes_are_drawn_again(monkeypatch: pyt
 
 def test_of_very_many_a_part_decides_whether_the_others_are_scanned(monkeypatch: pytest.MonkeyPatch) -> None:
     joint, _ = waves(30)
-    known, _ = mode_scan.modes(joint, torch.arange(30), joint.centres.clone())
+    known, _ = mode_scan.distinct_modes(joint, torch.arange(30), joint.centres.clone())
     monkeypatch.setattr(mode_scan, "_LOOKED_AT", 4)
     monkeypatch.setattr(mode_scan, "_WORST", 2)
     all_of_them = mode_scan.unseen_modes(joint, known, seeded())
@@ -153,7 +153,7 @@ def test_of_very_many_a_part_decides_whether_the_others_are_scanned(monkeypatch:
 
 def test_those_who_are_fitted_worst_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     joint, _ = waves(60)
-    known, _ = mode_scan.modes(joint, torch.arange(60), joint.centres.clone())
+    known, _ = mode_scan.distinct_modes(joint, torch.arange(60), joint.centres.clone())
     best = known[mode_scan.first_of_each(known.rows)]
     value = joint.value(best.rows, best.means[:, None])[:, 0]
     monkeypatch.setattr(mode_scan, "_LOOKED_AT", 5)

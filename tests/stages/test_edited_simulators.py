@@ -11,7 +11,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +18,8 @@ import nlme_sbi.stages.diagnose as diagnose_stage
 import nlme_sbi.stages.fit_population as fit_stage
 import nlme_sbi.stages.report as report_stage
 from nlme_sbi.cli import compose_config
+from nlme_sbi.report.composition import Composed
+from nlme_sbi.report.page.content import Report
 from nlme_sbi.runs import ChangedSources, load_run, save_json
 from nlme_sbi.stages.compare_fits import compare_fits
 from nlme_sbi.stages.diagnose import diagnose
@@ -119,12 +120,13 @@ def without_figures(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(
         report_stage,
         "save_report",
-        lambda path, page, _, **__: save_json(path / "report.json", {"missing": page.missing}),
+        lambda path, page, _, **__: save_json(path / "report.json", {"missing": page.subtitle}),
     )
 
 
-def composed(missing: str) -> SimpleNamespace:
-    return SimpleNamespace(report=SimpleNamespace(answers=[], pictures=[], missing=missing), frames={})
+def composed(missing: str) -> Composed:
+    """A page without parts, which says under its title what is missing."""
+    return Composed(Report("", missing, (), (), ()))
 
 
 @pytest.fixture

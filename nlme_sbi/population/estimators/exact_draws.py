@@ -10,7 +10,6 @@ only there are they used to judge anything: elsewhere an expansion only proposes
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,112 +17,20 @@ from torch import Tensor
 
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.numerics.t_mixtures import Mixtures, independent_sets
+from nlme_sbi.population.estimators.exact_block import ExactBlock, first_order, second_order
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents
 from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows, interleaved
 from nlme_sbi.population.likelihood.population_monte_carlo import refine_mixtures
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.objective import effective_draws
-from nlme_sbi.types import Design, Prior
+from nlme_sbi.types import Prior
 
 _BLOCK = 32768  # draws in a block of the objective: in much smaller ones most of the time is overhead
-_PREDICTED = 200_000  # predictions that are worked on at once
 _BAD = 0.25  # share of effective draws below which a mixture is refined
 _REFINEMENTS = 3  # of mixtures that stay bad
 _CURVED = 4  # draws of each individual that tell the curvature in the constants
 _CURVED_ALL = 6000  # or as many as make so many over all individuals
-_STEP = 3e-5  # of finite differences in constants
 _DIRECT = 2_000_000  # predictions of all draws together up to which likelihoods are evaluated wherever constants go
-
-
-@dataclass(frozen=True, eq=False)
-class ExactBlock:
-    """Some individuals' draws: ``phi (i, S, V)`` with proposal density ``log_q (i, S)``, ``log_ratio (i, S)`` =
-    log-likelihood minus ``log_q``, and the likelihood's derivatives in the constants: each draw's own first ones, and
-    second ones that are each draw's own (``R = S``) or their mean over draws that were chosen by weight (``R = 1``).
-    With ``likelihood`` other constants than its own are no expansion but evaluated."""
-
-    population: PopulationModel
-    rows: Tensor
-    design: Design
-    phi: Float[Tensor, "I S V"]
-    log_ratio: Float[Tensor, "I S"]
-    slopes: Float[Tensor, "I S W"]
-    curvatures: Float[Tensor, "I R W W"]
-    constants: Float[Tensor, "I W"]
-    log_q: Float[Tensor, "I S"]
-    likelihood: JointDensity | None = None
-
-    def varying(self) -> Float[Tensor, "I S V"]:
-        """Draws of the varying parameters."""
-        return self.phi
-
-    def log_weights(self, theta: Float[Tensor, " P"]) -> Float[Tensor, "I S"]:
-        """``log p(y | v, s_theta) + log p(v | theta) - log q(v)``."""
-        found = self.log_ratio + self.population.log_prob(self.phi, theta, self.design)
-        if self.constants.shape[1] == 0:
-            return found
-        constants = self.population.constants(theta, self.design)
-        change = constants - self.constants
-        if self.likelihood is not None and bool((change.detach() != 0).any()):
-            gain: Tensor = _LikelihoodGain.apply(constants, self)  # type: ignore[no-untyped-call]
-            return found + gain
-        found = found + (self.slopes @ change[..., None])[..., 0]
-        return found + 0.5 * torch.einsum("iw,irwu,iu->ir", change, self.curvatures, change)
-
-
-class _LikelihoodGain(torch.autograd.Function):
-    """Log-likelihood of a block's draws at other constants minus that at the block's own, twice differentiable in the
-    constants: first derivatives exact, second ones central differences of them. Nothing is kept for later but the
-    gradients, so that memory is bounded however costly the prediction is."""
-
-    @staticmethod
-    def forward(ctx: Any, constants: Tensor, block: ExactBlock) -> Tensor:
-        gain, slopes = block_gain(block, constants.detach())
-        ctx.save_for_backward(constants, slopes)
-        ctx.block = block
-        return gain
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
-        constants, slopes = ctx.saved_tensors
-        return _GainSlope.apply(constants, cotangent, slopes, ctx.block), None  # type: ignore[no-untyped-call]
-
-
-class _GainSlope(torch.autograd.Function):
-    """``sum_j cotangent_ij slopes_ij``, ``(I, W)``."""
-
-    @staticmethod
-    def forward(ctx: Any, constants: Tensor, cotangent: Tensor, slopes: Tensor, block: ExactBlock) -> Tensor:
-        ctx.save_for_backward(constants, cotangent, slopes)
-        ctx.block = block
-        return torch.einsum("is,isw->iw", cotangent, slopes)
-
-    @staticmethod
-    def backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        constants, cotangent, slopes = (saved.detach() for saved in ctx.saved_tensors)
-        in_constants = in_cotangent = None
-        if ctx.needs_input_grad[0]:
-            way = direction.detach()
-            length = way.abs().amax()
-            step = _STEP / length if float(length) > 0 else torch.ones_like(length)
-            above, below = (block_gain(ctx.block, constants + sign * step * way)[1] for sign in (1.0, -1.0))
-            in_constants = torch.einsum("is,isw->iw", cotangent, above - below) / (2 * step)
-        if ctx.needs_input_grad[1]:
-            in_cotangent = torch.einsum("isw,iw->is", slopes, direction)
-        return in_constants, in_cotangent, None, None
-
-
-def block_gain(
-    block: ExactBlock, constants: Float[Tensor, "I W"]
-) -> tuple[Float[Tensor, "I S"], Float[Tensor, "I S W"]]:
-    """Log-likelihood of every draw at ``constants`` minus that at the block's own, and its gradient there; ``-inf``
-    and 0 where there is no likelihood."""
-    if block.likelihood is None:
-        raise TypeError("These draws hold expansions, not the likelihood itself.")
-    value, slopes = _first_order(block.likelihood, block.rows, block.phi, constants)
-    base = block.log_ratio + block.log_q
-    there = torch.isfinite(value) & torch.isfinite(base)
-    return torch.where(there, value - base, -torch.inf), slopes.masked_fill(~there[..., None], 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +116,7 @@ class ExactDraws:
 
         def again(block: ExactBlock) -> ExactBlock:
             constants = joint.population.constants(joint.theta, block.design).detach()
-            log_likelihood, slopes = _first_order(joint, block.rows, block.phi, constants)
+            log_likelihood, slopes = first_order(joint, block.rows, block.phi, constants)
             log_ratio = log_likelihood - block.log_q
             there = torch.isfinite(log_ratio)
             return replace(
@@ -259,7 +166,7 @@ def without_variability(joint: JointDensity, training: Prior) -> ExactDraws:
     modes = LaplaceComponents(rows, like.new_zeros(individuals), none[:, 0], like.new_zeros((individuals, 0, 0)))
     constants = joint.population.constants(like, joint.observations.design).detach()
     phi = none.expand(-1, 2, -1)
-    value, slopes = _first_order(joint, rows, phi, constants)
+    value, slopes = first_order(joint, rows, phi, constants)
     there = torch.isfinite(value)
     whole = ExactBlock(
         population=joint.population,
@@ -268,7 +175,7 @@ def without_variability(joint: JointDensity, training: Prior) -> ExactDraws:
         phi=phi,
         log_ratio=torch.where(there, value, -torch.inf),
         slopes=slopes.masked_fill(~there[..., None], 0.0),
-        curvatures=_second_order(joint, rows, phi[:, :1], constants, slopes[:, :1]),
+        curvatures=second_order(joint, rows, phi[:, :1], constants, slopes[:, :1]),
         constants=constants,
         log_q=torch.zeros_like(value),
         likelihood=joint if _is_small(joint, 2) else None,
@@ -315,7 +222,7 @@ def _block(joint: JointDensity, rows: Tensor, mixed: Mixtures, shifts: Tensor, o
     phi, log_q = mixed.draws_at(shifts)
     design = joint.observations.design[rows]
     constants = joint.population.constants(joint.theta, design).detach()
-    log_likelihood, slopes = _first_order(joint, rows, phi, constants)
+    log_likelihood, slopes = first_order(joint, rows, phi, constants)
     log_ratio = torch.where(torch.isfinite(log_likelihood), log_likelihood - log_q, -torch.inf)
     there = torch.isfinite(log_ratio)
     slopes = slopes.masked_fill(~there[..., None], 0.0)
@@ -323,7 +230,7 @@ def _block(joint: JointDensity, rows: Tensor, mixed: Mixtures, shifts: Tensor, o
     if constants.shape[1] == 0:
         curvatures = slopes[:, :1, :, None] * slopes[:, :1, None]
     elif is_small and not joint.rough:
-        curvatures = _second_order(joint, rows, phi, constants, slopes).masked_fill(~there[..., None, None], 0.0)
+        curvatures = second_order(joint, rows, phi, constants, slopes).masked_fill(~there[..., None, None], 0.0)
     else:
         log_weights = log_ratio + joint.population.log_prob(phi, joint.theta, design)
         count = _CURVED if joint.rough else max(_CURVED, _CURVED_ALL // len(joint.observations))
@@ -332,7 +239,7 @@ def _block(joint: JointDensity, rows: Tensor, mixed: Mixtures, shifts: Tensor, o
             phi.gather(1, few.expand(-1, -1, phi.shape[2])),
             slopes.gather(1, few.expand(-1, -1, slopes.shape[2])),
         )
-        found = _second_order(joint, rows, chosen, constants, base).nan_to_num(0.0, 0.0, 0.0)
+        found = second_order(joint, rows, chosen, constants, base).nan_to_num(0.0, 0.0, 0.0)
         curvatures = found.mean(1, keepdim=True)
     return ExactBlock(
         population=joint.population,
@@ -361,37 +268,6 @@ def _systematic(weights: Float[Tensor, "I S"], order: Tensor, count: int) -> Ten
     wished = (torch.arange(count, dtype=weights.dtype, device=weights.device) + 0.5) / count
     place = torch.searchsorted(ends.contiguous(), wished.expand(len(weights), -1).contiguous())
     return order.gather(1, place.clamp_max(weights.shape[1] - 1))
-
-
-def _first_order(joint: JointDensity, rows: Tensor, phi: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-likelihood of each draw and its gradient in the constants, a few draws at once."""
-    observations = chosen_rows(joint.observations, rows)
-    predicted = joint.observations.values.shape[1] * joint.observations.values.shape[2] * len(rows)
-    values, slopes = [], []
-    for place in torch.split(torch.arange(phi.shape[1]), max(1, _PREDICTED // predicted)):
-        some = phi[:, place]
-        with torch.set_grad_enabled(constants.shape[1] > 0):
-            leaf = constants[:, None].expand(-1, len(place), -1).clone().requires_grad_(constants.shape[1] > 0)
-            value = joint.simulator.log_likelihood(observations, interleaved(joint.population, some, leaf))
-            slopes.append(torch.autograd.grad(value.sum(), leaf)[0] if constants.shape[1] > 0 else leaf)
-        values.append(value.detach())
-    return torch.cat(values, 1), torch.cat(slopes, 1)
-
-
-def _second_order(
-    joint: JointDensity,
-    rows: Tensor,
-    phi: Float[Tensor, "I n V"],
-    constants: Float[Tensor, "I W"],
-    slopes: Float[Tensor, "I n W"],
-) -> Float[Tensor, "I n W W"]:
-    """Hessian of every draw's log-likelihood in the constants: differences of exact gradients from those at hand."""
-    columns = [
-        (_first_order(joint, rows, phi, constants + step)[1] - slopes) / _STEP
-        for step in _STEP * torch.eye(constants.shape[1], dtype=phi.dtype, device=phi.device)
-    ]
-    hessian = torch.stack(columns, 2) if columns else slopes[..., None] * slopes[..., None, :]
-    return 0.5 * (hessian + hessian.mT)
 
 
 def _with_mean_curvatures(block: ExactBlock, theta: Float[Tensor, " P"]) -> ExactBlock:

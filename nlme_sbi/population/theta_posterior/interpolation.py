@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.compute.blocks import over_blocks
-from nlme_sbi.population.estimators.exact_draws import ExactBlock, ExactDraws
+from nlme_sbi.population.estimators.exact_block import ExactBlock
+from nlme_sbi.population.estimators.exact_draws import ExactDraws
 from nlme_sbi.population.likelihood.log_joint import chosen_rows, interleaved
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.types import Design, Prior

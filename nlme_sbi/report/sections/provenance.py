@@ -50,7 +50,7 @@ def origins(run: FinishedRun, *, after: tuple[str, ...] = ()) -> tuple[list[Orig
             lost.append(f"the run of {_STAGE_OF[key]} that {run.path.name} was made from ({where})")
             continue
         earlier, missing = origins(upstream, after=(*after, run.sha256))
-        found += [one for one in earlier if all(one.run.path != other.run.path for other in found)]
+        found += [one for one in earlier if all(one.run.sha256 != other.run.sha256 for other in found)]
         lost += missing
         named.setdefault(key, []).append(upstream.path.name)
     inputs = {key: names[0] if len(names) == 1 else f"[{','.join(names)}]" for key, names in named.items()}
@@ -78,7 +78,7 @@ def provenance_section(runs: Sequence[FinishedRun]) -> Section:
     lost: list[str] = []
     for run in runs:
         found, missing = origins(run)
-        chain += [one for one in found if all(one.run.path != other.run.path for other in chain)]
+        chain += [one for one in found if all(one.run.sha256 != other.run.sha256 for other in chain)]
         lost += [word for word in missing if word not in lost]
     blocks: list[Block] = [_table(chain), *_commands(chain)]
     blocks += [
