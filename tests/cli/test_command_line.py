@@ -100,6 +100,7 @@ def test_debug_shows_the_traceback(monkeypatch, capsys, how) -> None:
     assert text.endswith("a wrong value\n")
 
 
+@pytest.mark.slow
 def test_a_sweep_tells_the_job_that_failed_and_runs_the_others(monkeypatch, capsys, tmp_path) -> None:
     seen = []
 
@@ -161,6 +162,7 @@ def test_simulate_makes_a_run_that_later_stages_can_read(tmp_path: Path, device:
     assert len(list((tmp_path / "simulate").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_neither_workers_nor_tolerance_nor_place_are_another_run(tmp_path: Path) -> None:
     simulate(composed(tmp_path))
     simulate(composed(tmp_path, "simulation.workers=1", "simulation.max_failed=0.5"))
@@ -230,6 +232,7 @@ defaults:
 }
 
 
+@pytest.mark.slow
 def test_a_simulator_of_ones_own_with_workers_and_only_when_trusted(tmp_path: Path) -> None:
     (tmp_path / "mymodel.py").write_text(MODEL)
     for group, text in CONFIGS.items():
@@ -249,6 +252,7 @@ def test_a_simulator_of_ones_own_with_workers_and_only_when_trusted(tmp_path: Pa
     assert json.loads((run / "manifest.json").read_text())["results"]["n"] == 40
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> None:
     arguments = [
         "simulation.n=4000000",

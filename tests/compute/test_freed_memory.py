@@ -30,6 +30,7 @@ def mebibytes_left(how: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not keep_freed_memory(), reason="another C library than glibc")
 def test_freed_tensors_stay_with_the_process() -> None:
     assert mebibytes_left("kept") > 80

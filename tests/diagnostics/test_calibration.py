@@ -80,6 +80,7 @@ def test_a_wrong_width_and_a_bias_are_told_apart(
         assert found[check].numbers["worst_bias"] == pytest.approx(-wrong["shift"], abs=0.15)
 
 
+@pytest.mark.slow
 def test_what_is_narrow_within_the_tolerance_is_called_overconfident(generator: torch.Generator) -> None:
     """Contracted by 1.08: of two parameters' 95% regions 1 - exp(-5.99 / 1.08^2 / 2) = 92.3% hold the truth."""
     found = calibration(pairs_of(EXACT.but(contraction=1.08), 2500, 100, generator), generator)
@@ -104,6 +105,7 @@ def test_what_is_wide_within_the_tolerance_is_green_and_said_to_be(generator: to
     assert width.numbers["within_tolerance"] == "wide"
 
 
+@pytest.mark.slow
 def test_the_exact_posterior_is_as_wide_as_it_should_be_about_as_often_as_stated() -> None:
     repetitions, accused = 20, 0
     for seed in range(repetitions):

@@ -73,6 +73,7 @@ def test_draws_without_any_likelihood_are_refused(generator: torch.Generator) ->
         agreement(Impossible(), observations, drawn)
 
 
+@pytest.mark.slow
 def test_chains_find_the_exact_posterior_from_a_poor_network(generator: torch.Generator) -> None:
     made, _ = good_simulations(PRIOR, GRID, SIMULATOR, 2, generator)
     observations = observations_of(made, SIMULATOR)
@@ -121,6 +122,7 @@ class OneMode:
         return torch.distributions.Normal(torch.tensor([2.0, -2.0]).to(phi), 0.3).log_prob(phi).sum(-1).float()
 
 
+@pytest.mark.slow
 def test_chains_visit_both_labellings_alike_where_the_network_knows_one(generator: torch.Generator) -> None:
     simulator = Swapped()
     design = GRID.sample(1, generator)
@@ -148,6 +150,7 @@ def test_chains_that_have_not_met_are_not_used(generator: torch.Generator) -> No
         ChainSettings(ensembles=1)
 
 
+@pytest.mark.slow
 def test_the_classifier_tells_samples_apart_as_well_as_can_be(generator: torch.Generator) -> None:
     """Two normals d SDs apart are told apart by the best rule in Phi(d/2) of cases; equal ones in half."""
     first, second = torch.randn((2, 600, 3), generator=generator)

@@ -50,6 +50,7 @@ def _lights(found: Misspecification) -> dict[str, str]:
     return {finding.check.removeprefix("misspecification_"): finding.light for finding in found.findings}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "data_sets"), [({}, 20), ({"signals": 2, "missing": 0.3}, 8)])
 def test_false_alarms_are_as_rare_as_stated(kind: dict[str, float], data_sets: int) -> None:
     accused, found = 0, []

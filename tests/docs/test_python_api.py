@@ -18,6 +18,8 @@ from nlme_sbi.stages.train_flow import train_flow
 sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
 from tiny_runs import ROOT, only_run, tiny
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs" / "python_api.md").read_text(encoding="utf-8")
 
 

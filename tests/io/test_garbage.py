@@ -86,6 +86,7 @@ odd_row = st.tuples(st.sampled_from(["a", "b ", "NA", ""]), cell, st.sampled_fro
 good_rows = st.lists(good_row, max_size=6, unique_by=lambda row: (row[0].strip(), float(row[1]), row[2].strip()))
 
 
+@pytest.mark.slow
 @given(rows=st.one_of(good_rows, st.tuples(good_rows, odd_row).map(lambda pair: [*pair[0], pair[1]])))
 @settings(max_examples=300)
 def test_long_tables_are_read_rightly_or_refused(
@@ -127,6 +128,7 @@ def test_random_text(tmp_path_factory: pytest.TempPathFactory, reader: Any, text
     outcome(reader, path, decimal=decimal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["none", "log"])
 @given(
     grid=st.lists(st.lists(cell, min_size=3, max_size=3), min_size=1, max_size=5),
@@ -142,6 +144,7 @@ def test_wide_sheets_of_odd_cells(
     outcome(WideSheet, path, header=header, replicates=replicates, transform=transform)
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(
         st.tuples(
@@ -169,6 +172,7 @@ def test_event_tables_of_odd_cells(tmp_path_factory: pytest.TempPathFactory, row
         assert int(result.design.observed.sum()) == sum(row[4] == "0" and row[2].strip() not in MISSING for row in kept)
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(
         st.lists(

@@ -44,6 +44,7 @@ cells = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(content=cells, shuffle=st.randoms(use_true_random=False))
 @settings(max_examples=150)
 def test_every_measurement_comes_back_exactly(
@@ -174,6 +175,7 @@ def test_paths_are_found_from_the_working_directory_and_from_the_project(
     assert len(Observations.read_events("data/theophylline/theophylline.csv")) == 1
 
 
+@pytest.mark.slow
 def test_a_million_rows_take_seconds(tmp_path: Path) -> None:
     rows = 1_000_000
     # Written as one repeated block: building a million different lines would be the slow part of this test.

@@ -51,6 +51,7 @@ def test_cases_that_once_went_wrong_are_right(tmp_path: Path, case: Case) -> Non
     assert verdict(case, found if isinstance(found, Exception) else (measured(found[0]), found[1])) == ""
 
 
+@pytest.mark.slow
 def test_random_event_tables_are_read_as_a_slow_checker_reads_them(tmp_path: Path) -> None:
     kinds = {"read": 0, "refused": 0}
     for seed in range(150):
@@ -261,6 +262,7 @@ def test_a_remedy_can_be_typed_as_printed_and_helps(tmp_path: Path, reader: Any,
     raise AssertionError(told)
 
 
+@pytest.mark.slow
 def test_every_group_of_data_takes_the_options_of_its_reader() -> None:
     for group in ("event_table", "theophylline"):
         for option in ("data.separator=semicolon", 'data.separator=";"', "data.skip={C: C}", "data.unused=[C]"):

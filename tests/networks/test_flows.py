@@ -184,6 +184,7 @@ def divergence_after_training(flow: ConditionalDensity, target: object, steps: i
 
 
 # Affine couplings tear one mode in two only with many layers: that is what the other flows are for.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "target", "limit"),
     [(name, narrow, 0.03) for name in FLOWS] + [(name, two_modes, 0.1) for name in FLOWS if name != "affine"],

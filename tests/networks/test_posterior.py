@@ -94,6 +94,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 # 60 individuals x 7 draws: some and all individuals at once, and one individual in pieces that do not divide 7.
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 5, 7, 20, 10_000])
 def test_draws_and_densities_do_not_depend_on_the_memory(
     trained: AmortizedPosterior, observations: Observations, rows: int

@@ -316,6 +316,7 @@ def test_text_from_data_is_shown_as_it_is(words: str) -> None:
     assert data_text(data_text(words)) == data_text(words)
 
 
+@pytest.mark.slow
 def test_figures_of_individuals_survive_any_id_name_and_unit(generator: torch.Generator) -> None:
     observations, bands = _fits(individuals=5)
     observations = replace(observations, ids=ODD[:5], signals=("$c_$t",), signal_units=("$/$",), time_unit="$h$")

@@ -59,6 +59,7 @@ def deviance(fit: PopulationFit, data: Observations) -> float:
     return -2 * sum(quadrature(person, mean=mean, sd=sd, residual=residual, nodes=11) for person in people(data))
 
 
+@pytest.mark.slow
 def test_flip_flop_is_named_with_its_height_where_the_prior_rules_it_out_and_taken_where_it_does_not() -> None:
     data = Observations.read_events(DATA, signals="concentration", covariates=["WT"], time_unit="h")
     settings = {"estimator": Exact(max_draws=256), "starts": 2}

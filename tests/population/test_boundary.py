@@ -94,6 +94,7 @@ def apart(decay_sd: float, *, individuals: int, seed: int) -> tuple[ClosedDraws,
     return state, torch.stack([y[:, 0].mean(), y[:, 1].mean(), log_sd])
 
 
+@pytest.mark.slow
 def test_the_level_holds_without_variability_and_variability_is_found() -> None:
     repeats, rejected, seen = 100, 0, []
     for seed in range(repeats):
@@ -135,6 +136,7 @@ def test_a_variance_whose_maximum_is_at_zero_is_reported_as_zero() -> None:
     assert set(verdicts) == {True, False}
 
 
+@pytest.mark.slow
 def test_the_exact_estimator_survives_a_variance_that_runs_to_zero() -> None:
     case = even_case([0.5, -0.3, 0.8], [0.6, 0.5, 0.0], noise=0.3, individuals=25, seed=2)
     simulator = Linear(case, 0.3)

@@ -143,6 +143,7 @@ def three_kinds() -> tuple[PopulationFit, dict[str, tuple[float, float]]]:
     return fitted(data_of(y), model), expected
 
 
+@pytest.mark.slow
 def test_effects_on_varying_and_constant_parameters_are_those_of_the_regressions() -> None:
     fit, expected = three_kinds()
     assert set(expected) == set(fit.population.unknowns.names)

@@ -93,6 +93,7 @@ def test_derivatives_against_finite_differences(constant: tuple[str, ...]) -> No
     torch.testing.assert_close(curvature, torch.stack(slopes), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constant", [(), ("sigma",)])
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
 def test_the_fit_is_the_maximum_of_the_closed_form(constant: tuple[str, ...], covariance: str) -> None:
@@ -200,6 +201,7 @@ def test_proposals_are_normalised_t_mixtures_in_the_proportions_drawn() -> None:
     assert mixture.with_draws(1).counts.sum(1).tolist() == [1, 1]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_fit_and_another_one_the_same_within_its_error() -> None:
     case, simulator = linear_case(NO_SIGMA, individuals=40, seed=5)
 

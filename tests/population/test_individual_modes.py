@@ -111,6 +111,7 @@ def test_after_a_ratio_fit_the_likelihood_is_climbed_where_there_is_one_and_name
         individual_modes(fit, case.observations[:5], generator=seeded())
 
 
+@pytest.mark.slow
 def test_the_higher_of_two_modes_is_found_wherever_the_draws_were() -> None:
     """y = x^2 + noise: modes near +-sqrt(y), the negative one higher because the population lies there."""
     data = replace(observations(torch.tensor([[0.8], [1.5], [3.0], [0.1]], dtype=DOUBLE)), signals=("y",))

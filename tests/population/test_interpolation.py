@@ -98,6 +98,7 @@ def test_likelihoods_hold_as_far_as_constants_may_go(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(part.blocks[0].log_weights(theta), block.log_weights(theta)[[1, 4], :20])
 
 
+@pytest.mark.slow
 def test_the_posterior_of_a_noise_level_is_that_of_quadrature() -> None:
     population = GaussianPopulation(constant=("scale", "sigma"), fixed={"mean": {"scale": 1.0}})
     state, theta = drawn(population, 256)

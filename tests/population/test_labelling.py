@@ -160,6 +160,7 @@ def fitted(ordering: tuple[str, ...]) -> PopulationFit:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("high", "low"), [("delta", "gamma"), ("gamma", "delta")])
 def test_the_fit_is_presented_under_the_labelling_that_is_asked_for(high: str, low: str) -> None:
     fit = fitted((high, low))

@@ -38,6 +38,7 @@ from nlme_sbi.population.objective.objective import contributions, hessian, scor
 from nlme_sbi.types import Observations, PosteriorSamples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("constant", "covariance"), [(("sigma",), "diagonal"), ((), "full")])
 def test_where_everything_is_linear_it_is_exact(constant: tuple[str, ...], covariance: str) -> None:
     omega = NO_SIGMA if constant else OMEGA
@@ -136,6 +137,7 @@ def test_theophylline_against_a_laplace_of_numpy() -> None:
     assert "true -2 log L 0.4" in said or "true -2 log L 0.3" in said
 
 
+@pytest.mark.slow
 def test_derivatives_against_finite_differences() -> None:
     state, theta, _ = theophylline(full=True)
     state = state.part(torch.arange(2), slice(0, 8))

@@ -109,6 +109,7 @@ def fitted(estimator: object = None, seed: int = 0, **options: object) -> Popula
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_five_trees_come_out_right_for_every_seed(maximum: tuple[np.ndarray, float], seed: int) -> None:
     """A surrogate of the likelihood in its constants put ten of twelve seeds of this elsewhere, "Converged"."""
@@ -124,6 +125,7 @@ def test_five_trees_come_out_right_for_every_seed(maximum: tuple[np.ndarray, flo
     assert fit.verification.score < 0.02 + 3 * fit.verification.score_error
 
 
+@pytest.mark.slow
 def test_another_estimator_finds_the_same(maximum: tuple[np.ndarray, float]) -> None:
     unknowns, deviance = maximum
     fit = fitted(Laplace(), starts=1)
@@ -133,6 +135,7 @@ def test_another_estimator_finds_the_same(maximum: tuple[np.ndarray, float]) -> 
     assert (np.abs(fit.theta.numpy() - unknowns) / fit.standard_errors.numpy()).max() < 0.02
 
 
+@pytest.mark.slow
 def test_a_start_that_is_given_is_climbed_from(maximum: tuple[np.ndarray, float]) -> None:
     seen: list[str] = []
     start = {"mean": {"limit": 150.0, "sigma": 20.0}, "sd": {"limit": 80.0}}
@@ -149,6 +152,7 @@ def test_a_start_that_is_given_is_climbed_from(maximum: tuple[np.ndarray, float]
     assert "starts" in seen
 
 
+@pytest.mark.slow
 def test_one_individual_with_everything_constant_is_a_plain_regression() -> None:
     fit = fitted(data=trees(1), constant=("limit", *CONSTANT))
     values = np.array(TREES[0])
@@ -164,6 +168,7 @@ def test_one_individual_with_everything_constant_is_a_plain_regression() -> None
     assert fit.monte_carlo.objective_se == 0.0
 
 
+@pytest.mark.slow
 def test_a_variance_that_runs_to_0_is_settled_and_costs_no_likelihood(maximum: tuple[np.ndarray, float]) -> None:
     fit = fitted(constant=("xmid", "sigma"), starts=1)
     at_zero = {test.parameter for test in fit.variance_tests if test.estimated}
@@ -286,6 +291,7 @@ def test_bad_matrices_do_not_end_a_batch() -> None:
     torch.testing.assert_close(factors[1], torch.eye(2, dtype=DOUBLE))
 
 
+@pytest.mark.slow
 def test_saem_is_not_converged_where_the_likelihood_contradicts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     search = Saem.search
 

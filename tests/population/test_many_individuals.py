@@ -34,6 +34,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_direct", [True, False])
 def test_common_draws_lead_to_the_maximum_of_the_closed_form(monkeypatch: pytest.MonkeyPatch, is_direct: bool) -> None:
     monkeypatch.setattr(likelihood_search, "_MANY", 100)
@@ -108,6 +109,7 @@ def waves(count: int) -> tuple[JointDensity, LikelihoodWeightedPrior]:
     return likelihood_of(Wave(), bound, data, theta), LikelihoodWeightedPrior(Wave(), prior, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_only_those_for_whom_a_scan_finds_modes_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "_MANY", 10)
     joint, source = waves(40)

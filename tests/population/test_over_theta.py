@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 from conjugate_case import ConjugateCase, parameter_space
 from scipy.stats import norm
@@ -31,6 +32,7 @@ def gaussian_draws(mean: Tensor, covariance: Tensor, count: int, seed: int) -> T
     return mean[:, None] + noise @ torch.linalg.cholesky(covariance).mT
 
 
+@pytest.mark.slow
 def test_measured_individuals_follow_the_mixture_over_theta() -> None:
     omega = torch.diag(torch.tensor([0.36, 0.25], dtype=DOUBLE))
     case = ConjugateCase.simulated([0.5, -0.3], omega, individuals=6, seed=3, noise=0.8)
@@ -76,6 +78,7 @@ def test_measured_individuals_follow_the_mixture_over_theta() -> None:
     assert bool((far.support < 0.1).all())
 
 
+@pytest.mark.slow
 def test_a_constant_that_is_uncertain_enters_through_the_likelihood() -> None:
     """y_it = x_i + sigma eps: with another sigma, x given y has another mean and SD, in closed form."""
     individuals, times, omega, mu = 5, 4, 1.0, 0.0
@@ -124,6 +127,7 @@ def test_new_individuals_are_normal_with_the_variance_of_theta_added() -> None:
     assert abs(float(found[2]) - (1 + 1.645 * 0.5)) > 0.06 * sd  # without the uncertainty of theta: rejected
 
 
+@pytest.mark.slow
 def test_bands_of_new_individuals_cover_new_measurements() -> None:
     """150 data sets of 8 individuals: the chance that a new measurement lies within their 90% band, in closed form.
 

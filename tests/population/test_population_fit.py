@@ -52,6 +52,7 @@ class ExactPosterior:
         return MultivariateNormal(centre[:, None], covariance[:, None]).log_prob(phi)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("population", "omega"),
     [
@@ -90,6 +91,7 @@ def test_estimates_and_errors_are_those_of_exact_maximum_likelihood(
     assert fit.minus_two_log_likelihood is None
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_another_one_does_not() -> None:
     case = ConjugateCase.simulated(MEAN, NO_SIGMA, individuals=12, seed=3)
     population, estimator = GaussianPopulation(constant=("sigma",)), PriorRatio(draws=150, max_draws=150)
@@ -149,6 +151,7 @@ def mirror_log_ratio(y: Tensor, theta: Tensor) -> Tensor:
     return torch.logsumexp(both, 0) - math.log(2) - evidence
 
 
+@pytest.mark.slow
 def test_mirror_modes_give_one_labelling_and_say_so() -> None:
     samples, y = mirror_samples(100, 600, seed=5)
     space = parameter_space(("uptake", "decay"))
@@ -283,6 +286,7 @@ def test_a_population_beyond_a_uniform_prior_is_told_by_name(reach: float, told:
     assert bool(found) == told
 
 
+@pytest.mark.slow
 def test_a_constant_in_somebodys_tail_is_told_by_name() -> None:
     case = ConjugateCase.simulated(MEAN, NO_SIGMA, individuals=40, seed=10)
     odd = case.y.clone()
@@ -463,6 +467,7 @@ def test_a_fit_is_plain_numbers() -> None:
         fit.individuals_frame(["nobody"])
 
 
+@pytest.mark.slow
 def test_a_fit_runs_on_every_device(device: torch.device, generator: torch.Generator) -> None:
     case = ConjugateCase.simulated(MEAN, NO_SIGMA, individuals=30, seed=17)
     samples = case.samples(500, seed=1)

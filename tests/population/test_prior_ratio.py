@@ -142,6 +142,7 @@ def test_curved_posteriors_agree_with_two_dimensional_quadrature() -> None:
     assert bool(((contributions(state, theta) - exact).abs() < 5 * error + 1e-4).all())
 
 
+@pytest.mark.slow
 def test_a_constant_with_skewed_posteriors_agrees_with_one_dimensional_quadrature() -> None:
     case = Curved(40, 6, seed=5)
     model = GaussianPopulation(constant=("sigma",)).bind(parameter_space(("uptake", "sigma")))

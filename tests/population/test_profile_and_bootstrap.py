@@ -132,6 +132,7 @@ def test_every_bootstrap_replicate_is_the_estimate_with_its_weights(
     np.testing.assert_allclose(limits[:, 0], wanted, atol=0.05 * float(fit.standard_errors[0]))
 
 
+@pytest.mark.slow
 def test_bootstrap_errors_are_the_analytic_ones_within_their_own(level: tuple[ConjugateCase, PopulationFit]) -> None:
     case, fit = level
     y = case.y[:, 0].numpy()

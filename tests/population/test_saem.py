@@ -60,6 +60,7 @@ def displaced(model: PopulationModel, mean: list[float], omega: torch.Tensor) ->
     return model.from_moments(torch.tensor(mean, dtype=DOUBLE) + 0.7, 4 * omega)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("constant", "covariance", "fixed"),
     [
@@ -83,6 +84,7 @@ def test_the_search_ends_at_the_maximum_of_the_closed_form(constant, covariance,
     assert bool((found.theta == start)[model.unknowns.fixed].all())
 
 
+@pytest.mark.slow
 def test_the_fit_tells_likelihood_and_errors_at_its_estimate_and_what_it_cost() -> None:
     case, simulator = linear_case(NO_SIGMA, individuals=20, seed=5)
     fit = fit_population(
@@ -113,6 +115,7 @@ def quick_saem(simulator: Simulator) -> Saem:
     return Saem(simulator=simulator, chains=2, max_sweeps=220, **QUICK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("estimator", "apart"), [(quick_saem, 0.6), (Laplace, 0.01)])
 def test_covariate_effects_are_those_of_regressions(
     estimator: Callable[..., Saem | Laplace], apart: float, monkeypatch: pytest.MonkeyPatch
@@ -125,6 +128,7 @@ def test_covariate_effects_are_those_of_regressions(
     assert max(abs(found[name] - value) / error for name, (value, error) in expected.items()) < apart
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_estimate() -> None:
     case, simulator = linear_case(OMEGA, individuals=5, seed=5)
     model = GaussianPopulation().bind(case.parameters)
@@ -136,6 +140,7 @@ def test_the_same_seed_gives_the_same_estimate() -> None:
     assert torch.equal(first.monte_carlo_se, again.monte_carlo_se)
 
 
+@pytest.mark.slow
 def test_theophylline_from_a_far_start() -> None:
     """Adaptive Gauss-Hermite quadrature's maximum, all 132 observations; see benchmarks/theophylline_exact.py."""
     state, theta, data = theophylline(full=False)
@@ -191,6 +196,7 @@ def worst_z(total: torch.Tensor, exact: torch.Tensor) -> float:
     return float(((total.mean(2) - exact) / (total.std(2) / total.shape[2] ** 0.5)).abs().max())
 
 
+@pytest.mark.slow
 def test_chains_visit_both_modes_in_their_proportions(monkeypatch: pytest.MonkeyPatch) -> None:
     # Four averages over 300 independent chains: beyond 4.5 standard errors once in 30,000 runs.
     assert worst_z(*chained(40)) < 4.5
@@ -264,6 +270,7 @@ def pair_fit(values: np.ndarray, exchangeable: tuple[tuple[str, str], ...]) -> t
     return searched(estimator, samples, data, model, start, accuracy=1.0).theta
 
 
+@pytest.mark.slow
 def test_chains_that_exchange_declared_parameters_find_the_maximum_and_others_do_not() -> None:
     values = pairs(60)
     best, se = pair_maximum(values)
@@ -288,6 +295,7 @@ def standing(case: ConjugateCase, simulator: Linear, model: PopulationModel, the
     return check_stationarity(data, chains, kernels, theta, seeded(), sweeps=60)[0]
 
 
+@pytest.mark.slow
 def test_a_standstill_knows_the_maximum_and_how_far_another_point_is_from_it() -> None:
     case, simulator = linear_case(NO_SIGMA, individuals=60, seed=8)
     model = GaussianPopulation(constant=("sigma",)).bind(case.parameters)

@@ -97,6 +97,7 @@ def test_where_everything_was_seen_a_scan_finds_nothing() -> None:
     assert unseen_modes(joint, known, seeded(1)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", [Exact(), Laplace()])
 def test_a_population_of_waves_is_fitted_with_every_individual_in_its_best_mode(estimator: object) -> None:
     joint, true = waves(12, seed=3)
@@ -156,6 +157,7 @@ def layout_deviance(between: float, within: float, individuals: int, ratio: floa
     return squares + logs + individuals * repeats * math.log(2 * math.pi)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("individuals", [8, 600])
 def test_a_variance_that_is_almost_0_but_not_0_is_found(individuals: int) -> None:
     # 600 people tell a variance that is a fortieth of what one person's level is known by.
@@ -170,6 +172,7 @@ def test_a_variance_that_is_almost_0_but_not_0_is_found(individuals: int) -> Non
     assert abs(fit.minus_two_log_likelihood - right) < 8 * fit.monte_carlo.objective_se + 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("individuals", [8, 600])
 def test_a_variance_whose_best_value_is_0_is_0(individuals: int) -> None:
     ratio = {8: 0.8, 600: 0.95}[individuals]

@@ -125,6 +125,7 @@ def drawn() -> tuple[ConjugateCase, object, ThetaDraws]:
     return case, state, sample_theta(state, theta, prior, generator=seeded(3), settings=settings)
 
 
+@pytest.mark.slow
 def test_the_posterior_is_that_of_quadrature(drawn: tuple) -> None:
     case, _, found = drawn
     sd = float(case.prior.covariance[0, 0].sqrt())
@@ -149,6 +150,7 @@ def test_the_posterior_is_that_of_quadrature(drawn: tuple) -> None:
     assert abs(narrow[0] - expected["mu"][0]) > 0.2 * expected["mu"][1]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_draws(drawn: tuple) -> None:
     case, state, _ = drawn
     model = state.population

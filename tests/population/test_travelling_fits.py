@@ -41,6 +41,7 @@ def case() -> ConjugateCase:
     return case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prior_ratio", "exact", "laplace"])
 def test_a_fit_is_the_same_after_a_journey(case: ConjugateCase, name: str) -> None:
     simulator = Linear(case, 0.3)

@@ -40,6 +40,7 @@ def stored(draws: torch.Tensor | None) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_draws_and_data_arrive_with_their_names(generator: torch.Generator) -> None:
     # Individuals that are known exactly: whatever theta is, their draws stay what they are.
     known = torch.tensor([-0.3, 0.1, 0.8], dtype=torch.float64)[:, None, None].expand(3, 50, 1).contiguous()
@@ -56,6 +57,7 @@ def test_draws_and_data_arrive_with_their_names(generator: torch.Generator) -> N
     assert found.attrs["fit"] == "fit-0"
 
 
+@pytest.mark.slow
 def test_individuals_follow_the_population_that_is_drawn(generator: torch.Generator) -> None:
     # Individuals without data: their draws are the population's, so each must lie about the mean of its own theta.
     wide = 0.2 + 0.5 * torch.randn((3, 4000, 1), generator=generator, dtype=torch.float64)

@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 from small_fit import small_fit
 from tiny_runs import bytes_of, only_run
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["check_fit.replicates=420", "check_fit.each=2"]
 COMPUTED = ("visual_predictive_check", "prediction_errors", "goodness_of_fit", "random_effects", "individual_curves")
 

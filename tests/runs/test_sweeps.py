@@ -38,6 +38,7 @@ entry_point(stage, "simulate")()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_job_is_a_row_with_what_was_varied_and_its_run(tmp_path: Path, launcher: str) -> None:
     if LAUNCHERS[launcher]:

@@ -55,6 +55,7 @@ def assert_one_sentence(process: subprocess.Popen[str], told: str) -> None:
     assert "Traceback" not in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("then", ["raise ImportError('half imported')", "pass"])
 def test_whatever_becomes_of_the_exception_it_is_one_sentence(tmp_path: Path, then: str) -> None:
     (tmp_path / "waiting_stage.py").write_text(STAGE.replace("{then}", then))
@@ -84,6 +85,7 @@ def test_an_import_that_is_interrupted_is_one_sentence(tmp_path: Path, place: st
     assert_one_sentence(process, told)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_what_does_not_end_by_itself(tmp_path: Path) -> None:
     (tmp_path / "waiting_stage.py").write_text(STAGE.replace("{then}", "time.sleep(60)"))
     (tmp_path / "script.py").write_text(SCRIPT.replace("{folder!r}", repr(str(tmp_path))))
@@ -110,6 +112,7 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
     assert process.returncode in (0, 141)
 
 
+@pytest.mark.slow
 def test_results_for_nobody_do_not_stop_the_work(tmp_path: Path) -> None:
     small = ["simulation.n=20", "simulation.workers=1", f"output_root={tmp_path}"]
     with started([sys.executable, ROOT / "scripts" / "simulate.py", *small], tmp_path) as process:
@@ -136,6 +139,7 @@ def stage(cfg):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
 def test_streams_that_were_closed_before_do_not_stop_the_work_nor_end_in_files(tmp_path: Path, closed: str) -> None:
     made = tmp_path / "made"

@@ -22,6 +22,8 @@ from attacks import ODD, claimed_array, mutated, odd_array, outcome, sealed_agai
 from sent_runs import STAGES, USES, copy_of, make_runs, run_of
 from tiny_runs import shared_folder
 
+pytestmark = pytest.mark.slow
+
 ARRAYS = {
     "simulate": ("phi.npy", "values.npy", "status.npy", "times.npy", "events.kind.npy", "observed.npy"),
     "train_flow": ("times.npy", "observed.npy", "covariates.npy"),

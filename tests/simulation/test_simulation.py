@@ -174,6 +174,7 @@ def test_too_many_failures_are_refused_and_nothing_is_lost(tmp_path: Path) -> No
     assert counts.made == 900
 
 
+@pytest.mark.slow
 def test_workers_change_no_byte(tmp_path: Path) -> None:
     settings = SimulationSettings(n=45, shard_size=10, workers=1)
     write(tmp_path / "one", settings=settings)
@@ -252,6 +253,7 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_only_whole_shards(tmp_path: Path) -> None:
     from simulators.mrna_two_rate import MrnaTwoRate
 

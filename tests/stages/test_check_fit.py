@@ -33,6 +33,8 @@ from nlme_sbi.stages.train_flow import train_flow
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import bytes_of, only_run, tiny
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["check_fit.replicates=420", "check_fit.each=2"]
 FIT = ["posterior=none", "individuals.modes=false", "individuals.draws=40"]
 EVERYTHING = {

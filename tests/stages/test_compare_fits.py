@@ -20,6 +20,8 @@ from nlme_sbi.stages.train_flow import train_flow
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import ROOT, bytes_of, only_run, tiny
 
+pytestmark = pytest.mark.slow
+
 BUNDLED = ROOT / "data" / "mrna_two_rate_cells"
 SOME = "data.path"
 _opened: list[str] | None = None

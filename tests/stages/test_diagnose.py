@@ -24,6 +24,8 @@ from nlme_sbi.stages.train_flow import train_flow
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import THEOPHYLLINE, bytes_of, only_run, tiny
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["simulations=50", "draws=40", "local=50", "exact=12", "chains=1"]
 DATA = ["data=theophylline", f"data.path={THEOPHYLLINE}"]
 ALWAYS = {

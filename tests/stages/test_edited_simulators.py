@@ -33,6 +33,8 @@ from nlme_sbi.stages.train_flow import train_flow
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import tiny
 
+pytestmark = pytest.mark.slow
+
 MODEL = """from edited_shapes import scale
 from simulators.theophylline import Theophylline
 

@@ -26,6 +26,8 @@ from nlme_sbi.stages.train_flow import train_flow
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import ROOT, THEOPHYLLINE, bytes_of, only_run, tiny
 
+pytestmark = pytest.mark.slow
+
 CELLS = ROOT / "data" / "mrna_two_rate_cells" / "cells.csv"
 TABLES = {"table.txt", "parameters.csv", "intervals.csv", "individuals.csv", "predictions.csv", "fit.json"}
 KEPT = {"individual_draws.npy", "observations/values.npy", "observations/observations.json"}

@@ -20,6 +20,8 @@ from nlme_sbi.stages.train_flow import train_flow
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import DATA, ROOT, STAGES, SUMMARIES, TRAINING, bytes_of, only_run, tiny
 
+pytestmark = pytest.mark.slow
+
 EXPERIMENT = "theophylline"
 # Files that reach the disk before it is full: more and more of a stage's, or one after another.
 SOME = (0, 1, 4, 9, 25)

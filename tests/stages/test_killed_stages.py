@@ -16,6 +16,8 @@ from nlme_sbi.runs import find_run
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import STAGES, bytes_of
 
+pytestmark = pytest.mark.slow
+
 EXPERIMENT = "theophylline"
 KEEPS_WHAT_IS_DONE = ("simulate", "train_flow")  # shards and checkpoints; the others keep nothing but whole files
 

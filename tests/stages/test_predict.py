@@ -24,6 +24,8 @@ from nlme_sbi.stages.train_flow import train_flow
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import bytes_of, only_run, tiny
 
+pytestmark = pytest.mark.slow
+
 SAMPLER = ["sampler.ensembles=2", "sampler.walkers=14", "sampler.warmup=10", "sampler.steps=50", "sampler.effective=40"]
 
 

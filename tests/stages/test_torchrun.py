@@ -25,6 +25,8 @@ from nlme_sbi.types import Simulations
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import ROOT, TRAINING, bytes_of, only_run, tiny
 
+pytestmark = pytest.mark.slow
+
 STEPS = ["training.steps=100", "training.validate_every=20"]
 
 

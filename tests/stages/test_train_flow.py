@@ -29,6 +29,8 @@ from nlme_sbi.types import Observations
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_runs import bytes_of, forge, only_run, tiny
 
+pytestmark = pytest.mark.slow
+
 EXPERIMENTS = ("mrna_two_rate", "theophylline")
 RESULTS = {"config.yaml", "weights.safetensors", "network.json", "history.csv", "loss.png"}
 

@@ -101,6 +101,7 @@ def trained(calibrate: str, seed: int) -> tuple[Word, float]:
     return overall(found), found[-2].dispersion
 
 
+@pytest.mark.slow
 def test_a_balanced_loss_repairs_a_network_that_few_simulations_made_overconfident() -> None:
     word, dispersion = trained("none", seed=0)
     assert word == "overconfident"

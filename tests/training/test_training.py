@@ -63,6 +63,7 @@ class Interrupted:
         return self.source.pilot(count)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_ends_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
     checkpoint = tmp_path / "training.pt"
     undisturbed, resumed = fresh_network(), fresh_network()
@@ -84,6 +85,7 @@ def test_training_runs_on_every_device(device: torch.device) -> None:
     assert result.history[-1]["validation_loss"] < result.history[0]["validation_loss"]
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_and_training_stops_when_nothing_gets_better() -> None:
     network = fresh_network()
     wild = replace(SETTINGS, learning_rate=0.3, gradient_clip=1e3, steps=400, patience=2)
@@ -98,6 +100,7 @@ def test_the_best_weights_are_kept_and_training_stops_when_nothing_gets_better()
     assert float(loss) == pytest.approx(result.best_loss, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_halved_on_plateaus_and_only_there(tmp_path: Path) -> None:
     # So wild that the loss stands still on every kind of CPU.
     wild = replace(SETTINGS, learning_rate=0.5, gradient_clip=1e2, steps=160, warmup_steps=0, plateau=3)
@@ -231,6 +234,7 @@ class FewPairs:
     pilot = validation
 
 
+@pytest.mark.slow
 def test_a_network_that_has_learned_its_pairs_by_heart_shows_a_gap_and_a_fresh_one_none() -> None:
     settings = replace(SETTINGS, steps=150, patience=100, validation_size=384)  # 384: whole turns through the pairs
     network, few = fresh_network(), FewPairs()

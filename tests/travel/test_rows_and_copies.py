@@ -132,6 +132,7 @@ def test_what_users_hold_is_the_same_after_a_journey(what: str, how: str) -> Non
     assert same(COPIES[how](thing), thing)
 
 
+@pytest.mark.slow
 def test_observations_come_back_from_a_process_that_shares_nothing_with_this_one() -> None:
     there = [observations(), GaussianPopulation(constant=["sigma"])]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
