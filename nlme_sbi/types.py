@@ -272,6 +272,13 @@ class Observations:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def uncensored(self) -> Bool[Tensor, "I T C"]:
+        """Which measurements are there and are values, not limits."""
+        if self.censoring is None:
+            return self.design.observed
+        return self.design.observed & (self.censoring == int(Censoring.NONE))
+
     def __getitem__(self, rows: Rows) -> Observations:
         chosen = row_positions(rows, len(self))
         picked = range(len(self))[chosen] if isinstance(chosen, slice) else chosen.tolist()

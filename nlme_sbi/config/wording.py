@@ -80,6 +80,11 @@ def listed(names: Iterable[object], *, limit: int = 8) -> str:
     return shown if len(every) <= limit else f"{shown}, ... ({len(every)} in all)"
 
 
+def in_words(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 def listed_at(names: Sequence[str], positions: Int[np.ndarray, " X"]) -> str:
     """Those of ``names`` that stand at ``positions``, as :func:`listed` writes them."""
     return listed([names[int(position)] for position in positions])

@@ -81,10 +81,7 @@ def individual_predictions(
     values = _limits(observations).double()
     design = observations.design
     population, individual = simulator.predict(typical, design), simulator.predict(own, design)
-    plain = design.observed
-    if observations.censoring is not None:
-        plain = plain & (observations.censoring == int(Censoring.NONE))
-    unknown = torch.where(plain, 0.0, torch.nan)
+    unknown = torch.where(observations.uncensored, 0.0, torch.nan)
     weighted = torch.full_like(individual, torch.nan)
     if isinstance(simulator, MechanisticSimulator):
         noise = simulator.noise

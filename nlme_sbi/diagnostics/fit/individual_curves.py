@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nlme_sbi.diagnostics.fit.predictive_bands import PredictiveBands, dense_design, predictive_bands
-from nlme_sbi.types import Censoring, Observations, Simulator, TractableSimulator
+from nlme_sbi.types import Observations, Simulator, TractableSimulator
 
 _POINTS = 120  # of a curve
 _DRAWS = 200  # of each individual; a 95% band needs no more
@@ -130,8 +130,6 @@ def individual_curves(
 
 def _within(bands: PredictiveBands, observations: Observations) -> Int[Tensor, "n 2"]:
     low, high = (bands.quantile(level, with_noise=True) for level in (0.025, 0.975))
-    plain = observations.design.observed
-    if observations.censoring is not None:
-        plain = plain & (observations.censoring == int(Censoring.NONE))
+    plain = observations.uncensored
     inside = plain & (observations.values >= low) & (observations.values <= high)
     return torch.stack([inside.flatten(1).sum(1), plain.flatten(1).sum(1)], 1)

@@ -33,7 +33,6 @@ from nlme_sbi.population.estimators.initialization import (
 )
 from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
 from nlme_sbi.population.likelihood.laplace_components import (
-    LaplaceComponents,
     along_profiles,
     distinct_modes,
     mixtures,
@@ -173,11 +172,9 @@ class Exact(OfLikelihood):
             generator,
             draws=state.draws,
         )
-        kept = state.modes[torch.nonzero(place[state.modes.rows] < 0)[:, 0]]
-        together = LaplaceComponents.joined([kept, replace(made.modes, rows=changed[made.modes.rows])])
-        together = together[torch.argsort(together.rows, stable=True)]
+        modes = state.modes.updated(replace(made.modes, rows=changed[made.modes.rows]))
         blocks = tuple(replace(block, rows=changed[block.rows]) for block in made.blocks)
-        return replace(state.replaced(changed, made.mixed, blocks), modes=together)
+        return replace(state.replaced(changed, made.mixed, blocks), modes=modes)
 
     def reuse(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> ExactDraws | None:
         """The same draws where ``theta`` is so near that they serve as well; their likelihoods at other constants are

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.config.wording import in_words
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.estimators.initialization import likelihood_of
 from nlme_sbi.population.fitting.likelihood_starts import SingleFits
@@ -154,7 +155,7 @@ def warn_beyond_prior(population: PopulationModel, restarts: tuple[Restart, ...]
         level = f"higher by about {-2 * restart.below:.2g} in -2 log L" if restart.below < -_LEVEL else "about as high"
         said.append(
             f"Another maximum of the likelihood, {level}, lies far from the training prior (typical {places}), which "
-            f"decides against it. If it may be what is meant, move or widen the prior of {_listed(restart.differing)} "
+            f"decides against it. If it may be what is meant, move or widen the prior of {in_words(restart.differing)} "
             "(prior.parameters) and train again."
         )
     return tuple(said)
@@ -162,7 +163,3 @@ def warn_beyond_prior(population: PopulationModel, restarts: tuple[Restart, ...]
 
 def _unit(unit: str) -> str:
     return "" if unit in ("", "1") else f" {unit}"
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -37,7 +37,7 @@ from nlme_sbi.population.objective.individuals import IndividualEstimates, indiv
 from nlme_sbi.population.objective.interface import Source
 from nlme_sbi.population.objective.variance_tests import variance_tests
 from nlme_sbi.population.results.fit_result import PopulationFit
-from nlme_sbi.types import Censoring, Observations, Posterior
+from nlme_sbi.types import Observations, Posterior
 
 logger = logging.getLogger(__name__)
 
@@ -231,19 +231,12 @@ def _result(
         converged=outcome.converged,
         message=f"{outcome.message} {describe_starts(outcome.restarts)}".strip(),
         warnings=said,
-        measurements=_measurements(observations),
+        measurements=int(observations.uncensored.sum()),
         state=state,
         approximation=chosen.approximation,
         variance_tests=variance_tests(state, theta),
         verification=outcome.verification,
     )
-
-
-def _measurements(observations: Observations) -> int:
-    plain = observations.design.observed
-    if observations.censoring is not None:
-        plain = plain & (observations.censoring == int(Censoring.NONE))
-    return int(plain.sum())
 
 
 def require_enough(model: PopulationModel, individuals: int) -> None:

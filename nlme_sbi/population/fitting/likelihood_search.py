@@ -35,7 +35,7 @@ from nlme_sbi.population.objective.trust_region import Climb, Limits, climb_like
 from nlme_sbi.population.objective.vanishing_sds import vanishing
 from nlme_sbi.population.objective.verification import TOLERANCE, Verification, too_many, verify_maximum
 from nlme_sbi.population.results.fit_result import BEYOND, Restart
-from nlme_sbi.types import Observations
+from nlme_sbi.types import Observations, TractableSimulator
 
 STARTS_ON = 60  # individuals on whom starts are compared
 _PART = 500  # individuals on whom most of the way is gone where there are many
@@ -167,7 +167,7 @@ def compare_starts(task: Task, *, starts: int) -> tuple[Float[Tensor, " P"], tup
         raise ValueError(str(refused) if refused is not None else "The likelihood is not finite at any start.")
     other = None
     if len(part.observations) == len(task.observations):
-        other = _explained_otherwise(part, fits, replace(_ROUGH, enough=partial(_hopeless, best)))
+        other = _explained_otherwise(part, simulator, fits, replace(_ROUGH, enough=partial(_hopeless, best)))
     if other is None:
         return in_order(task.population, best.point.theta), _compared(ends, best)
     gain = other.point.value - best.point.value
@@ -184,9 +184,8 @@ def compare_starts(task: Task, *, starts: int) -> tuple[Float[Tensor, " P"], tup
     return in_order(task.population, best.point.theta), restarts
 
 
-def _explained_otherwise(part: Task, fits: SingleFits, limits: Limits) -> Climb | None:
+def _explained_otherwise(part: Task, simulator: TractableSimulator, fits: SingleFits, limits: Limits) -> Climb | None:
     """Where the climb from another explanation of the same data ends; None where there is none."""
-    simulator = tractable(getattr(part.estimator, "simulator", None), part.source, part.estimator.name)
     other = explain_otherwise(simulator, part.source, part.observations, fits, part.generator)
     if other is None:
         return None

@@ -48,6 +48,12 @@ class LaplaceComponents:
             torch.cat([part.covariances for part in parts]),
         )
 
+    def updated(self, others: LaplaceComponents) -> LaplaceComponents:
+        """With all components of the others' individuals replaced by theirs; sorted by individual."""
+        kept = self[torch.nonzero(~torch.isin(self.rows, others.rows))[:, 0]]
+        together = self.joined([kept, others])
+        return together[torch.argsort(together.rows, stable=True)]
+
     def __getitem__(self, chosen: Tensor) -> LaplaceComponents:
         return LaplaceComponents(self.rows[chosen], self.log_mass[chosen], self.means[chosen], self.covariances[chosen])
 

@@ -132,13 +132,7 @@ def _news_of_many(
 def _with_news(joint: JointDensity, known: LaplaceComponents, news: News) -> LaplaceComponents:
     """The known modes and those that were found, sorted by individual, the best first."""
     rows, points, _ = news
-    if len(rows) == 0:
-        return known
-    changed = torch.isin(known.rows, rows)
-    mine = known[torch.nonzero(changed)[:, 0]]
-    both, _ = distinct_modes(joint, torch.cat([mine.rows, rows]), torch.cat([mine.means, points]))
-    together = LaplaceComponents.joined([known[torch.nonzero(~changed)[:, 0]], both])
-    return together[torch.argsort(together.rows, stable=True)]
+    return known if len(rows) == 0 else known.updated(_of_the_found(joint, known, rows, points))
 
 
 def _joined(first: News, second: News) -> News:
@@ -149,10 +143,16 @@ def _joined(first: News, second: News) -> News:
 def _gain(joint: JointDensity, known: LaplaceComponents, rows: Tensor, points: Tensor) -> float:
     """Log mass that points add to the known modes of their individuals, over all of these."""
     everybody = len(joint.observations)
-    mine = _of(known, torch.unique(rows))
-    both, _ = distinct_modes(joint, torch.cat([mine.rows, rows]), torch.cat([mine.means, points]))
-    gained = (_mass(both, everybody) - _mass(mine, everybody))[torch.unique(rows)]
+    both = _of_the_found(joint, known, rows, points)
+    gained = (_mass(both, everybody) - _mass(_of(known, rows), everybody))[torch.unique(rows)]
     return float(gained.clamp_min(0).sum())
+
+
+def _of_the_found(joint: JointDensity, known: LaplaceComponents, rows: Tensor, points: Tensor) -> LaplaceComponents:
+    """All modes of the individuals for whom points were found."""
+    mine = _of(known, rows)
+    both, _ = distinct_modes(joint, torch.cat([mine.rows, rows]), torch.cat([mine.means, points]))
+    return both
 
 
 def _of(known: LaplaceComponents, individuals: Int[Tensor, " i"]) -> LaplaceComponents:

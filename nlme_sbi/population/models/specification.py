@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from nlme_sbi.config.wording import in_words
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.models.correlation import partial_from_correlation
 from nlme_sbi.population.models.covariate_checks import bound_effects, coefficients
@@ -79,7 +80,7 @@ class GaussianPopulation:
         for key, given in (("fixed", self.fixed), ("start", self.start)):
             unknown = sorted(set(given) - set(_MAY_HOLD[key]))
             if unknown:
-                held = ", ".join(_MAY_HOLD[key][:-1]) + " and " + _MAY_HOLD[key][-1]
+                held = in_words(_MAY_HOLD[key])
                 raise ValueError(f"population.{key}: {unknown} is not known; it may hold {held}.")
         self._effects()
         self._chains()
