@@ -2,7 +2,7 @@
 
     python benchmarks/readers.py [--tables 3000]
 
-A fuzzed table has one dose and a few measurements for each of up to three individuals, in random codings, and random
+A fuzzed table has doses and a few measurements for each of up to three individuals, in random codings, and random
 columns of the vocabulary of NONMEM, Monolix and nlmixr2. A slow checker reads the written file by itself, a row after
 the other, and says what was measured and which columns ask for something that is not implemented. A reader must find
 the same measurements, doses and limits and name every column that it did not use, or refuse and name a column that asks
@@ -42,13 +42,16 @@ Key = tuple[str, float, str]
 
 
 def contents(observations: Observations) -> dict[Key, Any]:
-    """Every measurement under its id, time and signal: a value, or the pair of bounds of a censored one; doses under
-    their id, time and "dose"."""
+    """Every measurement under its id, time and signal: a value, or the pair of bounds of a censored one; doses and
+    resets under their id, time and "dose": lists of kind, amount, rate, interval, additional ones, steady state and
+    compartment."""
     found: dict[Key, Any] = {}
     if observations.design.events is not None:
         events = observations.design.events
+        told = ("kind", "amount", "rate", "interval", "additional", "steady_state", "compartment")
         for i, e in (events.kind > 0).nonzero().tolist():
-            found[observations.ids[i], float(events.time[i, e]), "dose"] = float(events.amount[i, e])
+            place = observations.ids[i], float(events.time[i, e]), "dose"
+            found.setdefault(place, []).append(tuple(round(float(getattr(events, name)[i, e]), 9) for name in told))
     for i, t, c in observations.design.observed.nonzero().tolist():
         key = (observations.ids[i], float(observations.design.times[i, t]), observations.signals[c])
         value: Any = float(observations.values[i, t, c])
@@ -78,7 +81,8 @@ def outcome(reader: Any, *, plan: bool = False) -> Any:
 # ------------------------------------------------------------------------------------------------------- random tables
 
 HARMLESS = ("SEX", "AGE", "STUDY", "DOSE", "TAD", "NTIME", "COMMENT", "RACE", "HT", "ARM")
-NONZERO = ("RATE", "DUR", "TINF", "ADDL", "SS", "CONT", "ALAG")
+OF_DOSES = ("RATE", "TINF", "II", "ADDL", "SS")
+NONZERO = ("DUR", "CONT", "ALAG")
 FLAGS = ("C", "IGNORE", "EXCLUDE", "EXCL", "FLAG", "OUTLIER", "DROP")
 BEYOND = ("BLQ", "BLOQ", "BQL", "LLOQFL", "ALQ")
 KEEPS = ("INCLUDE", "KEEP")
@@ -132,7 +136,7 @@ def fuzzed(rng: random.Random) -> Written:
         columns.append(several)
         for row in rows:
             row.setdefault(several, rng.choice([".", "1"]))
-    others = [*HARMLESS, *NONZERO, *FLAGS, *BEYOND, *KEEPS, *LIMITS, *CHANGING, *ROUTES, *SIGNALS, *UNITS]
+    others = [*HARMLESS, *OF_DOSES, *NONZERO, *FLAGS, *BEYOND, *KEEPS, *LIMITS, *CHANGING, *ROUTES, *SIGNALS, *UNITS]
     for name in rng.sample(others, rng.randint(0, 4)):
         if name not in columns:
             columns.append(name)
@@ -141,7 +145,7 @@ def fuzzed(rng: random.Random) -> Written:
         again = {**rows[-1], "TIME": "40", "DV": ".", "AMT": "50", "EVID": "1", "MDV": "1", "CENS": "0", "LIMIT": "."}
         rows.append(again)
     if rng.random() < 0.06:  # another event, a reset, one of RxODE's codes
-        rng.choice(rows)["EVID"] = rng.choice(["2", "3", "4", "10101"])
+        rng.choice(rows)["EVID"] = rng.choice(["2", "3", "4", "10101", "201"])
     if rng.random() < 0.05:
         rng.shuffle(rows)
     if rng.random() < 0.05 and ids[0].isdigit():
@@ -183,6 +187,12 @@ def _fill(rng: random.Random, rows: list[dict[str, str]], name: str) -> None:
             row[name] = rng.choice(["1", "0", "."]) if row["EVID"] == "1" else "1"
             if asks and row["EVID"] == "1":
                 row[name] = rng.choice(["2", "depot", "iv"])
+    elif name in OF_DOSES:
+        for row in rows:
+            if row["EVID"] == "1" and rng.random() < 0.7:
+                row[name] = rng.choice({"RATE": ["5", "-2", "2.5"], "II": ["12", "24"]}.get(name, ["1", "2", "0"]))
+        if asks:
+            chosen[name] = rng.choice(["1", "2.5", "-1"])
     elif name in KEEPS:
         for row in rows:
             row[name] = rng.choice(["1", "Y"])
@@ -209,7 +219,7 @@ class Meaning:
     """What a file means: measurements, doses, the columns (or words) that ask for something, and unused columns."""
 
     values: dict[Key, Any] = field(default_factory=dict)
-    doses: dict[str, tuple[float, float]] = field(default_factory=dict)
+    doses: dict[Key, list[tuple[float, ...]]] = field(default_factory=dict)
     asking: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
 
@@ -264,7 +274,7 @@ def _is_number(text: str) -> bool:
 
 def is_dose(row: Mapping[str, str]) -> bool:
     if "EVID" in row:
-        return plain(row["EVID"]) in ("1", "101")
+        return plain(row["EVID"]) in ("1", "4", "101", "201")
     return plain(row["AMT"]) not in ("", "0")
 
 
@@ -296,16 +306,23 @@ def _one_row(
     levels: Mapping[str, str],
     signal_column: str | None,
 ) -> None:
-    if "EVID" in row and plain(row["EVID"]) not in ("0", "1", "101"):
+    if "EVID" in row and plain(row["EVID"]) not in ("0", "1", "2", "3", "4", "101", "201"):
         meaning.asking |= {"EVID", original["EVID"]}
     for name in (*NONZERO, *FLAGS, *BEYOND):
         if name in row and plain(row[name]) not in ("", "0"):
             meaning.asking.add(original[name])
+    is_reset = "EVID" in row and plain(row["EVID"]) in ("3", "4")
+    if is_reset and not is_dose(row):
+        meaning.doses.setdefault((who, time, "dose"), []).append((3.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0))
+    if not is_dose(row):
+        of_doses = [name for name in OF_DOSES if name != "II" and plain(row.get(name, "")) not in ("", "0")]
+        meaning.asking |= {original[name] for name in of_doses}
+        if plain(row["AMT"]) not in ("", "0"):
+            meaning.asking.add("amount")
+        if is_reset and plain(row.get("CENS", "")) in ("1", "-1"):
+            meaning.asking.add(original["CENS"])
     if is_dose(row):
-        if who in meaning.doses:
-            meaning.asking.add("second or later doses")
-        meaning.doses[who] = (time, float(row["AMT"] or "nan"))
-        meaning.asking |= {original[name] for name in ROUTES if name in row and plain(row[name]) not in ("", "0", "1")}
+        meaning.doses.setdefault((who, time, "dose"), []).append(_dose(row, meaning, original, is_reset=is_reset))
         if plain(row.get("CENS", "")) in ("1", "-1"):
             meaning.asking.add(original["CENS"])
         return
@@ -335,6 +352,40 @@ def _one_row(
         if (who, time, signal) in meaning.values:
             meaning.asking.add("repeat")
         meaning.values[who, time, signal] = float(row["DV"])
+
+
+def _dose(
+    row: Mapping[str, str], meaning: Meaning, original: Mapping[str, str], *, is_reset: bool
+) -> tuple[float, ...]:
+    """Kind, amount, rate, interval, additional ones, steady state and compartment of a dose."""
+    rate, lasting, every, more, steady = (float(plain(row.get(name, "")) or 0) for name in OF_DOSES)
+    text = plain(row["AMT"])
+    constant = rate > 0 and steady > 0 and text in ("", "0")
+    if text == "" and not constant:
+        meaning.asking.add("amount")
+    amount = float(text or 0)
+    wrong = {
+        "RATE": (rate < 0 and rate not in (-1, -2)) or (rate > 0 and amount == 0 and not constant),
+        "TINF": lasting < 0 or (lasting > 0 and rate != 0),
+        "II": every < 0,
+        "ADDL": more < 0 or not more.is_integer() or (more > 0 and every == 0),
+        "SS": steady not in (0, 1, 2) or (steady > 0 and every == 0 and not constant),
+    }
+    meaning.asking |= {original[name] for name, is_wrong in wrong.items() if is_wrong}
+    code = plain(row.get("EVID", ""))
+    compartments = {1.0} if code not in ("101", "201") else {float(code[0])}
+    said = [plain(row[name]) for name in ROUTES if name in row and plain(row[name]) not in ("", "0")]
+    names = {original[name] for name in ROUTES if name in row}
+    if any(not level.isdigit() for level in said):
+        meaning.asking |= names
+    elif said:
+        numbers = {float(level) for level in said}
+        if len(numbers) > 1 or (code in ("101", "201") and numbers != compartments):
+            meaning.asking |= names
+        compartments = numbers
+    kind = 4.0 if is_reset else 1.0
+    rate = amount / lasting if lasting > 0 else rate
+    return (kind, amount, round(rate, 9), every, more, steady, min(compartments))
 
 
 def _whole(
@@ -381,11 +432,11 @@ def _whole(
             if len(pairs) > len({level for level, _ in pairs}):
                 meaning.asking |= {original[name], original[signal_column]}
     everybody = {row["ID"] for row in rows}
-    if everybody - set(meaning.doses):
+    if everybody - {who for (who, _, _), given in meaning.doses.items() if any(dose[0] != 3.0 for dose in given)}:
         meaning.asking.add("have no dose")
     if everybody - {who for who, _, _ in meaning.values}:
         meaning.asking.add("have no observation")
-    read = {"ID", "TIME", "DV", "AMT", "EVID", "MDV", "CENS", *ROUTES, *SIGNALS}
+    read = {"ID", "TIME", "DV", "AMT", "EVID", "MDV", "CENS", *OF_DOSES, *ROUTES, *SIGNALS}
     read |= {"LIMIT"} if "CENS" in original else set()
     meaning.unused = {written for name, written in original.items() if name not in read}
 
@@ -405,8 +456,7 @@ def judged(written: Written, found: Any) -> str:
     if meaning.asking:
         return "silently dropped"
     values, notes = found
-    doses = {(who, time, "dose"): amount for who, (time, amount) in meaning.doses.items()}
-    if values != {**meaning.values, **doses}:
+    if values != {**meaning.values, **meaning.doses}:
         return "other values"
     named = re.split(r"[:,]\s*", " , ".join(note for note in notes if note.startswith("not used")))
     return "" if meaning.unused <= {name.strip() for name in named} else "unused column not named"

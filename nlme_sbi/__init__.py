@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nlme_sbi.individual_model.events import single_bolus
     from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel, times_for
     from nlme_sbi.individual_model.noise import Additive, Combined1, Combined2, Exponential, NoiseModel, Proportional
-    from nlme_sbi.individual_model.priors import GaussianPrior, MixturePrior, UniformPrior
+    from nlme_sbi.individual_model.priors import GaussianPrior, MixturePrior, PriorOfData, UniformPrior
     from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, TorchDiffEq
     from nlme_sbi.io import EventTable, LongTable, WideSheet, describe
     from nlme_sbi.networks.ensembles import PosteriorEnsemble
@@ -94,6 +94,7 @@ __all__ = [
     "PooledSummary",
     "PopulationFit",
     "PosteriorEnsemble",
+    "PriorOfData",
     "PriorRatio",
     "Proportional",
     "RandomTimes",
@@ -163,6 +164,7 @@ _ROOMS = {
     "individual_model.priors": (
         "GaussianPrior",
         "MixturePrior",
+        "PriorOfData",
         "UniformPrior",
     ),
     "individual_model.solvers": (

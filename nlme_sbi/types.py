@@ -10,7 +10,7 @@ Individual parameters ``phi`` are always on the unconstrained scale (log, logit 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
@@ -79,7 +79,8 @@ class Events:
 
     ``kind`` holds :class:`EventKind`; ``rate`` 0 is a bolus, positive an infusion, -1 and -2 a modelled rate or
     duration; ``interval`` and ``additional`` repeat a dose; ``steady_state`` is NONMEM's SS; ``compartment`` counts
-    from 1. Nothing is expanded here, because lag and bioavailability are known only with ``phi``.
+    from 1. ``follows`` marks records that come after the measurements at their very time (a sample just before the
+    dose); None where none does. Nothing is expanded here, because lag and bioavailability are known only with ``phi``.
     """
 
     time: Float[Tensor, "I E"]
@@ -90,9 +91,11 @@ class Events:
     additional: Int[Tensor, "I E"]
     steady_state: Int[Tensor, "I E"]
     compartment: Int[Tensor, "I E"]
+    follows: Bool[Tensor, "I E"] | None = None
 
     def __post_init__(self) -> None:
-        shapes = {item.name: tuple(getattr(self, item.name).shape) for item in fields(self)}
+        given = {item.name: getattr(self, item.name) for item in fields(self)}
+        shapes = {name: tuple(value.shape) for name, value in given.items() if value is not None}
         if len(set(shapes.values())) != 1:
             raise ValueError(f"Every field of Events must have the same shape (I, E); got {shapes}.")
 
@@ -385,6 +388,14 @@ class TractableSimulator(Simulator, Protocol):
 
     def log_likelihood(self, observations: Observations, phi: Tensor) -> Tensor:
         """``log p(y_i | phi)`` for ``phi (I, ..., D)`` -> ``(I, ...)``, differentiable in ``phi``."""
+
+
+@runtime_checkable
+class CheckingSimulator(Protocol):
+    """A simulator that knows which designs it cannot use."""
+
+    def check_design(self, design: Design, ids: Sequence[str] | None = None) -> None:
+        """Refuse a design, its individuals being ``ids``; raises ``ValueError`` with the remedy."""
 
 
 @runtime_checkable

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -37,6 +39,11 @@ class Theophylline(MechanisticSimulator):
     takes_doses = True
     dose_unit = "mg"
     noise = Additive(sd="sigma")
+
+    def check_design(self, design: Design, ids: Sequence[str] | None = None) -> None:
+        """Refuse other doses than one for each individual by mouth; raises ``ValueError``."""
+        del ids
+        single_bolus(design)
 
     def predict(self, phi: Float[Tensor, "I *batch 4"], design: Design) -> Float[Tensor, "I *batch T 1"]:
         """Concentration at ``design.times``, mg/L."""

@@ -40,12 +40,14 @@ class Role:
 
 SIMULATOR = Role("simulator", ("simulators",), ("simulate",))
 PRIOR = Role("prior", ("nlme_sbi.individual_model.priors",), ("sample", "log_prob"))
+PRIOR_OF_DATA = Role("prior of the data", ("nlme_sbi.individual_model.priors",), ("resolve",), ("PriorOfData",))
 DESIGNS = Role("design source", ("nlme_sbi.designs",), ("sample", "covers"))
 SCHEDULE = Role("schedule", ("nlme_sbi.designs",), ("for_known", "for_new"))
 READER = Role("reader", ("nlme_sbi.io",), ("read",), ("EventTable", "LongTable", "WideSheet"))
 ROLES = (
     SIMULATOR,
     PRIOR,
+    PRIOR_OF_DATA,
     DESIGNS,
     SCHEDULE,
     READER,
@@ -63,7 +65,7 @@ ROLES = (
     Role("sampler of theta", ("nlme_sbi.population",), classes=("EnsembleSampler",)),
 )
 # What a run directory describes never reads a data file: a run holds the numbers that it was made from.
-STORED_ROLES = tuple(role for role in ROLES if role is not READER)
+STORED_ROLES = tuple(role for role in ROLES if role not in (READER, PRIOR_OF_DATA))
 
 
 def lies_in(module: str, homes: tuple[str, ...]) -> bool:

@@ -197,7 +197,7 @@ def _spans(design: Design) -> tuple[Float[Tensor, " I"], Float[Tensor, " I"]]:
 
 def _all_alike(events: Events) -> bool:
     """Whether everybody got the same."""
-    return all(bool((column == column[:1]).all()) for column in vars(events).values())
+    return all(bool((column == column[:1]).all()) for column in vars(events).values() if column is not None)
 
 
 def _complete(design: Design, times: Float[Tensor, "I T"]) -> Design:

@@ -1,4 +1,4 @@
-"""Dose records as simulators need them. For now: one bolus for each individual; the rest is refused by name."""
+"""The dose of simulators that take a single bolus; :mod:`nlme_sbi.individual_model.dosing` takes any regimen."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from torch import Tensor
 
 from nlme_sbi.types import Design, EventKind, Events
 
+_OTHER = "Take simulator=compartments, which reads every regimen."
+
 
 def single_bolus(design: Design) -> tuple[Float[Tensor, " I"], Float[Tensor, " I"]]:
     """Time and amount ``(I,)`` of the one dose that each individual gets, in the units of the data.
 
     Raises:
-        ValueError: no dose records, none or several doses for an individual, or a kind of dose that is not
-            implemented yet (infusion, repeated dose, steady state, reset, a compartment other than the first).
+        ValueError: no dose records, none or several doses for an individual, or another kind of dose (infusion,
+            repeated dose, steady state, reset, a compartment other than the first).
     """
     events = design.events
     if events is None:
@@ -29,7 +31,7 @@ def single_bolus(design: Design) -> tuple[Float[Tensor, " I"], Float[Tensor, " I
         row = int((doses != 1).nonzero()[0, 0])
         raise ValueError(
             f"One dose for each individual is needed; {int((doses != 1).sum())} of {len(design)} have another number, "
-            f"first row {row} with {int(doses[row])}. Several doses are not implemented yet."
+            f"first row {row} with {int(doses[row])}. {_OTHER}"
         )
     return torch.where(given, events.time, 0.0).sum(1), torch.where(given, events.amount, 0.0).sum(1)
 
@@ -45,4 +47,7 @@ def _require_plain_boluses(events: Events, given: Tensor) -> None:
     for name, found in unsupported.items():
         if bool(found.any()):
             row = int(found.any(1).nonzero()[0, 0])
-            raise ValueError(f"Not implemented yet: {name}; {int(found.sum())} records, first in row {row}.")
+            raise ValueError(
+                f"This simulator takes one bolus for each individual, and the design has {name}: {int(found.sum())} "
+                f"records, first in row {row}. {_OTHER}"
+            )

@@ -6,7 +6,7 @@ And an adapter for simulators that are written in NumPy; those have no likelihoo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -54,6 +54,18 @@ class MechanisticSimulator(ABC):
     @abstractmethod
     def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T C"]:
         """Noise-free signals at ``design.times (I, T)`` for ``phi (I, ..., D)``: ``(I, ..., T, C)``."""
+
+    def check_design(self, design: Design, ids: Sequence[str] | None = None) -> None:
+        """Refuse what :meth:`predict` cannot use (doses of a kind), before any long work; nothing unless overridden.
+
+        Args:
+            design: of data, or one of those that are simulated.
+            ids: names of the individuals, for messages.
+
+        Raises:
+            ValueError: with the individual and what to do.
+        """
+        del design, ids
 
     def simulate(self, phi: Float[Tensor, "N D"], design: Design, generator: torch.Generator) -> SimulatorOutput:
         """Noisy data; status 1 where a measured value is not finite. What is not measured is 0."""

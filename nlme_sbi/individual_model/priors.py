@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.types import Prior
+from nlme_sbi.types import Observations, Prior, Simulator
 
 Number = float | int
 _LOG_TWO_PI = math.log(2 * math.pi)
@@ -230,3 +231,48 @@ def _correlation_factor(correlation: Sequence[Sequence[Number]] | None, names: t
             "largest correlations."
         )
     return factor
+
+
+@runtime_checkable
+class SimulatorWithScales(Protocol):
+    """A simulator that can say from doses and data where its parameters may lie."""
+
+    def plausible_values(self, observations: Observations) -> Mapping[str, tuple[float, float]]:
+        """For each parameter centre and SD on the unconstrained scale, wide and stated before anything is fitted."""
+
+
+@dataclass(frozen=True)
+class PriorOfData:
+    """A wide normal prior that the simulator states from the scales of doses and data; resolved before a run begins.
+
+    What a run stores is the :class:`GaussianPrior` that came out, so that nobody has to read the data again.
+
+    Args:
+        parameters: ``{mean, sd}`` or ``{mean, variance}`` of parameters that the data shall not decide.
+        width: factor of the SDs.
+    """
+
+    parameters: Mapping[str, Mapping[str, Number]] = field(default_factory=dict)
+    width: Number = 1.0
+
+    def resolve(self, simulator: Simulator, observations: Observations) -> dict[str, Any]:
+        """The section of a :class:`GaussianPrior`, numbers rounded to what a reader wants to see.
+
+        Raises:
+            ValueError: the simulator states no scales, a width that is not positive, or a parameter that it has not.
+        """
+        if not isinstance(simulator, SimulatorWithScales):
+            raise ValueError(
+                f"prior=of_data needs a simulator that states the scales of its parameters, and "
+                f"{type(simulator).__name__} has no plausible_values; take prior=gaussian and give each parameter "
+                "{mean: ..., sd: ...}."
+            )
+        if isinstance(self.width, bool) or not (math.isfinite(self.width) and self.width > 0):
+            raise ValueError(f"prior.width must be a positive number; got {self.width}.")
+        simulator.parameters.indices(self.parameters)  # refuses names that are not there
+        stated = {
+            name: {"mean": round(centre, 2), "sd": round(sd * float(self.width), 2)}
+            for name, (centre, sd) in simulator.plausible_values(observations).items()
+        }
+        entries = {name: dict(self.parameters.get(name, entry)) for name, entry in stated.items()}
+        return {"_target_": "nlme_sbi.GaussianPrior", "parameters": entries}

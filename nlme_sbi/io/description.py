@@ -24,7 +24,7 @@ def describe(observations: Observations) -> str:
         lines.append(f"signal {signal}: {_range(seen, unit)}{share}{_censored(observations, position, unit)}")
     lines.append(_times(design, observations.time_unit))
     if design.events is not None:
-        lines.append(_doses(design.events, observations.time_unit, observations.dose_unit))
+        lines.append(_doses(design, design.events, observations.time_unit, observations.dose_unit))
     if design.covariates is not None:
         lines += _covariates(design.covariates, observations.covariate_units)
     lines += observations.notes
@@ -68,15 +68,38 @@ def _times(design: Design, unit: str) -> str:
     return f"times: {_range(design.times[measured], unit)}, {each} an individual, {kind}"
 
 
-def _doses(events: Events, time_unit: str, unit: str) -> str:
-    given = events.kind == int(EventKind.DOSE)
+def _doses(design: Design, events: Events, time_unit: str, unit: str) -> str:
+    given = (events.kind == int(EventKind.DOSE)) | (events.kind == int(EventKind.RESET_DOSE))
     counts = given.sum(dim=1)
     fewest, most = int(counts.min()), int(counts.max())
     each = str(fewest) if fewest == most else f"{fewest} to {most}"
     amounts, times = events.amount[given], events.time[given]
     if len(amounts) == 0:
         return "doses: none"
-    return f"doses: {each} an individual, amount {_range(amounts, unit)}, at {_range(times, time_unit)}"
+    said = f"doses: {each} an individual, amount {_range(amounts, unit)}, at {_range(times, time_unit)}"
+    return said + "".join(f"; {part}" for part in _kinds_of_doses(design, events, given))
+
+
+def _kinds_of_doses(design: Design, events: Events, given: Bool[Tensor, "I E"]) -> list[str]:
+    """What is special about some of the doses, each with how many."""
+    reset = (events.kind == int(EventKind.RESET)) | (events.kind == int(EventKind.RESET_DOSE))
+    last = torch.where(design.observed.any(2), design.times, -torch.inf).amax(1, keepdim=True)
+    further = int(torch.where(given, events.additional, 0).sum())
+    counts = (
+        (given & (events.rate > 0), "infusion"),
+        (given & (events.rate == -1), "infusion of modelled rate"),
+        (given & (events.rate == -2), "infusion of modelled duration"),
+        (given & (events.steady_state > 0), "steady state"),
+        (reset, "reset"),
+    )
+    parts = [_count(int(found.sum()), noun) for found, noun in counts if bool(found.any())]
+    if further:
+        parts.append(f"{_count(further, 'additional dose')} (ADDL)")
+    places = sorted(set(events.compartment[given].tolist()))
+    if places != [1]:
+        parts.append(f"into {'compartment' if len(places) == 1 else 'compartments'} {', '.join(map(str, places))}")
+    late = int((given & (events.time > last)).sum())
+    return [*parts, f"{late} after the last measurement"] if late else parts
 
 
 def _covariates(covariates: Covariates, units: Mapping[str, str]) -> list[str]:

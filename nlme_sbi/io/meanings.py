@@ -65,6 +65,12 @@ _NOT_ZERO = {
     **dict.fromkeys(("alag", "alag1", "tlag", "lagtime"), "lagged doses"),
     **dict.fromkeys(("cont", "pcmt", "call"), "another way of reading this record"),
 }
+_ROLE_OF = {
+    **dict.fromkeys(("rate",), "data.columns.rate"),
+    **dict.fromkeys(("dur", "duration", "tinf", "tinfusion", "infdur", "infusionduration"), "data.columns.tinf"),
+    **dict.fromkeys(("addl", "ndose", "ndoses", "nd"), "data.columns.addl"),
+    **dict.fromkeys(("ss", "steadystate"), "data.columns.ss"),
+}
 _OCCASIONS = ("occ", "occasion", "occasions", "iov", "period", "cycle", "visit", "visitn", "visitnum", "sequence")
 _DATES = ("date", "dat1", "dat2", "dat3", "dat", "day", "studyday", "datetime", "visitdate", "visday")
 _UNITS = ("unit", "units", "dvu", "dvunit", "dvunits", "amtu", "amtunit", "amtunits", "timeunit", "timeunits", "timu")
@@ -251,9 +257,14 @@ def _refuse_what_is_not_zero(table: Table, column: str, rows: Rows) -> None:
             bad,
             column,
             what=f"rows ask for {feature} ({column})",
-            remedy=f"Only one bolus per individual for now: leave these individuals out, set {column} to 0 where it is "
-            f"not meant, or pass {_unused(column)}.",
+            remedy=f"{_taken_by(plain_name(column))}, or pass {_unused(column)}.",
         )
+
+
+def _taken_by(name: str) -> str:
+    if name in _ROLE_OF:
+        return f"Read the table as data=event_table with {_ROLE_OF[name]} naming this column"
+    return "Leave these individuals out, or make it part of the model"
 
 
 def _refuse_occasions(table: Table, column: str, rows: Rows) -> None:

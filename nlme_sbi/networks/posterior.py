@@ -26,7 +26,16 @@ from nlme_sbi.networks.summaries import DataShape, SummaryNetwork, SummarySettin
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run, require_same_sources, require_unedited
 from nlme_sbi.runs.schema import DISTINCT, POSITIVE, Rule
-from nlme_sbi.types import Design, DesignSource, Observations, PosteriorSamples, Prior, Simulations, Simulator
+from nlme_sbi.types import (
+    CheckingSimulator,
+    Design,
+    DesignSource,
+    Observations,
+    PosteriorSamples,
+    Prior,
+    Simulations,
+    Simulator,
+)
 from nlme_sbi.units import check_units
 
 # Of a run's configuration, what a trained network rests on.
@@ -316,6 +325,8 @@ class AmortizedPosterior:
                 "so (data.signals), or take the posterior of another simulator."
             )
         check_units(observations, self.simulator)
+        if isinstance(self.simulator, CheckingSimulator):
+            self.simulator.check_design(observations.design, observations.ids)
         uncovered = self.designs.covers(observations.design)
         if uncovered:
             row, reason = next(iter(uncovered.items()))

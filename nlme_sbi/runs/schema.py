@@ -285,6 +285,7 @@ DESIGN_ARRAYS = {
     "occasion": (INTEGERS, 2),
     **{f"events.{name}": (FLOATS, 2) for name in ("time", "amount", "rate", "interval")},
     **{f"events.{name}": (INTEGERS, 2) for name in ("kind", "additional", "steady_state", "compartment")},
+    "events.follows": (BOOLEANS, 2),
 }
 OBSERVATION_ARRAYS = {"values": (FLOATS, 3), "censoring": (INTEGERS, 3), "lower": (FLOATS, 3), "upper": (FLOATS, 3)}
 CURVE_ARRAYS = {

@@ -134,7 +134,7 @@ def _check_names(path: Path, description: dict[str, Any]) -> None:
     odd = sorted(arrays - set(DESIGN_ARRAYS)) or sorted(set(description["shared"]) - arrays)
     events = {name for name in DESIGN_ARRAYS if name.startswith("events.")}
     lacking = [name for name in ("times", "observed") if name not in arrays]
-    lacking += sorted(events - arrays) if events & arrays else []
+    lacking += sorted(events - arrays - {"events.follows"}) if events & arrays else []
     for name in ("covariates", "groups"):
         described = description.get(name) is not None
         lacking += [name] if described and name not in arrays else []
@@ -210,7 +210,8 @@ def arrays_of(design: Design) -> dict[str, Tensor]:
     if design.occasion is not None:
         arrays["occasion"] = design.occasion
     if design.events is not None:
-        arrays |= {f"events.{item.name}": getattr(design.events, item.name) for item in fields(design.events)}
+        found = {f"events.{item.name}": getattr(design.events, item.name) for item in fields(design.events)}
+        arrays |= {name: tensor for name, tensor in found.items() if tensor is not None}
     return arrays
 
 
@@ -238,7 +239,9 @@ def _design(
             levels=tuple(tuple(levels) for levels in groups["levels"]),
         ),
         occasion=tensor("occasion") if "occasion" in there else None,
-        events=Events(**{item.name: tensor(f"events.{item.name}") for item in fields(Events)})
+        events=Events(
+            **{item.name: tensor(f"events.{item.name}") for item in fields(Events) if f"events.{item.name}" in there}
+        )
         if "events.time" in there
         else None,
     )

@@ -29,7 +29,7 @@ from nlme_sbi.compute.progress import Progress
 from nlme_sbi.runs.files import PARTIAL, could_not_write, save_array, save_json
 from nlme_sbi.runs.stored_designs import save_design
 from nlme_sbi.simulation.stored import Shard, StoredSimulations
-from nlme_sbi.types import DesignSource, Prior, Simulations, Simulator
+from nlme_sbi.types import CheckingSimulator, DesignSource, Prior, Simulations, Simulator
 
 __all__ = [
     "NOT_FINITE",
@@ -129,6 +129,8 @@ def check_compatible(prior: Prior, designs: DesignSource, simulator: Simulator) 
             "The simulator needs doses, but the designs have none; take the designs of data with doses "
             "(design=of_data) or give design.dose."
         )
+    if isinstance(simulator, CheckingSimulator):
+        simulator.check_design(getattr(designs, "pool", design))
 
 
 @torch.no_grad()

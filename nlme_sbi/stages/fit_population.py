@@ -43,7 +43,7 @@ from nlme_sbi.runs import (
 from nlme_sbi.runs.stored_observations import sha256_of_observations
 from nlme_sbi.stages.attempts import attempted
 from nlme_sbi.stages.fit_predictions import PredictionSettings, predictions_frame
-from nlme_sbi.stages.shared.components import part
+from nlme_sbi.stages.shared.components import part, with_stated_prior
 from nlme_sbi.stages.shared.fit_figures import save_figures
 from nlme_sbi.stages.shared.stored_fit import IndividualSettings, save_individuals
 from nlme_sbi.stages.shared.trained_posterior import (
@@ -119,6 +119,8 @@ def fit_population(cfg: DictConfig) -> float:
     settings, wished, predicted = FitSettings.of(plain), IndividualSettings.of(plain), PredictionSettings.of(plain)
     observations: Observations = part(plain["data"], Reader, where="data", trust=trust).read()
     log.info("%s", describe(observations))
+    if not upstream:
+        plain = with_stated_prior(plain, trust, observations)
     posterior: AnyPosterior = (
         load_posterior(upstream, device, trust) if upstream else untrained_posterior(plain, device, trust)
     )

@@ -15,7 +15,7 @@ from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.runs import RunDirectory, load_run, open_run, save_design, sha256_of_design, sources_of
 from nlme_sbi.simulation.shards import SimulationSettings, write_shards
 from nlme_sbi.simulation.stored import SHARDS
-from nlme_sbi.stages.shared.components import generative_parts
+from nlme_sbi.stages.shared.components import generative_parts, with_stated_prior
 from nlme_sbi.types import Design, DesignSource, Prior, Simulator
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ def simulate(cfg: DictConfig) -> float:
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     trust = tuple(plain["trust"])
     device = choose_device(plain["device"])
+    plain = with_stated_prior(plain, trust)
     settings: SimulationSettings = instantiate(plain["simulation"], trust=trust, where="simulation")
     prior, designs, simulator = generative_parts(plain, trust)
     pool: Design | None = getattr(designs, "pool", None)

@@ -40,7 +40,7 @@ from nlme_sbi.runs import (
     write_atomically,
 )
 from nlme_sbi.simulation.stored import StoredSimulations
-from nlme_sbi.stages.shared.components import generative_parts, part, stored_part
+from nlme_sbi.stages.shared.components import generative_parts, part, stored_part, with_stated_prior
 from nlme_sbi.stages.simulate import GENERATIVE
 from nlme_sbi.training.loop import TrainingResult, TrainingSettings, generalisation_gap, train
 from nlme_sbi.training.pairs import OnlinePairs, PairSource, SharedPairs, StoredPairs
@@ -93,6 +93,8 @@ def _train_in_team(plain: Mapping[str, Any], team: Team) -> float:
     """The stage in one of the processes that train together, which is usually the only one."""
     trust = tuple(plain["trust"])
     upstream = _upstream(plain)
+    if upstream is None:
+        plain = with_stated_prior(plain, trust)
     config = _relevant(plain, upstream, team)
     settings: TrainingSettings = instantiate(config["training"], trust=trust, where="training")
     # Whatever can be refused without simulating is refused before a directory is made.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nlme_sbi.io import describe
+from nlme_sbi.io import EventTable, describe
 from nlme_sbi.types import Covariates, Design, Observations
 
 
@@ -24,7 +24,23 @@ def test_a_study_in_words() -> None:
         "times: 0 to 24.65 h, 11 an individual, individual",
         "doses: 1 an individual, amount 267.8 to 320.6, at 0 h",
         "covariate WT: 54.6 to 86.4",
+        "12 measurements at the very time of a dose: those that stand before the dose were taken before it",
     ]
+
+
+def test_doses_of_every_kind_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(
+        "ID,TIME,DV,AMT,EVID,RATE,ADDL,II,SS,CMT\n"
+        "1,0,.,100,1,0,3,12,0,1\n1,1,5,.,0,0,0,0,0,2\n1,2,.,50,1,25,0,0,0,2\n"
+        "1,3,.,50,1,-2,0,8,1,1\n1,4,6,.,0,0,0,0,0,2\n"
+        "1,5,.,80,4,0,0,0,0,1\n"
+    )
+    said = describe(EventTable(path, time_unit="h", dose_unit="mg").read())
+    assert (
+        "doses: 4 an individual, amount 50 to 100 mg, at 0 to 5 h; 1 infusion; 1 infusion of modelled duration; 1 "
+        "steady state; 1 reset; 3 additional doses (ADDL); into compartments 1, 2; 1 after the last measurement"
+    ) in said.splitlines()
 
 
 def test_padding_is_not_counted_as_missing(tmp_path: Path) -> None:

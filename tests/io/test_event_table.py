@@ -71,6 +71,53 @@ def test_theophylline_in_rxode_dialect_is_the_same_study() -> None:
 
 
 @pytest.mark.skipif(not MANY_DOSES.exists(), reason="the nlmixr2 event tables are not beside this checkout")
-def test_what_is_not_implemented_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"EVID 4 \(a reset and dose\) is not implemented yet; first at row 2562"):
-        Observations.read_events(MANY_DOSES, columns={"dv": "cp"})
+@pytest.mark.skipif(not MANY_DOSES.exists(), reason="the shared data are not here")
+def test_a_table_of_every_kind_of_dose_is_read() -> None:
+    observations = EventTable(
+        MANY_DOSES, columns={"dv": "cp"}, unused=["mode"], signals="cp", sort=False, replicates="mean"
+    ).read()
+    rows = pd.read_csv(MANY_DOSES)
+    events = observations.design.events
+    assert events is not None
+    doses = rows[rows.evid != 0]
+    assert int((events.kind > 0).sum()) == len(doses)
+    assert int(events.additional.sum()) == doses.addl.sum()
+    assert float(events.amount.sum()) == doses.amt.sum()
+    assert sorted(events.rate[events.kind > 0].tolist()) == sorted(doses.rate)
+    assert int((events.kind == int(EventKind.RESET)).sum()) == (rows.evid == 3).sum()
+    assert int((events.kind == int(EventKind.RESET_DOSE)).sum()) == (rows.evid == 4).sum()
+
+
+def test_doses_before_and_after_a_measurement_of_the_same_time_are_told_apart(tmp_path: Path) -> None:
+    text = "ID,TIME,DV,AMT,EVID\n1,0,.,100,1\n1,12,3,.,0\n1,12,.,100,1\n1,24,.,100,1\n1,24,9,.,0\n"
+    observations = EventTable(write(tmp_path, text)).read()
+    assert observations.design.events is not None
+    follows = observations.design.events.follows
+    assert follows is not None
+    assert follows.tolist() == [[False, True, False]]
+    assert any("2 measurements at the very time of a dose" in note for note in observations.notes)
+
+
+def test_an_infusion_by_its_duration_is_that_by_its_rate(tmp_path: Path) -> None:
+    by_rate = EventTable(write(tmp_path, "ID,TIME,DV,AMT,EVID,RATE\n1,0,.,100,1,25\n1,5,3,.,0,.\n")).read()
+    by_time = EventTable(write(tmp_path, "ID,TIME,DV,AMT,EVID,TINF\n1,0,.,100,1,4\n1,5,3,.,0,.\n")).read()
+    for found in (by_rate, by_time):
+        assert found.design.events is not None
+        assert found.design.events.rate.tolist() == [[25.0]]
+
+
+def test_rates_and_intervals_follow_the_units_of_amounts_and_times(tmp_path: Path) -> None:
+    text = "ID,TIME,DV,AMT,EVID,RATE,ADDL,II\n1,60,.,1000,1,10,2,720\n1,120,3,.,0,.,.,.\n"
+    events = EventTable(write(tmp_path, text), time_scale=1 / 60, dose_scale=0.001).read().design.events
+    assert events is not None
+    assert events.time.tolist() == [[pytest.approx(1.0)]]
+    assert events.amount.tolist() == [[pytest.approx(1.0)]]
+    assert events.rate.tolist() == [[pytest.approx(0.6)]]  # 10 micrograms a minute are 0.6 mg an hour
+    assert events.interval.tolist() == [[pytest.approx(12.0)]]
+
+
+@pytest.mark.parametrize(("code", "compartment"), [("101", 1), ("201", 2), ("1", 1)])
+def test_rxode_codes_name_the_compartment(tmp_path: Path, code: str, compartment: int) -> None:
+    events = EventTable(write(tmp_path, f"ID,TIME,DV,AMT,EVID\n1,0,.,9,{code}\n1,1,2,0,0\n")).read().design.events
+    assert events is not None
+    assert events.compartment.tolist() == [[compartment]]

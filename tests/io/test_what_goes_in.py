@@ -71,12 +71,12 @@ def test_the_slow_checker_rejects_a_reader_that_ignores_a_column() -> None:
 
 
 ASKING = [
-    ("RATE", ["0", "10", "0", "0", "0"], r"ask for infusions \(RATE\); first at row 3"),
-    ("rate", ["-2", "0", "0", "0", "0"], r"ask for infusions \(rate\); first at row 2"),
-    ("DUR", ["2", ".", ".", ".", "."], r"infusions \(DUR\)"),
-    ("TINF", ["0.5", "", "", "", ""], r"infusions \(TINF\)"),
-    ("ADDL", ["3", "", "", "", ""], r"additional doses \(ADDL\)"),
-    ("SS", ["1", "", "", "", ""], r"steady-state doses \(SS\)"),
+    ("RATE", ["0", "10", "0", "0", "0"], r"are no doses and have a RATE.*; first at row 3"),
+    ("rate", ["-3", "0", "0", "0", "0"], r"neither -1 .*; first at row 2"),
+    ("DUR", ["2", ".", ".", ".", "."], r"infusions \(DUR\).* data\.columns\.tinf"),
+    ("TINF", ["-0.5", "", "", "", ""], r"durations are negative"),
+    ("ADDL", ["3", "", "", "", ""], r"additional ones \(ADDL\) but no interval"),
+    ("SS", ["1", "", "", "", ""], r"steady state \(SS\) without an interval"),
     ("EXCLUDE", ["0", "0", "1", "0", "0"], r"data\.skip=\{EXCLUDE: 1\}"),
     ("Flag", ["N", "N", "Y", "N", "N"], r'data\.skip=\{Flag: "?Y'),
     ("#C", [".", "#", ".", ".", "."], r'row 3, column "#C"'),
@@ -88,7 +88,6 @@ ASKING = [
     ("OCC", ["1", "1", "2", "1", "1"], r"another occasion .*row 4"),
     ("DATE", ["2020-01-01", "2020-01-01", "2020-01-02", "x", "x"], r"another day .*row 4"),
     ("DVUNIT", ["", "mg/L", "ug/L", "", "mg/L"], r"another unit than the first .*row 4"),
-    ("ADM", ["2", ".", ".", "1", "."], r"data\.compartments=\{2: 1\}"),
     ("ROUTE", ["iv", ".", ".", "iv", "."], r"data\.compartments=\{iv: 1\}"),
     ("CMT", ["1", "2", "2", "1", "3"], r"measure another signal \(CMT\).*\"2\", \"3\""),
     ("YTYPE", [".", "1", ".", ".", "1"], r"YTYPE"),
@@ -114,8 +113,6 @@ def test_a_column_that_asks_for_more_is_refused_with_its_row(
 
 
 QUIET = [
-    ("RATE", ["0", "0.0", "", ".", "NA"]),
-    ("II", ["24", "0", "0", "24", "0"]),
     ("EXCLUDE", ["0", "0", "N", ".", "false"]),
     ("C", ["C", "C", "C", "C", "C"]),
     ("LLOQ", ["0.1", "0.1", "0.1", "0.1", "0.1"]),
@@ -131,6 +128,19 @@ QUIET = [
 def test_a_column_that_asks_for_nothing_is_named(tmp_path: Path, name: str, cells: list[str]) -> None:
     observations = EventTable(write(tmp_path, with_column(name, cells))).read()
     assert describe(observations).splitlines()[-1] == f"not used: {name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"), [("RATE", ["0", "0.0", "", ".", "NA"]), ("II", ["24", "0", "0", "24", "0"])]
+)
+def test_columns_of_doses_that_ask_for_nothing_change_nothing(tmp_path: Path, name: str, cells: list[str]) -> None:
+    plain = EventTable(write(tmp_path, with_column("SEX", cells))).read()
+    found = EventTable(write(tmp_path, with_column(name, cells))).read()
+    assert contents(found).keys() == contents(plain).keys()
+    assert found.notes == ()
+    assert found.design.events is not None
+    assert not bool(found.design.events.rate.any())
+    assert not bool(found.design.events.additional.any())
 
 
 def test_columns_that_are_read_are_not_called_unused(tmp_path: Path) -> None:

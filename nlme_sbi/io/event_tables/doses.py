@@ -1,4 +1,4 @@
-"""Doses of an event table: which rows are doses, and the one that each individual gets for now."""
+"""Doses of an event table: which rows are doses and resets, and what each of them gives."""
 
 from __future__ import annotations
 
@@ -14,62 +14,70 @@ from jaxtyping import Bool, Float, Int
 from nlme_sbi.config.wording import counted, listed_at, quoted, typed
 from nlme_sbi.io.meanings import ROUTE_COLUMNS, plain_name
 from nlme_sbi.io.tables import Table, number_option, same_form
-from nlme_sbi.types import Events
+from nlme_sbi.types import EventKind, Events
 
-_OBSERVATION, _OTHER = 0, 2
-_DOSES = (1, 101)  # 101 is RxODE's "dose to compartment 1"
-_CODES = {2: "another event", 3: "a reset", 4: "a reset and dose"}
+_OBSERVATION, _DOSE, _OTHER, _RESET, _RESET_DOSE = 0, 1, 2, 3, 4
+_LAST_SHORT_CODE = 9901  # EVID 101, 201, ..: RxODE's "bolus into compartment 1, 2, .."
 
 
 @dataclass(frozen=True, eq=False)
 class Kinds:
-    """What each row is, ``(R,)``: a dose, a place for a measurement, or (in a plan) a time only; notes."""
+    """What each row is, ``(R,)``.
+
+    Args:
+        dose: whether it gives a dose.
+        reset: whether it empties the compartments, before its dose where it has one.
+        measurement: whether it is a place for a measurement, or (in a plan) a time.
+        compartment: into which RxODE's code says the dose goes; 0 where no code says it.
+        notes: what the reader has to say.
+    """
 
     dose: Bool[np.ndarray, " R"]
+    reset: Bool[np.ndarray, " R"]
     measurement: Bool[np.ndarray, " R"]
+    compartment: Int[np.ndarray, " R"]
     notes: tuple[str, ...] = ()
 
 
 def kinds_of(table: Table, *, evid: str, amt: str, dv: str, mdv: str, plan: bool) -> Kinds:
-    """Doses and measurements by EVID or, without that column, by AMT as NONMEM does: an amount is a dose.
+    """Doses, resets and measurements by EVID or, without that column, by AMT as NONMEM does: an amount is a dose.
 
     Raises:
-        ValueError: codes of events that are not implemented; MDV codes other than 0 and 1; without EVID, rows with an
-            amount and a value.
+        ValueError: unknown event codes; MDV codes other than 0 and 1; without EVID, rows with an amount and a value.
     """
     aside = _set_aside(table, mdv)
     if not table.has(evid):
         return _kinds_by_amount(table, amt=amt, dv=dv, evid=evid, aside=aside, plan=plan)
     codes = table.complete_numbers(evid, noun="event codes")
-    dose = np.isin(codes, _DOSES)
-    known = dose | (codes == _OBSERVATION) | (plan & (codes == _OTHER))
+    rxode = (codes > 100) & (codes <= _LAST_SHORT_CODE) & (codes % 100 == 1)
+    dose = rxode | np.isin(codes, (_DOSE, _RESET_DOSE))
+    reset = np.isin(codes, (_RESET, _RESET_DOSE))
+    other = codes == _OTHER
+    known = dose | reset | other | (codes == _OBSERVATION)
     if not known.all():
         first = codes[np.argmax(~known)]
-        meaning = f" ({_CODES[int(first)]})" if first in _CODES else _rxode(first)
-        what = (
-            f"event codes are neither 0 (measurement) nor 1 or 101 (dose), and EVID {first:g}{meaning} is not "
-            "implemented yet"
+        long_code = " (a dose in RxODE's long code)" if first >= 200 and float(first).is_integer() else ""
+        raise table.refusal(
+            ~known,
+            evid,
+            what="event codes are neither 0 (measurement), 1 (dose), 2 (other), 3 (reset), 4 (reset and dose) nor 101, "
+            f"201, ... (RxODE's bolus into compartment 1, 2, ...), and EVID {first:g}{long_code} is not known",
+            remedy="Write these rows with EVID 1 and RATE, SS, II and CMT, as NONMEM and nlmixr2 read them.",
         )
-        leave = typed("skip", {evid: f"{first:g}"})
-        if first == _OTHER:
-            remedy = f"Pass {leave} to leave these rows out; they hold no measurement and no dose."
-        else:
-            remedy = "Leave these individuals out, or rewrite the rows as measurements and one dose."
-        raise table.refusal(~known, evid, what=what, remedy=remedy)
     notes = []
     if table.has(dv):
-        ignored = dose & ~aside & _is_value(table, dv)
+        ignored = (dose | reset) & ~aside & _is_value(table, dv)
         if ignored.any():
             notes.append(f"{dv} of {counted(ignored, 'dose')} is not read: a dose is no measurement")
-        away = ~dose & aside & _is_value(table, dv)
+        away = ~dose & ~reset & aside & _is_value(table, dv)
         if away.any() and not plan:
             notes.append(f"set aside by {mdv} 1: {counted(away, 'measurement')}")
-    return Kinds(dose, ~dose if plan else ~dose & ~aside, tuple(notes))
-
-
-def _rxode(code: float) -> str:
-    """RxODE packs infusion, compartment and steady state into one number."""
-    return " (a dose in RxODE's long code)" if code >= 200 and float(code).is_integer() else ""
+        if other.any() and not plan:
+            notes.append(
+                f"{counted(other, 'row')} with {evid} 2 hold neither a dose nor a measurement and are left out"
+            )
+    measurement = ~dose & ~reset & (True if plan else ~aside & ~other)
+    return Kinds(dose, reset, measurement, np.where(rxode, codes // 100, 0).astype(np.int64), tuple(notes))
 
 
 def _kinds_by_amount(table: Table, *, amt: str, dv: str, evid: str, aside: Bool[np.ndarray, " R"], plan: bool) -> Kinds:
@@ -86,7 +94,8 @@ def _kinds_by_amount(table: Table, *, amt: str, dv: str, evid: str, aside: Bool[
                 remedy=f"Add {evid}: 1 on doses, 0 on measurements; a dose and a measurement are two rows.",
             )
     note = f"no column {evid}: {counted(dose, 'row')} with {amt} above 0 taken as doses, the others as measurements"
-    return Kinds(dose, ~dose if plan else ~dose & ~aside, (note,))
+    nothing = np.zeros(len(table), dtype=bool)
+    return Kinds(dose, nothing, ~dose if plan else ~dose & ~aside, nothing.astype(np.int64), (note,))
 
 
 def _is_value(table: Table, column: str) -> Bool[np.ndarray, " R"]:
@@ -107,89 +116,300 @@ def _set_aside(table: Table, mdv: str) -> Bool[np.ndarray, " R"]:
     return set_aside
 
 
-def single_doses(
+@dataclass(frozen=True)
+class DoseColumns:
+    """The file's names of the columns that tell about doses, and what its numbers are multiplied by."""
+
+    amt: str
+    evid: str
+    rate: str
+    tinf: str
+    ii: str
+    addl: str
+    ss: str
+    dose_scale: float | int
+    time_scale: float | int
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Those that may be absent."""
+        return (self.rate, self.tinf, self.ii, self.addl, self.ss)
+
+
+def dose_events(
     table: Table,
+    columns: DoseColumns,
+    kinds: Kinds,
     *,
-    amt: str,
-    evid: str,
+    compartments: Int[np.ndarray, " R"],
     individual: Int[np.ndarray, " R"],
     ids: Sequence[str],
     times: Float[np.ndarray, " R"],
-    is_dose: Bool[np.ndarray, " R"],
-    scale: float | int,
-) -> Events:
-    """The one dose of every individual, times ``scale``.
-
-    Raises:
-        ValueError: individuals with none or more, and impossible amounts.
-    """
-    factor = number_option("dose_scale", scale, positive=True)
-    amounts = table.numbers(amt, noun="amounts")
-    _refuse_amounts(table, amt, amounts, is_dose)
-    counts = np.bincount(individual[is_dose], minlength=len(ids))
-    if (counts > 1).any():
-        again = is_dose.copy()
-        again[is_dose] = pd.Series(individual[is_dose]).duplicated().to_numpy()
-        raise table.refusal(
-            again,
-            amt,
-            what=f"rows are second or later doses of an individual (of {listed_at(ids, np.flatnonzero(counts > 1))})",
-            remedy="One dose per individual for now; keep only the first and the measurements until the next.",
-        )
-    without = np.flatnonzero(counts == 0)
-    if len(without):
-        raise ValueError(
-            f"{table.name}: {len(without)} of {len(ids)} individuals have no dose ({evid} 1): "
-            f"{listed_at(ids, without)}. Add it ({evid} 1 and {amt} 0 where nothing was given), or read tables without "
-            "any dose as data=long_table."
-        )
-    order = np.argsort(individual[is_dose])
-    return Events.single_dose(
-        torch.from_numpy(times[is_dose][order]), torch.from_numpy(amounts[is_dose][order] * factor), compartment=1
-    )
-
-
-def _refuse_amounts(table: Table, amt: str, amounts: Float[np.ndarray, " R"], is_dose: Bool[np.ndarray, " R"]) -> None:
-    rules = (
-        (is_dose & np.isnan(amounts), "rows are doses without an amount", f"Fill in {amt} on every row with EVID 1."),
-        (amounts < 0, "amounts are negative", "Correct them; a dose is 0 or more."),
-        (
-            ~is_dose & (amounts > 0),
-            "rows have an amount but EVID 0, so neither a dose nor a measurement is meant",
-            f"Set EVID 1 on doses, or {amt} 0 on measurements.",
-        ),
-    )
-    for bad, what, remedy in rules:
-        if bad.any():
-            raise table.refusal(bad, amt, what=what, remedy=remedy)
-
-
-def refuse_other_compartments(
-    table: Table, is_dose: Bool[np.ndarray, " R"], compartments: Mapping[Any, int]
-) -> tuple[str, ...]:
-    """Refuse doses that go elsewhere than into the simulator's compartment 1; the columns that tell.
+    ordered: bool,
+) -> tuple[Events, tuple[str, ...]]:
+    """All doses and resets of every individual, in the order of the rows, and notes.
 
     Args:
         table: the rows.
-        is_dose: which of them are doses.
-        compartments: for levels of CMT, ADM or ROUTE the number of the simulator's compartment.
+        columns: that tell about doses.
+        kinds: what each row is.
+        compartments: that each dose goes into.
+        individual: ``(R,)`` codes into ``ids``.
+        ids: of the individuals.
+        times: ``(R,)``, scaled.
+        ordered: whether rows at one time stand in the order in which things happened.
 
     Raises:
-        ValueError: another compartment or route, or one by a word that nobody gave a number for.
+        ValueError: individuals without a dose, and impossible amounts, rates, durations, intervals or codes.
     """
-    numbers = {same_form(str(level).strip()): goal for level, goal in compartments.items()}
+    factor = number_option("dose_scale", columns.dose_scale, positive=True)
+    clock = number_option("time_scale", columns.time_scale, positive=True)
+    read = _DoseNumbers.read(table, columns)
+    read.refuse(table, columns, kinds.dose)
+    given = kinds.dose | kinds.reset
+    without = np.flatnonzero(np.bincount(individual[kinds.dose], minlength=len(ids)) == 0)
+    if len(without):
+        raise ValueError(
+            f"{table.name}: {len(without)} of {len(ids)} individuals have no dose ({columns.evid} 1): "
+            f"{listed_at(ids, without)}. Add it ({columns.evid} 1 and {columns.amt} 0 where nothing was given), or "
+            "read tables without any dose as data=long_table."
+        )
+    rate = read.rates(kinds.dose)
+    # A measurement that stands before a dose of the same time was taken before it.
+    place = np.arange(len(table))
+    follows, ties = _after_measurements(individual, times, kinds.measurement, given, place)
+    rows = np.flatnonzero(given)
+    rows = rows[np.lexsort((rows, times[rows], individual[rows]))]
+    who = individual[rows]
+    counts = np.bincount(who, minlength=len(ids))
+    column = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    width = int(counts.max())
+
+    def padded(values: np.ndarray, fill: float | int) -> torch.Tensor:
+        found = np.full((len(ids), width), fill, dtype=values.dtype)
+        found[who, column] = values[rows]
+        return torch.from_numpy(found)
+
+    last = np.zeros(len(ids))
+    np.maximum.at(last, individual, times)
+    kind = np.select(
+        [kinds.dose & kinds.reset, kinds.reset, kinds.dose],
+        [int(EventKind.RESET_DOSE), int(EventKind.RESET), int(EventKind.DOSE)],
+        int(EventKind.NONE),
+    ).astype(np.int64)
+    time = padded(times.astype(np.float64), np.nan)
+    events = Events(
+        time=torch.where(torch.isnan(time), torch.from_numpy(last)[:, None], time),
+        kind=padded(kind, int(EventKind.NONE)),
+        amount=padded(np.where(kinds.dose, read.amount, 0.0) * factor, 0.0),
+        rate=padded(np.where(rate > 0, rate * factor / clock, rate), 0.0),
+        interval=padded(np.where(kinds.dose, read.interval, 0.0) * clock, 0.0),
+        additional=padded(np.where(kinds.dose, read.additional, 0).astype(np.int64), 0),
+        steady_state=padded(np.where(kinds.dose, read.steady, 0).astype(np.int64), 0),
+        compartment=padded(np.where(kinds.dose, compartments, 1), 1),
+        follows=padded(follows, 0) if ordered and follows.any() else None,
+    )
+    notes = []
+    if ties.any():
+        notes.append(
+            f"{counted(ties, 'measurement')} at the very time of a dose: "
+            + ("those that stand before the dose were taken before it" if ordered else "taken as after it")
+        )
+    return events, tuple(notes)
+
+
+def _after_measurements(
+    individual: np.ndarray, times: np.ndarray, measured: np.ndarray, given: np.ndarray, place: np.ndarray
+) -> tuple[Bool[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
+    """Doses that stand after a measurement of the same individual and time, and measurements that share a dose's."""
+    frame = pd.DataFrame({"who": individual, "when": times})
+    groups = frame.groupby(["who", "when"], sort=False)
+    first = pd.Series(np.where(measured, place, len(place))).groupby(groups.ngroup()).transform("min").to_numpy()
+    dosed = pd.Series(given).groupby(groups.ngroup()).transform("any").to_numpy()
+    follows: Bool[np.ndarray, " R"] = given & (first < place)
+    return follows, measured & dosed
+
+
+@dataclass(frozen=True, eq=False)
+class _DoseNumbers:
+    """Numbers of the rows, ``(R,)``, 0 where a column or cell is missing; ``amount`` is NaN there."""
+
+    amount: Float[np.ndarray, " R"]
+    rate: Float[np.ndarray, " R"]
+    duration: Float[np.ndarray, " R"]
+    interval: Float[np.ndarray, " R"]
+    additional: Float[np.ndarray, " R"]
+    steady: Float[np.ndarray, " R"]
+
+    @classmethod
+    def read(cls, table: Table, columns: DoseColumns) -> _DoseNumbers:
+        def numbers(column: str, noun: str) -> Float[np.ndarray, " R"]:
+            if not table.has(column):
+                return np.zeros(len(table))
+            found: Float[np.ndarray, " R"] = np.nan_to_num(table.numbers(column, noun=noun), nan=0.0)
+            return found
+
+        return cls(
+            amount=table.numbers(columns.amt, noun="amounts"),
+            rate=numbers(columns.rate, "rates"),
+            duration=numbers(columns.tinf, "durations of infusions"),
+            interval=numbers(columns.ii, "intervals between doses"),
+            additional=numbers(columns.addl, "numbers of additional doses"),
+            steady=numbers(columns.ss, "steady-state codes"),
+        )
+
+    def rates(self, dose: Bool[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
+        """RATE, or the amount over the duration."""
+        lasting = dose & (self.duration > 0)
+        over = np.divide(np.nan_to_num(self.amount), self.duration, out=np.zeros(len(dose)), where=lasting)
+        found: Float[np.ndarray, " R"] = np.where(lasting, over, np.where(dose, self.rate, 0.0))
+        return found
+
+    def refuse(self, table: Table, columns: DoseColumns, dose: Bool[np.ndarray, " R"]) -> None:
+        constant = dose & (self.rate > 0) & (self.steady > 0) & ~(np.nan_to_num(self.amount) > 0)
+        evid, amt = columns.evid, columns.amt
+        rules: list[tuple[Bool[np.ndarray, " R"], str, str, str]] = [
+            (
+                dose & np.isnan(self.amount) & ~constant,
+                amt,
+                "rows are doses without an amount",
+                f"Fill in {amt} on every row with {evid} 1.",
+            ),
+            (np.nan_to_num(self.amount) < 0, amt, "amounts are negative", "Correct them; a dose is 0 or more."),
+            (
+                ~dose & (np.nan_to_num(self.amount) > 0),
+                amt,
+                f"rows have an amount but {evid} 0, so neither a dose nor a measurement is meant",
+                f"Set {evid} 1 on doses, or {amt} 0 on measurements.",
+            ),
+            *(
+                (
+                    ~dose & (values != 0),
+                    column,
+                    f"rows are no doses and have a {column}, which belongs to a dose",
+                    f"Set {evid} 1 on doses, or {column} 0 on the others.",
+                )
+                for column, values in (
+                    (columns.rate, self.rate),
+                    (columns.tinf, self.duration),
+                    (columns.addl, self.additional),
+                    (columns.ss, self.steady),
+                )
+            ),
+            (
+                dose & (self.rate < 0) & ~np.isin(self.rate, (-1, -2)),
+                columns.rate,
+                "rates are negative and neither -1 (modelled rate) nor -2 (modelled duration)",
+                "Correct them.",
+            ),
+            (
+                dose & (self.rate > 0) & (np.nan_to_num(self.amount) == 0) & ~constant,
+                columns.rate,
+                "infusions have no amount",
+                f"Give {amt}; only at steady state ({columns.ss} 1) is an infusion without an amount a constant one.",
+            ),
+            (dose & (self.duration < 0), columns.tinf, "durations are negative", "Correct them."),
+            (
+                dose & (self.duration > 0) & (self.rate != 0),
+                columns.tinf,
+                f"infusions have both {columns.rate} and {columns.tinf}",
+                f"Give one of them, or pass {typed('unused', [columns.tinf])} to go by {columns.rate}.",
+            ),
+            (dose & (self.interval < 0), columns.ii, "intervals are negative", "Correct them."),
+            (
+                dose & ((self.additional < 0) | (self.additional != np.floor(self.additional))),
+                columns.addl,
+                "numbers of additional doses are negative or not whole",
+                "Correct them.",
+            ),
+            (
+                dose & (self.additional > 0) & (self.interval == 0),
+                columns.addl,
+                f"doses have additional ones ({columns.addl}) but no interval ({columns.ii})",
+                f"Give {columns.ii}, the time between doses.",
+            ),
+            (
+                dose & ~np.isin(self.steady, (0, 1, 2)),
+                columns.ss,
+                "steady-state codes are neither 0, 1 nor 2",
+                "Correct them: 1 is a steady state that replaces what was there, 2 one that is added.",
+            ),
+            (
+                dose & (self.steady > 0) & (self.interval == 0) & ~constant,
+                columns.ss,
+                f"doses are at steady state ({columns.ss}) without an interval ({columns.ii})",
+                f"Give {columns.ii}, the time between the doses before.",
+            ),
+        ]
+        for bad, column, what, remedy in rules:
+            if bad.any():
+                raise table.refusal(bad, column, what=what, remedy=remedy)
+
+
+def dose_compartments(
+    table: Table, kinds: Kinds, compartments: Mapping[Any, int]
+) -> tuple[Int[np.ndarray, " R"], tuple[str, ...]]:
+    """The simulator's compartment that each dose goes into, counted from 1, and the columns that tell.
+
+    Args:
+        table: the rows.
+        kinds: what each row is.
+        compartments: for levels of CMT, ADM or ROUTE the number of the simulator's compartment; other numbers stand for
+            themselves, and 0 or nothing for 1.
+
+    Raises:
+        ValueError: a compartment by a word that nobody gave a number for, or two columns that contradict each other.
+    """
+    numbers = {same_form(str(level).strip()): _goal(level, goal) for level, goal in compartments.items()}
     told = [name for name in table.columns if plain_name(name) in ROUTE_COLUMNS]
+    found = np.where(kinds.compartment > 0, kinds.compartment, 1)
+    decided = kinds.compartment > 0
+    seen: set[str] = set()
     for name in told:
         levels = table.levels(name)
-        goals = np.array([str(numbers.get(level, level)) for level in levels], dtype=object)
-        bad = is_dose & ~np.isin(goals, ("", "0", "1"))
-        if bad.any():
-            level = str(levels[int(np.argmax(bad))])
+        seen |= {str(level) for level in levels[kinds.dose]}
+        goals = np.array([_number_of(level, numbers) for level in levels])
+        word = kinds.dose & (goals < 0)
+        if word.any():
+            level = str(levels[int(np.argmax(word))])
             raise table.refusal(
-                bad,
+                word,
                 name,
-                what=f"rows dose another {'compartment' if plain_name(name)[:1] == 'c' else 'way'} ({name})",
-                remedy=f"If {name} {quoted(level)} is where the simulator's dose goes, pass "
-                f"{typed('compartments', {level: 1})}; other places are not implemented yet.",
+                what=f"rows dose a compartment by a name that has no number ({name})",
+                remedy=f"Say which of the simulator's compartments it is: {typed('compartments', {level: 1})}.",
             )
-    return tuple(told)
+        says = kinds.dose & (goals > 0)
+        other = says & decided & (goals != found)
+        if other.any():
+            raise table.refusal(
+                other,
+                name,
+                what=f"doses go into another compartment by {name} than by the columns before it or by EVID",
+                remedy=f"Pass {typed('unused', [name])} to leave {name} out, or map its levels, "
+                f"{typed('compartments', {str(levels[int(np.argmax(other))]): int(found[int(np.argmax(other))])})}.",
+            )
+        found = np.where(says, goals, found)
+        decided |= says
+    strange = [level for level in numbers if level not in seen]
+    if strange and told:
+        raise ValueError(
+            f"data.compartments names {quoted(strange[0])}, but the doses of {table.name} have "
+            f"{', '.join(sorted(seen))} in {', '.join(told)}."
+        )
+    return found.astype(np.int64), tuple(told)
+
+
+def _goal(level: object, goal: object) -> int:
+    if isinstance(goal, bool) or not isinstance(goal, int) or goal < 1:
+        raise ValueError(f"data.compartments.{level} must be the number of a compartment, 1 or more; got {goal!r}.")
+    return goal
+
+
+def _number_of(level: object, numbers: Mapping[str, int]) -> int:
+    """A compartment's number; 0 where the cell says nothing, -1 for a word."""
+    text = str(level)
+    if text in numbers:
+        return numbers[text]
+    if text in ("", "0"):
+        return 0
+    return int(text) if text.isdigit() else -1

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from nlme_sbi.config.wording import as_names
 from nlme_sbi.io.censored import limits_of, refuse_marks
-from nlme_sbi.io.event_tables.doses import Kinds, kinds_of, refuse_other_compartments, single_doses
+from nlme_sbi.io.event_tables.doses import DoseColumns, Kinds, dose_compartments, dose_events, kinds_of
 from nlme_sbi.io.event_tables.event_signals import MeasuredSignals, signals_of
 from nlme_sbi.io.files import MISSING, TableFile
 from nlme_sbi.io.individual_covariates import Levels, covariates_of, levels_of, named, scaled
@@ -33,26 +33,36 @@ _COLUMNS = {
     "cens": "CENS",
     "limit": "LIMIT",
     "signal": "",
+    "rate": "RATE",
+    "tinf": "TINF",
+    "ii": "II",
+    "addl": "ADDL",
+    "ss": "SS",
 }
-_OPTIONAL = ("evid", "mdv", "cens", "limit")
+_OPTIONAL = ("evid", "mdv", "cens", "limit", "rate", "tinf", "ii", "addl", "ss")
+_OF_DOSES = ("rate", "tinf", "ii", "addl", "ss")
 
 
 @dataclass(frozen=True)
 class EventTable:
     """A table of NONMEM's kind: ID TIME DV AMT EVID and, where they are there, MDV, CENS, LIMIT, DVID or YTYPE, CMT.
 
-    EVID 0 is a measurement, 1 (or 101) a dose; one dose an individual for now. Without EVID rows with an amount are
-    doses. Measurements with MDV 1 are left out. CENS 1 marks a value below DV (and above LIMIT, where it is given),
-    CENS -1 one above it. Columns that would change what a row means and are not read (infusions, additional doses,
-    occasions, flags, dates, ...) are refused where they ask for anything; all others are named in the notes.
+    EVID 0 is a measurement, 1 a dose, 2 neither, 3 a reset, 4 a reset with a dose; 101, 201, ... are RxODE's boluses
+    into compartment 1, 2, ... RATE above 0 is an infusion, -1 and -2 a modelled rate or duration, TINF the duration of
+    an infusion; ADDL further doses II apart; SS 1 a steady state that replaces what was there, 2 one that is added. All
+    as NONMEM has it. Without EVID rows with an amount are doses. Measurements with MDV 1 are left out. CENS 1 marks a
+    value below DV (and above LIMIT, where it is given), CENS -1 one above it. A measurement that stands before a dose
+    of the same time was taken before it. Columns that would change what a row means and are not read (occasions, flags,
+    dates, ...) are refused where they ask for anything; all others are named in the notes.
 
     Args:
         path: csv, tsv (also .gz) or xlsx; relative to the working directory, else to the project root.
-        columns: the file's names for ``id``, ``time``, ``dv``, ``amt``, ``evid``, ``mdv``, ``cens``, ``limit`` and
-            ``signal``; letter case does not matter.
+        columns: the file's names for ``id``, ``time``, ``dv``, ``amt``, ``evid``, ``mdv``, ``cens``, ``limit``,
+            ``signal``, ``rate``, ``tinf``, ``ii``, ``addl`` and ``ss``; letter case does not matter.
         signals: the measured signals' names; None takes the name of the DV column or the levels of the signal's column.
         signal_levels: for each level of the signal's column that is taken the signal's name; others are left out.
-        compartments: for levels of CMT, ADM or ROUTE on doses the simulator's compartment, 1 for now.
+        compartments: for levels of CMT, ADM or ROUTE on doses the number of the simulator's compartment; numbers that
+            are not named stand for themselves.
         covariates: columns that are constant within an individual.
         categorical: covariates that are levels although they look like numbers, or a mapping to their levels in order.
         only: for each column the level or levels of the rows to take.
@@ -111,7 +121,7 @@ class EventTable:
         kept = read.kinds.measurement & read.signals.kept
         rows = Rows(read.individual, read.ids, kept, names["dv"])
         notes = (*opened, *read.notes, *refuse_other_meanings(table, rows, used=read.used, doses=True))
-        refuse_marks(table, names["cens"], read.kinds.dose)
+        refuse_marks(table, names["cens"], read.kinds.dose | read.kinds.reset)
         chosen, signal = table.where(kept), read.signals.code[kept]
         factors = scales.factors_of(read.signals.names)[signal]
         position = chosen.position(names["dv"])
@@ -195,19 +205,25 @@ class EventTable:
         """Who, when and what each row is, and the doses."""
         individual, ids, notes = individuals_of(table, names["id"])
         times = scales.times(table, names["time"])
-        kinds = kinds_of(table, evid=names["evid"], amt=names["amt"], dv=names["dv"], mdv=names["mdv"], plan=plan)
+        roles = {role: names[role] for role in ("evid", "amt", "dv", "mdv")}
+        kinds = kinds_of(table, **roles, plan=plan)
         if not self.sort:
             refuse_disorder(table, names["time"], individual=individual, ids=ids, times=times, together=True)
-        routes = refuse_other_compartments(table, kinds.dose, self.compartments)
-        events = single_doses(
+        compartments, routes = dose_compartments(table, kinds, self.compartments)
+        columns = DoseColumns(
+            **{role: names[role] for role in ("amt", "evid", *_OF_DOSES)},
+            dose_scale=self.dose_scale,
+            time_scale=self.time_scale,
+        )
+        events, said = dose_events(
             table,
-            amt=names["amt"],
-            evid=names["evid"],
+            columns,
+            kinds,
+            compartments=compartments,
             individual=individual,
             ids=ids,
             times=times,
-            is_dose=kinds.dose,
-            scale=self.dose_scale,
+            ordered=not self.sort,
         )
         signals = signals_of(
             table,
@@ -217,9 +233,9 @@ class EventTable:
             levels={} if plan else self.signal_levels,
             default=names["dv"],
         )
-        roles = [name for role, name in names.items() if role in ("id", "time", "dv", "amt", "evid", "mdv", "cens")]
-        roles += [names["limit"]] if table.has(names["cens"]) else []
-        used = [name for name in [*roles, *as_names("covariates", covariates)] if table.has(name)]
+        taken = [names[role] for role in ("id", "time", "dv", "amt", "evid", "mdv", "cens", *_OF_DOSES)]
+        taken += [names["limit"]] if table.has(names["cens"]) else []
+        used = [name for name in [*taken, *as_names("covariates", covariates)] if table.has(name)]
         return _EventRows(
             individual=individual,
             ids=ids,
@@ -228,7 +244,7 @@ class EventTable:
             events=events,
             signals=signals,
             used=tuple(dict.fromkeys([*used, *routes, *signals.read])),
-            notes=(*notes, *kinds.notes, *signals.notes),
+            notes=(*notes, *kinds.notes, *said, *signals.notes),
         )
 
 

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.types import Observations, PosteriorSamples, Prior, TractableSimulator
+from nlme_sbi.types import CheckingSimulator, Observations, PosteriorSamples, Prior, TractableSimulator
+from nlme_sbi.units import check_units
 
 _POOL, _LEAST_POOL = 4000, 400  # draws of the prior that are looked at for everybody
 _PREDICTED = 40_000_000  # predictions beyond which the pool is smaller
@@ -53,11 +54,7 @@ class LikelihoodWeightedPrior:
                 f"The data have the signals {list(observations.signals)}, but {type(simulator).__name__} has "
                 f"{list(simulator.signals)}. Name or choose the data's signals so (data.signals)."
             )
-        if observations.time_unit and simulator.time_unit and observations.time_unit != simulator.time_unit:
-            raise ValueError(
-                f"The data's times are in {observations.time_unit}, the simulator's in {simulator.time_unit}; set "
-                "data.time_scale and data.time_unit so that they agree."
-            )
+        check_units(observations, simulator)
         known = () if observations.design.covariates is None else observations.design.covariates.names
         lacking = [name for name in simulator.covariates if name not in known]
         if lacking:
@@ -69,6 +66,8 @@ class LikelihoodWeightedPrior:
             raise ValueError(
                 f"{type(simulator).__name__} needs doses, and the data have none; read them with data=event_table."
             )
+        if isinstance(simulator, CheckingSimulator):
+            simulator.check_design(observations.design, observations.ids)
 
     @torch.no_grad()
     def sample(self, observations: Observations, draws: int, generator: torch.Generator) -> PosteriorSamples:

@@ -330,13 +330,15 @@ def _told(task: Task, point: Point, passes: int) -> None:
     task.report(FitProgress(f"likelihood of {len(task.observations)} individuals", passes, 0, point.value))
 
 
-def _hopeless(best: Climb | None, point: Point, passes: int) -> str:
-    """Give up a start that is far below another one after some passes."""
+def _hopeless(best: Climb | None, point: Point, previous: Point | None, passes: int) -> str:
+    """Give up a start that is far below another one after some passes and does not rise fast enough to reach it."""
     if best is None or passes < _PATIENCE:
         return ""
     below = best.point.value - point.value
     noise = math.hypot(best.point.error, point.error)
-    return "far below another start" if below > _HOPELESS + 4 * noise else ""
+    risen = 0.0 if previous is None else point.value - previous.value
+    too_slow = risen * (_ROUGH.passes - passes) < below
+    return "far below another start" if below > _HOPELESS + 4 * noise and too_slow else ""
 
 
 def _highest(ends: list[tuple[str, Climb | None]]) -> Climb | None:

@@ -133,7 +133,9 @@ def likelihood_starts(
     for turn in range(max(0, count - len(made))):
         place = order[turn % len(order)]
         if turn < len(order):
-            made.append(("one individual's fit", population.from_moments(fits.phi[place], narrow)))
+            # What does not vary is everybody's: a few measurements of one individual may leave no residual at all.
+            alone = torch.where(_varies(population, mean), fits.phi[place], mean)
+            made.append(("one individual's fit", population.from_moments(alone, narrow)))
             continue
         drawn = source.prior.sample(1, generator)[0].to(fits.phi)  # individuals are used up
         made.append(("a draw of the training prior", population.from_moments(drawn, narrow)))

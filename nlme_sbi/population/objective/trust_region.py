@@ -69,7 +69,8 @@ class Limits:
         passes: how often draws may be made.
         kept: parameters whose SD is followed however small it becomes.
         ends_at_zero: whether to end where an SD is on its way to 0, instead of holding it and climbing on.
-        enough: asked before every step, with the number of passes, whether to end there: a reason, or "".
+        enough: asked before every step, with the point, the one before it and the number of passes, whether to end
+            there: a reason, or "".
     """
 
     tolerance: float
@@ -77,7 +78,7 @@ class Limits:
     passes: int
     kept: tuple[str, ...] = ()
     ends_at_zero: bool = False
-    enough: Callable[[Point, int], str] = lambda *_: ""
+    enough: Callable[[Point, Point | None, int], str] = lambda *_: ""
 
 
 def climb_likelihood(
@@ -102,7 +103,7 @@ def climb_likelihood(
     while True:
         if _has_arrived(point, limits):
             return Climb(point, passes, arrived=True, previous=previous)
-        said = limits.enough(point, passes)
+        said = limits.enough(point, previous, passes)
         if limits.ends_at_zero and vanishing(point):
             said = "an SD runs to 0"
         if said or passes >= limits.passes:

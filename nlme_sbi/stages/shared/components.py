@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from nlme_sbi.config.instantiate import instantiate, role_members
 from nlme_sbi.config.targets import ROLES, STORED_ROLES, Role
+from nlme_sbi.designs import Reader
+from nlme_sbi.individual_model.priors import PriorOfData
 from nlme_sbi.simulation.shards import check_compatible
-from nlme_sbi.types import DesignSource, Prior, Simulator
+from nlme_sbi.types import DesignSource, Observations, Prior, Simulator
+
+log = logging.getLogger(__name__)
 
 
 def part(section: Any, role: type, *, where: str, trust: tuple[str, ...], roles: tuple[Role, ...] = ROLES) -> Any:
@@ -32,6 +37,34 @@ def part(section: Any, role: type, *, where: str, trust: tuple[str, ...], roles:
 def stored_part(section: Any, role: type, *, where: str, trust: tuple[str, ...]) -> Any:
     """As :func:`part`, for a section of a run directory: what that describes never reads a data file."""
     return part(section, role, where=where, trust=trust, roles=STORED_ROLES)
+
+
+def with_stated_prior(
+    plain: Mapping[str, Any], trust: tuple[str, ...], observations: Observations | None = None
+) -> dict[str, Any]:
+    """The configuration with ``prior=of_data`` replaced by the normal prior that doses and data give; others unchanged.
+
+    Args:
+        plain: a plain configuration with ``prior``, ``simulator`` and, where needed, ``data``.
+        trust: module prefixes beside ours.
+        observations: the data where they are already read.
+
+    Raises:
+        ValueError: there are no data, or the simulator states no scales.
+    """
+    section = plain["prior"]
+    if not isinstance(section, Mapping) or not str(section.get("_target_", "")).endswith("PriorOfData"):
+        return dict(plain)
+    wanted: PriorOfData = part(section, PriorOfData, where="prior", trust=trust)
+    simulator: Simulator = part(plain["simulator"], Simulator, where="simulator", trust=trust)
+    if observations is None:
+        if "_target_" not in (plain.get("data") or {}):
+            raise ValueError("prior=of_data states a prior from data, and there are none; choose them with data=...")
+        observations = part(plain["data"], Reader, where="data", trust=trust).read()
+    stated = wanted.resolve(simulator, observations)
+    shown = ", ".join(f"{name} {entry['mean']:g} (SD {entry['sd']:g})" for name, entry in stated["parameters"].items())
+    log.info("Prior stated from doses and data, unconstrained scale: %s", shown)
+    return {**plain, "prior": stated}
 
 
 def generative_parts(config: Mapping[str, Any], trust: tuple[str, ...]) -> tuple[Prior, DesignSource, Simulator]:

@@ -1,0 +1,310 @@
+"""Doses as a model of one individual receives them: written out one by one, each with its time, amount and duration.
+
+Event tables keep doses as they were recorded (:class:`nlme_sbi.types.Events`). Here additional doses (ADDL, II) become
+doses of their own; lag times, bioavailabilities and modelled rates or durations come in afterwards, because they are
+known only with the parameters of the individual. Meanings are NONMEM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nlme_sbi.types import Design, EventKind, Events
+
+MODELLED_RATE, MODELLED_DURATION = -1.0, -2.0  # RATE of a dose whose rate or duration is a parameter
+STEADY, STEADY_ADDED = 1, 2  # SS: what was there before is forgotten, or the steady state is added to it
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenDoses:
+    """One column a dose, ``(I, E)`` each; what pads a row, and what comes after its last time, has ``given`` False.
+
+    Args:
+        given: which entries are doses.
+        time: when each was recorded; the lag comes on top.
+        amount: recorded; 0 is a constant infusion where ``steady_state`` is set.
+        rate: 0 for a bolus, positive for an infusion, -1 and -2 for a modelled rate or duration.
+        interval: between the past doses of a steady state.
+        steady_state: 0, 1 or 2 (SS).
+        compartment: counted from 1.
+        follows: measurements at the very time of the dose were taken before it.
+        forgets: ``(I, R)`` times of resets, those of SS 1 among them, infinite where there is none.
+        reset_follows: ``(I, R)`` as ``follows``, of the resets.
+    """
+
+    given: Bool[Tensor, "I E"]
+    time: Float[Tensor, "I E"]
+    amount: Float[Tensor, "I E"]
+    rate: Float[Tensor, "I E"]
+    interval: Float[Tensor, "I E"]
+    steady_state: Int[Tensor, "I E"]
+    compartment: Int[Tensor, "I E"]
+    follows: Bool[Tensor, "I E"]
+    forgets: Float[Tensor, "I R"]
+    reset_follows: Bool[Tensor, "I R"]
+
+    def __len__(self) -> int:
+        return self.given.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Most doses of an individual."""
+        return self.given.shape[1]
+
+    def lasting_as_modelled(self, compartment: int) -> WrittenDoses:
+        """The same with every bolus into a compartment entering over a modelled duration (zero-order absorption)."""
+        bolus = self.given & (self.rate == 0) & (self.compartment == compartment)
+        return replace(self, rate=torch.where(bolus, MODELLED_DURATION, self.rate))
+
+
+def write_out_doses(design: Design) -> WrittenDoses:
+    """Every dose of a design by itself, in double precision.
+
+    Doses after an individual's last time change nothing that is predicted and are left out.
+
+    Raises:
+        ValueError: the design has no doses.
+    """
+    events = require_events(design)
+    given = is_dose(events)
+    last = design.times.to(torch.float64).amax(1, keepdim=True)
+    time, interval = events.time.double(), events.interval.double()
+    additional = torch.where(given, events.additional, 0)
+    # Copies that begin after the last time are not made.
+    within = torch.where(interval > 0, torch.floor((last - time) / torch.where(interval > 0, interval, 1.0)), 0.0)
+    copies = torch.minimum(additional, within.clamp(min=0).to(torch.int64))
+    given = given & (time <= last)
+    resets, reset_follows = _resets(events, given, time)
+    if not bool((copies > 0).any()):
+        return WrittenDoses(
+            given=given,
+            time=time,
+            amount=events.amount.double(),
+            rate=events.rate.double(),
+            interval=interval,
+            steady_state=torch.where(given, events.steady_state, 0),
+            compartment=events.compartment,
+            follows=_follows(events),
+            forgets=resets,
+            reset_follows=reset_follows,
+        )
+    counts = torch.where(given, copies + 1, 0)
+    source, number, there = _copies(counts)
+    row = torch.arange(len(given), device=time.device)[:, None]
+    later = number > 0
+    return WrittenDoses(
+        given=there,
+        time=time[row, source] + number * interval[row, source],
+        amount=events.amount.double()[row, source],
+        rate=events.rate.double()[row, source],
+        interval=interval[row, source],
+        steady_state=torch.where(later | ~there, 0, events.steady_state[row, source]),
+        compartment=events.compartment[row, source],
+        follows=_follows(events)[row, source] & ~later,
+        forgets=resets,
+        reset_follows=reset_follows,
+    )
+
+
+def is_dose(events: Events) -> Bool[Tensor, "I E"]:
+    """Which records are doses, those with a reset before them included."""
+    return (events.kind == int(EventKind.DOSE)) | (events.kind == int(EventKind.RESET_DOSE))
+
+
+def require_events(design: Design) -> Events:
+    """The dose records of a design; raises ``ValueError`` with the remedy where it has none."""
+    if design.events is None:
+        raise ValueError(
+            "This simulator needs doses, but the design has none; read the data from an event table, or give the "
+            "design events, for example Events.single_dose(time, amount)."
+        )
+    return design.events
+
+
+def _follows(events: Events) -> Bool[Tensor, "I E"]:
+    return torch.zeros_like(events.kind, dtype=torch.bool) if events.follows is None else events.follows
+
+
+def _resets(events: Events, given: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+    """When everything before is forgotten: EVID 3 and 4, and the steady states of SS 1."""
+    reset = (events.kind == int(EventKind.RESET)) | (events.kind == int(EventKind.RESET_DOSE))
+    reset |= given & (events.steady_state == STEADY)
+    places = reset.any(0)
+    return torch.where(reset, time, torch.inf)[:, places], (_follows(events) & reset)[:, places]
+
+
+def _copies(counts: Int[Tensor, "I E"]) -> tuple[Tensor, Tensor, Tensor]:
+    """For every place of the written-out rows: which record it comes from, the how-manieth copy, whether it is one."""
+    total = counts.sum(1)
+    width = max(1, int(total.max()) if len(total) else 1)
+    ends = counts.cumsum(1)
+    place = torch.arange(width, device=counts.device).expand(len(counts), -1).contiguous()
+    source = torch.searchsorted(ends, place, right=True).clamp(max=counts.shape[1] - 1)
+    begins = (ends - counts).gather(1, source)
+    there = place < total[:, None]
+    return source, torch.where(there, place - begins, 0), there
+
+
+@dataclass(frozen=True, eq=False)
+class ReceivedDoses:
+    """Doses of individuals whose parameters are known; ``(I, ..., 1)`` each column.
+
+    Args:
+        written: the doses behind them.
+        start: for each column when the dose begins to enter, ``(I, ..., 1)``.
+        amount: what enters: recorded amount times bioavailability; the rate of a constant infusion.
+        duration: how long it enters; 0 for a bolus.
+    """
+
+    written: WrittenDoses
+    start: tuple[Tensor, ...]
+    amount: tuple[Tensor, ...]
+    duration: tuple[Tensor, ...]
+
+
+OfCompartment = Mapping[int, Tensor]  # of a compartment that is counted from 1: values (I, ...)
+
+
+def receive_doses(
+    written: WrittenDoses,
+    like: Float[Tensor, I * batch],
+    *,
+    lag: OfCompartment | None = None,
+    bioavailability: OfCompartment | None = None,
+    rate: OfCompartment | None = None,
+    duration: OfCompartment | None = None,
+) -> ReceivedDoses:
+    """When and how each dose enters, given the parameters of the individuals.
+
+    As in NONMEM: bioavailability scales the amount; an infusion with a recorded rate lasts ``F amount / rate``; one
+    with a modelled rate (RATE -1) likewise; one with a modelled duration (RATE -2) lasts that long.
+
+    Args:
+        written: from :func:`write_out_doses`.
+        like: any parameter, ``(I, ...)``: gives dtype, device and batch dimensions.
+        lag: time from record to entry, by compartment; 0 where none is given.
+        bioavailability: share that enters, by compartment; 1 where none is given.
+        rate: modelled rates by compartment.
+        duration: modelled durations by compartment.
+
+    Raises:
+        ValueError: a dose asks for a modelled rate or duration of a compartment that has none.
+    """
+    refuse_unmodelled(
+        written, rates=() if rate is None else tuple(rate), durations=() if duration is None else duration
+    )
+    spread = (len(written), *(1,) * (like.ndim - 1))
+
+    def of(values: OfCompartment | None, column: int, otherwise: float) -> Tensor:
+        compartment = written.compartment[:, column].reshape(spread)
+        found = torch.full(spread, otherwise, dtype=torch.float64, device=like.device)
+        for place, value in (values or {}).items():
+            found = torch.where(compartment == place, value.double(), found)
+        return found
+
+    starts, amounts, durations = [], [], []
+    for column in range(written.columns):
+        recorded, told = (getattr(written, name)[:, column].reshape(spread) for name in ("amount", "rate"))
+        share = of(bioavailability, column, 1.0)
+        entering = share * recorded
+        constant = (recorded == 0) & (told > 0)
+        speed = torch.where(told == MODELLED_RATE, of(rate, column, 1.0), torch.where(told > 0, told, 1.0))
+        lasting = torch.where(
+            told == MODELLED_DURATION, of(duration, column, 0.0), torch.where(told == 0, 0.0, entering / speed)
+        )
+        starts.append((written.time[:, column].reshape(spread) + of(lag, column, 0.0))[..., None])
+        amounts.append(torch.where(constant, share * told, entering)[..., None])
+        durations.append(lasting[..., None])
+    return ReceivedDoses(written, tuple(starts), tuple(amounts), tuple(durations))
+
+
+def refuse_unmodelled(written: WrittenDoses, *, rates: Sequence[int] | Mapping[int, object], durations: object) -> None:
+    """Refuse doses whose rate or duration the model was to give and does not; raises ``ValueError`` with the row."""
+    for code, known, word, remedy in (
+        (MODELLED_RATE, rates, "rate", "give RATE itself"),
+        (MODELLED_DURATION, durations, "duration", "give RATE itself, or RATE 0 for a bolus"),
+    ):
+        asked = written.given & (written.rate == code)
+        for place in known:  # type: ignore[attr-defined]
+            asked = asked & (written.compartment != place)
+        if bool(asked.any()):
+            row, column = (int(value) for value in asked.nonzero()[0])
+            raise ValueError(
+                f"{int(asked.sum())} doses have RATE {code:g}, a modelled {word}, first that of row {row} into "
+                f"compartment {int(written.compartment[row, column])}, but the simulator models none there; {remedy}."
+            )
+
+
+def check_doses(
+    events: Events,
+    *,
+    compartments: Sequence[str],
+    rates: Sequence[int] = (),
+    durations: Sequence[int] = (),
+    name: Callable[[int], str] = "row {}".format,
+) -> None:
+    """Refuse doses that a simulator cannot receive, before any long work.
+
+    Args:
+        events: the dose records.
+        compartments: names of the simulator's compartments that take doses, in their order.
+        rates: compartments with a modelled rate.
+        durations: compartments with a modelled duration.
+        name: of an individual by its row.
+
+    Raises:
+        ValueError: with the first individual and what to do.
+    """
+    given = is_dose(events)
+    infusion, steady = given & (events.rate != 0), given & (events.steady_state > 0)
+    listed = ", ".join(f"{place + 1} is {word}" for place, word in enumerate(compartments))
+    beyond = given & ((events.compartment < 1) | (events.compartment > len(compartments)))
+    rules: list[tuple[Tensor, str, str]] = [
+        (
+            beyond,
+            "go into a compartment that the simulator does not have",
+            f"It has {listed}. Map the file's levels to them with data.compartments, for example "
+            "data.compartments={2:1}, or choose a simulator that has that compartment",
+        ),
+        (given & (events.amount < 0), "have a negative amount", "Correct them"),
+        (
+            given & (events.rate < 0) & (events.rate != MODELLED_RATE) & (events.rate != MODELLED_DURATION),
+            "have a negative RATE that is neither -1 nor -2",
+            "Correct them",
+        ),
+        (
+            steady & (events.interval <= 0) & ~(infusion & (events.amount == 0)),
+            "are at steady state (SS) without an interval (II) above 0",
+            "Give II on every dose with SS",
+        ),
+        (
+            given & (events.additional > 0) & (events.interval <= 0),
+            "have additional doses (ADDL) without an interval (II) above 0",
+            "Give II on every dose with ADDL",
+        ),
+        (
+            given & (events.amount == 0) & (events.rate > 0) & ~steady,
+            "are infusions (RATE) without an amount",
+            "Give AMT; only at steady state (SS) does an infusion without an amount mean a constant one",
+        ),
+    ]
+    for code, known, word in ((MODELLED_RATE, rates, "rate"), (MODELLED_DURATION, durations, "duration")):
+        asked = given & (events.rate == code)
+        for place in known:
+            asked = asked & (events.compartment != place)
+        rules.append(
+            (
+                asked,
+                f"have RATE {code:g}, a {word} that the model is to give, but the simulator models none there",
+                "Give RATE itself, or 0 for a bolus",
+            )
+        )
+    for bad, what, remedy in rules:
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0, 0])
+            raise ValueError(f"{int(bad.sum())} doses {what}, first one of {name(row)}. {remedy}.")

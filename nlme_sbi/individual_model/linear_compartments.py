@@ -1,0 +1,243 @@
+r"""Linear compartment models, exactly: responses of the central compartment to any regimen, in closed form.
+
+A mammillary model with bolus input answers with a sum of decaying exponentials, :math:`\sum_k B_k e^{-\lambda_k t}`,
+whose weights are positive and add up to 1. Infusions and steady states are those exponentials summed or integrated; an
+absorption compartment with rate *ka* turns each into a difference quotient, which stays exact where *ka* meets
+:math:`\lambda_k` (flip-flop). Everything is differentiable in the parameters, doses' times and durations among them,
+and every dose enters at its own time: nothing is stepped and nothing is interpolated.
+
+Source: Bertrand and Mentre (2008), Mathematical expressions of the PK and PD models implemented in Monolix; Abuhelwa,
+Foster, Upton (2015), J. Pharmacol. Toxicol. Methods 73:42, for steps between doses; both agree with the sums here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.individual_model.closed_forms import log_expm1_ratio
+from nlme_sbi.individual_model.dosing import ReceivedDoses, WrittenDoses
+
+# A difference quotient over a gap below this, in units of the shorter of time and rate, is taken over this gap: its
+# own error is the gap's square over 6, that of subtracting neighbours the rounding over the gap.
+_GAP = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Modes:
+    """The exponentials of a disposition: ``rates`` (per time) and positive ``weights`` that add up to 1, each
+    ``(I, ..., 1)``."""
+
+    rates: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+
+
+def disposition(elimination: Tensor, exchanges: Sequence[tuple[Tensor, Tensor]]) -> Modes:
+    """The exponentials of a central compartment with up to two peripheral ones.
+
+    Args:
+        elimination: rate constant out of the central compartment, ``(I, ..., 1)``, double precision.
+        exchanges: for each peripheral compartment the rate constants to it and back.
+
+    Raises:
+        ValueError: more than two peripheral compartments.
+    """
+    if not exchanges:
+        return Modes((elimination,), (torch.ones_like(elimination),))
+    if len(exchanges) == 1:
+        ((out, back),) = exchanges
+        return _two(elimination, out, back)
+    if len(exchanges) == 2:
+        return _three(elimination, *exchanges)
+    raise ValueError(f"At most three compartments are linear models of this kind; got {1 + len(exchanges)}.")
+
+
+def _two(elimination: Tensor, out: Tensor, back: Tensor) -> Modes:
+    excess = elimination + out - back
+    root = torch.sqrt(excess.square() + 4 * out * back)
+    fast = 0.5 * (elimination + out + back + root)
+    slow = elimination * back / fast
+    # (fast - back)/root without subtracting neighbours where the excess is negative.
+    share = torch.where(excess > 0, 0.5 * (excess + root), 2 * out * back / (root - excess.clamp(max=0))) / root
+    return Modes((fast, slow), (share, 1 - share))
+
+
+def _three(elimination: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Modes:
+    (out_1, back_1), (out_2, back_2) = first, second
+    everything = elimination + out_1 + out_2
+    # The rates are the roots of x^3 - a x^2 + b x - c, all real and positive.
+    a = everything + back_1 + back_2
+    b = elimination * (back_1 + back_2) + out_1 * back_2 + out_2 * back_1 + back_1 * back_2
+    c = elimination * back_1 * back_2
+    rates = []
+    for guess in _viete(a, b, c):
+        root = guess
+        # Newton's steps polish the root; two of them with gradients carry its first and second derivatives.
+        with torch.no_grad():
+            for _ in range(2):
+                root = _newton(root, a, b, c)
+        rates.append(_newton(_newton(root, a, b, c), a, b, c))
+    weights = []
+    for place, rate in enumerate(rates):
+        one, other = (rates[number] for number in range(3) if number != place)
+        weights.append((back_1 - rate) * (back_2 - rate) / _nonzero((one - rate) * (other - rate)))
+    return Modes(tuple(rates), tuple(weights))
+
+
+@torch.no_grad()
+def _viete(a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
+    """The three real roots by angles, to about half of the digits where two of them nearly meet."""
+    p, q = (a.square() / 3 - b).clamp(min=1e-300), 2 * a**3 / 27 - a * b / 3 + c
+    angle = torch.arccos((1.5 * q / p * torch.sqrt(3 / p)).clamp(-1, 1)) / 3
+    turns = (0.0, 2 * math.pi / 3, 4 * math.pi / 3)
+    return [(a / 3 + 2 * torch.sqrt(p / 3) * torch.cos(angle - turn)).clamp(min=1e-300) for turn in turns]
+
+
+def _newton(root: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    value = ((root - a) * root + b) * root - c
+    return root - value / _nonzero((3 * root - 2 * a) * root + b)
+
+
+def _nonzero(values: Tensor) -> Tensor:
+    return torch.where(values == 0, 1e-300, values)
+
+
+def central_amount(
+    doses: ReceivedDoses,
+    times: Float[Tensor, "I *batch T"],
+    modes: Modes,
+    *,
+    central: int,
+    absorption: Tensor | None = None,
+) -> Float[Tensor, "I *batch T"]:
+    """Amount in the central compartment at ``times``.
+
+    Args:
+        doses: with the parameters of the individuals.
+        times: double precision.
+        modes: of the disposition.
+        central: number of the central compartment; doses into any other enter through absorption.
+        absorption: rate constant of the absorption compartment, ``(I, ..., 1)``, where there is one.
+
+    Returns:
+        In the unit of the doses.
+    """
+    written = doses.written
+    spread = (len(written), *(1,) * (times.ndim - 1))
+    total = torch.zeros_like(times)
+    for column in range(written.columns):
+        given = written.given[:, column].reshape(spread)
+        if not bool(given.any()):
+            continue
+        counted = given & _remembered(written, column, times, spread)
+        dose = Dose(
+            elapsed=times - doses.start[column],
+            duration=doses.duration[column],
+            interval=torch.where(written.steady_state[:, column] > 0, written.interval[:, column], torch.inf).reshape(
+                spread
+            ),
+            steady=(written.steady_state[:, column] > 0).reshape(spread),
+            infused=(written.rate[:, column] != 0).reshape(spread),
+            constant=((written.amount[:, column] == 0) & (written.rate[:, column] > 0)).reshape(spread),
+            follows=written.follows[:, column].reshape(spread),
+        )
+        direct = (written.compartment[:, column] == central).reshape(spread)
+        share = torch.zeros_like(times)
+        for rate, weight in zip(modes.rates, modes.weights, strict=True):
+            if absorption is None or bool(direct.all()):
+                found = dose.pool(rate)
+            elif bool(direct.any()):
+                found = torch.where(direct, dose.pool(rate), absorption * _quotient(dose, rate, absorption))
+            else:
+                found = absorption * _quotient(dose, rate, absorption)
+            share = share + weight * found
+        total = total + torch.where(counted, doses.amount[column] * share, 0.0)
+    return total
+
+
+def _remembered(written: WrittenDoses, column: int, times: Tensor, spread: tuple[int, ...]) -> Tensor:
+    """Times after the dose's record before which nothing has emptied the compartments since."""
+    recorded = written.time[:, column].reshape(spread)
+    follows = written.follows[:, column].reshape(spread)
+    found = (times > recorded) | ((times == recorded) & ~follows)
+    for place in range(written.forgets.shape[1]):
+        when = written.forgets[:, place].reshape(spread)
+        follows = written.reset_follows[:, place].reshape(spread)
+        found &= ~((recorded < when) & ((when < times) | ((when == times) & ~follows)))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Dose:
+    """One dose of every individual, of unit amount (of unit rate where it is a constant infusion).
+
+    Args:
+        elapsed: times since it began to enter, ``(I, ..., T)``.
+        duration: of an infusion.
+        interval: between the doses of a steady state.
+        infused: whether it is an infusion.
+        steady: whether equal doses have been given for ever before it.
+        constant: whether it is an infusion that has lasted for ever and ends with the record, as NONMEM has it.
+        follows: whether a measurement at its very time was taken before it.
+    """
+
+    elapsed: Tensor
+    duration: Tensor
+    interval: Tensor
+    infused: Tensor
+    steady: Tensor
+    constant: Tensor
+    follows: Tensor
+
+    def pool(self, rate: Tensor) -> Tensor:
+        """What is left of it in a single compartment that is emptied with ``rate``."""
+        begun = (self.elapsed > 0) | ((self.elapsed == 0) & ~self.follows)
+        elapsed = torch.where(begun, self.elapsed, 0.0)
+        infused = self.infused
+        if not bool(infused.any()):
+            plain = torch.exp(-rate * elapsed)
+        else:
+            lasting = self._lasting()
+            entered = torch.minimum(elapsed, lasting)
+            mean = torch.exp(log_expm1_ratio(rate * entered) - rate * (elapsed - entered))
+            plain = torch.where(infused, entered / lasting * mean, torch.exp(-rate * elapsed))
+        plain = torch.where(begun, plain, 0.0)
+        if not bool(self.steady.any()):
+            return plain
+        return torch.where(self.steady, self._steady(rate), plain)
+
+    def _lasting(self) -> Tensor:
+        return torch.where(self.infused & (self.duration > 0), self.duration, 1.0)
+
+    def _steady(self, rate: Tensor) -> Tensor:
+        every = torch.where(torch.isfinite(self.interval) & (self.interval > 0), self.interval, 1.0)
+        # Before it enters (lag) the last of its predecessors counts.
+        with torch.no_grad():
+            ahead = torch.ceil(-self.elapsed / every).clamp(min=0)
+            ahead = torch.where(self.follows & (self.elapsed == 0), 1.0, ahead)
+        since = self.elapsed + ahead * every
+        repeated = -torch.expm1(-rate * every)
+        bolus = torch.exp(-rate * since) / repeated
+        infused, lasting = self.infused, self._lasting()
+        with torch.no_grad():
+            running = torch.ceil((lasting - since) / every).clamp(min=0)
+        ended = torch.exp(-rate * (since + running * every - lasting)) - torch.exp(-rate * since)
+        infusion = (running + ended / repeated) / (rate * lasting)
+        found = torch.where(infused, infusion, bolus)
+        return torch.where(self.constant, torch.exp(-rate * self.elapsed.clamp(min=0)) / rate, found)
+
+
+def _quotient(dose: Dose, rate: Tensor, absorption: Tensor) -> Tensor:
+    """``(pool(rate) - pool(absorption)) / (absorption - rate)``, also where the two meet."""
+    middle = 0.5 * (rate + absorption)
+    apart = 0.5 * (absorption - rate).abs()
+    with torch.no_grad():
+        least = _GAP * torch.minimum(middle, 1 / dose.elapsed.abs().clamp(min=1e-300))
+        near = apart < least
+    half = torch.where(near, least, apart)
+    return (dose.pool(middle - half) - dose.pool(middle + half)) / (2 * half)

@@ -1,0 +1,220 @@
+"""Pharmacokinetics without a line of code: one to three compartments, any regimen, chosen by words in a config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.individual_model.dosing import WrittenDoses, check_doses, receive_doses, write_out_doses
+from nlme_sbi.individual_model.linear_compartments import central_amount, disposition
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
+from nlme_sbi.individual_model.noise import Additive, Combined1, Combined2, Exponential, NoiseModel, Proportional
+from nlme_sbi.individual_model.regimens import typical_scales
+from nlme_sbi.parameters import Parameter, ParameterSpace
+from nlme_sbi.types import Design, Observations
+
+Absorption = Literal["none", "first_order", "zero_order"]
+Parametrization = Literal["clearance", "rates"]
+Noise = Literal["additive", "proportional", "combined1", "combined2", "exponential"]
+
+_PERIPHERAL = {1: (), 2: (("Q", "Vp", "k12", "k21"),), 3: (("Q1", "Vp1", "k12", "k21"), ("Q2", "Vp2", "k13", "k31"))}
+
+
+class Compartments(MechanisticSimulator):
+    r"""Concentration in the central compartment of a linear model with one to three compartments.
+
+    ========== ===================================== =========================================
+    part       parameters by clearance                parameters by rates
+    ========== ===================================== =========================================
+    1          ``CL, V``                              ``k, V``
+    2          ``CL, Vc, Q, Vp``                      ``k, Vc, k12, k21``
+    3          ``CL, Vc, Q1, Vp1, Q2, Vp2``           ``k, Vc, k12, k21, k13, k31``
+    absorption ``ka`` (first order), ``Tk0`` (zero order: its duration), before the others
+    options    ``Tlag`` (lag of the absorption), ``F`` (bioavailability of absorbed doses)
+    noise      ``sigma`` (additive, exponential), ``cv`` (proportional), both (combined1, combined2)
+    ========== ===================================== =========================================
+
+    Doses are read from the event table: repeated doses, infusions, steady states, resets. With an absorption,
+    compartment 1 takes the absorbed doses and 2 is the central compartment; without, 1 is the central one. All is
+    exact: closed forms, stable where ``ka`` meets a rate of the disposition. ``ka`` and elimination can be exchanged
+    with another volume (flip-flop).
+
+    Args:
+        compartments: 1, 2 or 3.
+        absorption: "none" (intravenous), "first_order" or "zero_order".
+        parametrization: "clearance" or "rates".
+        lag: whether absorbed doses have a lag time.
+        bioavailability: whether a share of absorbed doses is estimated, between 0 and 1; needs intravenous doses beside
+            them.
+        noise: "additive", "proportional", "combined1", "combined2" or "exponential".
+        concentration_scale: what amount over volume is multiplied by, 1000 for mg, L and ng/mL.
+        signal: name of the measured concentration.
+        signal_unit: its unit.
+        time_unit: of times, rates and clearances.
+        dose_unit: of the amounts.
+        volume_unit: of the volumes.
+    """
+
+    takes_doses = True
+
+    def __init__(
+        self,
+        *,
+        compartments: int = 1,
+        absorption: Absorption = "first_order",
+        parametrization: Parametrization = "clearance",
+        lag: bool = False,
+        bioavailability: bool = False,
+        noise: Noise = "additive",
+        concentration_scale: float = 1.0,
+        signal: str = "concentration",
+        signal_unit: str = "mg/L",
+        time_unit: str = "h",
+        dose_unit: str = "mg",
+        volume_unit: str = "L",
+    ) -> None:
+        if compartments not in _PERIPHERAL:
+            raise ValueError(f"compartments must be 1, 2 or 3; got {compartments}.")
+        if absorption == "none" and (lag or bioavailability):
+            raise ValueError(
+                "A lag or a bioavailability belongs to an absorption; take absorption=first_order or zero_order, or "
+                "leave lag and bioavailability out."
+            )
+        if not (math.isfinite(concentration_scale) and concentration_scale > 0):
+            raise ValueError(f"concentration_scale must be a positive number; got {concentration_scale}.")
+        self.compartments, self.absorption = compartments, absorption
+        self.by_rates, self.scale = parametrization == "rates", float(concentration_scale)
+        self.lag, self.bioavailability = lag, bioavailability
+        self.signals, self.signal_units = (signal,), (signal_unit,)
+        self.time_unit, self.dose_unit = time_unit, dose_unit
+        self.noise, own = _noise(noise, signal_unit)
+        self.parameters = ParameterSpace((*self._kinetics(volume_unit), *own))
+
+    def _kinetics(self, volume_unit: str) -> list[Parameter]:
+        rate, flow = f"1/{self.time_unit}", f"{volume_unit}/{self.time_unit}"
+        found = []
+        if self.absorption == "first_order":
+            found.append(Parameter("ka", rate, description="absorption rate"))
+        if self.absorption == "zero_order":
+            found.append(Parameter("Tk0", self.time_unit, description="duration of the absorption"))
+        if self.lag:
+            found.append(Parameter("Tlag", self.time_unit, description="lag of the absorption"))
+        if self.bioavailability:
+            found.append(Parameter("F", "", transform="logit", description="bioavailability"))
+        volume = "V" if self.compartments == 1 else "Vc"
+        first = ("k", rate, "elimination rate") if self.by_rates else ("CL", flow, "clearance")
+        found += [Parameter(first[0], first[1], description=first[2])]
+        found += [Parameter(volume, volume_unit, description="volume of the central compartment")]
+        for exchange, peripheral, out, back in _PERIPHERAL[self.compartments]:
+            if self.by_rates:
+                found.append(Parameter(out, rate, description="rate to a peripheral compartment"))
+                found.append(Parameter(back, rate, description="rate back from it"))
+            else:
+                found.append(Parameter(exchange, flow, description="clearance between compartments"))
+                found.append(Parameter(peripheral, volume_unit, description="volume of a peripheral compartment"))
+        return found
+
+    @property
+    def dose_compartments(self) -> tuple[str, ...]:
+        """The compartments that doses go into, in the order of their numbers."""
+        return ("central",) if self.absorption == "none" else ("absorption", "central")
+
+    def check_design(self, design: Design, ids: Sequence[str] | None = None) -> None:
+        """Refuse doses that the model cannot receive; raises ``ValueError`` with the individual and what to do."""
+        if design.events is not None:
+            check_doses(
+                design.events,
+                compartments=self.dose_compartments,
+                name=(lambda row: f"row {row}") if ids is None else (lambda row: f'"{ids[row]}"'),
+            )
+
+    def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T 1"]:
+        """Concentration at ``design.times``."""
+        natural = dict(zip(self.parameters.names, self.parameters.to_natural(phi.double()).unbind(-1), strict=True))
+        written = self._absorbed(write_out_doses(design))
+        doses = receive_doses(
+            written,
+            phi.double()[..., 0],
+            lag=_absorbed_only(natural, "Tlag"),
+            bioavailability=_absorbed_only(natural, "F"),
+            duration=_absorbed_only(natural, "Tk0"),
+        )
+        column = {name: value[..., None] for name, value in natural.items()}
+        volume = column["V"] if self.compartments == 1 else column["Vc"]
+        amount = central_amount(
+            doses,
+            times_for(phi.double(), design).expand(*phi.shape[:-1], -1),
+            disposition(*self._rates(column, volume)),
+            central=len(self.dose_compartments),
+            absorption=column.get("ka"),
+        )
+        return (self.scale * amount / volume)[..., None].to(phi.dtype)
+
+    def _absorbed(self, written: WrittenDoses) -> WrittenDoses:
+        """Boluses into the absorption compartment of a zero-order absorption last ``Tk0``."""
+        if self.absorption != "zero_order":
+            return written
+        return written.lasting_as_modelled(compartment=1)
+
+    def _rates(self, column: Mapping[str, Tensor], volume: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        exchanges = _PERIPHERAL[self.compartments]
+        if self.by_rates:
+            return column["k"], [(column[out], column[back]) for _, _, out, back in exchanges]
+        return column["CL"] / volume, [
+            (column[flow] / volume, column[flow] / column[peripheral]) for flow, peripheral, _, _ in exchanges
+        ]
+
+    def plausible_values(self, observations: Observations) -> dict[str, tuple[float, float]]:
+        """A wide guess of every parameter from doses and data: centre and SD on the unconstrained scale.
+
+        The volume is of the order of a dose over the highest concentrations; elimination goes on over the time that
+        was sampled; absorption is over when concentrations are highest. SDs of 1.5 (a factor of 20 either way holds
+        95%) leave room for sampling that says little.
+        """
+        scales = typical_scales(observations)
+        volume = self.scale * scales.dose / scales.highest
+        rate = 2 / scales.span
+        wide = 1.5
+        centres = {
+            "ka": 2 / scales.rise,
+            "Tk0": scales.rise,
+            "Tlag": 0.2 * scales.rise,
+            "CL": rate * volume,
+            "k": rate,
+            "V": volume,
+            "Vc": volume,
+            **dict.fromkeys(("Q", "Q1"), rate * volume),
+            **dict.fromkeys(("Vp", "Vp1"), volume),
+            **dict.fromkeys(("k12", "k21"), rate),
+            "Q2": 0.3 * rate * volume,
+            "Vp2": 2 * volume,
+            "k13": 0.3 * rate,
+            "k31": 0.15 * rate,
+            "cv": 0.2,
+        }
+        found = {name: (math.log(value), wide) for name, value in centres.items()}
+        found["F"] = (0.0, wide)
+        found["sigma"] = (math.log(0.2 if isinstance(self.noise, Exponential) else 0.1 * scales.middle), wide)
+        return {name: found[name] for name in self.parameters.names}
+
+
+def _absorbed_only(natural: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
+    """A parameter of doses into the absorption compartment."""
+    return {1: natural[name]} if name in natural else {}
+
+
+def _noise(name: Noise, unit: str) -> tuple[NoiseModel, list[Parameter]]:
+    """The observation model of a word, and its parameters."""
+    sigma = Parameter("sigma", unit, description="SD of the additive error")
+    cv = Parameter("cv", "", description="coefficient of variation of the error")
+    if name == "additive":
+        return Additive(sd="sigma"), [sigma]
+    if name == "proportional":
+        return Proportional(cv="cv"), [cv]
+    if name == "exponential":
+        return Exponential(sd="sigma"), [Parameter("sigma", "", description="SD of the log concentration")]
+    return (Combined1 if name == "combined1" else Combined2)(sd="sigma", cv="cv"), [sigma, cv]
