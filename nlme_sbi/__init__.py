@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel, times_for
     from nlme_sbi.individual_model.noise import Additive, Combined1, Combined2, Exponential, NoiseModel, Proportional
     from nlme_sbi.individual_model.priors import GaussianPrior, MixturePrior, UniformPrior
+    from nlme_sbi.individual_model.rosenbrock import Rosenbrock
     from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, TorchDiffEq
     from nlme_sbi.io import EventTable, LongTable, WideSheet, describe
     from nlme_sbi.networks.ensembles import PosteriorEnsemble
@@ -98,6 +99,7 @@ __all__ = [
     "Proportional",
     "RandomTimes",
     "ResampledDesigns",
+    "Rosenbrock",
     "RungeKutta4",
     "Saem",
     "Schedule",
@@ -165,6 +167,7 @@ _ROOMS = {
         "MixturePrior",
         "UniformPrior",
     ),
+    "individual_model.rosenbrock": ("Rosenbrock",),
     "individual_model.solvers": (
         "DormandPrince5",
         "RungeKutta4",
