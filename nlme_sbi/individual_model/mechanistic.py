@@ -102,7 +102,10 @@ def times_for(phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor,
         raise ValueError(
             f"phi has {phi.shape[0]} rows, the design {len(design)}: the first dimension of phi is the individual."
         )
-    times = design.times.to(phi.dtype)
+    times = design.times
+    if len(times) > 1 and times.stride(0) == 0:  # converted as one row, so that solvers see that all share them
+        times = times[:1].to(phi.dtype).expand(times.shape)
+    times = times.to(phi.dtype)
     return times.reshape(times.shape[0], *(1,) * (phi.ndim - 2), times.shape[1])
 
 

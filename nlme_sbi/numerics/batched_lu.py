@@ -35,41 +35,53 @@ class BatchedLu:
     """
 
     def __init__(self, matrices: Tensor) -> None:
-        self._exchanges: list[_Exchange | None] = []
-        self._lower: list[Tensor] = []
-        self._upper: list[Tensor] = []
+        size, members = len(matrices), matrices.shape[-1]
         self._lapack: tuple[Tensor, Tensor] | None = None
-        if len(matrices) > _LARGEST:
+        if size > _LARGEST:
             factors, pivots, _ = torch.linalg.lu_factor_ex(matrices.movedim(-1, 0))
             self._lapack = (factors, pivots)
             return
+        self._order: Tensor | None = None  # of the rows, (X, R)
+        self._lower: list[Tensor] = []  # columns below the diagonal
+        upper: list[Tensor] = []
         rest = matrices
-        for _ in range(len(matrices)):
+        for stage in range(size):
             exchange = _needed_exchange(rest[:, 0].detach())
-            rest = rest if exchange is None else exchange.apply(rest)
+            if exchange is not None:
+                rest = exchange.apply(rest)
+                self._lower = [
+                    torch.cat([lower[: stage - 1 - column], exchange.apply(lower[stage - 1 - column :])])
+                    for column, lower in enumerate(self._lower)
+                ]
+                order = self._order
+                if order is None:
+                    order = torch.arange(size, device=rest.device)[:, None].repeat(1, members)
+                self._order = torch.cat([order[:stage], exchange.apply(order[stage:])])
             head, lower = rest[0], rest[1:, 0] / rest[0, 0]
-            self._exchanges.append(exchange)
             self._lower.append(lower)
-            self._upper.append(head)
-            rest = rest[1:, 1:] - lower[:, None] * head[1:]
-        self._inverse_pivots = [head[0].reciprocal() for head in self._upper]
+            upper.append(head)
+            rest = torch.addcmul(rest[1:, 1:], lower[:, None], head[1:], value=-1)
+        self._inverse_pivots = [head[0].reciprocal() for head in upper]
+        # Columns above the diagonal.
+        self._upper = [torch.stack([upper[row][column - row] for row in range(column)]) for column in range(1, size)]
 
     def solve(self, right: Tensor) -> Tensor:
         """Solutions ``(X, R)`` for right-hand sides ``(X, R)``."""
         if self._lapack is not None:
             columns: Tensor = torch.linalg.lu_solve(*self._lapack, right.T[..., None])[..., 0]
             return columns.T
+        if self._order is not None:
+            right = right.gather(0, self._order)
         forward = []
-        for exchange, lower in zip(self._exchanges, self._lower, strict=True):
-            right = right if exchange is None else exchange.apply(right)
+        for lower in self._lower:
             forward.append(right[0])
-            right = right[1:] - lower * right[0]
-        solution: list[Tensor] = []
-        for upper, inverse_pivot in zip(reversed(self._upper), reversed(self._inverse_pivots), strict=True):
-            value = forward.pop()
-            for factor, known in zip(upper[1:], reversed(solution), strict=True):
-                value = value - factor * known
-            solution.append(value * inverse_pivot)
+            right = torch.addcmul(right[1:], lower, right[0], value=-1)
+        rest = torch.stack(forward)
+        solution = []
+        for upper, inverse_pivot in zip(reversed(self._upper), reversed(self._inverse_pivots[1:]), strict=True):
+            solution.append(rest[-1] * inverse_pivot)
+            rest = torch.addcmul(rest[:-1], upper, solution[-1], value=-1)
+        solution.append(rest[-1] * self._inverse_pivots[0])
         return torch.stack(solution[::-1])
 
 
