@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel, times_for
     from nlme_sbi.individual_model.noise import Additive, Combined1, Combined2, Exponential, NoiseModel, Proportional
     from nlme_sbi.individual_model.priors import GaussianPrior, MixturePrior, PriorOfData, UniformPrior
+    from nlme_sbi.individual_model.reaction_network import Leaping, ReactionNetwork
+    from nlme_sbi.individual_model.rosenbrock import Rosenbrock
+    from nlme_sbi.individual_model.sde import SdeModel
     from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, TorchDiffEq
     from nlme_sbi.io import EventTable, LongTable, WideSheet, describe
     from nlme_sbi.networks.ensembles import PosteriorEnsemble
@@ -82,6 +85,7 @@ __all__ = [
     "GaussianPrior",
     "GridSummary",
     "Laplace",
+    "Leaping",
     "LongTable",
     "MechanisticSimulator",
     "MixturePrior",
@@ -98,10 +102,13 @@ __all__ = [
     "PriorRatio",
     "Proportional",
     "RandomTimes",
+    "ReactionNetwork",
     "ResampledDesigns",
+    "Rosenbrock",
     "RungeKutta4",
     "Saem",
     "Schedule",
+    "SdeModel",
     "SimulationSettings",
     "SplineAutoregressiveFlow",
     "SplineCouplingFlow",
@@ -167,6 +174,12 @@ _ROOMS = {
         "PriorOfData",
         "UniformPrior",
     ),
+    "individual_model.reaction_network": (
+        "Leaping",
+        "ReactionNetwork",
+    ),
+    "individual_model.rosenbrock": ("Rosenbrock",),
+    "individual_model.sde": ("SdeModel",),
     "individual_model.solvers": (
         "DormandPrince5",
         "RungeKutta4",

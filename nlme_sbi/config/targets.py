@@ -52,7 +52,7 @@ ROLES = (
     SCHEDULE,
     READER,
     Role("noise model", ("nlme_sbi.individual_model.noise",), ("sample", "log_prob")),
-    Role("solver", ("nlme_sbi.individual_model.solvers",), ("advance",)),
+    Role("solver", ("nlme_sbi.individual_model.solvers", "nlme_sbi.individual_model.rosenbrock"), ("advance",)),
     Role("parameter", ("nlme_sbi.parameters",), classes=("Parameter", "ParameterSpace")),
     Role("summary network", ("nlme_sbi.networks.summaries",), ("build",)),
     Role("flow", ("nlme_sbi.networks.flows", "nlme_sbi.networks.mixtures"), ("build",)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -15,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.individual_model.noise import NoiseModel, observation_log_prob
-from nlme_sbi.individual_model.solvers import DormandPrince5, Solver, solve
+from nlme_sbi.individual_model.solver_names import SolverName, solver_named
+from nlme_sbi.individual_model.solvers import DormandPrince5, Equation, Solver, solve
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.types import Design, Observations, SimulatorOutput
 
@@ -112,7 +114,10 @@ def times_for(phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor,
         raise ValueError(
             f"phi has {phi.shape[0]} rows, the design {len(design)}: the first dimension of phi is the individual."
         )
-    times = design.times.to(phi.dtype)
+    times = design.times
+    if len(times) > 1 and times.stride(0) == 0:  # converted as one row, so that solvers see that all share them
+        times = times[:1].to(phi.dtype).expand(times.shape)
+    times = times.to(phi.dtype)
     return times.reshape(times.shape[0], *(1,) * (phi.ndim - 2), times.shape[1])
 
 
@@ -124,10 +129,23 @@ class OdeModel(MechanisticSimulator):
     :meth:`start_time` the state is the initial one. An individual whose equation cannot be solved becomes NaN, which
     :meth:`simulate` reports as status 1 and :meth:`log_likelihood` as ``-inf``.
 
-    The solver works in the dtype of ``phi``; float32 does not reach relative tolerances below about 1e-6.
+    The solver works in the dtype of ``phi``; float32 does not reach relative tolerances below about 1e-6. For stiff
+    equations take :class:`~nlme_sbi.individual_model.rosenbrock.Rosenbrock`, which :meth:`jacobian` makes faster.
+
+    Args:
+        solver: another than the class has: an object, or its name for one with default settings.
+
+    Attributes:
+        solver: how the equation is solved.
+        autonomous: whether :meth:`right_hand_side` leaves ``time`` alone, which saves stiff solvers a derivative.
     """
 
     solver: Solver = DormandPrince5()
+    autonomous: bool = False
+
+    def __init__(self, solver: Solver | SolverName | None = None) -> None:
+        if solver is not None:
+            self.solver = solver_named(solver) if isinstance(solver, str) else solver
 
     @abstractmethod
     def initial_state(self, natural: Mapping[str, Tensor], design: Design) -> Tensor:
@@ -136,6 +154,15 @@ class OdeModel(MechanisticSimulator):
     @abstractmethod
     def right_hand_side(self, time: Tensor, state: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
         """Time derivative ``(I, ..., X)`` of ``state (I, ..., X)`` at ``time (I, ...)``."""
+
+    def jacobian(self, time: Tensor, state: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor | None:
+        """Derivatives ``(I, ..., X, X)`` of slope ``i`` in state ``j`` at ``[..., i, j]``, for stiff solvers.
+
+        Optional: without it they differentiate :meth:`right_hand_side` automatically, which costs them ``X`` more
+        evaluations of it a step.
+        """
+        del time, state, natural, design
+        return None
 
     @abstractmethod
     def observe(self, states: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
@@ -151,13 +178,36 @@ class OdeModel(MechanisticSimulator):
         natural = dict(zip(self.parameters.names, self.parameters.to_natural(phi).unbind(-1), strict=True))
         times = times_for(phi, design)
         states = solve(
-            lambda time, state: self.right_hand_side(time, state, natural, design),
+            self._equation(natural, design),
             self.initial_state(natural, design),
             start=self.start_time(natural, design),
             times=times.expand(*phi.shape[:-1], times.shape[-1]),
             solver=self.solver,
         )
         return self.observe(states, natural, design)
+
+    def _equation(self, natural: Mapping[str, Tensor], design: Design) -> Equation:
+        """The equation of all individuals, which gives out those of some by rows of the flattened batch."""
+        draws = max(1, next(iter(natural.values()))[0:1].numel())
+
+        def of_rows(rows: Tensor) -> Equation:
+            chosen = {name: value.reshape(-1).index_select(0, rows) for name, value in natural.items()}
+            return self._plain_equation(chosen, design[rows // draws])
+
+        return replace(self._plain_equation(natural, design), of_rows=of_rows)
+
+    def _plain_equation(self, natural: Mapping[str, Tensor], design: Design) -> Equation:
+        def slope(time: Tensor, state: Tensor) -> Tensor:
+            return self.right_hand_side(time, state, natural, design)
+
+        def jacobian(time: Tensor, state: Tensor) -> Tensor:
+            found = self.jacobian(time, state, natural, design)
+            if found is None:
+                raise ValueError(f"{type(self).__name__}.jacobian returned None; return the matrices or leave it out.")
+            return found
+
+        by_hand = type(self).jacobian is not OdeModel.jacobian
+        return Equation(slope, jacobian if by_hand else None, self.autonomous)
 
 
 class NumpySimulator:

@@ -20,6 +20,28 @@ from torchdiffeq import odeint
 RightHandSide = Callable[[Tensor, Tensor], Tensor]  # (time (*batch), state (*batch, X)) -> derivative (*batch, X)
 
 
+@dataclass(frozen=True)
+class Equation:
+    """``dx/dt`` as solvers get it, with what some of them make use of; called, it is the right-hand side.
+
+    Args:
+        right_hand_side: ``(time (*batch), state (*batch, X)) -> (*batch, X)``, per unit of time.
+        jacobian: ``(time, state) -> (*batch, X, X)``, entry ``[..., i, j]`` the derivative of slope ``i`` in state
+            ``j``; by automatic differentiation where it is not given.
+        autonomous: whether the right-hand side does not depend on time.
+        of_rows: the equation of some individuals, by positions in the flattened batch, for states ``(rows, X)``; with
+            it a solver leaves alone who has arrived.
+    """
+
+    right_hand_side: RightHandSide
+    jacobian: RightHandSide | None = None
+    autonomous: bool = False
+    of_rows: Callable[[Tensor], Equation] | None = None
+
+    def __call__(self, time: Tensor, state: Tensor) -> Tensor:
+        return self.right_hand_side(time, state)
+
+
 @runtime_checkable
 class Solver(Protocol):
     """Integrates over unit pseudo-time; ``step`` is a suggestion, the returned one the next suggestion."""
@@ -28,8 +50,16 @@ class Solver(Protocol):
         """State ``(*batch, X)`` at ``s = 1`` from the state at ``s = 0``, and the next step ``(*batch)`` in ``s``."""
 
 
+@runtime_checkable
+class TrajectorySolver(Solver, Protocol):
+    """A solver whose steps need not stop at measurement times, because it interpolates about as well as it solves."""
+
+    def trajectory(self, equation: Equation, state: Tensor, *, start: Tensor, times: Tensor) -> Tensor:
+        """As :func:`solve`."""
+
+
 def solve(
-    right_hand_side: RightHandSide,
+    right_hand_side: RightHandSide | Equation,
     state: Float[Tensor, "*batch X"],
     *,
     start: Float[Tensor, " *batch"],
@@ -39,12 +69,17 @@ def solve(
     """States at ``times``, from ``state`` at ``start``; before the start the state is the initial one.
 
     Args:
-        right_hand_side: ``(time (*batch), state (*batch, X)) -> (*batch, X)``, per unit of time.
+        right_hand_side: ``(time (*batch), state (*batch, X)) -> (*batch, X)``, per unit of time; or an
+            :class:`Equation`, which tells more of it.
         state: initial state.
         start: when it holds.
         times: non-decreasing along the last dimension.
-        solver: :class:`RungeKutta4`, :class:`DormandPrince5` or :class:`TorchDiffEq`.
+        solver: :class:`RungeKutta4`, :class:`DormandPrince5`, :class:`TorchDiffEq` or, for stiff equations,
+            :class:`~nlme_sbi.individual_model.rosenbrock.Rosenbrock`.
     """
+    equation = right_hand_side if isinstance(right_hand_side, Equation) else Equation(right_hand_side)
+    if isinstance(solver, TrajectorySolver):
+        return solver.trajectory(equation, state, start=start, times=times)
     found = []
     now, suggested = start, torch.full_like(start, torch.nan)
     for column in times.unbind(-1):
@@ -53,18 +88,27 @@ def solve(
         length = after - now
         moves = length > 0
         step = torch.where(moves, suggested / torch.where(moves, length, 1.0), 1.0).detach()
-        state, step = solver.advance(_scaled(right_hand_side, now, length), state, step)
+        state, step = solver.advance(_scaled(equation, now, length), state, step)
         suggested = torch.where(moves, step * length.detach(), suggested)
         now = after
         found.append(state)
     return torch.stack(found, dim=-2)
 
 
-def _scaled(right_hand_side: RightHandSide, now: Tensor, length: Tensor) -> RightHandSide:
-    def slope(pseudo_time: Tensor, state: Tensor) -> Tensor:
-        return length[..., None] * right_hand_side(now + pseudo_time * length, state)
+def _scaled(equation: Equation, now: Tensor, length: Tensor) -> Equation:
+    """The same equation in pseudo-time, from ``now`` on."""
 
-    return slope
+    def slope(pseudo_time: Tensor, state: Tensor) -> Tensor:
+        return length[..., None] * equation(now + pseudo_time * length, state)
+
+    known = equation.jacobian
+    if known is None:
+        return Equation(slope, autonomous=equation.autonomous)
+
+    def jacobian(pseudo_time: Tensor, state: Tensor) -> Tensor:
+        return length[..., None, None] * known(now + pseudo_time * length, state)
+
+    return Equation(slope, jacobian, equation.autonomous)
 
 
 @dataclass(frozen=True)

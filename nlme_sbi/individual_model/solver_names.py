@@ -1,0 +1,27 @@
+"""Solvers by a word, for configurations: ``simulator.solver=rosenbrock``."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from nlme_sbi.individual_model.rosenbrock import Rosenbrock
+from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, Solver, TorchDiffEq
+
+SolverName = Literal["dormand_prince", "rosenbrock", "runge_kutta", "torchdiffeq"]
+
+
+def solver_named(name: str) -> Solver:
+    """The solver that a word stands for, with its default settings.
+
+    Raises:
+        ValueError: for another word, with those that there are.
+    """
+    if name == "dormand_prince":
+        return DormandPrince5()
+    if name == "rosenbrock":
+        return Rosenbrock()
+    if name == "runge_kutta":
+        return RungeKutta4()
+    if name == "torchdiffeq":
+        return TorchDiffEq()
+    raise ValueError(f'There is no solver "{name}"; choose one of {", ".join(get_args(SolverName))}.')
