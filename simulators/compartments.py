@@ -126,11 +126,7 @@ class Compartments(MechanisticSimulator):
     def check_design(self, design: Design, ids: Sequence[str] | None = None) -> None:
         """Refuse doses that the model cannot receive; raises ``ValueError`` with the individual and what to do."""
         if design.events is not None:
-            check_doses(
-                design.events,
-                compartments=self.dose_compartments,
-                name=(lambda row: f"row {row}") if ids is None else (lambda row: f'"{ids[row]}"'),
-            )
+            check_doses(design.events, compartments=self.dose_compartments, ids=ids)
 
     def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T 1"]:
         """Concentration at ``design.times``."""

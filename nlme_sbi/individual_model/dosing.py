@@ -7,7 +7,7 @@ known only with the parameters of the individual. Meanings are NONMEM's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -246,7 +246,7 @@ def check_doses(
     compartments: Sequence[str],
     rates: Sequence[int] = (),
     durations: Sequence[int] = (),
-    name: Callable[[int], str] = "row {}".format,
+    ids: Sequence[str] | None = None,
 ) -> None:
     """Refuse doses that a simulator cannot receive, before any long work.
 
@@ -255,7 +255,7 @@ def check_doses(
         compartments: names of the simulator's compartments that take doses, in their order.
         rates: compartments with a modelled rate.
         durations: compartments with a modelled duration.
-        name: of an individual by its row.
+        ids: names of the individuals, for messages.
 
     Raises:
         ValueError: with the first individual and what to do.
@@ -307,4 +307,5 @@ def check_doses(
     for bad, what, remedy in rules:
         if bool(bad.any()):
             row = int(bad.nonzero()[0, 0])
-            raise ValueError(f"{int(bad.sum())} doses {what}, first one of {name(row)}. {remedy}.")
+            whose = f"row {row}" if ids is None else f'"{ids[row]}"'
+            raise ValueError(f"{int(bad.sum())} doses {what}, first one of {whose}. {remedy}.")

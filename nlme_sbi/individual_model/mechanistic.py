@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.individual_model.dosing import check_doses, receive_doses, write_out_doses
+from nlme_sbi.individual_model.event_integration import solve_through_doses
 from nlme_sbi.individual_model.noise import NoiseModel, observation_log_prob
 from nlme_sbi.individual_model.solver_names import SolverName, solver_named
 from nlme_sbi.individual_model.solvers import DormandPrince5, Equation, Solver, solve
@@ -125,9 +127,11 @@ class OdeModel(MechanisticSimulator):
     """A mechanistic simulator whose states solve an ordinary differential equation that the user writes.
 
     Subclasses write :meth:`initial_state`, :meth:`right_hand_side` and :meth:`observe`. Those get ``natural``: each
-    parameter by name, ``(I, ...)`` on its natural scale. A bolus is part of the initial state. Before
-    :meth:`start_time` the state is the initial one. An individual whose equation cannot be solved becomes NaN, which
-    :meth:`simulate` reports as status 1 and :meth:`log_likelihood` as ``-inf``.
+    parameter by name, ``(I, ...)`` on its natural scale. Before :meth:`start_time` the state is the initial one. With
+    ``takes_doses`` and ``dose_states`` the doses of the data (boluses, infusions, repeated ones, steady states, resets)
+    enter their states, each at its time; :meth:`lag`, :meth:`bioavailability`, :meth:`infusion_rate` and
+    :meth:`infusion_duration` may make them depend on parameters. An individual whose equation cannot be solved becomes
+    NaN, which :meth:`simulate` reports as status 1 and :meth:`log_likelihood` as ``-inf``.
 
     The solver works in the dtype of ``phi``; float32 does not reach relative tolerances below about 1e-6. For stiff
     equations take :class:`~nlme_sbi.individual_model.rosenbrock.Rosenbrock`, which :meth:`jacobian` makes faster.
@@ -137,11 +141,14 @@ class OdeModel(MechanisticSimulator):
 
     Attributes:
         solver: how the equation is solved.
+        dose_states: for each compartment of the data, counted from 1, the state that its doses enter; None where the
+            model takes no doses, or makes them part of the initial state itself.
         autonomous: whether :meth:`right_hand_side` leaves ``time`` alone, which saves stiff solvers a derivative.
     """
 
     solver: Solver = DormandPrince5()
     autonomous: bool = False
+    dose_states: tuple[int, ...] | None = None
 
     def __init__(self, solver: Solver | SolverName | None = None) -> None:
         if solver is not None:
@@ -173,16 +180,61 @@ class OdeModel(MechanisticSimulator):
         del design
         return torch.zeros_like(next(iter(natural.values())))
 
+    def lag(self, natural: Mapping[str, Tensor], design: Design) -> Mapping[int, Tensor]:
+        """Lag times ``(I, ...)`` of doses, by compartment counted from 1; 0 where none is given."""
+        del natural, design
+        return {}
+
+    def bioavailability(self, natural: Mapping[str, Tensor], design: Design) -> Mapping[int, Tensor]:
+        """Shares of doses that enter, by compartment; 1 where none is given."""
+        del natural, design
+        return {}
+
+    def infusion_rate(self, natural: Mapping[str, Tensor], design: Design) -> Mapping[int, Tensor]:
+        """Rates of infusions that the data leave to the model (RATE -1), by compartment."""
+        del natural, design
+        return {}
+
+    def infusion_duration(self, natural: Mapping[str, Tensor], design: Design) -> Mapping[int, Tensor]:
+        """Durations of infusions that the data leave to the model (RATE -2), by compartment."""
+        del natural, design
+        return {}
+
+    def check_design(self, design: Design, ids: Sequence[str] | None = None) -> None:
+        """Refuse doses into compartments that there are not, and such as no dose is; raises ``ValueError``."""
+        if self.dose_states is None or design.events is None:
+            return
+        one = design[:1]
+        phi = torch.zeros((1, len(self.parameters)), dtype=torch.float64)
+        natural = dict(zip(self.parameters.names, self.parameters.to_natural(phi).unbind(-1), strict=True))
+        check_doses(
+            design.events,
+            compartments=tuple(f"state {place}" for place in self.dose_states),
+            rates=tuple(self.infusion_rate(natural, one)),
+            durations=tuple(self.infusion_duration(natural, one)),
+            ids=ids,
+        )
+
     def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T C"]:
         """Noise-free signals at ``design.times``, differentiable through the steps that the solver took."""
         natural = dict(zip(self.parameters.names, self.parameters.to_natural(phi).unbind(-1), strict=True))
         times = times_for(phi, design)
-        states = solve(
-            self._equation(natural, design),
-            self.initial_state(natural, design),
-            start=self.start_time(natural, design),
-            times=times.expand(*phi.shape[:-1], times.shape[-1]),
-            solver=self.solver,
+        times = times.expand(*phi.shape[:-1], times.shape[-1])
+        equation, begin = self._equation(natural, design), self.initial_state(natural, design)
+        start = self.start_time(natural, design)
+        if self.dose_states is None:
+            states = solve(equation, begin, start=start, times=times, solver=self.solver)
+            return self.observe(states, natural, design)
+        doses = receive_doses(
+            write_out_doses(design),
+            phi[..., 0],
+            lag=self.lag(natural, design),
+            bioavailability=self.bioavailability(natural, design),
+            rate=self.infusion_rate(natural, design),
+            duration=self.infusion_duration(natural, design),
+        )
+        states = solve_through_doses(
+            equation, begin, start=start, times=times, doses=doses, places=self.dose_states, solver=self.solver
         )
         return self.observe(states, natural, design)
 

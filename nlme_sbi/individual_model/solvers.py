@@ -85,14 +85,30 @@ def solve(
     for column in times.unbind(-1):
         # Not clamp: its gradient would go to the time and not to the start where the two are equal.
         after = torch.where(column > now, column, now)
-        length = after - now
-        moves = length > 0
-        step = torch.where(moves, suggested / torch.where(moves, length, 1.0), 1.0).detach()
-        state, step = solver.advance(_scaled(equation, now, length), state, step)
-        suggested = torch.where(moves, step * length.detach(), suggested)
+        state, suggested = over_interval(equation, state, now, after, suggested, solver)
         now = after
         found.append(state)
     return torch.stack(found, dim=-2)
+
+
+def over_interval(
+    equation: Equation, state: Tensor, now: Tensor, after: Tensor, suggested: Tensor, solver: Solver
+) -> tuple[Tensor, Tensor]:
+    """The state ``(*batch, X)`` at ``after`` from that at ``now``, and the step that is suggested next.
+
+    Args:
+        equation: of the state.
+        state: at ``now``.
+        now: ``(*batch)``.
+        after: ``(*batch)``, not before ``now``; where it is equal nothing changes.
+        suggested: step in time units, NaN where nothing is known.
+        solver: that steps.
+    """
+    length = after - now
+    moves = length > 0
+    step = torch.where(moves, suggested / torch.where(moves, length, 1.0), 1.0).detach()
+    moved, step = solver.advance(_scaled(equation, now, length), state, step)
+    return moved, torch.where(moves, step * length.detach(), suggested)
 
 
 def _scaled(equation: Equation, now: Tensor, length: Tensor) -> Equation:
