@@ -239,7 +239,7 @@ def _save_tables(run: RunDirectory, fit: PopulationFit, simulator: Mapping[str, 
     }
     for name, text in texts.items():
         write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
-    save_json(run.path / "fit.json", {**fit.to_dict(), "simulator": simulator})
+    save_json(run.path / "fit.json", fit.estimates.with_simulator(simulator).to_dict())
 
 
 def _save_predictions(run: RunDirectory, frame: pd.DataFrame) -> None:

@@ -25,14 +25,12 @@ from nlme_sbi.population.theta_posterior.sampler import sample_theta as sampled_
 from nlme_sbi.runs import (
     RunDirectory,
     csv_text,
-    load_json,
     load_run,
     open_run,
     save_array,
     sources_of,
     write_atomically,
 )
-from nlme_sbi.runs.schema import FIT
 from nlme_sbi.stages.shared.components import part
 from nlme_sbi.stages.shared.stored_fit import StoredFit, find_fit, load_fit
 
@@ -113,7 +111,7 @@ def rebuilt_state(fit: StoredFit, estimator: Estimator, generator: torch.Generat
             raise TypeError(f"estimator {estimator.name} neither prepares draws nor makes them for a theta.")
         else:
             state = prepared
-        wished = int(load_json(fit.run.file("fit.json"), FIT)["draws"])
+        wished = fit.estimates.draws or 0
         while state.draws < wished:
             better = estimator.improve(state, fit.theta, observations, generator, times=-(-wished // state.draws))
             if isinstance(better, str):

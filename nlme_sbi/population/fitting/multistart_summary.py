@@ -13,7 +13,7 @@ from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import effective_draws
 from nlme_sbi.population.objective.optimization import Summit
-from nlme_sbi.population.results.fit_result import BEYOND, Restart
+from nlme_sbi.population.results.restart import BEYOND, Restart
 
 _SAME = 0.1  # largest distance of one and the same optimum, in standard errors
 _LEVEL = 0.05  # objectives this near are equal before Monte-Carlo error

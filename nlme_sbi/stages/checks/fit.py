@@ -254,7 +254,7 @@ def _npde(subject: FitSubject, among: Replicates, generator: torch.Generator) ->
 
 
 def _residuals(subject: FitSubject, among: Replicates, generator: torch.Generator) -> Outcome:
-    draws = _draws(subject.fit)
+    draws = subject.fit.kept_draws()
     with Progress(len(among.observations), "individual", "IWRES") as progress:
         good = goodness_of_fit(
             subject.fit.posterior.simulator,
@@ -285,7 +285,7 @@ def _population_checks(subject: FitSubject) -> Outcome:
 
 @torch.no_grad()
 def _random_effects(subject: FitSubject) -> RandomEffects:
-    fit, draws = subject.fit, _draws(subject.fit)
+    fit, draws = subject.fit, subject.fit.kept_draws()
     design = fit.observations.design.to(fit.device)
     return random_effects(
         draws,
@@ -309,7 +309,7 @@ def _covariates(fit: StoredFit, effects: RandomEffects) -> Outcome:
 
 def _curves(subject: FitSubject, shown: Shown) -> IndividualCurves:
     fit, rows = subject.fit, list(shown.rows)
-    draws = _draws(fit)
+    draws = fit.kept_draws()
     some = fit.observations[rows].to(fit.device)
     with Progress(2 * len(rows), "individual", "curves") as progress:
         return individual_curves(
@@ -320,12 +320,3 @@ def _curves(subject: FitSubject, shown: Shown) -> IndividualCurves:
             generator=subject.generator(CURVES_STREAM),
             advance=progress.update,
         )
-
-
-def _draws(fit: StoredFit) -> Float[Tensor, "I S D"]:
-    if fit.draws is None:
-        raise ValueError(
-            f"{fit.run.path} kept no draws of its individuals (individuals.draws=0), which this part is made "
-            "from. Fit again with individuals.draws=200."
-        )
-    return fit.draws
