@@ -402,18 +402,66 @@ class DesignSource(Protocol):
 class PosteriorSamples:
     """Draws from every individual's posterior under the training prior.
 
-    ``phi (I, S, D)`` unconstrained; ``log_q (I, S)`` their normalised log density under the sampler.
+    Args:
+        names: of the ``D`` parameters.
+        phi: ``(I, S, D)`` unconstrained.
+        log_q: ``(I, S)`` their normalised log density under the sampler that they come from, before any weights; None
+            where it has none that is known, as Markov chains and ABC.
+        prior: the training prior.
+        log_weights: ``(I, S)`` with which the draws stand for the posterior, in any normalisation of each individual's;
+            -inf for a draw that does not count. None where all count alike.
+
+    Raises:
+        ValueError: where shapes disagree, or an individual's weights are NaN, infinite or all 0.
     """
 
     names: tuple[str, ...]
     phi: Float[Tensor, "I S D"]
-    log_q: Float[Tensor, "I S"]
+    log_q: Float[Tensor, "I S"] | None
     prior: Prior
+    log_weights: Float[Tensor, "I S"] | None = None
 
     def __post_init__(self) -> None:
-        if len(self.names) != self.phi.shape[2] or self.phi.shape[:2] != self.log_q.shape:
+        shape = self.phi.shape[:2]
+        beside = {"log_q": self.log_q, "log_weights": self.log_weights}
+        given = {name: tuple(value.shape) for name, value in beside.items() if value is not None}
+        if len(self.names) != self.phi.shape[2] or any(found != tuple(shape) for found in given.values()):
+            shapes = ", ".join(f"{name} {found}" for name, found in {"phi": tuple(self.phi.shape), **given}.items())
+            raise ValueError(f"{shapes} and {len(self.names)} names disagree.")
+        if self.log_weights is not None:
+            wrong = ~(self.log_weights < torch.inf).all(1) | torch.isneginf(self.log_weights).all(1)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"log_weights of {int(wrong.sum())} of {len(wrong)} individuals are NaN, infinite, or give no draw "
+                    f"any weight; first: individual {int(wrong.nonzero()[0, 0])}, counted from 0. Give every "
+                    "individual a draw of finite weight, and -inf to draws that do not count."
+                )
+
+    def __getitem__(self, rows: Tensor | list[int]) -> PosteriorSamples:
+        """Draws of some individuals."""
+        log_q = None if self.log_q is None else self.log_q[rows]
+        log_weights = None if self.log_weights is None else self.log_weights[rows]
+        return PosteriorSamples(self.names, self.phi[rows], log_q, self.prior, log_weights)
+
+    def densities(self, purpose: str) -> Float[Tensor, "I S"]:
+        """``log_q``, where something needs the density of the draws themselves.
+
+        Raises:
+            ValueError: there is none; ``purpose`` says what cannot be done.
+        """
+        if self.log_q is None:
             raise ValueError(
-                f"phi {tuple(self.phi.shape)}, log_q {tuple(self.log_q.shape)} and {len(self.names)} names disagree."
+                f"{purpose} needs the density of the draws (log_q), which these draws do not have, as those of Markov "
+                "chains and ABC. Take a posterior that has one, such as a trained network, or leave this out."
+            )
+        return self.log_q
+
+    def require_equal_weights(self, purpose: str) -> None:
+        """Raise ``ValueError`` where draws carry weights; ``purpose`` says what cannot be done with them."""
+        if self.log_weights is not None:
+            raise ValueError(
+                f"{purpose} needs independent draws of equal weight, and these carry weights (log_weights). Take a "
+                "posterior without weights, such as a trained network, or leave this out."
             )
 
 

@@ -206,7 +206,8 @@ class _Sampler:
         individuals, ensembles, walkers = self.phi.shape[:3]
         drawn = self.target.posterior.sample(self.target.observations, ensembles * walkers, self.generator)
         proposal = drawn.phi.double().reshape(self.phi.shape)
-        log_q = drawn.log_q.double().reshape(individuals, ensembles, walkers)
+        log_q = drawn.densities("Proposing draws of the posterior").double()
+        log_q = log_q.reshape(individuals, ensembles, walkers)
         every = torch.arange(walkers, device=self.phi.device)
         self._accept(every, proposal, self.target.log_q(self.phi) - log_q)
 

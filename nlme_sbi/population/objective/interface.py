@@ -34,6 +34,14 @@ class DrawBlock(Protocol):
 
 
 @runtime_checkable
+class GivenWeights(Protocol):
+    """A block of draws that stood for the individuals' posteriors with weights of their own, before any theta."""
+
+    def given_weights(self) -> Tensor | None:
+        """These weights, ``(i, S)``, adding up to 1 for every individual; None where all draws counted alike."""
+
+
+@runtime_checkable
 class WeightedDraws(Protocol):
     """What an estimator prepares: fixed draws of every individual with weights that depend on ``theta``."""
 

@@ -55,7 +55,7 @@ def agreement_checks(subject: Subject, *, of_data: bool) -> Outcome:
     if settings.chains == 0 or of_data == (subject.observations is None):
         return outcome
     chosen = chosen_by_share(found, settings.chains)
-    few = PosteriorSamples(drawn.names, drawn.phi[chosen], drawn.log_q[chosen], drawn.prior)
+    few = drawn[chosen]
     made_of = observations[chosen]
     return outcome.joined(
         attempted_check(
