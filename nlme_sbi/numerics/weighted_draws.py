@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nlme_sbi.posteriors import PosteriorSamples
+
 
 def mean_one(log_weights: Float[Tensor, "I S"]) -> Float[Tensor, "I S"]:
     """Log weights, float64, in the normalisation in which each individual's weights have mean 1: what a plain mean over
@@ -26,6 +28,41 @@ def systematic_places(log_weights: Float[Tensor, "I S"], count: int) -> Int[Tens
     wished = (torch.arange(count, dtype=ends.dtype, device=ends.device) + 0.5) / count
     places = torch.searchsorted(ends.contiguous(), (wished * ends[:, -1:]).contiguous())
     return places.clamp_max(log_weights.shape[1] - 1)
+
+
+def require_densities(samples: PosteriorSamples, purpose: str) -> Float[Tensor, "I S"]:
+    """Log densities of the draws, for what cannot do without.
+
+    Args:
+        samples: the draws.
+        purpose: what needs them, for the message.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if samples.log_q is None:
+        raise ValueError(
+            f"{purpose} needs the density of the draws (log_q), which these draws do not have, as those of Markov "
+            "chains and ABC. Take a posterior that has one, such as a trained network, or leave this out."
+        )
+    return samples.log_q
+
+
+def require_equal_weights(samples: PosteriorSamples, purpose: str) -> None:
+    """Refuse draws that carry weights, for what counts them all alike.
+
+    Args:
+        samples: the draws.
+        purpose: what needs that, for the message.
+
+    Raises:
+        ValueError: they do.
+    """
+    if samples.log_weights is not None:
+        raise ValueError(
+            f"{purpose} needs independent draws of equal weight, and these carry weights (log_weights). Take a "
+            "posterior without weights, such as a trained network, or leave this out."
+        )
 
 
 def equal_draws(

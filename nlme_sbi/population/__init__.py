@@ -1,4 +1,4 @@
-"""Population models and their estimators; posteriors are known only as the Protocol in :mod:`nlme_sbi.types`."""
+"""Population models and their estimators; posteriors are known only as the Protocol of :mod:`nlme_sbi.posteriors`."""
 
 from nlme_sbi.compute.progress import FitProgress
 from nlme_sbi.population.estimators.auto import Auto

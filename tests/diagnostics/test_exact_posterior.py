@@ -17,7 +17,8 @@ from nlme_sbi.diagnostics.network.reference_mcmc import ChainSettings, LongChain
 from nlme_sbi.diagnostics.network.simulated_posteriors import good_simulations, observations_of, posterior_pairs
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.types import Observations, PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Observations
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conjugate import GRID, PRECISION, PRIOR, SIMULATOR, ConjugatePosterior, Level

@@ -13,7 +13,8 @@ from test_exact import Curved, linear_case
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, PriorRatio, fit_population
 from nlme_sbi.population.results.individual_map import individual_modes
-from nlme_sbi.types import Observations, PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Observations
 
 DOUBLE = torch.float64
 NO_SIGMA = torch.diag(torch.tensor([0.6, 0.5, 0.0], dtype=DOUBLE).square())

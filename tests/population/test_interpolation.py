@@ -21,7 +21,8 @@ from nlme_sbi.population.objective.objective import hessian, value_and_gradient
 from nlme_sbi.population.theta_posterior.interpolation import interpolated
 from nlme_sbi.population.theta_posterior.prior import ThetaPriors
 from nlme_sbi.population.theta_posterior.sampler import EnsembleSampler, sample_theta, support_warnings
-from nlme_sbi.types import Design, Observations, PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Design, Observations
 
 DOUBLE = torch.float64
 INDIVIDUALS, TIMES = 8, 4

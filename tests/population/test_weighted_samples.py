@@ -18,7 +18,8 @@ from nlme_sbi.population import GaussianPopulation, PriorRatio, fit_population
 from nlme_sbi.population.estimators.initialization import _network_draws
 from nlme_sbi.population.estimators.prior_ratio import RatioDraws
 from nlme_sbi.population.objective.objective import contributions, effective_draws, log_mean_error
-from nlme_sbi.types import Observations, PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Observations
 
 DOUBLE = torch.float64
 MEAN = [0.5, -0.3, 0.8]

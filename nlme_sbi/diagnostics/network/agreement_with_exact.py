@@ -24,7 +24,9 @@ from torch import Tensor
 
 from nlme_sbi.diagnostics.network.ranks import ranked
 from nlme_sbi.numerics.pareto_k import pareto_shape
-from nlme_sbi.types import Observations, PosteriorSamples, TractableSimulator
+from nlme_sbi.numerics.weighted_draws import require_densities, require_equal_weights
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Observations, TractableSimulator
 
 _CELLS_AT_ONCE = 2_000_000  # draws times measurements
 _PURPOSE = "Comparing with the exact posterior"
@@ -80,8 +82,8 @@ def exact_log_weights(
     Raises:
         ValueError: the draws have no density, or carry weights.
     """
-    drawn.require_equal_weights(_PURPOSE)
-    log_q = drawn.densities(_PURPOSE)
+    require_equal_weights(drawn, _PURPOSE)
+    log_q = require_densities(drawn, _PURPOSE)
     likelihoods = []
     measured = max(1, observations.values[0].numel())
     rows = max(1, _CELLS_AT_ONCE // (measured * drawn.phi.shape[1]))

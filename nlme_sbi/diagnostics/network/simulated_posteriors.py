@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nlme_sbi.numerics.weighted_draws import require_densities, require_equal_weights
+from nlme_sbi.posteriors import Posterior
 from nlme_sbi.simulation.shards import simulate_batch
-from nlme_sbi.types import DesignSource, Observations, Posterior, Prior, Simulations, Simulator
+from nlme_sbi.types import DesignSource, Observations, Prior, Simulations, Simulator
 
 FEWEST_PAIRS, FEWEST_DRAWS = 50, 20
 _AT_ONCE = 50  # individuals between two movements of the progress bar
@@ -142,8 +144,8 @@ def posterior_pairs(
     for rows in blocks:
         some, true = observations[rows], truth[rows]
         drawn = posterior.sample(some, draws, generator)
-        drawn.require_equal_weights("Calibration by ranks")
-        log_q = drawn.densities("Calibration of the log density")
+        require_equal_weights(drawn, "Calibration by ranks")
+        log_q = require_densities(drawn, "Calibration of the log density")
         log_q_of_truth = posterior.log_prob(true[:, None], some)[:, 0]
         pool = torch.cat([true[:, None], drawn.phi], 1).double()
         weights = () if density is None else (log_ratio(density, posterior.prior, pool),)

@@ -16,7 +16,8 @@ from nlme_sbi.population.models.labels import named
 from nlme_sbi.population.objective.interface import Source
 from nlme_sbi.population.objective.likelihood_point import NoLikelihoodError
 from nlme_sbi.population.objective.subsets import of_individuals
-from nlme_sbi.types import Observations, PosteriorSamples, Simulator, TractableSimulator
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Observations, Simulator, TractableSimulator
 
 _FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from
 _CLIMBERS = 3  # starts of Newton's method for each individual, before symmetries

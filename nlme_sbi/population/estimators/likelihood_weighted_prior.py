@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.types import Observations, PosteriorSamples, Prior, TractableSimulator
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Observations, Prior, TractableSimulator
 
 _POOL, _LEAST_POOL = 4000, 400  # draws of the prior that are looked at for everybody
 _PREDICTED = 40_000_000  # predictions beyond which the pool is smaller

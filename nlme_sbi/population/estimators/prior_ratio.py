@@ -41,7 +41,8 @@ from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective import draw_checks as checks
 from nlme_sbi.population.objective.interface import Source, WeightedDraws
 from nlme_sbi.population.objective.objective import contributions
-from nlme_sbi.types import Design, Observations, Posterior, PosteriorSamples, Prior
+from nlme_sbi.posteriors import Posterior, PosteriorSamples
+from nlme_sbi.types import Design, Observations, Prior
 
 _CHUNK = {"cpu": 65536, "cuda": 4_000_000}  # draws in a block: a CPU's cache, a GPU's width
 _GIB = 2.0**30

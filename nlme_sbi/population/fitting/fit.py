@@ -37,7 +37,8 @@ from nlme_sbi.population.objective.individuals import IndividualEstimates, indiv
 from nlme_sbi.population.objective.interface import Source
 from nlme_sbi.population.objective.variance_tests import variance_tests
 from nlme_sbi.population.results.fit_result import PopulationFit
-from nlme_sbi.types import Observations, Posterior
+from nlme_sbi.posteriors import Posterior
+from nlme_sbi.types import Observations
 
 logger = logging.getLogger(__name__)
 

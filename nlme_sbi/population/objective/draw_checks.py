@@ -12,7 +12,8 @@ from torch import Tensor
 from nlme_sbi.numerics.weighted_draws import mean_one
 from nlme_sbi.population.models.interface import PopulationModel, covariances_of, means_of
 from nlme_sbi.population.models.labels import _NAMED, named
-from nlme_sbi.types import Design, Observations, PosteriorSamples, Prior
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Design, Observations, Prior
 
 _FALSE_ALARMS = 0.01  # chance that anybody is named where posteriors are exact and Gaussian
 _TAIL = 0.025  # what lies in the tails: beyond 2.2 SD in one dimension

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.types import Design, Posterior, PosteriorSamples, Prior
+from nlme_sbi.posteriors import Posterior, PosteriorSamples
+from nlme_sbi.types import Design, Prior
 
 Source = Posterior | PosteriorSamples
 

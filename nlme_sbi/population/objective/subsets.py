@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nlme_sbi.population.objective.interface import Source
-from nlme_sbi.types import PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
 
 
 def random_part(individuals: int, most: int, generator: torch.Generator) -> Int[Tensor, " part"]:

@@ -16,7 +16,8 @@ from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, fi
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.individuals import IndividualModes, ModeKind, resampled_draws
 from nlme_sbi.population.results.fit_result import PopulationFit
-from nlme_sbi.types import Observations, Posterior, TractableSimulator
+from nlme_sbi.posteriors import Posterior
+from nlme_sbi.types import Observations, TractableSimulator
 
 _DRAWS = 50  # of each individual, of which the best is climbed from, or is the answer
 _TOLERANCE = 1e-5  # promised gain at which a climb ends: 0.005 posterior SDs from the top of a parabola

@@ -14,9 +14,10 @@ from nlme_sbi.diagnostics.network.agreement_with_exact import Agreement, agreeme
 from nlme_sbi.diagnostics.network.c2st import c2st
 from nlme_sbi.diagnostics.network.reference_mcmc import ChainSettings, long_chains
 from nlme_sbi.diagnostics.network.simulated_posteriors import good_simulations, observations_of
+from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.stages.checks.network import Subject, attempted_check
 from nlme_sbi.stages.checks.outcome import Outcome
-from nlme_sbi.types import Observations, PosteriorSamples, TractableSimulator
+from nlme_sbi.types import Observations, TractableSimulator
 
 AGREEMENT_STREAM, CHAINS_STREAM = range(52, 54)
 CHAINS_TITLE = "Long Markov chains of a few individuals"
