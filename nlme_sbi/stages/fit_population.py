@@ -20,8 +20,7 @@ from nlme_sbi.config.conversion import convert
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.designs import Reader
 from nlme_sbi.io import describe
-from nlme_sbi.population.estimators.auto import Auto
-from nlme_sbi.population.estimators.interface import Estimator, ThetaDependentEstimator
+from nlme_sbi.population.estimators.interface import Estimator, EstimatorChoice, ThetaDependentEstimator
 from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior
 from nlme_sbi.population.fitting.fit import fit_population as fit_population_model
 from nlme_sbi.population.models.interface import PopulationSpecification
@@ -203,7 +202,7 @@ def fit_population(cfg: DictConfig) -> float:
 def _estimator(plain: Mapping[str, Any], posterior: AnyPosterior, trust: tuple[str, ...]) -> tuple[Estimator, str]:
     """The estimator and, where it was left open, why it is this one; refused where nothing was trained for it."""
     section = instantiate(plain["estimator"], trust=trust, where="estimator")
-    if isinstance(section, Auto):
+    if isinstance(section, EstimatorChoice):
         return section.choose(posterior)
     estimator: Estimator = part(plain["estimator"], Estimator, where="estimator", trust=trust)
     if isinstance(posterior, LikelihoodWeightedPrior) and not isinstance(estimator, ThetaDependentEstimator):

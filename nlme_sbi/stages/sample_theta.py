@@ -15,8 +15,8 @@ from nlme_sbi.compute.progress_bar import ProgressBar
 from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
-from nlme_sbi.population.estimators.auto import Auto, chosen_estimator
-from nlme_sbi.population.estimators.interface import Estimator, ThetaDependentEstimator
+from nlme_sbi.population.estimators.auto import chosen_estimator
+from nlme_sbi.population.estimators.interface import Estimator, EstimatorChoice, ThetaDependentEstimator
 from nlme_sbi.population.objective.interface import NoDraws, WeightedDraws
 from nlme_sbi.population.theta_posterior.draws import ThetaDraws
 from nlme_sbi.population.theta_posterior.prior import ThetaPriors
@@ -61,7 +61,7 @@ def sample_theta(cfg: DictConfig) -> float:
     prior = priors.bind(fit.population, fit.posterior.prior)
     settings.walkers_for(len(fit.population.unknowns.free))
     made = instantiate(upstream.section("estimator"), trust=trust, where="estimator", roles=STORED_ROLES)
-    if not isinstance(made, (Estimator, Auto)):
+    if not isinstance(made, (Estimator, EstimatorChoice)):
         raise ValueError(f"estimator is a {type(made).__name__}, which is no Estimator; fit again with fresh=true.")
     estimator, _ = chosen_estimator(made, fit.posterior)
     run = open_run(
