@@ -6,7 +6,7 @@ Every batch is a function of (seed, step) alone, so a resumed run sees exactly t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,7 +22,18 @@ class TrainingError(RuntimeError):
 
 
 @runtime_checkable
-class PairSource(Protocol):
+class BatchSource(Protocol):
+    """Where a network's training batches come from; what a batch is, the loss knows."""
+
+    def batch(self, step: int) -> Any:
+        """The batch of one step; depends on the step alone."""
+
+    def validation(self, count: int) -> Any:
+        """What is held out, with a length, in slices of rows."""
+
+
+@runtime_checkable
+class PairSource(BatchSource, Protocol):
     """Where training pairs come from."""
 
     def batch(self, step: int) -> Simulations:
