@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.compute.progress_bar import ProgressBar
-from nlme_sbi.compute.random_streams import seeded
+from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.designs import Reader
@@ -56,10 +56,6 @@ from nlme_sbi.stages.shared.trained_posterior import (
 from nlme_sbi.types import Observations
 
 log = logging.getLogger(__name__)
-
-DRAWS_STREAM, FIGURES_STREAM = range(10, 12)
-UNCERTAINTY_STREAM, PREDICTIONS_STREAM = range(30, 32)
-INDIVIDUALS_STREAM = 20
 
 
 @dataclass(frozen=True)
@@ -155,7 +151,7 @@ def fit_population(cfg: DictConfig) -> float:
                 observations,
                 population,
                 estimator=estimator,
-                generator=seeded(device, seed, DRAWS_STREAM),
+                generator=seeded(device, seed, Stream.FIT_DRAWS),
                 starts=settings.starts,
                 accuracy=settings.accuracy,
                 progress=progress.report,
@@ -163,13 +159,13 @@ def fit_population(cfg: DictConfig) -> float:
             fit = add_intervals(
                 fit,
                 settings.uncertainty,
-                generator=seeded(device, seed, UNCERTAINTY_STREAM),
+                generator=seeded(device, seed, Stream.FIT_UNCERTAINTY),
                 progress=progress.report,
             )
         # Nothing that comes after the estimates may cost them: they are written at once, and again with the modes.
         simulator = upstream[0].section("simulator") if upstream else plain["simulator"]
         _save_tables(run, fit, simulator)
-        generator = seeded(device, seed, INDIVIDUALS_STREAM)
+        generator = seeded(device, seed, Stream.FIT_INDIVIDUALS)
         if wished.modes:
             search = partial(individual_modes, fit, observations, posterior, generator=generator)
             fit = replace(fit, modes=attempted("The search for the individuals' modes", search))
@@ -178,7 +174,7 @@ def fit_population(cfg: DictConfig) -> float:
         attempted("influence.csv", partial(_save_influence, run, fit))
         save_individuals(run, fit, observations, draws=wished.draws, generator=generator)
         if predicted.table:
-            noise = seeded(device, seed, PREDICTIONS_STREAM)
+            noise = seeded(device, seed, Stream.FIT_PREDICTIONS)
             made = partial(predictions_frame, fit, observations, posterior.simulator, settings=predicted)
             attempted("predictions.csv", lambda: _save_predictions(run, made(generator=noise)))
         save_figures(
@@ -186,7 +182,7 @@ def fit_population(cfg: DictConfig) -> float:
             fit,
             posterior,
             observations,
-            generator=seeded(device, seed, FIGURES_STREAM),
+            generator=seeded(device, seed, Stream.FIT_FIGURES),
             individuals=settings.panels,
         )
         run.finish(_results(fit))

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.compute.progress import FitProgress
 from nlme_sbi.compute.progress_bar import ProgressBar
-from nlme_sbi.compute.random_streams import seeded
+from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
 from nlme_sbi.population.estimators.auto import chosen_estimator
@@ -35,8 +35,6 @@ from nlme_sbi.stages.shared.components import part
 from nlme_sbi.stages.shared.stored_fit import StoredFit, find_fit, load_fit
 
 log = logging.getLogger(__name__)
-
-STATE_STREAM, CHAINS_STREAM = range(40, 42)
 
 
 def sample_theta(cfg: DictConfig) -> float:
@@ -82,13 +80,13 @@ def sample_theta(cfg: DictConfig) -> float:
         seed = int(plain["seed"])
         with ProgressBar() as progress:
             progress.report(FitProgress("draws", 0, 0))
-            state = rebuilt_state(fit, estimator, seeded(device, seed, STATE_STREAM))
+            state = rebuilt_state(fit, estimator, seeded(device, seed, Stream.THETA_STATE))
             found = sampled_from_posterior(
                 state,
                 fit.theta,
                 prior,
                 covariance=fit.covariance,
-                generator=seeded(device, seed, CHAINS_STREAM),
+                generator=seeded(device, seed, Stream.THETA_CHAINS),
                 settings=settings,
                 ids=fit.observations.ids,
                 progress=progress.report,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nlme_sbi.compute.distributed import Team
-from nlme_sbi.compute.random_streams import PILOT_STREAM, TRAINING_STREAM, VALIDATION_STREAM, seeded
+from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.simulation.shards import simulate_batch
 from nlme_sbi.types import DesignSource, Prior, Simulations, Simulator
 
@@ -84,13 +84,13 @@ class OnlinePairs:
         return drawn[good.nonzero()[:, 0]]
 
     def batch(self, step: int) -> Simulations:
-        return self._draw(self.batch_size, TRAINING_STREAM, step)
+        return self._draw(self.batch_size, Stream.TRAINING, step)
 
     def validation(self, count: int) -> Simulations:
-        return self._draw(count, VALIDATION_STREAM)
+        return self._draw(count, Stream.VALIDATION)
 
     def pilot(self, count: int) -> Simulations:
-        return self._draw(count, PILOT_STREAM)
+        return self._draw(count, Stream.PILOT)
 
 
 @runtime_checkable
@@ -123,7 +123,7 @@ class StoredPairs:
     def batch(self, step: int) -> Simulations:
         epoch, place = divmod(step, self.batches_per_epoch)
         if epoch != self._epoch:
-            generator = seeded("cpu", self.seed, TRAINING_STREAM, epoch)
+            generator = seeded("cpu", self.seed, Stream.TRAINING, epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self._training), generator=generator)
         chosen = self._order[place * self.batch_size : (place + 1) * self.batch_size]
         return self.stored.rows(self._training[chosen]).to(self.device)
@@ -132,7 +132,7 @@ class StoredPairs:
         return self.stored.rows(self._validation[:count]).to(self.device)
 
     def pilot(self, count: int) -> Simulations:
-        chosen = torch.randperm(len(self._training), generator=seeded("cpu", self.seed, PILOT_STREAM))[:count]
+        chosen = torch.randperm(len(self._training), generator=seeded("cpu", self.seed, Stream.PILOT))[:count]
         return self.stored.rows(self._training[chosen]).to(self.device)
 
 
