@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Assessment,
         Auto,
         Exact,
+        FitEstimates,
         GaussianPopulation,
         Laplace,
         PopulationFit,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from nlme_sbi.population.theta_posterior.individuals import new_individuals
     from nlme_sbi.population.theta_posterior.prior import ThetaPriors
     from nlme_sbi.population.theta_posterior.sampler import EnsembleSampler, sample_theta
+    from nlme_sbi.posteriors import PosteriorSamples
     from nlme_sbi.runs import find_run, load_run
     from nlme_sbi.simulation.shards import SimulationSettings
     from nlme_sbi.training.loop import TrainingSettings, train_posterior
@@ -76,6 +78,7 @@ __all__ = [
     "Events",
     "Exact",
     "Exponential",
+    "FitEstimates",
     "FixedGrid",
     "GaussianMixtureFlow",
     "GaussianPopulation",
@@ -94,6 +97,7 @@ __all__ = [
     "PooledSummary",
     "PopulationFit",
     "PosteriorEnsemble",
+    "PosteriorSamples",
     "PriorRatio",
     "Proportional",
     "RandomTimes",
@@ -197,6 +201,7 @@ _ROOMS = {
         "Assessment",
         "Auto",
         "Exact",
+        "FitEstimates",
         "GaussianPopulation",
         "Laplace",
         "PopulationFit",
@@ -216,6 +221,7 @@ _ROOMS = {
         "EnsembleSampler",
         "sample_theta",
     ),
+    "posteriors": ("PosteriorSamples",),
     "runs": (
         "find_run",
         "load_run",

@@ -24,6 +24,7 @@ from nlme_sbi.report.sections.estimates import likelihood_table, parameter_table
 from nlme_sbi.runs import FinishedRun
 from nlme_sbi.runs.files import load_json, save_json
 from nlme_sbi.runs.schema import FIT
+from nlme_sbi.stages.shared.stored_fit import stored_estimates
 
 SIMULATOR = {"_target_": "simulators.theophylline.Theophylline"}
 
@@ -184,6 +185,17 @@ DAMAGES = {
     "words in a table": (("table", "parameters", 0, "omega"), [], r"table\.parameters\[0\]\.omega must be a number"),
     "a count in words": (("draws",), "many", "draws must be an integer"),
 }
+
+
+def test_a_damaged_file_is_named_with_the_place_and_a_remedy(tmp_path: Path) -> None:
+    run = FinishedRun(tmp_path, {"outputs": {"fit.json": {}}})
+    save_json(tmp_path / "fit.json", textbook().to_dict())
+    assert stored_estimates(run).table().text() == textbook().table().text()
+    plain = textbook().to_dict()
+    plain["table"]["parameters"][0]["omega"] = "wide"
+    save_json(tmp_path / "fit.json", plain)
+    with pytest.raises(ValueError, match=r"fit\.json is damaged: table\.parameters\[0\]\.omega must .* fresh=true"):
+        stored_estimates(run)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
