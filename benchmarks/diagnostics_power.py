@@ -35,10 +35,11 @@ from nlme_sbi.diagnostics.network.calibration import calibration
 from nlme_sbi.diagnostics.network.calibration_findings import calibration_findings
 from nlme_sbi.diagnostics.network.simulated_posteriors import PosteriorPairs, observations_of, posterior_pairs
 from nlme_sbi.networks.posterior import AmortizedPosterior, load_weights
+from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.simulation.shards import simulate_batch
 from nlme_sbi.training.loop import train
 from nlme_sbi.training.pairs import OnlinePairs
-from nlme_sbi.types import Observations, PosteriorSamples
+from nlme_sbi.types import Observations
 
 INDIVIDUALS, DRAWS, EXACT = 1000, 300, 100
 ERROR_RATE, TOLERANCE = 0.05, 0.1

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         Assessment,
         Auto,
         Exact,
+        FitEstimates,
         GaussianPopulation,
         Laplace,
         PopulationFit,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from nlme_sbi.population.theta_posterior.individuals import new_individuals
     from nlme_sbi.population.theta_posterior.prior import ThetaPriors
     from nlme_sbi.population.theta_posterior.sampler import EnsembleSampler, sample_theta
+    from nlme_sbi.posteriors import PosteriorSamples
     from nlme_sbi.runs import find_run, load_run
     from nlme_sbi.simulation.shards import SimulationSettings
     from nlme_sbi.training.loop import TrainingSettings, train_posterior
@@ -79,6 +81,7 @@ __all__ = [
     "Events",
     "Exact",
     "Exponential",
+    "FitEstimates",
     "FixedGrid",
     "GaussianMixtureFlow",
     "GaussianPopulation",
@@ -98,6 +101,7 @@ __all__ = [
     "PooledSummary",
     "PopulationFit",
     "PosteriorEnsemble",
+    "PosteriorSamples",
     "PriorOfData",
     "PriorRatio",
     "Proportional",
@@ -212,6 +216,7 @@ _ROOMS = {
         "Assessment",
         "Auto",
         "Exact",
+        "FitEstimates",
         "GaussianPopulation",
         "Laplace",
         "PopulationFit",
@@ -231,6 +236,7 @@ _ROOMS = {
         "EnsembleSampler",
         "sample_theta",
     ),
+    "posteriors": ("PosteriorSamples",),
     "runs": (
         "find_run",
         "load_run",

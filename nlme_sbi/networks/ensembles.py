@@ -13,13 +13,14 @@ from torch import Tensor
 
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.parameters import ParameterSpace
+from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.runs import FinishedRun, load_run
-from nlme_sbi.types import Observations, PosteriorSamples, Prior, Simulator
+from nlme_sbi.types import Observations, Prior, Simulator
 
 
 @dataclass(frozen=True, eq=False)
 class PosteriorEnsemble:
-    r"""The density :math:`\frac1K \sum_k q_k(\phi \mid y)` of ``K`` networks, as a :class:`nlme_sbi.types.Posterior`.
+    r"""The density :math:`\frac1K \sum_k q_k(\phi \mid y)` of ``K`` networks, a :class:`nlme_sbi.posteriors.Posterior`.
 
     Networks that were trained with different seeds err in different places; where one of them misses a part of the
     posterior, the mixture still covers it, and importance weights stay bounded by ``K`` times those of the best member.

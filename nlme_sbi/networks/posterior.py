@@ -24,18 +24,10 @@ from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings, workin
 from nlme_sbi.networks.scaling import ParameterScaling
 from nlme_sbi.networks.summaries import DataShape, SummaryNetwork, SummarySettings
 from nlme_sbi.parameters import ParameterSpace
+from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run, require_same_sources, require_unedited
 from nlme_sbi.runs.schema import DISTINCT, POSITIVE, Rule
-from nlme_sbi.types import (
-    CheckingSimulator,
-    Design,
-    DesignSource,
-    Observations,
-    PosteriorSamples,
-    Prior,
-    Simulations,
-    Simulator,
-)
+from nlme_sbi.types import CheckingSimulator, Design, DesignSource, Observations, Prior, Simulations, Simulator
 from nlme_sbi.units import check_units
 
 # Of a run's configuration, what a trained network rests on.
@@ -241,7 +233,7 @@ def initial_network(
 
 @dataclass(frozen=True, eq=False)
 class AmortizedPosterior:
-    """A trained network as a :class:`nlme_sbi.types.Posterior`: draws and densities for any covered individuals.
+    """A trained network as a :class:`nlme_sbi.posteriors.Posterior`: draws and densities for any covered individuals.
 
     Args:
         network: trained, in evaluation mode.

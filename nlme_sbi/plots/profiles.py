@@ -4,41 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.interpolate import PchipInterpolator
+from scipy.stats import chi2
 
 from nlme_sbi.plots.canvas import BLUE, GREY, TEXT_SIZE, VERMILION, data_text, legend_above, panels
+from nlme_sbi.population.results.intervals import ProfileCurve
 
 _TOP = 12.0  # of the drop in -2 log L that is shown
 
 
-def plot_profiles(profiles: Sequence[Mapping[str, Any]], errors: Mapping[str, float | None]) -> Figure:
+def plot_profiles(profiles: Sequence[ProfileCurve], errors: Mapping[str, float | None]) -> Figure:
     """Twice the log-likelihood lost over each unknown, the limit of its interval, and the parabola of its error.
 
     Args:
-        profiles: entries with unknown, estimate, threshold, points and drops (as stored with a fit).
+        profiles: of the unknowns.
         errors: standard error of each unknown, for the parabola.
     """
     figure, axes = panels(len(profiles), columns=3, row_height=1.8)
     for ax, one in zip(axes, profiles, strict=True):
-        points, drops = np.array(one["points"], float), np.array(one["drops"], float)
+        points, drops = np.array(one.points, float), np.array(one.drops, float)
+        threshold = float(chi2.ppf(one.level, 1))
         shown = drops <= _TOP
-        error = errors.get(str(one["unknown"]))
+        error = errors.get(one.unknown)
         if error:
             reach = np.linspace(points[shown].min(), points[shown].max(), 100)
-            parabola = ((reach - one["estimate"]) / error) ** 2
+            parabola = ((reach - one.estimate) / error) ** 2
             kept = parabola <= _TOP
             ax.plot(
                 reach[kept], parabola[kept], color=GREY, linewidth=1.0, linestyle="--", label="from the standard error"
             )
-        ax.plot(*_smooth(points, drops, float(one["estimate"])), color=BLUE, linewidth=1.3, label="profile")
+        ax.plot(*_smooth(points, drops, one.estimate), color=BLUE, linewidth=1.3, label="profile")
         ax.plot(points[shown], drops[shown], "o", color=BLUE, markersize=2.5)
-        ax.axhline(one["threshold"], color=VERMILION, linewidth=0.9, label="limit of the interval")
-        ax.set_ylim(0, math.ceil(max(1.6 * one["threshold"], float(drops[shown].max()) * 1.05)))
-        ax.set_xlabel(data_text(str(one["unknown"])), fontsize=TEXT_SIZE)
+        ax.axhline(threshold, color=VERMILION, linewidth=0.9, label="limit of the interval")
+        ax.set_ylim(0, math.ceil(max(1.6 * threshold, float(drops[shown].max()) * 1.05)))
+        ax.set_xlabel(data_text(one.unknown), fontsize=TEXT_SIZE)
     figure.supylabel("loss of 2 log L", fontsize=TEXT_SIZE)
     legend_above(figure, axes[0], columns=3)
     return figure

@@ -1,4 +1,4 @@
-"""Population models and their estimators; posteriors are known only as the Protocol in :mod:`nlme_sbi.types`."""
+"""Population models and their estimators; posteriors are known only as the Protocol of :mod:`nlme_sbi.posteriors`."""
 
 from nlme_sbi.compute.progress import FitProgress
 from nlme_sbi.population.estimators.auto import Auto
@@ -8,6 +8,7 @@ from nlme_sbi.population.estimators.prior_ratio import PriorRatio
 from nlme_sbi.population.estimators.saem.saem import Saem
 from nlme_sbi.population.fitting.fit import fit_population
 from nlme_sbi.population.models.specification import GaussianPopulation
+from nlme_sbi.population.results.estimates import FitEstimates
 from nlme_sbi.population.results.fit_result import PopulationFit, individual_draws
 from nlme_sbi.population.results.table import PopulationTable
 from nlme_sbi.population.uncertainty.bootstrap import Bootstrap, bootstrap
@@ -19,6 +20,7 @@ __all__ = [
     "Auto",
     "Bootstrap",
     "Exact",
+    "FitEstimates",
     "FitProgress",
     "GaussianPopulation",
     "Laplace",

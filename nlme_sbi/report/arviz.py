@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.results.estimates import FitEstimates
 from nlme_sbi.population.theta_posterior.draws import normal_theta
-from nlme_sbi.population.theta_posterior.individuals import individuals_over_theta
-from nlme_sbi.report.inputs.reported_fit import TakenUpFit
+from nlme_sbi.population.theta_posterior.individuals import LogLikelihood, individuals_over_theta
+from nlme_sbi.types import Observations
 
 _INSTALL = 'ArviZ is not installed; pip install -e ".[arviz]", or leave report.arviz out.'
 
 
 @torch.no_grad()
-def to_inference_data(fit: TakenUpFit, *, draws: int = 1000, generator: torch.Generator | None = None) -> Any:
+def to_inference_data(
+    estimates: FitEstimates,
+    population: PopulationModel,
+    observations: Observations,
+    individual_draws: Float[Tensor, "I S D"],
+    *,
+    log_likelihood: LogLikelihood,
+    draws: int = 1000,
+    generator: torch.Generator | None = None,
+    attributes: Mapping[str, str] | None = None,
+) -> Any:
     """An ``arviz.InferenceData`` of joint draws: one of every individual for each draw of the population parameters.
 
     Population parameters are drawn from the normal distribution about the estimate that the standard errors say. The
@@ -26,51 +40,53 @@ def to_inference_data(fit: TakenUpFit, *, draws: int = 1000, generator: torch.Ge
     independent.
 
     Args:
-        fit: with draws of its individuals.
+        estimates: of the fit.
+        population: the bound model.
+        observations: the data.
+        individual_draws: from ``p(phi | y_i, theta_hat)``, as the fit keeps them.
+        log_likelihood: ``log p(y_i | phi)`` of the individuals, up to a constant.
         draws: of the population parameters.
-        generator: of the draws, on the fit's device; a fixed seed when left out.
+        generator: of the draws, on the device of ``individual_draws``; a fixed seed when left out.
+        attributes: of the whole, such as where the fit lies.
 
     Raises:
         ImportError: ArviZ is not installed.
-        ValueError: the fit kept no draws, or has no covariance of its estimates.
+        ValueError: the fit has no covariance of its estimates.
     """
     try:
         import arviz
     except ImportError as problem:
         raise ImportError(_INSTALL) from problem
-    if fit.draws is None:
-        raise ValueError(
-            f"{fit.run.path} kept no draws of its individuals (individuals.draws=0); fit again with "
-            "individuals.draws=200."
-        )
-    chosen = torch.Generator(device=fit.device).manual_seed(0) if generator is None else generator
-    thetas = normal_theta(fit.population, fit.theta, fit.covariance, draws, chosen)
-    design = fit.observations.design.to(fit.device)
+    device = individual_draws.device
+    chosen = torch.Generator(device=device).manual_seed(0) if generator is None else generator
+    theta, covariance = estimates.theta.to(device), estimates.covariance.to(device)
+    thetas = normal_theta(population, theta, covariance, draws, chosen)
+    design = observations.design.to(device)
     found = individuals_over_theta(
-        fit.draws,
-        fit.theta,
+        individual_draws,
+        theta,
         thetas,
-        fit.population,
+        population,
         design,
-        log_likelihood=fit.log_likelihood(range(len(fit.observations))),
+        log_likelihood=log_likelihood,
         generator=chosen,
     )
     phi = found.phi.movedim(0, 1)  # (draw, individual, parameter)
-    natural = fit.population.parameters.to_natural(phi).cpu().numpy()
-    names = fit.population.parameters.names
+    natural = population.parameters.to_natural(phi).cpu().numpy()
+    names = population.parameters.names
     posterior = {"theta": _one_chain(thetas), "phi": _one_chain(phi)}
     posterior |= {name: natural[None, ..., place] for place, name in enumerate(names)}
-    observed = fit.observations.design.observed
-    values = torch.where(observed, fit.observations.values.double(), torch.nan).cpu().numpy()
+    observed = observations.design.observed
+    values = torch.where(observed, observations.values.double(), torch.nan).cpu().numpy()
     return arviz.from_dict(
         posterior=posterior,
         observed_data={"measurements": values},
-        constant_data={"times": fit.observations.design.times.double().cpu().numpy()},
+        constant_data={"times": observations.design.times.double().cpu().numpy()},
         coords={
-            "unknown": list(fit.population.unknowns.names),
-            "individual": list(fit.observations.ids),
+            "unknown": list(population.unknowns.names),
+            "individual": list(observations.ids),
             "parameter": list(names),
-            "signal": list(fit.observations.signals),
+            "signal": list(observations.signals),
         },
         dims={
             "theta": ["unknown"],
@@ -79,13 +95,8 @@ def to_inference_data(fit: TakenUpFit, *, draws: int = 1000, generator: torch.Ge
             "measurements": ["individual", "measurement", "signal"],
             "times": ["individual", "measurement"],
         },
-        attrs={"fit": fit.run.path.name, "fit_sha256": fit.run.sha256},
+        attrs=dict(attributes or {}),
     )
-
-
-def save_inference_data(path: Path, fit: TakenUpFit, *, draws: int = 1000) -> None:
-    """Write :func:`to_inference_data` as netCDF (HDF5)."""
-    to_inference_data(fit, draws=draws).to_netcdf(str(path), engine="h5netcdf")
 
 
 def _one_chain(values: torch.Tensor) -> np.ndarray:

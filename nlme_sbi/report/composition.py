@@ -148,16 +148,16 @@ def _by_topic(sections: Sequence[Section]) -> dict[Topic, list[Finding]]:
 
 
 def _facts(fit: ReportedFit) -> tuple[tuple[str, str], ...]:
-    told = fit.told
+    estimates = fit.estimates
     facts = [
-        ("Individuals", str(told["individuals"])),
-        ("Measurements", str(told.get("measurements", "not stored"))),
-        ("Estimator", str(told["estimator"])),
-        ("Unknowns", str(told.get("estimated_unknowns", len(told["unknowns"])))),
+        ("Individuals", str(estimates.individuals)),
+        ("Measurements", "not stored" if estimates.measurements is None else str(estimates.measurements)),
+        ("Estimator", estimates.estimator),
+        ("Unknowns", str(estimates.estimated)),
         ("Fit", fit.run.path.name),
         ("Made", str(fit.run.manifest["created"])[:10]),
     ]
-    deviance = told.get("minus_two_log_likelihood")
+    deviance = estimates.likelihood.minus_two_log_likelihood
     if deviance is not None:
         facts.insert(3, ("-2 log L", f"{deviance:.2f}"))
     return tuple(facts)

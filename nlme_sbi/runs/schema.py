@@ -207,7 +207,7 @@ FIT = {
     "estimator": str,
     "approximation": Maybe(str),
     "individuals": COUNT,
-    "draws": COUNT,
+    "draws": Maybe(COUNT),
     "measurements": Maybe(COUNT),
     "estimated_unknowns": Maybe(COUNT),
     **{

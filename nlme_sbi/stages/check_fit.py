@@ -16,7 +16,7 @@ from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.diagnostics.findings import Finding, worst
 from nlme_sbi.diagnostics.fit.individual_curves import require_individuals
 from nlme_sbi.report.inputs.fit_checks import CLOSENESS, CURVES, FACTS, FINDINGS, INDIVIDUALS
-from nlme_sbi.report.inputs.reported_fit import read_tables
+from nlme_sbi.report.inputs.reported_fit import read_individuals
 from nlme_sbi.runs import (
     FinishedRun,
     RunDirectory,
@@ -75,7 +75,7 @@ def run_checks(
         ValueError: for an individual that the fit does not have, or where the finished run was changed, with the
             command that makes another.
     """
-    _, individuals = read_tables(fit.run)
+    individuals = read_individuals(fit.run)
     subject = FitSubject(fit, individuals, settings, seed)
     require_individuals(list(individuals["id"]), settings.individuals)
     run = open_run(

@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.population.results.model_comparison import ComparedFit, compared_fits
 from nlme_sbi.runs import FinishedRun, csv_text, load_run, open_run, save_json, write_atomically
-from nlme_sbi.runs.files import load_json, sha256_of_plain
-from nlme_sbi.runs.schema import FIT
+from nlme_sbi.runs.files import sha256_of_plain
+from nlme_sbi.stages.shared.stored_fit import stored_estimates
 
 log = logging.getLogger(__name__)
 
@@ -81,18 +81,20 @@ def _found(reference: str, root: Path) -> FinishedRun:
 
 
 def _read(run: FinishedRun, *, by_source: bool) -> ComparedFit:
-    told = load_json(run.file("fit.json"), FIT)
-    if by_source and "simulator" in told:
+    estimates = stored_estimates(run)
+    simulator = estimates.simulator
+    if by_source and simulator is not None:
         source = (run.manifest.get("sources") or {}).get("simulator")
-        told["simulator"] = {"config": told["simulator"], "source": source}
+        simulator = {"config": simulator, "source": source}
     inputs = run.manifest["inputs"]
     networks = {name: value["sha256"] for name, value in inputs.items() if name.startswith("posterior")}
-    try:
-        return ComparedFit.of(told, label=run.path.name, data=run.input("data"), posterior=sha256_of_plain(networks))
-    except (KeyError, TypeError) as problem:  # a number that is missing, or null
-        raise ValueError(
-            f"{run.file('fit.json')} lacks what a comparison needs ({problem}): fit it again with fresh=true."
-        ) from problem
+    return ComparedFit(
+        run.path.name,
+        estimates,
+        data=run.input("data"),
+        posterior=sha256_of_plain(networks),
+        simulator="" if simulator is None else str(simulator),
+    )
 
 
 def _write(file: BinaryIO, text: str) -> None:

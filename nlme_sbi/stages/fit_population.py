@@ -15,13 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.compute.progress_bar import ProgressBar
-from nlme_sbi.compute.random_streams import seeded
+from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.designs import Reader
 from nlme_sbi.io import describe
-from nlme_sbi.population.estimators.auto import Auto
-from nlme_sbi.population.estimators.interface import Estimator, ThetaDependentEstimator
+from nlme_sbi.population.estimators.interface import Estimator, EstimatorChoice, ThetaDependentEstimator
 from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior
 from nlme_sbi.population.fitting.fit import fit_population as fit_population_model
 from nlme_sbi.population.models.interface import PopulationSpecification
@@ -57,10 +56,6 @@ from nlme_sbi.stages.shared.trained_posterior import (
 from nlme_sbi.types import Observations
 
 log = logging.getLogger(__name__)
-
-DRAWS_STREAM, FIGURES_STREAM = range(10, 12)
-UNCERTAINTY_STREAM, PREDICTIONS_STREAM = range(30, 32)
-INDIVIDUALS_STREAM = 20
 
 
 @dataclass(frozen=True)
@@ -158,7 +153,7 @@ def fit_population(cfg: DictConfig) -> float:
                 observations,
                 population,
                 estimator=estimator,
-                generator=seeded(device, seed, DRAWS_STREAM),
+                generator=seeded(device, seed, Stream.FIT_DRAWS),
                 starts=settings.starts,
                 accuracy=settings.accuracy,
                 progress=progress.report,
@@ -166,13 +161,13 @@ def fit_population(cfg: DictConfig) -> float:
             fit = add_intervals(
                 fit,
                 settings.uncertainty,
-                generator=seeded(device, seed, UNCERTAINTY_STREAM),
+                generator=seeded(device, seed, Stream.FIT_UNCERTAINTY),
                 progress=progress.report,
             )
         # Nothing that comes after the estimates may cost them: they are written at once, and again with the modes.
         simulator = upstream[0].section("simulator") if upstream else plain["simulator"]
         _save_tables(run, fit, simulator)
-        generator = seeded(device, seed, INDIVIDUALS_STREAM)
+        generator = seeded(device, seed, Stream.FIT_INDIVIDUALS)
         if wished.modes:
             search = partial(individual_modes, fit, observations, posterior, generator=generator)
             fit = replace(fit, modes=attempted("The search for the individuals' modes", search))
@@ -181,7 +176,7 @@ def fit_population(cfg: DictConfig) -> float:
         attempted("influence.csv", partial(_save_influence, run, fit))
         save_individuals(run, fit, observations, draws=wished.draws, generator=generator)
         if predicted.table:
-            noise = seeded(device, seed, PREDICTIONS_STREAM)
+            noise = seeded(device, seed, Stream.FIT_PREDICTIONS)
             made = partial(predictions_frame, fit, observations, posterior.simulator, settings=predicted)
             attempted("predictions.csv", lambda: _save_predictions(run, made(generator=noise)))
         save_figures(
@@ -189,7 +184,7 @@ def fit_population(cfg: DictConfig) -> float:
             fit,
             posterior,
             observations,
-            generator=seeded(device, seed, FIGURES_STREAM),
+            generator=seeded(device, seed, Stream.FIT_FIGURES),
             individuals=settings.panels,
         )
         run.finish(_results(fit))
@@ -205,7 +200,7 @@ def fit_population(cfg: DictConfig) -> float:
 def _estimator(plain: Mapping[str, Any], posterior: AnyPosterior, trust: tuple[str, ...]) -> tuple[Estimator, str]:
     """The estimator and, where it was left open, why it is this one; refused where nothing was trained for it."""
     section = instantiate(plain["estimator"], trust=trust, where="estimator")
-    if isinstance(section, Auto):
+    if isinstance(section, EstimatorChoice):
         return section.choose(posterior)
     estimator: Estimator = part(plain["estimator"], Estimator, where="estimator", trust=trust)
     if isinstance(posterior, LikelihoodWeightedPrior) and not isinstance(estimator, ThetaDependentEstimator):
@@ -241,7 +236,7 @@ def _save_tables(run: RunDirectory, fit: PopulationFit, simulator: Mapping[str, 
     }
     for name, text in texts.items():
         write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
-    save_json(run.path / "fit.json", {**fit.to_dict(), "simulator": simulator})
+    save_json(run.path / "fit.json", fit.estimates.with_simulator(simulator).to_dict())
 
 
 def _save_predictions(run: RunDirectory, frame: pd.DataFrame) -> None:

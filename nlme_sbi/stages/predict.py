@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nlme_sbi.compute.devices import choose_device
-from nlme_sbi.compute.random_streams import seeded
+from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.diagnostics.fit.predictive_bands import PredictiveBands, outcomes, predictive_bands
 from nlme_sbi.plots.predictions import plot_predictions
@@ -45,7 +45,6 @@ from nlme_sbi.types import Design, Simulator
 
 log = logging.getLogger(__name__)
 
-THETA_STREAM, KNOWN_STREAM, NEW_STREAM, NOISE_STREAM = range(30, 34)
 _LITTLE = 0.1  # share of the stored draws that must stay effective
 _MOST_NUMBERS = 2**27  # predictions that are kept as .npy, 1 GiB
 
@@ -136,7 +135,7 @@ def predict(cfg: DictConfig) -> None:
             log.info("These predictions are finished already: %s (fresh=true predicts again)", run.path)
             load_run(run.path, stage="predict")
             return
-        thetas = _thetas(fit, settings, sampled, seeded(device, int(plain["seed"]), THETA_STREAM))
+        thetas = _thetas(fit, settings, sampled, seeded(device, int(plain["seed"]), Stream.PREDICT_THETA))
         made, said = _predicted(fit, plan, thetas, settings, seed=int(plain["seed"]))
         for word in said:
             log.warning(word)
@@ -151,7 +150,7 @@ def _try_out(fit: StoredFit, plan: Plan) -> None:
     for group in (plan.known, plan.new):
         if group is not None:
             phi = fit.population.mean(fit.theta).expand(len(group.design), 1, -1)
-            outcomes(fit.posterior.simulator, phi, group.design, seeded(fit.device, 0, NOISE_STREAM))
+            outcomes(fit.posterior.simulator, phi, group.design, seeded(fit.device, 0, Stream.PREDICT_NOISE))
 
 
 def _who(given: Any) -> Literal["all", "none"] | tuple[str, ...]:
@@ -239,7 +238,7 @@ def _predicted(
 ) -> tuple[list[Predictions], list[str]]:
     """Both groups, and what must be said of them."""
     said, made, simulator = [], [], fit.posterior.simulator
-    noise = seeded(fit.device, seed, NOISE_STREAM)
+    noise = seeded(fit.device, seed, Stream.PREDICT_NOISE)
     if plan.known is not None and fit.draws is not None:
         found = individuals_over_theta(
             fit.draws[plan.known.rows],
@@ -248,12 +247,12 @@ def _predicted(
             fit.population,
             fit.observations[plan.known.rows].design.to(fit.device),
             log_likelihood=fit.log_likelihood(plan.known.rows),
-            generator=seeded(fit.device, seed, KNOWN_STREAM),
+            generator=seeded(fit.device, seed, Stream.PREDICT_KNOWN),
         )
         said += _weakly_supported(found.support, plan.known.ids)
         made.append(_group("individual", plan.known.ids, plan.known.design, found.phi, simulator, settings, noise))
     if plan.new is not None:
-        phi = new_individuals(fit.population, thetas, plan.new.design, seeded(fit.device, seed, NEW_STREAM))
+        phi = new_individuals(fit.population, thetas, plan.new.design, seeded(fit.device, seed, Stream.PREDICT_NEW))
         made.append(_group("new individual", plan.new.ids, plan.new.design, phi, simulator, settings, noise))
     for group in made:
         said += _failed(group)
@@ -378,7 +377,9 @@ def _save_draws(
                 f"predict.save_draws would keep {count} predictions of the {name}; take fewer of them "
                 f"({typed('individuals', ['ID', 'ID'])}), fewer times or fewer predict.draws."
             )
-        found = outcomes(fit.posterior.simulator, group.phi, group.design, seeded(fit.device, seed, NOISE_STREAM))
+        found = outcomes(
+            fit.posterior.simulator, group.phi, group.design, seeded(fit.device, seed, Stream.PREDICT_NOISE)
+        )
         save_array(run.path / "draws" / f"{name}_phi.npy", group.phi)
         save_array(run.path / "draws" / f"{name}_measurements.npy", found.with_noise)
         if found.noise_free is not None:

@@ -17,10 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.compute.progress import Progress
 from nlme_sbi.config.conversion import convert
-from nlme_sbi.report.arviz import save_inference_data
+from nlme_sbi.report.arviz import to_inference_data
 from nlme_sbi.report.composition import SECTIONS, Composed, composed_report
 from nlme_sbi.report.inputs.fit_checks import FitChecks
-from nlme_sbi.report.inputs.reported_fit import ReportedFit, read_tables
+from nlme_sbi.report.inputs.reported_fit import ReportedFit, read_individuals
 from nlme_sbi.report.page.files import save_report
 from nlme_sbi.report.sections.network import Diagnosis
 from nlme_sbi.runs import ChangedSources, FinishedRun, RunDirectory, load_run, open_run
@@ -28,7 +28,14 @@ from nlme_sbi.runs.files import PARTIAL
 from nlme_sbi.runs.remedies import override, script_command
 from nlme_sbi.stages.check_fit import find_checks, run_checks
 from nlme_sbi.stages.checks.fit import FitCheckSettings
-from nlme_sbi.stages.shared.stored_fit import OBSERVATIONS, StoredFit, find_fit, load_fit, stored_observations
+from nlme_sbi.stages.shared.stored_fit import (
+    OBSERVATIONS,
+    StoredFit,
+    find_fit,
+    load_fit,
+    stored_estimates,
+    stored_observations,
+)
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +78,7 @@ def report(cfg: DictConfig) -> None:
     if with_arviz and importlib.util.find_spec("arviz") is None:
         raise ValueError('report.arviz=true needs ArviZ: pip install -e ".[arviz]"')
     upstream = find_fit(plain)
-    told, individuals = read_tables(upstream)
+    estimates, individuals = stored_estimates(upstream), read_individuals(upstream)
     checks = _checks(convert(plain["checks"], str, "checks"), plain, upstream, settings)
     diagnosis = _diagnosis(convert(plain["diagnosis"], str, "diagnosis"), upstream, root)
     inputs = {"fit": upstream}
@@ -98,7 +105,7 @@ def report(cfg: DictConfig) -> None:
         else:
             fit = ReportedFit(
                 upstream,
-                told,
+                estimates,
                 individuals,
                 stored_observations(upstream) if upstream.has(OBSERVATIONS) else None,
                 None if checks.run is None else FitChecks(checks.run),
@@ -150,7 +157,7 @@ def _checks(named: str, plain: Mapping[str, Any], fit: FinishedRun, settings: Fi
 
 
 def _require_curves(run: FinishedRun, fit: FinishedRun, settings: FitCheckSettings) -> None:
-    _, individuals = read_tables(fit)
+    individuals = read_individuals(fit)
     shown = set(individuals["id"].iloc[list(FitChecks(run).shown.rows)])
     lacking = [name for name in settings.individuals if name not in shown]
     if lacking:
@@ -174,7 +181,15 @@ def _save_arviz(run: RunDirectory, taken: TakenUp) -> None:
             raise ValueError(taken.missing)
         # Under a name that an interrupted run clears away; the library writes by path only.
         partial = run.path / f".draws.nc{PARTIAL}"
-        save_inference_data(partial, taken.fit)
+        found = to_inference_data(
+            taken.fit.estimates,
+            taken.fit.population,
+            taken.fit.observations,
+            taken.fit.kept_draws(),
+            log_likelihood=taken.fit.log_likelihood(range(len(taken.fit.observations))),
+            attributes={"fit": taken.fit.run.path.name, "fit_sha256": taken.fit.run.sha256},
+        )
+        found.to_netcdf(str(partial), engine="h5netcdf")
         partial.replace(run.path / "draws.nc")
     except ValueError as problem:
         log.warning("No draws.nc for ArviZ: %s", problem)

@@ -12,11 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.compute.progress import FitProgress
 from nlme_sbi.compute.progress_bar import ProgressBar
-from nlme_sbi.compute.random_streams import seeded
+from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
-from nlme_sbi.population.estimators.auto import Auto, chosen_estimator
-from nlme_sbi.population.estimators.interface import Estimator, ThetaDependentEstimator
+from nlme_sbi.population.estimators.auto import chosen_estimator
+from nlme_sbi.population.estimators.interface import Estimator, EstimatorChoice, ThetaDependentEstimator
 from nlme_sbi.population.objective.interface import NoDraws, WeightedDraws
 from nlme_sbi.population.theta_posterior.draws import ThetaDraws
 from nlme_sbi.population.theta_posterior.prior import ThetaPriors
@@ -25,20 +25,16 @@ from nlme_sbi.population.theta_posterior.sampler import sample_theta as sampled_
 from nlme_sbi.runs import (
     RunDirectory,
     csv_text,
-    load_json,
     load_run,
     open_run,
     save_array,
     sources_of,
     write_atomically,
 )
-from nlme_sbi.runs.schema import FIT
 from nlme_sbi.stages.shared.components import part
 from nlme_sbi.stages.shared.stored_fit import StoredFit, find_fit, load_fit
 
 log = logging.getLogger(__name__)
-
-STATE_STREAM, CHAINS_STREAM = range(40, 42)
 
 
 def sample_theta(cfg: DictConfig) -> float:
@@ -63,7 +59,7 @@ def sample_theta(cfg: DictConfig) -> float:
     prior = priors.bind(fit.population, fit.posterior.prior)
     settings.walkers_for(len(fit.population.unknowns.free))
     made = instantiate(upstream.section("estimator"), trust=trust, where="estimator", roles=STORED_ROLES)
-    if not isinstance(made, (Estimator, Auto)):
+    if not isinstance(made, (Estimator, EstimatorChoice)):
         raise ValueError(f"estimator is a {type(made).__name__}, which is no Estimator; fit again with fresh=true.")
     estimator, _ = chosen_estimator(made, fit.posterior)
     run = open_run(
@@ -84,13 +80,13 @@ def sample_theta(cfg: DictConfig) -> float:
         seed = int(plain["seed"])
         with ProgressBar() as progress:
             progress.report(FitProgress("draws", 0, 0))
-            state = rebuilt_state(fit, estimator, seeded(device, seed, STATE_STREAM))
+            state = rebuilt_state(fit, estimator, seeded(device, seed, Stream.THETA_STATE))
             found = sampled_from_posterior(
                 state,
                 fit.theta,
                 prior,
                 covariance=fit.covariance,
-                generator=seeded(device, seed, CHAINS_STREAM),
+                generator=seeded(device, seed, Stream.THETA_CHAINS),
                 settings=settings,
                 ids=fit.observations.ids,
                 progress=progress.report,
@@ -113,7 +109,7 @@ def rebuilt_state(fit: StoredFit, estimator: Estimator, generator: torch.Generat
             raise TypeError(f"estimator {estimator.name} neither prepares draws nor makes them for a theta.")
         else:
             state = prepared
-        wished = int(load_json(fit.run.file("fit.json"), FIT)["draws"])
+        wished = fit.estimates.draws or 0
         while state.draws < wished:
             better = estimator.improve(state, fit.theta, observations, generator, times=-(-wished // state.draws))
             if isinstance(better, str):

@@ -1,4 +1,5 @@
-"""Training a posterior network by maximum likelihood on simulated pairs: one loop for fresh and for stored simulations.
+"""Training a network: one loop for fresh and for stored simulations, a posterior network by maximum likelihood on pairs
+unless another loss is given.
 
 Every batch is a function of (seed, step) alone, so a resumed run sees exactly the batches that an undisturbed run sees.
 """
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from nlme_sbi.compute.blocks import torch_threads
@@ -23,17 +23,15 @@ from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.compute.distributed import ALONE, Team
 from nlme_sbi.compute.progress import Progress
 from nlme_sbi.compute.random_streams import weights_seed
-from nlme_sbi.networks.balance import balanced_losses
 from nlme_sbi.networks.densities import FlowSettings
 from nlme_sbi.networks.flows import AffineCouplingFlow
 from nlme_sbi.networks.posterior import AmortizedPosterior, PosteriorNetwork, initial_network
 from nlme_sbi.networks.summaries import SummarySettings
 from nlme_sbi.runs import write_atomically
 from nlme_sbi.simulation.shards import check_compatible
-from nlme_sbi.training.pairs import OnlinePairs, PairSource, TrainingError
-from nlme_sbi.types import DesignSource, Prior, Simulations, Simulator
-
-_ROWS = 2_000  # held-out pairs at once
+from nlme_sbi.training.losses import BalancedLogDensity, Loss, NegativeLogDensity, validation_loss
+from nlme_sbi.training.pairs import BatchSource, OnlinePairs, PairSource, TrainingError
+from nlme_sbi.types import DesignSource, Prior, Simulator
 
 
 @dataclass(frozen=True)
@@ -126,8 +124,9 @@ class TrainingState:
 class TrainingResult:
     """The end of training; the network holds the best weights.
 
-    ``history`` has one row a validation: step, train_loss, validation_loss, learning_rate. Losses are means of
-    ``-log q(phi|y)``, in nats on the scale of ``phi``, plus what the balance costs where that is asked for.
+    ``history`` has one row a validation: step, train_loss, validation_loss, learning_rate. Losses of a posterior
+    network are means of ``-log q(phi|y)``, in nats on the scale of ``phi``, plus what the balance costs where that is
+    asked for.
     """
 
     history: list[dict[str, float]]
@@ -137,9 +136,7 @@ class TrainingResult:
     stopped_early: bool
 
 
-def save_checkpoint(
-    path: Path, network: PosteriorNetwork, optimizer: torch.optim.Optimizer, state: TrainingState
-) -> None:
+def save_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
     """Write weights, optimiser and position atomically."""
     content = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "state": vars(state)}
     # In memory first: where a disk is full, torch's zip writer raises an error of its own that hides the reason.
@@ -153,7 +150,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, network: PosteriorNetwork, optimizer: torch.optim.Optimizer, device: torch.device
+    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> TrainingState:
     """Restore what :func:`save_checkpoint` wrote; nothing in the file can execute code.
 
@@ -170,27 +167,17 @@ def load_checkpoint(
         ) from problem
 
 
-@torch.no_grad()
-def validation_loss(
-    network: PosteriorNetwork, held_out: Simulations, settings: TrainingSettings, prior: Prior | None = None
-) -> Float[Tensor, ""]:
-    """Mean ``-log q(phi|y)`` over held-out pairs, plus the cost of their balance where ``settings`` ask for it."""
-    network.eval()
-    if prior is None or settings.calibrate == "none":
-        return _pair_losses(network, held_out).mean()
-    # A pair that would be left alone at the end has nobody to lend it parameters, and is left out.
-    parts = [held_out[start : start + _ROWS] for start in range(0, max(1, len(held_out) - 1), _ROWS)]
-    losses = [balanced_losses(network, part, prior) for part in parts]
-    departure = sum(len(part) * departed.double() for part, (_, departed) in zip(parts, losses, strict=True))
-    own = torch.cat([loss.double() for loss, _ in losses])
-    return own.mean() + settings.balance * (departure / len(own)) ** 2
+def density_loss(settings: TrainingSettings, prior: Prior | None = None) -> NegativeLogDensity | BalancedLogDensity:
+    """The loss of a posterior network that ``settings`` ask for.
 
-
-@torch.no_grad()
-def _pair_losses(network: PosteriorNetwork, pairs: Simulations) -> Float[Tensor, " N"]:
-    network.eval()
-    parts = (pairs[start : start + _ROWS] for start in range(0, len(pairs), _ROWS))
-    return -torch.cat([network(part.phi, part.values, part.design).double() for part in parts])
+    Raises:
+        ValueError: a balanced loss is asked for without the prior.
+    """
+    if settings.calibrate == "none":
+        return NegativeLogDensity()
+    if prior is None:
+        raise ValueError("training.calibrate=balanced compares with the prior; pass it to train(..., prior=prior).")
+    return BalancedLogDensity(prior, settings.balance)
 
 
 def generalisation_gap(
@@ -200,18 +187,20 @@ def generalisation_gap(
 
     In expectation half of it goes with twice as many simulations: what a fit gains by chance falls as 1/N.
     """
-    held_out = _pair_losses(network, source.validation(settings.validation_size))
+    each = NegativeLogDensity().of_pairs
+    held_out = each(network, source.validation(settings.validation_size))
     batches = range(math.ceil(settings.validation_size / settings.batch_size))
-    seen = torch.cat([_pair_losses(network, source.batch(step)) for step in batches])
+    seen = torch.cat([each(network, source.batch(step)) for step in batches])
     variance = held_out.var() / len(held_out) + seen.var() / len(seen)
     return float(held_out.mean() - seen.mean()), float(variance.sqrt())
 
 
 def train(
-    network: PosteriorNetwork,
-    source: PairSource,
+    network: nn.Module,
+    source: BatchSource,
     settings: TrainingSettings,
     *,
+    loss: Loss | None = None,
     prior: Prior | None = None,
     checkpoint: Path | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
@@ -222,8 +211,10 @@ def train(
 
     Args:
         network: with scalings fitted, on its device; trained in place.
-        source: of pairs.
+        source: of batches, and of what is held out; for a posterior network, of pairs.
         settings: steps, learning rate and the rest.
+        loss: of network and batch, for a network of another kind (:data:`nlme_sbi.training.losses.Loss`);
+            ``-log q(phi | y)`` of a posterior network, balanced where ``settings`` ask for it, when left out.
         prior: of the parameters; ``settings.calibrate`` other than ``none`` needs it.
         checkpoint: file to resume from when it exists, and to write at every validation and on interruption.
         report: called with every new row of the history.
@@ -232,16 +223,20 @@ def train(
 
     Raises:
         TrainingError: the loss is not finite; the checkpoint keeps the best weights.
-        ValueError: a balanced loss is asked for without the prior.
+        ValueError: a balanced loss is asked for without the prior, or beside a loss of one's own.
     """
-    if settings.calibrate != "none" and prior is None:
-        raise ValueError("training.calibrate=balanced compares with the prior; pass it to train(..., prior=prior).")
+    if loss is not None and settings.calibrate != "none":
+        raise ValueError(
+            "training.calibrate=balanced is a loss, and another one was given. Pass one of them: the loss with "
+            "training.calibrate=none, or the setting alone."
+        )
+    chosen = density_loss(settings, prior) if loss is None else loss
     with torch_threads(settings.threads):
         return _trained(
             network,
             source,
             settings,
-            prior=prior,
+            loss=chosen,
             checkpoint=checkpoint,
             report=report,
             progress=progress,
@@ -250,17 +245,17 @@ def train(
 
 
 def _trained(
-    network: PosteriorNetwork,
-    source: PairSource,
+    network: nn.Module,
+    source: BatchSource,
     settings: TrainingSettings,
     *,
-    prior: Prior | None,
+    loss: Loss,
     checkpoint: Path | None,
     report: Callable[[dict[str, float]], None] | None,
     progress: bool,
     team: Team,
 ) -> TrainingResult:
-    device = network.scaling.location.device
+    device = next(network.parameters()).device
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, fused=True)
     state = TrainingState()
     if checkpoint is not None and checkpoint.exists():
@@ -273,11 +268,11 @@ def _trained(
     try:
         with bar or nullcontext():
             while state.step < settings.steps and state.worse < settings.patience:
-                _step(replica, optimizer, source, settings, state, prior=prior, team=team)
+                _step(replica, optimizer, source, settings, state, loss=loss, team=team)
                 if bar is not None:
                     bar.update(1, best=state.best_loss)
                 if state.step % settings.validate_every == 0 or state.step == settings.steps:
-                    row = _validate(network, held_out, settings, state, prior=prior, team=team)
+                    row = _validate(network, held_out, settings, state, loss=loss, team=team)
                     if report is not None:
                         report(row)
                     if checkpoint is not None:
@@ -344,27 +339,27 @@ def train_posterior(
 def _step(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
-    source: PairSource,
+    source: BatchSource,
     settings: TrainingSettings,
     state: TrainingState,
     *,
-    prior: Prior | None,
+    loss: Loss,
     team: Team,
 ) -> None:
-    pairs = source.batch(state.step)
+    batch = source.batch(state.step)
     network.train()
     for group in optimizer.param_groups:
         group["lr"] = state.slowed * settings.learning_rate_at(state.step)
     optimizer.zero_grad(set_to_none=True)
-    loss = _batch_loss(network, pairs, settings, prior)
-    value = team.mean(float(loss.detach()))
+    found = loss(network, batch)
+    value = team.mean(float(found.detach()))
     if not math.isfinite(value):
         kept = f"the best weights so far (step {state.best_step}) are in the checkpoint" if state.best_weights else ""
         raise TrainingError(
             f"The training loss is {value} at step {state.step}{'; ' + kept if kept else ''}. Lower "
             "training.learning_rate or training.gradient_clip, or look for absurd simulations under the prior."
         )
-    torch.autograd.backward(loss)
+    torch.autograd.backward(found)
     torch.nn.utils.clip_grad_norm_(network.parameters(), settings.gradient_clip)
     optimizer.step()
     state.step += 1
@@ -372,41 +367,31 @@ def _step(
     state.loss_count += 1
 
 
-def _batch_loss(
-    network: nn.Module, pairs: Simulations, settings: TrainingSettings, prior: Prior | None
-) -> Float[Tensor, ""]:
-    if prior is None or settings.calibrate == "none":
-        loss: Tensor = -network(pairs.phi, pairs.values, pairs.design).mean()
-        return loss
-    losses, departure = balanced_losses(network, pairs, prior)
-    return losses.mean() + settings.balance * departure.square()
-
-
 def _validate(
-    network: PosteriorNetwork,
-    held_out: Simulations,
+    network: nn.Module,
+    held_out: Any,
     settings: TrainingSettings,
     state: TrainingState,
     *,
-    prior: Prior | None,
+    loss: Loss,
     team: Team,
 ) -> dict[str, float]:
-    loss = team.mean(float(validation_loss(network, held_out, settings, prior)))
-    if not math.isfinite(loss):
+    value = team.mean(float(validation_loss(network, held_out, loss)))
+    if not math.isfinite(value):
         raise TrainingError(
-            f"The validation loss is {loss} at step {state.step}; the checkpoint keeps the best weights (step "
+            f"The validation loss is {value} at step {state.step}; the checkpoint keeps the best weights (step "
             f"{state.best_step}). Lower training.learning_rate, or look for absurd simulations under the prior."
         )
     row = {
         "step": float(state.step),
         "train_loss": state.loss_sum / max(1, state.loss_count),
-        "validation_loss": loss,
+        "validation_loss": value,
         "learning_rate": state.slowed * settings.learning_rate_at(state.step - 1),
     }
     state.history.append(row)
     state.loss_sum, state.loss_count = 0.0, 0
-    if loss < state.best_loss:
-        state.best_loss, state.best_step, state.worse = loss, state.step, 0
+    if value < state.best_loss:
+        state.best_loss, state.best_step, state.worse = value, state.step, 0
         state.best_weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
     else:
         state.worse += 1

@@ -6,13 +6,13 @@ Every batch is a function of (seed, step) alone, so a resumed run sees exactly t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from nlme_sbi.compute.distributed import Team
-from nlme_sbi.compute.random_streams import PILOT_STREAM, TRAINING_STREAM, VALIDATION_STREAM, seeded
+from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.simulation.shards import simulate_batch
 from nlme_sbi.types import DesignSource, Prior, Simulations, Simulator
 
@@ -22,7 +22,18 @@ class TrainingError(RuntimeError):
 
 
 @runtime_checkable
-class PairSource(Protocol):
+class BatchSource(Protocol):
+    """Where a network's training batches come from; what a batch is, the loss knows."""
+
+    def batch(self, step: int) -> Any:
+        """The batch of one step; depends on the step alone."""
+
+    def validation(self, count: int) -> Any:
+        """What is held out, with a length, in slices of rows."""
+
+
+@runtime_checkable
+class PairSource(BatchSource, Protocol):
     """Where training pairs come from."""
 
     def batch(self, step: int) -> Simulations:
@@ -73,13 +84,13 @@ class OnlinePairs:
         return drawn[good.nonzero()[:, 0]]
 
     def batch(self, step: int) -> Simulations:
-        return self._draw(self.batch_size, TRAINING_STREAM, step)
+        return self._draw(self.batch_size, Stream.TRAINING, step)
 
     def validation(self, count: int) -> Simulations:
-        return self._draw(count, VALIDATION_STREAM)
+        return self._draw(count, Stream.VALIDATION)
 
     def pilot(self, count: int) -> Simulations:
-        return self._draw(count, PILOT_STREAM)
+        return self._draw(count, Stream.PILOT)
 
 
 @runtime_checkable
@@ -112,7 +123,7 @@ class StoredPairs:
     def batch(self, step: int) -> Simulations:
         epoch, place = divmod(step, self.batches_per_epoch)
         if epoch != self._epoch:
-            generator = seeded("cpu", self.seed, TRAINING_STREAM, epoch)
+            generator = seeded("cpu", self.seed, Stream.TRAINING, epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self._training), generator=generator)
         chosen = self._order[place * self.batch_size : (place + 1) * self.batch_size]
         return self.stored.rows(self._training[chosen]).to(self.device)
@@ -121,7 +132,7 @@ class StoredPairs:
         return self.stored.rows(self._validation[:count]).to(self.device)
 
     def pilot(self, count: int) -> Simulations:
-        chosen = torch.randperm(len(self._training), generator=seeded("cpu", self.seed, PILOT_STREAM))[:count]
+        chosen = torch.randperm(len(self._training), generator=seeded("cpu", self.seed, Stream.PILOT))[:count]
         return self.stored.rows(self._training[chosen]).to(self.device)
 
 

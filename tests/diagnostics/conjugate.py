@@ -13,7 +13,8 @@ from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.individual_model.noise import Additive
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.types import Design, Observations, PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Design, Observations
 
 PRIOR_SD, NOISE_SD, TIMES = 1.0, 0.3, 3
 PRECISION = TIMES / NOISE_SD**2 + 1 / PRIOR_SD**2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,11 @@ from nlme_sbi.diagnostics.network.agreement_findings import agreement_finding, c
 from nlme_sbi.diagnostics.network.agreement_with_exact import Agreement, agreement
 from nlme_sbi.diagnostics.network.c2st import c2st
 from nlme_sbi.diagnostics.network.reference_mcmc import ChainSettings, LongChains, long_chains
-from nlme_sbi.diagnostics.network.simulated_posteriors import good_simulations, observations_of
+from nlme_sbi.diagnostics.network.simulated_posteriors import good_simulations, observations_of, posterior_pairs
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.types import Observations, PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Observations
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conjugate import GRID, PRECISION, PRIOR, SIMULATOR, ConjugatePosterior, Level
@@ -39,6 +40,29 @@ def test_the_exact_posterior_keeps_all_its_draws(generator: torch.Generator) -> 
     finding = agreement_finding(found, error_rate=0.05, where="prior")
     assert finding.light == "green"
     assert finding.numbers["heavy_tails"] == 0
+
+
+def test_draws_without_a_density_or_with_weights_are_refused(generator: torch.Generator) -> None:
+    made, _ = good_simulations(PRIOR, GRID, SIMULATOR, 60, generator)
+    observations = observations_of(made, SIMULATOR)
+    drawn = ConjugatePosterior().sample(observations, 50, generator)
+    with pytest.raises(ValueError, match=r"Comparing with the exact posterior needs the density .* \(log_q\)"):
+        agreement(SIMULATOR, observations, replace(drawn, log_q=None))
+    weights = torch.zeros_like(drawn.phi[..., 0])
+    with pytest.raises(ValueError, match=r"Comparing with the exact posterior needs .* equal weight.*\(log_weights\)"):
+        agreement(SIMULATOR, observations, replace(drawn, log_weights=weights))
+
+    @dataclass(frozen=True)
+    class Other(ConjugatePosterior):
+        without: bool = True
+
+        def sample(self, *given: object) -> PosteriorSamples:
+            found = super().sample(*given)
+            return replace(found, log_q=None) if self.without else replace(found, log_weights=0 * found.log_q)
+
+    for without, sentence in ((True, "log density needs the density"), (False, "by ranks needs independent draws")):
+        with pytest.raises(ValueError, match=rf"^Calibration .*{sentence}"):
+            posterior_pairs(Other(without=without), observations, made.phi, draws=30, generator=generator)
 
 
 def test_effective_shares_are_those_of_the_formula(generator: torch.Generator) -> None:

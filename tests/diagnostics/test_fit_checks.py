@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pandas as pd
 import pytest
 import torch
@@ -30,17 +32,23 @@ def test_weights_are_judged_by_effective_draws_and_by_tails() -> None:
     assert weights_finding(ess, None, draws=1000, ids=IDS).light == "green"
 
 
-def _unknown(se: float | None, error: float | None, *, fixed: bool = False) -> dict[str, object]:
-    return {"name": "mean.a", "se": se, "fixed": fixed, "monte_carlo_se": error, "monte_carlo_bias": 0.0}
+@dataclass(frozen=True)
+class _Unknown:
+    se: float | None
+    monte_carlo_se: float | None
+    fixed: bool = False
+    monte_carlo_bias: float | None = 0.0
+    name: str = "mean.a"
+    quantity: str = "mean"
 
 
 def test_monte_carlo_error_is_judged_beside_standard_errors() -> None:
-    lights = [monte_carlo_finding([_unknown(0.1, error)]).light for error in (0.01, 0.03, 0.08, None)]
+    lights = [monte_carlo_finding([_Unknown(0.1, error)]).light for error in (0.01, 0.03, 0.08, None)]
     assert lights == ["green", "amber", "red", "red"]
     with pytest.raises(ValueError, match="no standard errors"):
-        monte_carlo_finding([_unknown(None, 0.1)])
+        monte_carlo_finding([_Unknown(None, 0.1)])
     with pytest.raises(ValueError, match="was given"):
-        monte_carlo_finding([_unknown(0.0, 0.0, fixed=True)])
+        monte_carlo_finding([_Unknown(0.0, 0.0, fixed=True)])
 
 
 def test_what_one_of_few_individuals_may_move_is_more_than_one_of_many() -> None:
@@ -49,4 +57,4 @@ def test_what_one_of_few_individuals_may_move_is_more_than_one_of_many() -> None
     assert chance_of_influence(1000, 1, 0) == pytest.approx(4.05 / 1000**0.5, rel=0.1)
     frame = pd.DataFrame({"id": ["a", "b", "c"], "shift.mean.x": [0.1, float("nan"), 0.2]})
     with pytest.raises(ValueError, match="positive definite"):
-        influence_finding(frame, [{"name": "mean.x", "quantity": "mean", "fixed": False}])
+        influence_finding(frame, [_Unknown(0.1, 0.0, name="mean.x")])

@@ -64,6 +64,8 @@ def test_the_page_runs_and_its_comments_are_true(ran: dict[str, Any]) -> None:
     assert ran["draws"].names == ("ka", "CL", "V", "sigma")
     assert ran["posterior"].parameters.units == ("1/h", "L/h", "L", "mg/L")
     assert ran["fit"].ess.shape == (12,)
+    assert ran["fit"].estimates.to_dict() == ran["fit"].to_dict()
+    assert ran["reweighted"].estimator == "prior_ratio"
     assert ran["phi"].shape == (12, 200, 4)
     assert ran["modes"].phi.shape == (12, 4)
     assert ran["modes"].kinds[0] == "climbed"

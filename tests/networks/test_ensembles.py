@@ -15,8 +15,9 @@ from nlme_sbi.networks.ensembles import PosteriorEnsemble
 from nlme_sbi.networks.mixtures import GaussianMixtureFlow
 from nlme_sbi.networks.posterior import AmortizedPosterior, initial_network
 from nlme_sbi.networks.summaries import GridSummary
+from nlme_sbi.posteriors import Posterior
 from nlme_sbi.simulation.shards import simulate_batch
-from nlme_sbi.types import Observations, Posterior
+from nlme_sbi.types import Observations
 
 sys.path.insert(0, str(Path(__file__).parent))
 from linear_gaussian import LinearGaussian

@@ -13,7 +13,8 @@ from torch.distributions import MultivariateNormal, Normal
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.types import Covariates, Design, Observations, PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Covariates, Design, Observations
 
 NAMES = ("uptake", "decay", "sigma")
 

@@ -13,7 +13,7 @@ from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.io import EventTable
 from nlme_sbi.population.estimators.prior_ratio import PriorRatio
 from nlme_sbi.population.models.specification import GaussianPopulation
-from nlme_sbi.types import PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
 from simulators.theophylline import Theophylline
 
 ROWS = "1,0,.,320,1,0,.\n1,1,7.5,.,0,0,.\n1,12,2,.,0,1,0\n1,24,2,.,0,1,.\n1,3,9,.,0,-1,.\n"

@@ -19,7 +19,8 @@ from torch.distributions import Normal
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, fit_population
 from nlme_sbi.population.objective.objective import contributions, effective_draws
-from nlme_sbi.types import Design, Observations, PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Design, Observations
 from simulators.theophylline import Theophylline
 
 DOUBLE = torch.float64

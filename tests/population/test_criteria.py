@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from closed_form import closed_fit, even_case
 from scipy.optimize import brentq
 from scipy.stats import binom, chi2
@@ -15,6 +15,9 @@ from scipy.stats import binom, chi2
 from nlme_sbi.population import GaussianPopulation
 from nlme_sbi.population.models.interface import Unknown
 from nlme_sbi.population.objective.information_criteria import likelihood_ratio_p
+from nlme_sbi.population.objective.variance_tests import VarianceTest
+from nlme_sbi.population.results.effect_table import EffectRow
+from nlme_sbi.population.results.estimates import FitEstimates, LikelihoodValues, ObjectiveError, UnknownEstimate
 from nlme_sbi.population.results.model_comparison import ComparedFit, compared_fits, is_same_model, restrictions
 
 
@@ -52,32 +55,31 @@ def written(label: str, **changes: object) -> ComparedFit:
     """A fit's numbers as they are stored, with all four unknowns free unless said otherwise."""
     names = changes.pop("names", NAMES)
     fixed = changes.pop("fixed", {})
-    vanished = changes.pop("vanished", [])
     deviance = changes.pop("deviance", 100.0)
-    places = {key: changes.pop(key, key) for key in ("data", "posterior")}
+    places = {key: str(changes.pop(key, key)) for key in ("data", "posterior", "simulator")}
     count = len(names) - len(fixed)
-    plain = {
-        "estimator": "exact",
-        "log_likelihood_ratio": None,
-        "estimated_unknowns": count,
-        "aic": deviance + 2 * count,
-        "bic": deviance + 3 * count,
-        "bicc": deviance + 3 * count + 1,
-        "monte_carlo": {"objective_se": 0.1},
-        "unknowns": [
-            {**dict.fromkeys(("other", "level"), ""), "quantity": name.split(".")[0], "parameter": name.split(".")[1]}
-            | {"name": name, "fixed": name in fixed, "estimate": fixed.get(name, 0.0)}
+    criteria = {"aic": deviance + 2 * count, "bic": deviance + 3 * count, "bicc": deviance + 3 * count + 1}
+    criteria |= {key: changes.pop(key) for key in ("aic", "bicc", "log_likelihood_ratio") if key in changes}
+    fields = {"estimator": "exact", "population_model": "BoundGaussian", "converged": True, "draws": 100, **changes}
+    estimates = FitEstimates(
+        individuals=12,
+        unknowns=tuple(
+            UnknownEstimate(*name.split("."), *[""] * (4 - name.count(".")), fixed.get(name, 0.0), 0.1, name in fixed)
             for name in names
-        ],
-        "variance_tests": [{"parameter": name, "estimated": True} for name in vanished],
-        "population_model": "BoundGaussian",
-        "simulator": {"_target_": "any"},
-        "converged": True,
-        **changes,
-    }
-    return ComparedFit.of(plain, label=label, **places)
+        ),
+        covariance=0.01 * torch.eye(len(names), dtype=torch.float64),
+        likelihood=LikelihoodValues(**criteria),
+        parameters=(),
+        monte_carlo=fields.pop("monte_carlo", ObjectiveError(0.1, -0.005)),
+        variance_tests=tuple(
+            VarianceTest(name, math.nan, math.nan, math.nan, 0.0, estimated=True) for name in fields.pop("vanished", [])
+        ),
+        **fields,
+    )
+    return ComparedFit(label, estimates, **places)
 
 
+SURE = ObjectiveError(0.0, 0.0)
 RATIO = {"estimator": "prior_ratio", "log_likelihood_ratio": 3.0}
 CONSTANT = ["mean.a", "mean.b", "log_sd.a"]
 
@@ -125,7 +127,7 @@ def test_what_a_model_restricts_in_another_is_counted() -> None:
         (written("other value", fixed={"mean.a": 1.0}), given),
         (constant, written("fixed sd", fixed={"log_sd.b": -1.0})),
         (written("b varies", names=["mean.a", "mean.b", "log_sd.b"]), constant),
-        (constant, written("other simulator", simulator={"_target_": "other"})),
+        (constant, written("other simulator", simulator="other")),
         (constant, written("other class", population_model="Mixture")),
     ):
         assert restrictions(*pair) is None
@@ -147,13 +149,13 @@ def test_likelihoods_of_different_things_are_refused() -> None:
         compared_fits([written("C", posterior="other", **RATIO), ratio])
     with pytest.raises(ValueError, match="at least two fits; got 1"):
         compared_fits([exact])
-    with pytest.raises(ValueError, match=r"old was made by an earlier version \(no bicc, variance_tests"):
-        ComparedFit.of({"aic": 1.0}, label="old", data="", posterior="")
+    with pytest.raises(ValueError, match=r"old was made by an earlier version \(no bicc, simulator, monte_carlo"):
+        written("old", bicc=None, simulator="", monte_carlo=None)
     with pytest.raises(ValueError, match="none has no finite likelihood"):
         written("none", aic=None)
     # And what may be compared: exact likelihoods from other networks, and of other simulators without tests.
     assert len(compared_fits([exact, written("B", posterior="other", names=CONSTANT)]).tests) == 1
-    other = compared_fits([exact, written("B", simulator={"_target_": "other"}, names=CONSTANT)])
+    other = compared_fits([exact, written("B", simulator="other", names=CONSTANT)])
     assert other.tests == ()
     assert "The simulators differ" in other.text()
     assert "only differences mean something" in compared_fits([ratio, written("D", **RATIO, names=CONSTANT)]).text()
@@ -211,7 +213,7 @@ def test_two_estimators_that_contradict_each_other_are_called_so() -> None:
     assert notes["lower", "Y"] == "Not to be used: Y has not found its maximum, as X shows."
     # Without a Monte-Carlo error the difference is told without one.
     sure = [
-        written(name, deviance=value, estimator="laplace", approximation="Laplace", monte_carlo={"objective_se": 0.0})
+        written(name, deviance=value, estimator="laplace", approximation="Laplace", monte_carlo=SURE)
         for name, value in (("X", 100.0), ("Y", 101.0))
     ]
     assert "differ by 1, which no Monte-Carlo error explains" in compared_fits(sure).text()
@@ -243,24 +245,25 @@ def test_a_variance_at_zero_and_none_are_equal_models() -> None:
 
 def test_other_forms_of_a_covariate_effect_are_other_models() -> None:
     def by_weight(label: str, form: str, **changes: object) -> ComparedFit:
-        effect = {"parameter": "a", "on": "mean", "covariate": "WT", "form": form}
-        return written(label, names=[*NAMES, "effect.a.WT"], table={"covariate_effects": [effect]}, **changes)
+        effect = EffectRow("a", "mean", "WT", "", form, "70", 0.5, *[None] * 8, "estimated")
+        names = [*NAMES, "effect.a.WT", *changes.pop("more", [])]
+        return written(label, names=names, effects=(effect,), **changes)
 
     power, linear = by_weight("power", "power", deviance=90.0), by_weight("linear", "linear", deviance=99.0)
     assert not is_same_model(power, linear)
     found = compared_fits([power, linear, written("without", deviance=104.0)])
     assert found.contradictions == ()
     assert {(test.smaller, test.larger) for test in found.tests} == {("without", "power"), ("without", "linear")}
-    larger = replace(linear, free=linear.free | {Unknown("effect", "b", "WT")})
+    larger = by_weight("larger", "linear", more=["effect.b.WT"])
     assert restrictions(power, larger) is None
     assert restrictions(linear, larger) == (1, 0)
-    assert len(compared_fits([power, replace(power, label="again", deviance=95.0)]).contradictions) == 1
+    assert len(compared_fits([power, by_weight("again", "power", deviance=95.0)]).contradictions) == 1
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"simulator": {"_target_": "other"}},
+        {"simulator": "other"},
         {"population_model": "Mixture"},
         {"names": CONSTANT},
         {"fixed": {"mean.a": 1.5}},
@@ -282,11 +285,11 @@ def test_criteria_of_a_fit_count_what_was_estimated() -> None:
     varying = closed_fit(case, GaussianPopulation(fixed={"sd": {"decay": 0.2}}))
     assert varying.bicc == pytest.approx(-2 * varying.objective + 3 * math.log(50))
     same = [
-        ComparedFit.of({**each.to_dict(), "simulator": "x"}, label=str(place), data="", posterior="")
+        ComparedFit(str(place), each.estimates, data="", posterior="", simulator="x")
         for place, each in enumerate((fit, varying))
     ]
-    assert same[0].vanished == {"decay"}
-    assert same[1].fixed == {Unknown("log_sd", "decay"): pytest.approx(math.log(0.2))}
+    assert same[0].estimates.vanished == ("decay",)
+    assert same[1].estimates.fixed == {Unknown("log_sd", "decay"): pytest.approx(math.log(0.2))}
     (test,) = compared_fits(same).tests  # an SD of 0.2 is one value of those that the other fit could choose
     assert (test.restrictions, test.variances_at_zero) == (1, 0)
     assert test.statistic == pytest.approx(2 * (fit.objective - varying.objective))

@@ -23,7 +23,8 @@ from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import Exact, GaussianPopulation, fit_population
 from nlme_sbi.population.estimators.exact_draws import ExactDraws
 from nlme_sbi.population.objective.objective import contributions, effective_draws, hessian, scores, value_and_gradient
-from nlme_sbi.types import Observations, PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Observations
 
 DOUBLE = torch.float64
 MEAN = [0.5, -0.3, 0.8]

@@ -11,9 +11,10 @@ from conjugate_case import ConjugateCase, Linear, observations
 from test_exact import Curved, linear_case
 
 from nlme_sbi.individual_model.priors import GaussianPrior
-from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, PriorRatio, fit_population
+from nlme_sbi.population import Exact, GaussianPopulation, Laplace, PopulationFit, PriorRatio, fit_population
 from nlme_sbi.population.results.individual_map import individual_modes
-from nlme_sbi.types import Observations, PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Observations
 
 DOUBLE = torch.float64
 NO_SIGMA = torch.diag(torch.tensor([0.6, 0.5, 0.0], dtype=DOUBLE).square())
@@ -53,6 +54,22 @@ def test_modes_of_gaussian_individuals_are_their_means(gaussian: tuple) -> None:
     # A draw is no mode: the test would see one that is taken for it.
     one = fit.individual_draws(1, seeded())[:, 0]
     assert float(((one - mean).abs() / sd.clamp_min(1e-9))[:, :2].max()) > 0.1
+
+
+def test_whoever_knows_the_likelihood_is_asked_for_it() -> None:
+    case, simulator = linear_case(NO_SIGMA, individuals=8, seed=1)
+    fit = fit_population(
+        case.samples(100, seed=1),
+        case.observations,
+        GaussianPopulation(constant=("sigma",)),
+        generator=seeded(),
+        parameters=case.parameters,
+        estimator=Laplace(simulator=simulator),
+    )
+    found = individual_modes(fit, case.observations, generator=seeded())
+    mean, sd = closed_form(case, fit)
+    assert found.kinds == ("climbed",) * 8
+    assert bool(((found.phi - mean).abs() <= 0.005 * sd + 1e-9).all())
 
 
 def test_draws_of_gaussian_individuals_have_the_moments_of_the_closed_form(gaussian: tuple) -> None:

@@ -12,12 +12,13 @@ from closed_form import closed_fit, even_case, one_level
 
 from nlme_sbi.diagnostics.fit.reliability import influence_finding
 from nlme_sbi.population import GaussianPopulation, PopulationFit
+from nlme_sbi.population.results.estimates import UnknownEstimate
 from nlme_sbi.population.uncertainty.bootstrap import bootstrap
 from nlme_sbi.population.uncertainty.influence import Influence, influence
 from nlme_sbi.population.uncertainty.methods import Assessment, add_intervals, sandwich_covariance
 
 NOISE, SD, COUNT = 0.3, 1.0, 24
-UNKNOWNS = [{"name": f"{kind}.uptake", "quantity": kind, "fixed": False} for kind in ("mean", "log_sd")]
+UNKNOWNS = [UnknownEstimate(kind, "uptake", "", "", "", 0.0, 0.1, fixed=False) for kind in ("mean", "log_sd")]
 
 
 def _estimate(y: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +17,13 @@ from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import Exact, GaussianPopulation
 from nlme_sbi.population.estimators import exact_draws
 from nlme_sbi.population.estimators.exact_draws import ExactDraws
+from nlme_sbi.population.estimators.interpolation import InterpolatedDraws, interpolated
 from nlme_sbi.population.likelihood.log_joint import interleaved
 from nlme_sbi.population.objective.objective import hessian, value_and_gradient
-from nlme_sbi.population.theta_posterior.interpolation import interpolated
 from nlme_sbi.population.theta_posterior.prior import ThetaPriors
-from nlme_sbi.population.theta_posterior.sampler import EnsembleSampler, sample_theta, support_warnings
-from nlme_sbi.types import Design, Observations, PosteriorSamples
+from nlme_sbi.population.theta_posterior.sampler import EnsembleSampler, _prepared, sample_theta, support_warnings
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Design, Observations
 
 DOUBLE = torch.float64
 INDIVIDUALS, TIMES = 8, 4
@@ -132,6 +134,17 @@ def test_the_posterior_of_a_noise_level_is_that_of_quadrature() -> None:
         # 1000 effective draws: four standard errors are 0.13 SD of a mean and 9% of an SD.
         assert abs(draws.mean() - mean) < 0.17 * sd
         assert draws.std() == pytest.approx(sd, rel=0.15)
+
+
+def test_draws_are_asked_what_they_can_do_and_not_what_they_are() -> None:
+    state, theta = drawn(GaussianPopulation(constant=("scale", "sigma")), 128)
+    members = ("population", "blocks", "individuals", "draws", "fitted", "part", "half", "training_draws", "warnings")
+    plain = SimpleNamespace(**{name: getattr(state, name) for name in members})
+    assert _prepared(plain, theta, None, 1000) is plain
+    reached = SimpleNamespace(**vars(plain))
+    able = SimpleNamespace(**vars(plain), along_constants=lambda _: reached)
+    assert _prepared(able, theta, None, 1000) is reached
+    assert isinstance(_prepared(state, theta, None, 1000), InterpolatedDraws)
 
 
 def test_constants_that_reach_the_end_are_told() -> None:

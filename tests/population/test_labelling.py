@@ -15,7 +15,7 @@ from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, PriorRatio, fit_population
 from nlme_sbi.population.fitting.label_switching import exchange_between, in_order, labelling_notes
-from nlme_sbi.types import PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
 
 DOUBLE = torch.float64
 SPACE = ParameterSpace(tuple(Parameter(name, "1/h") for name in ("fast", "gain", "slow", "sigma")))

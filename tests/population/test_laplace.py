@@ -35,7 +35,8 @@ from nlme_sbi.population import GaussianPopulation, Laplace, fit_population
 from nlme_sbi.population.estimators import laplace_terms as laplace_pieces
 from nlme_sbi.population.estimators.laplace_draws import LaplaceDraws
 from nlme_sbi.population.objective.objective import contributions, hessian, scores, value_and_gradient
-from nlme_sbi.types import Observations, PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Observations
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from nlme_sbi.individual_model.priors import GaussianPrior, UniformPrior
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population import FitProgress, GaussianPopulation, PriorRatio, fit_population, individual_draws
 from nlme_sbi.population.models.interface import ParameterTable, Unknown
-from nlme_sbi.types import Design, Observations, PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Design, Observations
 
 DOUBLE = torch.float64
 MEAN = [0.5, -0.3, 0.8]

@@ -23,7 +23,8 @@ from nlme_sbi.population.objective.objective import (
     scores,
     value_and_gradient,
 )
-from nlme_sbi.types import PosteriorSamples, Prior
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Prior
 
 DOUBLE = torch.float64
 OMEGA = torch.diag(torch.tensor([0.6, 0.5, 0.4], dtype=DOUBLE).square())

@@ -27,7 +27,7 @@ from nlme_sbi.population.uncertainty.methods import (
     wald_intervals,
 )
 from nlme_sbi.population.uncertainty.profile import profile_interval, profile_intervals
-from nlme_sbi.types import PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
 
 DOUBLE = torch.float64
 

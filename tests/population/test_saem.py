@@ -33,7 +33,8 @@ from nlme_sbi.population.estimators.saem.stochastic_approximation import newton_
 from nlme_sbi.population.likelihood.laplace_components import distinct_modes
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.types import Observations, PosteriorSamples, Simulator
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Observations, Simulator
 
 QUICK = {"burn_in": 40, "averaging": 80}
 

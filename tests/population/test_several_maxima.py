@@ -20,7 +20,7 @@ from nlme_sbi.population.fitting.rivals import highest
 from nlme_sbi.population.likelihood.laplace_components import distinct_modes
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.likelihood.mode_scan import unseen_modes
-from nlme_sbi.population.results.fit_result import Restart
+from nlme_sbi.population.results.restart import Restart
 from nlme_sbi.types import Design, Observations
 
 DOUBLE = torch.float64

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,14 @@ import torch
 
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population.models.specification import GaussianPopulation
-from nlme_sbi.report import arviz as export
+from nlme_sbi.population.results.estimates import FitEstimates, LikelihoodValues, UnknownEstimate
 from nlme_sbi.report.arviz import to_inference_data
 from nlme_sbi.types import Design, Observations
 
 pytest.importorskip("arviz", reason="the extra arviz is not installed")
 
 
-def stored(draws: torch.Tensor | None) -> Any:
+def exported(draws: torch.Tensor, *, count: int, generator: torch.Generator | None = None) -> Any:
     """Three individuals of one parameter that varies, known as well as their draws say; one has a value less."""
     space = ParameterSpace((Parameter("rate", "1/h"),))
     observed = torch.tensor([[True, True], [True, False], [True, True]])[..., None]
@@ -27,16 +26,28 @@ def stored(draws: torch.Tensor | None) -> Any:
     values = torch.where(observed, torch.full((3, 2, 1), 0.5), 0.0)
     observations = Observations(("a", "b", "c"), values, design, ("length",), ("um",), "h")
     population = GaussianPopulation().bind(space, observations)
-    return SimpleNamespace(
-        run=SimpleNamespace(path=SimpleNamespace(name="fit-0"), sha256="0" * 64),
-        posterior=None,  # of no use here
-        population=population,
-        observations=observations,
-        theta=torch.tensor([0.2, math.log(0.5)], dtype=torch.float64),
+    estimates = FitEstimates(
+        estimator="exact",
+        individuals=3,
+        population_model="BoundGaussian",
+        unknowns=(
+            UnknownEstimate("mean", "rate", "", "", "rate", 0.2, 0.2, fixed=False),
+            UnknownEstimate("log_sd", "rate", "", "", "omega(rate)", math.log(0.5), 0.1, fixed=False),
+        ),
         covariance=torch.diag(torch.tensor([0.04, 0.01], dtype=torch.float64)),
-        draws=draws,
-        device=torch.device("cpu"),
-        log_likelihood=lambda rows: lambda phi, chosen: torch.zeros(phi.shape[:2], dtype=phi.dtype),
+        likelihood=LikelihoodValues(),
+        parameters=(),
+        converged=True,
+    )
+    return to_inference_data(
+        estimates,
+        population,
+        observations,
+        draws,
+        log_likelihood=lambda phi, rows: torch.zeros(phi.shape[:2], dtype=phi.dtype),
+        draws=count,
+        generator=generator,
+        attributes={"fit": "fit-0"},
     )
 
 
@@ -44,7 +55,7 @@ def stored(draws: torch.Tensor | None) -> Any:
 def test_draws_and_data_arrive_with_their_names(generator: torch.Generator) -> None:
     # Individuals that are known exactly: whatever theta is, their draws stay what they are.
     known = torch.tensor([-0.3, 0.1, 0.8], dtype=torch.float64)[:, None, None].expand(3, 50, 1).contiguous()
-    found = to_inference_data(stored(known), draws=4000, generator=generator)
+    found = exported(known, count=4000, generator=generator)
     assert dict(found.posterior.sizes) == {"chain": 1, "draw": 4000, "unknown": 2, "individual": 3, "parameter": 1}
     rate = found.posterior["rate"].sel(individual="c").values
     np.testing.assert_allclose(rate, math.exp(0.8), rtol=1e-12)
@@ -61,26 +72,23 @@ def test_draws_and_data_arrive_with_their_names(generator: torch.Generator) -> N
 def test_individuals_follow_the_population_that_is_drawn(generator: torch.Generator) -> None:
     # Individuals without data: their draws are the population's, so each must lie about the mean of its own theta.
     wide = 0.2 + 0.5 * torch.randn((3, 4000, 1), generator=generator, dtype=torch.float64)
-    found = to_inference_data(stored(wide), draws=2000, generator=generator)
+    found = exported(wide, count=2000, generator=generator)
     theta = found.posterior["theta"].sel(unknown="mean.rate").values.ravel()
     phi = found.posterior["phi"].sel(individual="a", parameter="rate").values.ravel()
     # Slope 1; its standard error is (0.5/0.2)/sqrt(2000) = 0.06.
     assert abs(np.polyfit(theta, phi, 1)[0] - 1) < 5 * 0.06
 
 
-def test_what_cannot_be_exported_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"kept no draws of its individuals .*individuals\.draws=200"):
-        to_inference_data(stored(None))
+def test_without_arviz_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "arviz", None)
     with pytest.raises(ImportError, match=r'pip install -e "\.\[arviz\]"'):
-        to_inference_data(stored(None))
+        exported(torch.zeros((3, 10, 1), dtype=torch.float64), count=20)
 
 
 def test_it_is_written_as_netcdf_and_read_again(tmp_path: Any) -> None:
     import arviz
 
     known = torch.zeros((3, 10, 1), dtype=torch.float64)
-    fit = stored(known)
-    export.save_inference_data(tmp_path / "draws.nc", fit, draws=20)
+    exported(known, count=20).to_netcdf(str(tmp_path / "draws.nc"), engine="h5netcdf")
     again = arviz.from_netcdf(str(tmp_path / "draws.nc"), engine="h5netcdf")
     np.testing.assert_array_equal(again.posterior["phi"].values, np.zeros((1, 20, 3, 1)))

@@ -11,13 +11,13 @@ import pytest
 
 import nlme_sbi.stages.fit_population as fitting
 from nlme_sbi.networks.posterior import AmortizedPosterior
-from nlme_sbi.report.inputs.reported_fit import read_tables
+from nlme_sbi.report.inputs.reported_fit import read_individuals
 from nlme_sbi.report.sections.provenance import origins
 from nlme_sbi.runs import load_run
 from nlme_sbi.simulation.stored import StoredSimulations
 from nlme_sbi.stages.compare_fits import _read
 from nlme_sbi.stages.fit_population import fit_population
-from nlme_sbi.stages.shared.stored_fit import load_fit
+from nlme_sbi.stages.shared.stored_fit import load_fit, stored_estimates
 from nlme_sbi.stages.simulate import simulate
 from nlme_sbi.stages.train_flow import train_flow
 
@@ -60,7 +60,8 @@ def use(stage: str, path: Path) -> None:
         AmortizedPosterior.load(run, device="cpu")
     else:
         load_fit(run, device="cpu")
-        read_tables(run)
+        stored_estimates(run).table().text()
+        read_individuals(run)
         _read(run, by_source=False)
         origins(run)
 

@@ -17,7 +17,7 @@ import torch
 import nlme_sbi.stages.checks.fit as checks_of_fits
 import nlme_sbi.stages.fit_population as fit_stage
 from nlme_sbi.cli import compose_config
-from nlme_sbi.compute.random_streams import seeded
+from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.diagnostics.findings import Finding
 from nlme_sbi.diagnostics.fit.vpc import visual_predictive_check
 from nlme_sbi.population.theta_posterior.individuals import new_individuals
@@ -25,7 +25,7 @@ from nlme_sbi.report.inputs.fit_checks import FitChecks
 from nlme_sbi.runs import FinishedRun, load_run, save_json, sha256_of_file
 from nlme_sbi.runs.directory import sealed
 from nlme_sbi.stages.check_fit import check_fit, find_checks
-from nlme_sbi.stages.checks.fit import MODEL_STREAM, FitCheckSettings
+from nlme_sbi.stages.checks.fit import FitCheckSettings
 from nlme_sbi.stages.fit_population import fit_population
 from nlme_sbi.stages.shared.stored_fit import load_fit
 from nlme_sbi.stages.train_flow import train_flow
@@ -124,7 +124,7 @@ def test_a_run_holds_findings_tables_and_curves(made: FinishedRun, fitted: Path)
 
 def test_numbers_come_back_from_the_disk_as_they_were_computed(made: FinishedRun, fitted: Path) -> None:
     fit = load_fit(only_run(fitted, "fit_population"), device="cpu")
-    generator = seeded("cpu", 0, MODEL_STREAM)
+    generator = seeded("cpu", 0, Stream.CHECK_MODEL)
     design = fit.observations.design
     phi = new_individuals(fit.population, fit.theta.expand(420, -1), design, generator)
     computed = visual_predictive_check(fit.posterior.simulator, phi, fit.observations, generator=generator)

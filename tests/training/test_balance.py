@@ -20,7 +20,8 @@ from nlme_sbi.networks.flows import AffineCouplingFlow
 from nlme_sbi.networks.posterior import AmortizedPosterior, initial_network
 from nlme_sbi.networks.summaries import GridSummary
 from nlme_sbi.simulation.shards import simulate_batch
-from nlme_sbi.training.loop import TrainingSettings, train, validation_loss
+from nlme_sbi.training.loop import TrainingSettings, density_loss, train
+from nlme_sbi.training.losses import validation_loss
 from nlme_sbi.training.pairs import StoredPairs
 from nlme_sbi.types import Design, Simulations
 
@@ -115,8 +116,8 @@ def test_the_held_out_loss_counts_the_balance_where_it_is_asked_for(generator: t
     network, _ = initial_network(
         pairs, SIMULATOR, PRIOR, summary=GridSummary(hidden=8), flow=AffineCouplingFlow(hidden=8), seed=1
     )
-    plain = validation_loss(network, pairs, TrainingSettings(), PRIOR)
-    balanced = validation_loss(network, pairs, TrainingSettings(calibrate="balanced", balance=7.0), PRIOR)
+    plain = validation_loss(network, pairs, density_loss(TrainingSettings()))
+    balanced = validation_loss(network, pairs, density_loss(TrainingSettings(calibrate="balanced", balance=7.0), PRIOR))
     with torch.no_grad():
         own, departure = balanced_losses(network, pairs[:2000], PRIOR)
     torch.testing.assert_close(balanced, own.double().mean() + 7 * departure.double() ** 2)

@@ -20,16 +20,9 @@ from nlme_sbi import FixedGrid, GaussianPopulation, GaussianPrior, Observations,
 from nlme_sbi.designs import Schedule
 from nlme_sbi.population import Exact, Laplace, PriorRatio, Saem
 from nlme_sbi.population.theta_posterior.prior import ThetaPriors
+from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.rows import ReadOnlyMapping, row_positions
-from nlme_sbi.types import (
-    Covariates,
-    Design,
-    Events,
-    Groups,
-    PosteriorSamples,
-    Simulations,
-    SimulatorOutput,
-)
+from nlme_sbi.types import Covariates, Design, Events, Groups, Simulations, SimulatorOutput
 from simulators.mrna_two_rate import MrnaTwoRate
 from simulators.theophylline import Theophylline
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,35 @@ _MOVED = 1.0  # standard errors by which one individual may move an estimate
 _CHANCE = 0.05
 _NAMED = 5
 _OF_SPREAD = ("log_sd", "partial_correlation")  # quantities that squares of distances tell
+
+
+@runtime_checkable
+class EstimatedUnknown(Protocol):
+    """What the checks need of an entry of theta."""
+
+    @property
+    def name(self) -> str:
+        """As files call it: ``log_sd.ka``."""
+
+    @property
+    def quantity(self) -> str:
+        """mean, log_sd and so on."""
+
+    @property
+    def fixed(self) -> bool:
+        """Whether its value was given."""
+
+    @property
+    def se(self) -> float | None:
+        """Standard error; None where it is not known."""
+
+    @property
+    def monte_carlo_se(self) -> float | None:
+        """Standard error from finitely many draws; None where it is not known."""
+
+    @property
+    def monte_carlo_bias(self) -> float | None:
+        """Bias from them; None where it is not known."""
 
 
 def weights_finding(
@@ -74,25 +103,25 @@ def weights_finding(
     )
 
 
-def monte_carlo_finding(unknowns: Sequence[Mapping[str, Any]]) -> Finding:
+def monte_carlo_finding(unknowns: Sequence[EstimatedUnknown]) -> Finding:
     """Monte-Carlo error of the estimates beside their standard errors: what other draws, or another seed, would change.
 
     Args:
-        unknowns: entries of ``fit.json``: name, se, fixed, monte_carlo_se, monte_carlo_bias.
+        unknowns: of the fit.
 
     Raises:
         ValueError: where nothing was estimated, or there are no standard errors.
     """
-    free = [entry for entry in unknowns if not entry["fixed"]]
+    free = [one for one in unknowns if not one.fixed]
     if not free:
         raise ValueError("Every unknown of the fit was given, so no estimate has a Monte-Carlo error.")
-    lacking = [str(entry["name"]) for entry in free if not entry["se"]]
+    lacking = [one.name for one in free if not one.se]
     if lacking:
         raise ValueError(
             f"There are no standard errors ({', '.join(lacking[:_NAMED])}) that Monte-Carlo error could be compared "
             "with; see the fit's warnings."
         )
-    errors = {str(entry["name"]): _relative_error(entry) for entry in free}
+    errors = {one.name: _relative_error(one) for one in free}
     worst = max(errors, key=lambda name: errors[name])
     largest = errors[worst]
     light: Light = "green" if largest <= _SMALL else "amber" if largest <= _LARGE else "red"
@@ -112,12 +141,12 @@ def monte_carlo_finding(unknowns: Sequence[Mapping[str, Any]]) -> Finding:
     )
 
 
-def _relative_error(entry: Mapping[str, Any]) -> float:
+def _relative_error(one: EstimatedUnknown) -> float:
     """Root of squared Monte-Carlo SE and bias, in standard errors; infinite where the SE is not known. A bias that is
     not known counts as 0."""
-    if entry["monte_carlo_se"] is None:
+    if one.monte_carlo_se is None or not one.se:
         return math.inf
-    return math.hypot(entry["monte_carlo_se"], entry["monte_carlo_bias"] or 0.0) / float(entry["se"])
+    return math.hypot(one.monte_carlo_se, one.monte_carlo_bias or 0.0) / one.se
 
 
 @lru_cache(maxsize=8)
@@ -146,33 +175,33 @@ def chance_of_influence(individuals: int, means: int, sds: int) -> float:
     return float(np.quantile(most, 1 - _CHANCE))
 
 
-def influence_finding(influence: pd.DataFrame, unknowns: Sequence[Mapping[str, Any]]) -> Finding:
+def influence_finding(influence: pd.DataFrame, unknowns: Sequence[EstimatedUnknown]) -> Finding:
     """Whether single individuals carry an estimate.
 
     Args:
         influence: the table ``influence.csv`` of a fit: id, cook, refitted and, for each unknown, ``shift.<name>``:
             what leaving the individual out does to it, in standard errors.
-        unknowns: entries of ``fit.json``: name, quantity, fixed.
+        unknowns: of the fit.
 
     Raises:
         ValueError: for fewer than 3 individuals, or where influence could not be computed.
     """
-    free = [entry for entry in unknowns if not entry["fixed"]]
-    columns = [f"shift.{entry['name']}" for entry in free]
+    free = [one for one in unknowns if not one.fixed]
+    columns = [f"shift.{one.name}" for one in free]
     shifts = influence.reindex(columns=columns).to_numpy(dtype=float)
     if len(shifts) < 3 or not columns or not np.isfinite(shifts).all():
         raise ValueError(
             "Influence needs at least 3 individuals and a fit with standard errors, whose information without any one "
             "of them is positive definite."
         )
-    sds = sum(entry["quantity"] in _OF_SPREAD for entry in free)
+    sds = sum(one.quantity in _OF_SPREAD for one in free)
     chance = chance_of_influence(min(len(shifts), 5000), len(free) - sds, sds)
     limit = max(_MOVED, chance)
     size = np.abs(shifts).max(1)
     who = np.argsort(-size)[: int((size > limit).sum())]
     place = int(np.abs(shifts[int(size.argmax())]).argmax())
     most = (
-        f'leaving out "{influence["id"].iloc[int(size.argmax())]}" moves {free[place]["name"]} by '
+        f'leaving out "{influence["id"].iloc[int(size.argmax())]}" moves {free[place].name} by '
         f"{size.max():.2g} standard errors"
     )
     if len(who) == 0:

@@ -24,9 +24,12 @@ from torch import Tensor
 
 from nlme_sbi.diagnostics.network.ranks import ranked
 from nlme_sbi.numerics.pareto_k import pareto_shape
-from nlme_sbi.types import Observations, PosteriorSamples, TractableSimulator
+from nlme_sbi.numerics.weighted_draws import require_densities, require_equal_weights
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Observations, TractableSimulator
 
 _CELLS_AT_ONCE = 2_000_000  # draws times measurements
+_PURPOSE = "Comparing with the exact posterior"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +78,12 @@ def exact_log_weights(
         observations: on the device of the draws.
         drawn: from the network.
         advance: told how many more individuals are done.
+
+    Raises:
+        ValueError: the draws have no density, or carry weights.
     """
+    require_equal_weights(drawn, _PURPOSE)
+    log_q = require_densities(drawn, _PURPOSE)
     likelihoods = []
     measured = max(1, observations.values[0].numel())
     rows = max(1, _CELLS_AT_ONCE // (measured * drawn.phi.shape[1]))
@@ -84,7 +92,7 @@ def exact_log_weights(
         likelihoods.append(simulator.log_likelihood(observations[some], drawn.phi[some].double()))
         advance(len(likelihoods[-1]))
     log_likelihood = torch.nan_to_num(torch.cat(likelihoods), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    return log_likelihood + drawn.prior.log_prob(drawn.phi.double()) - drawn.log_q.double(), log_likelihood
+    return log_likelihood + drawn.prior.log_prob(drawn.phi.double()) - log_q.double(), log_likelihood
 
 
 @torch.no_grad()
@@ -108,7 +116,7 @@ def agreement(
         advance: told how many more individuals are done.
 
     Raises:
-        ValueError: no draw of an individual has any likelihood.
+        ValueError: no draw of an individual has any likelihood; or as :func:`exact_log_weights`.
     """
     log_weights, log_likelihood = exact_log_weights(simulator, observations, drawn, advance=advance)
     none = torch.isneginf(log_weights).all(1)

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from nlme_sbi.diagnostics.network.agreement_with_exact import exact_log_weights
 from nlme_sbi.numerics.mcmc_diagnostics import bulk_ess, split_rhat
-from nlme_sbi.types import Observations, Posterior, TractableSimulator
+from nlme_sbi.numerics.weighted_draws import require_densities
+from nlme_sbi.posteriors import Posterior
+from nlme_sbi.types import Observations, TractableSimulator
 
 LARGEST_RHAT = 1.05
 _INDEPENDENT_EVERY = 5
@@ -206,7 +208,8 @@ class _Sampler:
         individuals, ensembles, walkers = self.phi.shape[:3]
         drawn = self.target.posterior.sample(self.target.observations, ensembles * walkers, self.generator)
         proposal = drawn.phi.double().reshape(self.phi.shape)
-        log_q = drawn.log_q.double().reshape(individuals, ensembles, walkers)
+        log_q = require_densities(drawn, "Proposing draws of the posterior").double()
+        log_q = log_q.reshape(individuals, ensembles, walkers)
         every = torch.arange(walkers, device=self.phi.device)
         self._accept(every, proposal, self.target.log_q(self.phi) - log_q)
 

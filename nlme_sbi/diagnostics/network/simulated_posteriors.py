@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nlme_sbi.numerics.weighted_draws import require_densities, require_equal_weights
+from nlme_sbi.posteriors import Posterior
 from nlme_sbi.simulation.shards import simulate_batch
-from nlme_sbi.types import DesignSource, Observations, Posterior, Prior, Simulations, Simulator
+from nlme_sbi.types import DesignSource, Observations, Prior, Simulations, Simulator
 
 FEWEST_PAIRS, FEWEST_DRAWS = 50, 20
 _AT_ONCE = 50  # individuals between two movements of the progress bar
@@ -133,23 +135,28 @@ def posterior_pairs(
         generator: on the device of the posterior.
         density: what the truth was drawn from, where that was not the training prior.
         advance: told how many more individuals are done.
+
+    Raises:
+        ValueError: the draws have no density, or carry weights; or as :class:`PosteriorPairs`.
     """
     blocks = [slice(start, start + _AT_ONCE) for start in range(0, len(observations), _AT_ONCE)]
     parts: list[tuple[Tensor, ...]] = []
     for rows in blocks:
         some, true = observations[rows], truth[rows]
         drawn = posterior.sample(some, draws, generator)
+        require_equal_weights(drawn, "Calibration by ranks")
+        log_q = require_densities(drawn, "Calibration of the log density")
         log_q_of_truth = posterior.log_prob(true[:, None], some)[:, 0]
         pool = torch.cat([true[:, None], drawn.phi], 1).double()
         weights = () if density is None else (log_ratio(density, posterior.prior, pool),)
-        parts.append((drawn.phi, drawn.log_q, log_q_of_truth, *weights))
+        parts.append((drawn.phi, log_q, log_q_of_truth, *weights))
         advance(len(some))
-    phi, log_q, log_q_of_truth, *weighted = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    phi, densities, log_q_of_truth, *weighted = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     return PosteriorPairs(
         names=posterior.parameters.names,
         truth=truth,
         draws=phi,
-        log_q=log_q,
+        log_q=densities,
         log_q_of_truth=log_q_of_truth,
         log_weights=weighted[0] if weighted else None,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nlme_sbi.population.estimators.exact import Exact
-from nlme_sbi.population.estimators.interface import Estimator
+from nlme_sbi.population.estimators.interface import Estimator, EstimatorChoice
 from nlme_sbi.population.estimators.prior_ratio import PriorRatio
 from nlme_sbi.population.objective.interface import Source
 from nlme_sbi.types import TractableSimulator
@@ -25,6 +25,6 @@ class Auto:
         return PriorRatio(), f"{type(simulator).__name__} has no likelihood"
 
 
-def chosen_estimator(estimator: Estimator | Auto, source: Source) -> tuple[Estimator, str]:
+def chosen_estimator(estimator: Estimator | EstimatorChoice, source: Source) -> tuple[Estimator, str]:
     """The estimator itself, and why it was taken where that was left open ("" where it was named)."""
-    return estimator.choose(source) if isinstance(estimator, Auto) else (estimator, "")
+    return estimator.choose(source) if isinstance(estimator, EstimatorChoice) else (estimator, "")

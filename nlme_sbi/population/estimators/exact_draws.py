@@ -18,10 +18,12 @@ from torch import Tensor
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.numerics.t_mixtures import Mixtures, independent_sets
 from nlme_sbi.population.estimators.exact_block import ExactBlock, first_order, second_order
+from nlme_sbi.population.estimators.interpolation import interpolated
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents
 from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows, interleaved
 from nlme_sbi.population.likelihood.population_monte_carlo import refine_mixtures
 from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import effective_draws
 from nlme_sbi.types import Prior
 
@@ -133,6 +135,11 @@ class ExactDraws:
         on common draws that serve both. Likelihoods are expanded about this one's constants."""
         mixed = self.mixed.beside(other.mixed)
         return drawn(self.joint, self.modes, mixed, self.training, generator)
+
+    def along_constants(self, covariance: Float[Tensor, "P P"] | None) -> WeightedDraws:
+        """The same draws with likelihoods that hold within six standard errors of the constants; see
+        :func:`nlme_sbi.population.estimators.interpolation.interpolated`."""
+        return interpolated(self, covariance)
 
     def training_draws(self) -> tuple[Tensor, Prior]:
         """Draws of all parameters, constants at their values."""

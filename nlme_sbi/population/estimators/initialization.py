@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nlme_sbi.numerics.weighted_draws import equal_draws
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_modes, with_others
 from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, promised_gain
 from nlme_sbi.population.models.interface import PopulationModel
@@ -15,7 +16,8 @@ from nlme_sbi.population.models.labels import named
 from nlme_sbi.population.objective.interface import Source
 from nlme_sbi.population.objective.likelihood_point import NoLikelihoodError
 from nlme_sbi.population.objective.subsets import of_individuals
-from nlme_sbi.types import Observations, PosteriorSamples, Simulator, TractableSimulator
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Observations, Simulator, TractableSimulator
 
 _FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from
 _CLIMBERS = 3  # starts of Newton's method for each individual, before symmetries
@@ -100,10 +102,11 @@ def first_climbers(
 
 def _network_draws(source: Source, observations: Observations, generator: torch.Generator) -> Float[Tensor, "I S D"]:
     if isinstance(source, PosteriorSamples):
-        return source.phi[:, :_FIRST_DRAWS]
+        return equal_draws(source.phi, source.log_weights, _FIRST_DRAWS)
     # To a network a limit is a value; that does for a beginning, and the likelihood knows better.
     plain = replace(observations, censoring=None, lower=None, upper=None)
-    return source.sample(plain, _FIRST_DRAWS, generator).phi
+    found = source.sample(plain, _FIRST_DRAWS, generator)
+    return equal_draws(found.phi, found.log_weights)
 
 
 def images(simulator: TractableSimulator, population: PopulationModel) -> list[list[int]]:

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.compute.progress import Report
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents
+from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.types import Observations
@@ -103,6 +105,44 @@ class ThetaDependentEstimator(Estimator, Protocol):
 
     def roughly(self, individuals: int) -> ThetaDependentEstimator:
         """The same estimator with as few draws as comparing starts on so many individuals takes."""
+
+
+@runtime_checkable
+class LikelihoodDraws(WeightedDraws, Protocol):
+    """Draws of an estimator that evaluates the likelihood and knows individuals' modes."""
+
+    @property
+    def joint(self) -> JointDensity:
+        """Likelihood and population density of all individuals, with the simulator and the data."""
+
+    @property
+    def modes(self) -> LaplaceComponents:
+        """Of every individual, for the theta that the draws were made for."""
+
+
+@runtime_checkable
+class LocalDraws(WeightedDraws, Protocol):
+    """Draws whose likelihoods hold near the constants that they were made for, and can be made to hold farther."""
+
+    def along_constants(self, covariance: Tensor | None) -> WeightedDraws:
+        """The same draws with likelihoods that hold as far as constants lie under ``covariance (P, P)`` of the
+        estimates, which is None where it is not known."""
+
+
+@runtime_checkable
+class BoundedDraws(WeightedDraws, Protocol):
+    """Draws whose likelihoods are known within a range of the constants only."""
+
+    def beyond(self, thetas: Tensor) -> Tensor:
+        """Share of ``thetas (K, P)`` whose constants come near the end of that range, for each constant."""
+
+
+@runtime_checkable
+class EstimatorChoice(Protocol):
+    """What stands for an estimator until it is known what draws are made from."""
+
+    def choose(self, source: Source) -> tuple[Estimator, str]:
+        """The estimator, and the reason in words."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.types import CheckingSimulator, Observations, PosteriorSamples, Prior, TractableSimulator
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import CheckingSimulator, Observations, Prior, TractableSimulator
 from nlme_sbi.units import check_units
 
 _POOL, _LEAST_POOL = 4000, 400  # draws of the prior that are looked at for everybody
@@ -72,15 +73,14 @@ class LikelihoodWeightedPrior:
     @torch.no_grad()
     def sample(self, observations: Observations, draws: int, generator: torch.Generator) -> PosteriorSamples:
         """``draws`` guesses for each individual, ``phi (I, draws, D)`` float32; the same ones again for the same
-        individuals. ``log_q`` is NaN: guesses have no density."""
+        individuals. ``log_q`` is None: guesses have no density."""
         if observations.ids not in self._guesses:
             if len(self._guesses) > 8:
                 self._guesses.clear()
             self._guesses[observations.ids] = self._weighted(observations, generator)
         kept = self._guesses[observations.ids]
         place = torch.arange(draws, device=kept.device) % kept.shape[1]
-        phi = kept[:, place]
-        return PosteriorSamples(self.parameters.names, phi, torch.full_like(phi[..., 0], torch.nan), self.prior)
+        return PosteriorSamples(self.parameters.names, kept[:, place], None, self.prior)
 
     def log_prob(self, phi: Tensor, observations: Observations) -> Tensor:  # noqa: ARG002
         """Guesses have no density: raises ``ValueError``."""

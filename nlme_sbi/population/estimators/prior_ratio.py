@@ -18,6 +18,11 @@ components :math:`\log q(s \mid v, y_i)` keeps an error. Because a mixture fitte
 of the draws, that error has a score that is zero on average where the truth lies among an individual's draws as another
 draw would; what remains grows with skewness and does not average out over individuals. *Tails:* far outside an
 individual's draws the mixture's tail is an extrapolation; :meth:`RatioDraws.warnings` names such individuals.
+
+**Weights.** Nothing here needs the density of the draws, so those of Markov chains and ABC serve as well. Draws that
+stand for the posterior with weights :math:`w_j` make the mean a weighted one, :math:`\sum_j w_j r_j / \sum_j w_j`;
+mixtures are fitted to draws that are resampled with the weights, the mean keeps all of them. Monte-Carlo errors take
+draws of an individual for independent: of a Markov chain give as many as its effective number.
 """
 
 from __future__ import annotations
@@ -31,11 +36,13 @@ from torch import Tensor
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.numerics.gaussian_mixtures import ConditionalDensity, GaussianMixtures, fit_mixtures
 from nlme_sbi.numerics.mixture_em import Criterion
+from nlme_sbi.numerics.weighted_draws import equal_draws, mean_one
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective import draw_checks as checks
 from nlme_sbi.population.objective.interface import Source, WeightedDraws
 from nlme_sbi.population.objective.objective import contributions
-from nlme_sbi.types import Design, Observations, Posterior, PosteriorSamples, Prior
+from nlme_sbi.posteriors import Posterior, PosteriorSamples
+from nlme_sbi.types import Design, Observations, Prior
 
 _CHUNK = {"cpu": 65536, "cuda": 4_000_000}  # draws in a block: a CPU's cache, a GPU's width
 _GIB = 2.0**30
@@ -127,8 +134,9 @@ class PriorRatio:
         joined = PosteriorSamples(
             names=more.names,
             phi=torch.cat([state.phi, more.phi.to(state.phi)], 1),
-            log_q=torch.cat([more.log_q.new_zeros(state.phi.shape[:2]), more.log_q], 1),  # not read by this estimator
+            log_q=None,
             prior=more.prior,
+            log_weights=_joined_weights(state, more),
         )
         return self._assembled(joined, state.source, observations, state.population, generator)
 
@@ -141,8 +149,10 @@ class PriorRatio:
         generator: torch.Generator,
     ) -> RatioDraws:
         checks.require_matching(samples, observations, population)
-        phi = checks.inside_prior(samples, observations.ids, generator, max_outside=self.max_outside)
-        mixtures = fit_mixtures(phi, self.components, criterion=self.criterion) if population.constant else None
+        phi, log_weights = checks.inside_prior(samples, observations.ids, generator, max_outside=self.max_outside)
+        mixtures = None
+        if population.constant:
+            mixtures = fit_mixtures(equal_draws(phi, log_weights), self.components, criterion=self.criterion)
         chunk = self.chunk or _CHUNK.get(phi.device.type, _CHUNK["cuda"])
         numbers = (
             phi.shape[0] * phi.shape[1] * (len(population.varying) + 1 + _conditional_numbers(mixtures, population))
@@ -155,6 +165,7 @@ class PriorRatio:
                 individuals=phi.shape[0],
                 draws=phi.shape[1],
                 phi=phi,
+                log_weights=log_weights,
                 design=observations.design.to(phi.device),
                 prior=samples.prior,
                 mixtures=mixtures,
@@ -173,7 +184,8 @@ class RatioBlock:
     ``stored (i, S, V)`` and ``log_base (i, S)`` are in the storage type; ``anchor (D,)`` is one draw, at which a prior
     that is a product over varying and constant parameters is evaluated instead of at all draws; None where it is not.
     Where the log prior is below ``level``, weights are zero (see
-    :func:`nlme_sbi.population.objective.draw_checks.trained_level`).
+    :func:`nlme_sbi.population.objective.draw_checks.trained_level`). ``log_given (i, S)`` are the weights that the
+    draws came with, with mean 1; None where all count alike.
     """
 
     population: PopulationModel
@@ -185,6 +197,11 @@ class RatioBlock:
     conditional: ConditionalDensity | None
     anchor: Tensor | None
     level: float
+    log_given: Tensor | None = None
+
+    def given_weights(self) -> Float[Tensor, "I S"] | None:
+        """The weights that the draws came with, adding up to 1; None where all count alike."""
+        return None if self.log_given is None else torch.softmax(self.log_given, 1)
 
     def varying(self) -> Float[Tensor, "I S V"]:
         """Draws of the varying parameters in float64."""
@@ -192,6 +209,10 @@ class RatioBlock:
 
     def log_weights(self, theta: Float[Tensor, " P"]) -> Float[Tensor, "I S"]:
         """Log of each draw's contribution to the mean; -inf where a constant lies outside the prior's support."""
+        found = self._log_ratios(theta)
+        return found if self.log_given is None else found + self.log_given
+
+    def _log_ratios(self, theta: Float[Tensor, " P"]) -> Float[Tensor, "I S"]:
         phi = self.varying()
         log_population = self.population.log_prob(phi, theta, self.design)
         if self.conditional is None:
@@ -216,7 +237,10 @@ class RatioBlock:
 
 @dataclass(frozen=True, eq=False)
 class RatioDraws:
-    """Draws of every individual, in blocks of individuals that have about equally large mixtures."""
+    """Draws of every individual, in blocks of individuals that have about equally large mixtures.
+
+    ``log_weights (I, S)`` are those that the draws came with, with mean 1; None where all count alike.
+    """
 
     population: PopulationModel
     blocks: tuple[RatioBlock, ...]
@@ -230,6 +254,7 @@ class RatioDraws:
     chunk: int
     storage: torch.dtype
     level: float
+    log_weights: Float[Tensor, "I S"] | None = None
 
     @property
     def fitted(self) -> bool:
@@ -239,6 +264,7 @@ class RatioDraws:
     def size_in_bytes(self) -> int:
         """What draws and precomputed densities take."""
         beside = len(self.population.varying) + 1 + _conditional_numbers(self.mixtures, self.population)
+        beside += 0 if self.log_weights is None else 2
         width = torch.finfo(self.storage).bits // 8
         return self.phi.numel() * self.phi.element_size() + int(self.individuals * self.draws * beside * width)
 
@@ -252,27 +278,35 @@ class RatioDraws:
                 individuals=phi.shape[0],
                 draws=phi.shape[1],
                 phi=phi,
+                log_weights=self._weights_of(individuals, draws),
                 design=self.design[individuals],
                 mixtures=mixtures,
             )
         )
 
     def training_draws(self) -> tuple[Tensor, Prior]:
-        """The draws and the prior that they were made under."""
-        return self.phi, self.prior
+        """The draws, with equal weights, and the prior that they were made under."""
+        return equal_draws(self.phi, self.log_weights), self.prior
+
+    def _weights_of(self, individuals: Tensor, draws: slice) -> Float[Tensor, "I S"] | None:
+        return None if self.log_weights is None else mean_one(self.log_weights[individuals][:, draws])
 
     def half(self, which: int) -> RatioDraws:
         """Every other draw, with the mixtures adapted to these."""
-        phi = self.phi[:, which::2]
-        mixtures = self.mixtures
+        phi, mixtures = self.phi[:, which::2], self.mixtures
+        everybody = torch.arange(self.individuals, device=phi.device)
+        log_weights = self._weights_of(everybody, slice(which, None, 2))
         if mixtures is not None:
-            mixtures = fit_mixtures(phi, mixtures.log_weights.shape[1], start=mixtures)
-        return _assemble(replace(self, draws=phi.shape[1], phi=phi, mixtures=mixtures))
+            drawn = equal_draws(phi, log_weights)
+            mixtures = fit_mixtures(drawn, mixtures.log_weights.shape[1], start=mixtures)
+        return _assemble(replace(self, draws=phi.shape[1], phi=phi, log_weights=log_weights, mixtures=mixtures))
 
     def warnings(self, theta: Float[Tensor, " P"], ids: tuple[str, ...]) -> tuple[str, ...]:
         """Constants in the tails of some individuals, and a population that outgrows the prior."""
         log_prior = torch.cat([self.prior.log_prob(phi.double()) for phi in torch.split(self.phi, 256)])
-        found = checks.stray_draws((log_prior < self.level).double().mean(1), ids)
+        stray = (log_prior < self.level).double()
+        counted = stray if self.log_weights is None else stray * self.log_weights.exp()
+        found = checks.stray_draws(counted.mean(1), ids)
         found += checks.outgrown(self.prior, self.population, theta, self.design)
         if self.mixtures is not None:
             constant = list(self.population.constant)
@@ -286,6 +320,17 @@ class RatioDraws:
                 "in which the parameter varies.",
             )
         return found
+
+
+def _joined_weights(state: RatioDraws, more: PosteriorSamples) -> Float[Tensor, "I S"] | None:
+    """Weights of the draws at hand and of more of them. Each part has mean 1, because how one is normalised says
+    nothing of how the other is."""
+    if state.log_weights is None and more.log_weights is None:
+        return None
+    like = state.phi.new_zeros((), dtype=torch.float64)
+    here = like.expand(state.phi.shape[:2]) if state.log_weights is None else state.log_weights
+    there = like.expand(more.phi.shape[:2]) if more.log_weights is None else mean_one(more.log_weights.to(like))
+    return torch.cat([here, there], 1)
 
 
 def _conditional_numbers(mixtures: GaussianMixtures | None, population: PopulationModel) -> float:
@@ -355,6 +400,7 @@ def _block(draws: RatioDraws, rows: Tensor, anchor: Tensor | None) -> RatioBlock
         conditional=conditional,
         anchor=anchor,
         level=draws.level,
+        log_given=None if draws.log_weights is None else draws.log_weights[rows],
     )
 
 

@@ -21,7 +21,7 @@ from nlme_sbi.population.likelihood.log_joint import find_modes
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.specification import GaussianPopulation
 from nlme_sbi.population.objective.interface import Source
-from nlme_sbi.population.results.fit_result import BEYOND, Restart
+from nlme_sbi.population.results.restart import BEYOND, Restart
 from nlme_sbi.types import Observations, TractableSimulator
 
 _LEVEL = 0.05  # log-likelihoods this near are equal

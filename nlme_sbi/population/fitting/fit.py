@@ -15,7 +15,13 @@ from nlme_sbi.compute.progress import Report, discard
 from nlme_sbi.numerics.pareto_k import heavy_tails
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.estimators.auto import Auto, chosen_estimator
-from nlme_sbi.population.estimators.interface import Estimator, Redraw, SelfOptimizingEstimator, ThetaDependentEstimator
+from nlme_sbi.population.estimators.interface import (
+    Estimator,
+    EstimatorChoice,
+    Redraw,
+    SelfOptimizingEstimator,
+    ThetaDependentEstimator,
+)
 from nlme_sbi.population.fitting.beyond_prior import warn_beyond_prior
 from nlme_sbi.population.fitting.fixed_draws_fit import fit_fixed_draws
 from nlme_sbi.population.fitting.label_switching import declared_pairs, labelling_notes, require_orderable
@@ -37,7 +43,8 @@ from nlme_sbi.population.objective.individuals import IndividualEstimates, indiv
 from nlme_sbi.population.objective.interface import Source
 from nlme_sbi.population.objective.variance_tests import variance_tests
 from nlme_sbi.population.results.fit_result import PopulationFit
-from nlme_sbi.types import Observations, Posterior
+from nlme_sbi.posteriors import Posterior
+from nlme_sbi.types import Observations
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +55,7 @@ def fit_population(
     population: PopulationSpecification | PopulationModel,
     *,
     generator: torch.Generator,
-    estimator: Estimator | Auto | None = None,
+    estimator: Estimator | EstimatorChoice | None = None,
     parameters: ParameterSpace | None = None,
     starts: int = 5,
     accuracy: float = 0.1,
@@ -115,7 +122,7 @@ def _fitted(
     population: PopulationSpecification | PopulationModel,
     *,
     generator: torch.Generator,
-    estimator: Estimator | Auto | None,
+    estimator: Estimator | EstimatorChoice | None,
     parameters: ParameterSpace | None,
     starts: int,
     accuracy: float,

@@ -15,7 +15,7 @@ from nlme_sbi.population.objective.likelihood_point import Point
 from nlme_sbi.population.objective.optimization import Summit
 from nlme_sbi.population.objective.standard_errors import likelihood_error, monte_carlo_error
 from nlme_sbi.population.objective.verification import Verification, verify_maximum
-from nlme_sbi.population.results.fit_result import Restart
+from nlme_sbi.population.results.restart import Restart
 
 _SCANS = 3  # for modes of individuals that a search may have passed by
 _CONTRADICTED = 0.25  # standard errors between a search's estimate and the maximum of the likelihood there

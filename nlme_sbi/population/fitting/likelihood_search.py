@@ -34,7 +34,7 @@ from nlme_sbi.population.objective.subsets import of_individuals, random_part
 from nlme_sbi.population.objective.trust_region import Climb, Limits, climb_likelihood
 from nlme_sbi.population.objective.vanishing_sds import vanishing
 from nlme_sbi.population.objective.verification import TOLERANCE, Verification, too_many, verify_maximum
-from nlme_sbi.population.results.fit_result import BEYOND, Restart
+from nlme_sbi.population.results.restart import BEYOND, Restart
 from nlme_sbi.types import Observations, TractableSimulator
 
 STARTS_ON = 60  # individuals on whom starts are compared

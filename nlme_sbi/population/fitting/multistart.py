@@ -18,7 +18,7 @@ from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import contributions, rough_information
 from nlme_sbi.population.objective.optimization import Summit, rise
 from nlme_sbi.population.objective.subsets import random_part
-from nlme_sbi.population.results.fit_result import Restart
+from nlme_sbi.population.results.restart import Restart
 
 EXPLORED_INDIVIDUALS = 1000  # starts are compared on so many individuals
 _EXPLORED_DRAWS = 500  # with so many draws

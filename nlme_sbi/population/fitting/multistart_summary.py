@@ -11,9 +11,9 @@ from torch import Tensor
 from nlme_sbi.population.fitting.label_switching import exchange_between
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import WeightedDraws
-from nlme_sbi.population.objective.objective import effective_draws
+from nlme_sbi.population.objective.objective import log_mean_error
 from nlme_sbi.population.objective.optimization import Summit
-from nlme_sbi.population.results.fit_result import BEYOND, Restart
+from nlme_sbi.population.results.restart import BEYOND, Restart
 
 _SAME = 0.1  # largest distance of one and the same optimum, in standard errors
 _LEVEL = 0.05  # objectives this near are equal before Monte-Carlo error
@@ -58,7 +58,7 @@ def compare_ends(
 
 
 def _monte_carlo_variance(state: WeightedDraws, theta: Tensor) -> float:
-    return float((1 / effective_draws(state, theta) - 1 / state.draws).clamp_min(0).sum())
+    return float(log_mean_error(state, theta)[0].sum())
 
 
 def _differing(state: WeightedDraws, theta: Tensor, best: Tensor, covariance: Tensor) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.optimization import Summit
 from nlme_sbi.population.objective.standard_errors import MonteCarloError
 from nlme_sbi.population.objective.verification import Verification
-from nlme_sbi.population.results.fit_result import Restart
+from nlme_sbi.population.results.restart import Restart
 
 
 @dataclass(frozen=True, eq=False)

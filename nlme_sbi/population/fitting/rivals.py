@@ -9,7 +9,8 @@ from dataclasses import replace
 from nlme_sbi.population.fitting.beyond_prior import warn_beyond_prior
 from nlme_sbi.population.fitting.multistart_summary import describe_starts, warn_of_lone_maximum
 from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.population.results.fit_result import PopulationFit, Restart
+from nlme_sbi.population.results.fit_result import PopulationFit
+from nlme_sbi.population.results.restart import Restart
 
 _TRIED = 2  # rivals that are climbed to the end, at most
 _APART = 1.0  # standard errors between rivals that are two

@@ -9,9 +9,11 @@ from jaxtyping import Float
 from scipy.stats import binom, chi2
 from torch import Tensor
 
+from nlme_sbi.numerics.weighted_draws import mean_one
 from nlme_sbi.population.models.interface import PopulationModel, covariances_of, means_of
 from nlme_sbi.population.models.labels import _NAMED, named
-from nlme_sbi.types import Design, Observations, PosteriorSamples, Prior
+from nlme_sbi.posteriors import PosteriorSamples
+from nlme_sbi.types import Design, Observations, Prior
 
 _FALSE_ALARMS = 0.01  # chance that anybody is named where posteriors are exact and Gaussian
 _TAIL = 0.025  # what lies in the tails: beyond 2.2 SD in one dimension
@@ -42,17 +44,20 @@ def require_matching(samples: PosteriorSamples, observations: Observations, popu
 
 def inside_prior(
     samples: PosteriorSamples, ids: tuple[str, ...], generator: torch.Generator, *, max_outside: float
-) -> Float[Tensor, "I S D"]:
-    """The draws, with the tolerated few that lie outside the prior replaced by others of the same individual.
+) -> tuple[Float[Tensor, "I S D"], Float[Tensor, "I S"] | None]:
+    """The draws, with the tolerated few that lie outside the prior replaced by others of the same individual, and their
+    log weights with mean 1, where they have any; of draws with weights those outside count no more.
 
     Raises:
         ValueError: where the prior has no density at too many draws, with the individuals and the remedies.
     """
     log_prior = [samples.prior.log_prob(phi.double()) for phi in torch.split(samples.phi, 256)]
     outside = ~torch.isfinite(torch.cat(log_prior))
+    log_weights = None if samples.log_weights is None else mean_one(samples.log_weights)
     if not bool(outside.any()):
-        return samples.phi
-    share = outside.double().mean(1)
+        return samples.phi, log_weights
+    counted = outside.double() if log_weights is None else outside * log_weights.exp()
+    share = counted.mean(1)
     rows = torch.nonzero(share > max_outside)[:, 0]
     if len(rows) > 0:
         raise ValueError(
@@ -62,13 +67,14 @@ def inside_prior(
             "estimator.max_outside tolerate this share."
         )
     # A random inside draw takes the place of each one outside: the posterior restricted to the prior's support.
-    weights = (~outside).double()
+    weights = (~outside).double() if log_weights is None else (~outside) * log_weights.exp()
     replacement = torch.multinomial(
         weights.to(generator.device), outside.shape[1], replacement=True, generator=generator
     )
     own = torch.arange(outside.shape[1], device=outside.device).expand(outside.shape)
     index = torch.where(outside, replacement.to(outside.device), own)
-    return samples.phi.gather(1, index[..., None].expand(samples.phi.shape))
+    phi = samples.phi.gather(1, index[..., None].expand(samples.phi.shape))
+    return phi, None if log_weights is None else mean_one(log_weights.masked_fill(outside, -torch.inf))
 
 
 def trained_level(prior: Prior, device: torch.device) -> float:

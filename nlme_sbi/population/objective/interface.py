@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.types import Design, Posterior, PosteriorSamples, Prior
+from nlme_sbi.posteriors import Posterior, PosteriorSamples
+from nlme_sbi.types import Design, Prior
 
 Source = Posterior | PosteriorSamples
 
@@ -31,6 +32,14 @@ class DrawBlock(Protocol):
 
     def log_weights(self, theta: Tensor) -> Tensor:
         """``(i, S)``, differentiable: the log of the mean of their exponentials is an individual's objective."""
+
+
+@runtime_checkable
+class GivenWeights(Protocol):
+    """A block of draws that stood for the individuals' posteriors with weights of their own, before any theta."""
+
+    def given_weights(self) -> Tensor | None:
+        """These weights, ``(i, S)``, adding up to 1 for every individual; None where all draws counted alike."""
 
 
 @runtime_checkable

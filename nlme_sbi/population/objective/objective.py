@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.compute.blocks import over_blocks
-from nlme_sbi.population.objective.interface import DrawBlock, SetsOfDraws, WeightedDraws
+from nlme_sbi.population.objective.interface import DrawBlock, GivenWeights, SetsOfDraws, WeightedDraws
 
 _ROUGH = 200  # individuals that tell the scales of a search
 
@@ -204,6 +204,32 @@ def effective_draws(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[T
         return 1 / torch.softmax(block.log_weights(theta), 1).square().sum(1)
 
     return _in_rows(state, theta, over_blocks(of_block, state.blocks, theta.device))
+
+
+@torch.no_grad()
+def log_mean_error(state: WeightedDraws, theta: Float[Tensor, " P"]) -> tuple[Float[Tensor, " I"], Float[Tensor, " I"]]:
+    r"""Monte-Carlo variance of every individual's objective, and minus twice its bias; by the delta method, for
+    independent draws.
+
+    With :math:`p_j` the draws' shares of the mean at theta and :math:`b_j` those that they had before, :math:`1/S`
+    unless weights were given,
+
+    .. math:: \mathrm{var} = \sum_j (p_j - b_j)^2, \quad \mathrm{bias} = -\tfrac12 \sum_j (p_j^2 - b_j^2).
+
+    Without given weights variance and minus twice the bias are both :math:`1/\mathrm{ESS} - 1/S`. With them their
+    normalisation has an error of its own, so that the effective number of draws at theta alone would mislead, also
+    downwards: weights that cancel the ratio leave all draws effective and their mean uncertain.
+    """
+    plain = (1 / effective_draws(state, theta) - 1 / state.draws).clamp_min(0)
+    variance = excess = plain
+    for block in state.blocks:
+        given = block.given_weights() if isinstance(block, GivenWeights) else None
+        if given is None:
+            continue
+        shares = torch.softmax(block.log_weights(theta), 1)
+        variance = variance.index_copy(0, block.rows, (shares - given).square().sum(1))
+        excess = excess.index_copy(0, block.rows, (shares.square() - given.square()).sum(1))
+    return variance, excess
 
 
 @torch.no_grad()

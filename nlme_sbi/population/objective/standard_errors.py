@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import (
-    effective_draws,
+    log_mean_error,
     objective_error,
     score_error,
     score_variance,
@@ -28,8 +28,9 @@ class MonteCarloError:
     """What finitely many draws do to objective and estimates.
 
     Args:
-        objective_se: standard error of the summed objective, ``sqrt(sum(1/ESS_i - 1/S))``; where densities were fitted
-            to the draws, from the differences between halves instead, which see that error too.
+        objective_se: standard error of the summed objective, ``sqrt(sum(1/ESS_i - 1/S))`` (see
+            :func:`nlme_sbi.population.objective.objective.log_mean_error` for draws that carry weights); where
+            densities were fitted to the draws, from the differences between halves instead, which see that error too.
         objective_bias: ``-1/2 sum(1/ESS_i - 1/S)``: the log of a mean is biased, and it adds up over individuals.
         objective_bias_jackknife: half-sample jackknife, mean over the halves' maxima minus the whole's; None where a
             half found no maximum.
@@ -97,18 +98,18 @@ def monte_carlo_error(
     """
     fixed = state.population.unknowns.fixed.to(theta.device)
     free = state.population.unknowns.free.to(theta.device)
-    excess = (1 / effective_draws(state, theta) - 1 / state.draws).clamp_min(0).sum()
+    variance, excess = (float(each.sum()) for each in log_mean_error(state, theta))
+    objective_se = math.sqrt(variance)
     unknown = torch.where(fixed, torch.zeros_like(theta), math.nan)
     if covariance is None:
-        return MonteCarloError(math.sqrt(float(excess)), -0.5 * float(excess), None, unknown, unknown)
+        return MonteCarloError(objective_se, -0.5 * excess, None, unknown, unknown)
     halves = [state.half(which) for which in (0, 1)]
-    objective_se = math.sqrt(float(excess))
     if state.fitted:
         objective_se, spread = float(objective_error(state, theta).norm()), score_error(state, theta)
-        excess = excess.clamp_max(objective_se**2)  # evenly spread draws err less than their weights tell
+        excess = _bounded(excess, objective_se)
     else:
         spread = score_variance(state, theta)
-    variance = (covariance @ spread @ covariance).diagonal().clamp_min(0)
+    spreads = (covariance @ spread @ covariance).diagonal().clamp_min(0)
     ends = [_half_maximum(half, theta, covariance) for half in halves]
     bias, jackknife = unknown, None
     if all(end is not None for end in ends):
@@ -120,9 +121,9 @@ def monte_carlo_error(
         jackknife = sum(value for _, value in found) / 2 - objective - 0.5 * float(gradient @ covariance @ gradient)
     return MonteCarloError(
         objective_se=objective_se,
-        objective_bias=-0.5 * float(excess),
+        objective_bias=-0.5 * excess,
         objective_bias_jackknife=jackknife,
-        se=torch.zeros_like(theta).index_copy(0, free, variance.sqrt()),
+        se=torch.zeros_like(theta).index_copy(0, free, spreads.sqrt()),
         bias=bias,
     )
 
@@ -131,12 +132,17 @@ def likelihood_error(
     state: WeightedDraws, theta: Float[Tensor, " P"], *, se: Float[Tensor, " P"], bias: Float[Tensor, " P"]
 ) -> MonteCarloError:
     """Error of the objective from the draws, where that of the unknowns (``se``, ``bias``) is known from elsewhere."""
-    excess = float((1 / effective_draws(state, theta) - 1 / state.draws).clamp_min(0).sum())
-    objective_se = math.sqrt(excess)
+    variance, excess = (float(each.sum()) for each in log_mean_error(state, theta))
+    objective_se = math.sqrt(variance)
     if state.fitted:
         objective_se = float(objective_error(state, theta).norm())
-        excess = min(excess, objective_se**2)
+        excess = _bounded(excess, objective_se)
     return MonteCarloError(objective_se, -0.5 * excess, None, se, bias)
+
+
+def _bounded(excess: float, error: float) -> float:
+    """What the weights tell, but no more than the error allows: evenly spread draws err less than their weights."""
+    return max(-(error**2), min(excess, error**2))
 
 
 def _half_maximum(half: WeightedDraws, theta: Tensor, covariance: Tensor) -> tuple[Tensor, float] | None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from nlme_sbi.population.objective.interface import Source
-from nlme_sbi.types import PosteriorSamples
+from nlme_sbi.posteriors import PosteriorSamples
 
 
 def random_part(individuals: int, most: int, generator: torch.Generator) -> Int[Tensor, " part"]:
@@ -23,5 +21,5 @@ def random_part(individuals: int, most: int, generator: torch.Generator) -> Int[
 def of_individuals(source: Source, rows: Int[Tensor, " part"]) -> Source:
     """Where draws of these individuals come from: a posterior as it is, of stored draws the rows."""
     if isinstance(source, PosteriorSamples):
-        return replace(source, phi=source.phi[rows], log_q=source.log_q[rows])
+        return source[rows]
     return source

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from nlme_sbi.population.models.interface import PopulationModel
 
 ILL_CONDITIONED = 1000.0  # NONMEM's users' rule of thumb
 
@@ -57,18 +56,17 @@ class EstimateCorrelations:
         return said, f"Strongest correlation of two estimates: {pair[2]:.2f} ({pair[0]} with {pair[1]})."
 
 
-def estimate_correlations(population: PopulationModel, covariance: Float[Tensor, "P P"]) -> EstimateCorrelations | None:
-    """Correlations from the covariance of the estimates; None where that is not known or nothing was estimated."""
-    free = population.unknowns.free.to(covariance.device)
-    own = covariance[free][:, free]
-    variance = own.diagonal()
-    if len(free) == 0 or not bool(torch.isfinite(own).all()) or not bool((variance > 0).all()):
+def estimate_correlations(labels: Sequence[str], covariance: Float[Tensor, "free free"]) -> EstimateCorrelations | None:
+    """Correlations from the covariance of the estimates of the free unknowns, which ``labels`` name; None where that is
+    not known or nothing was estimated."""
+    variance = covariance.diagonal()
+    if len(labels) == 0 or not bool(torch.isfinite(covariance).all()) or not bool((variance > 0).all()):
         return None
-    correlation = own * variance.rsqrt()[:, None] * variance.rsqrt()
+    correlation = covariance * variance.rsqrt()[:, None] * variance.rsqrt()
     values = torch.linalg.eigvalsh(0.5 * (correlation + correlation.T))
     smallest = float(values[0])
     return EstimateCorrelations(
-        labels=tuple(population.unknowns.labels[place] for place in free.tolist()),
+        labels=tuple(labels),
         correlation=correlation,
         condition_number=float(values[-1]) / smallest if smallest > 0 else math.inf,
     )

@@ -1,10 +1,11 @@
-"""What a population fit returns."""
+"""What a population fit returns: estimates with the draws that they rest on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,44 +24,25 @@ from nlme_sbi.population.objective.individuals import (
 from nlme_sbi.population.objective.information_criteria import corrected_bic
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.standard_errors import MonteCarloError
-from nlme_sbi.population.objective.variance_tests import VarianceTest, describe_test
+from nlme_sbi.population.objective.variance_tests import VarianceTest
 from nlme_sbi.population.objective.verification import Verification
-from nlme_sbi.population.results.intervals import Interval, ProfileCurve, interval_lines
+from nlme_sbi.population.results.estimates import (
+    EffectiveDraws,
+    FitEstimates,
+    LikelihoodValues,
+    ObjectiveError,
+    UnknownEstimate,
+)
+from nlme_sbi.population.results.intervals import Interval, ProfileCurve
+from nlme_sbi.population.results.restart import Restart
 from nlme_sbi.population.results.table import PopulationTable, number, population_table
-
-BEYOND = "beyond the prior"  # verdict on a maximum that the training prior rules out
-
-
-@dataclass(frozen=True)
-class Restart:
-    """Where one start ended, compared with the best of them on the same draws.
-
-    Args:
-        start: where it began.
-        objective: where it ended.
-        below: how much lower than the best.
-        distance: largest difference of an unknown from the best's, in standard errors.
-        verdict: "same", "other point" (the same objective within Monte-Carlo error elsewhere), "lower", "failed", or
-            "beyond the prior": a maximum at least about as high that the training prior rules out.
-        differing: parameters whose means differ by more than 3 standard errors, where the verdict is "other point";
-            those whose typical values speak against it where it is "beyond the prior".
-        exchanged: the two parameters whose exchange takes this end to the best one, where it is a mirror image.
-        unknowns: where it ended, by name.
-    """
-
-    start: str
-    objective: float
-    below: float
-    distance: float
-    verdict: str
-    differing: tuple[str, ...] = ()
-    exchanged: tuple[str, ...] = ()
-    unknowns: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class PopulationFit:
-    """Estimates of a population model with their uncertainty.
+    """Estimates of a population model with the draws and closures that an estimator goes on from.
+
+    What is stored and shown of it are its :attr:`estimates`.
 
     Args:
         population: the bound model; ``population.unknowns.names`` names the entries of ``theta``.
@@ -182,14 +164,16 @@ class PopulationFit:
         """Of theta; 0 where fixed, NaN where not known."""
         return self.covariance.diagonal().sqrt()
 
-    def table(self) -> PopulationTable:
-        """The table of parameters, with the objective above it and warnings below.
+    @property
+    def estimates(self) -> FitEstimates:
+        """What is stored, and all that tables, comparisons and reports read: without the draws.
 
-        Shrinkage is that of the modes, where a likelihood was climbed to them, else that of the posterior means.
+        Shrinkage in its table is that of the modes, where a likelihood was climbed to them, else that of the posterior
+        means.
         """
         vanished = tuple(test.parameter for test in self.variance_tests if test.estimated)
         modes = self.modes.phi if self.modes is not None and self.modes.searched else None
-        return population_table(
+        table = population_table(
             self.population,
             self.theta,
             self.covariance,
@@ -197,15 +181,65 @@ class PopulationFit:
             individuals_are="means" if modes is None else "modes",
             vanished=vanished,
             typical=individual_typical(self.state, self.theta),
-            heading=self._heading(),
-            notes=(
-                *interval_lines(self.intervals),
-                *describe_test(self.variance_tests),
-                self.message,
-                *self.labelling,
-                *(f"WARNING: {warning}" for warning in self.warnings),
-            ),
         )
+        error, ess = self.monte_carlo, self.ess
+        return FitEstimates(
+            estimator=self.estimator,
+            individuals=len(self.ids),
+            population_model=type(self.population).__name__,
+            unknowns=self._unknowns(),
+            covariance=self.covariance.detach().to("cpu", torch.float64),
+            likelihood=LikelihoodValues(
+                log_likelihood_ratio=self.log_likelihood_ratio,
+                minus_two_log_likelihood=self.minus_two_log_likelihood,
+                objective_function_value=self.objective_function_value,
+                aic=self.aic,
+                bic=self.bic,
+                bicc=self.bicc,
+            ),
+            parameters=table.rows,
+            converged=self.converged,
+            effects=table.effects,
+            correlations=table.correlations,
+            approximation=self.approximation,
+            draws=self.draws,
+            measurements=self.measurements,
+            monte_carlo=ObjectiveError(error.objective_se, error.objective_bias, error.objective_bias_jackknife),
+            ess=None
+            if self.approximation
+            else EffectiveDraws(float(ess.mean()), float(ess.median()), float(ess.min())),
+            intervals=self.intervals,
+            profiles=self.profiles,
+            variance_tests=self.variance_tests,
+            restarts=self.restarts,
+            verification=self.verification,
+            message=self.message,
+            labelling=self.labelling,
+            warnings=self.warnings,
+        )
+
+    def _unknowns(self) -> tuple[UnknownEstimate, ...]:
+        table, error, se = self.population.unknowns, self.monte_carlo, self.standard_errors
+        return tuple(
+            UnknownEstimate(
+                **asdict(row),
+                label=table.labels[place],
+                estimate=float(self.theta[place]),
+                se=number(se[place]),
+                fixed=bool(table.fixed[place]),
+                monte_carlo_se=number(error.se[place]),
+                monte_carlo_bias=number(error.bias[place]),
+            )
+            for place, row in enumerate(table.rows)
+        )
+
+    def table(self) -> PopulationTable:
+        """The table of parameters; see :meth:`nlme_sbi.population.results.estimates.FitEstimates.table`."""
+        return self.estimates.table()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The :attr:`estimates` as plain Python numbers, ready for JSON; None where there is no number."""
+        return self.estimates.to_dict()
 
     def individual_draws(self, count: int, generator: torch.Generator) -> Float[Tensor, "I count D"]:
         """Draws from ``p(phi | y_i, theta_hat)``; see :func:`individual_draws`."""
@@ -225,90 +259,6 @@ class PopulationFit:
                 raise ValueError(f"No such individuals in this fit: {missing[:5]}.")
             frame = frame.set_index("id").loc[list(ids)].reset_index()
         return frame
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain Python numbers, ready for JSON; None where there is no number."""
-        error, se, table = self.monte_carlo, self.standard_errors, self.population.unknowns
-        ess = self.ess
-        return {
-            "estimator": self.estimator,
-            "approximation": self.approximation,
-            "individuals": len(self.ids),
-            "draws": self.draws,
-            "log_likelihood_ratio": number_or_none(self.log_likelihood_ratio),
-            "minus_two_log_likelihood": number_or_none(self.minus_two_log_likelihood),
-            "objective_function_value": number_or_none(self.objective_function_value),
-            "aic": number(self.aic),
-            "bic": number(self.bic),
-            "bicc": number(self.bicc),
-            "measurements": self.measurements,
-            "estimated_unknowns": self.estimated,
-            "monte_carlo": {
-                "objective_se": number(error.objective_se),
-                "objective_bias": number(error.objective_bias),
-                "objective_bias_jackknife": number_or_none(error.objective_bias_jackknife),
-            },
-            "unknowns": [
-                {
-                    "name": row.name,
-                    **asdict(row),
-                    "label": table.labels[place],
-                    "estimate": float(self.theta[place]),
-                    "se": number(se[place]),
-                    "fixed": bool(table.fixed[place]),
-                    "monte_carlo_se": number(error.se[place]),
-                    "monte_carlo_bias": number(error.bias[place]),
-                }
-                for place, row in enumerate(table.rows)
-            ],
-            "covariance": [[number(value) for value in row] for row in self.covariance.tolist()],
-            "table": self.table().to_dict(),
-            "intervals": [_plain(asdict(interval)) for interval in self.intervals],
-            "profiles": [asdict(curve) for curve in self.profiles],
-            "population_model": type(self.population).__name__,
-            "variance_tests": [_plain(asdict(test)) for test in self.variance_tests],
-            "ess": {
-                name: None if self.approximation else float(value)
-                for name, value in (("mean", ess.mean()), ("median", ess.median()), ("smallest", ess.min()))
-            },
-            "restarts": [_plain(asdict(restart)) for restart in self.restarts],
-            "converged": self.converged,
-            "verification": None if self.verification is None else _plain(asdict(self.verification)),
-            "message": self.message,
-            "labelling": list(self.labelling),
-            "warnings": list(self.warnings),
-        }
-
-    def _heading(self) -> tuple[str, ...]:
-        error, ess = self.monte_carlo, self.ess
-        who = f"{len(self.ids)} individuals, estimator {self.estimator}"
-        what = "log L" if self.absolute else "log likelihood ratio to the training prior"
-        said = "not available with this estimator"
-        deviance, ofv = self.minus_two_log_likelihood, self.objective_function_value
-        if self.approximation and deviance is not None and ofv is not None:
-            label = f"{self.approximation}'s approximation; compare only with other fits of it"
-            return (
-                f"{who}, nothing is sampled",
-                f"{what}: {self.objective:.2f} ({label})",
-                f"-2 log L: {deviance:.2f} ({self.approximation}), OFV {ofv:.2f} ({self.approximation})",
-            )
-        if deviance is not None and ofv is not None:
-            said = f"{deviance:.2f} (Monte-Carlo SE {2 * error.objective_se:.2g}, corrected for bias), OFV {ofv:.2f}"
-        return (
-            f"{who}, {self.draws} draws each "
-            f"(effective: median {float(ess.median()):.0f}, smallest {float(ess.min()):.0f})",
-            f"{what}: {self.objective:.2f} (Monte-Carlo SE {error.objective_se:.2f}, bias {error.objective_bias:.2f})",
-            f"-2 log L: {said}",
-        )
-
-
-def number_or_none(value: float | None) -> float | None:
-    """A plain finite number or None."""
-    return None if value is None else number(value)
-
-
-def _plain(entry: dict[str, object]) -> dict[str, object]:
-    return {key: number(value) if isinstance(value, float) else value for key, value in entry.items()}
 
 
 def individual_draws(fit: PopulationFit, count: int, generator: torch.Generator) -> Float[Tensor, "I count D"]:

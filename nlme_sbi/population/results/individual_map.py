@@ -9,14 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.estimators.exact_draws import ExactDraws
 from nlme_sbi.population.estimators.initialization import likelihood_of, with_images
+from nlme_sbi.population.estimators.interface import LikelihoodDraws
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents
 from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, find_modes, interleaved
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.individuals import IndividualModes, ModeKind, resampled_draws
 from nlme_sbi.population.results.fit_result import PopulationFit
-from nlme_sbi.types import Observations, Posterior, TractableSimulator
+from nlme_sbi.posteriors import Posterior
+from nlme_sbi.types import Observations, TractableSimulator
 
 _DRAWS = 50  # of each individual, of which the best is climbed from, or is the answer
 _TOLERANCE = 1e-5  # promised gain at which a climb ends: 0.005 posterior SDs from the top of a parabola
@@ -37,7 +38,7 @@ def individual_modes(
         fit: the population fit.
         observations: the individuals that it was made from.
         source: the posterior that the draws came from (where its simulator has a likelihood, that is climbed), or the
-            simulator; may be left out after an exact fit.
+            simulator; may be left out after a fit of a likelihood.
         generator: for the draws that climbs begin from, on the device of the fit.
 
     Raises:
@@ -47,11 +48,12 @@ def individual_modes(
         raise ValueError(f"The fit is of {len(fit.ids)} individuals, these observations are of others; pass the same.")
     drawn = resampled_draws(fit.state, fit.theta, _DRAWS, generator)
     simulator = getattr(source, "simulator", source)
-    if simulator is None and isinstance(fit.state, ExactDraws):
-        simulator = fit.state.joint.simulator
+    known = fit.state if isinstance(fit.state, LikelihoodDraws) else None
+    if simulator is None and known is not None:
+        simulator = known.joint.simulator
     if isinstance(simulator, TractableSimulator):
         joint = likelihood_of(simulator, fit.population, observations, fit.theta)
-        return _climbed(joint, drawn, fit.state.modes if isinstance(fit.state, ExactDraws) else None)
+        return _climbed(joint, drawn, None if known is None else known.modes)
     if isinstance(source, Posterior):
         return _best_of(drawn, fit.population, fit.theta, source, observations)
     return _heaviest(fit)

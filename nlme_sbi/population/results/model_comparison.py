@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from typing import Any
 
 import pandas as pd
 
 from nlme_sbi.population.models.interface import LOG_SD, Unknown
 from nlme_sbi.population.objective.information_criteria import likelihood_ratio_p
+from nlme_sbi.population.results.estimates import ABSOLUTE, RATIO, FitEstimates
 
 _EQUAL = 1e-9  # relative difference of fixed values that are the same
 # By how much two -2 log L may differ from what they must be, beside Monte-Carlo error: estimates are a few hundredths
@@ -25,98 +25,71 @@ _SLACK = 0.5
 _ERRORS = 3  # Monte-Carlo SEs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ComparedFit:
-    """What a comparison needs of one fit.
+    """A fit's estimates with where they come from, which is what decides whether they compare.
 
     Args:
         label: what it is called.
-        estimator: its name.
-        kind: "absolute", "ratio" (to the evidence under the training prior), or the approximation's name.
+        estimates: of the fit.
         data: hash of the data.
         posterior: hashes of the networks that draws came from, which stand for their training prior, too.
-        simulator: configuration of the simulator, as text.
-        model: class of the population model.
-        deviance: -2 log L, or of the ratio.
-        monte_carlo_se: of the deviance.
-        unknowns: number of estimated ones.
-        aic: Akaike's criterion.
-        bic: with log(individuals).
-        bicc: as Monolix defines it.
-        free: the estimated unknowns.
-        fixed: values of the others.
-        vanished: parameters whose variance was estimated as 0.
-        converged: whether the fit did.
-        effects: of covariates, ``(parameter, mean or log_sd, covariate)``, with their forms.
+        simulator: configuration of the simulator, and the hash of its source where that is known, as text.
+
+    Raises:
+        ValueError: where the fit has no finite likelihood or was written by an earlier version.
     """
 
     label: str
-    estimator: str
-    kind: str
+    estimates: FitEstimates
     data: str
     posterior: str
     simulator: str
-    model: str
-    deviance: float
-    monte_carlo_se: float
-    unknowns: int
-    aic: float
-    bic: float
-    bicc: float
-    free: frozenset[Unknown]
-    fixed: Mapping[Unknown, float]
-    vanished: frozenset[str]
-    converged: bool
-    effects: Mapping[tuple[str, str, str], str] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, plain: Mapping[str, Any], *, label: str, data: str, posterior: str) -> ComparedFit:
-        """From what a fit's ``fit.json`` holds.
-
-        Raises:
-            ValueError: where the fit has no objective or was written by an earlier version.
-        """
-        needed = ("bicc", "variance_tests", "population_model", "simulator")
-        lacking = [name for name in needed if name not in plain]
+    def __post_init__(self) -> None:
+        estimates, criteria = self.estimates, self.estimates.likelihood
+        if criteria.aic is None or not math.isfinite(criteria.aic):
+            raise ValueError(f"{self.label} has no finite likelihood; it cannot be compared.")
+        needed = {
+            "bicc": criteria.bicc is not None,
+            "population_model": estimates.population_model,
+            "simulator": self.simulator,
+            "monte_carlo": estimates.draws is None or estimates.monte_carlo is not None,
+        }
+        lacking = [name for name, there in needed.items() if not there]
         if lacking:
-            raise ValueError(f"{label} was made by an earlier version (no {', '.join(lacking)}): fit it again.")
-        if plain["aic"] is None:
-            raise ValueError(f"{label} has no finite likelihood; it cannot be compared.")
-        ratio = plain["log_likelihood_ratio"] is not None
-        unknowns = [(stored_unknown(entry), entry) for entry in plain["unknowns"]]
-        return cls(
-            label=label,
-            estimator=plain["estimator"],
-            kind="ratio" if ratio else plain.get("approximation") or "absolute",
-            data=data,
-            posterior=posterior,
-            simulator=str(plain["simulator"]),
-            model=plain["population_model"],
-            deviance=plain["aic"] - 2 * plain["estimated_unknowns"],
-            monte_carlo_se=2 * plain["monte_carlo"]["objective_se"],
-            unknowns=plain["estimated_unknowns"],
-            aic=plain["aic"],
-            bic=plain["bic"],
-            bicc=plain["bicc"],
-            free=frozenset(unknown for unknown, entry in unknowns if not entry["fixed"]),
-            fixed={unknown: entry["estimate"] for unknown, entry in unknowns if entry["fixed"]},
-            vanished=frozenset(test["parameter"] for test in plain["variance_tests"] if test["estimated"]),
-            converged=plain["converged"],
-            effects={
-                (row["parameter"], row["on"], row["covariate"]): row["form"]
-                for row in plain.get("table", {}).get("covariate_effects", [])
-            },
-        )
+            raise ValueError(f"{self.label} was made by an earlier version (no {', '.join(lacking)}): fit it again.")
+
+    @property
+    def deviance(self) -> float:
+        """-2 log L, or of the ratio, corrected for bias."""
+        return self.criterion("aic") - 2 * self.estimates.estimated
+
+    @property
+    def monte_carlo_se(self) -> float:
+        """Of the deviance; 0 where nothing was drawn."""
+        error = self.estimates.monte_carlo
+        return 0.0 if error is None else 2 * error.objective_se
+
+    def criterion(self, name: str) -> float:
+        """aic, bic or bicc; NaN where it is not known."""
+        value = getattr(self.estimates.likelihood, name)
+        return math.nan if value is None else float(value)
 
     @property
     def zero(self) -> frozenset[Unknown]:
         """The log SDs that were estimated as minus infinity."""
-        return frozenset(Unknown(LOG_SD, name) for name in self.vanished)
+        return frozenset(Unknown(LOG_SD, name) for name in self.estimates.vanished)
+
+    @property
+    def effects(self) -> dict[tuple[str, str, str], str]:
+        """Forms of the covariate effects by ``(parameter, mean or log_sd, covariate)``."""
+        return {(row.parameter, row.on, row.covariate): row.form for row in self.estimates.effects}
 
     @property
     def quantity(self) -> str:
         """What its deviance is, in words."""
-        return "-2 log L" if self.kind != "ratio" else "-2 log likelihood ratios"
+        return "-2 log likelihood ratios" if self.estimates.kind == RATIO else "-2 log L"
 
 
 @dataclass(frozen=True)
@@ -177,21 +150,21 @@ class Comparison:
     def frame(self) -> pd.DataFrame:
         """One row a fit, with differences from the best that converged; ``difference_monte_carlo_se`` belongs to all of
         them. ``contradicted_by`` names fits that show that this one has missed its maximum."""
-        sound = [fit for fit in self.fits if fit.converged] or list(self.fits)
-        best = {name: min(getattr(fit, name) for fit in sound) for name in ("aic", "bic", "bicc")}
+        sound = [fit for fit in self.fits if fit.estimates.converged] or list(self.fits)
+        best = {name: min(fit.criterion(name) for fit in sound) for name in ("aic", "bic", "bicc")}
         first = self.fits[0]
         rows = [
             {
                 "fit": fit.label,
-                "estimator": fit.estimator,
-                "unknowns": fit.unknowns,
-                "minus_two_log_likelihood" if fit.kind != "ratio" else "minus_two_log_ratio": fit.deviance,
+                "estimator": fit.estimates.estimator,
+                "unknowns": fit.estimates.estimated,
+                "minus_two_log_ratio" if fit.estimates.kind == RATIO else "minus_two_log_likelihood": fit.deviance,
                 "monte_carlo_se": fit.monte_carlo_se,
                 **{key: value for name in best for key, value in _with_difference(name, fit, best).items()},
                 "difference_monte_carlo_se": 0.0
                 if fit is first
                 else math.hypot(fit.monte_carlo_se, first.monte_carlo_se),
-                "converged": fit.converged,
+                "converged": fit.estimates.converged,
                 "contradicted_by": " ".join(one.higher for one in self.contradictions if one.lower == fit.label),
             }
             for fit in self.fits
@@ -205,7 +178,7 @@ class Comparison:
     def text(self) -> str:
         """For a terminal."""
         frame = self.frame().drop(columns="contradicted_by")
-        frame["fit"] = [fit.label if fit.converged else f"{fit.label} (not converged)" for fit in self.fits]
+        frame["fit"] = [fit.label if fit.estimates.converged else f"{fit.label} (not converged)" for fit in self.fits]
         parts = [frame.to_string(index=False, float_format="{:.2f}".format), ""]
         for test in self.tests:
             error = f" (Monte-Carlo SE {test.monte_carlo_se:.2g})"
@@ -216,13 +189,8 @@ class Comparison:
         return "\n".join([*parts, *(one.sentence for one in self.contradictions), *self.notes]).rstrip() + "\n"
 
 
-def stored_unknown(entry: Mapping[str, Any]) -> Unknown:
-    """An unknown as ``fit.json`` tells it."""
-    return Unknown(entry["quantity"], entry["parameter"], entry["other"], entry["level"])
-
-
 def _with_difference(name: str, fit: ComparedFit, best: Mapping[str, float]) -> dict[str, float]:
-    value = getattr(fit, name)
+    value = fit.criterion(name)
     return {name: value, f"{name}_difference": value - best[name]}
 
 
@@ -237,37 +205,39 @@ def compared_fits(fits: Sequence[ComparedFit]) -> Comparison:
     _require_comparable(fits)
     contradictions = _contradictions(fits)
     missed = {one.lower: one.higher for one in contradictions}
+    sound = [fit for fit in fits if fit.estimates.converged]
     tests = [
         _doubted(test, missed)
-        for small in fits
-        for large in fits
-        if small is not large and small.converged and large.converged and (test := _tested(small, large))
+        for small in sound
+        for large in sound
+        if small is not large and (test := _tested(small, large))
     ]
     notes = [
         f"{fit.label} has not converged: its numbers are no basis for a choice, and it is in no test."
         for fit in fits
-        if not fit.converged
+        if not fit.estimates.converged
     ]
     notes += _agreements(fits)
     if len({fit.simulator for fit in fits}) > 1:
         notes.append(
             "The simulators differ: criteria may be compared, likelihood-ratio tests do not apply to such pairs."
         )
-    if fits[0].kind == "ratio":
+    if fits[0].estimates.kind == RATIO:
         notes.append("Likelihoods are ratios to the training prior's evidence: only differences mean something.")
-    ordered = sorted(fits, key=lambda fit: (not fit.converged, fit.aic))
+    ordered = sorted(fits, key=lambda fit: (not fit.estimates.converged, fit.criterion("aic")))
     return Comparison(tuple(ordered), tuple(tests), tuple(notes), tuple(contradictions))
 
 
 def is_same_model(first: ComparedFit, second: ComparedFit) -> bool:
     """Whether two fits have the same maximum: a variance that was estimated as 0 is none."""
+    one, other = first.estimates, second.estimates
     return (
-        first.model == second.model
+        one.population_model == other.population_model
         and first.simulator == second.simulator
-        and first.free == second.free
+        and one.free == other.free
         and first.effects == second.effects
-        and set(first.fixed) == set(second.fixed)
-        and all(_same(value, second.fixed[unknown]) for unknown, value in first.fixed.items())
+        and set(one.fixed) == set(other.fixed)
+        and all(_same(value, other.fixed[unknown]) for unknown, value in one.fixed.items())
     )
 
 
@@ -312,7 +282,7 @@ def _agreements(fits: Sequence[ComparedFit]) -> list[str]:
         if not is_same_model(first, second) or difference > _SLACK + _ERRORS * error:
             continue
         agree = f"their {first.quantity} agree (difference {difference:.2g}, Monte-Carlo SE {error:.2g})"
-        zero = sorted(first.vanished ^ second.vanished)
+        zero = sorted(set(first.estimates.vanished) ^ set(second.estimates.vanished))
         if zero:
             found.append(
                 f"{first.label} and {second.label} are equal models, because the variance of {', '.join(zero)} was "
@@ -340,43 +310,44 @@ def _require_comparable(fits: Sequence[ComparedFit]) -> None:
         pair = f"{first.label} and {other.label}"
         if first.data != other.data:
             raise ValueError(f"{pair} are fits of different data; likelihoods compare models of the same data only.")
-        if first.kind != other.kind:
+        if first.estimates.kind != other.estimates.kind:
             raise ValueError(
                 f"{pair} have likelihoods that cannot be compared: {_described(first)}, {_described(other)}. Fit both "
                 "with the same estimator."
             )
-        if first.kind == "ratio" and first.posterior != other.posterior:
+        if first.estimates.kind == RATIO and first.posterior != other.posterior:
             raise ValueError(
-                f"{pair} rest on different trained posteriors. With estimator {first.estimator} the likelihood is a "
-                "ratio to the evidence under the training prior, as that network sees it: fit both with the same "
-                "posterior, or with estimator=exact where there is a likelihood."
+                f"{pair} rest on different trained posteriors. With estimator {first.estimates.estimator} the "
+                "likelihood is a ratio to the evidence under the training prior, as that network sees it: fit both "
+                "with the same posterior, or with estimator=exact where there is a likelihood."
             )
 
 
 def _described(fit: ComparedFit) -> str:
-    if fit.kind == "ratio":
-        return f"that of {fit.label} is a ratio to the evidence under the training prior ({fit.estimator})"
-    if fit.kind == "absolute":
-        return f"that of {fit.label} is the likelihood itself ({fit.estimator})"
-    return f"that of {fit.label} is {fit.kind}'s approximation ({fit.estimator})"
+    if fit.estimates.kind == RATIO:
+        return f"that of {fit.label} is a ratio to the evidence under the training prior ({fit.estimates.estimator})"
+    if fit.estimates.kind == ABSOLUTE:
+        return f"that of {fit.label} is the likelihood itself ({fit.estimates.estimator})"
+    return f"that of {fit.label} is {fit.estimates.kind}'s approximation ({fit.estimates.estimator})"
 
 
 def restrictions(small: ComparedFit, large: ComparedFit) -> tuple[int, int] | None:
     """How a model is a special case of another: constraints, and variances at 0 beside them. None where it is not,
     or nothing is known of it."""
-    if small.model != large.model or small.simulator != large.simulator:
+    inner, outer = small.estimates, large.estimates
+    if inner.population_model != outer.population_model or small.simulator != large.simulator:
         return None
-    known = large.free | large.zero
-    if not small.free | small.zero <= known:
+    known = outer.free | large.zero
+    if not inner.free | small.zero <= known:
         return None
-    if any(not _same(value, small.fixed.get(unknown)) for unknown, value in large.fixed.items()):
+    if any(not _same(value, inner.fixed.get(unknown)) for unknown, value in outer.fixed.items()):
         return None
     if any(large.effects.get(name) != form for name, form in small.effects.items()):
         return None
-    if not set(small.fixed) <= known | set(large.fixed):
+    if not set(inner.fixed) <= known | set(outer.fixed):
         return None
-    beyond = known - small.free - small.zero
-    zero = {unknown for unknown in beyond if unknown not in small.fixed and unknown.quantity == LOG_SD}
+    beyond = known - inner.free - small.zero
+    zero = {unknown for unknown in beyond if unknown not in inner.fixed and unknown.quantity == LOG_SD}
     return (len(beyond) - len(zero), len(zero)) if beyond else None
 
 

@@ -212,6 +212,7 @@ def population_table(
         notes: sentences below it.
     """
     found = summarise(population, theta, covariance)
+    free = population.unknowns.free.to(covariance.device)
     centre, sd = (found.mean, found.sd) if typical is None else typical
     eta = (individuals - centre) / sd
     spread = eta.std(0) if len(eta) > 1 else torch.full_like(found.sd, math.nan)
@@ -223,7 +224,9 @@ def population_table(
         heading=heading,
         notes=notes,
         effects=effect_rows(population, theta, covariance),
-        estimates=estimate_correlations(population, covariance),
+        estimates=estimate_correlations(
+            [population.unknowns.labels[place] for place in free.tolist()], covariance[free][:, free]
+        ),
     )
 
 

@@ -23,7 +23,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from nlme_sbi.compute.progress import FitProgress, Report
-from nlme_sbi.population.estimators.exact_draws import ExactDraws
+from nlme_sbi.population.estimators.interface import BoundedDraws, LocalDraws
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import (
     contributions,
@@ -34,7 +34,6 @@ from nlme_sbi.population.objective.objective import (
     value_and_gradient,
 )
 from nlme_sbi.population.theta_posterior.draws import LEAST_ESS, RHAT, ChainCheck, ThetaDraws, convergence_warnings
-from nlme_sbi.population.theta_posterior.interpolation import InterpolatedDraws, interpolated
 from nlme_sbi.population.theta_posterior.prior import ThetaPrior
 
 _FREEDOM = 6.0  # degrees of freedom of the independent proposals
@@ -147,15 +146,15 @@ def sample_theta(
 
 
 def _prepared(state: WeightedDraws, theta: Tensor, covariance: Tensor | None, effective: int) -> WeightedDraws:
-    """The first draws of everybody, so many that most keep about this effective number; those of the exact estimator
-    with likelihoods that hold as far as their constants may go."""
+    """The first draws of everybody, so many that most keep about this effective number; with likelihoods that hold
+    as far as constants may go."""
     surplus = float(torch.quantile(effective_draws(state, theta), 0.05)) / effective
     if surplus >= 2:
         rows = torch.arange(state.individuals, device=state.blocks[0].rows.device)
         # The first ones: they are even where the draws are a low-discrepancy sequence, every n-th one would not be.
         state = state.part(rows, slice(0, 2 * math.ceil(0.5 * state.draws / surplus)))
-    if isinstance(state, ExactDraws) and state.population.constant:
-        return interpolated(state, covariance)
+    if isinstance(state, LocalDraws) and state.population.constant:
+        return state.along_constants(covariance)
     return state
 
 
@@ -368,7 +367,7 @@ def support_warnings(
 
 def _beyond_expansion(state: WeightedDraws, drawn: Tensor) -> tuple[str, ...]:
     """A sentence where constants reach the end of what is known of the likelihood."""
-    if not isinstance(state, InterpolatedDraws):
+    if not isinstance(state, BoundedDraws):
         return ()
     names = [state.population.parameters.names[column] for column in state.population.constant]
     far = [name for name, share in zip(names, state.beyond(drawn).tolist(), strict=True) if share > 0.002]

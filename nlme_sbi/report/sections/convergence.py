@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
@@ -11,47 +11,50 @@ import torch
 from nlme_sbi.diagnostics.findings import Finding, attempted
 from nlme_sbi.diagnostics.fit.reliability import monte_carlo_finding, weights_finding
 from nlme_sbi.numerics.pareto_k import UNRELIABLE
-from nlme_sbi.population.results.fit_result import BEYOND
+from nlme_sbi.population.results.estimates import FitEstimates
+from nlme_sbi.population.results.restart import BEYOND, Restart
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
 from nlme_sbi.report.page.content import Block, Cell, Section, Table, Words, number
 
-Told = Mapping[str, Any]
 LEAST_DRAWS = 50.0  # effective, below which an individual is flagged to be looked at
 
 
 def convergence_section(fit: ReportedFit) -> Section:
     """Restarts, Monte-Carlo errors, effective draws."""
     blocks: list[Block] = []
-    if fit.told.get("restarts"):
-        blocks.append(restart_table(fit.told))
-    if fit.told.get("message"):
-        blocks.append(Words(str(fit.told["message"])))
+    estimates = fit.estimates
+    if estimates.restarts:
+        blocks.append(restart_table(estimates.restarts))
+    if estimates.message:
+        blocks.append(Words(estimates.message))
     return Section(
         "convergence",
         "Convergence and Monte-Carlo error",
         lead="Whether the search ended at the highest maximum, and how much of the result is chance of the draws.",
         findings=(
-            convergence_finding(fit.told),
-            attempted("monte_carlo", "Sensitivity to draws and seeds", lambda: _sensitivity(fit.told)),
+            convergence_finding(estimates),
+            attempted("monte_carlo", "Sensitivity to draws and seeds", lambda: _sensitivity(estimates)),
             attempted("weights", "Effective draws of the individuals", lambda: _weights(fit)),
-            warnings_finding(fit.told),
+            warnings_finding(estimates.warnings),
         ),
         blocks=tuple(blocks),
     )
 
 
-def _sensitivity(told: Told) -> Finding:
+def _sensitivity(estimates: FitEstimates) -> Finding:
     """What other draws would change; nothing is known of it where the estimate is no maximum.
 
     Raises:
-        ValueError: for a fit that has not converged.
+        ValueError: for a fit that has not converged, or whose estimates come from no draws.
     """
-    if not told.get("converged"):
+    if not estimates.converged:
         raise ValueError("The fit has not converged: other draws or another seed may lead anywhere.")
-    return monte_carlo_finding(told["unknowns"])
+    if estimates.draws is None:
+        raise ValueError("The estimates come from no draws, so there are no others that could change them.")
+    return monte_carlo_finding(estimates.unknowns)
 
 
-def convergence_finding(told: Told) -> Finding:
+def convergence_finding(estimates: FitEstimates) -> Finding:
     """From the restarts' verdicts and the search's own."""
     rule = (
         "Green: the search converged (where there is a likelihood: draws that were not climbed on confirm the maximum) "
@@ -59,15 +62,17 @@ def convergence_finding(told: Told) -> Finding:
         "start did, or another point is as good; red: the search did not converge, or that check failed."
     )
     # Ends that the training prior rules out are warnings of the fit.
-    restarts = [one for one in told.get("restarts") or [] if one["verdict"] != BEYOND]
-    same = [one for one in restarts if one["verdict"] == "same" or one.get("exchanged")]
-    other = [one for one in restarts if one["verdict"] == "other point" and not one.get("exchanged")]
+    restarts = [one for one in estimates.restarts if one.verdict != BEYOND]
+    same = [one for one in restarts if one.verdict == "same" or one.exchanged]
+    other = [one for one in restarts if one.verdict == "other point" and not one.exchanged]
     numbers: dict[str, float | int | str | None] = {"starts": len(restarts), "same": len(same), "other": len(other)}
     title = "Convergence"
-    checked = told.get("verification") or {}
-    numbers |= {name: checked[name] for name in ("score", "score_error", "unknown") if checked.get(name) is not None}
-    if not told.get("converged"):
-        said = f"The search did not converge: {told.get('message', 'no reason was stored')}"
+    checked = estimates.verification
+    if checked is not None:
+        sizes = {"score": checked.score, "score_error": checked.score_error}
+        numbers |= {name: size for name, size in sizes.items() if math.isfinite(size)} | {"unknown": checked.unknown}
+    if not estimates.converged:
+        said = f"The search did not converge: {estimates.message or 'no reason was stored'}"
         return Finding("convergence", title, "red", said, rule, numbers)
     if other:
         said = (
@@ -87,46 +92,47 @@ def convergence_finding(told: Told) -> Finding:
 
 def _weights(fit: ReportedFit) -> Finding:
     """Of importance weights; an approximation has none."""
-    title = "Effective draws of the individuals"
-    if fit.told.get("approximation"):
-        said = f"{fit.told['approximation']}'s approximation uses no draws, so nothing was weighted."
+    title, estimates = "Effective draws of the individuals", fit.estimates
+    if not estimates.is_weighted or estimates.draws is None:
+        said = "The estimates come from no draws, so nothing was weighted."
+        if estimates.approximation:
+            said = f"{estimates.approximation}'s approximation uses no draws, so nothing was weighted."
         return Finding("weights", title, "green", said, "Green: there are no weights.")
     frame = fit.individuals
     shapes = torch.tensor(frame["pareto_k"].to_numpy(float)) if "pareto_k" in frame else None
     ess = torch.tensor(frame["ess"].to_numpy(float))
-    return weights_finding(ess, shapes, draws=int(fit.told["draws"]), ids=tuple(frame["id"]))
+    return weights_finding(ess, shapes, draws=estimates.draws, ids=tuple(frame["id"]))
 
 
-def weak_individuals(told: Told, individuals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """Who has too few effective draws, and whose weights are heavy-tailed."""
-    least = min(LEAST_DRAWS, 0.125 * float(told["draws"]))
+def weak_individuals(draws: int, individuals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """Who has too few effective draws of so many, and whose weights are heavy-tailed."""
+    least = min(LEAST_DRAWS, 0.125 * draws)
     few = individuals["ess"] < least
     heavy = individuals["pareto_k"] > UNRELIABLE if "pareto_k" in individuals else few & False
     return few, heavy
 
 
-def warnings_finding(told: Told) -> Finding:
+def warnings_finding(warnings: Sequence[str]) -> Finding:
     """What the fit itself warned of."""
     rule = "Green: the fit gave no warnings; amber: it did."
-    warnings = list(told.get("warnings") or [])
     if not warnings:
         return Finding("fit_warnings", "Warnings of the fit", "green", "The fit gave no warnings.", rule)
     said = " ".join(warnings)
     return Finding("fit_warnings", "Warnings of the fit", "amber", said, rule, {"warnings": len(warnings)})
 
 
-def restart_table(told: Told) -> Table:
+def restart_table(restarts: Sequence[Restart]) -> Table:
     """Where every start ended."""
     rows = tuple(
         (
-            Cell(f"{place + 1}: {one['start']}"),
-            Cell(f"mirror image ({' and '.join(one['exchanged'])})" if one.get("exchanged") else str(one["verdict"])),
-            number(one["objective"], 7),
-            number(one["below"], 3),
-            number(one["distance"], 3),
-            Cell(", ".join(one.get("differing", ())) or "–"),
+            Cell(f"{place + 1}: {one.start}"),
+            Cell(f"mirror image ({' and '.join(one.exchanged)})" if one.exchanged else one.verdict),
+            number(one.objective, 7),
+            number(one.below, 3),
+            number(one.distance, 3),
+            Cell(", ".join(one.differing) or "–"),
         )
-        for place, one in enumerate(told["restarts"])
+        for place, one in enumerate(restarts)
     )
     return Table(
         "restarts",

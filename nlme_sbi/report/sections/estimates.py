@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from nlme_sbi.diagnostics.findings import Finding
 from nlme_sbi.plots.intervals import plot_intervals
-from nlme_sbi.population.models.interface import LOG_SD
-from nlme_sbi.population.objective.variance_tests import VarianceTest, sentence
+from nlme_sbi.population.objective.variance_tests import describe_test
+from nlme_sbi.population.results.effect_table import EffectRow
+from nlme_sbi.population.results.estimates import FitEstimates, UnknownEstimate
+from nlme_sbi.population.results.intervals import Interval
+from nlme_sbi.population.results.table import CorrelationRow, TableRow
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
 from nlme_sbi.report.page.content import Block, Cell, Picture, Section, Table, Words, interval, number
 
-Row = Mapping[str, Any]
 _TYPICAL, _SPREAD = 30.0, 50.0  # % relative standard error of typical values and SDs that is usually accepted
 _APART = 1.5  # ratio of standard errors by two methods from which on they disagree
 _FEW = 30  # individuals below which the sandwich itself is too noisy to judge by
@@ -21,54 +22,54 @@ _FEW = 30  # individuals below which the sandwich itself is too noisy to judge b
 
 def estimates_section(fit: ReportedFit) -> Section:
     """Parameter table first, then everything that belongs to it."""
-    table = fit.told["table"]
-    blocks: list[Block] = [parameter_table(table["parameters"])]
-    if table.get("covariate_effects"):
-        blocks.append(effect_table(table["covariate_effects"]))
-    if table.get("correlations"):
-        blocks.append(correlation_table(table["correlations"]))
-    blocks.append(likelihood_table(fit.told))
-    intervals = fit.told.get("intervals") or []
+    estimates = fit.estimates
+    blocks: list[Block] = [parameter_table(estimates.parameters)]
+    if estimates.effects:
+        blocks.append(effect_table(estimates.effects))
+    if estimates.correlations:
+        blocks.append(correlation_table(estimates.correlations))
+    blocks.append(likelihood_table(estimates))
+    intervals = estimates.intervals
     if intervals:
-        blocks += [interval_table(intervals, fit.told["unknowns"]), interval_picture(intervals)]
-    blocks.append(unknowns_table(fit.told["unknowns"]))
-    notes = [*fit.told.get("labelling", []), *(_tested(test) for test in fit.told.get("variance_tests", []))]
+        blocks += [interval_table(intervals), interval_picture(intervals)]
+    blocks.append(unknowns_table(estimates.unknowns))
+    notes = [*estimates.labelling, *describe_test(estimates.variance_tests)]
     blocks += [Words(note) for note in notes]
     return Section(
         "estimates",
         "Population estimates",
         lead="What the data say about the typical individual and about the differences between individuals.",
-        findings=(precision_finding(fit.told), *_agreement(intervals, int(fit.told["individuals"]))),
+        findings=(precision_finding(estimates.parameters), *_agreement(intervals, estimates.individuals)),
         blocks=tuple(blocks),
     )
 
 
-def parameter_table(rows: Sequence[Row]) -> Table:
-    """The parameters of the population, numbers as ``fit.json`` has them; fits of older versions have fewer."""
+def parameter_table(rows: Sequence[TableRow]) -> Table:
+    """The parameters of the population."""
     made = []
     for row in rows:
-        given, spread = row["status"] == "fixed", row["omega_status"]
+        given, spread = row.status == "fixed", row.omega_status
         varies = spread in ("estimated", "fixed")
         without = "0, at its boundary" if spread == "boundary" else "none (given)"
         made.append(
             (
-                Cell(str(row["parameter"])),
-                Cell(str(row["unit"] or "–")),
-                number(row["natural"]),
-                Cell("fixed") if given else number(row.get("natural_se"), 3),
-                Cell("–") if given else number(row["rse_percent"], 3),
-                Cell("–") if given else interval(row["natural_lower"], row["natural_upper"]),
-                number(row["omega"]) if varies else Cell(without),
+                Cell(row.parameter),
+                Cell(row.unit or "–"),
+                number(row.natural),
+                Cell("fixed") if given else number(row.natural_se, 3),
+                Cell("–") if given else number(row.rse_percent, 3),
+                Cell("–") if given else interval(row.natural_lower, row.natural_upper),
+                number(row.omega) if varies else Cell(without),
                 Cell("fixed" if spread == "fixed" else "–")
                 if spread != "estimated"
-                else number(row.get("omega_rse_percent"), 3),
-                Cell("–") if spread != "estimated" else interval(row["omega_lower"], row["omega_upper"]),
-                number(row["cv_percent"], 3),
-                number(_hundredfold(row["shrinkage"]), 3),
-                number(_hundredfold(row.get("shrinkage_variance")), 3),
+                else number(row.omega_rse_percent, 3),
+                Cell("–") if spread != "estimated" else interval(row.omega_lower, row.omega_upper),
+                number(row.cv_percent, 3),
+                number(_hundredfold(row.shrinkage), 3),
+                number(_hundredfold(row.shrinkage_variance), 3),
             )
         )
-    source = "modes (EBEs)" if any(row.get("shrinkage_from") == "modes" for row in rows) else "posterior means"
+    source = "modes (EBEs)" if any(row.shrinkage_from == "modes" for row in rows) else "posterior means"
     return Table(
         "parameters",
         "Population parameters",
@@ -114,18 +115,18 @@ def _hundredfold(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def effect_table(rows: Sequence[Row]) -> Table:
+def effect_table(rows: Sequence[EffectRow]) -> Table:
     """Covariate effects."""
     made = tuple(
         (
-            Cell(f"{row['covariate']}{' ' + row['level'] if row['level'] else ''} on {_target(row)}"),
-            Cell(f"{row['form']} ({row['reference']})"),
-            number(row["estimate"]),
-            Cell("given") if row["status"] == "fixed" else number(row["se"], 3),
-            interval(row["lower"], row["upper"]),
-            number(row["p_value"], 2),
-            number(row["ratio"]),
-            interval(row["ratio_lower"], row["ratio_upper"]),
+            Cell(f"{row.covariate}{' ' + row.level if row.level else ''} on {_target(row)}"),
+            Cell(f"{row.form} ({row.reference})"),
+            number(row.estimate),
+            Cell("given") if row.status == "fixed" else number(row.se, 3),
+            interval(row.lower, row.upper),
+            number(row.p_value, 2),
+            number(row.ratio),
+            interval(row.ratio_lower, row.ratio_upper),
         )
         for row in rows
     )
@@ -134,18 +135,18 @@ def effect_table(rows: Sequence[Row]) -> Table:
     return Table("covariate_effects", "Covariate effects", headings, made, keys=keys)
 
 
-def _target(row: Row) -> str:
-    return str(row["parameter"]) if row["on"] == "mean" else f"log SD of {row['parameter']}"
+def _target(row: EffectRow) -> str:
+    return row.parameter if row.on == "mean" else f"log SD of {row.parameter}"
 
 
-def correlation_table(rows: Sequence[Row]) -> Table:
+def correlation_table(rows: Sequence[CorrelationRow]) -> Table:
     """Correlations between individuals."""
     made = tuple(
         (
-            Cell(f"{row['first']}, {row['second']}"),
-            number(row["correlation"], 3),
-            number(row["se"], 3),
-            interval(row["lower"], row["upper"]),
+            Cell(f"{row.first}, {row.second}"),
+            number(row.correlation, 3),
+            number(row.se, 3),
+            interval(row.lower, row.upper),
         )
         for row in rows
     )
@@ -153,34 +154,31 @@ def correlation_table(rows: Sequence[Row]) -> Table:
     return Table("correlations", "Correlations between individuals (unconstrained scale)", headings, made)
 
 
-def likelihood_table(told: Row) -> Table:
+def likelihood_table(estimates: FitEstimates) -> Table:
     """Objective and criteria."""
+    values = estimates.likelihood
     entries = (
-        ("-2 log L", "minus_two_log_likelihood"),
-        ("OFV (-2 log L without n log 2π)", "objective_function_value"),
-        ("log likelihood ratio to the training prior", "log_likelihood_ratio"),
-        ("AIC", "aic"),
-        ("BIC", "bic"),
-        ("BICc", "bicc"),
-        ("estimated unknowns", "estimated_unknowns"),
-        ("measurements", "measurements"),
+        ("-2 log L", values.minus_two_log_likelihood),
+        ("OFV (-2 log L without n log 2π)", values.objective_function_value),
+        ("log likelihood ratio to the training prior", values.log_likelihood_ratio),
+        ("AIC", values.aic),
+        ("BIC", values.bic),
+        ("BICc", values.bicc),
+        ("estimated unknowns", estimates.estimated),
+        ("measurements", estimates.measurements),
     )
-    error = (told.get("monte_carlo") or {}).get("objective_se")
-    rows = [
-        (Cell(words), number(told[key], _digits_to_hundredths(told[key])))
-        for words, key in entries
-        if isinstance(told.get(key), (int, float))
-    ]
-    rows.append((Cell("Monte-Carlo SE of the objective"), number(error, 2)))
-    relative = told.get("minus_two_log_likelihood") is None
+    rows = [(Cell(words), number(value, _digits_to_hundredths(value))) for words, value in entries if value is not None]
+    error = estimates.monte_carlo
+    if error is not None:
+        rows.append((Cell("Monte-Carlo SE of the objective"), number(error.objective_se, 2)))
     note = (
         "Without an absolute likelihood, AIC and BIC compare population models for the same network, prior and data "
         "only."
-        if relative
+        if values.minus_two_log_likelihood is None
         else "Corrected for the bias that the logarithm of a mean of weights has."
     )
-    if told.get("approximation"):
-        note = f"{told['approximation']}'s approximation: compare with values of the same approximation only."
+    if estimates.approximation:
+        note = f"{estimates.approximation}'s approximation: compare with values of the same approximation only."
     return Table("likelihood", "Likelihood and criteria", ("quantity", "value"), tuple(rows), note=note)
 
 
@@ -189,21 +187,17 @@ def _digits_to_hundredths(value: int | float) -> int:
     return max(7, len(str(int(abs(value)))) + 2)
 
 
-def interval_table(intervals: Sequence[Row], unknowns: Sequence[Row]) -> Table:
-    """A row an unknown, a column a method; ``unknowns`` of the fit tell which of them are SDs."""
-    sds = {entry["name"] for entry in unknowns if entry["quantity"] == LOG_SD}
-    methods = list(dict.fromkeys(row["method"] for row in intervals))
-    quantities = list(dict.fromkeys(row["quantity"] for row in intervals))
-    found = {(row["quantity"], row["method"]): row for row in intervals}
-    level = 100 * intervals[0]["level"]
+def interval_table(intervals: Sequence[Interval]) -> Table:
+    """A row an unknown, a column a method."""
+    methods = list(dict.fromkeys(row.method for row in intervals))
+    quantities = list(dict.fromkeys(row.quantity for row in intervals))
+    found = {(row.quantity, row.method): row for row in intervals}
+    level = 100 * intervals[0].level
     made = []
     for quantity in quantities:
         some = [found.get((quantity, method)) for method in methods]
-        estimate = next(row["natural"] for row in some if row is not None)
-        limits = [
-            Cell("–") if row is None else interval(_low(row, 0.0 if row["unknown"] in sds else -math.inf), _high(row))
-            for row in some
-        ]
+        estimate = next(row.natural for row in some if row is not None)
+        limits = [Cell("–") if row is None else interval(row.natural_lower, row.natural_upper) for row in some]
         made.append((Cell(quantity), number(estimate), *limits))
     return Table(
         "intervals",
@@ -215,20 +209,11 @@ def interval_table(intervals: Sequence[Row], unknowns: Sequence[Row]) -> Table:
     )
 
 
-def _low(row: Row, missing: float) -> float:
-    """JSON has no infinity: a limit that is not there is one, or what is given for it."""
-    return float(row["natural_lower"]) if row["natural_lower"] is not None else missing
-
-
-def _high(row: Row) -> float:
-    return float(row["natural_upper"]) if row["natural_upper"] is not None else math.inf
-
-
-def interval_picture(intervals: Sequence[Row]) -> Picture:
+def interval_picture(intervals: Sequence[Interval]) -> Picture:
     """The methods' intervals side by side, in standard errors."""
-    methods = list(dict.fromkeys(row["method"] for row in intervals))
-    unknowns = list(dict.fromkeys(row["unknown"] for row in intervals))
-    level = f"{100 * intervals[0]['level']:g}%"
+    methods = list(dict.fromkeys(row.method for row in intervals))
+    unknowns = list(dict.fromkeys(row.unknown for row in intervals))
+    level = f"{100 * intervals[0].level:g}%"
     return Picture(
         "intervals",
         f"{level} intervals by method",
@@ -240,15 +225,15 @@ def interval_picture(intervals: Sequence[Row]) -> Picture:
     )
 
 
-def unknowns_table(rows: Sequence[Row]) -> Table:
+def unknowns_table(rows: Sequence[UnknownEstimate]) -> Table:
     """Every unknown on the scale of the estimation, with its Monte-Carlo error."""
     made = tuple(
         (
-            Cell(str(row.get("label", row["name"]))),
-            number(row["estimate"], 5),
-            Cell("given") if row["fixed"] else number(row["se"], 3),
-            number(None if row["fixed"] else row["monte_carlo_se"], 2),
-            number(None if row["fixed"] else row["monte_carlo_bias"], 2),
+            Cell(row.label),
+            number(row.estimate, 5),
+            Cell("given") if row.fixed else number(row.se, 3),
+            number(None if row.fixed else row.monte_carlo_se, 2),
+            number(None if row.fixed else row.monte_carlo_bias, 2),
         )
         for row in rows
     )
@@ -264,13 +249,13 @@ def unknowns_table(rows: Sequence[Row]) -> Table:
     )
 
 
-def precision_finding(told: Row) -> Finding:
+def precision_finding(rows: Sequence[TableRow]) -> Finding:
     """Which unknowns the data leave open."""
     rule = (
         f"Green: every relative standard error is at most {_TYPICAL:g}% (typical values) or {_SPREAD:g}% (SDs between "
         "individuals), as is usual in the field; amber: some are larger; red: there are no standard errors."
     )
-    typical, spread = _relative_errors(told["table"]["parameters"])
+    typical, spread = _relative_errors(rows)
     errors = {**typical, **spread}
     if not errors or any(not math.isfinite(value) for value in errors.values()):
         sentence = "The estimates have no standard errors: the information matrix is not positive definite."
@@ -285,13 +270,13 @@ def precision_finding(told: Row) -> Finding:
     return Finding("precision", "Precision of the estimates", "amber" if wide else "green", said, rule, numbers)
 
 
-def _relative_errors(rows: Sequence[Row]) -> tuple[dict[str, float], dict[str, float]]:
+def _relative_errors(rows: Sequence[TableRow]) -> tuple[dict[str, float], dict[str, float]]:
     """In percent; NaN where an estimate has none."""
-    typical = {row["parameter"]: _known(row["rse_percent"]) for row in rows if row["status"] == "estimated"}
+    typical = {row.parameter: _known(row.rse_percent) for row in rows if row.status == "estimated"}
     spread = {
-        f"the SD of {row['parameter']}": 100 * _known(row["omega_se"]) / row["omega"]
+        f"the SD of {row.parameter}": 100 * _known(row.omega_se) / row.omega
         for row in rows
-        if row["omega_status"] == "estimated" and row["omega"] > 0
+        if row.omega_status == "estimated" and row.omega > 0
     }
     return typical, spread
 
@@ -300,9 +285,9 @@ def _known(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _agreement(intervals: Sequence[Row], individuals: int) -> tuple[Finding, ...]:
+def _agreement(intervals: Sequence[Interval], individuals: int) -> tuple[Finding, ...]:
     """Whether the robust errors agree with those that believe the population's shape."""
-    errors = {(row["unknown"], row["method"]): row["se"] for row in intervals if row["se"]}
+    errors = {(row.unknown, row.method): row.se for row in intervals if row.se}
     ratios = {
         name: robust / errors[name, "information"]
         for (name, method), robust in errors.items()
@@ -317,7 +302,7 @@ def _agreement(intervals: Sequence[Row], individuals: int) -> tuple[Finding, ...
         "fewer the sandwich is itself too noisy."
     )
     said = f"Robust standard errors are {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times the others"
-    label = next(str(row["quantity"]) for row in intervals if row["unknown"] == name)
+    label = next(row.quantity for row in intervals if row.unknown == name)
     far = max(ratios[name], 1 / ratios[name]) > _APART
     numbers: dict[str, float | int | str | None] = {"unknown": name, "ratio": ratios[name], "individuals": individuals}
     said += (
@@ -327,9 +312,3 @@ def _agreement(intervals: Sequence[Row], individuals: int) -> tuple[Finding, ...
         else ": nothing speaks against the population's shape."
     )
     return (Finding("robust_errors", "Robust standard errors", "amber" if far else "green", said, rule, numbers),)
-
-
-def _tested(test: Row) -> str:
-    """The sentence of the table; JSON has no NaN."""
-    z, p, error, slope = (_known(test.get(key)) for key in ("z", "p", "monte_carlo_se", "slope"))
-    return sentence(VarianceTest(str(test["parameter"]), z, p, error, slope, estimated=bool(test.get("estimated"))))

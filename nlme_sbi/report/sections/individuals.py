@@ -40,7 +40,7 @@ def individual_quantities(
     """
     frame = fit.individuals
     found = []
-    if not fit.told.get("approximation"):
+    if fit.estimates.is_weighted:
         found.append(Quantity("ess", "effective draws", frame["ess"].to_numpy(float), log=True))
     if "pareto_k" in frame:
         found.append(Quantity("pareto_k", "Pareto k-hat", frame["pareto_k"].to_numpy(float)))
@@ -49,12 +49,11 @@ def individual_quantities(
     for key, (label, series) in others.items():
         found.append(Quantity(key, label, series.reindex(frame["id"]).to_numpy(float)))
     transforms = {} if fit.checks is None else fit.checks.transforms
-    rows = fit.told["table"]["parameters"]
-    for row in rows:
-        name = str(row["parameter"])
+    for row in fit.estimates.parameters:
+        name = row.parameter
         if name in frame and frame[name].nunique() > 1:
             log = transforms.get(name) == "log"
-            found.append(Quantity(name, labelled(name, str(row["unit"] or "")), frame[name].to_numpy(float), log=log))
+            found.append(Quantity(name, labelled(name, row.unit), frame[name].to_numpy(float), log=log))
     return found
 
 
@@ -86,9 +85,10 @@ def individuals_section(
 
 def weight_flags(fit: ReportedFit) -> dict[str, np.ndarray]:
     """Flags that the fit itself gives."""
-    if fit.told.get("approximation"):
+    draws = fit.estimates.draws
+    if not fit.estimates.is_weighted or draws is None:
         return {}
-    few, heavy = weak_individuals(fit.told, fit.individuals)
+    few, heavy = weak_individuals(draws, fit.individuals)
     return {"few effective draws": few.to_numpy(bool), "high k-hat": heavy.to_numpy(bool)}
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import chi2
 
 from nlme_sbi.diagnostics.findings import Finding
 from nlme_sbi.diagnostics.fit.reliability import influence_finding
@@ -32,7 +31,7 @@ def population_section(fit: ReportedFit) -> Section:
         attempted_blocks("covariates", "Random effects against covariates", lambda: _covariates(fit)),
         attempted_blocks("influence", "Influence of single individuals", lambda: _influence(fit)),
     ]
-    if fit.told.get("profiles"):
+    if fit.estimates.profiles:
         parts.append(attempted_blocks("profiles", "Likelihood profiles", lambda: _profiles(fit)))
     return Section(
         "population",
@@ -108,9 +107,9 @@ def _covariate_frame(ids: Sequence[str], design: Design) -> pd.DataFrame:
 def _influence(fit: ReportedFit) -> Made:
     frame = influence_of(fit)
     top = frame.sort_values("cook", ascending=False)
-    unknowns = fit.told["unknowns"]
+    unknowns = fit.estimates.unknowns
     finding = influence_finding(frame, unknowns)
-    names = [str(entry["name"]) for entry in unknowns if not entry["fixed"]]
+    names = [one.name for one in unknowns if not one.fixed]
     rows = []
     for _, row in top.head(_LISTED).iterrows():
         shifts = {name: float(row[f"shift.{name}"]) for name in names}
@@ -151,17 +150,16 @@ def influence_of(fit: ReportedFit) -> pd.DataFrame:
 
 
 def _profiles(fit: ReportedFit) -> Made:
-    profiles = fit.told["profiles"]
-    errors = {row["unknown"]: row["se"] for row in fit.told["intervals"] if row["method"] == "information"}
-    shown = [{**one, "threshold": float(chi2.ppf(one["level"], 1))} for one in profiles]
+    profiles = fit.estimates.profiles
+    errors = {one.unknown: one.se for one in fit.estimates.intervals if one.method == "information"}
     picture = Picture(
         "profiles",
         "Likelihood profiles",
-        f"Twice the log-likelihood lost along each of {len(shown)} unknowns, beside the parabola of its standard "
+        f"Twice the log-likelihood lost along each of {len(profiles)} unknowns, beside the parabola of its standard "
         "error; the limits of the intervals are in the table of intervals.",
         "Points: maximum over all other unknowns. Where the profile leaves the dashed parabola, standard errors "
         "mislead and the profile's limits are to be reported.",
-        drawn=plot_profiles(shown, errors),
+        drawn=plot_profiles(profiles, errors),
     )
     return (), (picture,)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from nlme_sbi.compute.random_streams import Stream
 from nlme_sbi.diagnostics.data.misspecification import DRAWS, misspecification
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.stages.checks.network import Subject
 from nlme_sbi.stages.checks.outcome import Outcome
-
-MISSPECIFICATION_STREAM = 55
 
 
 def misspecification_checks(subject: Subject) -> Outcome:
@@ -15,7 +14,7 @@ def misspecification_checks(subject: Subject) -> Outcome:
     posterior, observations = subject.posterior, subject.observations
     if observations is None:
         return Outcome()
-    generator = subject.generator(MISSPECIFICATION_STREAM)
+    generator = subject.generator(Stream.DIAGNOSE_MISSPECIFICATION)
     network = posterior if isinstance(posterior, AmortizedPosterior) else posterior.members[0]
     found = misspecification(
         network,

@@ -9,16 +9,17 @@ import pandas as pd
 import torch
 
 from nlme_sbi.compute.progress import Progress
+from nlme_sbi.compute.random_streams import Stream
 from nlme_sbi.diagnostics.network.agreement_findings import agreement_finding, chains_finding
 from nlme_sbi.diagnostics.network.agreement_with_exact import Agreement, agreement
 from nlme_sbi.diagnostics.network.c2st import c2st
 from nlme_sbi.diagnostics.network.reference_mcmc import ChainSettings, long_chains
 from nlme_sbi.diagnostics.network.simulated_posteriors import good_simulations, observations_of
+from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.stages.checks.network import Subject, attempted_check
 from nlme_sbi.stages.checks.outcome import Outcome
-from nlme_sbi.types import Observations, PosteriorSamples, TractableSimulator
+from nlme_sbi.types import Observations, TractableSimulator
 
-AGREEMENT_STREAM, CHAINS_STREAM = range(52, 54)
 CHAINS_TITLE = "Long Markov chains of a few individuals"
 _DRAWS_TO_TELL_APART = 1000
 
@@ -33,7 +34,7 @@ def agreement_checks(subject: Subject, *, of_data: bool) -> Outcome:
         return Outcome()  # that there is no likelihood is told once
     if not isinstance(simulator, TractableSimulator):
         raise ValueError(f"{type(simulator).__name__} has no likelihood: there is no exact posterior to compare with.")
-    generator, truth = subject.generator(AGREEMENT_STREAM, of_data), None
+    generator, truth = subject.generator(Stream.DIAGNOSE_AGREEMENT, of_data), None
     if of_data:
         observations = subject.some_observations(settings.exact)
     else:
@@ -55,7 +56,7 @@ def agreement_checks(subject: Subject, *, of_data: bool) -> Outcome:
     if settings.chains == 0 or of_data == (subject.observations is None):
         return outcome
     chosen = chosen_by_share(found, settings.chains)
-    few = PosteriorSamples(drawn.names, drawn.phi[chosen], drawn.log_q[chosen], drawn.prior)
+    few = drawn[chosen]
     made_of = observations[chosen]
     return outcome.joined(
         attempted_check(
@@ -82,7 +83,7 @@ def _compared_with_chains(
     share: np.ndarray,
 ) -> Outcome:
     """One row an individual: id, effective_share, c2st, rhat, ess; c2st is NaN where the chains have not met."""
-    generator, settings = subject.generator(CHAINS_STREAM), ChainSettings()
+    generator, settings = subject.generator(Stream.DIAGNOSE_CHAINS), ChainSettings()
     with Progress(settings.warmup + settings.steps, "step", "chains") as progress:
         chains = long_chains(
             subject.posterior, simulator, observations, generator=generator, settings=settings, advance=progress.update

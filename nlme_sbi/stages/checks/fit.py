@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.compute.progress import Progress
-from nlme_sbi.compute.random_streams import seeded
+from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.diagnostics.findings import refused
 from nlme_sbi.diagnostics.fit.individual_curves import IndividualCurves, Shown, choose_individuals, individual_curves
@@ -40,7 +40,6 @@ from nlme_sbi.stages.checks.outcome import Outcome, attempt
 from nlme_sbi.stages.shared.stored_fit import StoredFit
 from nlme_sbi.types import Observations, TractableSimulator
 
-CURVES_STREAM, MODEL_STREAM, POPULATION_STREAM = range(40, 43)
 _AT_ONCE = 4_000_000  # measured values that likelihoods are evaluated for in one piece
 
 
@@ -189,7 +188,7 @@ def _replicates(subject: FitSubject, rows: list[int], generator: torch.Generator
 
 def _model_checks(subject: FitSubject, rows: list[int]) -> tuple[VisualPredictiveCheck | None, Outcome]:
     """The plain visual predictive check where it was made, and what all checks of the model found."""
-    generator = subject.generator(MODEL_STREAM)
+    generator = subject.generator(Stream.CHECK_MODEL)
     try:
         among = _replicates(subject, rows, generator)
     except ValueError as problem:
@@ -254,7 +253,7 @@ def _npde(subject: FitSubject, among: Replicates, generator: torch.Generator) ->
 
 
 def _residuals(subject: FitSubject, among: Replicates, generator: torch.Generator) -> Outcome:
-    draws = _draws(subject.fit)
+    draws = subject.fit.kept_draws()
     with Progress(len(among.observations), "individual", "IWRES") as progress:
         good = goodness_of_fit(
             subject.fit.posterior.simulator,
@@ -285,7 +284,7 @@ def _population_checks(subject: FitSubject) -> Outcome:
 
 @torch.no_grad()
 def _random_effects(subject: FitSubject) -> RandomEffects:
-    fit, draws = subject.fit, _draws(subject.fit)
+    fit, draws = subject.fit, subject.fit.kept_draws()
     design = fit.observations.design.to(fit.device)
     return random_effects(
         draws,
@@ -293,7 +292,7 @@ def _random_effects(subject: FitSubject) -> RandomEffects:
         covariances_of(fit.population, fit.theta, design).diagonal(dim1=1, dim2=2).sqrt(),
         ids=fit.observations.ids,
         names=fit.population.parameters.names,
-        generator=subject.generator(POPULATION_STREAM),
+        generator=subject.generator(Stream.CHECK_POPULATION),
     )
 
 
@@ -309,7 +308,7 @@ def _covariates(fit: StoredFit, effects: RandomEffects) -> Outcome:
 
 def _curves(subject: FitSubject, shown: Shown) -> IndividualCurves:
     fit, rows = subject.fit, list(shown.rows)
-    draws = _draws(fit)
+    draws = fit.kept_draws()
     some = fit.observations[rows].to(fit.device)
     with Progress(2 * len(rows), "individual", "curves") as progress:
         return individual_curves(
@@ -317,15 +316,6 @@ def _curves(subject: FitSubject, shown: Shown) -> IndividualCurves:
             draws[rows],
             means_of(fit.population, fit.theta, some.design),
             some,
-            generator=subject.generator(CURVES_STREAM),
+            generator=subject.generator(Stream.CHECK_CURVES),
             advance=progress.update,
         )
-
-
-def _draws(fit: StoredFit) -> Float[Tensor, "I S D"]:
-    if fit.draws is None:
-        raise ValueError(
-            f"{fit.run.path} kept no draws of its individuals (individuals.draws=0), which this part is made "
-            "from. Fit again with individuals.draws=200."
-        )
-    return fit.draws

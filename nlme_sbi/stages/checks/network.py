@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nlme_sbi.compute.progress import Progress
-from nlme_sbi.compute.random_streams import seeded
+from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.diagnostics.network.calibration import Calibration, calibration
 from nlme_sbi.diagnostics.network.calibration_findings import Where, calibration_findings, recovery_finding
@@ -28,8 +28,6 @@ from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.stages.checks.outcome import Outcome, attempt
 from nlme_sbi.stages.shared.trained_posterior import TrainedPosterior
 from nlme_sbi.types import DesignSource, Observations, Simulations
-
-PRIOR_STREAM, LOCAL_STREAM = range(50, 52)
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def attempted_check(check: str, title: str, make: Check, subject: Subject) -> Ou
 def prior_checks(subject: Subject) -> Outcome:
     """Calibration and recovery over the training prior."""
     posterior, settings = subject.posterior, subject.settings
-    generator = subject.generator(PRIOR_STREAM)
+    generator = subject.generator(Stream.DIAGNOSE_PRIOR)
     made, failed = good_simulations(
         posterior.prior, subject.designs, posterior.simulator, settings.simulations, generator
     )
@@ -119,7 +117,7 @@ def local_checks(subject: Subject) -> Outcome:
     posterior, settings = subject.posterior, subject.settings
     if settings.local == 0:
         return Outcome()
-    generator = subject.generator(LOCAL_STREAM)
+    generator = subject.generator(Stream.DIAGNOSE_LOCAL)
     some = subject.some_observations(200)
     draws = posterior.sample(some, max(200, 10 * len(posterior.parameters)), generator).phi
     near = Neighbourhood.of(draws, posterior.prior, generator)

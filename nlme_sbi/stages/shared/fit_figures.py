@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from nlme_sbi.diagnostics.fit.predictive_bands import dense_design, predictive_bands
+from nlme_sbi.numerics.weighted_draws import equal_draws
 from nlme_sbi.plots.canvas import parameter_labels
 from nlme_sbi.plots.individual_fits import plot_individual_fits
 from nlme_sbi.plots.pairs import plot_pairs
@@ -60,7 +61,8 @@ def save_figures(
         return plot_population(names, means, torch.diag_embed(sds.square()), drawn[some])
 
     def pairs(row: int) -> Figure:
-        before = posterior.sample(observations[[row]], 4 * _DRAWS, generator).phi[0].double()
+        found = posterior.sample(observations[[row]], 4 * _DRAWS, generator)
+        before = equal_draws(found.phi, found.log_weights)[0].double()
         name = fit.ids[row]
         # The name comes last, because Matplotlib's legends leave out what begins with "_".
         labels = [f"training prior: {name}", f"given the population: {name}"]

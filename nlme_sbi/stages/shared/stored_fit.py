@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.population.estimators.initialization import in_double
 from nlme_sbi.population.models.interface import PopulationModel, PopulationSpecification, VariabilitySpecification
+from nlme_sbi.population.results.estimates import FitEstimates
 from nlme_sbi.population.results.fit_result import PopulationFit
 from nlme_sbi.population.theta_posterior.individuals import LogLikelihood
 from nlme_sbi.runs import (
@@ -98,8 +100,8 @@ class StoredFit:
         posterior: the network or networks that its draws came from; its ``simulator`` is the fit's.
         population: the bound population model.
         observations: the data, on the CPU.
-        theta: ``(P,)`` estimates.
-        covariance: ``(P, P)`` of the estimates; NaN where the fit had none.
+        estimates: what it found.
+        device: where its tensors are, but for the data and the estimates' own.
         draws: ``(I, S, D)`` of ``p(phi | y_i, theta_hat)``, or None where the fit kept none.
         sources: of the code of others behind it, as it was and is.
     """
@@ -108,15 +110,29 @@ class StoredFit:
     posterior: AnyPosterior
     population: PopulationModel
     observations: Observations
-    theta: Float[Tensor, " P"]
-    covariance: Float[Tensor, "P P"]
+    estimates: FitEstimates
+    device: torch.device
     draws: Float[Tensor, "I S D"] | None
     sources: Sources
 
-    @property
-    def device(self) -> torch.device:
-        """Where its tensors are."""
-        return self.theta.device
+    @cached_property
+    def theta(self) -> Float[Tensor, " P"]:
+        """The estimates."""
+        return self.estimates.theta.to(self.device)
+
+    @cached_property
+    def covariance(self) -> Float[Tensor, "P P"]:
+        """Of the estimates; NaN where the fit had none."""
+        return self.estimates.covariance.to(self.device)
+
+    def kept_draws(self) -> Float[Tensor, "I S D"]:
+        """The :attr:`draws`; raises ``ValueError`` where the fit kept none."""
+        if self.draws is None:
+            raise ValueError(
+                f"{self.run.path} kept no draws of its individuals (individuals.draws=0), which this part is made "
+                "from. Fit again with individuals.draws=200."
+            )
+        return self.draws
 
     def log_likelihood(self, rows: Sequence[int]) -> LogLikelihood:
         """``log p(y_i | phi)`` of chosen individuals up to a constant: the simulator's, or the network's posterior over
@@ -180,11 +196,12 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
         raise problem.and_then(earlier_commands(finished.manifest, finished.path)[-1]) from None
     own = [name for name in _OWN_SECTIONS if name in finished.config]  # the network's are compared when it is loaded
     require_unedited(finished, own, trust=trust)
-    specification = fitted_specification(finished, trust)
+    estimates = stored_estimates(finished)
+    specification = _fitted_specification(finished, estimates, trust)
     require_same_sources(finished, own, trust=trust)
     observations = stored_observations(finished)
     population: PopulationModel = specification.bind(posterior.parameters, observations)
-    theta, covariance = _estimates(finished, population)
+    _require_same_unknowns(finished, estimates, population)
     where = posterior.device
     draws = None
     if finished.has(DRAWS):
@@ -194,8 +211,8 @@ def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tupl
         posterior=posterior,
         population=population,
         observations=observations,
-        theta=theta.to(where),
-        covariance=covariance.to(where),
+        estimates=estimates,
+        device=where,
         draws=draws,
         sources={**posterior_sources(upstream, trust), **sources_of(finished.config, _OWN_SECTIONS, trust=trust)},
     )
@@ -232,31 +249,37 @@ def stored_draws(run: FinishedRun, ids: Sequence[str], parameters: int) -> Float
     return torch.from_numpy(np.array(found)).double()
 
 
-def fitted_specification(run: FinishedRun, trust: tuple[str, ...]) -> PopulationSpecification:
+def stored_estimates(run: FinishedRun) -> FitEstimates:
+    """The estimates of a fit's run, from its ``fit.json``.
+
+    Raises:
+        ValueError: where the file is missing or damaged, with the place in it.
+    """
+    path = run.file("fit.json")
+    plain = load_json(path, FIT)
+    try:
+        return FitEstimates.from_dict(plain)
+    except ValueError as problem:
+        raise ValueError(f"{path} is damaged: {problem} Run the fit's command again with fresh=true.") from None
+
+
+def _fitted_specification(run: FinishedRun, estimates: FitEstimates, trust: tuple[str, ...]) -> PopulationSpecification:
     """The population model of a fit, in which parameters whose variance was estimated at 0 are constant."""
     specification: PopulationSpecification = stored_part(
         run.section("population"), PopulationSpecification, where="population", trust=trust
     )
-    for test in load_json(run.file("fit.json"), FIT).get("variance_tests") or []:
-        if test.get("estimated") and isinstance(specification, VariabilitySpecification):
-            specification = specification.without_variability(str(test["parameter"]))
+    for name in estimates.vanished:
+        if isinstance(specification, VariabilitySpecification):
+            specification = specification.without_variability(name)
     return specification
 
 
-def _estimates(run: FinishedRun, population: PopulationModel) -> tuple[Tensor, Tensor]:
-    """Theta and its covariance, refused where the population model does not have these unknowns."""
-    told = load_json(run.file("fit.json"), FIT)
-    names = tuple(entry["name"] for entry in told["unknowns"])
-    if names != population.unknowns.names:
+def _require_same_unknowns(run: FinishedRun, estimates: FitEstimates, population: PopulationModel) -> None:
+    if estimates.names != population.unknowns.names:
         raise ValueError(
-            f"{run.path} estimated {', '.join(names)}, but its population model now has "
+            f"{run.path} estimated {', '.join(estimates.names)}, but its population model now has "
             f"{', '.join(population.unknowns.names)}: another version of nlme_sbi made it. Run its command again."
         )
-    if {len(told["covariance"]), *(len(row) for row in told["covariance"])} != {len(names)}:
-        raise ValueError(f"{run.file('fit.json')} is damaged: its covariance is not {len(names)} by {len(names)}.")
-    numbers = [[float("nan") if value is None else value for value in row] for row in told["covariance"]]
-    theta = torch.tensor([entry["estimate"] for entry in told["unknowns"]], dtype=torch.float64)
-    return theta, torch.tensor(numbers, dtype=torch.float64)
 
 
 def posterior_runs(fit: FinishedRun) -> list[FinishedRun]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.population.estimators.exact_block import ExactBlock
-from nlme_sbi.population.estimators.exact_draws import ExactDraws
-from nlme_sbi.population.likelihood.log_joint import chosen_rows, interleaved
+from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows, interleaved
 from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.types import Design, Prior
 
 _NODES = (-1.0, -0.5, 0.5, 1.0)  # beside 0, in units of the reach
@@ -27,6 +28,29 @@ _MIXED = 0.25  # where mixed differences are taken
 _ERRORS = 6.0  # standard errors that the reach covers
 _LEAST, _MOST = 1e-3, 1.0  # reach on the unconstrained scale
 _IMPOSSIBLE = -1e4  # stands for minus infinity in a polynomial
+
+
+@runtime_checkable
+class ExpandedDraws(WeightedDraws, Protocol):
+    """Draws of individuals whose likelihoods were made for one theta."""
+
+    @property
+    def joint(self) -> JointDensity:
+        """With the simulator, the data, and the theta."""
+
+    @property
+    def blocks(self) -> tuple[ExactBlock, ...]:
+        """All individuals, each in one block."""
+
+    @property
+    def made_for(self) -> Tensor:
+        """That theta."""
+
+    def part(self, individuals: Tensor, draws: slice) -> ExpandedDraws:
+        """Some individuals with some of their draws."""
+
+    def half(self, which: int) -> ExpandedDraws:
+        """Every other draw."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +96,7 @@ class InterpolatedDraws:
     """The exact estimator's draws with likelihoods that hold within ``reach (W,)`` of the constants they were made
     for."""
 
-    exact: ExactDraws
+    exact: ExpandedDraws
     reach: Float[Tensor, " W"]
     blocks: tuple[InterpolatedBlock, ...]
 
@@ -119,7 +143,7 @@ class InterpolatedDraws:
 
 
 @torch.no_grad()
-def interpolated(exact: ExactDraws, covariance: Float[Tensor, "P P"] | None) -> InterpolatedDraws:
+def interpolated(exact: ExpandedDraws, covariance: Float[Tensor, "P P"] | None) -> InterpolatedDraws:
     """Draws whose likelihoods hold within six standard errors of the constants.
 
     Args:
@@ -129,7 +153,7 @@ def interpolated(exact: ExactDraws, covariance: Float[Tensor, "P P"] | None) -> 
     return _interpolated(exact, _reach(exact, covariance))
 
 
-def _reach(exact: ExactDraws, covariance: Float[Tensor, "P P"] | None) -> Float[Tensor, " W"]:
+def _reach(exact: ExpandedDraws, covariance: Float[Tensor, "P P"] | None) -> Float[Tensor, " W"]:
     theta, population = exact.made_for, exact.population
     if covariance is None:
         return torch.full((len(population.constant),), _MOST, dtype=theta.dtype, device=theta.device)
@@ -144,13 +168,13 @@ def _reach(exact: ExactDraws, covariance: Float[Tensor, "P P"] | None) -> Float[
     return (_ERRORS * found).clamp(_LEAST, _MOST)
 
 
-def _interpolated(exact: ExactDraws, reach: Float[Tensor, " W"]) -> InterpolatedDraws:
+def _interpolated(exact: ExpandedDraws, reach: Float[Tensor, " W"]) -> InterpolatedDraws:
     blocks = over_blocks(lambda block: _block(exact, block, reach), exact.blocks, reach.device)
     return InterpolatedDraws(exact, reach, tuple(blocks))
 
 
 @torch.no_grad()
-def _block(exact: ExactDraws, block: ExactBlock, reach: Float[Tensor, " W"]) -> InterpolatedBlock:
+def _block(exact: ExpandedDraws, block: ExactBlock, reach: Float[Tensor, " W"]) -> InterpolatedBlock:
     width = len(reach)
     axes = torch.diag(reach)
     observations = chosen_rows(exact.joint.observations, block.rows)
