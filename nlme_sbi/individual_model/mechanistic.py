@@ -126,10 +126,13 @@ class OdeModel(MechanisticSimulator):
     Attributes:
         solver: how the equation is solved.
         autonomous: whether :meth:`right_hand_side` leaves ``time`` alone, which saves stiff solvers a derivative.
+        observed_states: positions of the states that :meth:`observe` needs; it then gets these alone, in this order,
+            which saves stiff solvers interpolating the others. None for all.
     """
 
     solver: Solver = DormandPrince5()
     autonomous: bool = False
+    observed_states: tuple[int, ...] | None = None
 
     def __init__(self, solver: Solver | SolverName | None = None) -> None:
         if solver is not None:
@@ -182,7 +185,7 @@ class OdeModel(MechanisticSimulator):
             chosen = {name: value.reshape(-1).index_select(0, rows) for name, value in natural.items()}
             return self._plain_equation(chosen, design[rows // draws])
 
-        return replace(self._plain_equation(natural, design), of_rows=of_rows)
+        return replace(self._plain_equation(natural, design), wanted=self.observed_states, of_rows=of_rows)
 
     def _plain_equation(self, natural: Mapping[str, Tensor], design: Design) -> Equation:
         def slope(time: Tensor, state: Tensor) -> Tensor:
