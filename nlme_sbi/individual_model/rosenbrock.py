@@ -65,7 +65,7 @@ class Rosenbrock:
         *,
         start: Float[Tensor, " *batch"],
         times: Float[Tensor, "*batch T"],
-    ) -> Float[Tensor, "*batch T X"]:
+    ) -> Float[Tensor, "*batch T W"]:
         """Wanted states at ``times``, from ``state`` at ``start``; before the start the state is the initial one."""
         return self._integrate(equation, state, start=start, times=times, first=torch.full_like(start, torch.nan))[0]
 

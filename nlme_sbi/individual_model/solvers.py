@@ -67,8 +67,10 @@ def solve(
     start: Float[Tensor, " *batch"],
     times: Float[Tensor, "*batch T"],
     solver: Solver,
-) -> Float[Tensor, "*batch T X"]:
+) -> Float[Tensor, "*batch T W"]:
     """States at ``times``, from ``state`` at ``start``; before the start the state is the initial one.
+
+    All states, ``W = X``, or those that the equation says are wanted.
 
     Args:
         right_hand_side: ``(time (*batch), state (*batch, X)) -> (*batch, X)``, per unit of time; or an
