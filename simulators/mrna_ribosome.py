@@ -56,8 +56,9 @@ class MrnaRibosome(OdeModel):
     signals: tuple[str, ...] = ("log_fluorescence",)
     signal_units: tuple[str, ...] = ("log a.u.",)
     noise = Additive(sd="sigma")
-    solver: Solver = Rosenbrock(relative_tolerance=1e-4, absolute_tolerance=1e-4)
+    solver: Solver = Rosenbrock(relative_tolerance=1e-3, absolute_tolerance=1e-3, method="rodas5p")
     autonomous = True
+    observed_states = (3,)
 
     def __init__(self, solver: Solver | SolverName | None = None) -> None:
         super().__init__(solver)
@@ -116,7 +117,7 @@ class MrnaRibosome(OdeModel):
     def observe(self, states: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
         """Log of protein plus background, log a.u., ``(I, ..., T, 1)``."""
         del design
-        excess = torch.log1p(states[..., 3].clamp(min=0.0))
+        excess = torch.log1p(states[..., 0].clamp(min=0.0))
         return torch.clamp(excess + natural["offset"].log()[..., None], min=_LOWEST)[..., None]
 
 

@@ -144,11 +144,14 @@ class OdeModel(MechanisticSimulator):
         dose_states: for each compartment of the data, counted from 1, the state that its doses enter; None where the
             model takes no doses, or makes them part of the initial state itself.
         autonomous: whether :meth:`right_hand_side` leaves ``time`` alone, which saves stiff solvers a derivative.
+        observed_states: positions of the states that :meth:`observe` needs; it then gets these alone, in this order,
+            which saves stiff solvers interpolating the others. None for all.
     """
 
     solver: Solver = DormandPrince5()
     autonomous: bool = False
     dose_states: tuple[int, ...] | None = None
+    observed_states: tuple[int, ...] | None = None
 
     def __init__(self, solver: Solver | SolverName | None = None) -> None:
         if solver is not None:
@@ -236,7 +239,8 @@ class OdeModel(MechanisticSimulator):
         states = solve_through_doses(
             equation, begin, start=start, times=times, doses=doses, places=self.dose_states, solver=self.solver
         )
-        return self.observe(states, natural, design)
+        chosen = states if self.observed_states is None else states[..., list(self.observed_states)]
+        return self.observe(chosen, natural, design)
 
     def _equation(self, natural: Mapping[str, Tensor], design: Design) -> Equation:
         """The equation of all individuals, which gives out those of some by rows of the flattened batch."""
@@ -246,7 +250,7 @@ class OdeModel(MechanisticSimulator):
             chosen = {name: value.reshape(-1).index_select(0, rows) for name, value in natural.items()}
             return self._plain_equation(chosen, design[rows // draws])
 
-        return replace(self._plain_equation(natural, design), of_rows=of_rows)
+        return replace(self._plain_equation(natural, design), wanted=self.observed_states, of_rows=of_rows)
 
     def _plain_equation(self, natural: Mapping[str, Tensor], design: Design) -> Equation:
         def slope(time: Tensor, state: Tensor) -> Tensor:

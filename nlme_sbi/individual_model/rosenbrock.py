@@ -65,8 +65,8 @@ class Rosenbrock:
         *,
         start: Float[Tensor, " *batch"],
         times: Float[Tensor, "*batch T"],
-    ) -> Float[Tensor, "*batch T X"]:
-        """States at ``times``, from ``state`` at ``start``; before the start the state is the initial one."""
+    ) -> Float[Tensor, "*batch T W"]:
+        """Wanted states at ``times``, from ``state`` at ``start``; before the start the state is the initial one."""
         return self._integrate(equation, state, start=start, times=times, first=torch.full_like(start, torch.nan))[0]
 
     def _integrate(
@@ -80,8 +80,9 @@ class Rosenbrock:
         current = _flattened(equation, batch) if equation.of_rows is None else equation.of_rows(rows)
         time, state = start.reshape(-1), state.reshape(count, -1).T.contiguous()
         reached, attempts = grid.passed(rows, time), torch.zeros_like(rows)
-        output = _Output(grid, len(state))
-        output.add(rows, torch.zeros_like(reached), reached, lambda local, _: state.index_select(-1, local))
+        returned = list(range(len(state)) if equation.wanted is None else equation.wanted)
+        output, initial = _Output(grid, len(returned)), state[returned]
+        output.add(rows, torch.zeros_like(reached), reached, lambda local, _: initial.index_select(-1, local))
         step = self._first_step(current, time, state, grid.end(rows) - time, first.detach().reshape(-1))
         suggested = step.clone()
         while True:
@@ -113,7 +114,7 @@ class Rosenbrock:
                 attempt = _take_step(tableau, current, time, state, taken)
             here = torch.where(accepted, torch.where(last, grid.end(rows), time.detach() + taken), -torch.inf)
             passed = torch.maximum(reached, grid.passed(rows, here))
-            output.add(rows, reached, passed, _Interpolant(attempt, time, taken))
+            output.add(rows, reached, passed, _Interpolant(attempt, returned, time, taken))
             state = torch.where(accepted, attempt.after, state)
             time = time + taken
             attempts = torch.where(passed > reached, 0, attempts + 1)
@@ -183,33 +184,61 @@ def _take_step(
     matrix = -step * jacobian
     matrix = matrix + torch.eye(len(state), dtype=state.dtype, device=state.device)[..., None] / tableau.gamma
     factors = BatchedLu(matrix)
-    stages: list[Tensor] = []
+    stages = _Stages(state, len(tableau.nodes))
     argument = state
     for number, (node, time_weight) in enumerate(zip(tableau.nodes, tableau.time_weights, strict=True)):
-        argument = state if not stages else _combination(state, tableau.arguments[number - 1], stages)
-        right = step * equation(time + node * step, argument.T).T
-        if stages:
-            right = _combination(right, tableau.couplings[number - 1], stages)
+        coupling = torch.zeros_like(state)
+        if number:
+            weights = (tableau.arguments[number - 1], tableau.couplings[number - 1])
+            moved, coupling = stages.combinations(weights)
+            argument = state + moved
+        right = torch.addcmul(coupling, step, equation(time + node * step, argument.T).T)
         if time_slope is not None and time_weight != 0:
             right = right + time_weight * step.square() * time_slope
-        stages.append(factors.solve(right))
-    after = argument + stages[-1]
-    dense = tuple(_combination(weights[0] * stages[0], weights[1:], stages[1:]) for weights in tableau.dense)
+        last = factors.solve(right)
+        stages.append(last)
+    after = argument + last
+    dense = stages.combinations(tableau.dense)
     if not check_interpolant:
-        return _Step(state, after, stages[-1], dense, None)
+        return _Step(state, after, last, dense, None)
     # What the interpolant lacks of solving the equation at mid-step. Stiff components end every step where they
     # should whatever they do within it, so that the local error alone would allow steps that skip their course.
     bend = dense[0] + sum(vector / 2**power for power, vector in enumerate(dense[1:], 1))
     turn = sum(power * vector / 2 ** (power - 1) for power, vector in enumerate(dense[1:], 1))
     middle = (state + after) / 2 + bend / 4
     residual = after - state + turn / 4 - step * equation(time + step / 2, middle.T).T
-    return _Step(state, after, stages[-1], dense, factors.solve(residual))
+    return _Step(state, after, last, dense, factors.solve(residual))
 
 
-def _combination(begin: Tensor, weights: tuple[float, ...], stages: list[Tensor]) -> Tensor:
-    for weight, stage in zip(weights, stages, strict=False):
-        begin = torch.add(begin, stage, alpha=weight)
-    return begin
+class _Stages:
+    """The stages of a step, ``(X, R)`` each, and their linear combinations, which one product of matrices makes."""
+
+    def __init__(self, state: Tensor, count: int) -> None:
+        self._shape = state.shape
+        self._found: list[Tensor] = []
+        # Autograd keeps what it needs of stages; without it one piece of memory holds them all.
+        self._together = None if torch.is_grad_enabled() else state.new_empty((count, state.numel()))
+
+    def append(self, stage: Tensor) -> None:
+        if self._together is not None:
+            self._together[len(self._found)] = stage.reshape(-1)
+        self._found.append(stage)
+
+    def combinations(self, weights: tuple[tuple[float, ...], ...]) -> tuple[Tensor, ...]:
+        """One sum of all stages for each row of weights; rows may be shorter."""
+        count = len(self._found)
+        if self._together is None:
+            return tuple(self._weighted(row) for row in weights)
+        rows = [[*row, *(0.0,) * (count - len(row))] for row in weights]
+        stages = self._together[:count]
+        found = torch.tensor(rows, dtype=stages.dtype, device=stages.device) @ stages
+        return found.reshape(len(rows), *self._shape).unbind()
+
+    def _weighted(self, row: tuple[float, ...]) -> Tensor:
+        total = row[0] * self._found[0]
+        for weight, stage in zip(row[1:], self._found[1:], strict=False):
+            total = torch.add(total, stage, alpha=weight)
+        return total
 
 
 def _derivatives(equation: Equation, time: Tensor, state: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -234,11 +263,14 @@ class _Interpolant:
     """The state within a step: ``x0 + s (x1 - x0 + (1 - s) (d1 + s d2 + ...))`` for ``s`` in [0, 1]."""
 
     step: _Step
+    states: list[int]
     time: Tensor
     length: Tensor
 
     def __call__(self, local: Tensor, wanted: Tensor) -> Tensor:
-        vectors = torch.cat([self.step.before, self.step.after - self.step.before, *self.step.dense])
+        """States at the times ``wanted (K,)`` of the individuals at the positions ``local (K,)``."""
+        ends = self.step.before, self.step.after - self.step.before
+        vectors = torch.cat([vector[self.states] for vector in (*ends, *self.step.dense)])
         begin, change, *dense = vectors.index_select(-1, local).chunk(len(self.step.dense) + 2)
         share = (wanted - self.time.index_select(0, local)) / self.length.index_select(0, local)
         bend = dense[-1]

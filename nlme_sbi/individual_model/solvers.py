@@ -29,6 +29,7 @@ class Equation:
         jacobian: ``(time, state) -> (*batch, X, X)``, entry ``[..., i, j]`` the derivative of slope ``i`` in state
             ``j``; by automatic differentiation where it is not given.
         autonomous: whether the right-hand side does not depend on time.
+        wanted: positions of the states that :func:`solve` returns, in this order; None for all.
         of_rows: the equation of some individuals, by positions in the flattened batch, for states ``(rows, X)``; with
             it a solver leaves alone who has arrived.
     """
@@ -36,6 +37,7 @@ class Equation:
     right_hand_side: RightHandSide
     jacobian: RightHandSide | None = None
     autonomous: bool = False
+    wanted: tuple[int, ...] | None = None
     of_rows: Callable[[Tensor], Equation] | None = None
 
     def __call__(self, time: Tensor, state: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class TrajectorySolver(Solver, Protocol):
     """A solver whose steps need not stop at measurement times, because it interpolates about as well as it solves."""
 
     def trajectory(self, equation: Equation, state: Tensor, *, start: Tensor, times: Tensor) -> Tensor:
-        """As :func:`solve`."""
+        """As :func:`solve`, of the equation's wanted states."""
 
 
 def solve(
@@ -65,8 +67,10 @@ def solve(
     start: Float[Tensor, " *batch"],
     times: Float[Tensor, "*batch T"],
     solver: Solver,
-) -> Float[Tensor, "*batch T X"]:
+) -> Float[Tensor, "*batch T W"]:
     """States at ``times``, from ``state`` at ``start``; before the start the state is the initial one.
+
+    All states, ``W = X``, or those that the equation says are wanted.
 
     Args:
         right_hand_side: ``(time (*batch), state (*batch, X)) -> (*batch, X)``, per unit of time; or an
@@ -88,7 +92,8 @@ def solve(
         state, suggested = over_interval(equation, state, now, after, suggested, solver)
         now = after
         found.append(state)
-    return torch.stack(found, dim=-2)
+    states = torch.stack(found, dim=-2)
+    return states if equation.wanted is None else states[..., list(equation.wanted)]
 
 
 def over_interval(

@@ -83,7 +83,7 @@ def test_the_interpolant_is_one_order_below(method: str, share: float) -> None:
         clock, length = torch.zeros(1, dtype=torch.float64), _doubles(width)
         begin = _doubles(0.5, 0.2)[:, None]
         step = rosenbrock._take_step(TABLEAUS[method], Equation(_swing), clock, begin, length)
-        found = rosenbrock._Interpolant(step, clock, length)(torch.tensor([0]), _doubles(share * width))
+        found = rosenbrock._Interpolant(step, [0, 1], clock, length)(torch.tensor([0]), _doubles(share * width))
         errors.append(float(np.abs(found[:, 0].numpy() - _exact_swing(share * width)).max()))
     np.testing.assert_allclose(-np.diff(np.log2(errors)), TABLEAUS[method].order, atol=0.35)
 

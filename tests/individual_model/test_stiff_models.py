@@ -93,6 +93,21 @@ def test_gradients_of_draws_agree_with_those_of_an_explicit_solver(generator: to
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5)
 
 
+class Selective(Binding):
+    observed_states = (1,)
+
+    def observe(self, states: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
+        return states
+
+
+@pytest.mark.parametrize("solver", [Rosenbrock(), RungeKutta4(200)], ids=["interpolating", "stopping"])
+def test_observed_states_alone_reach_observe(solver: Rosenbrock | RungeKutta4, generator: torch.Generator) -> None:
+    design = _design(generator)
+    phi = torch.zeros((3, 2, 3), dtype=torch.float64)
+    found = Selective(solver).predict(phi, design)
+    torch.testing.assert_close(found, Binding(solver).predict(phi, design), rtol=1e-12, atol=0)
+
+
 def test_a_jacobian_that_returns_nothing_is_refused(generator: torch.Generator) -> None:
     with pytest.raises(ValueError, match=r"Negligent\.jacobian returned None; return the matrices or leave it out"):
         Negligent().predict(torch.zeros((3, 3), dtype=torch.float64), _design(generator))

@@ -90,8 +90,8 @@ def test_predictions_over_the_prior_agree_with_an_independent_solver(generator: 
     design = Design.regular(GRID.double(), 40)
     found = MrnaRibosome().predict(phi, design)
     assert found.shape == (40, 180, 1)
-    # The tolerance is 1e-4 a step, some tens of steps, of which errors of neighbours cancel.
-    assert float(np.abs(found[..., 0].numpy() - exact).max()) < 5e-4
+    # The tolerance is 1e-3 a step; benchmarks/solvers.py has the 99th percentile of many more cells.
+    assert float(np.abs(found[..., 0].numpy() - exact).max()) < 1e-3
     sharp = MrnaRibosome(Rosenbrock(1e-7, 1e-7, method="rodas5p")).predict(phi, design)
     # Ten times what remains is the reference's own rounding: r0 - r is a difference there.
     assert float(np.abs(sharp[..., 0].numpy() - exact).max()) < 5e-5
