@@ -11,8 +11,15 @@ from nlme_sbi.types import Design, EventKind, Events
 _OTHER = "Take simulator=compartments, which reads every regimen."
 
 
-def single_bolus(design: Design) -> tuple[Float[Tensor, " I"], Float[Tensor, " I"]]:
+def single_bolus(
+    design: Design, *, reader: str = "This simulator", instead: str = _OTHER
+) -> tuple[Float[Tensor, " I"], Float[Tensor, " I"]]:
     """Time and amount ``(I,)`` of the one dose that each individual gets, in the units of the data.
+
+    Args:
+        design: with dose records.
+        reader: who takes no other doses, for messages.
+        instead: what takes them, for messages.
 
     Raises:
         ValueError: no dose records, none or several doses for an individual, or another kind of dose (infusion,
@@ -25,18 +32,18 @@ def single_bolus(design: Design) -> tuple[Float[Tensor, " I"], Float[Tensor, " I
             "design events, for example Events.single_dose(time, amount)."
         )
     given = events.kind == int(EventKind.DOSE)
-    _require_plain_boluses(events, given)
+    _require_plain_boluses(events, given, reader, instead)
     doses = given.sum(1)
     if bool((doses != 1).any()):
         row = int((doses != 1).nonzero()[0, 0])
         raise ValueError(
             f"One dose for each individual is needed; {int((doses != 1).sum())} of {len(design)} have another number, "
-            f"first row {row} with {int(doses[row])}. {_OTHER}"
+            f"first row {row} with {int(doses[row])}. {instead}"
         )
     return torch.where(given, events.time, 0.0).sum(1), torch.where(given, events.amount, 0.0).sum(1)
 
 
-def _require_plain_boluses(events: Events, given: Tensor) -> None:
+def _require_plain_boluses(events: Events, given: Tensor, reader: str, instead: str) -> None:
     unsupported = {
         "events that are not doses (resets and others)": ~given & (events.kind != int(EventKind.NONE)),
         "infusions and modelled rates (RATE)": given & (events.rate != 0),
@@ -48,6 +55,6 @@ def _require_plain_boluses(events: Events, given: Tensor) -> None:
         if bool(found.any()):
             row = int(found.any(1).nonzero()[0, 0])
             raise ValueError(
-                f"This simulator takes one bolus for each individual, and the design has {name}: {int(found.sum())} "
-                f"records, first in row {row}. {_OTHER}"
+                f"{reader} takes one bolus for each individual, and the design has {name}: {int(found.sum())} records, "
+                f"first in row {row}. {instead}"
             )

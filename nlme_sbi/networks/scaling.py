@@ -146,6 +146,15 @@ class TimeScaling(nn.Module):
         return (right - 1 + inside) / (len(self.knots) - 1)
 
 
+def dose_of(design: Design) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """Time and amount of everybody's dose; raises ``ValueError`` for other regimens than one bolus, with the remedy."""
+    return single_bolus(
+        design,
+        reader="The summary network",
+        instead="Fit without a network: posterior=none with estimator=exact, saem or laplace takes every regimen.",
+    )
+
+
 class ContextScaling(nn.Module):
     """Dose and covariates of each individual as standardized numbers; a categorical covariate becomes indicators."""
 
@@ -164,7 +173,7 @@ class ContextScaling(nn.Module):
         """Raw columns: log amount and time of the dose, then covariates, ``(B, width)``."""
         columns = []
         if self.takes_doses:
-            time, amount = single_bolus(design)
+            time, amount = dose_of(design)
             columns += [torch.log(amount.clamp(min=1e-12)), time]
         for name in self.covariates:
             if design.covariates is None:

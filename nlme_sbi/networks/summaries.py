@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from nlme_sbi.individual_model.events import single_bolus
-from nlme_sbi.networks.scaling import ContextScaling, SignalScaling, TimeScaling, compressed
+from nlme_sbi.networks.scaling import ContextScaling, SignalScaling, TimeScaling, compressed, dose_of
 from nlme_sbi.types import Design, Simulations, Simulator
 
 
@@ -226,13 +225,13 @@ class PooledNetwork(nn.Module):
         self.features.signals.fit(pilot.values, observed)
         self.context.fit(pilot.design)
         if self.context.takes_doses:
-            times = times - single_bolus(pilot.design)[0][:, None]
+            times = times - dose_of(pilot.design)[0][:, None]
         self.time.fit(times, observed.any(dim=2))
 
     def _place(self, design: Design) -> Float[Tensor, "B T"]:
         times = design.times.float()
         if self.context.takes_doses:
-            times = times - single_bolus(design)[0].float()[:, None]
+            times = times - dose_of(design)[0].float()[:, None]
         if times.shape[0] > 1 and times.stride(0) == 0:
             shared: Tensor = self.time(times[:1])
             return shared.expand(times.shape)

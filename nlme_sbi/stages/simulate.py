@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.config.instantiate import instantiate
+from nlme_sbi.networks.scaling import dose_of
 from nlme_sbi.runs import RunDirectory, load_run, open_run, save_design, sha256_of_design, sources_of
 from nlme_sbi.simulation.shards import SimulationSettings, write_shards
 from nlme_sbi.simulation.stored import SHARDS
@@ -43,6 +44,8 @@ def simulate(cfg: DictConfig) -> float:
     settings: SimulationSettings = instantiate(plain["simulation"], trust=trust, where="simulation")
     prior, designs, simulator = generative_parts(plain, trust)
     pool: Design | None = getattr(designs, "pool", None)
+    if simulator.takes_doses:
+        _warn_of_regimens(designs.sample(1, torch.Generator().manual_seed(0)) if pool is None else pool)
     run = open_run(
         stage="simulate",
         experiment=plain["experiment"]["name"],
@@ -58,6 +61,14 @@ def simulate(cfg: DictConfig) -> float:
         if pool is not None:
             save_design(run.path / "design", pool)
         return _simulate_into(run, settings, prior, designs, simulator, device=device)
+
+
+def _warn_of_regimens(design: Design) -> None:
+    """Say before simulating that no network can be trained on regimens other than one bolus an individual."""
+    try:
+        dose_of(design)
+    except ValueError as problem:
+        log.warning("%s These simulations cannot be trained on.", problem)
 
 
 def _relevant(plain: Mapping[str, Any], settings: SimulationSettings, device: torch.device) -> dict[str, Any]:
