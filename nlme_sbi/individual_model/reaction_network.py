@@ -69,7 +69,9 @@ def sample_reactions(
     """
     found = torch.full((*times.shape, counts.shape[1]), torch.nan, dtype=torch.float64, device=counts.device)
     rows = torch.arange(len(counts), device=counts.device)
-    state, time, grid = counts.double(), start.double(), times.double().contiguous()
+    time, grid = start.double(), times.double().contiguous()
+    # Nobody knows the counts of an individual that starts nobody knows when.
+    state = torch.where(torch.isnan(time)[:, None], torch.nan, counts.double())
     width = grid.shape[1]
     reached = torch.zeros_like(rows)
     longest = torch.full_like(time, torch.inf)  # leap that is allowed after one that led below 0

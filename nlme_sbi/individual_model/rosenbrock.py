@@ -78,7 +78,9 @@ class Rosenbrock:
         tableau = _TABLEAUS[self.method]
         rows = torch.arange(count, device=state.device)
         current = _flattened(equation, batch) if equation.of_rows is None else equation.of_rows(rows)
-        time, state = start.reshape(-1), state.reshape(count, -1).T.contiguous()
+        time = start.reshape(-1)
+        # Nobody knows the state of an individual that starts nobody knows when.
+        state = torch.where(torch.isnan(time), torch.nan, state.reshape(count, -1).T).contiguous()
         reached, attempts = grid.passed(rows, time), torch.zeros_like(rows)
         returned = list(range(len(state)) if equation.wanted is None else equation.wanted)
         output, initial = _Output(grid, len(returned)), state[returned]

@@ -16,7 +16,10 @@ STAGES = ("simulate", "train_flow", "fit_population")
     ("override", "words"),
     [
         ("experiment=theophyline", r'^experiment has no choice "theophyline"; choices: .*Did you mean theophylline\?$'),
-        ("simulator=zzz", r'^simulator has no choice "zzz"; choices: mrna_two_rate, own, theophylline\.$'),
+        (
+            "simulator=zzz",
+            r'^simulator has no choice "zzz"; choices: mrna_langevin, .*mrna_two_rate, own, theophylline\.$',
+        ),
         ("training.stepz=3", r"^training\.stepz is not a key of training; keys: steps, .* Did you mean steps\?$"),
         ("sed=3", r"^sed is not a key of the configuration; keys: .*simulator.* Did you mean seed\?$"),
         ("prior.parameters.delta.men=2", r"keys: mean, variance\. Did you mean mean\?$"),

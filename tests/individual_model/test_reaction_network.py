@@ -186,9 +186,13 @@ def test_too_many_events_and_impossible_rates_fail_alone(generator: torch.Genera
     class Busy(Expression):
         max_events = 400
 
-    phi = torch.tensor([[0.4, 1.5, 0.2, 20.0], [0.4, 1e6, 0.2, 20.0], [0.4, math.nan, 0.2, 20.0]]).log()
-    output = Busy().simulate(phi, Design.regular(torch.tensor([2.0]), 3, signals=2), generator)
-    assert output.status.tolist() == [0, 1, 1]
+        def start_time(self, natural: Mapping[str, Tensor], design: Design) -> Tensor:
+            return torch.where(natural["gamma"] > 1, torch.nan, 0.0)
+
+    rows = [[0.4, 1.5, 0.2, 20.0], [0.4, 1e6, 0.2, 20.0], [0.4, math.nan, 0.2, 20.0], [0.4, 1.5, 2.0, 20.0]]
+    phi = torch.tensor(rows).log()
+    output = Busy().simulate(phi, Design.regular(torch.tensor([2.0]), 4, signals=2), generator)
+    assert output.status.tolist() == [0, 1, 1, 1]
 
 
 def test_wrong_models_are_refused_with_the_remedy(generator: torch.Generator) -> None:

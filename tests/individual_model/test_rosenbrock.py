@@ -12,6 +12,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.individual_model import rosenbrock
 from nlme_sbi.individual_model.rosenbrock import Rosenbrock
 from nlme_sbi.individual_model.rosenbrock_tableaus import RODAS4P, RODAS5P, Tableau
@@ -350,12 +351,12 @@ def test_too_many_steps_count_as_failure_not_as_an_answer() -> None:
     assert slope.calls < 10_000
 
 
-@pytest.mark.parametrize("begin", [math.nan, math.inf])
-def test_an_individual_without_a_finite_beginning_fails_alone(begin: float) -> None:
+@pytest.mark.parametrize(("begin", "start"), [(math.nan, 0.0), (math.inf, 0.0), (1.0, math.nan)])
+def test_an_individual_without_a_finite_beginning_fails_alone(begin: float, start: float) -> None:
     found = solve(
         lambda _, state: -state,
         _doubles(begin, 1.0)[:, None],
-        start=torch.zeros(2).double(),
+        start=_doubles(start, 0.0),
         times=torch.ones((2, 1)).double(),
         solver=Rosenbrock(),
     )
@@ -388,9 +389,13 @@ def test_advance_suggests_a_step_that_a_cut_did_not_shrink() -> None:
     [
         ("must be positive", {"relative_tolerance": 0.0}),
         ("must be positive", {"max_steps": 0}),
-        ("one of rodas4p, rodas5p", {"method": "rodas"}),
     ],
 )
 def test_impossible_settings_are_refused(message: str, options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=message):
         Rosenbrock(**options)
+
+
+def test_a_method_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    with pytest.raises(ValueError, match=r"solver\.method must be one of rodas4p, rodas5p; got 'rodas4'.*mean rodas4p"):
+        instantiate({"_target_": "nlme_sbi.Rosenbrock", "method": "rodas4"}, where="solver")
