@@ -159,12 +159,14 @@ class ReceivedDoses:
         start: for each column when the dose begins to enter, ``(I, ..., 1)``.
         amount: what enters: recorded amount times bioavailability; the rate of a constant infusion.
         duration: how long it enters; 0 for a bolus.
+        as_recorded: whether starts and durations are those of the data, whatever the parameters.
     """
 
     written: WrittenDoses
     start: tuple[Tensor, ...]
     amount: tuple[Tensor, ...]
     duration: tuple[Tensor, ...]
+    as_recorded: bool
 
 
 OfCompartment = Mapping[int, Tensor]  # of a compartment that is counted from 1: values (I, ...)
@@ -220,7 +222,11 @@ def receive_doses(
         starts.append((written.time[:, column].reshape(spread) + of(lag, column, 0.0))[..., None])
         amounts.append(torch.where(constant, share * told, entering)[..., None])
         durations.append(lasting[..., None])
-    return ReceivedDoses(written, tuple(starts), tuple(amounts), tuple(durations))
+    infused = written.given & (written.rate != 0)
+    scaled = bool(bioavailability) and bool(infused.any())
+    modelled = bool((written.given & (written.rate < 0)).any())
+    as_recorded = not (lag or scaled or modelled)
+    return ReceivedDoses(written, tuple(starts), tuple(amounts), tuple(durations), as_recorded)
 
 
 def refuse_unmodelled(written: WrittenDoses, *, rates: Sequence[int] | Mapping[int, object], durations: object) -> None:

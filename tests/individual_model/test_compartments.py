@@ -12,6 +12,7 @@ import pytest
 import torch
 from oracles.compartment_systems import WrittenDose, amounts, mammillary
 
+from nlme_sbi.individual_model import linear_compartments
 from nlme_sbi.individual_model.dosing import receive_doses, write_out_doses
 from nlme_sbi.individual_model.linear_compartments import central_amount, disposition
 from nlme_sbi.io import EventTable
@@ -113,6 +114,34 @@ def test_a_steady_state_is_the_sum_of_many_doses_before(compartments: int, durat
         shifted = [replace(one, time=one.time - start) for one in written]
         expected = amounts(matrix, shifted, [time - start for time in times])[:, 1] / RATES["V"]
         np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("absorption", ["none", "first_order"])
+def test_stepping_from_event_to_event_is_adding_up_responses(absorption: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulator = model(3, absorption)
+    rng = random.Random(11)
+    rows: list[dict[str, float]] = []
+    for number in range(9):
+        row: dict[str, float] = {"time": rng.uniform(0, 50), "amount": rng.uniform(1, 200)}
+        row["compartment"] = 1 if absorption == "none" else 1 + number % 2
+        if absorption == "none" or row["compartment"] == 2:
+            row["rate"] = rng.choice([0.0, 5.0, 40.0])
+        if number == 5:
+            row["kind"] = int(EventKind.RESET_DOSE)
+        rows.append(row)
+    times = sorted([rng.uniform(0, 90) for _ in range(12)] + [rows[0]["time"], rows[1]["time"]])
+    design = design_of(rows, times)
+    values = torch.tensor([[RATES.get(name, 1.0) for name in simulator.parameters.names]], dtype=DOUBLE)
+    phi = (simulator.parameters.to_unconstrained(values)[:, None] + 0.1 * torch.randn((1, 3, 1), dtype=DOUBLE)).detach()
+    found = []
+    for least in (1, 100):
+        monkeypatch.setattr(linear_compartments, "_STEPPED_FROM", least)
+        leaf = phi.clone().requires_grad_(True)
+        predicted = simulator.predict(leaf, design)
+        (slope,) = torch.autograd.grad(predicted.square().sum(), leaf)
+        found.append((predicted.detach(), slope))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-7, atol=1e-9)
 
 
 def test_additional_doses_are_exactly_those_written_out() -> None:
