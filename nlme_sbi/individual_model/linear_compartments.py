@@ -261,7 +261,7 @@ def _stepped(
     steps = _Steps.of(doses, times, central)
     rates = torch.cat([rate.expand(*times.shape[:-1], 1) for rate in modes.rates], dim=-1)
     weights = torch.cat([weight.expand(*times.shape[:-1], 1) for weight in modes.weights], dim=-1)
-    amounts = torch.cat(torch.broadcast_tensors(*doses.amount), dim=-1)
+    amounts = torch.cat([amount.expand(*times.shape[:-1], 1) for amount in doses.amount], dim=-1)
     state, inflow = torch.zeros_like(rates), torch.zeros_like(rates)
     depot = torch.zeros_like(rates[..., :1])
     ones = (1,) * (times.ndim - 2)
