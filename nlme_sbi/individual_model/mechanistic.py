@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nlme_sbi.individual_model.dosing import check_doses, receive_doses, write_out_doses
 from nlme_sbi.individual_model.event_integration import solve_through_doses
-from nlme_sbi.individual_model.noise import NoiseModel, observation_log_prob
+from nlme_sbi.individual_model.noise import NoiseModel, check_values, observation_log_prob
 from nlme_sbi.individual_model.solver_names import SolverName, solver_named
 from nlme_sbi.individual_model.solvers import DormandPrince5, Equation, Solver, solve
 from nlme_sbi.parameters import ParameterSpace
@@ -70,6 +70,10 @@ class MechanisticSimulator(ABC):
             ValueError: with the individual and what to do.
         """
         del design, ids
+
+    def check_values(self, observations: Observations) -> None:
+        """Refuse measurements that the noise model cannot make; raises ``ValueError`` with the first and what to do."""
+        check_values(self.noise, observations)
 
     def simulate(self, phi: Float[Tensor, "N D"], design: Design, generator: torch.Generator) -> SimulatorOutput:
         """Noisy data; status 1 where a measured value is not finite. What is not measured is 0."""

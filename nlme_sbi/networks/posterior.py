@@ -35,6 +35,7 @@ from nlme_sbi.types import (
     Prior,
     Simulations,
     Simulator,
+    ValueCheckingSimulator,
 )
 from nlme_sbi.units import check_units
 
@@ -327,6 +328,8 @@ class AmortizedPosterior:
         check_units(observations, self.simulator)
         if isinstance(self.simulator, CheckingSimulator):
             self.simulator.check_design(observations.design, observations.ids)
+        if isinstance(self.simulator, ValueCheckingSimulator):
+            self.simulator.check_values(observations)
         uncovered = self.designs.covers(observations.design)
         if uncovered:
             row, reason = next(iter(uncovered.items()))

@@ -13,7 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.types import CheckingSimulator, Observations, PosteriorSamples, Prior, TractableSimulator
+from nlme_sbi.types import (
+    CheckingSimulator,
+    Observations,
+    PosteriorSamples,
+    Prior,
+    TractableSimulator,
+    ValueCheckingSimulator,
+)
 from nlme_sbi.units import check_units
 
 _POOL, _LEAST_POOL = 4000, 400  # draws of the prior that are looked at for everybody
@@ -68,6 +75,8 @@ class LikelihoodWeightedPrior:
             )
         if isinstance(simulator, CheckingSimulator):
             simulator.check_design(observations.design, observations.ids)
+        if isinstance(simulator, ValueCheckingSimulator):
+            simulator.check_values(observations)
 
     @torch.no_grad()
     def sample(self, observations: Observations, draws: int, generator: torch.Generator) -> PosteriorSamples:
