@@ -97,6 +97,8 @@ class MechanisticSimulator(ABC):
     def noise_parameters(self, phi: Float[Tensor, "I *batch D"]) -> Mapping[str, Tensor]:
         """Natural values of the noise model's parameters by name, ``(I, ...)`` each."""
         names = self.noise.parameters
+        if not names:  # Poisson counts
+            return {}
         space = ParameterSpace(tuple(self.parameters[name] for name in names))
         natural = space.to_natural(phi[..., self.parameters.indices(names)])
         return dict(zip(names, natural.unbind(-1), strict=True))

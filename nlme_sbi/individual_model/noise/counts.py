@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nlme_sbi.individual_model.noise.model import Names, NoiseModel, flat_names, parameter_column
+from nlme_sbi.individual_model.noise.model import Names, NoiseModel, Number, flat_names, parameter_column
 from nlme_sbi.numerics.gamma_draws import draw_gamma
 from nlme_sbi.numerics.incomplete_functions import log_beta_lower, log_difference, log_gamma_lower, log_gamma_upper
 
@@ -176,10 +176,10 @@ class NegativeBinomial(CountModel):
         dispersion: a positive number, or the name of a parameter.
     """
 
-    dispersion: float | Names
+    dispersion: Number | Names
 
     def __post_init__(self) -> None:
-        if isinstance(self.dispersion, float | int) and not self.dispersion > 0:
+        if isinstance(self.dispersion, Number) and not self.dispersion > 0:
             raise ValueError(f"dispersion must be positive; got {self.dispersion}. Without any, take Poisson().")
 
     @property

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.individual_model.noise.model import Names, NoiseModel, flat_names, parameter_column
+from nlme_sbi.individual_model.noise.model import Names, NoiseModel, Number, flat_names, parameter_column
 from nlme_sbi.individual_model.noise.normal_tails import bound_score, log_ndtr_difference
 
 POSITIVE_REMEDY = (
@@ -124,7 +124,7 @@ class Power(NoiseModel):
     """
 
     sd: Names
-    power: float | Names
+    power: Number | Names
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -153,7 +153,7 @@ class BoxCox(NoiseModel):
     """
 
     error: NoiseModel
-    exponent: float
+    exponent: Number
 
     def __post_init__(self) -> None:
         if not self.error.is_gaussian or type(self.error).transform is not NoiseModel.transform:

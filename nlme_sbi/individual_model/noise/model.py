@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nlme_sbi.individual_model.noise.normal_tails import bound_score, log_ndtr_difference
 
+Number = int | float
 Names = str | tuple[str, ...]
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -132,16 +133,16 @@ def _all_regular(sd: Tensor, location: Tensor, measured: Tensor) -> bool:
         return False
 
 
-def flat_names(*groups: Names | float) -> tuple[str, ...]:
+def flat_names(*groups: Names | Number) -> tuple[str, ...]:
     """All names of the noise parameters, each once; numbers have none."""
-    named = [group for group in groups if not isinstance(group, float | int)]
+    named = [group for group in groups if not isinstance(group, Number)]
     names = [name for group in named for name in ((group,) if isinstance(group, str) else group)]
     return tuple(dict.fromkeys(names))
 
 
-def parameter_column(names: Names | float, prediction: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+def parameter_column(names: Names | Number, prediction: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
     """The parameter of each signal, ``(..., 1, C)`` or ``(..., 1, 1)`` when all signals share it; a number as it is."""
-    if isinstance(names, float | int):
+    if isinstance(names, Number):
         return prediction.new_tensor(names)
     if isinstance(names, str):
         return parameters[names][..., None, None]

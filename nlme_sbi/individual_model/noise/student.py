@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.individual_model.noise.model import Names, NoiseModel, flat_names, parameter_column
+from nlme_sbi.individual_model.noise.model import Names, NoiseModel, Number, flat_names, parameter_column
 from nlme_sbi.individual_model.noise.normal_tails import bound_score
 from nlme_sbi.numerics.incomplete_functions import log_difference, log_t_lower, t_log_density
 
@@ -29,7 +29,7 @@ class StudentT(NoiseModel):
     """
 
     error: NoiseModel
-    degrees_of_freedom: float | Names
+    degrees_of_freedom: Number | Names
 
     def __post_init__(self) -> None:
         if not self.error.is_gaussian:
@@ -38,7 +38,7 @@ class StudentT(NoiseModel):
                 'StudentT(Additive(sd="sd"), degrees_of_freedom=4).'
             )
         given = self.degrees_of_freedom
-        if isinstance(given, float | int) and not given > 0:
+        if isinstance(given, Number) and not given > 0:
             raise ValueError(f"degrees_of_freedom must be positive; got {given}.")
 
     @property
