@@ -399,14 +399,6 @@ class CheckingSimulator(Protocol):
 
 
 @runtime_checkable
-class ValueCheckingSimulator(Protocol):
-    """A simulator that knows which values it cannot make."""
-
-    def check_values(self, observations: Observations) -> None:
-        """Refuse measurements that no parameters make; raises ``ValueError`` with the first and the remedy."""
-
-
-@runtime_checkable
 class DesignSource(Protocol):
     """Where the designs of simulated individuals come from, and which designs of data that covers."""
 

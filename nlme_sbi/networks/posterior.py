@@ -20,6 +20,7 @@ from nlme_sbi.compute.progress import Progress
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
 from nlme_sbi.designs import ResampledDesigns
+from nlme_sbi.individual_model.noise.likelihood import ValueCheckingSimulator
 from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings, working_bytes_per_row
 from nlme_sbi.networks.scaling import ParameterScaling
 from nlme_sbi.networks.summaries import DataShape, SummaryNetwork, SummarySettings
@@ -35,7 +36,6 @@ from nlme_sbi.types import (
     Prior,
     Simulations,
     Simulator,
-    ValueCheckingSimulator,
 )
 from nlme_sbi.units import check_units
 

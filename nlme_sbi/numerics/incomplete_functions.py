@@ -19,6 +19,7 @@ from torch import Tensor
 _MOST_TERMS = 20_000
 _LOOK = 8  # terms between looks at whether all have converged
 _TINY = 1e-300
+_DIGITS = 1e-15  # factors keep changing by a rounding error or two
 _SHAPE_STEP = 1e-3  # relative; the error of the five-point difference is its fourth power
 _MANY_DEGREES = 5e3  # from here on Hill's expansion has all digits
 
@@ -215,7 +216,7 @@ def _gamma_series(shape: Tensor, x: Tensor) -> Tensor:
     for place in range(1, _MOST_TERMS):
         term = term * x / (shape + place)
         total += term
-        if place % _LOOK == 0 and bool((term <= 1e-17 * total).all()):
+        if place % _LOOK == 0 and not bool((term > 1e-17 * total).any()):
             break
     return total
 
@@ -232,7 +233,7 @@ def _gamma_fraction(shape: Tensor, x: Tensor) -> Tensor:
         c = _away_from_zero(b + a / c)
         change = d * c
         found = found * change
-        if place % _LOOK == 0 and bool(((change - 1).abs() <= 1e-16).all()):
+        if place % _LOOK == 0 and not bool(((change - 1).abs() > _DIGITS).any()):
             break
     return found
 
@@ -261,7 +262,7 @@ def _beta_fraction(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         c = _away_from_zero(1 + odd / c)
         change = d * c
         found = found * change
-        if place % _LOOK == 0 and bool(((change - 1).abs() <= 1e-16).all()):
+        if place % _LOOK == 0 and not bool(((change - 1).abs() > _DIGITS).any()):
             break
     return found
 

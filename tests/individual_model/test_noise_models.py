@@ -11,6 +11,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from nlme_sbi.config.instantiate import instantiate
+from nlme_sbi.config.targets import STORED_ROLES
 from nlme_sbi.individual_model.noise import (
     Additive,
     Binomial,
@@ -364,3 +366,24 @@ def test_models_that_make_no_sense_are_refused() -> None:
         Binomial(0)
     with pytest.raises(ValueError, match="one noise model for each signal"):
         BySignal(())
+
+
+def test_a_configuration_may_build_them() -> None:
+    found = instantiate(
+        {
+            "_target_": "nlme_sbi.BySignal",
+            "models": [
+                {
+                    "_target_": "nlme_sbi.StudentT",
+                    "error": {"_target_": "nlme_sbi.individual_model.noise.Additive", "sd": "a"},
+                    "degrees_of_freedom": 4,
+                },
+                {"_target_": "nlme_sbi.Power", "sd": "b", "power": 0.5},
+                {"_target_": "nlme_sbi.NegativeBinomial", "dispersion": "alpha"},
+                {"_target_": "nlme_sbi.Binomial", "trials": 3},
+            ],
+        },
+        roles=STORED_ROLES,
+    )
+    models = (StudentT(Additive(sd="a"), 4), Power(sd="b", power=0.5), NegativeBinomial("alpha"), Binomial(3))
+    assert found == BySignal(models)

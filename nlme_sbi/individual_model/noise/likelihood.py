@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -75,6 +76,14 @@ def _with_intervals(
     filled = torch.where(part(censored), probability, part(density))
     of_rows = density.index_select(0, rows).index_copy(density.ndim - 2, times, filled)
     return density.index_copy(0, rows, of_rows)
+
+
+@runtime_checkable
+class ValueCheckingSimulator(Protocol):
+    """A simulator that knows which values it cannot make."""
+
+    def check_values(self, observations: Observations) -> None:
+        """Refuse measurements that no parameters make; raises ``ValueError`` with the first and the remedy."""
 
 
 def check_values(noise: NoiseModel, observations: Observations) -> None:

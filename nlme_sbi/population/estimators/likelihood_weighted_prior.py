@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.individual_model.noise.likelihood import ValueCheckingSimulator
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.types import (
     CheckingSimulator,
@@ -19,7 +20,6 @@ from nlme_sbi.types import (
     PosteriorSamples,
     Prior,
     TractableSimulator,
-    ValueCheckingSimulator,
 )
 from nlme_sbi.units import check_units
 
