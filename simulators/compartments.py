@@ -12,14 +12,35 @@ from torch import Tensor
 from nlme_sbi.individual_model.dosing import WrittenDoses, check_doses, receive_doses, write_out_doses
 from nlme_sbi.individual_model.linear_compartments import central_amount, disposition
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
-from nlme_sbi.individual_model.noise import Additive, Combined1, Combined2, Exponential, NoiseModel, Proportional
+from nlme_sbi.individual_model.noise import (
+    Additive,
+    Combined1,
+    Combined2,
+    Exponential,
+    NoiseModel,
+    Power,
+    Proportional,
+    StudentT,
+)
 from nlme_sbi.individual_model.regimens import typical_scales
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design, Observations
 
 Absorption = Literal["none", "first_order", "zero_order"]
 Parametrization = Literal["clearance", "rates"]
-Noise = Literal["additive", "proportional", "combined1", "combined2", "exponential"]
+Noise = Literal[
+    "additive",
+    "proportional",
+    "combined1",
+    "combined2",
+    "power",
+    "exponential",
+    "student_t",
+    "student_t_proportional",
+    "student_t_exponential",
+]
+_HEAVY = "student_t"
+_DEGREES = 4.0  # what robust regression commonly takes: few data tell the degrees of freedom
 
 _PERIPHERAL = {1: (), 2: (("Q", "Vp", "k12", "k21"),), 3: (("Q1", "Vp1", "k12", "k21"), ("Q2", "Vp2", "k13", "k31"))}
 
@@ -35,7 +56,8 @@ class Compartments(MechanisticSimulator):
     3          ``CL, Vc, Q1, Vp1, Q2, Vp2``           ``k, Vc, k12, k21, k13, k31``
     absorption ``ka`` (first order), ``Tk0`` (zero order: its duration), before the others
     options    ``Tlag`` (lag of the absorption), ``F`` (bioavailability of absorbed doses)
-    noise      ``sigma`` (additive, exponential), ``cv`` (proportional), both (combined1, combined2)
+    noise      ``sigma`` (additive, exponential), ``cv`` (proportional), both (combined1, combined2), ``sigma`` and
+               ``power`` (power: SD ``sigma * f**power``); the same with the heavy tails of Student's t
     ========== ===================================== =========================================
 
     Doses are read from the event table: repeated doses, infusions, steady states, resets. With an absorption,
@@ -50,7 +72,9 @@ class Compartments(MechanisticSimulator):
         lag: whether absorbed doses have a lag time.
         bioavailability: whether a share of absorbed doses is estimated, between 0 and 1; needs intravenous doses beside
             them.
-        noise: "additive", "proportional", "combined1", "combined2" or "exponential".
+        noise: "additive", "proportional", "combined1", "combined2", "power" or "exponential"; "student_t",
+            "student_t_proportional" and "student_t_exponential" are additive, proportional and exponential noise with
+            the tails of Student's t with 4 degrees of freedom, ``sigma`` or ``cv`` being its scale.
         concentration_scale: what amount over volume is multiplied by, 1000 for mg, L and ng/mL.
         signal: name of the measured concentration.
         signal_unit: its unit.
@@ -194,8 +218,16 @@ class Compartments(MechanisticSimulator):
         }
         found = {name: (math.log(value), wide) for name, value in centres.items()}
         found["F"] = (0.0, wide)
-        found["sigma"] = (math.log(0.2 if isinstance(self.noise, Exponential) else 0.1 * scales.middle), wide)
+        found["power"] = (0.5, 0.5)
+        found["sigma"] = (math.log(self._plausible_sigma(scales.middle)), wide)
         return {name: found[name] for name in self.parameters.names}
+
+    def _plausible_sigma(self, middle: float) -> float:
+        error = self.noise.error if isinstance(self.noise, StudentT) else self.noise
+        if isinstance(error, Exponential):
+            return 0.2
+        # A tenth of a concentration in the middle, also by a power of one half.
+        return 0.1 * (math.sqrt(middle) if isinstance(error, Power) else middle)
 
 
 def _absorbed_only(natural: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
@@ -205,6 +237,14 @@ def _absorbed_only(natural: Mapping[str, Tensor], name: str) -> dict[int, Tensor
 
 def _noise(name: Noise, unit: str) -> tuple[NoiseModel, list[Parameter]]:
     """The observation model of a word, and its parameters."""
+    if name.startswith(_HEAVY):
+        kind = name.removeprefix(_HEAVY).removeprefix("_") or "additive"
+        error, parameters = _gaussian_noise(kind, unit)
+        return StudentT(error, degrees_of_freedom=_DEGREES), parameters
+    return _gaussian_noise(name, unit)
+
+
+def _gaussian_noise(name: str, unit: str) -> tuple[NoiseModel, list[Parameter]]:
     sigma = Parameter("sigma", unit, description="SD of the additive error")
     cv = Parameter("cv", "", description="coefficient of variation of the error")
     if name == "additive":
@@ -213,4 +253,8 @@ def _noise(name: Noise, unit: str) -> tuple[NoiseModel, list[Parameter]]:
         return Proportional(cv="cv"), [cv]
     if name == "exponential":
         return Exponential(sd="sigma"), [Parameter("sigma", "", description="SD of the log concentration")]
+    if name == "power":
+        at_one = Parameter("sigma", unit, description="SD of the error at a concentration of 1")
+        power = Parameter("power", "", transform="identity", description="how the SD grows with the concentration")
+        return Power(sd="sigma", power="power"), [at_one, power]
     return (Combined1 if name == "combined1" else Combined2)(sd="sigma", cv="cv"), [sigma, cv]

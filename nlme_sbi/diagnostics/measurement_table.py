@@ -12,7 +12,8 @@ PRED       noise-free prediction at the individual's typical parameters: its cov
 IPRED      noise-free prediction at the individual's own parameters
 IRES       DV - IPRED; not for censored measurements
 IWRES      (h(DV) - h(IPRED)) / SD, with SD and scale h (the logarithm for exponential error) of the noise model at the
-           individual's own parameters; not for censored measurements
+           individual's own parameters; of counts Pearson's (DV - IPRED) / SD; of Student's t in units of its scale;
+           not for censored measurements
 EPRED      mean over simulated data sets
 PWRES      population weighted residual: L^-1 (DV - EPRED), with the simulated covariance L L' of the individual's data
 NPD        normal score of the measurement's place among simulated ones

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nlme_sbi.individual_model.dosing import check_doses, receive_doses, write_out_doses
 from nlme_sbi.individual_model.event_integration import solve_through_doses
-from nlme_sbi.individual_model.noise import NoiseModel, observation_log_prob
+from nlme_sbi.individual_model.noise import NoiseModel, check_values, observation_log_prob
 from nlme_sbi.individual_model.solver_names import SolverName, solver_named
 from nlme_sbi.individual_model.solvers import DormandPrince5, Equation, Solver, solve
 from nlme_sbi.parameters import ParameterSpace
@@ -71,6 +71,10 @@ class MechanisticSimulator(ABC):
         """
         del design, ids
 
+    def check_values(self, observations: Observations) -> None:
+        """Refuse measurements that the noise model cannot make; raises ``ValueError`` with the first and what to do."""
+        check_values(self.noise, observations)
+
     def simulate(self, phi: Float[Tensor, "N D"], design: Design, generator: torch.Generator) -> SimulatorOutput:
         """Noisy data; status 1 where a measured value is not finite. What is not measured is 0."""
         with torch.no_grad():
@@ -93,6 +97,8 @@ class MechanisticSimulator(ABC):
     def noise_parameters(self, phi: Float[Tensor, "I *batch D"]) -> Mapping[str, Tensor]:
         """Natural values of the noise model's parameters by name, ``(I, ...)`` each."""
         names = self.noise.parameters
+        if not names:  # Poisson counts
+            return {}
         space = ParameterSpace(tuple(self.parameters[name] for name in names))
         natural = space.to_natural(phi[..., self.parameters.indices(names)])
         return dict(zip(names, natural.unbind(-1), strict=True))

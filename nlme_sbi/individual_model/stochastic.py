@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.individual_model.mechanistic import checked_output
-from nlme_sbi.individual_model.noise import NoiseModel
+from nlme_sbi.individual_model.noise import NoiseModel, check_values
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.types import Design, SimulatorOutput
+from nlme_sbi.types import Design, Observations, SimulatorOutput
 
 
 class StochasticSimulator(ABC):
@@ -62,6 +62,11 @@ class StochasticSimulator(ABC):
         """When the initial state holds, ``(N,)``; time 0 unless overridden. Before, the state is the initial one."""
         del design
         return torch.zeros_like(next(iter(natural.values())))
+
+    def check_values(self, observations: Observations) -> None:
+        """Refuse measurements that the noise model cannot make; raises ``ValueError`` with the first and what to do."""
+        if self.noise is not None:
+            check_values(self.noise, observations)
 
     @torch.no_grad()
     def simulate(self, phi: Float[Tensor, "N D"], design: Design, generator: torch.Generator) -> SimulatorOutput:

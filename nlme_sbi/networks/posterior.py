@@ -20,6 +20,7 @@ from nlme_sbi.compute.progress import Progress
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
 from nlme_sbi.designs import ResampledDesigns
+from nlme_sbi.individual_model.noise.likelihood import ValueCheckingSimulator
 from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings, working_bytes_per_row
 from nlme_sbi.networks.scaling import ParameterScaling
 from nlme_sbi.networks.summaries import DataShape, SummaryNetwork, SummarySettings
@@ -319,6 +320,8 @@ class AmortizedPosterior:
         check_units(observations, self.simulator)
         if isinstance(self.simulator, CheckingSimulator):
             self.simulator.check_design(observations.design, observations.ids)
+        if isinstance(self.simulator, ValueCheckingSimulator):
+            self.simulator.check_values(observations)
         uncovered = self.designs.covers(observations.design)
         if uncovered:
             row, reason = next(iter(uncovered.items()))

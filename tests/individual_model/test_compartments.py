@@ -15,8 +15,9 @@ from oracles.compartment_systems import WrittenDose, amounts, mammillary
 from nlme_sbi.individual_model import linear_compartments
 from nlme_sbi.individual_model.dosing import receive_doses, write_out_doses
 from nlme_sbi.individual_model.linear_compartments import central_amount, disposition
+from nlme_sbi.individual_model.noise import Power, StudentT
 from nlme_sbi.io import EventTable
-from nlme_sbi.types import Design, EventKind, Events
+from nlme_sbi.types import Design, EventKind, Events, Observations
 from simulators.compartments import Compartments
 
 NMTEST = Path(__file__).parents[3] / "shared" / "data" / "dosing_oracle" / "nlmixr2data_nmtest.csv"
@@ -241,3 +242,26 @@ def test_what_makes_no_model_is_refused() -> None:
         Compartments(absorption="none", lag=True)
     with pytest.raises(ValueError, match="concentration_scale"):
         Compartments(concentration_scale=0.0)
+
+
+@pytest.mark.parametrize(
+    ("word", "own", "kind"),
+    [
+        ("power", ("sigma", "power"), Power),
+        ("student_t", ("sigma",), StudentT),
+        ("student_t_proportional", ("cv",), StudentT),
+        ("student_t_exponential", ("sigma",), StudentT),
+    ],
+)
+def test_words_choose_the_noise(word: str, own: tuple[str, ...], kind: type) -> None:
+    simulator = Compartments(absorption="first_order", noise=word)  # type: ignore[arg-type]
+    assert isinstance(simulator.noise, kind)
+    assert simulator.parameters.names == ("ka", "CL", "V", *own)
+    assert simulator.noise.parameters == own
+    design = design_of([{"time": 0.0, "amount": 10.0}], [1.0, 2.0])
+    values = torch.tensor([2.0, 1.5], dtype=DOUBLE)[None, :, None]
+    data = Observations(("ann",), values, design, ("concentration",), ("mg/L",), "h")
+    guesses = simulator.plausible_values(data)
+    assert tuple(guesses) == simulator.parameters.names
+    phi = torch.tensor([[centre for centre, _ in guesses.values()]], dtype=DOUBLE)
+    assert torch.isfinite(simulator.log_likelihood(data, phi)).all()

@@ -55,6 +55,12 @@ def require_residuals(simulator: Simulator, observations: Observations) -> Mecha
             f"{type(simulator).__name__} has no noise-free prediction, so there are no residuals to look at; the "
             "checks in the network's summaries and the prediction errors of a fit need none."
         )
+    if not simulator.noise.is_gaussian:
+        raise ValueError(
+            f"{type(simulator).__name__} has noise that is not Gaussian on any scale "
+            f"({type(simulator.noise).__name__}), and residuals of a best fit are then no projected Gaussian noise; "
+            "the residuals and prediction errors of a fit (scripts/report.py) take such noise as it is."
+        )
     censored = 0 if observations.censoring is None else int((observations.censoring != int(Censoring.NONE)).sum())
     if censored:
         raise ValueError(

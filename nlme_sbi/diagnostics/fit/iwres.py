@@ -2,16 +2,18 @@
 
 At one draw of an individual's parameters from ``p(phi | y_i, theta)`` the standardised residuals are independent and
 standard normal where model and population are right, however few data an individual has; at an estimate such as the
-mode they are not, because it has followed them.
+mode they are not, because it has followed them. Noise that is not Gaussian (counts, Student's t) is looked at by the
+place of a measurement in its distribution, as a normal score; a count's place is random within its probability.
 
-Source: Lavielle and Ribba (2016), Pharm. Res. 33:2979, for single draws; Karlsson and Savic (2007), Clin. Pharmacol.
-Ther. 82:17, for what shrinkage does to residuals at estimates.
+Source: Dunn and Smyth (1996), J. Comput. Graph. Stat. 5:236, for such scores (randomised quantile residuals); Lavielle
+and Ribba (2016), Pharm. Res. 33:2979, for single draws; Karlsson and Savic (2007), Clin. Pharmacol. Ther. 82:17, for
+what shrinkage does to residuals at estimates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +27,8 @@ from nlme_sbi.diagnostics.findings import Finding
 from nlme_sbi.diagnostics.fit.npde import anderson_darling
 from nlme_sbi.diagnostics.fit.replicates import measured_first, measurements_frame
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
+from nlme_sbi.individual_model.noise.likelihood import bounds_of
+from nlme_sbi.individual_model.noise.model import NoiseModel
 from nlme_sbi.types import Censoring, Observations, Simulator
 
 _NUMBERS = 8_000_000  # predicted values at once
@@ -40,8 +44,10 @@ class GoodnessOfFit:
     Args:
         population_prediction: at each individual's typical parameters.
         individual_prediction: posterior mean of the individual's own curve.
-        iwres: individual weighted residuals about that mean, with the noise of the individual's median draw.
-        drawn_iwres: residuals at one random draw of each individual's parameters: what is tested.
+        iwres: individual weighted residuals about that mean, with the noise of the individual's median draw; of counts
+            Pearson's, ``(y - mean)/SD``.
+        drawn_iwres: residuals at one random draw of each individual's parameters, as normal scores where noise is not
+            Gaussian: what is tested.
         shrinkage: 1 - SD of ``iwres``, for each signal, ``(C,)``.
         p_correlation: that successive ``drawn_iwres`` of an individual are not correlated.
         p_shape: that they are standard normal (Anderson-Darling).
@@ -155,22 +161,68 @@ def _individuals(
     chosen = torch.randint(draws.shape[1], (len(draws),), generator=generator, device=draws.device)
     rows = torch.arange(len(draws), device=draws.device)
     curve, phi = predicted[rows, chosen], draws[rows, chosen]
-    own_sd = noise.standard_deviation(curve, simulator.noise_parameters(phi)).expand_as(curve)
-    return (
-        mean,
-        _residuals(simulator, observations, mean, sd, generator),
-        _residuals(simulator, observations, curve, own_sd, generator),
-    )
+    own = simulator.noise_parameters(phi)
+    if noise.is_gaussian:
+        own_sd = noise.standard_deviation(curve, own).expand_as(curve)
+        drawn = _residuals(simulator, observations, curve, own_sd, generator)
+        return mean, _residuals(simulator, observations, mean, sd, generator), drawn
+    drawn = quantile_residuals(noise, observations, curve, own, generator)
+    plain = _scaled(noise, observations.values.double(), mean, sd)
+    if observations.censoring is not None:
+        middling = quantile_residuals(noise, observations, mean, simulator.noise_parameters(middle), generator)
+        plain = torch.where(observations.censoring == int(Censoring.NONE), plain, middling)
+    return mean, plain, drawn
+
+
+def _scaled(noise: NoiseModel, values: Tensor, curve: Tensor, sd: Tensor) -> Float[Tensor, "I T C"]:
+    return (noise.transform(values) - noise.transform(curve)) / sd.clamp_min(1e-300)
+
+
+def quantile_residuals(
+    noise: NoiseModel,
+    observations: Observations,
+    curve: Float[Tensor, "I T C"],
+    parameters: Mapping[str, Tensor],
+    generator: torch.Generator,
+) -> Float[Tensor, "I T C"]:
+    """Normal scores of the measurements' places in their distributions.
+
+    Independent and standard normal where the noise model is right, also for counts: a place is random within the
+    probability of a count, or of what is known of a censored measurement.
+
+    Args:
+        noise: any noise model.
+        observations: the data.
+        curve: noise-free prediction of each measurement.
+        parameters: natural value of each noise parameter, ``(I,)``.
+        generator: of the random places, on the device of the data.
+    """
+    values, plain = observations.values.double(), observations.uncensored
+    lower, upper = bounds_of(observations)
+    places = range(values.shape[2])
+    counts = torch.tensor([noise.of_signal(place).is_count for place in places], device=values.device)
+    without = torch.full_like(values, torch.inf)
+
+    def probability(low: Tensor, high: Tensor) -> Tensor:
+        return noise.log_interval(low, high, curve, parameters).exp()
+
+    # A bound is itself not within; a count can lie on it, and is then above or below.
+    low = torch.where(plain, values, torch.where(counts, lower.floor() + 1, lower))
+    high = torch.where(plain, values, torch.where(counts, upper.ceil() - 1, upper))
+    below, above = probability(-without, low), probability(high, without)
+    mass = torch.where(counts, noise.log_prob(values, curve, parameters).exp(), 0.0)
+    inside = torch.where(plain, mass, probability(lower, upper))
+    share = torch.rand(values.shape, generator=generator, dtype=values.dtype, device=values.device)
+    from_below, from_above = below + share * inside, above + (1 - share) * inside
+    low, high = (torch.special.ndtri(part.clamp(1e-300, 0.5)) for part in (from_below, from_above))
+    return torch.where(from_below < from_above, low, -high)
 
 
 def _residuals(
     simulator: MechanisticSimulator, observations: Observations, curve: Tensor, sd: Tensor, generator: torch.Generator
 ) -> Float[Tensor, "I T C"]:
     """Standardised; a censored measurement gets a draw of the noise beyond its limit."""
-    change = simulator.noise.transform
-    location = change(curve)
-    safe = sd.clamp_min(1e-300)
-    plain = (change(observations.values.double()) - location) / safe
+    plain = _scaled(simulator.noise, observations.values.double(), curve, sd)
     if observations.censoring is None:
         return plain
     codes = observations.censoring
@@ -180,7 +232,7 @@ def _residuals(
         (observations.upper, (Censoring.LEFT, Censoring.INTERVAL), torch.inf),
     ):
         bounded = torch.stack([codes == int(kind) for kind in kinds]).any(0)
-        score = plain if bound is None else (change(bound.double()) - location) / safe
+        score = plain if bound is None else _scaled(simulator.noise, bound.double(), curve, sd)
         ends.append(torch.special.ndtr(torch.where(bounded, score, end)))
     share = torch.rand(plain.shape, generator=generator, dtype=plain.dtype, device=plain.device)
     drawn = torch.special.ndtri((ends[0] + share * (ends[1] - ends[0])).clamp(1e-15, 1 - 1e-15))

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.individual_model.noise.likelihood import ValueCheckingSimulator
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.types import CheckingSimulator, Observations, Prior, TractableSimulator
@@ -69,6 +70,8 @@ class LikelihoodWeightedPrior:
             )
         if isinstance(simulator, CheckingSimulator):
             simulator.check_design(observations.design, observations.ids)
+        if isinstance(simulator, ValueCheckingSimulator):
+            simulator.check_values(observations)
 
     @torch.no_grad()
     def sample(self, observations: Observations, draws: int, generator: torch.Generator) -> PosteriorSamples:
