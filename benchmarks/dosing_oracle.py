@@ -21,8 +21,8 @@ from record import Figure, stopwatch, write_result
 from torch import Tensor
 
 from nlme_sbi import Additive, DormandPrince5, EventTable, Observations, OdeModel
-from nlme_sbi.individual_model.dosing import receive_doses, write_out_doses
-from nlme_sbi.individual_model.linear_compartments import central_amount, disposition
+from nlme_sbi.individual_model.dosing.doses import receive_doses, write_out_doses
+from nlme_sbi.individual_model.dosing.linear_compartments import central_amount, disposition
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design
 

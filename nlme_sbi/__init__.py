@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nlme_sbi.designs import DesignsOfData, FixedGrid, RandomTimes, ResampledDesigns, Schedule
     from nlme_sbi.diagnostics.fit.predictive_bands import dense_design, predictive_bands
     from nlme_sbi.individual_model.closed_forms import log_bateman
-    from nlme_sbi.individual_model.events import single_bolus
+    from nlme_sbi.individual_model.dosing.single_bolus import single_bolus
     from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel, times_for
     from nlme_sbi.individual_model.noise import (
         Additive,
@@ -180,7 +180,7 @@ _ROOMS = {
         "predictive_bands",
     ),
     "individual_model.closed_forms": ("log_bateman",),
-    "individual_model.events": ("single_bolus",),
+    "individual_model.dosing.single_bolus": ("single_bolus",),
     "individual_model.mechanistic": (
         "MechanisticSimulator",
         "NumpySimulator",

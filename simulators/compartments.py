@@ -9,8 +9,9 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.individual_model.dosing import WrittenDoses, check_doses, receive_doses, write_out_doses
-from nlme_sbi.individual_model.linear_compartments import central_amount, disposition
+from nlme_sbi.individual_model.dosing.doses import WrittenDoses, check_doses, receive_doses, write_out_doses
+from nlme_sbi.individual_model.dosing.linear_compartments import central_amount, disposition
+from nlme_sbi.individual_model.dosing.typical_scales import typical_scales
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
 from nlme_sbi.individual_model.noise import (
     Additive,
@@ -22,7 +23,6 @@ from nlme_sbi.individual_model.noise import (
     Proportional,
     StudentT,
 )
-from nlme_sbi.individual_model.regimens import typical_scales
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design, Observations
 

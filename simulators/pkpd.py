@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nlme_sbi.individual_model.dosing.typical_scales import typical_scales
 from nlme_sbi.individual_model.mechanistic import OdeModel
 from nlme_sbi.individual_model.noise import Additive, Combined2, NoiseModel, Proportional
-from nlme_sbi.individual_model.regimens import typical_scales
 from nlme_sbi.individual_model.solver_names import SolverName
 from nlme_sbi.individual_model.solvers import Solver
 from nlme_sbi.parameters import Parameter, ParameterSpace

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.individual_model.closed_forms import log_bateman
-from nlme_sbi.individual_model.events import single_bolus
+from nlme_sbi.individual_model.dosing.single_bolus import single_bolus
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
 from nlme_sbi.individual_model.noise import Additive
 from nlme_sbi.parameters import Parameter, ParameterSpace

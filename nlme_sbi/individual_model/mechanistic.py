@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.individual_model.dosing import check_doses, receive_doses, write_out_doses
-from nlme_sbi.individual_model.event_integration import solve_through_doses
+from nlme_sbi.individual_model.dosing.doses import check_doses, receive_doses, write_out_doses
+from nlme_sbi.individual_model.dosing.event_integration import solve_through_doses
 from nlme_sbi.individual_model.noise import NoiseModel, check_values, observation_log_prob
 from nlme_sbi.individual_model.solver_names import SolverName, solver_named
 from nlme_sbi.individual_model.solvers import DormandPrince5, Equation, Solver, solve

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from nlme_sbi.individual_model.events import single_bolus
+from nlme_sbi.individual_model.dosing.single_bolus import single_bolus
 from nlme_sbi.individual_model.priors import UniformPrior
 from nlme_sbi.types import Design, Prior
 

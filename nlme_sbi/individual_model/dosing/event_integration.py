@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.individual_model.dosing import ReceivedDoses
+from nlme_sbi.individual_model.dosing.doses import ReceivedDoses
 from nlme_sbi.individual_model.solvers import Equation, Solver, over_interval
 
 _PLAIN_CYCLES, _NEWTON_STEPS = 8, 12  # intervals that begin the search for a steady state, and steps that end it

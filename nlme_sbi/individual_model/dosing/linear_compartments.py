@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.individual_model.closed_forms import log_expm1_ratio
-from nlme_sbi.individual_model.dosing import ReceivedDoses, WrittenDoses
+from nlme_sbi.individual_model.dosing.doses import ReceivedDoses, WrittenDoses
 
 # A difference quotient over a gap below this, in units of the shorter of time and rate, is taken over this gap: its
 # own error is the gap's square over 6, that of subtracting neighbours the rounding over the gap.

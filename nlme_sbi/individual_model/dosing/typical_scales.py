@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nlme_sbi.individual_model.dosing import is_dose, require_events
+from nlme_sbi.individual_model.dosing.doses import is_dose, require_events
 from nlme_sbi.types import Observations
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nlme_sbi.individual_model.events import single_bolus
+from nlme_sbi.individual_model.dosing.single_bolus import single_bolus
 from nlme_sbi.types import Design, EventKind, Events
 
 

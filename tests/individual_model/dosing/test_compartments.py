@@ -12,15 +12,15 @@ import pytest
 import torch
 from oracles.compartment_systems import WrittenDose, amounts, mammillary
 
-from nlme_sbi.individual_model import linear_compartments
-from nlme_sbi.individual_model.dosing import receive_doses, write_out_doses
-from nlme_sbi.individual_model.linear_compartments import central_amount, disposition
+from nlme_sbi.individual_model.dosing import linear_compartments
+from nlme_sbi.individual_model.dosing.doses import receive_doses, write_out_doses
+from nlme_sbi.individual_model.dosing.linear_compartments import central_amount, disposition
 from nlme_sbi.individual_model.noise import Power, StudentT
 from nlme_sbi.io import EventTable
 from nlme_sbi.types import Design, EventKind, Events, Observations
 from simulators.compartments import Compartments
 
-NMTEST = Path(__file__).parents[3] / "shared" / "data" / "dosing_oracle" / "nlmixr2data_nmtest.csv"
+NMTEST = Path(__file__).parents[4] / "shared" / "data" / "dosing_oracle" / "nlmixr2data_nmtest.csv"
 # NONMEM's steady state with a lag longer than the interval is negative in places: from when these are compared.
 FROM = {409: 24, 410: 24, 411: 24, 415: 24, 509: 24, 510: 24, 610: 24, 709: 24, 809: 48, 825: 48, 909: 48, 1009: 48}
 DOUBLE = torch.float64

@@ -1,0 +1,1 @@
+"""Doses: as recorded and as received, linear compartments in closed form, differential equations through doses."""
