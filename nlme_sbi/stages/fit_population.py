@@ -44,6 +44,7 @@ from nlme_sbi.stages.attempts import attempted
 from nlme_sbi.stages.fit_predictions import PredictionSettings, predictions_frame
 from nlme_sbi.stages.shared.components import part, with_stated_prior
 from nlme_sbi.stages.shared.fit_figures import save_figures
+from nlme_sbi.stages.shared.scale_check import scale_warnings
 from nlme_sbi.stages.shared.stored_fit import IndividualSettings, save_individuals
 from nlme_sbi.stages.shared.trained_posterior import (
     AnyPosterior,
@@ -120,6 +121,9 @@ def fit_population(cfg: DictConfig) -> float:
         load_posterior(upstream, device, trust) if upstream else untrained_posterior(plain, device, trust)
     )
     posterior.check(observations)
+    if isinstance(posterior, LikelihoodWeightedPrior):
+        for sentence in scale_warnings(posterior.simulator, posterior.prior, observations):
+            log.warning("%s", sentence)
     population: PopulationSpecification = part(
         plain["population"], PopulationSpecification, where="population", trust=trust
     )

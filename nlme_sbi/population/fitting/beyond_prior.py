@@ -156,7 +156,7 @@ def warn_beyond_prior(population: PopulationModel, restarts: tuple[Restart, ...]
         said.append(
             f"Another maximum of the likelihood, {level}, lies far from the training prior (typical {places}), which "
             f"decides against it. If it may be what is meant, move or widen the prior of {in_words(restart.differing)} "
-            "(prior.parameters) and train again."
+            "(prior.parameters) and run again from there."
         )
     return tuple(said)
 
