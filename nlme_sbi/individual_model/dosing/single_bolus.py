@@ -53,7 +53,10 @@ def _require_plain_boluses(events: Events, given: Tensor, reader: str, instead: 
     }
     for name, found in unsupported.items():
         if bool(found.any()):
-            row = int(found.any(1).nonzero()[0, 0])
+            row, column = (int(value) for value in found.nonzero()[0])
+            if "CMT" in name:
+                level = int(events.compartment[row, column])
+                instead = f"If that is where its dose goes, pass 'data.compartments={{{level}: 1}}'. {instead}"
             raise ValueError(
                 f"{reader} takes one bolus for each individual, and the design has {name}: {int(found.sum())} records, "
                 f"first in row {row}. {instead}"
