@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--populations", type=int, nargs=2, default=(10, 5))
     parser.add_argument("--prefixes", type=int, nargs="*", default=(50, 100, 200, 500, 1000, 10000))
     parser.add_argument("--rows", type=Path, default=ROOT / "outputs" / "convergence_rows.jsonl")
+    parser.add_argument("--name", default="population_convergence", help="of the file of results")
     parser.add_argument("--again", nargs="*", default=[], help="only these, for their times: law:10000:1:exact")
     options = parser.parse_args()
     keep_freed_memory()
@@ -163,7 +164,7 @@ def main() -> None:
             with options.rows.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(rows[-1], flush=True)
-    write_result("population_convergence", told(rows), title="Two-rate cells: error of the estimate with the cells.")
+    write_result(options.name, told(rows), title="Two-rate cells: error of the estimate with the cells.")
 
 
 if __name__ == "__main__":
