@@ -105,6 +105,7 @@ def test_far_scores_keep_their_digits_on_both_sides() -> None:
     assert found[0, 0, 0].item() < -6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_false_alarms_of_residuals_are_rare_and_faults_are_seen(name: str) -> None:
     simulator = Rates(MODELS[name])

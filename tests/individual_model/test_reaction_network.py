@@ -117,6 +117,7 @@ def moments(delta: float, k: float, gamma: float, m0: float, time: float) -> tup
     return np.array([m, p]), np.array([[mm, mp], [mp, pp]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "m0", "count"), [("ssa", 6.0, 20_000), ("tau_leaping", 3000.0, 10_000)])
 def test_moments_of_gene_expression(method: str, m0: float, count: int, generator: torch.Generator) -> None:
     rates = (0.4, 1.5, 0.2)

@@ -147,6 +147,7 @@ def test_linear_decay_with_rates_six_decades_apart(by_hand: bool) -> None:
     assert slope.calls < 4000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_robertson_s_reaction_at_the_published_values(method: str) -> None:
     """Mazzia and Magherini, Test Set for IVP Solvers 2.4 (2008), problem ROBER, reference solution at t = 1e11."""
@@ -225,6 +226,7 @@ def test_the_tolerance_is_kept_between_the_steps_as_well(method: str, tolerance:
     assert float((found - exact).abs().max()) < 20 * tolerance
 
 
+@pytest.mark.slow
 def test_individuals_do_not_influence_each_other_nor_depend_on_who_has_arrived(generator: torch.Generator) -> None:
     count = 7
     rate = torch.exp(8 * torch.rand(count, generator=generator, dtype=torch.float64))
@@ -299,6 +301,7 @@ def test_gradients_agree_with_differences_of_a_closed_form(method: str, by_hand:
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_stiff_equation_agree_with_differences() -> None:
     def final(log_rate: Tensor) -> Tensor:
         return solve(
@@ -328,6 +331,7 @@ def test_second_derivatives_are_those_of_the_closed_form() -> None:
     assert found.item() == pytest.approx(math.exp(-elapsed) * (elapsed**2 - elapsed), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_blows_up_becomes_nan_and_leaves_values_and_gradients_of_the_others_alone() -> None:
     begin = _doubles(1.0, 0.1)[:, None].requires_grad_()  # x' = x^2: x = x0/(1 - x0 t), infinite at t = 1 and 10
     times = _doubles(0.5, 2.0, 3.0).expand(2, 3)

@@ -68,6 +68,7 @@ def _design(generator: torch.Generator) -> Design:
     return Design(times, observed, Covariates(("weight",), torch.tensor([[0.5], [1.0], [3.0]])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [(), (2, 2)])
 def test_rows_keep_their_covariates_and_draws_when_the_batch_shrinks(
     batch: tuple[int, ...], generator: torch.Generator
@@ -83,6 +84,7 @@ def test_rows_keep_their_covariates_and_draws_when_the_batch_shrinks(
     torch.testing.assert_close(found, by_hand, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_gradients_of_draws_agree_with_those_of_an_explicit_solver(generator: torch.Generator) -> None:
     design = _design(generator)
     phi = torch.randn((3, 2, 3), generator=generator, dtype=torch.float64, requires_grad=True)

@@ -65,6 +65,7 @@ def test_a_t_with_many_degrees_of_freedom_is_normal() -> None:
     torch.testing.assert_close(log_t_lower(x, scalar(1e12)), torch.special.log_ndtr(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_derivatives_of_both_orders_agree_with_differences() -> None:
     x = torch.tensor([-5.0, -0.5, 1.0, 6.0], dtype=DOUBLE).requires_grad_()
     degrees = torch.tensor([2.0, 4.0, 7.0, 3.0], dtype=DOUBLE).requires_grad_()

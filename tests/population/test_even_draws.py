@@ -53,6 +53,7 @@ def test_two_halves_tell_the_error_which_is_smaller_than_that_of_random_draws() 
     assert float((quarter < x).mean()) == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / repeats))
 
 
+@pytest.mark.slow
 def test_most_of_the_way_is_gone_with_few_draws_of_some_individuals(monkeypatch: pytest.MonkeyPatch) -> None:
     omega = torch.diag(torch.tensor([0.6, 0.5, 0.0], dtype=DOUBLE).square())
     case = ConjugateCase.simulated([0.5, -0.3, 0.8], omega, individuals=150, seed=3, noise=0.3)

@@ -56,6 +56,7 @@ def test_modes_of_gaussian_individuals_are_their_means(gaussian: tuple) -> None:
     assert float(((one - mean).abs() / sd.clamp_min(1e-9))[:, :2].max()) > 0.1
 
 
+@pytest.mark.slow
 def test_whoever_knows_the_likelihood_is_asked_for_it() -> None:
     case, simulator = linear_case(NO_SIGMA, individuals=8, seed=1)
     fit = fit_population(

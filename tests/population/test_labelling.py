@@ -177,6 +177,7 @@ def test_the_fit_is_presented_under_the_labelling_that_is_asked_for(high: str, l
     assert fit.to_dict()["labelling"] == list(fit.labelling)
 
 
+@pytest.mark.slow
 def test_both_labellings_are_one_maximum_exchanged() -> None:
     """Independent draws on either side agree within Monte-Carlo error: estimates, errors, likelihood, individuals."""
     first, second = fitted(("delta", "gamma")), fitted(("gamma", "delta"))

@@ -132,6 +132,7 @@ def test_only_those_for_whom_a_scan_finds_modes_are_drawn_again(monkeypatch: pyt
     assert float(((told - after).abs() < 0.3).double().mean()) > 0.9
 
 
+@pytest.mark.slow
 def test_of_very_many_a_part_decides_whether_the_others_are_scanned(monkeypatch: pytest.MonkeyPatch) -> None:
     joint, _ = waves(30)
     known, _ = mode_scan.distinct_modes(joint, torch.arange(30), joint.centres.clone())

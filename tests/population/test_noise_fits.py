@@ -78,6 +78,7 @@ def minus_two_log_likelihood(values: np.ndarray, mean: float, sd: float, dispers
     return -2 * float(total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overdispersed", "individuals", "seed"),
     [(False, 8, 1), (False, 30, 2), (True, 30, 3)],
@@ -122,6 +123,7 @@ class Declining(MechanisticSimulator):
         return (level - slope * design.times.reshape(len(design), *(1,) * (phi.ndim - 2), -1))[..., None]
 
 
+@pytest.mark.slow
 def test_m3_is_less_biased_than_dropping_what_is_below_the_limit() -> None:
     random = np.random.default_rng(5)
     level = 1.0 + 0.5 * random.standard_normal((60, 1))

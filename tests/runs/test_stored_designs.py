@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,9 @@ def assert_same(found: Design, expected: Design) -> None:
     if expected.events is not None:
         for item in fields(Events):
             one, other = getattr(found.events, item.name), getattr(expected.events, item.name)
+            if other is None:
+                assert one is None
+                continue
             assert one.dtype == other.dtype
             assert torch.equal(one, other)
 
@@ -79,6 +82,15 @@ def test_individual_doses_on_a_shared_grid(tmp_path: Path) -> None:
     assert not StoredDesign(tmp_path).is_shared
     assert_same(load_design(tmp_path), design)
     assert load_array(tmp_path / "times.npy").shape == (1, 7)
+
+
+def test_doses_after_a_measurement_of_the_same_time_come_back(tmp_path: Path) -> None:
+    design = individual_design()
+    assert design.events is not None
+    marked = replace(design, events=replace(design.events, follows=torch.tensor([[True], [False]] * 2 + [[True]])))
+    save_design(tmp_path, marked)
+    assert_same(load_design(tmp_path), marked)
+    assert_same(StoredDesign(tmp_path).read(np.array([1, 0])), marked[torch.tensor([1, 0])])
 
 
 def test_a_design_with_a_missing_or_wrong_file_is_refused(tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def test_random_regimens_agree_with_the_closed_form(solver: Solver, people: int)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
+@pytest.mark.slow
 def test_a_saturated_steady_state_is_that_of_many_doses() -> None:
     model = Oral()
     dose: dict[str, float] = {"time": 0.0, "amount": 20.0, "interval": 8.0, "compartment": 2}
@@ -154,6 +155,7 @@ def test_saturated_elimination_agrees_with_an_integrator_from_dose_to_dose() -> 
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_derivatives_reach_lags_durations_and_steady_states() -> None:
     model = Oral(RungeKutta4(steps=6))
     rows: list[dict[str, float]] = [
@@ -171,6 +173,7 @@ def test_derivatives_reach_lags_durations_and_steady_states() -> None:
         torch.testing.assert_close(slopes[:, place], difference, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_individuals_and_draws_are_solved_as_if_alone() -> None:
     model = Oral()
     rng = random.Random(3)
