@@ -241,7 +241,7 @@ REFUSED = {
     "times that fall": (["design.times=[2,1]"], r"^design\.times must be finite and increase"),
     "two doses for a model of one": (
         ["design.dose=[{amount: 100}, {time: 5, amount: 100}]"],
-        r"One dose for each individual is needed; .* Several doses are not implemented yet",
+        r"One dose for each individual is needed; .* Take simulator=compartments, which reads every regimen",
     ),
     "a design that names no times": (
         ["design=random_times"],
