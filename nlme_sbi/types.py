@@ -115,6 +115,16 @@ class Events:
             compartment=whole + compartment,
         )
 
+    @property
+    def doses(self) -> Bool[Tensor, "I E"]:
+        """Which records are doses, those with a reset before them included."""
+        return (self.kind == int(EventKind.DOSE)) | (self.kind == int(EventKind.RESET_DOSE))
+
+    @property
+    def resets(self) -> Bool[Tensor, "I E"]:
+        """Which records empty the compartments, those with a dose after it included."""
+        return (self.kind == int(EventKind.RESET)) | (self.kind == int(EventKind.RESET_DOSE))
+
     def __len__(self) -> int:
         return self.time.shape[0]
 

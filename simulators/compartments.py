@@ -196,19 +196,17 @@ class Compartments(MechanisticSimulator):
         95%) leave room for sampling that says little.
         """
         scales = typical_scales(observations)
-        volume = self.scale * scales.dose / scales.highest
-        rate = 2 / scales.span
+        kinetics = scales.kinetics(self.scale)
+        volume, rate = kinetics["V"], kinetics["rate"]
         wide = 1.5
         centres = {
-            "ka": 2 / scales.rise,
+            **kinetics,
             "Tk0": scales.rise,
             "Tlag": 0.2 * scales.rise,
-            "CL": rate * volume,
             "k": rate,
-            "V": volume,
             "Vc": volume,
-            **dict.fromkeys(("Q", "Q1"), rate * volume),
-            **dict.fromkeys(("Vp", "Vp1"), volume),
+            "Q1": kinetics["Q"],
+            "Vp1": kinetics["Vp"],
             **dict.fromkeys(("k12", "k21"), rate),
             "Q2": 0.3 * rate * volume,
             "Vp2": 2 * volume,

@@ -201,15 +201,12 @@ class PkPd(OdeModel):
     def plausible_values(self, observations: Observations) -> dict[str, tuple[float, float]]:
         """A wide guess of every parameter from doses and data; see ``Compartments.plausible_values``."""
         scales = typical_scales(observations)
-        volume, rate = self.scale * scales.dose / scales.highest, 2 / scales.span
+        kinetics = scales.kinetics(self.scale)
+        rate = kinetics["rate"]
         centres = {
-            "ka": 2 / scales.rise,
-            "CL": rate * volume,
+            **kinetics,
             "Vmax": scales.dose * rate,
             "Km": 0.5 * scales.highest,
-            "V": volume,
-            "Q": rate * volume,
-            "Vp": volume,
             "kout": rate,
             "ke0": rate,
             "IC50": scales.middle,

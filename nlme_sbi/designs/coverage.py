@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nlme_sbi.types import Design, EventKind
+from nlme_sbi.types import Design
 
 Reasons = dict[int, str]
 # Float32 keeps seven digits of a time; four leave room for files that were rounded.
@@ -56,8 +56,7 @@ def dose_records(design: Design) -> tuple[Bool[Tensor, "B E"], Float[Tensor, "B 
         nothing = torch.zeros((len(design), 0), dtype=torch.float64, device=design.times.device)
         return nothing.bool(), nothing, nothing
     events = design.events
-    given = (events.kind == int(EventKind.DOSE)) | (events.kind == int(EventKind.RESET_DOSE))
-    return given, events.time.double(), events.amount.double()
+    return events.doses, events.time.double(), events.amount.double()
 
 
 def signals_rule(design: Design, signals: int) -> tuple[Bool[Tensor, " B"], Callable[[int], str]]:

@@ -190,8 +190,7 @@ def _spans(design: Design) -> tuple[Float[Tensor, " I"], Float[Tensor, " I"]]:
     first = torch.where(seen, design.times, torch.inf).amin(1)
     last = torch.where(seen, design.times, -torch.inf).amax(1)
     if design.events is not None:
-        given = (design.events.kind == int(EventKind.DOSE)) | (design.events.kind == int(EventKind.RESET_DOSE))
-        first = torch.minimum(first, torch.where(given, design.events.time.to(first), torch.inf).amin(1))
+        first = torch.minimum(first, torch.where(design.events.doses, design.events.time.to(first), torch.inf).amin(1))
     return first, last
 
 

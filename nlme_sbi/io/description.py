@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Observations
+from nlme_sbi.types import Censoring, Covariates, Design, Events, Observations
 
 
 def describe(observations: Observations) -> str:
@@ -69,7 +69,7 @@ def _times(design: Design, unit: str) -> str:
 
 
 def _doses(design: Design, events: Events, time_unit: str, unit: str) -> str:
-    given = (events.kind == int(EventKind.DOSE)) | (events.kind == int(EventKind.RESET_DOSE))
+    given = events.doses
     counts = given.sum(dim=1)
     fewest, most = int(counts.min()), int(counts.max())
     each = str(fewest) if fewest == most else f"{fewest} to {most}"
@@ -82,7 +82,6 @@ def _doses(design: Design, events: Events, time_unit: str, unit: str) -> str:
 
 def _kinds_of_doses(design: Design, events: Events, given: Bool[Tensor, "I E"]) -> list[str]:
     """What is special about some of the doses, each with how many."""
-    reset = (events.kind == int(EventKind.RESET)) | (events.kind == int(EventKind.RESET_DOSE))
     last = torch.where(design.observed.any(2), design.times, -torch.inf).amax(1, keepdim=True)
     further = int(torch.where(given, events.additional, 0).sum())
     counts = (
@@ -90,7 +89,7 @@ def _kinds_of_doses(design: Design, events: Events, given: Bool[Tensor, "I E"]) 
         (given & (events.rate == -1), "infusion of modelled rate"),
         (given & (events.rate == -2), "infusion of modelled duration"),
         (given & (events.steady_state > 0), "steady state"),
-        (reset, "reset"),
+        (events.resets, "reset"),
     )
     parts = [_count(int(found.sum()), noun) for found, noun in counts if bool(found.any())]
     if further:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nlme_sbi.types import Design, EventKind, Simulator, TractableSimulator
+from nlme_sbi.types import Design, Simulator, TractableSimulator
 
 PROBABILITIES = (0.025, 0.25, 0.5, 0.75, 0.975)
 # torch.quantile takes 16 million numbers at once; this also keeps a chunk of float64 under 64 MB.
@@ -52,8 +52,7 @@ def dense_design(design: Design, points: int = 200) -> Design:
     """
     first = design.times.amin(1)
     if design.events is not None:
-        given = design.events.kind == int(EventKind.DOSE)
-        first = torch.minimum(first, torch.where(given, design.events.time.to(first), torch.inf).amin(1))
+        first = torch.minimum(first, torch.where(design.events.doses, design.events.time.to(first), torch.inf).amin(1))
     share = torch.linspace(0, 1, points, dtype=first.dtype, device=first.device)
     times = first[:, None] + (design.times.amax(1) - first)[:, None] * share
     everything = torch.ones((1, 1, 1), dtype=torch.bool, device=first.device)

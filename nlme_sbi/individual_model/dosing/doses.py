@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nlme_sbi.types import Design, EventKind, Events
+from nlme_sbi.types import Design, Events
 
 MODELLED_RATE, MODELLED_DURATION = -1.0, -2.0  # RATE of a dose whose rate or duration is a parameter
 STEADY, STEADY_ADDED = 1, 2  # SS: what was there before is forgotten, or the steady state is added to it
@@ -71,7 +71,7 @@ def write_out_doses(design: Design) -> WrittenDoses:
         ValueError: the design has no doses.
     """
     events = require_events(design)
-    given = is_dose(events)
+    given = events.doses
     last = design.times.to(torch.float64).amax(1, keepdim=True)
     time, interval = events.time.double(), events.interval.double()
     additional = torch.where(given, events.additional, 0)
@@ -111,11 +111,6 @@ def write_out_doses(design: Design) -> WrittenDoses:
     )
 
 
-def is_dose(events: Events) -> Bool[Tensor, "I E"]:
-    """Which records are doses, those with a reset before them included."""
-    return (events.kind == int(EventKind.DOSE)) | (events.kind == int(EventKind.RESET_DOSE))
-
-
 def require_events(design: Design) -> Events:
     """The dose records of a design; raises ``ValueError`` with the remedy where it has none."""
     if design.events is None:
@@ -132,8 +127,7 @@ def _follows(events: Events) -> Bool[Tensor, "I E"]:
 
 def _resets(events: Events, given: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
     """When everything before is forgotten: EVID 3 and 4, and the steady states of SS 1."""
-    reset = (events.kind == int(EventKind.RESET)) | (events.kind == int(EventKind.RESET_DOSE))
-    reset |= given & (events.steady_state == STEADY)
+    reset = events.resets | given & (events.steady_state == STEADY)
     places = reset.any(0)
     return torch.where(reset, time, torch.inf)[:, places], (_follows(events) & reset)[:, places]
 
@@ -197,9 +191,7 @@ def receive_doses(
     Raises:
         ValueError: a dose asks for a modelled rate or duration of a compartment that has none.
     """
-    refuse_unmodelled(
-        written, rates=() if rate is None else tuple(rate), durations=() if duration is None else duration
-    )
+    _refuse_unmodelled(written, rates=tuple(rate or ()), durations=tuple(duration or ()))
     spread = (len(written), *(1,) * (like.ndim - 1))
 
     def of(values: OfCompartment | None, column: int, otherwise: float) -> Tensor:
@@ -229,15 +221,21 @@ def receive_doses(
     return ReceivedDoses(written, tuple(starts), tuple(amounts), tuple(durations), as_recorded)
 
 
-def refuse_unmodelled(written: WrittenDoses, *, rates: Sequence[int] | Mapping[int, object], durations: object) -> None:
+def _unmodelled(doses: Events | WrittenDoses, given: Tensor, code: float, known: Sequence[int]) -> Bool[Tensor, "I E"]:
+    """Doses whose RATE leaves it to the model, in compartments where the model has nothing to give."""
+    asked = given & (doses.rate == code)
+    for place in known:
+        asked = asked & (doses.compartment != place)
+    return asked
+
+
+def _refuse_unmodelled(written: WrittenDoses, *, rates: Sequence[int], durations: Sequence[int]) -> None:
     """Refuse doses whose rate or duration the model was to give and does not; raises ``ValueError`` with the row."""
     for code, known, word, remedy in (
         (MODELLED_RATE, rates, "rate", "give RATE itself"),
         (MODELLED_DURATION, durations, "duration", "give RATE itself, or RATE 0 for a bolus"),
     ):
-        asked = written.given & (written.rate == code)
-        for place in known:  # type: ignore[attr-defined]
-            asked = asked & (written.compartment != place)
+        asked = _unmodelled(written, written.given, code, known)
         if bool(asked.any()):
             row, column = (int(value) for value in asked.nonzero()[0])
             raise ValueError(
@@ -266,7 +264,7 @@ def check_doses(
     Raises:
         ValueError: with the first individual and what to do.
     """
-    given = is_dose(events)
+    given = events.doses
     infusion, steady = given & (events.rate != 0), given & (events.steady_state > 0)
     listed = ", ".join(f"{place + 1} is {word}" for place, word in enumerate(compartments))
     beyond = given & ((events.compartment < 1) | (events.compartment > len(compartments)))
@@ -300,12 +298,9 @@ def check_doses(
         ),
     ]
     for code, known, word in ((MODELLED_RATE, rates, "rate"), (MODELLED_DURATION, durations, "duration")):
-        asked = given & (events.rate == code)
-        for place in known:
-            asked = asked & (events.compartment != place)
         rules.append(
             (
-                asked,
+                _unmodelled(events, given, code, known),
                 f"have RATE {code:g}, a {word} that the model is to give, but the simulator models none there",
                 "Give RATE itself, or 0 for a bolus",
             )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nlme_sbi.individual_model.dosing.doses import is_dose, require_events
+from nlme_sbi.individual_model.dosing.doses import require_events
 from nlme_sbi.types import Observations
 
 
@@ -28,6 +28,16 @@ class TypicalScales:
     span: float
     rise: float
 
+    def kinetics(self, concentration_scale: float) -> dict[str, float]:
+        """A guess of kinetic parameters by what they are: the volume is of the order of a dose over the highest
+        concentrations, elimination goes on over the time that was sampled, absorption is over at the peak.
+
+        Args:
+            concentration_scale: what amount over volume is multiplied by.
+        """
+        volume, rate = concentration_scale * self.dose / self.highest, 2 / self.span
+        return {"ka": 2 / self.rise, "rate": rate, "CL": rate * volume, "V": volume, "Q": rate * volume, "Vp": volume}
+
 
 def typical_scales(observations: Observations, signal: int = 0) -> TypicalScales:
     """Scales of the doses and of one signal.
@@ -36,7 +46,7 @@ def typical_scales(observations: Observations, signal: int = 0) -> TypicalScales
         ValueError: no doses, no positive concentration, or no time between doses and measurements.
     """
     events, design = require_events(observations.design), observations.design
-    given = is_dose(events)
+    given = events.doses
     seen = observations.uncensored[..., signal] & (observations.values[..., signal] > 0)
     with_both = seen.any(1) & (given & ((events.amount > 0) | (events.rate > 0))).any(1)
     if not bool(with_both.any()):
