@@ -90,7 +90,13 @@ class MechanisticSimulator(ABC):
             raise ValueError(
                 f"The data have the signals {list(observations.signals)}, the simulator {list(self.signals)}."
             )
-        prediction = self.predict(phi, observations.design)
+        return self.likelihood_of_prediction(observations, self.predict(phi, observations.design), phi)
+
+    def likelihood_of_prediction(
+        self, observations: Observations, prediction: Float[Tensor, "I *batch T C"], phi: Float[Tensor, "I *batch D"]
+    ) -> Float[Tensor, " I *batch"]:
+        """:meth:`log_likelihood` where the noise-free signals are known: only the noise parameters of ``phi`` are
+        read."""
         every = observation_log_prob(self.noise, observations, prediction, self.noise_parameters(phi))
         return every.sum((-2, -1))
 
@@ -102,6 +108,18 @@ class MechanisticSimulator(ABC):
         space = ParameterSpace(tuple(self.parameters[name] for name in names))
         natural = space.to_natural(phi[..., self.parameters.indices(names)])
         return dict(zip(names, natural.unbind(-1), strict=True))
+
+
+def is_noise_alone(simulator: object, columns: Sequence[int]) -> bool:
+    """Whether these parameters are ones of a noise model that is all there is to the likelihood beside the prediction.
+
+    False for simulators with a likelihood of their own.
+    """
+    if not isinstance(simulator, MechanisticSimulator):
+        return False
+    written_here = type(simulator).log_likelihood is MechanisticSimulator.log_likelihood
+    names = [simulator.parameters.names[column] for column in columns]
+    return written_here and set(names) <= set(simulator.noise.parameters)
 
 
 def checked_output(values: Float[Tensor, "N T C"], design: Design) -> SimulatorOutput:

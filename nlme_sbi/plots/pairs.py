@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, map_coordinates
-from scipy.stats import gaussian_kde
 from torch import Tensor
 
 from nlme_sbi.plots.canvas import BLACK, GREY, SERIES, TEXT_SIZE, canvas, data_text, legend_above, require_names
+from nlme_sbi.plots.density import smoothed_density
 from nlme_sbi.types import Prior
 
 Draws = Float[Tensor, "_ D"]  # sets of draws to compare may have different sizes
@@ -105,7 +105,7 @@ def _prior_density(ax: Axes, prior: Prior | None, column: int, limits: tuple[flo
     # A picture needs no more draws, and the same ones every time.
     sample = prior.sample(4000, torch.Generator().manual_seed(0))[:, column]
     places = np.linspace(*limits, 100)
-    ax.plot(places, gaussian_kde(_plain(sample))(places), color=GREY, linewidth=1.2, linestyle=":", label="prior")
+    ax.plot(places, smoothed_density(_plain(sample), places), color=GREY, linewidth=1.2, linestyle=":", label="prior")
 
 
 def _cloud(ax: Axes, pairs: list[Columns], limits: tuple[tuple[float, float], tuple[float, float]]) -> None:

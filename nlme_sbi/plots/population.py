@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import gaussian_kde, norm
 from torch import Tensor
 
 from nlme_sbi.plots.canvas import BLUE, GREY, PALE, TEXT_SIZE, VERMILION, legend_above, panels, require_names
+from nlme_sbi.plots.density import normal_density, smoothed_density
 
 Column = np.ndarray
 _CURVES = 60  # individuals drawn; more are one grey mass
@@ -72,10 +72,10 @@ def _varying(ax: Axes, draws: Column, population: tuple[Column, Column, Column])
     low, high = np.quantile(pooled, [0.001, 0.999])
     limits = (min(low, (centres - 3.5 * sds).min()), max(high, (centres + 3.5 * sds).max()))
     places = np.linspace(*limits, 300)
-    density = norm.pdf(places[:, None], centres, sds) @ shares
+    density = normal_density(places[:, None], centres, sds) @ shares
     ax.hist(pooled, bins=50, range=limits, density=True, color=PALE, label="individual posteriors, pooled")
     chosen = draws[np.unique(np.linspace(0, len(draws) - 1, min(_CURVES, len(draws))).round().astype(int))]
-    curves = [gaussian_kde(one)(places) for one in chosen if np.ptp(one) > 0]
+    curves = [smoothed_density(one, places) for one in chosen if np.ptp(one) > 0]
     if curves:
         # One factor for all: the tall, narrow curves of well-measured individuals would flatten the rest.
         scale = 0.45 * density.max() / np.quantile([curve.max() for curve in curves], 0.9)

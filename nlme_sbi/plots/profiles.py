@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.interpolate import PchipInterpolator
-from scipy.stats import chi2
+from scipy.special import chdtri
 
 from nlme_sbi.plots.canvas import BLUE, GREY, TEXT_SIZE, VERMILION, data_text, legend_above, panels
 from nlme_sbi.population.results.intervals import ProfileCurve
@@ -26,7 +26,7 @@ def plot_profiles(profiles: Sequence[ProfileCurve], errors: Mapping[str, float |
     figure, axes = panels(len(profiles), columns=3, row_height=1.8)
     for ax, one in zip(axes, profiles, strict=True):
         points, drops = np.array(one.points, float), np.array(one.drops, float)
-        threshold = float(chi2.ppf(one.level, 1))
+        threshold = float(chdtri(1, 1 - one.level))
         shown = drops <= _TOP
         error = errors.get(one.unknown)
         if error:

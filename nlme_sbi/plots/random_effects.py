@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import norm
 
 from nlme_sbi.plots.canvas import BLACK, BLUE, GREY, PALE, SKY, TEXT_SIZE, VERMILION, data_text, legend_above, panels
+from nlme_sbi.plots.density import normal_density
 
 _PANELS = 12
 
@@ -41,7 +41,7 @@ def plot_random_effects(frame: pd.DataFrame, shrinkage: Mapping[str, float]) -> 
             label="posterior means",
         )
         places = np.linspace(-reach, reach, 200)
-        ax.plot(places, norm.pdf(places), color=BLUE, linewidth=1.5, label="population")
+        ax.plot(places, normal_density(places, 0.0, 1.0), color=BLUE, linewidth=1.5, label="population")
         ax.set_title(f"{data_text(name)}: shrinkage {100 * shrinkage[name]:.0f}%", fontsize=TEXT_SIZE, pad=2)
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)

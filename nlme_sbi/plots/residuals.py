@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from nlme_sbi.plots.canvas import BLUE, GREY, PALE, SKY, TEXT_SIZE, VERMILION, canvas, labelled
+from nlme_sbi.plots.density import normal_density
 
 _POINTS = 3000  # drawn; more are one mass
 _CLOUD = "#2f8fcb"  # seen on white and on black: what is rasterised cannot follow the colours of a page
@@ -75,8 +76,8 @@ def _quantiles(ax: Axes, errors: np.ndarray) -> None:
     count = len(errors)
     places = (np.arange(1, count + 1) - 0.5) / count
     # Pointwise 95% of ordered standard normal values, by the large-sample variance of a quantile.
-    normal = norm.ppf(places)
-    wide = 1.96 * np.sqrt(places * (1 - places) / count) / norm.pdf(normal)
+    normal = ndtri(places)
+    wide = 1.96 * np.sqrt(places * (1 - places) / count) / normal_density(normal, 0.0, 1.0)
     ax.fill_between(normal, normal - wide, normal + wide, color=PALE, linewidth=0)
     ax.plot(normal, normal, color=GREY, linewidth=0.9)
     ax.plot(normal, errors, ".", color=BLUE, markersize=3, markeredgewidth=0, rasterized=count > 1000)
@@ -86,7 +87,7 @@ def _quantiles(ax: Axes, errors: np.ndarray) -> None:
 def _density(ax: Axes, errors: np.ndarray) -> None:
     ax.hist(errors, bins=int(np.clip(2 * len(errors) ** (1 / 3), 8, 50)), density=True, color=SKY, alpha=0.6)
     places = np.linspace(min(-3.5, errors.min()), max(3.5, errors.max()), 200)
-    ax.plot(places, norm.pdf(places), color=GREY, linewidth=1.2)
+    ax.plot(places, normal_density(places, 0.0, 1.0), color=GREY, linewidth=1.2)
     _labels(ax, "npde", "density")
 
 

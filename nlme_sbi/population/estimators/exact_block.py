@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, is_noise_alone
 from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows, interleaved
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.types import Design
 
 _PREDICTED = 200_000  # predictions that are worked on at once
 _STEP = 3e-5  # of finite differences in constants
+_ELSEWHERE = 0.37  # change of constants that leaves a prediction as it is only where it does not read them
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +24,8 @@ class ExactBlock:
     """Some individuals' draws: ``phi (i, S, V)`` with proposal density ``log_q (i, S)``, ``log_ratio (i, S)`` =
     log-likelihood minus ``log_q``, and the likelihood's derivatives in the constants: each draw's own first ones, and
     second ones that are each draw's own (``R = S``) or their mean over draws that were chosen by weight (``R = 1``).
-    With ``likelihood`` other constants than its own are no expansion but evaluated."""
+    With ``likelihood`` other constants than its own are no expansion but evaluated; where these are parameters of the
+    noise alone, from the ``prediction (i, S, T, C)`` that they leave as it is."""
 
     population: PopulationModel
     rows: Tensor
@@ -34,6 +37,7 @@ class ExactBlock:
     constants: Float[Tensor, "I W"]
     log_q: Float[Tensor, "I S"]
     likelihood: JointDensity | None = None
+    prediction: Float[Tensor, "I S T C"] | None = None
 
     def varying(self) -> Float[Tensor, "I S V"]:
         """Draws of the varying parameters."""
@@ -102,14 +106,17 @@ def block_gain(
     and 0 where there is no likelihood."""
     if block.likelihood is None:
         raise TypeError("These draws hold expansions, not the likelihood itself.")
-    value, slopes = first_order(block.likelihood, block.rows, block.phi, constants)
+    value, slopes = first_order(block.likelihood, block.rows, block.phi, constants, block.prediction)
     base = block.log_ratio + block.log_q
     there = torch.isfinite(value) & torch.isfinite(base)
     return torch.where(there, value - base, -torch.inf), slopes.masked_fill(~there[..., None], 0.0)
 
 
-def first_order(joint: JointDensity, rows: Tensor, phi: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-likelihood of each draw and its gradient in the constants, a few draws at once."""
+def first_order(
+    joint: JointDensity, rows: Tensor, phi: Tensor, constants: Tensor, prediction: Tensor | None = None
+) -> tuple[Float[Tensor, "I n"], Float[Tensor, "I n W"]]:
+    """Log-likelihood of each draw and its gradient in the constants, a few draws at once; from the ``prediction`` where
+    there is one."""
     observations = chosen_rows(joint.observations, rows)
     predicted = joint.observations.values.shape[1] * joint.observations.values.shape[2] * len(rows)
     values, slopes = [], []
@@ -117,10 +124,32 @@ def first_order(joint: JointDensity, rows: Tensor, phi: Tensor, constants: Tenso
         some = phi[:, place]
         with torch.set_grad_enabled(constants.shape[1] > 0):
             leaf = constants[:, None].expand(-1, len(place), -1).clone().requires_grad_(constants.shape[1] > 0)
-            value = joint.simulator.log_likelihood(observations, interleaved(joint.population, some, leaf))
+            parameters = interleaved(joint.population, some, leaf)
+            if prediction is None or not isinstance(joint.simulator, MechanisticSimulator):
+                value = joint.simulator.log_likelihood(observations, parameters)
+            else:
+                value = joint.simulator.likelihood_of_prediction(observations, prediction[:, place], parameters)
             slopes.append(torch.autograd.grad(value.sum(), leaf)[0] if constants.shape[1] > 0 else leaf)
         values.append(value.detach())
     return torch.cat(values, 1), torch.cat(slopes, 1)
+
+
+@torch.no_grad()
+def lasting_prediction(
+    joint: JointDensity, rows: Tensor, phi: Float[Tensor, "I n V"], constants: Float[Tensor, "I W"]
+) -> Float[Tensor, "I n T C"] | None:
+    """Predictions of draws, where the constants are parameters of the noise that leave them as they are; else None."""
+    if constants.shape[1] == 0 or not is_noise_alone(joint.simulator, joint.population.constant):
+        return None
+    design = joint.observations.design[rows]
+
+    def predict(values: Tensor) -> Tensor:
+        parameters = interleaved(joint.population, phi, values[:, None].expand(-1, phi.shape[1], -1))
+        return joint.simulator.predict(parameters, design)
+
+    found = predict(constants)
+    # A prediction may read a parameter of the noise all the same.
+    return found if torch.equal(found.nan_to_num(), predict(constants + _ELSEWHERE).nan_to_num()) else None
 
 
 def second_order(
@@ -129,10 +158,11 @@ def second_order(
     phi: Float[Tensor, "I n V"],
     constants: Float[Tensor, "I W"],
     slopes: Float[Tensor, "I n W"],
+    prediction: Tensor | None = None,
 ) -> Float[Tensor, "I n W W"]:
     """Hessian of every draw's log-likelihood in the constants: differences of exact gradients from those at hand."""
     columns = [
-        (first_order(joint, rows, phi, constants + step)[1] - slopes) / _STEP
+        (first_order(joint, rows, phi, constants + step, prediction)[1] - slopes) / _STEP
         for step in _STEP * torch.eye(constants.shape[1], dtype=phi.dtype, device=phi.device)
     ]
     hessian = torch.stack(columns, 2) if columns else slopes[..., None] * slopes[..., None, :]

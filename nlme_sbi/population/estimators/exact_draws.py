@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.numerics.t_mixtures import Mixtures, independent_sets
-from nlme_sbi.population.estimators.exact_block import ExactBlock, first_order, second_order
+from nlme_sbi.population.estimators.exact_block import ExactBlock, first_order, lasting_prediction, second_order
 from nlme_sbi.population.estimators.interpolation import interpolated
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents
 from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows, interleaved
@@ -94,7 +94,10 @@ class ExactDraws:
             name: getattr(whole, name).index_copy(0, rows, getattr(given, name))
             for name in ("phi", "log_ratio", "slopes", "curvatures", "log_q")
         }
-        whole = replace(whole, design=self.joint.observations.design, **changed)
+        prediction = None
+        if whole.prediction is not None and given.prediction is not None:
+            prediction = whole.prediction.index_copy(0, rows, given.prediction)
+        whole = replace(whole, design=self.joint.observations.design, prediction=prediction, **changed)
         return replace(self, blocks=_in_blocks(whole), mixed=self.mixed.updated(rows, mixed))
 
     def half(self, which: int) -> ExactDraws:
@@ -118,7 +121,7 @@ class ExactDraws:
 
         def again(block: ExactBlock) -> ExactBlock:
             constants = joint.population.constants(joint.theta, block.design).detach()
-            log_likelihood, slopes = first_order(joint, block.rows, block.phi, constants)
+            log_likelihood, slopes = first_order(joint, block.rows, block.phi, constants, block.prediction)
             log_ratio = log_likelihood - block.log_q
             there = torch.isfinite(log_ratio)
             return replace(
@@ -229,15 +232,17 @@ def _block(joint: JointDensity, rows: Tensor, mixed: Mixtures, shifts: Tensor, o
     phi, log_q = mixed.draws_at(shifts)
     design = joint.observations.design[rows]
     constants = joint.population.constants(joint.theta, design).detach()
-    log_likelihood, slopes = first_order(joint, rows, phi, constants)
+    is_small = _is_small(joint, phi.shape[1])
+    prediction = lasting_prediction(joint, rows, phi, constants) if is_small else None
+    log_likelihood, slopes = first_order(joint, rows, phi, constants, prediction)
     log_ratio = torch.where(torch.isfinite(log_likelihood), log_likelihood - log_q, -torch.inf)
     there = torch.isfinite(log_ratio)
     slopes = slopes.masked_fill(~there[..., None], 0.0)
-    is_small = _is_small(joint, phi.shape[1])
     if constants.shape[1] == 0:
         curvatures = slopes[:, :1, :, None] * slopes[:, :1, None]
     elif is_small and not joint.rough:
-        curvatures = second_order(joint, rows, phi, constants, slopes).masked_fill(~there[..., None, None], 0.0)
+        curvatures = second_order(joint, rows, phi, constants, slopes, prediction)
+        curvatures = curvatures.masked_fill(~there[..., None, None], 0.0)
     else:
         log_weights = log_ratio + joint.population.log_prob(phi, joint.theta, design)
         count = _CURVED if joint.rough else max(_CURVED, _CURVED_ALL // len(joint.observations))
@@ -259,6 +264,7 @@ def _block(joint: JointDensity, rows: Tensor, mixed: Mixtures, shifts: Tensor, o
         constants=constants,
         log_q=log_q,
         likelihood=joint if is_small else None,
+        prediction=prediction,
     )
 
 
@@ -296,7 +302,14 @@ def _joined(blocks: tuple[ExactBlock, ...]) -> ExactBlock:
         curvatures=torch.cat([block.curvatures for block in blocks]),
         constants=torch.cat([block.constants for block in blocks]),
         log_q=torch.cat([block.log_q for block in blocks]),
+        prediction=_joined_predictions(blocks),
     )
+
+
+def _joined_predictions(blocks: tuple[ExactBlock, ...]) -> Tensor | None:
+    """Of all blocks; None where one has none."""
+    parts = [block.prediction for block in blocks if block.prediction is not None]
+    return torch.cat(parts) if len(parts) == len(blocks) else None
 
 
 def _rows(whole: ExactBlock, rows: Tensor) -> ExactBlock:
@@ -310,6 +323,7 @@ def _rows(whole: ExactBlock, rows: Tensor) -> ExactBlock:
         curvatures=whole.curvatures[rows],
         constants=whole.constants[rows],
         log_q=whole.log_q[rows],
+        prediction=None if whole.prediction is None else whole.prediction[rows],
     )
 
 
@@ -318,6 +332,8 @@ def _with_draws(block: ExactBlock, draws: slice) -> ExactBlock:
     cut = {name: getattr(block, name)[:, draws] for name in ("phi", "log_ratio", "slopes", "log_q")}
     if block.curvatures.shape[1] == block.phi.shape[1]:
         cut["curvatures"] = block.curvatures[:, draws]
+    if block.prediction is not None:
+        cut["prediction"] = block.prediction[:, draws]
     return replace(block, **cut)
 
 

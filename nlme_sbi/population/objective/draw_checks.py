@@ -6,7 +6,7 @@ import math
 
 import torch
 from jaxtyping import Float
-from scipy.stats import binom, chi2
+from scipy.special import bdtrc, chdtri
 from torch import Tensor
 
 from nlme_sbi.numerics.weighted_draws import mean_one
@@ -120,11 +120,11 @@ def in_tails(distance: Float[Tensor, " I"], ids: tuple[str, ...], names: list[st
 
     A sampler's density is least reliable in its tails, and every individual's enters the common value as a factor.
     """
-    alone = math.sqrt(chi2.isf(_FALSE_ALARMS / len(distance), len(names)))
-    crowd = math.sqrt(chi2.isf(_TAIL, len(names)))
+    alone = math.sqrt(chdtri(len(names), _FALSE_ALARMS / len(distance)))
+    crowd = math.sqrt(chdtri(len(names), _TAIL))
     expected = _TAIL * len(distance)
     beyond = distance > crowd
-    crowded = int(beyond.sum()) > binom.isf(_FALSE_ALARMS, len(distance), _TAIL)
+    crowded = bool(beyond.any()) and bdtrc(int(beyond.sum()) - 1, len(distance), _TAIL) <= _FALSE_ALARMS
     far = torch.nonzero(beyond if crowded else distance > alone)[:, 0]
     if len(far) == 0:
         return ()

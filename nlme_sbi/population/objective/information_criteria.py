@@ -6,7 +6,7 @@ import math
 
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import chi2
+from scipy.special import chdtrc
 from torch import Tensor
 
 from nlme_sbi.population.objective.interface import WeightedDraws
@@ -73,7 +73,7 @@ def likelihood_ratio_p(statistic: float, *, restrictions: int, variances_at_zero
         raise ValueError("A likelihood-ratio test needs at least one restriction.")
     value = max(statistic, 0.0)
     if variances_at_zero == 0:
-        return float(chi2.sf(value, restrictions))
+        return float(chdtrc(restrictions, value))
     lower = restrictions + variances_at_zero - 1
-    beyond = float(chi2.sf(value, lower)) if lower > 0 else float(value <= 0)
-    return 0.5 * beyond + 0.5 * float(chi2.sf(value, lower + 1))
+    beyond = float(chdtrc(lower, value)) if lower > 0 else float(value <= 0)
+    return 0.5 * beyond + 0.5 * float(chdtrc(lower + 1, value))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from scipy.stats import norm
+from scipy.special import ndtr
 from torch import Tensor
 
 from nlme_sbi.population.models.interface import MEAN
@@ -113,7 +113,7 @@ def _tested(name: str, gain: Float[Tensor, " I"], slopes: Float[Tensor, "I free"
     residual = gain - (design @ solution)[:, 0]
     spread = math.sqrt(individuals * float(residual.square().sum()) / left)
     z = float(gain.sum()) / spread if spread > 0 else math.nan
-    return VarianceTest(name, z, float(norm.sf(z)), noise / spread if spread > 0 else math.nan, float(gain.sum()))
+    return VarianceTest(name, z, float(ndtr(-z)), noise / spread if spread > 0 else math.nan, float(gain.sum()))
 
 
 def _noise(state: WeightedDraws, theta: Tensor, direction: Tensor) -> float:

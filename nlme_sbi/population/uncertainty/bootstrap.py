@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from scipy.stats import norm
+from scipy.special import ndtri
 from torch import Tensor
 
 from nlme_sbi.compute.progress import FitProgress, Report
@@ -83,7 +83,8 @@ class Bootstrap:
     def limit_error(self, level: float = 0.95) -> Float[Tensor, " P"]:
         """Monte-Carlo standard error of a percentile limit, for about normal replicates."""
         tail = (1 - level) / 2
-        return self.standard_errors * (math.sqrt(tail * (1 - tail) / len(self.theta)) / float(norm.pdf(norm.ppf(tail))))
+        density = math.exp(-0.5 * float(ndtri(tail)) ** 2) / math.sqrt(2 * math.pi)
+        return self.standard_errors * (math.sqrt(tail * (1 - tail) / len(self.theta)) / density)
 
 
 def bootstrap(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
-from scipy.stats import norm
+from scipy.special import ndtri
 from torch import Tensor
 
 from nlme_sbi.compute.progress import FitProgress, Report
@@ -82,7 +82,7 @@ def wald_intervals(
         level: such as 0.95.
     """
     errors = (fit.covariance if covariance is None else covariance).diagonal().sqrt()
-    width = float(norm.ppf(0.5 + level / 2))
+    width = float(ndtri(0.5 + level / 2))
     found = []
     for place in fit.population.unknowns.free.tolist():
         estimate, se = float(fit.theta[place]), float(errors[place])

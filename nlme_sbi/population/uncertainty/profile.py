@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
-from scipy.stats import norm
+from scipy.special import ndtri
 from torch import Tensor
 
 from nlme_sbi.population.models.interface import MEAN
@@ -103,7 +103,7 @@ def profile_interval(
     line = _line(fit, unknown)
     if not 0 < level < 1:
         raise ValueError(f"The level of an interval lies between 0 and 1; got {level}.")
-    target = float(norm.ppf(0.5 + level / 2))
+    target = float(ndtri(0.5 + level / 2))
     top = value_and_gradient(fit.state, fit.theta)[0]
     visited: list[tuple[float, float]] = [(0.0, 0.0)]
     limits, errors, redrawn, climbed = [], [], 0, 0.0
