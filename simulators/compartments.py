@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.individual_model.dosing.doses import WrittenDoses, check_doses, receive_doses, write_out_doses
-from nlme_sbi.individual_model.dosing.linear_compartments import central_amount, disposition
+from nlme_sbi.individual_model.dosing.linear_compartments import Transit, central_amount, disposition
 from nlme_sbi.individual_model.dosing.typical_scales import typical_scales
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
 from nlme_sbi.individual_model.noise import (
@@ -24,9 +24,9 @@ from nlme_sbi.individual_model.noise import (
     StudentT,
 )
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.types import Design, Observations
+from nlme_sbi.types import Design, Events, Observations
 
-Absorption = Literal["none", "first_order", "zero_order"]
+Absorption = Literal["none", "first_order", "zero_order", "transit"]
 Parametrization = Literal["clearance", "rates"]
 Noise = Literal[
     "additive",
@@ -40,6 +40,7 @@ Noise = Literal[
     "student_t_exponential",
 ]
 _HEAVY = "student_t"
+_LONGEST_CHAIN = 20
 _DEGREES = 4.0  # what robust regression commonly takes: few data tell the degrees of freedom
 
 _PERIPHERAL = {1: (), 2: (("Q", "Vp", "k12", "k21"),), 3: (("Q1", "Vp1", "k12", "k21"), ("Q2", "Vp2", "k13", "k31"))}
@@ -54,7 +55,8 @@ class Compartments(MechanisticSimulator):
     1          ``CL, V``                              ``k, V``
     2          ``CL, Vc, Q, Vp``                      ``k, Vc, k12, k21``
     3          ``CL, Vc, Q1, Vp1, Q2, Vp2``           ``k, Vc, k12, k21, k13, k31``
-    absorption ``ka`` (first order), ``Tk0`` (zero order: its duration), before the others
+    absorption ``ka`` (first order), ``Tk0`` (zero order: its duration), ``MTT`` and ``ka`` (transit: mean transit
+               time of a chain of compartments before first-order absorption), before the others
     options    ``Tlag`` (lag of the absorption), ``F`` (bioavailability of absorbed doses)
     noise      ``sigma`` (additive, exponential), ``cv`` (proportional), both (combined1, combined2), ``sigma`` and
                ``power`` (power: SD ``sigma * f**power``); the same with the heavy tails of Student's t
@@ -67,7 +69,10 @@ class Compartments(MechanisticSimulator):
 
     Args:
         compartments: 1, 2 or 3.
-        absorption: "none" (intravenous), "first_order" or "zero_order".
+        absorption: "none" (intravenous), "first_order", "zero_order" or "transit" (Savic et al. 2007, J. Pharmacokinet.
+            Pharmacodyn. 34:711); through a transit chain go single or written-out boluses (ADDL), no steady states (SS)
+            and no infusions.
+        transit_compartments: n of a transit absorption; each is left at the rate ``(n + 1) / MTT``.
         parametrization: "clearance" or "rates".
         lag: whether absorbed doses have a lag time.
         bioavailability: whether a share of absorbed doses is estimated, between 0 and 1; needs intravenous doses beside
@@ -90,6 +95,7 @@ class Compartments(MechanisticSimulator):
         *,
         compartments: int = 1,
         absorption: Absorption = "first_order",
+        transit_compartments: int = 3,
         parametrization: Parametrization = "clearance",
         lag: bool = False,
         bioavailability: bool = False,
@@ -110,7 +116,10 @@ class Compartments(MechanisticSimulator):
             )
         if not (math.isfinite(concentration_scale) and concentration_scale > 0):
             raise ValueError(f"concentration_scale must be a positive number; got {concentration_scale}.")
+        if not 1 <= transit_compartments <= _LONGEST_CHAIN:
+            raise ValueError(f"transit_compartments must be 1 to {_LONGEST_CHAIN}; got {transit_compartments}.")
         self.compartments, self.absorption = compartments, absorption
+        self.transit_compartments = transit_compartments
         self.by_rates, self.scale = parametrization == "rates", float(concentration_scale)
         self.lag, self.bioavailability = lag, bioavailability
         self.signals, self.signal_units = (signal,), (signal_unit,)
@@ -121,7 +130,9 @@ class Compartments(MechanisticSimulator):
     def _kinetics(self, volume_unit: str) -> list[Parameter]:
         rate, flow = f"1/{self.time_unit}", f"{volume_unit}/{self.time_unit}"
         found = []
-        if self.absorption == "first_order":
+        if self.absorption == "transit":
+            found.append(Parameter("MTT", self.time_unit, description="mean transit time before the absorption"))
+        if self.absorption in ("first_order", "transit"):
             found.append(Parameter("ka", rate, description="absorption rate"))
         if self.absorption == "zero_order":
             found.append(Parameter("Tk0", self.time_unit, description="duration of the absorption"))
@@ -151,6 +162,8 @@ class Compartments(MechanisticSimulator):
         """Refuse doses that the model cannot receive; raises ``ValueError`` with the individual and what to do."""
         if design.events is not None:
             check_doses(design.events, compartments=self.dose_compartments, ids=ids)
+            if self.absorption == "transit":
+                _check_transit(design.events, ids)
 
     def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T 1"]:
         """Concentration at ``design.times``."""
@@ -171,6 +184,7 @@ class Compartments(MechanisticSimulator):
             disposition(*self._rates(column, volume)),
             central=len(self.dose_compartments),
             absorption=column.get("ka"),
+            transit=self._transit(column),
         )
         return (self.scale * amount / volume)[..., None].to(phi.dtype)
 
@@ -179,6 +193,11 @@ class Compartments(MechanisticSimulator):
         if self.absorption != "zero_order":
             return written
         return written.lasting_as_modelled(compartment=1)
+
+    def _transit(self, column: Mapping[str, Tensor]) -> Transit | None:
+        if self.absorption != "transit":
+            return None
+        return Transit(self.transit_compartments, (self.transit_compartments + 1) / column["MTT"])
 
     def _rates(self, column: Mapping[str, Tensor], volume: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         exchanges = _PERIPHERAL[self.compartments]
@@ -203,6 +222,7 @@ class Compartments(MechanisticSimulator):
             **kinetics,
             "Tk0": scales.rise,
             "Tlag": 0.2 * scales.rise,
+            "MTT": 0.5 * scales.rise,
             "k": rate,
             "Vc": volume,
             "Q1": kinetics["Q"],
@@ -226,6 +246,26 @@ class Compartments(MechanisticSimulator):
             return 0.2
         # A tenth of a concentration in the middle, also by a power of one half.
         return 0.1 * (math.sqrt(middle) if isinstance(error, Power) else middle)
+
+
+def _check_transit(events: Events, ids: Sequence[str] | None) -> None:
+    """Refuse absorbed doses that no transit chain takes; raises ``ValueError`` with the individual and what to do."""
+    absorbed = events.doses & (events.compartment == 1)
+    for bad, what, remedy in (
+        (absorbed & (events.rate != 0), "infusions (RATE)", "simulator.absorption=first_order takes them"),
+        (
+            absorbed & (events.steady_state > 0),
+            "doses at steady state (SS)",
+            "Write the doses before it out (ADDL), or take simulator.absorption=first_order",
+        ),
+    ):
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0, 0])
+            whose = f"row {row}" if ids is None else f'"{ids[row]}"'
+            raise ValueError(
+                f"{int(bad.sum())} {what} go into a transit absorption, which takes single boluses, first one of "
+                f"{whose}. {remedy}."
+            )
 
 
 def _absorbed_only(natural: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:

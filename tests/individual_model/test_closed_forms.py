@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nlme_sbi.individual_model.closed_forms import log_bateman, log_expm1_ratio
+from nlme_sbi.individual_model.closed_forms import erlang_mean, log_bateman, log_expm1_ratio
 
 mpmath.mp.dps = 50
 
@@ -151,3 +151,25 @@ def test_derivatives_stay_finite_at_the_ends_of_the_prior_and_before_the_onset(
     if case[0] <= 0:
         assert float(value(inputs)) == -math.inf
         assert not torch.autograd.functional.jacobian(value, inputs).any()
+
+
+@pytest.mark.parametrize("order", [0, 1, 4, 20])
+def test_means_of_a_chain_against_high_precision(order: int) -> None:
+    generator = torch.Generator().manual_seed(order)
+    a, b = 10 ** (5 * torch.rand((2, 60), generator=generator, dtype=torch.float64) - 2)
+    b[:20] = a[:20] * (1 + 10 ** (-12 * torch.rand(20, generator=generator, dtype=torch.float64)))  # where rates meet
+    b[20:30] = a[20:30] + (order + 2) * (1 + 1e-9 * torch.randn(10, generator=generator))  # where the method changes
+    for x, y, found in zip(a.tolist(), b.tolist(), erlang_mean(order, a, b).tolist(), strict=True):
+        right = mpmath.exp(-y) * mpmath.hyp1f1(order + 1, order + 2, mpmath.mpf(y) - x) / (order + 1)
+        assert found == pytest.approx(float(right), rel=1e-13 if order < 20 else 1e-11, abs=1e-290)
+
+
+def test_derivatives_of_a_chain_of_both_orders() -> None:
+    a = torch.tensor([0.5, 3.0, 3.0, 40.0, 0.0], dtype=torch.float64, requires_grad=True)
+    b = torch.tensor([0.7, 3.0, 9.0, 1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    inside = (a.detach() + 0.1).requires_grad_(), (b.detach() + 0.1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, y: erlang_mean(3, x, y), inside)
+    assert torch.autograd.gradgradcheck(lambda x, y: erlang_mean(3, x, y), inside)
+    _, tangent = torch.func.jvp(lambda x: erlang_mean(3, x, b.detach()), (a.detach(),), (torch.ones_like(a),))
+    (slope,) = torch.autograd.grad(erlang_mean(3, a, b).sum(), a)
+    torch.testing.assert_close(tangent, slope)

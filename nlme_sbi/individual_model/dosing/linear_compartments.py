@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.individual_model.closed_forms import log_expm1_ratio
+from nlme_sbi.individual_model.closed_forms import erlang_mean, log_expm1_ratio
 from nlme_sbi.individual_model.dosing.doses import ReceivedDoses, WrittenDoses
 
 # A difference quotient over a gap below this, in units of the shorter of time and rate, is taken over this gap: its
@@ -116,6 +116,7 @@ def central_amount(
     *,
     central: int,
     absorption: Tensor | None = None,
+    transit: Transit | None = None,
 ) -> Float[Tensor, "I *batch T"]:
     """Amount in the central compartment at ``times``.
 
@@ -125,12 +126,13 @@ def central_amount(
         modes: of the disposition.
         central: number of the central compartment; doses into any other enter through absorption.
         absorption: rate constant of the absorption compartment, ``(I, ..., 1)``, where there is one.
+        transit: what boluses pass before the absorption compartment, where there is such a chain.
 
     Returns:
         In the unit of the doses.
     """
     written = doses.written
-    if written.columns >= _STEPPED_FROM and _can_be_stepped(doses, central):
+    if written.columns >= _STEPPED_FROM and transit is None and _can_be_stepped(doses, central):
         return _stepped(doses, times, modes, central=central, absorption=absorption)
     spread = (len(written), *(1,) * (times.ndim - 1))
     total = torch.zeros_like(times)
@@ -150,15 +152,16 @@ def central_amount(
             constant=((written.amount[:, column] == 0) & (written.rate[:, column] > 0)).reshape(spread),
             follows=written.follows[:, column].reshape(spread),
         )
+        absorbed = replace(dose, transit=transit)
         direct = (written.compartment[:, column] == central).reshape(spread)
         share = torch.zeros_like(times)
         for rate, weight in zip(modes.rates, modes.weights, strict=True):
             if absorption is None or bool(direct.all()):
                 found = dose.pool(rate)
             elif bool(direct.any()):
-                found = torch.where(direct, dose.pool(rate), absorption * _quotient(dose, rate, absorption))
+                found = torch.where(direct, dose.pool(rate), absorption * _quotient(absorbed, rate, absorption))
             else:
-                found = absorption * _quotient(dose, rate, absorption)
+                found = absorption * _quotient(absorbed, rate, absorption)
             share = share + weight * found
         total = total + torch.where(counted, doses.amount[column] * share, 0.0)
     return total
@@ -177,6 +180,17 @@ def _remembered(written: WrittenDoses, column: int, times: Tensor, spread: tuple
 
 
 @dataclass(frozen=True, eq=False)
+class Transit:
+    """A chain of equal first-order steps: ``compartments`` of them, each left at ``rate (I, ..., 1)``.
+
+    Source: Savic et al. (2007), J. Pharmacokinet. Pharmacodyn. 34:711.
+    """
+
+    compartments: int
+    rate: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Dose:
     """One dose of every individual, of unit amount (of unit rate where it is a constant infusion).
 
@@ -188,6 +202,7 @@ class Dose:
         steady: whether equal doses have been given for ever before it.
         constant: whether it is an infusion that has lasted for ever and ends with the record, as NONMEM has it.
         follows: whether a measurement at its very time was taken before it.
+        transit: the chain that a bolus passes first, if any.
     """
 
     elapsed: Tensor
@@ -197,11 +212,16 @@ class Dose:
     steady: Tensor
     constant: Tensor
     follows: Tensor
+    transit: Transit | None = None
 
     def pool(self, rate: Tensor) -> Tensor:
         """What is left of it in a single compartment that is emptied with ``rate``."""
         begun = (self.elapsed > 0) | ((self.elapsed == 0) & ~self.follows)
         elapsed = torch.where(begun, self.elapsed, 0.0)
+        if self.transit is not None:
+            order, passed = self.transit.compartments, self.transit.rate * elapsed
+            arrived = passed ** (order + 1) / math.factorial(order)
+            return arrived * erlang_mean(order, passed, rate * elapsed)
         infused = self.infused
         if not bool(infused.any()):
             plain = torch.exp(-rate * elapsed)

@@ -99,6 +99,46 @@ def test_random_regimens_agree_with_matrix_exponentials(compartments: int, absor
         np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-9 * expected.max())
 
 
+@pytest.mark.parametrize("compartments", [1, 2])
+@pytest.mark.parametrize("chain", [1, 3, 12])
+def test_transit_chains_agree_with_matrix_exponentials(compartments: int, chain: int) -> None:
+    simulator = model(compartments, "transit", transit_compartments=chain)
+    for seed in range(6):
+        rng = random.Random(10 * chain + seed)
+        rates = {name: value * 10 ** rng.uniform(-1, 1) for name, value in RATES.items()}
+        rates["MTT"] = 10 ** rng.uniform(-1, 1)
+        if seed == 0:  # where all rates meet
+            rates["ka"] = rates["k"] = (chain + 1) / rates["MTT"]
+        disposed = mammillary(rates["k"], exchanges_of(compartments, rates), rates["ka"])
+        # What is in the absorption compartment comes from the last of the chain, and a dose enters its first.
+        size, steps = len(disposed), chain + 1
+        matrix = np.zeros((size + steps, size + steps))
+        matrix[:size, :size] = disposed
+        for step in range(steps):
+            matrix[size + step, size + step] = -steps / rates["MTT"]
+            matrix[size + step + 1 if step + 1 < steps else 0, size + step] = steps / rates["MTT"]
+        rows: list[dict[str, float]] = [
+            {"time": 1.0, "amount": 100.0, "additional": 2, "interval": 9.0},
+            {"time": 5.0, "amount": 60.0, "rate": 20.0, "compartment": 2},
+        ]
+        doses = [WrittenDose(1.0 + 9.0 * copy, 100.0, 0.0, size) for copy in range(3)]
+        doses.append(WrittenDose(5.0, 60.0, 3.0, 1))
+        times = sorted(rng.uniform(0, 60) for _ in range(15))
+        expected = amounts(matrix, doses, times)[:, 1] / rates["V"]
+        found = concentration(simulator, {**rates, "Vc": rates["V"]}, design_of(rows, times))
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8 * expected.max())
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [({"rate": 10.0}, "infusions .RATE. go into a transit"), ({"steady_state": 1, "interval": 8.0}, "at steady state")],
+)
+def test_what_no_transit_chain_takes_is_refused(row: dict[str, float], message: str) -> None:
+    simulator = model(1, "transit")
+    with pytest.raises(ValueError, match=message):
+        simulator.check_design(design_of([{"time": 0.0, "amount": 100.0, **row}], [1.0]), ["ann"])
+
+
 @pytest.mark.parametrize("compartments", [1, 2, 3])
 @pytest.mark.parametrize("duration", [0.0, 3.0, 20.0])
 def test_a_steady_state_is_the_sum_of_many_doses_before(compartments: int, duration: float) -> None:
