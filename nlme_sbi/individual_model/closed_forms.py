@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 # 1/(exp(x) - 1) - 1/x = -1/2 + sum_n B_2n x^(2n-1) / (2n)!. Below 0.25 the first term left out is under 2e-16.
 _SERIES_BELOW = 0.25
-_ERLANG_TERMS = 34  # of a series whose arguments are at most n + 2; enough for double precision up to n = 20
 _SERIES = (1 / 12, -1 / 720, 1 / 30240, -1 / 1209600, 1 / 47900160)
 
 
@@ -165,25 +165,22 @@ class _ErlangMean(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, order: int) -> Tensor:
         apart = (a - b).abs()
+        limit, terms = _series_of_a_chain(order)
+        near, first_faster = apart <= limit, a >= b
+        sign = torch.where(first_faster, 1.0, -1.0)
         decay = torch.exp(-apart)
-        # Near each other: a series whose terms decrease from the first. Away: by parts, stable from apart = n on.
-        near = apart <= order + 2
-        close = torch.where(near, apart, 0.0)
-        far = torch.where(near, order + 2.0, apart)
-        first_faster = a >= b
-        sign = torch.where(first_faster, close, -close)
+        close = sign * torch.where(near, apart, 0.0)
         series = torch.ones_like(a)
-        for place in range(order + _ERLANG_TERMS + order // 2, order + 1, -1):
-            series = 1 + sign / place * series
-        series = series / (order + 1)
+        for place in range(order + 1 + terms, order + 1, -1):
+            series = torch.addcmul(_one(a), close / place, series)
+        series = torch.where(first_faster, decay, 1.0) * series / (order + 1)
+        # By parts from the order below: e^(-apart), or 1 where the second rate is the faster one, is the boundary term.
+        far = torch.where(near, limit, apart)
+        inverse, boundary = sign / far, torch.where(first_faster, decay, 1.0)
         by_parts = -torch.expm1(-far) / far
-        reverse = by_parts
         for place in range(1, order + 1):
-            by_parts = (place * by_parts - decay) / far
-            reverse = (1 - place * reverse) / far
-        faster = torch.where(near, series * decay, by_parts)
-        slower = torch.where(near, series, reverse)
-        mean: Tensor = torch.exp(-torch.minimum(a, b)) * torch.where(first_faster, faster, slower)
+            by_parts = (place * by_parts - boundary) * inverse
+        mean: Tensor = torch.exp(-torch.minimum(a, b)) * torch.where(near, series, by_parts)
         return mean
 
     @staticmethod
@@ -205,3 +202,18 @@ class _ErlangMean(torch.autograd.Function):
         above = erlang_mean(ctx.order + 1, a, b)
         change: Tensor = tangent_b * (above - value) - tangent_a * above
         return change
+
+
+def _one(like: Tensor) -> Tensor:
+    return torch.ones((), dtype=like.dtype, device=like.device)
+
+
+def _series_of_a_chain(order: int) -> tuple[float, int]:
+    """Up to which distance of its arguments the series of :func:`erlang_mean` is taken, and its number of terms:
+    beyond, integration by parts loses at most two digits (n! over the distance to the n)."""
+    limit = max(0.5, (1e-2 * math.factorial(order)) ** (1 / max(order, 1)))
+    terms, size = 0, 1.0
+    while size > 1e-17:
+        terms += 1
+        size *= limit / (order + 1 + terms)
+    return limit, terms
