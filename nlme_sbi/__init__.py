@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from nlme_sbi.networks.mixtures import GaussianMixtureFlow
     from nlme_sbi.networks.posterior import AmortizedPosterior
     from nlme_sbi.networks.summaries import GridSummary, PooledSummary
+    from nlme_sbi.networks.token_summaries import AttentionSummary, RecurrentSummary
     from nlme_sbi.parameters import Parameter, ParameterSpace
     from nlme_sbi.plots.individual_fits import plot_individual_fits
     from nlme_sbi.population import (
@@ -73,7 +74,7 @@ if TYPE_CHECKING:
     from nlme_sbi.runs import find_run, load_run
     from nlme_sbi.simulation.shards import SimulationSettings
     from nlme_sbi.training.loop import TrainingSettings, train_posterior
-    from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Observations
+    from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Limits, Observations
 
 __version__ = "0.1.0"
 
@@ -82,6 +83,7 @@ __all__ = [
     "AffineCouplingFlow",
     "AmortizedPosterior",
     "Assessment",
+    "AttentionSummary",
     "Auto",
     "Binomial",
     "BoxCox",
@@ -108,6 +110,7 @@ __all__ = [
     "GridSummary",
     "Laplace",
     "Leaping",
+    "Limits",
     "LongTable",
     "MechanisticSimulator",
     "MixturePrior",
@@ -129,6 +132,7 @@ __all__ = [
     "Proportional",
     "RandomTimes",
     "ReactionNetwork",
+    "RecurrentSummary",
     "ResampledDesigns",
     "Rosenbrock",
     "RungeKutta4",
@@ -238,6 +242,10 @@ _ROOMS = {
         "GridSummary",
         "PooledSummary",
     ),
+    "networks.token_summaries": (
+        "AttentionSummary",
+        "RecurrentSummary",
+    ),
     "parameters": (
         "Parameter",
         "ParameterSpace",
@@ -283,6 +291,7 @@ _ROOMS = {
         "Design",
         "EventKind",
         "Events",
+        "Limits",
         "Observations",
     ),
 }

@@ -59,7 +59,7 @@ def _map_tensors(carrier: Carrier, change: Callable[[Tensor], Tensor], **others:
         value = getattr(carrier, item.name)
         if isinstance(value, Tensor):
             changed[item.name] = change(value)
-        elif isinstance(value, (Events, Covariates, Groups, Design)):
+        elif isinstance(value, (Events, Limits, Covariates, Groups, Design)):
             changed[item.name] = _map_tensors(value, change)
     return replace(carrier, **changed)  # type: ignore[type-var]
 
@@ -133,6 +133,47 @@ class Events:
 
 
 @dataclass(frozen=True, eq=False)
+class Limits:
+    """What an assay does not tell, ``(I, T, C)``: of a value between ``lower`` and ``upper`` only that it lies there.
+
+    Left of a limit of quantification is (-inf, limit), right of one (limit, inf). Where ``lower`` is not below
+    ``upper``, such as (inf, -inf), every value is told.
+    """
+
+    lower: Float[Tensor, "I T C"]
+    upper: Float[Tensor, "I T C"]
+
+    def __post_init__(self) -> None:
+        if self.lower.shape != self.upper.shape:
+            raise ValueError(
+                f"Limits need a lower for each upper: {tuple(self.lower.shape)}, {tuple(self.upper.shape)}."
+            )
+
+    def hide(self, values: Float[Tensor, "I T C"]) -> Bool[Tensor, "I T C"]:
+        """Of which values only the limits are told."""
+        return (values > self.lower) & (values < self.upper)
+
+    @property
+    def kinds(self) -> Int[Tensor, "I T C"]:
+        """How a value that is hidden is censored, codes of :class:`Censoring`; NONE where there are no limits."""
+        one_sided = torch.where(torch.isinf(self.upper), int(Censoring.RIGHT), int(Censoring.LEFT))
+        both = torch.isfinite(self.upper) & torch.isfinite(self.lower)
+        kinds = torch.where(both, int(Censoring.INTERVAL), one_sided)
+        return torch.where(self.lower < self.upper, kinds, int(Censoring.NONE))
+
+    @property
+    def told(self) -> Float[Tensor, "I T C"]:
+        """What stands for a hidden value: the upper limit, or the lower one where there is no upper."""
+        return torch.where(torch.isinf(self.upper), self.lower, self.upper)
+
+    def __len__(self) -> int:
+        return self.lower.shape[0]
+
+    def __getitem__(self, rows: Rows) -> Limits:
+        return _selected(self, rows, len(self))
+
+
+@dataclass(frozen=True, eq=False)
 class Covariates:
     """Named covariates that are constant in time: ``values (I, K)``; a categorical one holds codes into ``levels``."""
 
@@ -193,6 +234,7 @@ class Design:
         groups: grouping variables, or None.
         occasion: ``(I, T)`` codes, or None.
         events: dose records, or None.
+        limits: what is not told of values, or None where every value is. Of data, ``Observations.censoring`` tells it.
     """
 
     times: Float[Tensor, "I T"]
@@ -201,6 +243,7 @@ class Design:
     groups: Groups | None = None
     occasion: Int[Tensor, "I T"] | None = None
     events: Events | None = None
+    limits: Limits | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.times.shape) != tuple(self.observed.shape[:2]):
@@ -210,6 +253,7 @@ class Design:
             "groups": None if self.groups is None else self.groups.codes,
             "events": None if self.events is None else self.events.time,
             "occasion": self.occasion,
+            "limits": None if self.limits is None else self.limits.lower,
         }
         for name, tensor in rows.items():
             if tensor is not None and tensor.shape[0] != self.times.shape[0]:

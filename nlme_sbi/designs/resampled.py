@@ -1,4 +1,4 @@
-"""Designs that somebody really used: those of a data set, drawn with replacement."""
+"""Designs that somebody really used: those of a data set, drawn with replacement, as they are or varied."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nlme_sbi.designs.coverage import (
+    RANGE_SLACK,
     TIME_TOLERANCE,
     Reasons,
     count_of,
@@ -21,12 +22,15 @@ from nlme_sbi.designs.coverage import (
     signals_rule,
     time_counts,
 )
-from nlme_sbi.types import Covariates, Design, Observations
+from nlme_sbi.designs.limits import limit_rules, spread_limits, with_limits
+from nlme_sbi.designs.regimens import RegimenRanges
+from nlme_sbi.designs.variation import jittered, thinned
+from nlme_sbi.types import Covariates, Design, Limits, Observations
 
-_RANGE_SLACK = 0.1
 # Farther from any time than times are from each other: rows with different masks never match.
 _FAR = 1e30
 _PAIRS_AT_ONCE = 4_000_000
+_VARIATIONS = 4096
 
 
 @runtime_checkable
@@ -39,47 +43,80 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ResampledDesigns:
-    """Rows of a pool of designs, each equally likely, with replacement.
+    """Rows of a pool of designs, each equally likely, with replacement; as they are, or varied.
+
+    Where the pool has limits of quantification, simulated individuals get them in every place of these signals.
 
     Args:
-        pool: the designs; only times, mask, doses and the covariates below are kept.
+        pool: the designs; only times, mask, doses, limits and the covariates below are kept.
         covariates: names of the covariates to keep; None keeps all.
+        jitter: gaps between times, dose intervals, amounts, rates and positive covariates are multiplied by
+            ``exp(u)``, ``u`` uniform between ``-jitter`` and ``jitter``, each for itself; 0 leaves them.
+        keep: smallest share of measurements and of doses that an individual keeps; 1 leaves all.
+
+    Raises:
+        ValueError: the pool is empty, or jitter or keep are no such numbers.
     """
 
     pool: Design
     covariates: Sequence[str] | None = None
+    jitter: float | int = 0.0
+    keep: float | int = 1.0
     _copies: dict[torch.device, Design] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.pool) == 0:
             raise ValueError("The pool of designs is empty; it needs at least one individual.")
-        kept = _chosen(self.pool.covariates, self.covariates)
-        object.__setattr__(
-            self, "pool", Design(self.pool.times, self.pool.observed, covariates=kept, events=self.pool.events)
-        )
+        if not (0 <= self.jitter <= 2 and 0 < self.keep <= 1):
+            raise ValueError(
+                f"jitter must lie between 0 and 2 (a logarithm), keep above 0 and up to 1; got {self.jitter} and "
+                f"{self.keep}."
+            )
+        kept = replace(_only(self.pool), covariates=_chosen(self.pool.covariates, self.covariates))
+        object.__setattr__(self, "pool", kept)
+
+    @property
+    def varied(self) -> bool:
+        """Whether designs differ from those of the pool."""
+        return self.jitter > 0 or self.keep < 1
 
     def sample(self, count: int, generator: torch.Generator) -> Design:
-        """``count`` rows of the pool."""
+        """``count`` rows of the pool, varied where that is asked for."""
         device = generator.device
         if device not in self._copies:
             self._copies[device] = _single_precision(self.pool).to(device)
-        rows = torch.randint(len(self.pool), (count,), generator=generator, device=device)
-        return self._copies[device][rows]
+        pool = self._copies[device]
+        drawn = pool[torch.randint(len(self.pool), (count,), generator=generator, device=device)]
+        if drawn.limits is not None and pool.limits is not None:
+            drawn = replace(drawn, limits=spread_limits(drawn.limits, pool.limits, generator))
+        if self.jitter > 0:
+            drawn = jittered(drawn, float(self.jitter), generator)
+        return thinned(drawn, float(self.keep), generator) if self.keep < 1 else drawn
 
     def covers(self, design: Design) -> Reasons:
-        """Rows that resemble no row of the pool: observed times and dose times must match one closely (relative 1e-4),
-        amounts and covariates must lie in the pool's range, widened by a tenth."""
-        index = _PoolIndex.of(self.pool.to(design.times.device))
-        return reasons_by_chunk(_only(design), lambda rows: self._reasons(rows, index))
+        """Rows that resemble no row of the pool.
 
-    def _reasons(self, design: Design, index: _PoolIndex) -> Reasons:
+        Unvaried, observed times and dose times must match those of one row closely (relative 1e-4); amounts, rates,
+        limits and covariates must lie in the pool's range, widened by a tenth; doses must be of kinds and into
+        compartments that the pool has. Varied, numbers of measurements and doses, times, and pauses between doses must
+        lie in the range of the pool and of 4096 variations, widened by a tenth but for the numbers.
+        """
+        pool = self.pool.to(design.times.device)
+        if self.varied:
+            return reasons_by_chunk(_only(design), _Ranges.of(self).on(design.times.device).reasons)
+        index = _PoolIndex.of(pool)
+        return reasons_by_chunk(_only(design), lambda rows: self._reasons(rows, index, pool))
+
+    def _reasons(self, design: Design, index: _PoolIndex, pool: Design) -> Reasons:
         signals = self.pool.observed.shape[2]
         if design.observed.shape[2] != signals:
             return first_reason([signals_rule(design, signals)])
         return first_reason(
             [
-                *_dose_rules(design, index),
+                *index.regimens.count_and_amount_rules(design),
+                *index.regimens.kind_rules(design),
                 index.times_rule(design),
+                *limit_rules(design, pool, RANGE_SLACK),
                 *_covariate_rules(design.covariates, index.covariates, len(design)),
             ]
         )
@@ -92,28 +129,157 @@ class DesignsOfData:
     Args:
         data: reads the data set.
         covariates: names of the covariates to keep; None keeps all.
+        jitter: as :class:`ResampledDesigns`.
+        keep: as :class:`ResampledDesigns`.
     """
 
     data: Reader
     covariates: Sequence[str] | None = None
+    jitter: float | int = 0.0
+    keep: float | int = 1.0
 
     @cached_property
     def resampled(self) -> ResampledDesigns:
         """The data set's designs as a source."""
-        return ResampledDesigns(self.data.read().design, self.covariates)
+        return ResampledDesigns(with_limits(self.data.read()).design, self.covariates, self.jitter, self.keep)
 
     @property
     def pool(self) -> Design:
-        """Times, mask, doses and covariates of the data set."""
+        """Times, mask, doses, limits and covariates of the data set."""
         return self.resampled.pool
 
     def sample(self, count: int, generator: torch.Generator) -> Design:
-        """``count`` rows of the data set's designs."""
+        """``count`` rows of the data set's designs, varied where that is asked for."""
         return self.resampled.sample(count, generator)
 
     def covers(self, design: Design) -> Reasons:
         """As :meth:`ResampledDesigns.covers`."""
         return self.resampled.covers(design)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranges:
+    """What varied designs of a pool reach.
+
+    Args:
+        pool: that they begin with.
+        counts: fewest and most times of an individual.
+        times: first time of a measurement or dose, last one of a measurement.
+        after_dose: longest time from a dose to a measurement with no dose in between; None without doses.
+        regimens: doses.
+        covariates: of the pool and of variations.
+    """
+
+    pool: Design
+    counts: tuple[int, int]
+    times: tuple[float, float]
+    after_dose: float | None
+    regimens: RegimenRanges
+    covariates: Covariates | None
+
+    @classmethod
+    def of(cls, source: ResampledDesigns) -> _Ranges:
+        """Those of the pool and of many variations."""
+        pool, drawn = source.pool, source.sample(_VARIATIONS, torch.Generator().manual_seed(0))
+        designs = (pool, drawn)
+        counts = [count for design in designs for count in time_counts(design)[1]]
+        spans = [_spans(design) for design in designs]
+        after = [time for time in map(_after_dose, designs) if time is not None]
+        covariates = pool.covariates
+        if covariates is not None and drawn.covariates is not None:
+            both = torch.cat((covariates.values.double(), drawn.covariates.values.double()))
+            covariates = replace(covariates, values=both)
+        return cls(
+            pool=pool,
+            counts=(min(counts), max(counts)),
+            times=(min(float(first.min()) for first, _ in spans), max(float(last.max()) for _, last in spans)),
+            after_dose=max(float(time.max()) for time in after) if after else None,
+            regimens=RegimenRanges.of(pool).joined(RegimenRanges.of(drawn)),
+            covariates=covariates,
+        )
+
+    def on(self, device: torch.device) -> _Ranges:
+        """The same for designs on another device."""
+        covariates = self.covariates
+        if covariates is not None:
+            covariates = replace(covariates, values=covariates.values.to(device))
+        return replace(self, pool=self.pool.to(device), covariates=covariates)
+
+    def reasons(self, design: Design) -> Reasons:
+        """Rows beyond them, in words."""
+        signals = self.pool.observed.shape[2]
+        if design.observed.shape[2] != signals:
+            return first_reason([signals_rule(design, signals)])
+        return first_reason(
+            [
+                *self.regimens.range_rules(design),
+                *self.regimens.kind_rules(design),
+                *self._time_rules(design),
+                *limit_rules(design, self.pool, RANGE_SLACK),
+                *_covariate_rules(design.covariates, self.covariates, len(design)),
+            ]
+        )
+
+    def _time_rules(self, design: Design) -> list[tuple[Bool[Tensor, " B"], Callable[[int], str]]]:
+        measured, counts = time_counts(design)
+        sizes = measured.sum(1)
+        low, high = self.counts
+        times = design.times.double()
+        earliest, latest = self.times
+        slack = RANGE_SLACK * (latest - earliest) + TIME_TOLERANCE * abs(latest)
+        outside = measured & ((times < earliest - slack) | (times > latest + slack))
+        unseen = (design.observed.any(1) & ~self.pool.observed.flatten(0, 1).any(0)).any(1)
+        rules: list[tuple[Bool[Tensor, " B"], Callable[[int], str]]] = [
+            (
+                (sizes < low) | (sizes > high),
+                lambda row: f"{count_of(counts[row], 'observed time')}, but the network was trained on {low} to {high}",
+            ),
+            (
+                outside.any(1),
+                lambda row: (
+                    f"a measurement at {times[row][outside[row]][0]:.6g}, but the network was trained on times from "
+                    f"{earliest:.6g} to {latest:.6g}"
+                ),
+            ),
+            (unseen, lambda _: "a signal that no design of the training measured"),
+        ]
+        after = _after_dose(design)
+        if after is not None and self.after_dose is not None:
+            longest = self.after_dose
+            rules.append(
+                (
+                    after > (1 + RANGE_SLACK) * longest,
+                    lambda row: (
+                        f"a measurement {after[row]:.6g} after the dose before, but the network was trained on at most "
+                        f"{longest:.6g}"
+                    ),
+                )
+            )
+        return rules
+
+
+def _spans(design: Design) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """First time of a measurement or a dose, and last one of a measurement."""
+    measured, times = design.observed.any(dim=2), design.times.double()
+    given, dose_times, _ = dose_records(design)
+    first = torch.where(measured, times, torch.inf).amin(1)
+    if given.shape[1]:
+        first = torch.minimum(first, torch.where(given, dose_times, torch.inf).amin(1))
+    return first, torch.where(measured, times, -torch.inf).amax(1)
+
+
+def _after_dose(design: Design) -> Float[Tensor, " B"] | None:
+    """Longest time from a dose to a measurement with no dose in between, 0 where there is none; None without doses."""
+    measured = design.observed.any(dim=2)
+    given, dose_times, _ = dose_records(design)
+    if not given.shape[1]:
+        return None
+    known = torch.where(given, dose_times, torch.inf).sort(dim=1).values
+    times = design.times.double().contiguous()
+    place = torch.searchsorted(known, times, right=True) - 1
+    last = known.gather(1, place.clamp(min=0))
+    since = torch.where(measured & (place >= 0) & torch.isfinite(last), times - last, 0.0)
+    return since.amax(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +297,7 @@ class _PoolIndex:
     tolerance: Float[Tensor, " U"]
     hashes: Int[Tensor, " U"]
     counts: frozenset[int]
-    doses: frozenset[int]
-    amounts: tuple[float, float]
+    regimens: RegimenRanges
     covariates: Covariates | None
 
     @classmethod
@@ -140,12 +305,11 @@ class _PoolIndex:
         """Different rows of the pool, their hashes and ranges."""
         one_for_all = pool.times.stride(0) == 0 and pool.observed.stride(0) == 0 and pool.events is None
         shown = pool[:1] if one_for_all else pool
-        given, _, amounts = dose_records(shown)
+        given, _, _ = dose_records(shown)
         width, events = shown.times.shape[1], given.shape[1]
         vectors = _vectors(shown, width, events)
         hashes, where = _first_of_each(_hashes(vectors))
         rows = vectors[where]
-        present = amounts[given]
         return cls(
             times=width,
             events=events,
@@ -153,8 +317,7 @@ class _PoolIndex:
             tolerance=TIME_TOLERANCE * torch.where(rows >= _FAR, 0.0, rows).abs().amax(dim=1),
             hashes=hashes,
             counts=frozenset(time_counts(shown)[1]),
-            doses=frozenset(given.sum(dim=1).tolist()),
-            amounts=(float(present.min()), float(present.max())) if len(present) else (0.0, 0.0),
+            regimens=RegimenRanges.of(shown),
             covariates=pool.covariates,
         )
 
@@ -247,28 +410,6 @@ def _first_of_each(hashes: Int[Tensor, " B"]) -> tuple[Int[Tensor, " U"], Int[Te
     return different, torch.zeros_like(different).scatter_(0, inverse, torch.arange(len(hashes), device=hashes.device))
 
 
-def _dose_rules(design: Design, index: _PoolIndex) -> list[tuple[Bool[Tensor, " B"], Callable[[int], str]]]:
-    given, _, amounts = dose_records(design)
-    counts = given.sum(dim=1)
-    low, high = (1 - _RANGE_SLACK) * index.amounts[0], (1 + _RANGE_SLACK) * index.amounts[1]
-    outside = given & ((amounts < low) | (amounts > high))
-    known = torch.tensor(sorted(index.doses), device=counts.device)
-    trained = ", ".join(str(count) for count in sorted(index.doses))
-    return [
-        (
-            ~torch.isin(counts, known),
-            lambda row: f"{count_of(int(counts[row]), 'dose')}, but the network was trained with {trained}",
-        ),
-        (
-            outside.any(dim=1),
-            lambda row: (
-                f"a dose of {amounts[row][outside[row]][0]:.6g}, but the network was trained on "
-                f"{index.amounts[0]:.6g} to {index.amounts[1]:.6g}"
-            ),
-        ),
-    ]
-
-
 def _covariate_rules(
     covariates: Covariates | None, trained: Covariates | None, rows: int
 ) -> list[tuple[Bool[Tensor, " B"], Callable[[int], str]]]:
@@ -299,7 +440,7 @@ def _covariate_rule(
         unseen = ~torch.isin(values.long(), known.long())
         return unseen, lambda row: f'the network saw no individual with "{name}" = "{levels[int(values[row])]}"'
     low, high = float(known.min()), float(known.max())
-    slack = _RANGE_SLACK * (high - low) + TIME_TOLERANCE * max(abs(low), abs(high))
+    slack = RANGE_SLACK * (high - low) + TIME_TOLERANCE * max(abs(low), abs(high))
     outside = (values < low - slack) | (values > high + slack)
     return (
         outside,
@@ -330,7 +471,7 @@ def _chosen(covariates: Covariates | None, names: Sequence[str] | None) -> Covar
 
 def _only(design: Design) -> Design:
     """Without what a pool does not hold."""
-    return Design(design.times, design.observed, covariates=design.covariates, events=design.events)
+    return replace(design, groups=None, occasion=None)
 
 
 def _single_precision(design: Design) -> Design:
@@ -343,4 +484,7 @@ def _single_precision(design: Design) -> Design:
         events = replace(events, **{name: getattr(events, name).float() for name in names})
     if covariates is not None:
         covariates = replace(covariates, values=covariates.values.float())
-    return replace(design, times=single, events=events, covariates=covariates)
+    limits = design.limits
+    if limits is not None:
+        limits = Limits(limits.lower.float(), limits.upper.float())
+    return replace(design, times=single, events=events, covariates=covariates, limits=limits)

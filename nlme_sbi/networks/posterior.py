@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.compute.progress import Progress
+from nlme_sbi.config.conversion import convert
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
-from nlme_sbi.designs import ResampledDesigns
+from nlme_sbi.designs import DesignsOfData, ResampledDesigns
+from nlme_sbi.designs.limits import with_limits
+from nlme_sbi.individual_model.dosing.doses import write_out_doses
 from nlme_sbi.individual_model.noise.likelihood import ValueCheckingSimulator
 from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings, working_bytes_per_row
 from nlme_sbi.networks.scaling import ParameterScaling
 from nlme_sbi.networks.summaries import DataShape, SummaryNetwork, SummarySettings
+from nlme_sbi.networks.token_summaries import TokenReader
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run, require_same_sources, require_unedited
-from nlme_sbi.runs.schema import DISTINCT, POSITIVE, Rule
-from nlme_sbi.types import CheckingSimulator, Design, DesignSource, Observations, Prior, Simulations, Simulator
+from nlme_sbi.runs.schema import DISTINCT, POSITIVE, Maybe, Rule
+from nlme_sbi.types import (
+    CheckingSimulator,
+    Design,
+    DesignSource,
+    Observations,
+    Prior,
+    Simulations,
+    Simulator,
+    TractableSimulator,
+)
 from nlme_sbi.units import check_units
 
 # Of a run's configuration, what a trained network rests on.
@@ -137,13 +150,27 @@ def _stored_part(config: Mapping[str, Any], name: str, role: type, trust: tuple[
     return instantiate(config[name], trust=trust, where=name, role=role, roles=STORED_ROLES)
 
 
+def _stored_pool(run: FinishedRun, simulator: Simulator) -> ResampledDesigns:
+    """The designs of data that a network was trained on, varied as they were in training."""
+    section = run.section("design")
+    ours = str(section.get("_target_", "")).rpartition(".")[2] == DesignsOfData.__name__
+    named = [name for name in ("jitter", "keep") if ours and name in section]
+    variation = {name: convert(section[name], float, f"design.{name}") for name in named}
+    return ResampledDesigns(load_design(run.folder("design")), covariates=simulator.covariates, **variation)
+
+
 def load_shape(path: Path) -> DataShape:
     """What the layers of a stored network depend on; raises ``ValueError`` where the file does not tell it."""
     stored = load_json(path, _SHAPE)
     levels = tuple((name, count) for name, count in stored["levels"])
-    return DataShape(
-        **{**{key: stored[key] for key in _SHAPE}, "covariates": tuple(stored["covariates"]), "levels": levels}
-    )
+    known = {key: stored[key] for key in _SHAPE if stored.get(key) is not None}
+    return DataShape(**{**known, "covariates": tuple(stored["covariates"]), "levels": levels})
+
+
+def description_of(shape: DataShape) -> dict[str, Any]:
+    """What :func:`load_shape` reads; of doses and limits only what other than one bolus and plain values needs."""
+    plain = {item.name: item.default for item in fields(DataShape) if isinstance(_SHAPE.get(item.name), Maybe)}
+    return {name: value for name, value in asdict(shape).items() if name not in plain or value != plain[name]}
 
 
 _SHAPE = {
@@ -161,6 +188,8 @@ _SHAPE = {
         )
     ],
     "takes_doses": bool,
+    "compartments": Maybe(POSITIVE),
+    "censored": Maybe(bool),
 }
 
 
@@ -291,7 +320,7 @@ class AmortizedPosterior:
         target = choose_device(device)
         network.to(target).eval()
         designs: DesignSource = (
-            ResampledDesigns(load_design(finished.folder("design")), covariates=simulator.covariates)
+            _stored_pool(finished, simulator)
             if finished.has("design")
             else _stored_part(config, "design", DesignSource, trust)
         )
@@ -322,14 +351,39 @@ class AmortizedPosterior:
             self.simulator.check_design(observations.design, observations.ids)
         if isinstance(self.simulator, ValueCheckingSimulator):
             self.simulator.check_values(observations)
-        uncovered = self.designs.covers(observations.design)
+        uncovered = self._uncovered(observations)
         if uncovered:
             row, reason = next(iter(uncovered.items()))
+            otherwise = ", fit without a network (posterior=none)" if self._has_likelihood else ""
             raise ValueError(
                 f"The posterior was not trained for {len(uncovered)} of {len(observations)} individuals; first "
                 f'"{observations.ids[row]}": {reason} Simulate and train with designs like the data\'s '
-                "(for example design=of_data), or leave these individuals out."
+                f"(for example design=of_data){otherwise}, or leave these individuals out."
             )
+
+    @property
+    def sees_censoring(self) -> bool:
+        """Whether the network was trained on values of which only limits are told."""
+        return isinstance(self.network.summary, TokenReader) and self.network.summary.censored
+
+    @property
+    def _has_likelihood(self) -> bool:
+        return isinstance(self.simulator, TractableSimulator)
+
+    def _uncovered(self, observations: Observations) -> dict[int, str]:
+        """Individuals that training designs do not cover, and why; limits count where the network reads them."""
+        if not isinstance(self.network.summary, TokenReader):
+            return self.designs.covers(observations.design)
+        limited = with_limits(observations).design
+        found = self.designs.covers(limited)
+        if limited.limits is None or self.network.summary.censored:
+            return found
+        hidden = (limited.limits.kinds > 0).sum((1, 2))
+        censored = {
+            row: f"{int(hidden[row])} censored values (CENS), but the network was trained without any."
+            for row in torch.nonzero(hidden).flatten().tolist()
+        }
+        return {**censored, **found}
 
     def _rows_at_once(self, bytes_per_row: int) -> int:
         memory = _MEMORY.get(self.device.type, _MEMORY["cuda"]) if self.memory is None else self.memory
@@ -341,6 +395,9 @@ class AmortizedPosterior:
         self.check(observations)
         summary = self.network.summary
         per_row = working_bytes_per_row(summary) + _BYTES_PER_VALUE * observations.values[0].numel()
+        if isinstance(summary, TokenReader):
+            observations = with_limits(observations)
+            per_row = summary.bytes_per_individual(_most_tokens(observations.design))
         rows = self._rows_at_once(per_row)
         result = torch.empty((len(observations), summary.width), device=self.device)
         for start in range(0, len(observations), rows):
@@ -392,6 +449,13 @@ class AmortizedPosterior:
             piece = phi[who, which].to(self.device).float()
             result[who, which] = self.network.log_prob(piece.flatten(0, 1), context[who]).view(piece.shape[:2])
         return result
+
+
+def _most_tokens(design: Design) -> int:
+    """Most measurements and doses that an individual can have."""
+    events = design.events
+    doses = 0 if events is None else write_out_doses(design).columns + events.time.shape[1]
+    return 1 + math.prod(design.observed.shape[1:]) + doses
 
 
 def _pieces(individuals: int, draws: int, rows: int) -> Iterator[tuple[slice, slice]]:
