@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from nlme_sbi.individual_model.sde import SdeModel
     from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, TorchDiffEq
     from nlme_sbi.io import EventTable, LongTable, WideSheet, describe
+    from nlme_sbi.limits import Limits
     from nlme_sbi.networks.ensembles import PosteriorEnsemble
     from nlme_sbi.networks.flows import AffineCouplingFlow, SplineAutoregressiveFlow, SplineCouplingFlow
     from nlme_sbi.networks.mixtures import GaussianMixtureFlow
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
     from nlme_sbi.runs import find_run, load_run
     from nlme_sbi.simulation.shards import SimulationSettings
     from nlme_sbi.training.loop import TrainingSettings, train_posterior
-    from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Limits, Observations
+    from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Observations
 
 __version__ = "0.1.0"
 
@@ -230,6 +231,7 @@ _ROOMS = {
         "WideSheet",
         "describe",
     ),
+    "limits": ("Limits",),
     "networks.ensembles": ("PosteriorEnsemble",),
     "networks.flows": (
         "AffineCouplingFlow",
@@ -291,7 +293,6 @@ _ROOMS = {
         "Design",
         "EventKind",
         "Events",
-        "Limits",
         "Observations",
     ),
 }

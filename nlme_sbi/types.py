@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nlme_sbi.limits import Limits
 from nlme_sbi.rows import ReadOnlyMapping, Rows, row_positions, select
 
 if TYPE_CHECKING:
@@ -129,47 +130,6 @@ class Events:
         return self.time.shape[0]
 
     def __getitem__(self, rows: Rows) -> Events:
-        return _selected(self, rows, len(self))
-
-
-@dataclass(frozen=True, eq=False)
-class Limits:
-    """What an assay does not tell, ``(I, T, C)``: of a value between ``lower`` and ``upper`` only that it lies there.
-
-    Left of a limit of quantification is (-inf, limit), right of one (limit, inf). Where ``lower`` is not below
-    ``upper``, such as (inf, -inf), every value is told.
-    """
-
-    lower: Float[Tensor, "I T C"]
-    upper: Float[Tensor, "I T C"]
-
-    def __post_init__(self) -> None:
-        if self.lower.shape != self.upper.shape:
-            raise ValueError(
-                f"Limits need a lower for each upper: {tuple(self.lower.shape)}, {tuple(self.upper.shape)}."
-            )
-
-    def hide(self, values: Float[Tensor, "I T C"]) -> Bool[Tensor, "I T C"]:
-        """Of which values only the limits are told."""
-        return (values > self.lower) & (values < self.upper)
-
-    @property
-    def kinds(self) -> Int[Tensor, "I T C"]:
-        """How a value that is hidden is censored, codes of :class:`Censoring`; NONE where there are no limits."""
-        one_sided = torch.where(torch.isinf(self.upper), int(Censoring.RIGHT), int(Censoring.LEFT))
-        both = torch.isfinite(self.upper) & torch.isfinite(self.lower)
-        kinds = torch.where(both, int(Censoring.INTERVAL), one_sided)
-        return torch.where(self.lower < self.upper, kinds, int(Censoring.NONE))
-
-    @property
-    def told(self) -> Float[Tensor, "I T C"]:
-        """What stands for a hidden value: the upper limit, or the lower one where there is no upper."""
-        return torch.where(torch.isinf(self.upper), self.lower, self.upper)
-
-    def __len__(self) -> int:
-        return self.lower.shape[0]
-
-    def __getitem__(self, rows: Rows) -> Limits:
         return _selected(self, rows, len(self))
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.compute.progress import Progress
@@ -21,17 +18,17 @@ from nlme_sbi.config.conversion import convert
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
 from nlme_sbi.designs import DesignsOfData, ResampledDesigns
-from nlme_sbi.designs.limits import with_limits
+from nlme_sbi.designs.censoring import with_limits
 from nlme_sbi.individual_model.dosing.doses import write_out_doses
 from nlme_sbi.individual_model.noise.likelihood import ValueCheckingSimulator
 from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings, working_bytes_per_row
 from nlme_sbi.networks.scaling import ParameterScaling
+from nlme_sbi.networks.stored_weights import Bounded, load_shape, load_weights, safetensors_of
 from nlme_sbi.networks.summaries import DataShape, SummaryNetwork, SummarySettings
 from nlme_sbi.networks.token_summaries import TokenReader
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.posteriors import PosteriorSamples
-from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run, require_same_sources, require_unedited
-from nlme_sbi.runs.schema import DISTINCT, POSITIVE, Maybe, Rule
+from nlme_sbi.runs import FinishedRun, load_design, load_run, require_same_sources, require_unedited
 from nlme_sbi.types import (
     CheckingSimulator,
     Design,
@@ -55,77 +52,6 @@ _MADE = 1000  # tensors that are made on the way
 _BYTES_PER_VALUE = 512
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Fill a network from a safetensors file.
-
-    Raises ``ValueError`` when the file is damaged, of another network, or holds weights that are not finite, naming the
-    first tensor that differs.
-    """
-    with safetensors_of(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
-    expected = network.state_dict()
-    wrong = [
-        f"{name} {_described(expected.get(name), 'is not in the network')} against "
-        f"{_described(tensors.get(name), 'nothing in the file')}"
-        for name in sorted(set(expected) | set(tensors))
-        if name not in expected
-        or name not in tensors
-        or expected[name].shape != tensors[name].shape
-        or expected[name].dtype != tensors[name].dtype
-    ]
-    if wrong:
-        raise ValueError(
-            f"{path} belongs to another network: {len(wrong)} tensors differ, first {wrong[0]}; "
-            "train again (fresh=true)."
-        )
-    odd = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if odd:
-        raise ValueError(
-            f"{path} holds weights that are not finite numbers, in {len(odd)} of {len(tensors)} tensors, first "
-            f"{sorted(odd)[0]}; train again (fresh=true)."
-        )
-    network.load_state_dict(tensors)
-
-
-@contextmanager
-def safetensors_of(path: Path) -> Iterator[Any]:
-    """An open safetensors file; raises ``ValueError`` where it is none."""
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            yield file
-    except (OSError, safetensors.SafetensorError) as problem:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({problem}); train again (fresh=true)."
-        ) from problem
-
-
-def _described(tensor: Tensor | None, absent: str) -> str:
-    return absent if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside it, so many tensors of so many numbers can be made, no more: a network is not larger than its file."""
-
-    def __init__(self, numbers: int, tensors: int, path: Path) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._left, self._tensors, self._path = numbers, tensors, path
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = args[0] if args else None
-        if not isinstance(first, Tensor):
-            self._tensors -= 1
-        if isinstance(first, (list, tuple)) and all(isinstance(size, int) for size in first):
-            self._left -= math.prod(first)
-        elif isinstance(first, int):
-            self._left -= first
-        if self._left < 0 or self._tensors < 0:
-            raise ValueError(
-                f"The run's settings describe a network that is larger than {self._path}; they do not belong together. "
-                "Train again (fresh=true)."
-            )
-        return func(*args, **(kwargs or {}))
-
-
 def stored_network(
     shape: DataShape, summary: SummarySettings, flow: FlowSettings, *, dimension: int, weights: Path
 ) -> PosteriorNetwork:
@@ -136,7 +62,7 @@ def stored_network(
     # Beside weights, layers are built with masks and orders, which are not larger than they.
     with safetensors_of(weights) as file:
         tensors = len(file.keys())
-    bounded = _Bounded(weights.stat().st_size + _ROOM, 30 * tensors + _MADE, weights)
+    bounded = Bounded(weights.stat().st_size + _ROOM, 30 * tensors + _MADE, weights)
     with torch.random.fork_rng(devices=[]), bounded:
         network = build_network(shape, summary, flow, dimension=dimension)
     load_weights(network, weights)
@@ -157,40 +83,6 @@ def _stored_pool(run: FinishedRun, simulator: Simulator) -> ResampledDesigns:
     named = [name for name in ("jitter", "keep") if ours and name in section]
     variation = {name: convert(section[name], float, f"design.{name}") for name in named}
     return ResampledDesigns(load_design(run.folder("design")), covariates=simulator.covariates, **variation)
-
-
-def load_shape(path: Path) -> DataShape:
-    """What the layers of a stored network depend on; raises ``ValueError`` where the file does not tell it."""
-    stored = load_json(path, _SHAPE)
-    levels = tuple((name, count) for name, count in stored["levels"])
-    known = {key: stored[key] for key in _SHAPE if stored.get(key) is not None}
-    return DataShape(**{**known, "covariates": tuple(stored["covariates"]), "levels": levels})
-
-
-def description_of(shape: DataShape) -> dict[str, Any]:
-    """What :func:`load_shape` reads; of doses and limits only what other than one bolus and plain values needs."""
-    plain = {item.name: item.default for item in fields(DataShape) if isinstance(_SHAPE.get(item.name), Maybe)}
-    return {name: value for name, value in asdict(shape).items() if name not in plain or value != plain[name]}
-
-
-_SHAPE = {
-    "times": POSITIVE,
-    "signals": POSITIVE,
-    "missing": bool,
-    "shared_times": bool,
-    "covariates": DISTINCT,
-    "levels": [
-        Rule(
-            "a name and a number of levels",
-            lambda pair: (
-                isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) is int
-            ),
-        )
-    ],
-    "takes_doses": bool,
-    "compartments": Maybe(POSITIVE),
-    "censored": Maybe(bool),
-}
 
 
 class PosteriorNetwork(nn.Module):
@@ -378,7 +270,7 @@ class AmortizedPosterior:
         found = self.designs.covers(limited)
         if limited.limits is None or self.network.summary.censored:
             return found
-        hidden = (limited.limits.kinds > 0).sum((1, 2))
+        hidden = limited.limits.there.sum((1, 2))
         censored = {
             row: f"{int(hidden[row])} censored values (CENS), but the network was trained without any."
             for row in torch.nonzero(hidden).flatten().tolist()

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nlme_sbi.designs.censoring import censoring_of
 from nlme_sbi.individual_model.dosing.doses import write_out_doses
 from nlme_sbi.types import Censoring, Design
 
@@ -118,7 +119,7 @@ def _measurements(values: Float[Tensor, "B T C"], design: Design) -> dict[str, T
     upper, lower, kind = values, values, torch.zeros(shape, dtype=torch.int64, device=values.device)
     if design.limits is not None:
         limits, hidden = design.limits, design.limits.hide(values)
-        kind = torch.where(hidden, limits.kinds, kind)
+        kind = torch.where(hidden, censoring_of(limits), kind)
         upper = torch.where(hidden, limits.told.to(values.dtype), values)
         both = hidden & (kind == int(Censoring.INTERVAL))
         lower = torch.where(both, limits.lower.to(values.dtype), upper)

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nlme_sbi.limits import Limits
 from nlme_sbi.runs.files import load_array, load_json, save_array, save_json, sha256_of_plain
 from nlme_sbi.runs.schema import DESIGN, DESIGN_ARRAYS, check_array
-from nlme_sbi.types import Covariates, Design, Events, Groups, Limits
+from nlme_sbi.types import Covariates, Design, Events, Groups
 
 DESCRIPTION = "design.json"
 _MOST_SHARED = 10**7  # rows that are one row on the disk

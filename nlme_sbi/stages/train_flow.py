@@ -21,7 +21,8 @@ from nlme_sbi.compute.distributed import Team, joined
 from nlme_sbi.compute.random_streams import weights_seed
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.networks.densities import FlowSettings
-from nlme_sbi.networks.posterior import PosteriorNetwork, description_of, initial_network
+from nlme_sbi.networks.posterior import PosteriorNetwork, initial_network
+from nlme_sbi.networks.stored_weights import description_of
 from nlme_sbi.networks.summaries import DataShape, SummarySettings
 from nlme_sbi.plots.loss import plot_history
 from nlme_sbi.runs import (

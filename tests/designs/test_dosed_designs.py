@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from nlme_sbi.designs import RandomTimes, ResampledDesigns
-from nlme_sbi.designs.limits import censored_by_limits, spread_limits, with_limits
+from nlme_sbi.designs.censoring import censored_by_limits, censoring_of, spread_limits, with_limits
 from nlme_sbi.designs.variation import jittered, thinned
-from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Limits, Observations
+from nlme_sbi.limits import Limits
+from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Observations
 
 NUMBERS = ("amount", "rate", "interval")
 
@@ -248,6 +249,6 @@ def test_limits_are_spread_within_their_signal(generator: torch.Generator) -> No
     lower[0, 0, 0], upper[0, 0, 0] = -torch.inf, 1.0
     lower[1, 0, 0], upper[1, 0, 0] = 9.0, torch.inf
     made = spread_limits(Limits(lower, upper), Limits(lower, upper), generator)
-    assert set(made.kinds[..., 0].flatten().tolist()) == {int(Censoring.LEFT), int(Censoring.RIGHT)}
-    assert bool((made.kinds[..., 1] == int(Censoring.NONE)).all())
+    assert set(censoring_of(made)[..., 0].flatten().tolist()) == {int(Censoring.LEFT), int(Censoring.RIGHT)}
+    assert bool((censoring_of(made)[..., 1] == int(Censoring.NONE)).all())
     assert float(made.upper[0, 0, 0]) == 1.0

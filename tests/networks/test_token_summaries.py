@@ -12,12 +12,14 @@ from safetensors.torch import save_file
 
 from nlme_sbi import AffineCouplingFlow, GaussianPrior, TrainingSettings, train_posterior
 from nlme_sbi.diagnostics.network.simulated_posteriors import observations_of, posterior_pairs
-from nlme_sbi.networks.posterior import build_network, description_of, load_shape, stored_network
+from nlme_sbi.limits import Limits
+from nlme_sbi.networks.posterior import build_network, stored_network
+from nlme_sbi.networks.stored_weights import description_of, load_shape
 from nlme_sbi.networks.summaries import DataShape, PooledSummary, SummarySettings
 from nlme_sbi.networks.token_summaries import AttentionSummary, RecurrentSummary
 from nlme_sbi.runs import save_json
 from nlme_sbi.simulation.shards import simulate_batch
-from nlme_sbi.types import Covariates, Design, Events, Limits, Simulations
+from nlme_sbi.types import Covariates, Design, Events, Simulations
 
 SMALL: dict[str, SummarySettings] = {
     "attention": AttentionSummary(width=8, hidden=16, token_width=8, token_hidden=16, blocks=1, heads=2),

@@ -9,9 +9,10 @@ import torch
 from dosed import regimens, written_out
 
 from nlme_sbi.individual_model.dosing.doses import MODELLED_RATE
+from nlme_sbi.limits import Limits
 from nlme_sbi.networks.token_features import TokenFeatures
 from nlme_sbi.networks.tokens import TokenKind, Tokens, last_before, tokens_of
-from nlme_sbi.types import Censoring, Design, EventKind, Events, Limits
+from nlme_sbi.types import Censoring, Design, EventKind, Events
 
 
 def equal(one: Tokens, other: Tokens) -> bool:

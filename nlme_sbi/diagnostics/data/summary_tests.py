@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import binom
 from torch import Tensor
 
-from nlme_sbi.designs.limits import spread_limits, with_limits
+from nlme_sbi.designs.censoring import spread_limits, with_limits
 from nlme_sbi.diagnostics.network.simulated_posteriors import observations_of
 from nlme_sbi.types import Design, Observations, Prior, Simulations, Simulator
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nlme_sbi.designs.limits import censored_by_limits
+from nlme_sbi.designs.censoring import censored_by_limits
 from nlme_sbi.numerics.weighted_draws import require_densities, require_equal_weights
 from nlme_sbi.posteriors import Posterior
 from nlme_sbi.simulation.shards import simulate_batch

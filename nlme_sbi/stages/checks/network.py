@@ -12,7 +12,7 @@ from nlme_sbi.compute.progress import Progress
 from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.designs import ResampledDesigns
-from nlme_sbi.designs.limits import with_limits
+from nlme_sbi.designs.censoring import with_limits
 from nlme_sbi.diagnostics.network.calibration import Calibration, calibration
 from nlme_sbi.diagnostics.network.calibration_findings import Where, calibration_findings, recovery_finding
 from nlme_sbi.diagnostics.network.local_calibration import Neighbourhood, ObservedDesigns

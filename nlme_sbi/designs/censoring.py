@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from nlme_sbi.designs.coverage import count_of
 from nlme_sbi.individual_model.noise.likelihood import bounds_of
-from nlme_sbi.types import Censoring, Design, Limits, Observations
+from nlme_sbi.limits import Limits
+from nlme_sbi.types import Censoring, Design, Observations
 
 
 def with_limits(observations: Observations) -> Observations:
@@ -42,10 +43,18 @@ def censored_by_limits(observations: Observations) -> Observations:
         observations,
         values=torch.where(hidden, limits.told.to(observations.values.dtype), observations.values),
         design=replace(observations.design, limits=None),
-        censoring=torch.where(hidden, limits.kinds, int(Censoring.NONE)),
+        censoring=torch.where(hidden, censoring_of(limits), int(Censoring.NONE)),
         lower=torch.where(hidden & torch.isfinite(limits.lower), limits.lower, 0.0),
         upper=torch.where(hidden & torch.isfinite(limits.upper), limits.upper, 0.0),
     )
+
+
+def censoring_of(limits: Limits) -> Int[Tensor, "I T C"]:
+    """How a value that is hidden is censored, codes of :class:`Censoring`; NONE where there are no limits."""
+    one_sided = torch.where(torch.isinf(limits.upper), int(Censoring.RIGHT), int(Censoring.LEFT))
+    both = torch.isfinite(limits.upper) & torch.isfinite(limits.lower)
+    kinds = torch.where(both, int(Censoring.INTERVAL), one_sided)
+    return torch.where(limits.there, kinds, int(Censoring.NONE))
 
 
 def spread_limits(limits: Limits, pool: Limits, generator: torch.Generator) -> Limits:
@@ -58,11 +67,11 @@ def spread_limits(limits: Limits, pool: Limits, generator: torch.Generator) -> L
     """
     lower, upper = limits.lower.clone(), limits.upper.clone()
     for signal in range(lower.shape[2]):
-        known = pool.lower[..., signal] < pool.upper[..., signal]
+        known = pool.there[..., signal]
         if not bool(known.any()):
             continue
         choices = torch.stack((pool.lower[..., signal][known], pool.upper[..., signal][known]), 1)
-        empty = lower[..., signal] >= upper[..., signal]
+        empty = ~limits.there[..., signal]
         drawn = choices[torch.randint(len(choices), empty.shape, generator=generator, device=lower.device)]
         lower[..., signal] = torch.where(empty, drawn[..., 0].to(lower.dtype), lower[..., signal])
         upper[..., signal] = torch.where(empty, drawn[..., 1].to(upper.dtype), upper[..., signal])
@@ -74,14 +83,14 @@ def limit_rules(design: Design, pool: Design, slack: float) -> list[tuple[Bool[T
     limits = design.limits
     if limits is None:
         return []
-    hidden = (limits.lower < limits.upper) & design.observed
+    hidden = limits.there & design.observed
     rules: list[tuple[Bool[Tensor, " B"], Callable[[int], str]]] = []
     for kind, words in (
         (Censoring.LEFT, "below a limit"),
         (Censoring.RIGHT, "above a limit"),
         (Censoring.INTERVAL, "between two limits"),
     ):
-        own = hidden & (limits.kinds == int(kind))
+        own = hidden & (censoring_of(limits) == int(kind))
         known = _known(pool, kind)
         rules.append((_unknown_signal(own, known), _words_of_kind(own, words)))
         if bool(known.any()) and pool.limits is not None:
@@ -98,7 +107,7 @@ def limit_rules(design: Design, pool: Design, slack: float) -> list[tuple[Bool[T
 def _known(pool: Design, kind: Censoring) -> Tensor:
     if pool.limits is None:
         return torch.zeros_like(pool.observed)
-    return pool.limits.kinds == int(kind)
+    return censoring_of(pool.limits) == int(kind)
 
 
 def _unknown_signal(own: Tensor, known: Tensor) -> Bool[Tensor, " B"]:
