@@ -81,7 +81,7 @@ class RegimenRanges:
         given, steady = written.given, written.given & (written.steady_state > 0)
         infused = given & (written.rate > 0)
         lasting = written.amount / torch.where(infused, written.rate, 1.0)
-        routes = torch.tensor(sorted(self.compartments), device=given.device)
+        routes = torch.tensor(sorted(self.compartments), dtype=torch.int64, device=given.device)
         listed = ", ".join(str(place) for place in sorted(self.compartments)) or "none"
         rules: list[RegimenRule] = [
             (

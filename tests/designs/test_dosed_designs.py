@@ -75,6 +75,16 @@ def test_a_regimen_that_training_did_not_have_is_refused_by_name(
     assert found == {} if reason is None else re.search(reason, found[0]), found
 
 
+def test_doses_are_refused_where_training_had_none() -> None:
+    without = replace(PLAIN, events=None)
+    assert ResampledDesigns(without).covers(without) == {}
+    assert "2 doses, but the network was trained with 0" in ResampledDesigns(without).covers(PLAIN)[0]
+    assert "0 doses, but the network was trained with 2" in ResampledDesigns(PLAIN).covers(without)[0]
+    varied = ResampledDesigns(without, jitter=0.1)
+    assert "2 doses, but the network was trained with 0 to 0" in varied.covers(PLAIN)[0]
+    assert varied.covers(without) == {}
+
+
 def test_resets_and_other_rates_are_refused_by_name() -> None:
     reset = regimen([1.0, 12.0, 20.0], [{}, {"time": 12.0}], resets=(1,))
     assert "a reset (EVID 3 or 4, or SS 1)" in ResampledDesigns(PLAIN).covers(reset)[0]

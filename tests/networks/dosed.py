@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from nlme_sbi.individual_model.dosing.doses import write_out_doses
+from nlme_sbi.limits import Limits
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design, EventKind, Events, SimulatorOutput
 
@@ -71,17 +72,34 @@ class LinearDosed:
 
     @staticmethod
     def posterior(values: torch.Tensor, design: Design) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and SD ``(B,)`` of the slope."""
-        known = torch.where(design.observed[..., 0], exposure(design), 0.0)
-        precision = 1 + known.square().sum(1) / NOISE_SD**2
-        return (known * values[..., 0].double()).sum(1) / NOISE_SD**2 / precision, precision.rsqrt()
+        """Mean and SD ``(B,)`` of the slope; where limits hide values, by quadrature."""
+        known, seen = torch.where(design.observed[..., 0], exposure(design), 0.0), values[..., 0].double()
+        if design.limits is None:
+            precision = 1 + known.square().sum(1) / NOISE_SD**2
+            return (known * seen).sum(1) / NOISE_SD**2 / precision, precision.rsqrt()
+        slope = torch.linspace(-6, 6, 6001, dtype=torch.float64)
+        off = (seen[..., None] - known[..., None] * slope) / NOISE_SD
+        limit = (design.limits.upper[..., 0].double()[..., None] - known[..., None] * slope) / NOISE_SD
+        hidden = design.limits.hide(values)[..., 0, None]
+        each = torch.where(hidden, torch.special.log_ndtr(limit), -0.5 * off.square())
+        each = torch.where(design.observed, each, 0.0).sum(1) - 0.5 * slope.square()
+        weight = torch.softmax(each, 1)
+        mean = weight @ slope
+        return mean, (weight @ slope.square() - mean.square()).sqrt()
 
 
 class Regimens:
-    """:func:`regimens` as a source of designs."""
+    """:func:`regimens` as a source of designs; with ``limit`` values below it are not told."""
+
+    def __init__(self, limit: float | None = None) -> None:
+        self.limit = limit
 
     def sample(self, count: int, generator: torch.Generator) -> Design:
-        return regimens(count, generator)
+        design = regimens(count, generator)
+        if self.limit is None:
+            return design
+        upper = torch.full(design.observed.shape, self.limit, device=generator.device)
+        return replace(design, limits=Limits(torch.full_like(upper, -torch.inf), upper))
 
     def covers(self, design: Design) -> dict[int, str]:
         del design

@@ -191,18 +191,21 @@ def test_settings_that_make_no_network_are_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "summary",
+    ("summary", "limit"),
     [
-        AttentionSummary(width=24, hidden=48, token_width=24, token_hidden=48, blocks=1),
-        RecurrentSummary(width=24, hidden=48, token_width=24, token_hidden=48, state=32),
+        (AttentionSummary(width=24, hidden=48, token_width=24, token_hidden=48, blocks=1), None),
+        (RecurrentSummary(width=24, hidden=48, token_width=24, token_hidden=48, state=32), None),
+        (RecurrentSummary(width=24, hidden=48, token_width=24, token_hidden=48, state=32), 0.3),
     ],
-    ids=["attention", "recurrent"],
+    ids=["attention", "recurrent", "recurrent, censored"],
 )
-def test_posteriors_under_random_regimens_come_near_the_exact_ones(summary: SummarySettings) -> None:
+def test_posteriors_under_random_regimens_come_near_the_exact_ones(
+    summary: SummarySettings, limit: float | None
+) -> None:
     posterior, _ = train_posterior(
         LinearDosed(),
         PRIOR,
-        Regimens(),
+        Regimens(limit),
         summary=summary,
         flow=AffineCouplingFlow(couplings=2, hidden=32),
         settings=TrainingSettings(
@@ -212,10 +215,13 @@ def test_posteriors_under_random_regimens_come_near_the_exact_ones(summary: Summ
         progress=False,
     )
     generator = torch.Generator().manual_seed(5)
-    made = simulate_batch(PRIOR, Regimens(), LinearDosed(), 500, generator)
+    made = simulate_batch(PRIOR, Regimens(limit), LinearDosed(), 500, generator)
     observations = observations_of(made, LinearDosed())
     pairs = posterior_pairs(posterior, observations, made.phi, draws=300, generator=generator)
     mean, sd = LinearDosed.posterior(made.values, made.design)
+    if limit is not None:
+        assert observations.censoring is not None
+        assert 0.3 < float((observations.censoring > 0).sum() / made.design.observed.sum()) < 0.8
     off = (pairs.draws[..., 0].mean(1) - mean) / sd
     # A network that sees no doses is off by 1.5 SD or more in the mean square.
     assert float(off.square().mean().sqrt()) < 0.35
