@@ -34,7 +34,8 @@ from nlme_sbi.diagnostics.network.agreement_with_exact import agreement
 from nlme_sbi.diagnostics.network.calibration import calibration
 from nlme_sbi.diagnostics.network.calibration_findings import calibration_findings
 from nlme_sbi.diagnostics.network.simulated_posteriors import PosteriorPairs, observations_of, posterior_pairs
-from nlme_sbi.networks.posterior import AmortizedPosterior, load_weights
+from nlme_sbi.networks.posterior import AmortizedPosterior
+from nlme_sbi.networks.stored_weights import load_weights
 from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.simulation.shards import simulate_batch
 from nlme_sbi.training.loop import train

@@ -24,7 +24,8 @@ from two_rate_training import NETWORKS, TEST_SEED, configuration, fresh, trained
 
 from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.networks.ensembles import PosteriorEnsemble
-from nlme_sbi.networks.posterior import AmortizedPosterior, load_weights
+from nlme_sbi.networks.posterior import AmortizedPosterior
+from nlme_sbi.networks.stored_weights import load_weights
 from nlme_sbi.posteriors import Posterior
 from nlme_sbi.simulation.shards import simulate_batch
 from nlme_sbi.training.pairs import OnlinePairs

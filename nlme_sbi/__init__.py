@@ -41,11 +41,13 @@ if TYPE_CHECKING:
     from nlme_sbi.individual_model.sde import SdeModel
     from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, TorchDiffEq
     from nlme_sbi.io import EventTable, LongTable, WideSheet, describe
+    from nlme_sbi.limits import Limits
     from nlme_sbi.networks.ensembles import PosteriorEnsemble
     from nlme_sbi.networks.flows import AffineCouplingFlow, SplineAutoregressiveFlow, SplineCouplingFlow
     from nlme_sbi.networks.mixtures import GaussianMixtureFlow
     from nlme_sbi.networks.posterior import AmortizedPosterior
     from nlme_sbi.networks.summaries import GridSummary, PooledSummary
+    from nlme_sbi.networks.token_summaries import AttentionSummary, RecurrentSummary
     from nlme_sbi.parameters import Parameter, ParameterSpace
     from nlme_sbi.plots.individual_fits import plot_individual_fits
     from nlme_sbi.population import (
@@ -82,6 +84,7 @@ __all__ = [
     "AffineCouplingFlow",
     "AmortizedPosterior",
     "Assessment",
+    "AttentionSummary",
     "Auto",
     "Binomial",
     "BoxCox",
@@ -108,6 +111,7 @@ __all__ = [
     "GridSummary",
     "Laplace",
     "Leaping",
+    "Limits",
     "LongTable",
     "MechanisticSimulator",
     "MixturePrior",
@@ -129,6 +133,7 @@ __all__ = [
     "Proportional",
     "RandomTimes",
     "ReactionNetwork",
+    "RecurrentSummary",
     "ResampledDesigns",
     "Rosenbrock",
     "RungeKutta4",
@@ -226,6 +231,7 @@ _ROOMS = {
         "WideSheet",
         "describe",
     ),
+    "limits": ("Limits",),
     "networks.ensembles": ("PosteriorEnsemble",),
     "networks.flows": (
         "AffineCouplingFlow",
@@ -237,6 +243,10 @@ _ROOMS = {
     "networks.summaries": (
         "GridSummary",
         "PooledSummary",
+    ),
+    "networks.token_summaries": (
+        "AttentionSummary",
+        "RecurrentSummary",
     ),
     "parameters": (
         "Parameter",

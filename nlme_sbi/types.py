@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nlme_sbi.limits import Limits
 from nlme_sbi.rows import ReadOnlyMapping, Rows, row_positions, select
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _map_tensors(carrier: Carrier, change: Callable[[Tensor], Tensor], **others:
         value = getattr(carrier, item.name)
         if isinstance(value, Tensor):
             changed[item.name] = change(value)
-        elif isinstance(value, (Events, Covariates, Groups, Design)):
+        elif isinstance(value, (Events, Limits, Covariates, Groups, Design)):
             changed[item.name] = _map_tensors(value, change)
     return replace(carrier, **changed)  # type: ignore[type-var]
 
@@ -193,6 +194,7 @@ class Design:
         groups: grouping variables, or None.
         occasion: ``(I, T)`` codes, or None.
         events: dose records, or None.
+        limits: what is not told of values, or None where every value is. Of data, ``Observations.censoring`` tells it.
     """
 
     times: Float[Tensor, "I T"]
@@ -201,6 +203,7 @@ class Design:
     groups: Groups | None = None
     occasion: Int[Tensor, "I T"] | None = None
     events: Events | None = None
+    limits: Limits | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.times.shape) != tuple(self.observed.shape[:2]):
@@ -210,6 +213,7 @@ class Design:
             "groups": None if self.groups is None else self.groups.codes,
             "events": None if self.events is None else self.events.time,
             "occasion": self.occasion,
+            "limits": None if self.limits is None else self.limits.lower,
         }
         for name, tensor in rows.items():
             if tensor is not None and tensor.shape[0] != self.times.shape[0]:

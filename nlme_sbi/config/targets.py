@@ -54,7 +54,7 @@ ROLES = (
     Role("noise model", ("nlme_sbi.individual_model.noise",), ("sample", "log_prob")),
     Role("solver", ("nlme_sbi.individual_model.solvers", "nlme_sbi.individual_model.rosenbrock"), ("advance",)),
     Role("parameter", ("nlme_sbi.parameters",), classes=("Parameter", "ParameterSpace")),
-    Role("summary network", ("nlme_sbi.networks.summaries",), ("build",)),
+    Role("summary network", ("nlme_sbi.networks.summaries", "nlme_sbi.networks.token_summaries"), ("build",)),
     Role("flow", ("nlme_sbi.networks.flows", "nlme_sbi.networks.mixtures"), ("build",)),
     Role("training", ("nlme_sbi.training.loop",), classes=("TrainingSettings",)),
     Role("simulation", ("nlme_sbi.simulation.shards",), classes=("SimulationSettings",)),

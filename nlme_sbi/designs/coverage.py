@@ -8,11 +8,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nlme_sbi.individual_model.dosing.doses import write_out_doses
 from nlme_sbi.types import Design
 
 Reasons = dict[int, str]
 # Float32 keeps seven digits of a time; four leave room for files that were rounded.
 TIME_TOLERANCE = 1e-4
+# Amounts, rates and covariates may lie beyond the trained range by this share of it.
+RANGE_SLACK = 0.1
 _CELLS_AT_ONCE = 4_000_000
 
 
@@ -51,12 +54,13 @@ def time_counts(design: Design) -> tuple[Bool[Tensor, "B T"], list[int]]:
 
 
 def dose_records(design: Design) -> tuple[Bool[Tensor, "B E"], Float[Tensor, "B E"], Float[Tensor, "B E"]]:
-    """Which events are doses, their times and their amounts, float64; of width 0 where the design has no events."""
+    """Which entries are doses, their times and their amounts, float64, additional doses (ADDL) written out; of width 0
+    where the design has no events."""
     if design.events is None:
         nothing = torch.zeros((len(design), 0), dtype=torch.float64, device=design.times.device)
         return nothing.bool(), nothing, nothing
-    events = design.events
-    return events.doses, events.time.double(), events.amount.double()
+    written = write_out_doses(design)
+    return written.given, written.time, written.amount
 
 
 def signals_rule(design: Design, signals: int) -> tuple[Bool[Tensor, " B"], Callable[[int], str]]:
@@ -72,6 +76,6 @@ def count_of(number: int, noun: str) -> str:
 
 
 def _is_one_row(design: Design) -> bool:
-    others = (design.covariates, design.groups, design.occasion, design.events)
+    others = (design.covariates, design.groups, design.occasion, design.events, design.limits)
     shared = design.times.stride(0) == 0 and design.observed.stride(0) == 0
     return len(design) > 1 and shared and all(other is None for other in others)

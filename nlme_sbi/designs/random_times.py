@@ -21,6 +21,7 @@ from nlme_sbi.designs.coverage import (
     time_counts,
     without_covariates,
 )
+from nlme_sbi.designs.regimens import PLAIN_BOLUS
 from nlme_sbi.types import Design, Events
 
 _DOSE_KEYS = ("lowest", "highest", "time")
@@ -156,6 +157,7 @@ class RandomTimes:
                 (when - time).abs() > TIME_TOLERANCE * (self.latest - self.earliest),
                 lambda row: f"a dose at {when[row]:.6g}, but the network was trained with doses at {time:.6g}",
             ),
+            *PLAIN_BOLUS.kind_rules(design),
         ]
 
 

@@ -1,4 +1,4 @@
-"""Designs that somebody really used: those of a data set, drawn with replacement."""
+"""Designs that somebody really used: those of a data set, drawn with replacement, as they are or varied."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nlme_sbi.designs.censoring import limit_rules, spread_limits, with_limits
+from nlme_sbi.designs.covariates import covariate_rules
 from nlme_sbi.designs.coverage import (
+    RANGE_SLACK,
     TIME_TOLERANCE,
     Reasons,
     count_of,
@@ -21,12 +24,16 @@ from nlme_sbi.designs.coverage import (
     signals_rule,
     time_counts,
 )
+from nlme_sbi.designs.regimens import RegimenRanges
+from nlme_sbi.designs.variation import jittered, thinned
+from nlme_sbi.designs.varied_ranges import VariedRanges
+from nlme_sbi.limits import Limits
 from nlme_sbi.types import Covariates, Design, Observations
 
-_RANGE_SLACK = 0.1
 # Farther from any time than times are from each other: rows with different masks never match.
 _FAR = 1e30
 _PAIRS_AT_ONCE = 4_000_000
+_VARIATIONS = 4096
 
 
 @runtime_checkable
@@ -39,48 +46,83 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ResampledDesigns:
-    """Rows of a pool of designs, each equally likely, with replacement.
+    """Rows of a pool of designs, each equally likely, with replacement; as they are, or varied.
+
+    Where the pool has limits of quantification, simulated individuals get them in every place of these signals.
 
     Args:
-        pool: the designs; only times, mask, doses and the covariates below are kept.
+        pool: the designs; only times, mask, doses, limits and the covariates below are kept.
         covariates: names of the covariates to keep; None keeps all.
+        jitter: gaps between times, dose intervals, amounts, rates and positive covariates are multiplied by
+            ``exp(u)``, ``u`` uniform between ``-jitter`` and ``jitter``, each for itself; 0 leaves them.
+        keep: smallest share of measurements and of doses that an individual keeps; 1 leaves all.
+
+    Raises:
+        ValueError: the pool is empty, or jitter or keep are no such numbers.
     """
 
     pool: Design
     covariates: Sequence[str] | None = None
+    jitter: float | int = 0.0
+    keep: float | int = 1.0
     _copies: dict[torch.device, Design] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.pool) == 0:
             raise ValueError("The pool of designs is empty; it needs at least one individual.")
-        kept = _chosen(self.pool.covariates, self.covariates)
-        object.__setattr__(
-            self, "pool", Design(self.pool.times, self.pool.observed, covariates=kept, events=self.pool.events)
-        )
+        if not (0 <= self.jitter <= 2 and 0 < self.keep <= 1):
+            raise ValueError(
+                f"jitter must lie between 0 and 2 (a logarithm), keep above 0 and up to 1; got {self.jitter} and "
+                f"{self.keep}."
+            )
+        kept = replace(_only(self.pool), covariates=_chosen(self.pool.covariates, self.covariates))
+        object.__setattr__(self, "pool", kept)
+
+    @property
+    def varied(self) -> bool:
+        """Whether designs differ from those of the pool."""
+        return self.jitter > 0 or self.keep < 1
 
     def sample(self, count: int, generator: torch.Generator) -> Design:
-        """``count`` rows of the pool."""
+        """``count`` rows of the pool, varied where that is asked for."""
         device = generator.device
         if device not in self._copies:
             self._copies[device] = _single_precision(self.pool).to(device)
-        rows = torch.randint(len(self.pool), (count,), generator=generator, device=device)
-        return self._copies[device][rows]
+        pool = self._copies[device]
+        drawn = pool[torch.randint(len(self.pool), (count,), generator=generator, device=device)]
+        if drawn.limits is not None and pool.limits is not None:
+            drawn = replace(drawn, limits=spread_limits(drawn.limits, pool.limits, generator))
+        if self.jitter > 0:
+            drawn = jittered(drawn, float(self.jitter), generator)
+        return thinned(drawn, float(self.keep), generator) if self.keep < 1 else drawn
 
     def covers(self, design: Design) -> Reasons:
-        """Rows that resemble no row of the pool: observed times and dose times must match one closely (relative 1e-4),
-        amounts and covariates must lie in the pool's range, widened by a tenth."""
-        index = _PoolIndex.of(self.pool.to(design.times.device))
-        return reasons_by_chunk(_only(design), lambda rows: self._reasons(rows, index))
+        """Rows that resemble no row of the pool.
 
-    def _reasons(self, design: Design, index: _PoolIndex) -> Reasons:
+        Unvaried, observed times and dose times must match those of one row closely (relative 1e-4); amounts, rates,
+        limits and covariates must lie in the pool's range, widened by a tenth; doses must be of kinds and into
+        compartments that the pool has. Varied, numbers of measurements and doses, times, and pauses between doses must
+        lie in the range of the pool and of 4096 variations, widened by a tenth but for the numbers.
+        """
+        pool = self.pool.to(design.times.device)
+        if self.varied:
+            drawn = self.sample(_VARIATIONS, torch.Generator().manual_seed(0))
+            ranges = VariedRanges.of(self.pool.to("cpu"), drawn).on(design.times.device)
+            return reasons_by_chunk(_only(design), ranges.reasons)
+        index = _PoolIndex.of(pool)
+        return reasons_by_chunk(_only(design), lambda rows: self._reasons(rows, index, pool))
+
+    def _reasons(self, design: Design, index: _PoolIndex, pool: Design) -> Reasons:
         signals = self.pool.observed.shape[2]
         if design.observed.shape[2] != signals:
             return first_reason([signals_rule(design, signals)])
         return first_reason(
             [
-                *_dose_rules(design, index),
+                *index.regimens.count_and_amount_rules(design),
+                *index.regimens.kind_rules(design),
                 index.times_rule(design),
-                *_covariate_rules(design.covariates, index.covariates, len(design)),
+                *limit_rules(design, pool, RANGE_SLACK),
+                *covariate_rules(design.covariates, index.covariates, len(design)),
             ]
         )
 
@@ -92,23 +134,27 @@ class DesignsOfData:
     Args:
         data: reads the data set.
         covariates: names of the covariates to keep; None keeps all.
+        jitter: as :class:`ResampledDesigns`.
+        keep: as :class:`ResampledDesigns`.
     """
 
     data: Reader
     covariates: Sequence[str] | None = None
+    jitter: float | int = 0.0
+    keep: float | int = 1.0
 
     @cached_property
     def resampled(self) -> ResampledDesigns:
         """The data set's designs as a source."""
-        return ResampledDesigns(self.data.read().design, self.covariates)
+        return ResampledDesigns(with_limits(self.data.read()).design, self.covariates, self.jitter, self.keep)
 
     @property
     def pool(self) -> Design:
-        """Times, mask, doses and covariates of the data set."""
+        """Times, mask, doses, limits and covariates of the data set."""
         return self.resampled.pool
 
     def sample(self, count: int, generator: torch.Generator) -> Design:
-        """``count`` rows of the data set's designs."""
+        """``count`` rows of the data set's designs, varied where that is asked for."""
         return self.resampled.sample(count, generator)
 
     def covers(self, design: Design) -> Reasons:
@@ -131,8 +177,7 @@ class _PoolIndex:
     tolerance: Float[Tensor, " U"]
     hashes: Int[Tensor, " U"]
     counts: frozenset[int]
-    doses: frozenset[int]
-    amounts: tuple[float, float]
+    regimens: RegimenRanges
     covariates: Covariates | None
 
     @classmethod
@@ -140,12 +185,11 @@ class _PoolIndex:
         """Different rows of the pool, their hashes and ranges."""
         one_for_all = pool.times.stride(0) == 0 and pool.observed.stride(0) == 0 and pool.events is None
         shown = pool[:1] if one_for_all else pool
-        given, _, amounts = dose_records(shown)
+        given, _, _ = dose_records(shown)
         width, events = shown.times.shape[1], given.shape[1]
         vectors = _vectors(shown, width, events)
         hashes, where = _first_of_each(_hashes(vectors))
         rows = vectors[where]
-        present = amounts[given]
         return cls(
             times=width,
             events=events,
@@ -153,8 +197,7 @@ class _PoolIndex:
             tolerance=TIME_TOLERANCE * torch.where(rows >= _FAR, 0.0, rows).abs().amax(dim=1),
             hashes=hashes,
             counts=frozenset(time_counts(shown)[1]),
-            doses=frozenset(given.sum(dim=1).tolist()),
-            amounts=(float(present.min()), float(present.max())) if len(present) else (0.0, 0.0),
+            regimens=RegimenRanges.of(shown),
             covariates=pool.covariates,
         )
 
@@ -247,72 +290,6 @@ def _first_of_each(hashes: Int[Tensor, " B"]) -> tuple[Int[Tensor, " U"], Int[Te
     return different, torch.zeros_like(different).scatter_(0, inverse, torch.arange(len(hashes), device=hashes.device))
 
 
-def _dose_rules(design: Design, index: _PoolIndex) -> list[tuple[Bool[Tensor, " B"], Callable[[int], str]]]:
-    given, _, amounts = dose_records(design)
-    counts = given.sum(dim=1)
-    low, high = (1 - _RANGE_SLACK) * index.amounts[0], (1 + _RANGE_SLACK) * index.amounts[1]
-    outside = given & ((amounts < low) | (amounts > high))
-    known = torch.tensor(sorted(index.doses), device=counts.device)
-    trained = ", ".join(str(count) for count in sorted(index.doses))
-    return [
-        (
-            ~torch.isin(counts, known),
-            lambda row: f"{count_of(int(counts[row]), 'dose')}, but the network was trained with {trained}",
-        ),
-        (
-            outside.any(dim=1),
-            lambda row: (
-                f"a dose of {amounts[row][outside[row]][0]:.6g}, but the network was trained on "
-                f"{index.amounts[0]:.6g} to {index.amounts[1]:.6g}"
-            ),
-        ),
-    ]
-
-
-def _covariate_rules(
-    covariates: Covariates | None, trained: Covariates | None, rows: int
-) -> list[tuple[Bool[Tensor, " B"], Callable[[int], str]]]:
-    rules: list[tuple[Bool[Tensor, " B"], Callable[[int], str]]] = []
-    for name in () if trained is None else trained.names:
-        if covariates is None or name not in covariates.names:
-            rules.append((torch.ones(rows, dtype=torch.bool), _no_covariate(name)))
-        elif trained is not None:
-            rules.append(_covariate_rule(name, covariates, trained))
-    return rules
-
-
-def _covariate_rule(
-    name: str, covariates: Covariates, trained: Covariates
-) -> tuple[Bool[Tensor, " B"], Callable[[int], str]]:
-    values, known = covariates.column(name), trained.column(name)
-    levels, known_levels = covariates.levels.get(name, ()), trained.levels.get(name, ())
-    if levels != known_levels:
-        every = torch.ones(len(values), dtype=torch.bool)
-        return (
-            every,
-            lambda _: (
-                f'the levels of the covariate "{name}" are {list(levels)}, but the network was trained with '
-                f"{list(known_levels)} (list them in that order in data.categorical)"
-            ),
-        )
-    if levels:
-        unseen = ~torch.isin(values.long(), known.long())
-        return unseen, lambda row: f'the network saw no individual with "{name}" = "{levels[int(values[row])]}"'
-    low, high = float(known.min()), float(known.max())
-    slack = _RANGE_SLACK * (high - low) + TIME_TOLERANCE * max(abs(low), abs(high))
-    outside = (values < low - slack) | (values > high + slack)
-    return (
-        outside,
-        lambda row: (
-            f'the covariate "{name}" is {values[row]:.6g}, but the network was trained on {low:.6g} to {high:.6g}'
-        ),
-    )
-
-
-def _no_covariate(name: str) -> Callable[[int], str]:
-    return lambda _: f'the covariate "{name}" is missing, but the network was trained with it (data.covariates)'
-
-
 def _chosen(covariates: Covariates | None, names: Sequence[str] | None) -> Covariates | None:
     if names is None:
         return covariates
@@ -330,7 +307,7 @@ def _chosen(covariates: Covariates | None, names: Sequence[str] | None) -> Covar
 
 def _only(design: Design) -> Design:
     """Without what a pool does not hold."""
-    return Design(design.times, design.observed, covariates=design.covariates, events=design.events)
+    return replace(design, groups=None, occasion=None)
 
 
 def _single_precision(design: Design) -> Design:
@@ -343,4 +320,7 @@ def _single_precision(design: Design) -> Design:
         events = replace(events, **{name: getattr(events, name).float() for name in names})
     if covariates is not None:
         covariates = replace(covariates, values=covariates.values.float())
-    return replace(design, times=single, events=events, covariates=covariates)
+    limits = design.limits
+    if limits is not None:
+        limits = Limits(limits.lower.float(), limits.upper.float())
+    return replace(design, times=single, events=events, covariates=covariates, limits=limits)

@@ -69,6 +69,11 @@ class PosteriorEnsemble:
         return cls(tuple(AmortizedPosterior.load(run, device=device, trust=trust) for run in finished))
 
     @property
+    def sees_censoring(self) -> bool:
+        """Whether every member was trained on values of which only limits are told."""
+        return all(member.sees_censoring for member in self.members)
+
+    @property
     def parameters(self) -> ParameterSpace:
         return self.members[0].parameters
 

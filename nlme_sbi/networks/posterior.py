@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.compute.progress import Progress
+from nlme_sbi.config.conversion import convert
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
-from nlme_sbi.designs import ResampledDesigns
+from nlme_sbi.designs import DesignsOfData, ResampledDesigns
+from nlme_sbi.designs.censoring import with_limits
+from nlme_sbi.individual_model.dosing.doses import write_out_doses
 from nlme_sbi.individual_model.noise.likelihood import ValueCheckingSimulator
 from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings, working_bytes_per_row
 from nlme_sbi.networks.scaling import ParameterScaling
+from nlme_sbi.networks.stored_weights import Bounded, load_shape, load_weights, safetensors_of
 from nlme_sbi.networks.summaries import DataShape, SummaryNetwork, SummarySettings
+from nlme_sbi.networks.token_summaries import TokenReader
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.posteriors import PosteriorSamples
-from nlme_sbi.runs import FinishedRun, load_design, load_json, load_run, require_same_sources, require_unedited
-from nlme_sbi.runs.schema import DISTINCT, POSITIVE, Rule
-from nlme_sbi.types import CheckingSimulator, Design, DesignSource, Observations, Prior, Simulations, Simulator
+from nlme_sbi.runs import FinishedRun, load_design, load_run, require_same_sources, require_unedited
+from nlme_sbi.types import (
+    CheckingSimulator,
+    Design,
+    DesignSource,
+    Observations,
+    Prior,
+    Simulations,
+    Simulator,
+    TractableSimulator,
+)
 from nlme_sbi.units import check_units
 
 # Of a run's configuration, what a trained network rests on.
@@ -42,77 +52,6 @@ _MADE = 1000  # tensors that are made on the way
 _BYTES_PER_VALUE = 512
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Fill a network from a safetensors file.
-
-    Raises ``ValueError`` when the file is damaged, of another network, or holds weights that are not finite, naming the
-    first tensor that differs.
-    """
-    with safetensors_of(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
-    expected = network.state_dict()
-    wrong = [
-        f"{name} {_described(expected.get(name), 'is not in the network')} against "
-        f"{_described(tensors.get(name), 'nothing in the file')}"
-        for name in sorted(set(expected) | set(tensors))
-        if name not in expected
-        or name not in tensors
-        or expected[name].shape != tensors[name].shape
-        or expected[name].dtype != tensors[name].dtype
-    ]
-    if wrong:
-        raise ValueError(
-            f"{path} belongs to another network: {len(wrong)} tensors differ, first {wrong[0]}; "
-            "train again (fresh=true)."
-        )
-    odd = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if odd:
-        raise ValueError(
-            f"{path} holds weights that are not finite numbers, in {len(odd)} of {len(tensors)} tensors, first "
-            f"{sorted(odd)[0]}; train again (fresh=true)."
-        )
-    network.load_state_dict(tensors)
-
-
-@contextmanager
-def safetensors_of(path: Path) -> Iterator[Any]:
-    """An open safetensors file; raises ``ValueError`` where it is none."""
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            yield file
-    except (OSError, safetensors.SafetensorError) as problem:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({problem}); train again (fresh=true)."
-        ) from problem
-
-
-def _described(tensor: Tensor | None, absent: str) -> str:
-    return absent if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside it, so many tensors of so many numbers can be made, no more: a network is not larger than its file."""
-
-    def __init__(self, numbers: int, tensors: int, path: Path) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._left, self._tensors, self._path = numbers, tensors, path
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = args[0] if args else None
-        if not isinstance(first, Tensor):
-            self._tensors -= 1
-        if isinstance(first, (list, tuple)) and all(isinstance(size, int) for size in first):
-            self._left -= math.prod(first)
-        elif isinstance(first, int):
-            self._left -= first
-        if self._left < 0 or self._tensors < 0:
-            raise ValueError(
-                f"The run's settings describe a network that is larger than {self._path}; they do not belong together. "
-                "Train again (fresh=true)."
-            )
-        return func(*args, **(kwargs or {}))
-
-
 def stored_network(
     shape: DataShape, summary: SummarySettings, flow: FlowSettings, *, dimension: int, weights: Path
 ) -> PosteriorNetwork:
@@ -123,7 +62,7 @@ def stored_network(
     # Beside weights, layers are built with masks and orders, which are not larger than they.
     with safetensors_of(weights) as file:
         tensors = len(file.keys())
-    bounded = _Bounded(weights.stat().st_size + _ROOM, 30 * tensors + _MADE, weights)
+    bounded = Bounded(weights.stat().st_size + _ROOM, 30 * tensors + _MADE, weights)
     with torch.random.fork_rng(devices=[]), bounded:
         network = build_network(shape, summary, flow, dimension=dimension)
     load_weights(network, weights)
@@ -137,31 +76,13 @@ def _stored_part(config: Mapping[str, Any], name: str, role: type, trust: tuple[
     return instantiate(config[name], trust=trust, where=name, role=role, roles=STORED_ROLES)
 
 
-def load_shape(path: Path) -> DataShape:
-    """What the layers of a stored network depend on; raises ``ValueError`` where the file does not tell it."""
-    stored = load_json(path, _SHAPE)
-    levels = tuple((name, count) for name, count in stored["levels"])
-    return DataShape(
-        **{**{key: stored[key] for key in _SHAPE}, "covariates": tuple(stored["covariates"]), "levels": levels}
-    )
-
-
-_SHAPE = {
-    "times": POSITIVE,
-    "signals": POSITIVE,
-    "missing": bool,
-    "shared_times": bool,
-    "covariates": DISTINCT,
-    "levels": [
-        Rule(
-            "a name and a number of levels",
-            lambda pair: (
-                isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) is int
-            ),
-        )
-    ],
-    "takes_doses": bool,
-}
+def _stored_pool(run: FinishedRun, simulator: Simulator) -> ResampledDesigns:
+    """The designs of data that a network was trained on, varied as they were in training."""
+    section = run.section("design")
+    ours = str(section.get("_target_", "")).rpartition(".")[2] == DesignsOfData.__name__
+    named = [name for name in ("jitter", "keep") if ours and name in section]
+    variation = {name: convert(section[name], float, f"design.{name}") for name in named}
+    return ResampledDesigns(load_design(run.folder("design")), covariates=simulator.covariates, **variation)
 
 
 class PosteriorNetwork(nn.Module):
@@ -291,7 +212,7 @@ class AmortizedPosterior:
         target = choose_device(device)
         network.to(target).eval()
         designs: DesignSource = (
-            ResampledDesigns(load_design(finished.folder("design")), covariates=simulator.covariates)
+            _stored_pool(finished, simulator)
             if finished.has("design")
             else _stored_part(config, "design", DesignSource, trust)
         )
@@ -322,14 +243,39 @@ class AmortizedPosterior:
             self.simulator.check_design(observations.design, observations.ids)
         if isinstance(self.simulator, ValueCheckingSimulator):
             self.simulator.check_values(observations)
-        uncovered = self.designs.covers(observations.design)
+        uncovered = self._uncovered(observations)
         if uncovered:
             row, reason = next(iter(uncovered.items()))
+            otherwise = ", fit without a network (posterior=none)" if self._has_likelihood else ""
             raise ValueError(
                 f"The posterior was not trained for {len(uncovered)} of {len(observations)} individuals; first "
                 f'"{observations.ids[row]}": {reason} Simulate and train with designs like the data\'s '
-                "(for example design=of_data), or leave these individuals out."
+                f"(for example design=of_data){otherwise}, or leave these individuals out."
             )
+
+    @property
+    def sees_censoring(self) -> bool:
+        """Whether the network was trained on values of which only limits are told."""
+        return isinstance(self.network.summary, TokenReader) and self.network.summary.censored
+
+    @property
+    def _has_likelihood(self) -> bool:
+        return isinstance(self.simulator, TractableSimulator)
+
+    def _uncovered(self, observations: Observations) -> dict[int, str]:
+        """Individuals that training designs do not cover, and why; limits count where the network reads them."""
+        if not isinstance(self.network.summary, TokenReader):
+            return self.designs.covers(observations.design)
+        limited = with_limits(observations).design
+        found = self.designs.covers(limited)
+        if limited.limits is None or self.network.summary.censored:
+            return found
+        hidden = limited.limits.there.sum((1, 2))
+        censored = {
+            row: f"{int(hidden[row])} censored values (CENS), but the network was trained without any."
+            for row in torch.nonzero(hidden).flatten().tolist()
+        }
+        return {**censored, **found}
 
     def _rows_at_once(self, bytes_per_row: int) -> int:
         memory = _MEMORY.get(self.device.type, _MEMORY["cuda"]) if self.memory is None else self.memory
@@ -341,6 +287,9 @@ class AmortizedPosterior:
         self.check(observations)
         summary = self.network.summary
         per_row = working_bytes_per_row(summary) + _BYTES_PER_VALUE * observations.values[0].numel()
+        if isinstance(summary, TokenReader):
+            observations = with_limits(observations)
+            per_row = summary.bytes_per_individual(_most_tokens(observations.design))
         rows = self._rows_at_once(per_row)
         result = torch.empty((len(observations), summary.width), device=self.device)
         for start in range(0, len(observations), rows):
@@ -392,6 +341,13 @@ class AmortizedPosterior:
             piece = phi[who, which].to(self.device).float()
             result[who, which] = self.network.log_prob(piece.flatten(0, 1), context[who]).view(piece.shape[:2])
         return result
+
+
+def _most_tokens(design: Design) -> int:
+    """Most measurements and doses that an individual can have."""
+    events = design.events
+    doses = 0 if events is None else write_out_doses(design).columns + events.time.shape[1]
+    return 1 + math.prod(design.observed.shape[1:]) + doses
 
 
 def _pieces(individuals: int, draws: int, rows: int) -> Iterator[tuple[slice, slice]]:

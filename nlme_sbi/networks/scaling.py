@@ -150,8 +150,9 @@ def dose_of(design: Design) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
     """Time and amount of everybody's dose; raises ``ValueError`` for other regimens than one bolus, with the remedy."""
     return single_bolus(
         design,
-        reader="The summary network",
-        instead="Fit without a network: posterior=none with estimator=exact, saem or laplace takes every regimen.",
+        reader="This summary network",
+        instead="Train with summary=attention or summary=recurrent, which read every regimen, or fit without a "
+        "network: posterior=none.",
     )
 
 

@@ -31,6 +31,8 @@ class DataShape:
         covariates: the covariates that the simulator reads.
         levels: number of levels of each categorical one.
         takes_doses: whether the simulator reads dose records.
+        compartments: the largest number of a compartment that doses go into.
+        censored: whether limits hide values.
     """
 
     times: int
@@ -40,6 +42,8 @@ class DataShape:
     covariates: tuple[str, ...] = ()
     levels: tuple[tuple[str, int], ...] = ()
     takes_doses: bool = False
+    compartments: int = 1
+    censored: bool = False
 
     @classmethod
     def of(cls, pilot: Simulations, simulator: Simulator) -> DataShape:
@@ -54,12 +58,24 @@ class DataShape:
             covariates=simulator.covariates,
             levels=tuple((name, len(levels[name])) for name in simulator.covariates if name in levels),
             takes_doses=simulator.takes_doses,
+            compartments=_largest_compartment(pilot.design) if simulator.takes_doses else 1,
+            censored=pilot.design.limits is not None,
         )
+
+    @property
+    def covariates_alone(self) -> ContextScaling:
+        """A fresh scaling of covariates, for networks that see doses otherwise."""
+        return ContextScaling(self.covariates, dict(self.levels), takes_doses=False)
 
     @property
     def context(self) -> ContextScaling:
         """A fresh scaling of dose and covariates."""
         return ContextScaling(self.covariates, dict(self.levels), self.takes_doses)
+
+
+def _largest_compartment(design: Design) -> int:
+    events = design.events
+    return 1 if events is None else max(1, int(torch.where(events.doses, events.compartment, 1).max()))
 
 
 @runtime_checkable

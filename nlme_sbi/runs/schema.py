@@ -286,6 +286,8 @@ DESIGN_ARRAYS = {
     **{f"events.{name}": (FLOATS, 2) for name in ("time", "amount", "rate", "interval")},
     **{f"events.{name}": (INTEGERS, 2) for name in ("kind", "additional", "steady_state", "compartment")},
     "events.follows": (BOOLEANS, 2),
+    "limits.lower": (FLOATS, 3),
+    "limits.upper": (FLOATS, 3),
 }
 OBSERVATION_ARRAYS = {"values": (FLOATS, 3), "censoring": (INTEGERS, 3), "lower": (FLOATS, 3), "upper": (FLOATS, 3)}
 CURVE_ARRAYS = {

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nlme_sbi.limits import Limits
 from nlme_sbi.runs.files import load_array, load_json, save_array, save_json, sha256_of_plain
 from nlme_sbi.runs.schema import DESIGN, DESIGN_ARRAYS, check_array
 from nlme_sbi.types import Covariates, Design, Events, Groups
@@ -135,6 +136,8 @@ def _check_names(path: Path, description: dict[str, Any]) -> None:
     events = {name for name in DESIGN_ARRAYS if name.startswith("events.")}
     lacking = [name for name in ("times", "observed") if name not in arrays]
     lacking += sorted(events - arrays - {"events.follows"}) if events & arrays else []
+    limits = {"limits.lower", "limits.upper"}
+    lacking += sorted(limits - arrays) if limits & arrays else []
     for name in ("covariates", "groups"):
         described = description.get(name) is not None
         lacking += [name] if described and name not in arrays else []
@@ -209,6 +212,8 @@ def arrays_of(design: Design) -> dict[str, Tensor]:
         arrays["groups"] = design.groups.codes
     if design.occasion is not None:
         arrays["occasion"] = design.occasion
+    if design.limits is not None:
+        arrays |= {"limits.lower": design.limits.lower, "limits.upper": design.limits.upper}
     if design.events is not None:
         found = {f"events.{item.name}": getattr(design.events, item.name) for item in fields(design.events)}
         arrays |= {name: tensor for name, tensor in found.items() if tensor is not None}
@@ -244,4 +249,5 @@ def _design(
         )
         if "events.time" in there
         else None,
+        limits=Limits(tensor("limits.lower"), tensor("limits.upper")) if "limits.lower" in there else None,
     )

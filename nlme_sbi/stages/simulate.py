@@ -21,6 +21,7 @@ from nlme_sbi.types import Design, DesignSource, Prior, Simulator
 
 log = logging.getLogger(__name__)
 
+_ONE_BOLUS = ("GridSummary", "PooledSummary")  # what reads one bolus an individual and nothing else
 GENERATIVE = ("simulator", "prior", "design")
 
 
@@ -45,7 +46,7 @@ def simulate(cfg: DictConfig) -> float:
     prior, designs, simulator = generative_parts(plain, trust)
     pool: Design | None = getattr(designs, "pool", None)
     if simulator.takes_doses:
-        _warn_of_regimens(designs.sample(1, torch.Generator().manual_seed(0)) if pool is None else pool)
+        _warn_of_regimens(designs.sample(1, torch.Generator().manual_seed(0)) if pool is None else pool, plain)
     run = open_run(
         stage="simulate",
         experiment=plain["experiment"]["name"],
@@ -63,12 +64,15 @@ def simulate(cfg: DictConfig) -> float:
         return _simulate_into(run, settings, prior, designs, simulator, device=device)
 
 
-def _warn_of_regimens(design: Design) -> None:
-    """Say before simulating that no network can be trained on regimens other than one bolus an individual."""
+def _warn_of_regimens(design: Design, plain: Mapping[str, Any]) -> None:
+    """Say before simulating that the chosen summary reads no regimens other than one bolus an individual."""
+    chosen = str((plain.get("summary") or {}).get("_target_", "")).rpartition(".")[2]
+    if chosen not in _ONE_BOLUS:
+        return
     try:
         dose_of(design)
     except ValueError as problem:
-        log.warning("%s These simulations cannot be trained on.", problem)
+        log.warning("%s (%s reads no other regimen.)", problem, chosen)
 
 
 def _relevant(plain: Mapping[str, Any], settings: SimulationSettings, device: torch.device) -> dict[str, Any]:

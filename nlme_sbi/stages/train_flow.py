@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +22,7 @@ from nlme_sbi.compute.random_streams import weights_seed
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.networks.densities import FlowSettings
 from nlme_sbi.networks.posterior import PosteriorNetwork, initial_network
+from nlme_sbi.networks.stored_weights import description_of
 from nlme_sbi.networks.summaries import DataShape, SummarySettings
 from nlme_sbi.plots.loss import plot_history
 from nlme_sbi.runs import (
@@ -290,7 +291,9 @@ class _Curves:
 def _save(run: RunDirectory, network: PosteriorNetwork, shape: DataShape, result: TrainingResult) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     write_atomically(run.path / "weights.safetensors", lambda file: _write(file, safetensors_bytes(weights)))
-    write_atomically(run.path / "network.json", lambda file: _write(file, json.dumps(asdict(shape), indent=2).encode()))
+    write_atomically(
+        run.path / "network.json", lambda file: _write(file, json.dumps(description_of(shape), indent=2).encode())
+    )
     history = pd.DataFrame(result.history).astype({"step": int})
     write_atomically(run.path / "history.csv", lambda file: _write(file, csv_text(history).encode()))
     figure = plot_history(history)

@@ -308,7 +308,8 @@ def train_posterior(
         simulator: makes the data.
         prior: of the individual parameters, named as the simulator's.
         designs: times, doses and covariates of simulated individuals.
-        summary: ``GridSummary()`` where all are measured at the same times, else ``PooledSummary()``.
+        summary: ``GridSummary()`` where all are measured at the same times, else ``PooledSummary()``;
+            ``AttentionSummary()`` or ``RecurrentSummary()`` for other doses than one bolus, or censored values.
         flow: ``AffineCouplingFlow()`` when left out.
         settings: ``TrainingSettings()`` when left out.
         seed: of everything that is random.

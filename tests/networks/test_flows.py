@@ -19,7 +19,7 @@ from nlme_sbi.networks.flows import (
     coupling_masks,
 )
 from nlme_sbi.networks.mixtures import GaussianMixtureFlow
-from nlme_sbi.networks.posterior import load_weights
+from nlme_sbi.networks.stored_weights import load_weights
 
 CONTEXT = 5
 TRANSFORMS: dict[str, FlowSettings] = {

@@ -15,7 +15,8 @@ from nlme_sbi.designs import FixedGrid
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.networks.densities import working_bytes_per_row
 from nlme_sbi.networks.flows import AffineCouplingFlow
-from nlme_sbi.networks.posterior import AmortizedPosterior, build_network, load_weights
+from nlme_sbi.networks.posterior import AmortizedPosterior, build_network
+from nlme_sbi.networks.stored_weights import load_weights
 from nlme_sbi.networks.summaries import DataShape, GridSummary
 from nlme_sbi.training.loop import TrainingSettings, train
 from nlme_sbi.training.pairs import OnlinePairs

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import nlme_sbi.stages.fit_population as fit_stage
+from nlme_sbi import AmortizedPosterior, Observations
 from nlme_sbi.cli import compose_config
 from nlme_sbi.stages.fit_population import fit_population
 from nlme_sbi.stages.simulate import simulate
+from nlme_sbi.stages.train_flow import train_flow
 
 # Maximum likelihood of theophylline by adaptive quadrature, and standard errors.
 RIGHT = {
@@ -79,13 +82,64 @@ def test_what_cannot_be_fitted_is_refused_before_a_run_begins(
     assert not (tmp_path / "outputs").exists()
 
 
-def test_simulations_that_no_network_reads_are_said_to_be_such(
+def test_a_summary_that_reads_one_bolus_is_named_before_simulating(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "study.csv"
     path.write_text(EVENTS + "1,0,.,100,1,0,1\n1,1,5,.,0,0,2\n1,12,.,100,1,0,1\n1,13,6,.,0,0,2\n")
     options = ["experiment=oral", f"data.path={path}", "simulation.n=20", "simulation.shard_size=20", "device=cpu"]
-    simulate(compose_config("simulate", [*options, f"output_root={tmp_path / 'outputs'}"]))
-    assert any("posterior=none" in record.message for record in caplog.records)
-    (run,) = (tmp_path / "outputs" / "simulate").iterdir()
-    assert (run / "manifest.json").exists()
+    simulate(compose_config("simulate", [*options, f"output_root={tmp_path / 'one'}"]))
+    assert not any("one bolus" in record.message.lower() for record in caplog.records)
+    simulate(compose_config("simulate", [*options, "summary=pooled", f"output_root={tmp_path / 'two'}"]))
+    assert any("summary=attention" in record.message for record in caplog.records)
+    for root in ("one", "two"):
+        (run,) = (tmp_path / root / "simulate").iterdir()
+        assert (run / "manifest.json").exists()
+
+
+_REGIMENS = """ID,TIME,DV,AMT,EVID,RATE,ADDL,II,SS,CENS
+1,0,.,100,1,0,2,12,0,0
+1,1,5,.,0,0,0,0,0,0
+1,30,1,.,0,0,0,0,0,1
+2,0,.,100,1,50,0,0,0,0
+2,2,6,.,0,0,0,0,0,0
+2,9,4,.,0,0,0,0,0,0
+3,0,.,80,1,0,0,8,1,0
+3,1,7,.,0,0,0,0,0,0
+3,7,1,.,0,0,0,0,0,1
+"""
+_SMALL = [
+    *("training.steps=20", "training.batch_size=32", "training.warmup_steps=2", "training.validation_size=40"),
+    *("training.validate_every=10", "training.pilot_size=100", "flow.couplings=2", "flow.hidden=8"),
+    *("summary.hidden=8", "summary.width=8", "summary.token_width=8", "summary.token_hidden=8"),
+]
+
+
+@pytest.mark.parametrize("summary", ["attention", "recurrent"])
+def test_a_network_of_repeated_infused_steady_and_censored_individuals(tmp_path: Path, summary: str) -> None:
+    path = tmp_path / "study.csv"
+    path.write_text(_REGIMENS)
+    common = [f"output_root={tmp_path}", "device=cpu", "experiment=intravenous", "simulator.compartments=1"]
+    common += [f"data.path={path}", f"summary={summary}", "design.jitter=0.1"]
+    simulate(compose_config("simulate", [*common, "simulation.n=200", "simulation.shard_size=100"]))
+    train_flow(compose_config("train_flow", [*common, *_SMALL]))
+    posterior = AmortizedPosterior.load(next((tmp_path / "train_flow").iterdir()), device="cpu")
+    assert posterior.sees_censoring
+    data = Observations.read_events(path, signals=["concentration"])
+    draws = posterior.sample(data, 50, torch.Generator().manual_seed(0))
+    assert bool(torch.isfinite(draws.phi).all() & torch.isfinite(draws.log_q).all())
+    # The same doses written out, and the rows that are hidden with another number in them.
+    same = _REGIMENS.replace("1,0,.,100,1,0,2,12,0,0", "1,0,.,100,1,0,1,12,0,0").replace(
+        "1,30,", "1,24,.,100,1,0,0,0,0,0\n1,30,"
+    )
+    path.write_text(same)
+    again = posterior.sample(
+        Observations.read_events(path, signals=["concentration"]), 50, torch.Generator().manual_seed(0)
+    )
+    torch.testing.assert_close(again.phi, draws.phi, rtol=1e-6, atol=1e-6)
+    path.write_text(_REGIMENS.replace("2,0,.,100,1,50", "2,0,.,100,1,-2"))
+    with pytest.raises(ValueError, match=r"RATE -2"):
+        posterior.check(Observations.read_events(path, signals=["concentration"]))
+    path.write_text(_REGIMENS.replace("1,0,.,100,1,0,2", "1,0,.,100,1,0,4").replace("1,30,1", "1,60,1"))
+    with pytest.raises(ValueError, match=r'first "1": 5 doses, .*design=of_data\), fit without a network'):
+        posterior.check(Observations.read_events(path, signals=["concentration"]))

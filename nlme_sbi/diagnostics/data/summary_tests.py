@@ -20,7 +20,7 @@ Clifford (1989), Biometrika 76:633, for exchangeable replicates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import pandas as pd
@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import binom
 from torch import Tensor
 
+from nlme_sbi.designs.censoring import spread_limits, with_limits
 from nlme_sbi.diagnostics.network.simulated_posteriors import observations_of
 from nlme_sbi.types import Design, Observations, Prior, Simulations, Simulator
 
@@ -127,7 +128,7 @@ def support_scores(
     Raises:
         ValueError: for fewer than 400 simulations, or too few that succeed.
     """
-    made = _training_simulations(network, observations.design, simulations, generator)
+    made = _training_simulations(network, with_limits(observations).design, simulations, generator)
     if len(made) < FEWEST_SIMULATIONS:
         raise ValueError(
             f"Distances from the training simulations need at least {FEWEST_SIMULATIONS} of them; there are "
@@ -218,7 +219,10 @@ def _training_simulations(network: Summarizing, design: Design, count: int, gene
     phi = network.prior.sample(count, generator)
     made = network.simulator.simulate(phi, design[rows], generator)
     kept = torch.nonzero((made.status == 0) & torch.isfinite(made.values).flatten(1).all(1))[:, 0]
-    return Simulations(phi[kept], made.values[kept], design[rows[kept]], made.status[kept])
+    chosen = design[rows[kept]]
+    if chosen.limits is not None and design.limits is not None:
+        chosen = replace(chosen, limits=spread_limits(chosen.limits, design.limits, generator))
+    return Simulations(phi[kept], made.values[kept], chosen, made.status[kept])
 
 
 def _whitening(covariance: Float[Tensor, "H H"]) -> Float[Tensor, "H W"]:

@@ -95,11 +95,11 @@ class PriorRatio:
             ValueError: censored data; draws that are not finite, lie outside the prior, or belong to other parameters
                 or individuals.
         """
-        if observations.censoring is not None:
+        if observations.censoring is not None and not getattr(source, "sees_censoring", False):
             raise ValueError(
                 "The data hold censored measurements (CENS), and prior_ratio weighs draws of a network that was "
-                "trained on plain values and takes a limit for a value. Pass estimator=exact, or leave these rows out, "
-                "for example 'data.skip={CENS: 1}'."
+                "trained on plain values and takes a limit for a value. Pass estimator=exact, train with "
+                "design=of_data summary=attention, or leave these rows out, for example 'data.skip={CENS: 1}'."
             )
         if not isinstance(source, PosteriorSamples):
             drawn = source.sample(observations, self.draws, generator)

@@ -11,6 +11,8 @@ import torch
 from nlme_sbi.compute.progress import Progress
 from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.config.conversion import convert
+from nlme_sbi.designs import ResampledDesigns
+from nlme_sbi.designs.censoring import with_limits
 from nlme_sbi.diagnostics.network.calibration import Calibration, calibration
 from nlme_sbi.diagnostics.network.calibration_findings import Where, calibration_findings, recovery_finding
 from nlme_sbi.diagnostics.network.local_calibration import Neighbourhood, ObservedDesigns
@@ -121,11 +123,18 @@ def local_checks(subject: Subject) -> Outcome:
     some = subject.some_observations(200)
     draws = posterior.sample(some, max(200, 10 * len(posterior.parameters)), generator).phi
     near = Neighbourhood.of(draws, posterior.prior, generator)
-    designs = ObservedDesigns(some.design)
+    designs = _designs_like(some)
     made, failed = good_simulations(near, designs, posterior.simulator, settings.local, generator)
     pairs = _pairs(subject, made, generator, label="like the data", density=near)
     found = calibration(pairs, generator, error_rate=settings.error_rate, failed=failed)
     return _calibration_outcome(found, settings, "local")
+
+
+def _designs_like(observations: Observations) -> DesignSource:
+    """The data's own designs; where values are censored, with limits in every place."""
+    if observations.censoring is None:
+        return ObservedDesigns(observations.design)
+    return ResampledDesigns(with_limits(observations).design)
 
 
 def _pairs(

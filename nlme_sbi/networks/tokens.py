@@ -1,0 +1,193 @@
+"""One individual as tokens: every measurement, dose and reset by itself, in an order that depends on nothing else.
+
+Event tables and arrays hold the same individual in many ways: rows in another order, additional doses (ADDL) written
+out or not, padding. All of them give the same tokens here, in the same order, so that no network can tell them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nlme_sbi.designs.censoring import censoring_of
+from nlme_sbi.individual_model.dosing.doses import write_out_doses
+from nlme_sbi.types import Censoring, Design
+
+# Within a time: what empties the compartments, doses, measurements, and what is recorded as coming after these.
+_RESET_FIRST, _DOSE_FIRST, _MEASURED, _RESET_AFTER, _DOSE_AFTER = range(5)
+_NEVER = torch.inf
+
+
+class TokenKind(IntEnum):
+    """What a token tells of."""
+
+    MEASUREMENT = 0
+    DOSE = 1
+    RESET = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Tokens ``(B, N)`` in order of time, padding last; 0 where a column means nothing for a token.
+
+    Args:
+        present: what is no padding.
+        time: when, float64.
+        kind: codes of :class:`TokenKind`.
+        channel: the signal of a measurement, the compartment of a dose, both from 0.
+        value: of a measurement, or its limit where only that is known: the upper one, else the lower one.
+        other: the lower limit of a measurement that has two, else ``value``.
+        censoring: codes of :class:`nlme_sbi.types.Censoring`.
+        amount: of a dose, as recorded.
+        rate: of an infusion; 0 a bolus, -1 and -2 a modelled rate or duration.
+        interval: between the past doses of a steady state.
+        steady_state: 0, 1 or 2 (SS).
+    """
+
+    present: Bool[Tensor, "B N"]
+    time: Float[Tensor, "B N"]
+    kind: Int[Tensor, "B N"]
+    channel: Int[Tensor, "B N"]
+    value: Float[Tensor, "B N"]
+    other: Float[Tensor, "B N"]
+    censoring: Int[Tensor, "B N"]
+    amount: Float[Tensor, "B N"]
+    rate: Float[Tensor, "B N"]
+    interval: Float[Tensor, "B N"]
+    steady_state: Int[Tensor, "B N"]
+
+    def of_kind(self, kind: TokenKind) -> Bool[Tensor, "B N"]:
+        """Which tokens are of a kind."""
+        return self.present & (self.kind == int(kind))
+
+    def __len__(self) -> int:
+        return self.present.shape[0]
+
+
+def tokens_of(values: Float[Tensor, "B T C"], design: Design, *, takes_doses: bool) -> Tokens:
+    """The tokens of individuals.
+
+    Args:
+        values: measured; where ``design.limits`` hide one, only its limits enter.
+        design: times, mask, doses, limits.
+        takes_doses: whether doses are read.
+
+    Raises:
+        ValueError: doses are read and the design has none.
+    """
+    parts = [_measurements(values, design)]
+    if takes_doses:
+        parts += _events(design)
+    joined = [torch.cat([part[name] for part in parts], dim=1) for name in parts[0]]
+    columns = dict(zip(parts[0], joined, strict=True))
+    order = _canonical_order(columns)
+    width = max(1, int(columns["present"].sum(1).max()) if len(values) else 1)
+    ordered = {name: column.gather(1, order)[:, :width] for name, column in columns.items()}
+    del ordered["phase"]
+    there = ordered["present"]
+    zeroed = {name: torch.where(there, column, torch.zeros_like(column)) for name, column in ordered.items()}
+    return Tokens(**zeroed)
+
+
+def last_before(
+    mark: Bool[Tensor, "B N"], *columns: Float[Tensor, "B N"], inclusive: bool = False
+) -> tuple[Bool[Tensor, "B N"], tuple[Tensor, ...]]:
+    """Of every token, whether a marked one comes before it, and ``columns`` at the last such one (0 where none does).
+
+    Args:
+        mark: tokens that count.
+        columns: to look up.
+        inclusive: whether a marked token counts for itself.
+    """
+    place = torch.arange(mark.shape[1], device=mark.device).expand(mark.shape)
+    last = torch.where(mark, place, -1).cummax(dim=1).values
+    if not inclusive:
+        last = torch.cat((torch.full_like(last[:, :1], -1), last[:, :-1]), dim=1)
+    known = last >= 0
+    source = last.clamp(min=0)
+    return known, tuple(torch.where(known, column.gather(1, source), 0.0) for column in columns)
+
+
+def _measurements(values: Float[Tensor, "B T C"], design: Design) -> dict[str, Tensor]:
+    """One token each, times and signals flattened."""
+    shape = values.shape
+    upper, lower, kind = values, values, torch.zeros(shape, dtype=torch.int64, device=values.device)
+    if design.limits is not None:
+        limits, hidden = design.limits, design.limits.hide(values)
+        kind = torch.where(hidden, censoring_of(limits), kind)
+        upper = torch.where(hidden, limits.told.to(values.dtype), values)
+        both = hidden & (kind == int(Censoring.INTERVAL))
+        lower = torch.where(both, limits.lower.to(values.dtype), upper)
+    count = torch.arange(shape[2], device=values.device).expand(shape)
+    known = {
+        "present": design.observed,
+        "time": design.times.double()[..., None].expand(shape),
+        "kind": torch.full_like(kind, int(TokenKind.MEASUREMENT)),
+        "phase": torch.full_like(kind, _MEASURED),
+        "channel": count,
+        "value": upper.float(),
+        "other": lower.float(),
+        "censoring": kind,
+    }
+    return _completed({name: column.flatten(1) for name, column in known.items()})
+
+
+def _events(design: Design) -> list[dict[str, Tensor]]:
+    """One token for each dose, additional ones written out, and one for each time when everything is forgotten."""
+    written = write_out_doses(design)
+    doses = {
+        "present": written.given,
+        "time": written.time,
+        "kind": torch.full_like(written.compartment, int(TokenKind.DOSE)),
+        "phase": torch.where(written.follows, _DOSE_AFTER, _DOSE_FIRST),
+        "channel": written.compartment - 1,
+        "amount": written.amount.float(),
+        "rate": written.rate.float(),
+        "interval": torch.where(written.steady_state > 0, written.interval, 0.0).float(),
+        "steady_state": written.steady_state,
+    }
+    there = torch.isfinite(written.forgets)
+    zero = torch.zeros_like(there, dtype=torch.int64)
+    resets = {
+        "present": there,
+        "time": torch.where(there, written.forgets, 0.0),
+        "kind": zero + int(TokenKind.RESET),
+        "phase": torch.where(written.reset_follows, _RESET_AFTER, _RESET_FIRST),
+    }
+    return [_completed(doses), _completed(resets)]
+
+
+def _completed(known: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All columns, 0 where one is not given."""
+    like = known["present"]
+    whole = torch.zeros_like(like, dtype=torch.int64)
+    columns: dict[str, Tensor] = {"phase": whole}
+    for item in fields(Tokens):
+        number = item.name in ("value", "other", "amount", "rate", "interval")
+        columns[item.name] = whole.float() if number else whole
+    return {**columns, **known}
+
+
+def _canonical_order(columns: dict[str, Tensor]) -> Int[Tensor, "B N"]:
+    """By time, then what happens first, then by what tokens say: only equal tokens keep the order they came in."""
+    time = torch.where(columns["present"], columns["time"], _NEVER)
+    order = _sorted_by([time, columns["phase"]])
+    ordered, phase = time.gather(1, order), columns["phase"].gather(1, order)
+    tied = (ordered[:, 1:] == ordered[:, :-1]) & (phase[:, 1:] == phase[:, :-1]) & (ordered[:, 1:] < _NEVER)
+    if not bool(tied.any()):
+        return order
+    rest = ("channel", "value", "other", "censoring", "amount", "rate", "interval", "steady_state")
+    return _sorted_by([time, columns["phase"], *(columns[name] for name in rest)])
+
+
+def _sorted_by(keys: Sequence[Tensor]) -> Int[Tensor, "B N"]:
+    """The order of rows by the first key, ties by the next, and so on."""
+    order = torch.arange(keys[0].shape[1], device=keys[0].device).expand(keys[0].shape)
+    for key in reversed(keys):
+        order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
+    return order
