@@ -31,7 +31,7 @@ COMPUTED = ("visual_predictive_check", "prediction_errors", "goodness_of_fit", "
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output root with a fit of theophylline and its posterior; not to be written to."""
-    return small_fit(tmp_path_factory.mktemp("fits") / "outputs")
+    return small_fit(tmp_path_factory)
 
 
 @pytest.fixture
