@@ -76,6 +76,7 @@ def test_the_objective_is_the_log_likelihood(constant: tuple[str, ...]) -> None:
     assert bool(((contributions(state, there) - log_likelihood(case, away, 1.3 * omega)).abs() < 5 * error).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constant", [(), ("sigma",)])
 def test_derivatives_against_finite_differences(constant: tuple[str, ...]) -> None:
     omega = NO_SIGMA if constant else OMEGA
@@ -154,6 +155,7 @@ def by_quadrature(shape: str, y: float, *, mean: float, sd: float, sigma: float)
     return math.log(sum(quad(integrand, a, b, epsabs=1e-14)[0] for a, b in pairwise(edges)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "values"),
     [
@@ -275,6 +277,7 @@ SDS = {"ka": 0.6364, "CL": 0.2652, "V": 0.1360}
 RESIDUAL = 0.6959
 
 
+@pytest.mark.slow
 def test_theophylline_against_quadrature_at_the_exact_estimate() -> None:
     from omegaconf import OmegaConf
 

@@ -122,6 +122,7 @@ def laplace_of_one(times: np.ndarray, values: np.ndarray, dose: float) -> float:
     return -negative(mode) + 1.5 * math.log(2 * math.pi) - 0.5 * np.linalg.slogdet(np.array(curvature))[1]
 
 
+@pytest.mark.slow
 def test_theophylline_against_a_laplace_of_numpy() -> None:
     state, theta, data = theophylline(full=False)
     found = contributions(state, theta)

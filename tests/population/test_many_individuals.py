@@ -166,6 +166,7 @@ def test_those_who_are_fitted_worst_are_looked_at(monkeypatch: pytest.MonkeyPatc
     assert len(some) <= 8
 
 
+@pytest.mark.slow
 def test_a_profile_is_followed_as_newton_with_fresh_curvatures_follows_it() -> None:
     joint, _ = waves(20)
     rows = torch.arange(20)

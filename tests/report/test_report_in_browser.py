@@ -25,9 +25,7 @@ from tiny_runs import only_run
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        executable() is None, reason="no Chromium on this machine; on Debian: apt-get install chromium"
-    ),
+    pytest.mark.skipif(executable() is None, reason="no Chromium on this machine; on Debian: apt-get install chromium"),
 ]
 DRAWN = "document.documentElement?.dataset.drawn !== undefined"
 PHONE = 390
