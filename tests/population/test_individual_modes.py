@@ -67,6 +67,7 @@ def test_whoever_knows_the_likelihood_is_asked_for_it() -> None:
         generator=seeded(),
         parameters=case.parameters,
         estimator=Laplace(simulator=simulator),
+        starts=1,
     )
     found = individual_modes(fit, case.observations, generator=seeded())
     mean, sd = closed_form(case, fit)
