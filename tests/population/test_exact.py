@@ -109,6 +109,7 @@ def test_the_fit_is_the_maximum_of_the_closed_form(constant: tuple[str, ...], co
         generator=seeded(),
         parameters=case.parameters,
         estimator=Exact(simulator=simulator),
+        starts=1,
     )
     start = fit.population.from_moments(torch.tensor(MEAN, dtype=DOUBLE), omega)
     best, se, _ = case.maximum(fit.population, start)
@@ -216,6 +217,7 @@ def test_the_same_seed_gives_the_same_fit_and_another_one_the_same_within_its_er
             generator=seeded(seed),
             parameters=case.parameters,
             estimator=Exact(simulator=simulator),
+            starts=2,
         )
 
     first, again, other = fitted(0), fitted(0), fitted(9)

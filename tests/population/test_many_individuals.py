@@ -60,6 +60,7 @@ def test_common_draws_lead_to_the_maximum_of_the_closed_form(monkeypatch: pytest
         generator=seeded(),
         parameters=case.parameters,
         estimator=estimator,
+        starts=2,
     )
     best, se, _ = case.maximum(fit.population, fit.population.from_moments(torch.tensor(MEAN, dtype=DOUBLE), OMEGA))
     assert sum(made) > 0

@@ -54,6 +54,7 @@ def fitted(simulator: MechanisticSimulator, data: Observations, constant: tuple[
         generator=generator,
         parameters=simulator.parameters,
         estimator=Exact(simulator=simulator),
+        starts=1,
     )
 
 

@@ -105,7 +105,12 @@ def test_a_population_of_waves_is_fitted_with_every_individual_in_its_best_mode(
     prior = GaussianPrior({"frequency": {"mean": 1.5, "sd": 0.5}, "sigma": {"mean": -2.3, "sd": 0.5}})
     source = LikelihoodWeightedPrior(Wave(), prior, torch.device("cpu"))
     fit = fit_population(
-        source, joint.observations, GaussianPopulation(constant=("sigma",)), generator=seeded(), estimator=estimator
+        source,
+        joint.observations,
+        GaussianPopulation(constant=("sigma",)),
+        generator=seeded(),
+        estimator=estimator,
+        starts=2,
     )
     assert fit.converged, fit.message
     means = fit.individuals.mean[:, 0].numpy()

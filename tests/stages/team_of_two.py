@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which optimizers import at their first step
 from omegaconf import DictConfig
 from tiny_runs import tiny
 
