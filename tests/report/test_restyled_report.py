@@ -24,7 +24,7 @@ from tiny_runs import bytes_of, only_run
 
 pytestmark = pytest.mark.slow
 
-SMALL = ["check_fit.replicates=20", "check_fit.each=1"]
+SMALL = ["check_fit.replicates=260", "check_fit.each=1"]
 COMPUTED = ("visual_predictive_check", "prediction_errors", "goodness_of_fit", "random_effects", "individual_curves")
 
 
