@@ -3,7 +3,9 @@ VENV ?= .venv
 PYTHON ?= python3
 
 BIN := $(VENV)/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# What is compiled is kept, whatever the environment says: else every worker and every command line under test compiles it
+# again. The tests of a file stay together, so that what they share is made once.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 COVERAGE := --cov=nlme_sbi --cov=simulators
 INSTALL_INPUTS := setup.cfg pyproject.toml constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
@@ -26,7 +28,7 @@ demo: $(VENV)/.installed-demo ## population parameters of the theophylline data,
 
 # Shape checks of every annotated function double the time of fits: what takes long runs without them.
 test: $(VENV)/.installed-test ## all tests with line coverage
-	NLME_SBI_SHAPE_CHECKS=off $(PYTEST) -m slow $(COVERAGE) --cov-report= $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	NLME_SBI_SHAPE_CHECKS=off $(PYTEST) -m 'slow and not thorough' $(COVERAGE) --cov-report= $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	$(PYTEST) -m 'not slow and not thorough' $(COVERAGE) --cov-append --cov-report=term:skip-covered --cov-fail-under=90 \
 		$(PYTEST_ARGS)
 

@@ -41,7 +41,8 @@ from attacks import (
     workbook_bomb,
     write_sealed,
 )
-from sent_runs import STAGES, USES, copy_of, make_runs, run_of
+from sent_runs import SENT, STAGES, USES, copy_of, run_of
+from tiny_runs import run_commands
 
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
@@ -144,7 +145,7 @@ def main() -> None:
     tally = Tally()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_runs(folder / "made")
+        run_commands(folder / "made", *SENT)
         root = copy_of(folder / "made", folder / "sent")
         attack_targets(tally, given.targets, given.seed, folder)
         attack_runs(tally, given.changes, given.seed, root)

@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 # Before torch loads its OpenMP runtime: the tests run side by side, one core each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-import matplotlib
 import pytest
-import torch
-from hypothesis import settings
 from jaxtyping import install_import_hook
+
+if TYPE_CHECKING:
+    import torch
 
 # They double the time of a fit: `make test` runs the tests marked slow without them.
 if os.environ.get("NLME_SBI_SHAPE_CHECKS") != "off":
     install_import_hook(["nlme_sbi", "simulators"], "beartype.beartype")
-matplotlib.use("Agg")
-torch.set_num_threads(1)
 
-# Deterministic, so that a red test is red again; no deadline, because a busy machine is not a failure.
-settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
-settings.load_profile("deterministic")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settings of the libraries, which are not even imported where only workers run tests: they take seconds to."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return
+    import matplotlib
+    import torch
+    from hypothesis import settings
+
+    matplotlib.use("Agg")
+    torch.set_num_threads(1)
+    # Deterministic, so that a red test is red again; no deadline, because a busy machine is not a failure.
+    settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+    settings.load_profile("deterministic")
 
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that a stage must run on."""
+    import torch
+
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     return torch.device(request.param)
@@ -36,5 +48,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """A fixed seed, on the device of the test where it is parametrised over devices."""
+    import torch
+
     where = request.getfixturevalue("device") if "device" in request.fixturenames else torch.device("cpu")
     return torch.Generator(device=where).manual_seed(20240229)

@@ -233,16 +233,16 @@ defaults:
 
 
 @pytest.mark.slow
-def test_a_simulator_of_ones_own_with_workers_and_only_when_trusted(tmp_path: Path) -> None:
+def test_a_simulator_of_ones_own_with_workers_and_only_when_trusted(tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "mymodel.py").write_text(MODEL)
     for group, text in CONFIGS.items():
         path = tmp_path / "myconf" / group / "decay.yaml"
         path.parent.mkdir(parents=True)
         path.write_text(text.lstrip())
     arguments = ["--config-dir", "myconf", "experiment=decay", "simulation.n=40", "simulation.shard_size=10"]
-    refused = run_script("simulate", *arguments, cwd=tmp_path)
-    assert refused.returncode == 1
-    assert "nor trusted. If the code is yours or you have read it, pass trust=[mymodel]." in refused.stderr
+    monkeypatch.chdir(tmp_path)
+    assert in_process(monkeypatch, "nlme_sbi.stages.simulate:simulate", *arguments) == 1
+    assert "nor trusted. If the code is yours or you have read it, pass trust=[mymodel]." in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
     done = run_script("simulate", *arguments, "trust=[mymodel]", "simulation.workers=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

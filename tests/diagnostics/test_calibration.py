@@ -42,6 +42,7 @@ def judged(posterior: ConjugatePosterior, generator: torch.Generator, count: int
     return {finding.check: finding for finding in calibration_findings(found, tolerance=0.1, where="prior")}
 
 
+@pytest.mark.slow
 def test_the_exact_posterior_is_accused_as_rarely_as_stated() -> None:
     repetitions, rejected, verdict_wrong = 40, 0, 0
     for seed in range(repetitions):
@@ -56,6 +57,7 @@ def test_the_exact_posterior_is_accused_as_rarely_as_stated() -> None:
     assert verdict_wrong <= most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "check", "light", "word"),
     [
@@ -97,6 +99,7 @@ def test_what_is_narrow_within_the_tolerance_is_called_overconfident(generator: 
     assert "within the tolerance of 10 percentage points" in findings["calibration_coverage"].sentence
 
 
+@pytest.mark.slow
 def test_what_is_wide_within_the_tolerance_is_green_and_said_to_be(generator: torch.Generator) -> None:
     found = calibration(pairs_of(EXACT.but(contraction=1 / 1.07), 2500, 60, generator), generator)
     width = calibration_findings(found, tolerance=0.1, where="prior")[0]
@@ -134,6 +137,7 @@ def test_pooling_sees_what_all_parameters_share(generator: torch.Generator) -> N
     assert found.adjusted[found.tests.index(POOLED)] < 0.05
 
 
+@pytest.mark.slow
 def test_coverage_is_the_share_of_truths_inside(generator: torch.Generator) -> None:
     """Oracle: chi-square distances and normal quantiles of a posterior that is contracted by 1.5."""
     pairs = pairs_of(EXACT.but(contraction=1.5), 2000, 100, generator)
@@ -146,6 +150,7 @@ def test_coverage_is_the_share_of_truths_inside(generator: torch.Generator) -> N
     assert (frame.loc[DENSITY]["coverage"] < frame.loc[DENSITY]["low"]).any()
 
 
+@pytest.mark.slow
 def test_recovery_is_that_of_the_formulas(generator: torch.Generator) -> None:
     back = recovery(pairs_of(EXACT, 2000, 400, generator), PRIOR)
     frame = back.summary_frame().set_index("parameter")
@@ -187,6 +192,7 @@ def near_the_data(
     return calibration(pairs, generator)
 
 
+@pytest.mark.slow
 def test_local_calibration_passes_the_exact_posterior_far_out_in_the_prior() -> None:
     rejected = 0
     for seed in range(3):
@@ -196,12 +202,14 @@ def test_local_calibration_passes_the_exact_posterior_far_out_in_the_prior() -> 
     assert rejected <= binom.isf(1e-4, 3, 0.05)
 
 
+@pytest.mark.slow
 def test_without_weights_the_exact_posterior_would_be_accused(generator: torch.Generator) -> None:
     found = near_the_data(EXACT, generator, weighted=False, width=0.5)
     assert found.adjusted.min() < 1e-6
     assert near_the_data(EXACT, generator, width=0.5).adjusted.min() > 1e-3
 
 
+@pytest.mark.slow
 def test_what_is_wrong_at_the_data_only_passes_over_the_prior_and_is_found_there(generator: torch.Generator) -> None:
     wrong = EXACT.but(edge=1.0, beyond=2.0)  # two times too wide beyond 1: a sixth of the prior's individuals
     over_the_prior = calibration(pairs_of(wrong, 400, 200, generator), generator)
@@ -212,6 +220,7 @@ def test_what_is_wrong_at_the_data_only_passes_over_the_prior_and_is_found_there
     assert findings["local_width"].numbers["verdict"] == "conservative"
 
 
+@pytest.mark.slow
 def test_the_neighbourhood_is_the_mixture_that_it_says(generator: torch.Generator) -> None:
     draws = torch.randn((3, 400, 2), generator=generator) @ torch.tensor([[0.5, 0.2], [0.0, 0.1]]) + 1.0
     near = Neighbourhood.of(draws, PRIOR, generator)

@@ -30,6 +30,7 @@ def test_a_band_holds_uniform_functions_as_a_whole_with_its_probability(size: in
     assert ((counts > band.lower) & (counts < band.upper)).all(1).mean() < probability
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [15, 150])
 def test_p_values_are_small_as_rarely_as_they_say(size: int) -> None:
     random, repetitions = np.random.default_rng(3), 150

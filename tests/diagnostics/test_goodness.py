@@ -46,6 +46,7 @@ def test_predictions_are_the_models_and_residuals_at_means_are_shrunk() -> None:
     assert set(frame.columns) >= {"id", "time", "value", "population_prediction", "individual_prediction", "iwres"}
 
 
+@pytest.mark.slow
 def test_false_alarms_are_rare() -> None:
     alarms = sum(
         goodness_finding(_found(data_set(15, TIMES, _seeded(seed)), 1000 + seed)).light != "green" for seed in range(60)

@@ -68,6 +68,7 @@ def test_false_alarms_are_as_rare_as_stated(kind: dict[str, float], data_sets: i
     assert distance < kstwo.isf(3e-4, data_sets)
 
 
+@pytest.mark.slow
 def test_another_mechanism_is_told_from_noise() -> None:
     found = _checked(with_a_plateau(CELLS, _seeded(1)), _seeded(1))
     lights = _lights(found)
@@ -150,6 +151,7 @@ def test_without_residuals_replicates_tell_simulator_and_data_apart() -> None:
     assert "noise-free prediction" in found.findings[0].sentence
 
 
+@pytest.mark.slow
 def test_support_accepts_what_comes_from_the_prior_and_what_lies_inside_it_but_not_what_does_not() -> None:
     network = Features(Decay())
     rejected = 0

@@ -42,6 +42,7 @@ def test_statistics_are_numpys_and_missing_values_are_left_out() -> None:
         assert table.observed[name] == pytest.approx(value, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_good_data_pass_and_too_rough_or_too_extreme_ones_do_not() -> None:
     # Conservative: of 25 at most 5% are wished, and at most 4 happen but once in 500.
     lights = [

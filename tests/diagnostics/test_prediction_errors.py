@@ -48,6 +48,7 @@ def test_errors_of_a_normal_population_are_its_whitened_residuals() -> None:
     assert set(frame.columns) >= {"id", "time", "signal", "value", "prediction", "npd", "pwres", "npde"}
 
 
+@pytest.mark.slow
 def test_false_alarms_are_rare_and_each_fault_is_seen_by_its_test() -> None:
     alarms = 0
     for seed in range(30):
@@ -88,6 +89,7 @@ def test_missing_values_have_no_errors_and_long_series_are_thinned_evenly() -> N
         assert float((ranks.diff() - step).abs().max()) <= 1.0
 
 
+@pytest.mark.slow
 def test_censored_measurements_enter_as_what_is_known_of_them() -> None:
     alarms = 0
     for seed in range(20):

@@ -57,6 +57,7 @@ def test_effects_shrinkage_and_normal_scores_are_the_textbooks() -> None:
     np.testing.assert_allclose(one.normal_score, norm.ppf((np.arange(1, 401) - 0.375) / 400.25), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_normal_effects_pass_at_the_stated_rate_and_two_groups_or_a_wrong_sd_do_not() -> None:
     alarms = sum(
         distribution_finding(distribution_tests(_effects(_normal(30, _seeded(seed)), _seeded(900 + seed)))).light
@@ -85,6 +86,7 @@ def _design(count: int, generator: torch.Generator) -> Design:
     return replace(Design.regular(torch.zeros(1), count), covariates=covariates)
 
 
+@pytest.mark.slow
 def test_covariates_that_matter_are_found_and_others_seldom() -> None:
     alarms = 0
     for seed in range(60):

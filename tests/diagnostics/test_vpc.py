@@ -41,6 +41,7 @@ def test_observed_quantiles_are_numpys_and_bands_hold_the_true_ones() -> None:
     assert frame.query("probability == 0.5").observed.to_numpy() == pytest.approx(expected[1])
 
 
+@pytest.mark.slow
 def test_false_alarms_are_rare_and_wrong_spreads_and_trends_are_seen() -> None:
     alarms = 0
     for seed in range(40):

@@ -79,6 +79,7 @@ def _scipy_log_likelihood(observations: Observations, row: int, phi: Tensor) -> 
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("simulator", [Decay(), DecayByOde()], ids=["closed form", "ODE"])
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
 def test_likelihood_is_the_sum_over_measurements_for_any_batch_of_phi(

@@ -244,6 +244,7 @@ def _observations(
 EVERY_KIND = [Censoring.NONE, Censoring.LEFT, Censoring.RIGHT, Censoring.INTERVAL]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", [(1.0, 4.0), (20.0, 23.0)])
 @pytest.mark.parametrize("name", [*CONTINUOUS, *COUNTS])
 def test_gradients_of_every_kind_agree_with_differences(name: str, bounds: tuple[float, float]) -> None:

@@ -136,6 +136,7 @@ def test_moments_of_gene_expression(method: str, m0: float, count: int, generato
         assert (np.abs(np.cov(sample.T) - covariance) < 4.5 * error + slack * np.outer(sd, sd)).all()
 
 
+@pytest.mark.slow
 def test_leaps_are_close_to_single_events_where_both_can_be_made(generator: torch.Generator) -> None:
     class Crowded(Dimers):
         def initial_state(self, natural: Mapping[str, Tensor], design: Design) -> Tensor:
@@ -151,6 +152,7 @@ def test_leaps_are_close_to_single_events_where_both_can_be_made(generator: torc
             assert stats.ks_2samp(exact[:, column, signal], leaped[:, column, signal]).pvalue > 1e-4
 
 
+@pytest.mark.slow
 def test_counts_are_whole_numbers_and_never_negative(generator: torch.Generator) -> None:
     phi = torch.tensor([3.0, 0.5, 0.1, 300.0]).log().expand(500, 4)
     design = Design.regular(torch.linspace(0.1, 6, 30), 500, signals=2)

@@ -60,6 +60,7 @@ def test_roles_are_played() -> None:
     assert isinstance(Rosenbrock(), TrajectorySolver)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_solutions_by_fixed_steps_converge_with_the_order_of_the_method(method: str) -> None:
     solver = Rosenbrock(LOOSE, LOOSE, method=method)
@@ -110,6 +111,7 @@ def test_the_stability_function_vanishes_at_infinity_and_is_bounded_on_the_left(
     assert float(growth[real.hypot(imaginary) > 1e5].max()) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rate", [1.0, 1e3, 1e6, 1e9])
 def test_prothero_and_robinson_cost_the_same_at_any_stiffness(method: str, rate: float) -> None:
@@ -129,6 +131,7 @@ def test_prothero_and_robinson_cost_the_same_at_any_stiffness(method: str, rate:
     assert slope.calls < 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_linear_decay_with_rates_six_decades_apart(by_hand: bool) -> None:
     matrix = torch.tensor([[-1.0, 0.0], [1e6, -1e6]], dtype=torch.float64)
@@ -210,6 +213,7 @@ def _relaxation(rate: Tensor) -> Equation:
     return Equation(slope, of_rows=lambda rows: _relaxation(rate.reshape(-1)[rows]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-7])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_tolerance_is_kept_between_the_steps_as_well(method: str, tolerance: float) -> None:
@@ -248,6 +252,7 @@ def test_individuals_do_not_influence_each_other_nor_depend_on_who_has_arrived(g
     torch.testing.assert_close(solved(everybody, False), alone, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shrinking", [False, True])
 def test_any_batch_of_draws_is_solved_as_each_alone(shrinking: bool, generator: torch.Generator) -> None:
     rate = torch.exp(8 * torch.rand((2, 3), generator=generator, dtype=torch.float64))
@@ -346,6 +351,7 @@ def test_what_blows_up_becomes_nan_and_leaves_values_and_gradients_of_the_others
     assert slope[1].item() == pytest.approx(float((1 / (1 - 0.1 * times[1]) ** 2).sum()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_too_many_steps_count_as_failure_not_as_an_answer() -> None:
     arguments = {"start": torch.zeros(1).double(), "times": _doubles(1.0, 1e4)[None]}
     slope = Counted(lambda time, state: torch.cos(50 * time)[:, None] + 0 * state)

@@ -65,6 +65,7 @@ def test_strong_order_on_geometric_brownian_motion(scheme: Scheme, order: float,
     assert slope == pytest.approx(order, abs=0.08)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["euler_maruyama", "milstein"])
 def test_weak_order_is_one(scheme: Scheme, generator: torch.Generator) -> None:
     """The mean's error halves with the step; the same increments make the differences precise."""

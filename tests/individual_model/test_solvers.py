@@ -45,6 +45,7 @@ BEGIN = torch.tensor([[0.5, 0.0], [-1.0, 2.0]], dtype=torch.float64)
 EXACT = torch.from_numpy(np.stack([_exact_pendulum(t, b) for t, b in zip(TIMES, BEGIN, strict=True)]))
 
 
+@pytest.mark.slow
 def test_runge_kutta_converges_with_order_four() -> None:
     errors = [
         float((_solve_pendulum(RungeKutta4(n), TIMES, BEGIN) - EXACT).square().mean().sqrt())
@@ -69,6 +70,7 @@ def test_dormand_prince_solution_is_of_order_five() -> None:
     np.testing.assert_allclose(-np.diff(np.log2(errors)), 6, atol=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-6, 1e-8, 1e-10])
 def test_dormand_prince_keeps_its_tolerance(tolerance: float) -> None:
     found = _solve_pendulum(DormandPrince5(tolerance, tolerance), TIMES, BEGIN)
@@ -76,6 +78,7 @@ def test_dormand_prince_keeps_its_tolerance(tolerance: float) -> None:
     assert float((found - EXACT).abs().max()) < 30 * tolerance
 
 
+@pytest.mark.slow
 def test_a_loose_tolerance_is_visibly_less_exact() -> None:
     errors = [
         float((_solve_pendulum(DormandPrince5(tol, tol), TIMES, BEGIN) - EXACT).abs().max()) for tol in (1e-3, 1e-9)
@@ -83,6 +86,7 @@ def test_a_loose_tolerance_is_visibly_less_exact() -> None:
     assert errors[0] > 1e3 * errors[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [RungeKutta4(4), DormandPrince5()])
 def test_individuals_do_not_influence_each_other(solver: Solver) -> None:
     alone = [_solve_pendulum(solver, TIMES[row : row + 1], BEGIN[row : row + 1])[0] for row in range(2)]
@@ -105,6 +109,7 @@ def test_before_the_start_the_state_is_the_initial_one_and_the_start_is_differen
     assert slope.item() == pytest.approx(0.7 * math.exp(-1.4), rel=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "tolerance"),
     [
@@ -129,6 +134,7 @@ def test_gradients_agree_with_differences_of_a_closed_form(solver: Solver, toler
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_what_blows_up_becomes_nan_and_leaves_the_others_alone() -> None:
     begin = torch.tensor([[1.0], [0.1]], dtype=torch.float64)  # x' = x^2: x = x0/(1 - x0 t), infinite at t = 1 and 10
     times = torch.tensor([[0.5, 2.0, 3.0]] * 2, dtype=torch.float64)
@@ -169,6 +175,7 @@ def test_impossible_settings_are_refused(message: str, options: dict[str, float]
         kind(**options)
 
 
+@pytest.mark.slow
 def test_torchdiffeq_methods_solve_the_same_problems_and_share_their_fate() -> None:
     found = _solve_pendulum(TorchDiffEq("dopri8", 1e-9, 1e-11), TIMES, BEGIN)
     assert float((found - EXACT).abs().max()) < 1e-6

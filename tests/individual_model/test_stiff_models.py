@@ -102,6 +102,7 @@ class Selective(Binding):
         return states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [Rosenbrock(), RungeKutta4(200)], ids=["interpolating", "stopping"])
 def test_observed_states_alone_reach_observe(solver: Rosenbrock | RungeKutta4, generator: torch.Generator) -> None:
     design = _design(generator)

@@ -35,6 +35,7 @@ def two(decay_sd: float, *, individuals: int, seed: int) -> ConjugateCase:
     return even_case([0.5, -0.3], [0.6, decay_sd], noise=0.5, individuals=individuals, seed=seed)
 
 
+@pytest.mark.slow
 def test_the_slope_in_a_variance_at_zero_is_that_of_the_marginal_likelihood() -> None:
     """The heat equation against the derivative of the closed-form likelihood in the variance."""
     case = two(0.2, individuals=12, seed=1)
@@ -111,6 +112,7 @@ def test_the_level_holds_without_variability_and_variability_is_found() -> None:
         assert not test.estimated
 
 
+@pytest.mark.slow
 def test_a_variance_whose_maximum_is_at_zero_is_reported_as_zero() -> None:
     """By the closed form, the likelihood of one of these data sets falls with the variance, of the other one rises."""
     verdicts = {}
@@ -162,6 +164,7 @@ def test_the_exact_estimator_survives_a_variance_that_runs_to_zero() -> None:
     assert float(distance.max()) < 0.2
 
 
+@pytest.mark.slow
 def test_bound_models_and_fixed_sds_are_left_alone() -> None:
     case = two(0.0, individuals=50, seed=4)
     bound = closed_fit(case, GaussianPopulation().bind(case.parameters))

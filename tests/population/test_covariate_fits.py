@@ -155,6 +155,7 @@ def fit_data(fit: PopulationFit) -> Observations:
     return fit.state.joint.observations  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_shrinkage_and_individuals_are_about_each_ones_own_typical_value() -> None:
     fit, _ = three_kinds()
     y = fit_data(fit).values[:, 0]
@@ -174,6 +175,7 @@ def test_shrinkage_and_individuals_are_about_each_ones_own_typical_value() -> No
     assert 1 - float(expected.std()) / sd < row.shrinkage - 0.03
 
 
+@pytest.mark.slow
 def test_full_covariance_and_effects_without_a_closed_form_step() -> None:
     """The same regressor for both parameters: generalised least squares is ordinary least squares."""
     _, _, logs, normal = population()
@@ -195,6 +197,7 @@ def test_full_covariance_and_effects_without_a_closed_form_step() -> None:
     np.testing.assert_allclose(fit.population.covariance(fit.theta).numpy(), omega, atol=0.15 * 0.15 * 0.25)
 
 
+@pytest.mark.slow
 def test_effects_on_sds_are_those_of_the_groups_alone() -> None:
     _, male, _, normal = population()
     y = (0.5 + 0.4 * male + np.where(male, 0.6, 0.3) * normal[:, 0])[:, None]
@@ -258,6 +261,7 @@ def test_the_table_tells_effects_with_error_interval_and_test() -> None:
     assert stored["estimated_unknowns"] == 8
 
 
+@pytest.mark.slow
 def test_an_effect_that_is_not_there_is_not_significant() -> None:
     """A covariate of random order has no effect: the test must not reject. (This seed's p is 0.2 by regression.)"""
     weight, _, _, normal = population()
@@ -273,6 +277,7 @@ def test_an_effect_that_is_not_there_is_not_significant() -> None:
     assert row.p_value > 0.05
 
 
+@pytest.mark.slow
 def test_given_effects_are_kept_and_told_as_fixed() -> None:
     fit, _ = three_kinds()
     model = GaussianPopulation(
@@ -295,6 +300,7 @@ def test_given_effects_are_kept_and_told_as_fixed() -> None:
     assert "fixed" in again.table().text()
 
 
+@pytest.mark.slow
 def test_blocks_leave_the_other_correlations_out_of_the_table() -> None:
     fit, _ = three_kinds()
     again = fitted(fit_data(fit), GaussianPopulation(covariance=[["uptake", "decay"]]), exact=False)
@@ -318,6 +324,7 @@ def by_quadrature(person: tuple[np.ndarray, np.ndarray, float], weight: float) -
     return quadrature(person, mean=mean, sd=sd, residual=RESIDUAL, nodes=17)
 
 
+@pytest.mark.slow
 def test_proposals_cover_everybodys_own_population_on_theophylline() -> None:
     data = Observations.read_events(
         ROOT / "data" / "theophylline" / "theophylline.csv", signals="concentration", covariates=["WT"], time_unit="h"

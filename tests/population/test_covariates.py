@@ -142,6 +142,7 @@ def central_differences(function: Callable[[torch.Tensor], torch.Tensor], theta:
     return torch.stack([(function(theta + way) - function(theta - way)) / 2e-5 for way in step], -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECIFICATIONS)
 def test_derivatives_against_finite_differences(name: str) -> None:
     model = SPECIFICATIONS[name].bind(SPACE, data())

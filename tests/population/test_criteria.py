@@ -275,6 +275,7 @@ def test_other_models_contradict_nobody(change: dict[str, object]) -> None:
     assert compared_fits([base, other]).contradictions == ()
 
 
+@pytest.mark.slow
 def test_criteria_of_a_fit_count_what_was_estimated() -> None:
     case = even_case([0.5, -0.3], [0.6, 0.0], noise=0.5, individuals=50, seed=4)
     fit = closed_fit(case, GaussianPopulation())  # the SD of decay ends at its boundary

@@ -117,6 +117,7 @@ def test_what_is_no_number_is_stored_as_null_and_comes_back(tmp_path: Path) -> N
     assert again.table().estimates is None
 
 
+@pytest.mark.slow
 def test_a_fit_is_its_estimates_and_more() -> None:
     case = even_case([0.5, -0.3], [0.6, 0.0], noise=0.5, individuals=50, seed=4)
     fit = closed_fit(case, GaussianPopulation())

@@ -76,6 +76,7 @@ def test_the_objective_is_the_log_likelihood(constant: tuple[str, ...]) -> None:
     assert bool(((contributions(state, there) - log_likelihood(case, away, 1.3 * omega)).abs() < 5 * error).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constant", [(), ("sigma",)])
 def test_derivatives_against_finite_differences(constant: tuple[str, ...]) -> None:
     omega = NO_SIGMA if constant else OMEGA
@@ -108,6 +109,7 @@ def test_the_fit_is_the_maximum_of_the_closed_form(constant: tuple[str, ...], co
         generator=seeded(),
         parameters=case.parameters,
         estimator=Exact(simulator=simulator),
+        starts=1,
     )
     start = fit.population.from_moments(torch.tensor(MEAN, dtype=DOUBLE), omega)
     best, se, _ = case.maximum(fit.population, start)
@@ -154,6 +156,7 @@ def by_quadrature(shape: str, y: float, *, mean: float, sd: float, sigma: float)
     return math.log(sum(quad(integrand, a, b, epsabs=1e-14)[0] for a, b in pairwise(edges)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "values"),
     [
@@ -214,6 +217,7 @@ def test_the_same_seed_gives_the_same_fit_and_another_one_the_same_within_its_er
             generator=seeded(seed),
             parameters=case.parameters,
             estimator=Exact(simulator=simulator),
+            starts=2,
         )
 
     first, again, other = fitted(0), fitted(0), fitted(9)
@@ -275,6 +279,7 @@ SDS = {"ka": 0.6364, "CL": 0.2652, "V": 0.1360}
 RESIDUAL = 0.6959
 
 
+@pytest.mark.slow
 def test_theophylline_against_quadrature_at_the_exact_estimate() -> None:
     from omegaconf import OmegaConf
 

@@ -33,6 +33,7 @@ def random_theta(model: BoundGaussian, seed: int) -> torch.Tensor:
     return torch.where(model.unknowns.fixed, model.unknowns.starts, theta)
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(-6, 6), min_size=6, max_size=6))
 def test_every_vector_is_a_correlation_matrix_and_comes_back(values: list[float]) -> None:
     unconstrained = torch.tensor(values, dtype=torch.float64)

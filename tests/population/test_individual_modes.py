@@ -44,6 +44,7 @@ def closed_form(case: ConjugateCase, fit: PopulationFit) -> tuple[torch.Tensor, 
     return mean, covariance.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
 
 
+@pytest.mark.slow
 def test_modes_of_gaussian_individuals_are_their_means(gaussian: tuple) -> None:
     case, _, fit = gaussian
     found = individual_modes(fit, case.observations, generator=seeded())
@@ -66,6 +67,7 @@ def test_whoever_knows_the_likelihood_is_asked_for_it() -> None:
         generator=seeded(),
         parameters=case.parameters,
         estimator=Laplace(simulator=simulator),
+        starts=1,
     )
     found = individual_modes(fit, case.observations, generator=seeded())
     mean, sd = closed_form(case, fit)
@@ -73,6 +75,7 @@ def test_whoever_knows_the_likelihood_is_asked_for_it() -> None:
     assert bool(((found.phi - mean).abs() <= 0.005 * sd + 1e-9).all())
 
 
+@pytest.mark.slow
 def test_draws_of_gaussian_individuals_have_the_moments_of_the_closed_form(gaussian: tuple) -> None:
     case, _, fit = gaussian
     drawn = fit.individual_draws(2000, seeded(1))

@@ -70,6 +70,7 @@ def test_an_outlier_carries_the_estimates_and_ordinary_individuals_do_not() -> N
     assert int(found.cook.argmax()) == 3
 
 
+@pytest.mark.slow
 def test_false_alarms_of_influence_are_at_most_what_is_said() -> None:
     # 5% wished; of 200 textbook data sets at most 20 are flagged but once in 2000 (binomial).
     flagged = 0
@@ -95,6 +96,7 @@ def test_influence_without_errors_or_individuals_is_refused() -> None:
         influence(replace(fit.state, individuals=2), fit.theta, fit.covariance, fit.ids[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("individuals", [2, 4])
 def test_what_judges_by_differences_needs_more_individuals_than_unknowns(individuals: int) -> None:
     """As many unknowns, means and SDs, as individuals, whose scores add up to 0: a singular sandwich."""

@@ -147,6 +147,7 @@ def test_draws_are_asked_what_they_can_do_and_not_what_they_are() -> None:
     assert isinstance(_prepared(state, theta, None, 1000), InterpolatedDraws)
 
 
+@pytest.mark.slow
 def test_constants_that_reach_the_end_are_told() -> None:
     state, theta = drawn(GaussianPopulation(constant=("scale", "sigma")), 64)
     far = interpolated(state, torch.diag(torch.full((4,), 0.02, dtype=DOUBLE).square()))
@@ -157,6 +158,7 @@ def test_constants_that_reach_the_end_are_told() -> None:
     assert word.startswith("sigma: posterior draws reach the end of the range, six standard errors")
 
 
+@pytest.mark.slow
 def test_draws_evaluate_the_likelihood_wherever_the_constants_go() -> None:
     """Half a unit away an expansion has exploded; value, slope and curvature must be those of the likelihood itself."""
     model = GaussianPopulation(constant=("scale", "sigma"), fixed={"mean": {"scale": 1.0}})

@@ -155,7 +155,7 @@ def fitted(ordering: tuple[str, ...]) -> PopulationFit:
         generator=seeded(2),
         parameters=simulator.parameters,
         estimator=Exact(simulator=simulator, draws=200, max_draws=200),
-        starts=4,
+        starts=2,
         accuracy=1.0,
     )
 

@@ -194,6 +194,7 @@ def checked(point: Point, before: Point | None, **options: object) -> Verificati
     return verify_maximum(point, before, individuals, draws=point.state.draws, ids=tuple("abcde"))
 
 
+@pytest.mark.slow
 def test_the_check_passes_the_maximum_and_fails_what_is_beside_it(maximum: tuple[np.ndarray, float]) -> None:
     work, theta = task(), torch.tensor(maximum[0], dtype=DOUBLE)
     first, second = work.point(theta), work.point(theta)
@@ -223,6 +224,7 @@ def test_the_check_fails_few_effective_draws_and_a_likelihood_that_does_not_repe
     assert not heavy.passed
 
 
+@pytest.mark.slow
 def test_gains_are_told_by_values_where_they_are_clear_and_by_scores_where_not(
     maximum: tuple[np.ndarray, float],
 ) -> None:
@@ -236,6 +238,7 @@ def test_gains_are_told_by_values_where_they_are_clear_and_by_scores_where_not(
         assert gained(top, work.point(beside)) == pytest.approx(exact, rel=0.2, abs=0.003)
 
 
+@pytest.mark.slow
 def test_what_nobody_can_have_measured_is_refused_with_the_ids() -> None:
     data = trees()
     values = data.values.clone()

@@ -60,6 +60,7 @@ def test_common_draws_lead_to_the_maximum_of_the_closed_form(monkeypatch: pytest
         generator=seeded(),
         parameters=case.parameters,
         estimator=estimator,
+        starts=2,
     )
     best, se, _ = case.maximum(fit.population, fit.population.from_moments(torch.tensor(MEAN, dtype=DOUBLE), OMEGA))
     assert sum(made) > 0
@@ -166,6 +167,7 @@ def test_those_who_are_fitted_worst_are_looked_at(monkeypatch: pytest.MonkeyPatc
     assert len(some) <= 8
 
 
+@pytest.mark.slow
 def test_a_profile_is_followed_as_newton_with_fresh_curvatures_follows_it() -> None:
     joint, _ = waves(20)
     rows = torch.arange(20)

@@ -71,6 +71,7 @@ def test_a_known_mixture_is_recovered_to_sampling_error() -> None:
     assert float(loss.mean()) < expected + 5 * noise
 
 
+@pytest.mark.slow
 def test_gaussian_draws_get_one_component_and_separate_modes_more() -> None:
     draws = normal_draws(60, 1000, 4, seed=3)
     assert float((fit_mixtures(draws, 6, criterion="bic").components == 1).double().mean()) > 0.95
@@ -114,6 +115,7 @@ def test_units_do_not_matter() -> None:
     )
 
 
+@pytest.mark.slow
 def test_blocks_do_not_matter() -> None:
     draws = normal_draws(7, 500, 3, seed=9)
     together, apart = fit_mixtures(draws, 3), fit_mixtures(draws, 3, block=1)
@@ -136,6 +138,7 @@ def test_a_conditional_is_joint_over_marginal() -> None:
     torch.testing.assert_close(found[0], expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_conditional_density_integrates_to_one() -> None:
     mixture = known_mixture()
     phi = sampled(mixture, 25, seed=11)[..., [1]]

@@ -106,6 +106,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not() -> None:
     assert not torch.equal(fit(5), fit(6))
 
 
+@pytest.mark.slow
 def test_individuals_are_those_of_the_conjugate_case_under_the_fit() -> None:
     case = ConjugateCase.simulated(MEAN, NO_SIGMA, individuals=40, seed=4)
     population = GaussianPopulation(constant=("sigma",))
@@ -179,6 +180,7 @@ def test_mirror_modes_give_one_labelling_and_say_so() -> None:
     assert not any("may not be the highest" in warning for warning in fit.warnings)
 
 
+@pytest.mark.slow
 def test_draws_are_doubled_until_they_suffice() -> None:
     case = ConjugateCase.simulated(MEAN, DIAGONAL, individuals=60, seed=6)
     seen: list[FitProgress] = []
@@ -197,6 +199,7 @@ def test_draws_are_doubled_until_they_suffice() -> None:
     assert {step.stage for step in seen} == {"draws", "starts", "polish", "curvature", "Monte-Carlo error"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "words"),
     [("samples", "the draws were given"), ("limit", "max_draws=200 is reached"), ("memory", "GiB")],
@@ -237,6 +240,7 @@ def test_individuals_with_few_effective_draws_are_named() -> None:
     assert told in str(fit.table())
 
 
+@pytest.mark.slow
 def test_a_population_wider_than_a_gaussian_prior_is_told_with_its_direction() -> None:
     wide = torch.diag(torch.tensor([0.25, 4.0, 0.25], dtype=DOUBLE))
     case = ConjugateCase.simulated([0.0, 0.0, 0.0], wide, individuals=60, seed=8, prior_sd=1.0, noise=0.2)
@@ -277,6 +281,7 @@ def uniform_case(reach: float) -> tuple[PosteriorSamples, Observations]:
     return PosteriorSamples(names=prior.names, phi=draws, log_q=log_q, prior=prior), observations(y.double())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reach", "told"), [(1.5, True), (0.3, False)])
 def test_a_population_beyond_a_uniform_prior_is_told_by_name(reach: float, told: bool) -> None:
     samples, data = uniform_case(reach)
@@ -358,6 +363,7 @@ class LaplacePopulation:
         return torch.diag((2 * theta[len(self.parameters) :]).exp() * (1.6248388986351774 / 0.6019072301972346))
 
 
+@pytest.mark.slow
 def test_a_new_population_model_is_one_class() -> None:
     case = ConjugateCase.simulated([0.5], torch.tensor([[0.36]], dtype=DOUBLE), individuals=60, seed=11)
     model = LaplacePopulation(case.parameters)
@@ -390,6 +396,7 @@ def test_too_few_individuals_are_refused(individuals: int, population: GaussianP
         fit_population(ExactPosterior(case), case.observations, population, generator=seeded())
 
 
+@pytest.mark.slow
 def test_fewer_individuals_than_unknowns_is_told() -> None:
     case = ConjugateCase.simulated(MEAN, DIAGONAL, individuals=5, seed=13)
     fit = fit_population(
@@ -403,6 +410,7 @@ def test_fewer_individuals_than_unknowns_is_told() -> None:
     assert any("5 individuals for 6 unknowns" in warning for warning in fit.warnings)
 
 
+@pytest.mark.slow
 def test_values_outside_the_prior_leave_no_start() -> None:
     samples, data = uniform_case(0.3)
     population = GaussianPopulation(constant=("sigma",), fixed={"mean": {"sigma": math.exp(2.5)}})
@@ -423,6 +431,7 @@ def test_impossible_settings_are_refused(settings: dict) -> None:
         fit_population(ExactPosterior(case), case.observations, GaussianPopulation(), generator=seeded(), **settings)
 
 
+@pytest.mark.slow
 def test_wished_starts_are_taken() -> None:
     case = ConjugateCase.simulated(MEAN, DIAGONAL, individuals=40, seed=15)
     plain, wished = (
@@ -441,6 +450,7 @@ def test_wished_starts_are_taken() -> None:
     assert not torch.equal(plain.theta, wished.theta)
 
 
+@pytest.mark.slow
 def test_a_fit_is_plain_numbers() -> None:
     case = ConjugateCase.simulated(MEAN, NO_SIGMA, individuals=12, seed=16)
     fit = fit_population(

@@ -232,6 +232,7 @@ def test_a_singular_covariance_of_moments_is_refused_with_the_remedy() -> None:
     assert bool(torch.isfinite(model.from_moments(*moments)).all())
 
 
+@pytest.mark.slow
 def test_individuals_must_suffice_for_the_largest_block() -> None:
     names = ("uptake", "decay", "sigma")
     case = ConjugateCase.simulated([0.5, 0.0, 0.8], torch.eye(3, dtype=torch.float64), individuals=3, seed=1)

@@ -99,6 +99,7 @@ def test_correlations_and_their_intervals() -> None:
     assert len(table.correlations_frame()) == 3
 
 
+@pytest.mark.slow
 def test_errors_are_propagated_as_samples_of_theta_show() -> None:
     model, theta, covariance, _ = example()
     small = 1e-4 * covariance  # so that first order is all there is

@@ -33,6 +33,7 @@ def repeated() -> tuple[ConjugateCase, list[PopulationFit]]:
     return case, fits
 
 
+@pytest.mark.slow
 def test_monte_carlo_standard_errors_are_the_spread_over_draws(
     repeated: tuple[ConjugateCase, list[PopulationFit]],
 ) -> None:
@@ -46,6 +47,7 @@ def test_monte_carlo_standard_errors_are_the_spread_over_draws(
     assert abs(float(objectives.std() / told) - 1) < 4 / math.sqrt(2 * REPEATS) + 0.1
 
 
+@pytest.mark.slow
 def test_the_bias_of_the_objective_is_seen_by_formula_and_jackknife(
     repeated: tuple[ConjugateCase, list[PopulationFit]],
 ) -> None:
@@ -65,6 +67,7 @@ def test_the_bias_of_the_objective_is_seen_by_formula_and_jackknife(
     assert float(jackknife.mean()) < 0
 
 
+@pytest.mark.slow
 def test_the_jackknife_sees_the_bias_of_the_estimates(repeated: tuple[ConjugateCase, list[PopulationFit]]) -> None:
     case, fits = repeated
     exact, _, _ = case.maximum(fits[0].population, fits[0].theta)

@@ -63,6 +63,7 @@ def test_the_objective_is_the_log_evidence_ratio_of_the_conjugate_case(covarianc
     assert bool(((contributions(state, theta) - exact).abs() < 5 * error).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correlation", [None, CORRELATED])
 def test_constants_are_integrated_out_exactly(correlation: list[list[float]] | None) -> None:
     case = ConjugateCase.simulated(MEAN, NO_SIGMA, individuals=60, seed=2, correlation=correlation)
@@ -130,6 +131,7 @@ class Curved:
         return torch.logsumexp(log_joint.flatten(1), 1) + math.log((self.v[1] - self.v[0]) * (self.s[1] - self.s[0]))
 
 
+@pytest.mark.slow
 def test_curved_posteriors_agree_with_two_dimensional_quadrature() -> None:
     case = Curved(20, 6, seed=3)
     model = GaussianPopulation(covariance="full").bind(parameter_space(("uptake", "sigma")))
@@ -185,6 +187,7 @@ def bimodal_samples(individuals: int, draws: int, *, seed: int) -> tuple[Posteri
     return PosteriorSamples(names=prior.names, phi=phi, log_q=log_q, prior=prior), modes
 
 
+@pytest.mark.slow
 def test_two_mirror_modes_with_a_constant_agree_with_quadrature() -> None:
     samples, modes = bimodal_samples(15, 4000, seed=7)
     model = GaussianPopulation(constant=("sigma",)).bind(parameter_space())
@@ -216,6 +219,7 @@ def cases_for_derivatives() -> list[tuple[GaussianPopulation, list[list[float]] 
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("population", "correlation"), cases_for_derivatives())
 def test_derivatives_agree_with_finite_differences(
     population: GaussianPopulation, correlation: list[list[float]] | None
@@ -238,6 +242,7 @@ def test_derivatives_agree_with_finite_differences(
     torch.testing.assert_close(scores(state, theta).sum(0), gradient[free], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_score_variance_is_that_of_repeated_draws() -> None:
     case = ConjugateCase.simulated([0.5], torch.tensor([[0.36]], dtype=DOUBLE), individuals=10, seed=9)
     population, repeats = GaussianPopulation(), 100
@@ -249,6 +254,7 @@ def test_score_variance_is_that_of_repeated_draws() -> None:
     assert bool(((found.var(0) / reported - 1).abs() < 5 * math.sqrt(2 / repeats) + 0.05).all())
 
 
+@pytest.mark.slow
 def test_blocks_and_storage_change_nothing_that_matters() -> None:
     case = ConjugateCase.simulated(MEAN, NO_SIGMA, individuals=30, seed=10)
     population = GaussianPopulation(constant=("sigma",))

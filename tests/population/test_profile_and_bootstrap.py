@@ -85,6 +85,7 @@ def test_a_profile_of_a_mean_and_of_an_sd_is_that_of_the_normal_distribution(
     assert float(log_sd.drops.min()) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_an_sd_that_may_be_zero_has_no_lower_limit() -> None:
     case = one_level(mean=1.0, sd=0.35, noise=1.0, individuals=60, seed=1)
     variance = float(case.y.var(unbiased=False))
@@ -106,6 +107,7 @@ def test_an_sd_that_may_be_zero_has_no_lower_limit() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["multinomial", "exponential"])
 def test_every_bootstrap_replicate_is_the_estimate_with_its_weights(
     level: tuple[ConjugateCase, PopulationFit], weights: str
@@ -182,6 +184,7 @@ def profile_by_optimisation(case: ConjugateCase, fit: PopulationFit, unknown: st
     return brentq(root, middle - 4 * se, middle, xtol=1e-4), brentq(root, middle, middle + 4 * se, xtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unknown", ["mean.sigma", "log_sd.decay"])
 def test_a_profile_on_draws_is_the_closed_form_within_its_own_error(
     drawn_fit: tuple[ConjugateCase, Linear, PopulationFit], unknown: str
@@ -198,6 +201,7 @@ def test_a_profile_on_draws_is_the_closed_form_within_its_own_error(
         assert abs(found - expected) < 4 * math.hypot(error, shift) + 0.02 * se
 
 
+@pytest.mark.slow
 def test_draws_for_two_ends_serve_both(drawn_fit: tuple[ConjugateCase, Linear, PopulationFit]) -> None:
     case, _, fit = drawn_fit
     far = fit.theta.clone()
@@ -222,6 +226,7 @@ def case_evidence(case: ConjugateCase) -> torch.Tensor:
     return torch.distributions.MultivariateNormal(case.prior.mean @ case.loadings.T, marginal).log_prob(case.y)
 
 
+@pytest.mark.slow
 def test_draws_expanded_anew_are_exact_where_an_expansion_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quadrature, a curved likelihood, and a noise SD 1.6 times that which the draws were made for."""
     values, sd, sigma, other = [0.9, 0.6, 0.3, 1.0], 0.8, 0.1, 0.16
@@ -248,6 +253,7 @@ def test_draws_expanded_anew_are_exact_where_an_expansion_was_not(monkeypatch: p
     assert torch.equal(again.made_for, moved)
 
 
+@pytest.mark.slow
 def test_wald_intervals_have_natural_scales(drawn_fit: tuple[ConjugateCase, Linear, PopulationFit]) -> None:
     _, _, fit = drawn_fit
     rows = {row.unknown: row for row in wald_intervals(fit)}
@@ -265,6 +271,7 @@ def test_wald_intervals_have_natural_scales(drawn_fit: tuple[ConjugateCase, Line
     assert set(rows) == {"mean.uptake", "mean.decay", "mean.sigma", "log_sd.uptake", "log_sd.decay"}
 
 
+@pytest.mark.slow
 def test_a_bootstraps_natural_error_is_the_replicates_own(level: tuple[ConjugateCase, PopulationFit]) -> None:
     _, fit = level
     found = bootstrap(fit, generator=seeded(1), replicates=60)
@@ -272,6 +279,7 @@ def test_a_bootstraps_natural_error_is_the_replicates_own(level: tuple[Conjugate
         assert row.natural_se == pytest.approx(float(found.theta[:, place].exp().std()))
 
 
+@pytest.mark.slow
 def test_what_has_no_interval_is_refused(level: tuple[ConjugateCase, PopulationFit]) -> None:
     case, fit = level
     with pytest.raises(ValueError, match=r'no unknown "log_sd.decay" in this fit; it has mean.uptake, log_sd.uptake'):

@@ -71,6 +71,7 @@ def best_of_grid(joint: JointDensity) -> np.ndarray:
     return grid[0, value.argmax(1), 0].numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [6, 60])
 def test_a_scan_finds_the_mode_that_newton_passed_by(count: int) -> None:
     joint, _ = waves(count, seed=1)
@@ -104,7 +105,12 @@ def test_a_population_of_waves_is_fitted_with_every_individual_in_its_best_mode(
     prior = GaussianPrior({"frequency": {"mean": 1.5, "sd": 0.5}, "sigma": {"mean": -2.3, "sd": 0.5}})
     source = LikelihoodWeightedPrior(Wave(), prior, torch.device("cpu"))
     fit = fit_population(
-        source, joint.observations, GaussianPopulation(constant=("sigma",)), generator=seeded(), estimator=estimator
+        source,
+        joint.observations,
+        GaussianPopulation(constant=("sigma",)),
+        generator=seeded(),
+        estimator=estimator,
+        starts=2,
     )
     assert fit.converged, fit.message
     means = fit.individuals.mean[:, 0].numpy()
@@ -197,6 +203,7 @@ def with_rival(fit: PopulationFit) -> PopulationFit:
     return replace(fit, restarts=(same, other))
 
 
+@pytest.mark.slow
 def test_a_rival_that_ends_higher_is_the_estimate(known: PopulationFit) -> None:
     fit = with_rival(known)
     begun: list[float] = []
@@ -213,6 +220,7 @@ def test_a_rival_that_ends_higher_is_the_estimate(known: PopulationFit) -> None:
     assert "1 of 2 starts reached this maximum" in found.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "gain", "verdict"), [(5.0, -2.0, "lower"), (0.0, 0.001, "same")])
 def test_a_rival_that_ends_lower_or_at_the_same_place_is_none(
     known: PopulationFit, shift: float, gain: float, verdict: str
@@ -223,6 +231,7 @@ def test_a_rival_that_ends_lower_or_at_the_same_place_is_none(
     assert [one.verdict for one in found.restarts] == ["same", verdict]
 
 
+@pytest.mark.slow
 def test_a_rival_without_a_likelihood_is_passed_by(known: PopulationFit) -> None:
     fit = with_rival(known)
 

@@ -166,6 +166,7 @@ def test_the_same_seed_gives_the_same_draws(drawn: tuple) -> None:
     assert len(frame) == len(first.flat)
 
 
+@pytest.mark.slow
 def test_fixed_unknowns_stay(drawn: tuple) -> None:
     case, *_ = drawn
     model = GaussianPopulation(fixed={"sd": {"uptake": 0.6}}).bind(case.parameters)
@@ -183,6 +184,7 @@ def test_fixed_unknowns_stay(drawn: tuple) -> None:
     assert float(found.theta[..., 0].std()) == pytest.approx(1 / math.sqrt(float(total)), rel=0.15)
 
 
+@pytest.mark.slow
 def test_chains_stuck_apart_and_short_ones_are_told(drawn: tuple) -> None:
     _, state, found = drawn
     apart = found.theta.clone()
@@ -193,6 +195,7 @@ def test_chains_stuck_apart_and_short_ones_are_told(drawn: tuple) -> None:
     assert any("Fewer than 400 effective draws" in word for word in short)
 
 
+@pytest.mark.slow
 def test_draws_that_do_not_support_the_spread_are_told(drawn: tuple) -> None:
     _, state, found = drawn
     model = state.population
@@ -216,6 +219,7 @@ def test_impossible_settings_are_refused() -> None:
     assert EnsembleSampler().walkers_for(3) == 16
 
 
+@pytest.mark.slow
 def test_without_emcee_the_remedy_is_told(drawn: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     case, state, _ = drawn
     monkeypatch.setitem(sys.modules, "emcee", None)

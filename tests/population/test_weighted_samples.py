@@ -56,6 +56,7 @@ def state_of(samples: PosteriorSamples, case: ConjugateCase, population: Gaussia
     return PriorRatio().prepare(samples, case.observations, population.bind(case.parameters), seeded())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("omega", [OMEGA, NO_SIGMA], ids=["varying", "constant"])
 def test_the_objective_of_weighted_draws_is_the_log_evidence_ratio(omega: Tensor) -> None:
     case = ConjugateCase.simulated(MEAN, omega, individuals=60, seed=1)
@@ -103,6 +104,7 @@ def test_weighted_and_unweighted_draws_give_the_estimates_of_maximum_likelihood(
     assert bool((apart <= 4 * both + 0.02 * fits[0].standard_errors).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cancelling", [False, True])
 def test_errors_of_weighted_means_are_those_that_repeated_draws_show(cancelling: bool) -> None:
     """Also where the weights cancel the ratio: then all draws are effective at theta, and the mean is not sure at all,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -22,9 +23,10 @@ from chromium import Browser, Page, browser, executable
 from small_fit import small_fit
 from tiny_runs import only_run
 
-pytestmark = pytest.mark.skipif(
-    executable() is None, reason="no Chromium on this machine; on Debian: apt-get install chromium"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(executable() is None, reason="no Chromium on this machine; on Debian: apt-get install chromium"),
+]
 DRAWN = "document.documentElement?.dataset.drawn !== undefined"
 PHONE = 390
 
@@ -32,7 +34,7 @@ PHONE = 390
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a report."""
-    root = small_fit(tmp_path_factory.mktemp("fits") / "outputs")
+    root = Path(shutil.copytree(small_fit(tmp_path_factory), tmp_path_factory.mktemp("fits") / "outputs"))
     chosen = ["check_fit.replicates=420", "check_fit.individuals=[12]", "check_fit.each=3"]
     report(compose_config("report", ["experiment=theophylline", f"output_root={root}", "device=cpu", *chosen]))
     return only_run(root, "report").path

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output root with a fit of theophylline and its posterior; not to be written to."""
-    return small_fit(tmp_path_factory.mktemp("fits") / "outputs")
+    return small_fit(tmp_path_factory)
 
 
 @pytest.fixture

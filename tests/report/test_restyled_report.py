@@ -24,14 +24,14 @@ from tiny_runs import bytes_of, only_run
 
 pytestmark = pytest.mark.slow
 
-SMALL = ["check_fit.replicates=420", "check_fit.each=2"]
+SMALL = ["check_fit.replicates=260", "check_fit.each=1"]
 COMPUTED = ("visual_predictive_check", "prediction_errors", "goodness_of_fit", "random_effects", "individual_curves")
 
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output root with a fit of theophylline and its posterior; not to be written to."""
-    return small_fit(tmp_path_factory.mktemp("fits") / "outputs")
+    return small_fit(tmp_path_factory)
 
 
 @pytest.fixture

@@ -7,35 +7,25 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-import nlme_sbi.stages.fit_population as fitting
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.report.inputs.reported_fit import read_individuals
 from nlme_sbi.report.sections.provenance import origins
 from nlme_sbi.runs import load_run
 from nlme_sbi.simulation.stored import StoredSimulations
 from nlme_sbi.stages.compare_fits import _read
-from nlme_sbi.stages.fit_population import fit_population
 from nlme_sbi.stages.shared.stored_fit import load_fit, stored_estimates
-from nlme_sbi.stages.simulate import simulate
-from nlme_sbi.stages.train_flow import train_flow
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
-from tiny_runs import tiny
+from tiny_runs import SIMULATED, TRAINED
 
 EXPERIMENT = "theophylline"
 STAGES = ("simulate", "train_flow", "fit_population")
-
-
-def make_runs(root: Path) -> None:
-    """The three stages below ``root``, without figures."""
-    simulate(tiny("simulate", EXPERIMENT, root))
-    train_flow(tiny("train_flow", EXPERIMENT, root))
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fitting, "save_figures", lambda *_, **__: None)
-        more = ["individuals.modes=false", "individuals.draws=20", "estimator=prior_ratio"]
-        fit_population(tiny("fit_population", EXPERIMENT, root, *more))
+# For `made_once` and `run_commands`.
+SENT = (
+    SIMULATED,
+    TRAINED,
+    ("fit_population", "theophylline", "individuals.modes=false", "individuals.draws=20", "estimator=prior_ratio"),
+)
 
 
 def run_of(root: Path, stage: str) -> Path:
@@ -67,4 +57,4 @@ def use(stage: str, path: Path) -> None:
 
 
 USES: dict[str, Callable[[Path], None]] = {stage: (lambda path, stage=stage: use(stage, path)) for stage in STAGES}
-__all__ = ["EXPERIMENT", "STAGES", "USES", "copy_of", "make_runs", "run_of", "use"]
+__all__ = ["EXPERIMENT", "SENT", "STAGES", "USES", "copy_of", "run_of", "use"]

@@ -19,9 +19,18 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys
 sys.path.insert(0, {folder!r})
+{light}
 from nlme_sbi.entry import entry_point
 if __name__ == "__main__":
     entry_point("waiting_stage:stage", "simulate")()
+"""
+# Without what a stage is given to use, which takes four of five seconds to import and is no part of most claims here.
+LIGHT = """
+import contextlib, types
+sys.modules["nlme_sbi.compute.devices"] = types.SimpleNamespace(keep_freed_memory=lambda: True)
+sys.modules["nlme_sbi.runs.remedies"] = types.SimpleNamespace(
+    CommandLine=lambda **_: None, command_line=lambda _: contextlib.nullcontext()
+)
 """
 STAGE = """
 import sys, time, traceback
@@ -33,6 +42,14 @@ def stage(cfg):
         traceback.print_exc()  # as emcee does
         {then}
 """
+
+
+def write_script(folder: Path, stage: str, *, light: bool = True) -> Path:
+    """A script whose stage is this text, and which imports little; or all that our scripts do."""
+    (folder / "waiting_stage.py").write_text(stage)
+    path = folder / "script.py"
+    path.write_text(SCRIPT.replace("{folder!r}", repr(str(folder))).replace("{light}", LIGHT if light else ""))
+    return path
 
 
 def started(command: Sequence[object], cwd: Path) -> subprocess.Popen[str]:
@@ -56,11 +73,10 @@ def assert_one_sentence(process: subprocess.Popen[str], told: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("then", ["raise ImportError('half imported')", "pass"])
-def test_whatever_becomes_of_the_exception_it_is_one_sentence(tmp_path: Path, then: str) -> None:
-    (tmp_path / "waiting_stage.py").write_text(STAGE.replace("{then}", then))
-    (tmp_path / "script.py").write_text(SCRIPT.replace("{folder!r}", repr(str(tmp_path))))
-    with started([sys.executable, tmp_path / "script.py", f"output_root={tmp_path}"], tmp_path) as process:
+@pytest.mark.parametrize(("then", "light"), [("raise ImportError('half imported')", False), ("pass", True)])
+def test_whatever_becomes_of_the_exception_it_is_one_sentence(tmp_path: Path, then: str, light: bool) -> None:
+    script = write_script(tmp_path, STAGE.replace("{then}", then), light=light)
+    with started([sys.executable, script, f"output_root={tmp_path}"], tmp_path) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "began\n"
         os.killpg(process.pid, signal.SIGINT)
@@ -87,9 +103,8 @@ def test_an_import_that_is_interrupted_is_one_sentence(tmp_path: Path, place: st
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_what_does_not_end_by_itself(tmp_path: Path) -> None:
-    (tmp_path / "waiting_stage.py").write_text(STAGE.replace("{then}", "time.sleep(60)"))
-    (tmp_path / "script.py").write_text(SCRIPT.replace("{folder!r}", repr(str(tmp_path))))
-    with started([sys.executable, tmp_path / "script.py", f"output_root={tmp_path}"], tmp_path) as process:
+    script = write_script(tmp_path, STAGE.replace("{then}", "time.sleep(60)"))
+    with started([sys.executable, script, f"output_root={tmp_path}"], tmp_path) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "began\n"
         os.killpg(process.pid, signal.SIGINT)
@@ -143,9 +158,8 @@ def stage(cfg):
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
 def test_streams_that_were_closed_before_do_not_stop_the_work_nor_end_in_files(tmp_path: Path, closed: str) -> None:
     made = tmp_path / "made"
-    (tmp_path / "waiting_stage.py").write_text(LOUD_STAGE.format(made=str(made)))
-    (tmp_path / "script.py").write_text(SCRIPT.replace("{folder!r}", repr(str(tmp_path))))
-    command = f"{sys.executable} {tmp_path / 'script.py'} output_root={tmp_path} {closed}"
+    script = write_script(tmp_path, LOUD_STAGE.format(made=str(made)))
+    command = f"{sys.executable} {script} output_root={tmp_path} {closed}"
     ended = subprocess.run(["sh", "-c", command], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60, check=False)
     assert ended.returncode == 0
     assert made.read_text() == "above the streams: True"

@@ -19,8 +19,8 @@ from nlme_sbi.runs.directory import sealed
 
 sys.path.insert(0, str(Path(__file__).parent))
 from attacks import ODD, claimed_array, mutated, odd_array, outcome, sealed_again, watched, write_sealed
-from sent_runs import STAGES, USES, copy_of, make_runs, run_of
-from tiny_runs import shared_folder
+from sent_runs import SENT, STAGES, USES, copy_of, run_of
+from tiny_runs import made_once
 
 pytestmark = pytest.mark.slow
 
@@ -34,11 +34,7 @@ ARRAYS = {
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output root with the three stages; not to be written to."""
-    with shared_folder(tmp_path_factory.getbasetemp(), "sent") as folder:
-        if not (folder / "made").exists():
-            make_runs(folder / "outputs")
-            (folder / "made").touch()
-    return folder / "outputs"
+    return made_once(tmp_path_factory, *SENT)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from nlme_sbi.stages.shared.stored_fit import load_fit
 from nlme_sbi.stages.train_flow import train_flow
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_runs import bytes_of, only_run, tiny
+from tiny_runs import bytes_of, made_once, only_run, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -59,11 +59,7 @@ class Blind:
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output root with a fit of theophylline, nothing trained; not to be written to."""
-    root = tmp_path_factory.mktemp("fitted") / "outputs"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fit_stage, "save_figures", lambda *_, **__: None)
-        fit_population(tiny("fit_population", "theophylline", root, *FIT))
-    return root
+    return made_once(tmp_path_factory, ("fit_population", "theophylline", *FIT))
 
 
 @pytest.fixture(scope="module")

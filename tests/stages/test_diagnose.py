@@ -12,17 +12,14 @@ import pytest
 
 import nlme_sbi.stages.checks.exact as exact_stage
 import nlme_sbi.stages.diagnose as diagnose_stage
-import nlme_sbi.stages.fit_population as fit_stage
 from nlme_sbi.cli import compose_config
 from nlme_sbi.diagnostics.findings import Finding
 from nlme_sbi.diagnostics.network.reference_mcmc import ChainSettings
 from nlme_sbi.runs import FinishedRun
 from nlme_sbi.stages.diagnose import diagnose
-from nlme_sbi.stages.fit_population import fit_population
-from nlme_sbi.stages.train_flow import train_flow
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_runs import THEOPHYLLINE, bytes_of, only_run, tiny
+from tiny_runs import FITTED, THEOPHYLLINE, TRAINED_ONLINE, bytes_of, made_once, only_run
 
 pytestmark = pytest.mark.slow
 
@@ -42,12 +39,7 @@ OF_DATA = {
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output root with a network for theophylline and a fit."""
-    root = tmp_path_factory.mktemp("trained") / "outputs"
-    train_flow(tiny("train_flow", "theophylline", root, "simulations=online"))
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fit_stage, "save_figures", lambda *_, **__: None)
-        fit_population(tiny("fit_population", "theophylline", root))
-    return root
+    return made_once(tmp_path_factory, TRAINED_ONLINE, FITTED)
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ def composed(root: Path, *overrides: str) -> object:
 def test_theophylline_by_words_has_the_numbers_of_quadrature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit_stage, "save_figures", lambda *_, **__: None)
     options = ["experiment=oral", "data=theophylline", "simulator.noise=additive", "population.constant=[sigma]"]
-    fit_population(composed(tmp_path, *options, "fit.starts=2"))  # type: ignore[arg-type]
+    fit_population(composed(tmp_path, *options, "fit.starts=1"))  # type: ignore[arg-type]
     (run,) = (tmp_path / "fit_population").iterdir()
     fit = json.loads((run / "fit.json").read_text())
     assert fit["converged"]

@@ -18,13 +18,25 @@ from nlme_sbi.stages.simulate import simulate
 from nlme_sbi.stages.train_flow import train_flow
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_runs import DATA, ROOT, STAGES, SUMMARIES, TRAINING, bytes_of, only_run, tiny
+from tiny_runs import (
+    DATA,
+    ROOT,
+    SIMULATED,
+    STAGES,
+    SUMMARIES,
+    TRAINED,
+    TRAINING,
+    bytes_of,
+    made_once,
+    only_run,
+    tiny,
+)
 
 pytestmark = pytest.mark.slow
 
 EXPERIMENT = "theophylline"
 # Files that reach the disk before it is full: more and more of a stage's, or one after another.
-SOME = (0, 1, 4, 9, 25)
+SOME = (0, 1, 6)
 ALL = tuple(range(100))
 
 
@@ -86,10 +98,7 @@ def test_a_file_that_the_system_refuses_is_a_sentence_whoever_writes_it(
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output root with simulations and the network that was trained on them; not to be written to."""
-    root = tmp_path_factory.mktemp("simulated")
-    simulate(tiny("simulate", EXPERIMENT, root))
-    train_flow(tiny("train_flow", EXPERIMENT, root))
-    return root
+    return made_once(tmp_path_factory, SIMULATED, TRAINED)
 
 
 def without_network(simulated: Path, copy: Path) -> Path:

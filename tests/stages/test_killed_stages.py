@@ -22,7 +22,7 @@ EXPERIMENT = "theophylline"
 KEEPS_WHAT_IS_DONE = ("simulate", "train_flow")  # shards and checkpoints; the others keep nothing but whole files
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_that_is_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_run(
     run_stage: Callable[..., dict[str, Any]],

@@ -11,18 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import nlme_sbi.stages.fit_population as fit_stage
 from nlme_sbi.cli import compose_config
 from nlme_sbi.runs import FinishedRun, save_json
 from nlme_sbi.runs.directory import sealed
-from nlme_sbi.stages.fit_population import fit_population
 from nlme_sbi.stages.predict import predict
 from nlme_sbi.stages.sample_theta import sample_theta
 from nlme_sbi.stages.shared.stored_fit import load_fit
-from nlme_sbi.stages.train_flow import train_flow
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_runs import bytes_of, only_run, tiny
+from tiny_runs import FITTED, TRAINED_ONLINE, bytes_of, made_once, only_run
 
 pytestmark = pytest.mark.slow
 
@@ -32,13 +29,7 @@ SAMPLER = ["sampler.ensembles=2", "sampler.walkers=14", "sampler.warmup=10", "sa
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output root with a fit of theophylline and its posterior; not to be written to."""
-    root = tmp_path_factory.mktemp("fits") / "outputs"
-    small = ["simulations=online", "training.steps=60", "training.validate_every=30", "flow.hidden=16"]
-    train_flow(tiny("train_flow", "theophylline", root, *small, "summary.hidden=32"))
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fit_stage, "save_figures", lambda *_, **__: None)
-        fit_population(tiny("fit_population", "theophylline", root, "individuals.draws=400"))
-    return root
+    return made_once(tmp_path_factory, TRAINED_ONLINE, FITTED)
 
 
 @pytest.fixture

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -39,26 +40,27 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def on_two_processes(root: Path, *more: str) -> subprocess.Popen[str]:
+def finished(root: Path) -> tuple[FinishedRun, str]:
+    """The training on two processes by torchrun, and what was told."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["experiment=mrna_two_rate", f"output_root={root}", "device=cpu", *TRAINING, *STEPS, *more]
-    return subprocess.Popen(
+    arguments = ["experiment=mrna_two_rate", f"output_root={root}", "device=cpu", *TRAINING, *STEPS]
+    done = subprocess.run(
         [*command, ROOT / "scripts" / "train_flow.py", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
+        timeout=240,
+        check=False,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
+    assert done.returncode == 0, done.stderr
+    return of_two(root), done.stdout
 
 
-def finished(root: Path, *more: str) -> tuple[FinishedRun, str]:
-    """The training on two processes, and what was told."""
-    with on_two_processes(root, *more) as process:
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+def of_two(root: Path) -> FinishedRun:
+    """The finished training of two processes below ``root``."""
     (path,) = [path for path in (root / "train_flow").iterdir() if "processes: 2" in (path / "config.yaml").read_text()]
-    return load_run(path), out
+    return load_run(path)
 
 
 def test_two_processes_find_the_loss_curve_of_one_and_go_on_after_an_interruption(
@@ -74,15 +76,17 @@ def test_two_processes_find_the_loss_curve_of_one_and_go_on_after_an_interruptio
     assert alone["train_loss"].iloc[0] - alone["train_loss"].iloc[-1] > 1  # a curve, not a line
 
     root = Path(shutil.copytree(one_process, tmp_path / "interrupted"))
-    with on_two_processes(root) as process:
-        deadline = time.monotonic() + 60
-        while not list(root.rglob("training.pt")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.terminate()  # torchrun passes it on, and it ends a Python process at once
-        process.communicate()
-    assert not list(root.glob("train_flow/*/loss.png"))[1:]
-    again, _ = finished(root)
-    assert bytes_of(again) == bytes_of(run)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "team_of_two.py", root, *STEPS],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=120,
+        check=True,
+    )
+    ended = json.loads(done.stdout.splitlines()[-1])
+    assert ended == {"interrupted": [-signal.SIGTERM] * 2, "went_on": [0, 0]}, done.stderr
+    assert bytes_of(of_two(root)) == bytes_of(run)
 
 
 def test_fresh_simulations_are_shared_without_repeating_any() -> None:

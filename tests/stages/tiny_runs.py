@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
+import pytest
 from omegaconf import DictConfig
 
 from nlme_sbi.cli import compose_config
@@ -23,6 +26,12 @@ STAGES = (
     *("simulate", "train_flow", "fit_population", "sample_theta"),
     *("predict", "diagnose", "check_fit", "report", "compare_fits"),
 )
+
+# What several modules begin with, for `made_once`.
+SIMULATED = ("simulate", "theophylline")
+TRAINED = ("train_flow", "theophylline")
+TRAINED_ONLINE = ("train_flow", "theophylline", "simulations=online")
+FITTED = ("fit_population", "theophylline", "individuals.draws=400")
 
 SIMULATION = ["simulation.n=200", "simulation.shard_size=80", "simulation.workers=1"]
 TRAINING = [
@@ -101,6 +110,35 @@ def shared_folder(base: Path, name: str) -> Iterator[Path]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
+
+
+def made_once(temporary: pytest.TempPathFactory, *commands: tuple[str, ...]) -> Path:
+    """An output root in which these have run one after another, without the figures of fits; not to be written to.
+
+    Whichever test of a session asks first makes it, for all workers; what two of them begin with is made once, too.
+
+    Args:
+        commands: stage, experiment and overrides of each.
+    """
+    name = "tiny-" + hashlib.sha256(repr(commands).encode()).hexdigest()[:12]
+    with shared_folder(temporary.getbasetemp(), name) as folder:
+        root = folder / "outputs"
+        if not (folder / "made").exists():
+            shutil.rmtree(root, ignore_errors=True)
+            if len(commands) > 1:
+                shutil.copytree(made_once(temporary, *commands[:-1]), root)
+            run_commands(root, commands[-1])
+            (folder / "made").touch()
+    return root
+
+
+def run_commands(root: Path, *commands: tuple[str, ...]) -> None:
+    """Run stages below ``root``: stage, experiment and overrides of each. Fits leave out their figures, which take ten
+    times as long as they do."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("nlme_sbi.stages.fit_population.save_figures", lambda *_, **__: None)
+        for stage, experiment, *more in commands:
+            function_of(stage)(tiny(stage, experiment, root, *more))
 
 
 def only_run(root: Path, stage: str) -> FinishedRun:

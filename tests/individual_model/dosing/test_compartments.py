@@ -61,6 +61,7 @@ def exchanges_of(count: int, rates: dict[str, float]) -> list[tuple[float, float
     return [(rates["k12"], rates["k21"]), (rates["k13"], rates["k31"])][: count - 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compartments", [1, 2, 3])
 @pytest.mark.parametrize("absorption", ["none", "first_order"])
 def test_random_regimens_agree_with_matrix_exponentials(compartments: int, absorption: str) -> None:
@@ -99,6 +100,7 @@ def test_random_regimens_agree_with_matrix_exponentials(compartments: int, absor
         np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-9 * expected.max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compartments", [1, 2])
 @pytest.mark.parametrize("chain", [1, 3, 12])
 def test_transit_chains_agree_with_matrix_exponentials(compartments: int, chain: int) -> None:
@@ -139,6 +141,7 @@ def test_what_no_transit_chain_takes_is_refused(row: dict[str, float], message: 
         simulator.check_design(design_of([{"time": 0.0, "amount": 100.0, **row}], [1.0]), ["ann"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compartments", [1, 2, 3])
 @pytest.mark.parametrize("duration", [0.0, 3.0, 20.0])
 def test_a_steady_state_is_the_sum_of_many_doses_before(compartments: int, duration: float) -> None:
@@ -157,6 +160,7 @@ def test_a_steady_state_is_the_sum_of_many_doses_before(compartments: int, durat
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absorption", ["none", "first_order"])
 def test_stepping_from_event_to_event_is_adding_up_responses(absorption: str, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator = model(3, absorption)
@@ -205,6 +209,7 @@ def test_flip_flop_keeps_its_digits_where_the_rates_meet() -> None:
         np.testing.assert_allclose(found, exact, rtol=1e-7 + (gap * 200) ** 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compartments", [1, 2, 3])
 @pytest.mark.parametrize(("absorption", "options"), [("none", {}), ("first_order", {"lag": True}), ("zero_order", {})])
 def test_first_and_second_derivatives_are_those_of_differences(

@@ -130,6 +130,7 @@ def test_a_saturated_steady_state_is_that_of_many_doses() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_saturated_elimination_agrees_with_an_integrator_from_dose_to_dose() -> None:
     model = Oral()
     rows: list[dict[str, float]] = [
@@ -193,6 +194,7 @@ def test_doses_that_no_state_takes_are_refused() -> None:
         Oral().check_design(design_of([[{"time": 0.0, "amount": 1.0, "rate": -1.0}]], [1.0]))
 
 
+@pytest.mark.slow
 def test_infusions_that_overlap_without_end_are_refused() -> None:
     dose: dict[str, float] = {"time": 0.0, "amount": 1e6, "rate": 1.0, "interval": 1.0, "steady_state": 1}
     with pytest.raises(ValueError, match=r"lasts 100000\d times as long as the interval .* constant infusion"):
