@@ -4,8 +4,9 @@
 
 20 individuals, one intravenous bolus, one compartment; CL and V vary by 30%, additive error. The limit is the 30%
 quantile of all concentrations, so that mostly late ones lie below it. Every data set is fitted twice through the
-command line, with ``posterior=none`` and nothing tuned: with a column CENS, and without the rows below the limit. The truth is
-what the data were simulated from. Every fit is a line of --rows; the same command goes on where it was stopped.
+command line, with ``posterior=none`` and nothing tuned: with a column CENS, and without the rows below the limit. The
+truth is what the data were simulated from. Every fit is a line of --rows; the same command goes on where it was
+stopped.
 """
 
 from __future__ import annotations
