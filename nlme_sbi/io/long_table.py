@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 
 from nlme_sbi.config.wording import as_names
 from nlme_sbi.io.censored import limits_of
+from nlme_sbi.io.clock_times import times_of
 from nlme_sbi.io.files import MISSING, TableFile
 from nlme_sbi.io.individual_covariates import Levels, covariates_of, levels_of, named, scaled
 from nlme_sbi.io.meanings import Rows, refuse_other_meanings
@@ -21,7 +22,15 @@ from nlme_sbi.io.rows import apart_note, individuals_of, open_table, refuse_diso
 from nlme_sbi.io.tables import Table, column_names
 from nlme_sbi.types import Observations
 
-_COLUMNS = {"id": "id", "time": "time", "signal": "signal", "value": "value", "cens": "CENS", "limit": "LIMIT"}
+_COLUMNS = {
+    "id": "id",
+    "time": "time",
+    "date": "",
+    "signal": "signal",
+    "value": "value",
+    "cens": "CENS",
+    "limit": "LIMIT",
+}
 _OPTIONAL = ("signal", "cens", "limit")
 
 
@@ -29,13 +38,15 @@ _OPTIONAL = ("signal", "cens", "limit")
 class LongTable:
     """A table with one row for each measurement: who, when, which signal, how much.
 
-    Columns that would change what a row means and are not read (flags, occasions, dates, doses, ...) are refused where
-    they ask for anything; all others are named in the notes.
+    Clock times and dates become hours since the individual's first record; see :mod:`nlme_sbi.io.clock_times`. Columns
+    that would change what a row means and are not read (flags, occasions, doses, ...) are refused where they ask for
+    anything; all others are named in the notes.
 
     Args:
         path: csv, tsv (also .gz) or xlsx; relative to the working directory, else to the project root.
-        columns: the file's names for ``id``, ``time``, ``signal``, ``value``, ``cens`` and ``limit`` (as in event
-            tables); letter case does not matter. Without a signal column the file has one signal.
+        columns: the file's names for ``id``, ``time``, ``date``, ``signal``, ``value``, ``cens`` and ``limit`` (as in
+            event tables); letter case does not matter. Without a signal column the file has one signal.
+        date_format: order of day, month and year where dates do not tell it, as in event tables.
         signals: which signals to take, in this order; None takes all, as they appear. Without a signal column: the
             name of the one signal.
         covariates: columns that are constant within an individual.
@@ -61,6 +72,7 @@ class LongTable:
 
     path: str | os.PathLike[str]
     columns: Mapping[str, str | None] = field(default_factory=dict)
+    date_format: str | None = None
     signals: str | Sequence[str] | None = None
     covariates: str | Sequence[str] = ()
     categorical: Levels = ()
@@ -90,11 +102,13 @@ class LongTable:
         codes, ids, said = individuals_of(table, names["id"])
         covariates = covariates_of(table, self.covariates, categorical=self.categorical, individual=codes, ids=ids)
         signal, keep, signals = self._signals(table, names)
-        used = [*names.values(), *as_names("covariates", self.covariates)]
+        clock = times_of(table, names, self.date_format, scales, individual=codes, ids=ids, sort=self.sort, keep=keep)
+        scales = replace(scales, time_unit=clock.unit)
+        used = [*names.values(), *clock.columns, *as_names("covariates", self.covariates)]
         rows = Rows(codes, ids, keep, names["value"])
         unused = refuse_other_meanings(table, rows, used=self._there(table, used), doses=False)
         chosen, signal, individual = table.where(keep), signal[keep], codes[keep]
-        times = scales.times(chosen, names["time"])
+        times = clock.values
         if not self.sort:
             refuse_disorder(chosen, names["time"], individual=individual, ids=ids, times=times, series=signal)
         position, factors = chosen.position(names["value"]), scales.factors_of(signals)[signal]
@@ -118,7 +132,7 @@ class LongTable:
             scales=scales,
             covariates=scaled(covariates, self.covariate_scale, self.covariate_units),
             covariate_units=dict(self.covariate_units),
-            notes=(*notes, *said, *apart_note(individual), *spare, *unused),
+            notes=(*notes, *said, *clock.notes, *apart_note(individual), *spare, *unused),
         )
 
     def plan(self) -> PlannedDesigns:
@@ -126,7 +140,13 @@ class LongTable:
         scales, names, table, notes = self._opened()
         table.require(names, ("id", "time"))
         codes, ids, said = individuals_of(table, names["id"])
-        times = scales.times(table, names["time"])
+        clock = times_of(table, names, self.date_format, scales, individual=codes, ids=ids, sort=self.sort)
+        if clock.notes:
+            raise ValueError(
+                f"{table.name}: a plan without doses has no record that its clock times could count from; write times "
+                f"as numbers, in {clock.unit} since the individual's first record in the data."
+            )
+        times = clock.values
         signal = np.zeros(len(table), dtype=np.int64)
         if table.has(names["signal"]):
             signal = pd.factorize(table.text(names["signal"]))[0].astype(np.int64)
@@ -163,7 +183,7 @@ class LongTable:
 
     @staticmethod
     def _there(table: Table, names: Sequence[str]) -> list[str]:
-        return [name for name in dict.fromkeys(names) if table.has(name)]
+        return [name for name in dict.fromkeys(names) if name and table.has(name)]
 
     def _signals(
         self, table: Table, names: Mapping[str, str]

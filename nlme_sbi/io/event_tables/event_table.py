@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from nlme_sbi.config.wording import as_names
 from nlme_sbi.io.censored import limits_of, refuse_marks
+from nlme_sbi.io.clock_times import times_of
 from nlme_sbi.io.event_tables.doses import DoseColumns, Kinds, dose_compartments, dose_events, kinds_of
 from nlme_sbi.io.event_tables.event_signals import MeasuredSignals, signals_of
 from nlme_sbi.io.files import MISSING, TableFile
@@ -26,6 +27,7 @@ from nlme_sbi.types import Events, Observations
 _COLUMNS = {
     "id": "ID",
     "time": "TIME",
+    "date": "",
     "dv": "DV",
     "amt": "AMT",
     "evid": "EVID",
@@ -52,13 +54,17 @@ class EventTable:
     an infusion; ADDL further doses II apart; SS 1 a steady state that replaces what was there, 2 one that is added. All
     as NONMEM has it. Without EVID rows with an amount are doses. Measurements with MDV 1 are left out. CENS 1 marks a
     value below DV (and above LIMIT, where it is given), CENS -1 one above it. A measurement that stands before a dose
-    of the same time was taken before it. Columns that would change what a row means and are not read (occasions, flags,
-    dates, ...) are refused where they ask for anything; all others are named in the notes.
+    of the same time was taken before it. Clock times and dates become hours since the individual's first record; see
+    :mod:`nlme_sbi.io.clock_times`. Columns that would change what a row means and are not read (occasions, flags, ...)
+    are refused where they ask for anything; all others are named in the notes.
 
     Args:
         path: csv, tsv (also .gz) or xlsx; relative to the working directory, else to the project root.
-        columns: the file's names for ``id``, ``time``, ``dv``, ``amt``, ``evid``, ``mdv``, ``cens``, ``limit``,
-            ``signal``, ``rate``, ``tinf``, ``ii``, ``addl`` and ``ss``; letter case does not matter.
+        columns: the file's names for ``id``, ``time``, ``date``, ``dv``, ``amt``, ``evid``, ``mdv``, ``cens``,
+            ``limit``, ``signal``, ``rate``, ``tinf``, ``ii``, ``addl`` and ``ss``; letter case does not matter.
+            Without a name of its own DATE, DAT1, DAT2, DAT3 or DAY is taken beside clock times.
+        date_format: order of day, month and year: "mdy", "dmy", "ymd" or "ydm"; None goes by the name of the column
+            and by the dates themselves, and refuses what can be read in several ways.
         signals: the measured signals' names; None takes the name of the DV column or the levels of the signal's column.
         signal_levels: for each level of the signal's column that is taken the signal's name; others are left out.
         compartments: for levels of CMT, ADM or ROUTE on doses the number of the simulator's compartment; numbers that
@@ -88,6 +94,7 @@ class EventTable:
 
     path: str | os.PathLike[str]
     columns: Mapping[str, str | None] = field(default_factory=dict)
+    date_format: str | None = None
     signals: str | Sequence[str] | None = None
     signal_levels: Mapping[str | int | float | bool, str] = field(default_factory=dict)
     compartments: Mapping[str | int | float | bool, int] = field(default_factory=dict)
@@ -118,6 +125,7 @@ class EventTable:
         scales, names, table, opened = self._opened()
         table.require(names, ("id", "time", "dv", "amt", *_asked(names)))
         read = self._events(table, names, scales, self.covariates, plan=False)
+        scales = replace(scales, time_unit=read.time_unit)
         kept = read.kinds.measurement & read.signals.kept
         rows = Rows(read.individual, read.ids, kept, names["dv"])
         notes = (*opened, *read.notes, *refuse_other_meanings(table, rows, used=read.used, doses=True))
@@ -184,7 +192,7 @@ class EventTable:
         return PlannedDesigns(
             ids=read.ids,
             design=design,
-            time_unit=self.time_unit,
+            time_unit=read.time_unit,
             dose_unit=self.dose_unit,
             covariate_units=dict(self.covariate_units),
             notes=(*opened, *read.notes, *notes),
@@ -204,7 +212,8 @@ class EventTable:
     ) -> _EventRows:
         """Who, when and what each row is, and the doses."""
         individual, ids, notes = individuals_of(table, names["id"])
-        times = scales.times(table, names["time"])
+        clock = times_of(table, names, self.date_format, scales, individual=individual, ids=ids, sort=self.sort)
+        times = clock.values
         roles = {role: names[role] for role in ("evid", "amt", "dv", "mdv")}
         kinds = kinds_of(table, **roles, plan=plan)
         if not self.sort:
@@ -233,18 +242,19 @@ class EventTable:
             levels={} if plan else self.signal_levels,
             default=names["dv"],
         )
-        taken = [names[role] for role in ("id", "time", "dv", "amt", "evid", "mdv", "cens", *_OF_DOSES)]
+        taken = [*clock.columns, *(names[role] for role in ("id", "dv", "amt", "evid", "mdv", "cens", *_OF_DOSES))]
         taken += [names["limit"]] if table.has(names["cens"]) else []
         used = [name for name in [*taken, *as_names("covariates", covariates)] if table.has(name)]
         return _EventRows(
             individual=individual,
             ids=ids,
             times=times,
+            time_unit=clock.unit,
             kinds=kinds,
             events=events,
             signals=signals,
             used=tuple(dict.fromkeys([*used, *routes, *signals.read])),
-            notes=(*notes, *kinds.notes, *said, *signals.notes),
+            notes=(*notes, *clock.notes, *kinds.notes, *said, *signals.notes),
         )
 
 
@@ -255,6 +265,7 @@ class _EventRows:
     individual: Int[np.ndarray, " R"]
     ids: tuple[str, ...]
     times: Float[np.ndarray, " R"]
+    time_unit: str
     kinds: Kinds
     events: Events
     signals: MeasuredSignals
