@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from nlme_sbi.runs import find_run, load_run
     from nlme_sbi.simulation.shards import SimulationSettings
     from nlme_sbi.training.loop import TrainingSettings, train_posterior
-    from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Observations
+    from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Observations, TimeCovariates
 
 __version__ = "0.1.0"
 
@@ -140,6 +140,7 @@ __all__ = [
     "SplineCouplingFlow",
     "StudentT",
     "ThetaPriors",
+    "TimeCovariates",
     "TorchDiffEq",
     "TrainingSettings",
     "UniformPrior",
@@ -284,6 +285,7 @@ _ROOMS = {
         "EventKind",
         "Events",
         "Observations",
+        "TimeCovariates",
     ),
 }
 _HOMES = {name: f"{__name__}.{room}" for room, names in _ROOMS.items() for name in names}

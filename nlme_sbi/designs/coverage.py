@@ -72,6 +72,6 @@ def count_of(number: int, noun: str) -> str:
 
 
 def _is_one_row(design: Design) -> bool:
-    others = (design.covariates, design.groups, design.occasion, design.events)
+    others = (design.covariates, design.groups, design.occasion, design.events, design.time_covariates)
     shared = design.times.stride(0) == 0 and design.observed.stride(0) == 0
     return len(design) > 1 and shared and all(other is None for other in others)

@@ -54,9 +54,7 @@ class ResampledDesigns:
         if len(self.pool) == 0:
             raise ValueError("The pool of designs is empty; it needs at least one individual.")
         kept = _chosen(self.pool.covariates, self.covariates)
-        object.__setattr__(
-            self, "pool", Design(self.pool.times, self.pool.observed, covariates=kept, events=self.pool.events)
-        )
+        object.__setattr__(self, "pool", replace(self.pool, covariates=kept, groups=None, occasion=None))
 
     def sample(self, count: int, generator: torch.Generator) -> Design:
         """``count`` rows of the pool."""
@@ -330,7 +328,7 @@ def _chosen(covariates: Covariates | None, names: Sequence[str] | None) -> Covar
 
 def _only(design: Design) -> Design:
     """Without what a pool does not hold."""
-    return Design(design.times, design.observed, covariates=design.covariates, events=design.events)
+    return replace(design, groups=None, occasion=None)
 
 
 def _single_precision(design: Design) -> Design:
@@ -343,4 +341,7 @@ def _single_precision(design: Design) -> Design:
         events = replace(events, **{name: getattr(events, name).float() for name in names})
     if covariates is not None:
         covariates = replace(covariates, values=covariates.values.float())
-    return replace(design, times=single, events=events, covariates=covariates)
+    course = design.time_covariates
+    if course is not None:
+        course = replace(course, times=course.times.float(), values=course.values.float())
+    return replace(design, times=single, events=events, covariates=covariates, time_covariates=course)

@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int
 
-from nlme_sbi.config.wording import as_names
 from nlme_sbi.io.censored import limits_of
 from nlme_sbi.io.clock_times import times_of
+from nlme_sbi.io.covariates.covariate_options import CovariateOptions
+from nlme_sbi.io.covariates.individual_covariates import Levels
+from nlme_sbi.io.covariates.time_covariates import Choices
 from nlme_sbi.io.files import MISSING, TableFile
-from nlme_sbi.io.individual_covariates import Levels, covariates_of, levels_of, named, scaled
 from nlme_sbi.io.meanings import Rows, refuse_other_meanings
 from nlme_sbi.io.plans import PlannedDesigns, planned_design
 from nlme_sbi.io.records import Records, Scales, chosen_signals, observations, only_signal
@@ -50,6 +51,11 @@ class LongTable:
         signals: which signals to take, in this order; None takes all, as they appear. Without a signal column: the
             name of the one signal.
         covariates: columns that are constant within an individual.
+        time_covariates: numeric columns that change in time, for simulators that read them along the timeline: names,
+            whose last value is carried forward, or a mapping to "previous", "next" (carried back, as NONMEM has it) or
+            "linear".
+        covariate_value: "constant" refuses a column of ``covariates`` that changes within an individual, "first" takes
+            each individual's first value.
         categorical: covariates that are levels although they look like numbers, or a mapping to their levels in order.
         only: for each column the level or levels of the rows to take.
         skip: for each column the level or levels of the rows to leave out.
@@ -75,6 +81,8 @@ class LongTable:
     date_format: str | None = None
     signals: str | Sequence[str] | None = None
     covariates: str | Sequence[str] = ()
+    time_covariates: Choices = ()
+    covariate_value: str = "constant"
     categorical: Levels = ()
     only: Mapping[str, object] = field(default_factory=dict)
     skip: Mapping[str, object] = field(default_factory=dict)
@@ -100,11 +108,14 @@ class LongTable:
         asked = [role for role in _OPTIONAL if names[role] != _COLUMNS[role]]
         table.require(names, ("id", "time", "value", *asked))
         codes, ids, said = individuals_of(table, names["id"])
-        covariates = covariates_of(table, self.covariates, categorical=self.categorical, individual=codes, ids=ids)
         signal, keep, signals = self._signals(table, names)
         clock = times_of(table, names, self.date_format, scales, individual=codes, ids=ids, sort=self.sort, keep=keep)
+        whole = None
+        if self._covariates.need_times:
+            whole = times_of(table, names, self.date_format, scales, individual=codes, ids=ids, sort=self.sort).values
+        covariates = self._covariates.read(table, individual=codes, ids=ids, times=whole)
         scales = replace(scales, time_unit=clock.unit)
-        used = [*names.values(), *clock.columns, *as_names("covariates", self.covariates)]
+        used = [*names.values(), *clock.columns, *self._covariates.columns()]
         rows = Rows(codes, ids, keep, names["value"])
         unused = refuse_other_meanings(table, rows, used=self._there(table, used), doses=False)
         chosen, signal, individual = table.where(keep), signal[keep], codes[keep]
@@ -130,9 +141,10 @@ class LongTable:
             ids=ids,
             signals=signals,
             scales=scales,
-            covariates=scaled(covariates, self.covariate_scale, self.covariate_units),
+            covariates=covariates.constant,
+            time_covariates=covariates.course,
             covariate_units=dict(self.covariate_units),
-            notes=(*notes, *said, *clock.notes, *apart_note(individual), *spare, *unused),
+            notes=(*notes, *said, *clock.notes, *apart_note(individual), *spare, *covariates.notes, *unused),
         )
 
     def plan(self) -> PlannedDesigns:
@@ -152,12 +164,10 @@ class LongTable:
             signal = pd.factorize(table.text(names["signal"]))[0].astype(np.int64)
         if not self.sort:
             refuse_disorder(table, names["time"], individual=codes, ids=ids, times=times, series=signal)
-        wanted = self._there(table, as_names("covariates", self.covariates))
+        wanted = self._there(table, self._covariates.columns())
         rows = Rows(codes, ids, np.zeros(len(table), dtype=bool), names["value"])
         unused = refuse_other_meanings(table, rows, used=self._there(table, [*names.values(), *wanted]), doses=False)
-        covariates = covariates_of(
-            table, wanted, categorical=levels_of(self.categorical, wanted), individual=codes, ids=ids
-        )
+        covariates = self._covariates.read(table, individual=codes, ids=ids, times=times, those_there=True)
         return PlannedDesigns(
             ids=ids,
             design=planned_design(
@@ -165,11 +175,23 @@ class LongTable:
                 individual=codes,
                 ids=ids,
                 times=times,
-                covariates=scaled(covariates, named(self.covariate_scale, wanted), named(self.covariate_units, wanted)),
+                covariates=covariates.constant,
+                time_covariates=covariates.course,
             ),
             time_unit=self.time_unit,
             covariate_units=dict(self.covariate_units),
-            notes=(*notes, *said, *unused),
+            notes=(*notes, *said, *unused, *covariates.notes),
+        )
+
+    @property
+    def _covariates(self) -> CovariateOptions:
+        return CovariateOptions(
+            constant=self.covariates,
+            categorical=self.categorical,
+            in_time=self.time_covariates,
+            value=self.covariate_value,
+            scale=self.covariate_scale,
+            units=self.covariate_units,
         )
 
     def _opened(self) -> tuple[Scales, dict[str, str], Table, list[str]]:

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from jaxtyping import Float, Int
 
-from nlme_sbi.config.wording import as_names
 from nlme_sbi.io.censored import limits_of, refuse_marks
 from nlme_sbi.io.clock_times import times_of
+from nlme_sbi.io.covariates.covariate_options import CovariateOptions
+from nlme_sbi.io.covariates.individual_covariates import Levels
+from nlme_sbi.io.covariates.time_covariates import Choices
 from nlme_sbi.io.event_tables.doses import DoseColumns, Kinds, dose_compartments, dose_events, kinds_of
 from nlme_sbi.io.event_tables.event_signals import MeasuredSignals, signals_of
 from nlme_sbi.io.files import MISSING, TableFile
-from nlme_sbi.io.individual_covariates import Levels, covariates_of, levels_of, named, scaled
 from nlme_sbi.io.meanings import Rows, refuse_other_meanings
 from nlme_sbi.io.plans import PlannedDesigns, planned_design
 from nlme_sbi.io.records import Records, Scales, observations
@@ -70,6 +71,11 @@ class EventTable:
         compartments: for levels of CMT, ADM or ROUTE on doses the number of the simulator's compartment; numbers that
             are not named stand for themselves.
         covariates: columns that are constant within an individual.
+        time_covariates: numeric columns that change in time, for simulators that read them along the timeline: names,
+            whose last value is carried forward, or a mapping to "previous", "next" (carried back, as NONMEM has it) or
+            "linear".
+        covariate_value: "constant" refuses a column of ``covariates`` that changes within an individual, "first" takes
+            each individual's first value.
         categorical: covariates that are levels although they look like numbers, or a mapping to their levels in order.
         only: for each column the level or levels of the rows to take.
         skip: for each column the level or levels of the rows to leave out.
@@ -99,6 +105,8 @@ class EventTable:
     signal_levels: Mapping[str | int | float | bool, str] = field(default_factory=dict)
     compartments: Mapping[str | int | float | bool, int] = field(default_factory=dict)
     covariates: str | Sequence[str] = ()
+    time_covariates: Choices = ()
+    covariate_value: str = "constant"
     categorical: Levels = ()
     only: Mapping[str, object] = field(default_factory=dict)
     skip: Mapping[str, object] = field(default_factory=dict)
@@ -124,7 +132,7 @@ class EventTable:
         """Measurements and doses; raises ``ValueError`` with row, column and remedy where the file is wrong."""
         scales, names, table, opened = self._opened()
         table.require(names, ("id", "time", "dv", "amt", *_asked(names)))
-        read = self._events(table, names, scales, self.covariates, plan=False)
+        read = self._events(table, names, scales, plan=False)
         scales = replace(scales, time_unit=read.time_unit)
         kept = read.kinds.measurement & read.signals.kept
         rows = Rows(read.individual, read.ids, kept, names["dv"])
@@ -150,20 +158,19 @@ class EventTable:
             row=chosen.rows,
             limits=limits,
         )
-        covariates = covariates_of(
-            table, self.covariates, categorical=self.categorical, individual=read.individual, ids=read.ids
-        )
+        covariates = self._covariates.read(table, individual=read.individual, ids=read.ids, times=read.times)
         return observations(
             records,
             table.name,
             ids=read.ids,
             signals=read.signals.names,
             scales=scales,
-            covariates=scaled(covariates, self.covariate_scale, self.covariate_units),
+            covariates=covariates.constant,
             events=read.events,
+            time_covariates=covariates.course,
             dose_unit=self.dose_unit,
             covariate_units=dict(self.covariate_units),
-            notes=(*notes, *said),
+            notes=(*notes, *said, *covariates.notes),
         )
 
     def plan(self) -> PlannedDesigns:
@@ -173,21 +180,22 @@ class EventTable:
         """
         scales, names, table, opened = self._opened()
         table.require(names, ("id", "time", "amt"))
-        wanted = [name for name in as_names("covariates", self.covariates) if table.has(name)]
-        read = self._events(table, names, scales, wanted, plan=True)
+        read = self._events(table, names, scales, plan=True)
         rows = Rows(read.individual, read.ids, np.zeros(len(table), dtype=bool), names["dv"])
         used = [*read.used, *(name for name in (names["dv"], names["cens"], names["limit"]) if table.has(name))]
         notes = refuse_other_meanings(table, rows, used=used, doses=True)
-        levels = levels_of(self.categorical, wanted)
-        covariates = covariates_of(table, wanted, categorical=levels, individual=read.individual, ids=read.ids)
+        covariates = self._covariates.read(
+            table, individual=read.individual, ids=read.ids, times=read.times, those_there=True
+        )
         places = read.kinds.measurement
         design = planned_design(
             table.name,
             individual=read.individual[places],
             ids=read.ids,
             times=read.times[places],
-            covariates=scaled(covariates, named(self.covariate_scale, wanted), named(self.covariate_units, wanted)),
+            covariates=covariates.constant,
             events=read.events,
+            time_covariates=covariates.course,
         )
         return PlannedDesigns(
             ids=read.ids,
@@ -195,7 +203,18 @@ class EventTable:
             time_unit=read.time_unit,
             dose_unit=self.dose_unit,
             covariate_units=dict(self.covariate_units),
-            notes=(*opened, *read.notes, *notes),
+            notes=(*opened, *read.notes, *notes, *covariates.notes),
+        )
+
+    @property
+    def _covariates(self) -> CovariateOptions:
+        return CovariateOptions(
+            constant=self.covariates,
+            categorical=self.categorical,
+            in_time=self.time_covariates,
+            value=self.covariate_value,
+            scale=self.covariate_scale,
+            units=self.covariate_units,
         )
 
     def _opened(self) -> tuple[Scales, dict[str, str], Table, list[str]]:
@@ -207,9 +226,7 @@ class EventTable:
         table, notes = open_table(file, unused=self.unused, only=self.only, skip=self.skip)
         return scales, names, table, notes
 
-    def _events(
-        self, table: Table, names: Mapping[str, str], scales: Scales, covariates: object, *, plan: bool
-    ) -> _EventRows:
+    def _events(self, table: Table, names: Mapping[str, str], scales: Scales, *, plan: bool) -> _EventRows:
         """Who, when and what each row is, and the doses."""
         individual, ids, notes = individuals_of(table, names["id"])
         clock = times_of(table, names, self.date_format, scales, individual=individual, ids=ids, sort=self.sort)
@@ -244,7 +261,7 @@ class EventTable:
         )
         taken = [*clock.columns, *(names[role] for role in ("id", "dv", "amt", "evid", "mdv", "cens", *_OF_DOSES))]
         taken += [names["limit"]] if table.has(names["cens"]) else []
-        used = [name for name in [*taken, *as_names("covariates", covariates)] if table.has(name)]
+        used = [name for name in [*taken, *self._covariates.columns()] if table.has(name)]
         return _EventRows(
             individual=individual,
             ids=ids,
