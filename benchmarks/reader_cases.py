@@ -116,8 +116,13 @@ def cases() -> list[Case]:
         Case("cflag.csv", flagged, refused=r'row 4, column "C".*skip=\{C: C\}'),
         Case("cflag_skip.csv", flagged, options={"skip": {"C": "C"}}, values=READ, said="left out: 1 of 4 rows"),
         Case("cflag_unused.csv", flagged, options={"unused": ["C"]}, values={**READ, ("1", 2.0, "DV"): 999.0}),
-        Case("clock.csv", table(EVENT, "1,08:00,.,320,1", "1,09:00,7.5,.,0"), refused="clock times are not numbers"),
-        Case("dates.xlsx", _dated(), "long_table", refused="[Dd]ates and clock times are not numbers"),
+        Case(
+            "clock.csv",
+            table(EVENT, "1,08:00,.,320,1", "1,09:30,7.5,.,0"),
+            values={("1", 1.5, "DV"): 7.5},
+            said="since each individual's first record, in h",
+        ),
+        Case("dates.xlsx", _dated(), "long_table", values={("a", 0.0, "value"): 1.0, ("a", 1.0, "value"): 2.0}),
         Case("noevid.csv", table("ID,TIME,DV,AMT", "1,0,.,320", "1,1,7.5,.", "1,8,4.1,."), values=READ, said="EVID"),
         Case(
             "plan_dot.csv",

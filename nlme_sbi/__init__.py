@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from nlme_sbi.runs import find_run, load_run
     from nlme_sbi.simulation.shards import SimulationSettings
     from nlme_sbi.training.loop import TrainingSettings, train_posterior
-    from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Observations
+    from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Observations, TimeCovariates
 
 __version__ = "0.1.0"
 
@@ -145,6 +145,7 @@ __all__ = [
     "SplineCouplingFlow",
     "StudentT",
     "ThetaPriors",
+    "TimeCovariates",
     "TorchDiffEq",
     "TrainingSettings",
     "UniformPrior",
@@ -294,6 +295,7 @@ _ROOMS = {
         "EventKind",
         "Events",
         "Observations",
+        "TimeCovariates",
     ),
 }
 _HOMES = {name: f"{__name__}.{room}" for room, names in _ROOMS.items() for name in names}

@@ -38,6 +38,9 @@ class EventKind(IntEnum):
     RESET_DOSE = 4
 
 
+BETWEEN_RECORDS = ("previous", "next", "linear")
+
+
 class Censoring(IntEnum):
     """What is known of a measurement: its value, or only a bound (``lower``/``upper``)."""
 
@@ -60,7 +63,7 @@ def _map_tensors(carrier: Carrier, change: Callable[[Tensor], Tensor], **others:
         value = getattr(carrier, item.name)
         if isinstance(value, Tensor):
             changed[item.name] = change(value)
-        elif isinstance(value, (Events, Limits, Covariates, Groups, Design)):
+        elif isinstance(value, (Events, Limits, Covariates, TimeCovariates, Groups, Design)):
             changed[item.name] = _map_tensors(value, change)
     return replace(carrier, **changed)  # type: ignore[type-var]
 
@@ -164,6 +167,32 @@ class Covariates:
 
 
 @dataclass(frozen=True, eq=False)
+class TimeCovariates:
+    """Numeric covariates that change in time: records of every individual, and what holds between them.
+
+    Args:
+        names: of the ``K`` covariates.
+        times: ``(I, V)``, non-decreasing; a row with fewer records is padded with its last one.
+        values: ``(I, V, K)``.
+        between: for each covariate what holds between records: "previous" (carried forward), "next" (carried back) or
+            "linear"; before the first record the first value, after the last the last.
+    """
+
+    names: tuple[str, ...]
+    times: Float[Tensor, "I V"]
+    values: Float[Tensor, "I V K"]
+    between: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        wanted, fitting = (*self.times.shape, len(set(self.names))), len(self.between) == len(self.names) > 0
+        if tuple(self.values.shape) != wanted or not fitting or not set(self.between) <= set(BETWEEN_RECORDS):
+            raise ValueError(
+                f"Covariates in time need a column and one of {', '.join(BETWEEN_RECORDS)} for each different name: "
+                f"{self.names}, {self.between}, times {tuple(self.times.shape)}, values {tuple(self.values.shape)}."
+            )
+
+
+@dataclass(frozen=True, eq=False)
 class Groups:
     """Grouping variables (experiment, device, batch): ``codes (I, G)`` into ``levels[g]``."""
 
@@ -193,7 +222,7 @@ class Design:
         covariates: constant in time, or None.
         groups: grouping variables, or None.
         occasion: ``(I, T)`` codes, or None.
-        events: dose records, or None.
+        events, time_covariates: dose records, covariates that change in time, or None.
         limits: what is not told of values, or None where every value is. Of data, ``Observations.censoring`` tells it.
     """
 
@@ -204,6 +233,7 @@ class Design:
     occasion: Int[Tensor, "I T"] | None = None
     events: Events | None = None
     limits: Limits | None = None
+    time_covariates: TimeCovariates | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.times.shape) != tuple(self.observed.shape[:2]):
@@ -214,6 +244,7 @@ class Design:
             "events": None if self.events is None else self.events.time,
             "occasion": self.occasion,
             "limits": None if self.limits is None else self.limits.lower,
+            "time_covariates": None if self.time_covariates is None else self.time_covariates.times,
         }
         for name, tensor in rows.items():
             if tensor is not None and tensor.shape[0] != self.times.shape[0]:

@@ -70,7 +70,7 @@ def check_units(observations: Observations, simulator: Any) -> None:
         check_unit(f'The data\'s signal "{name}" is', given, wanted, option="signal", name=name)
     check_unit("The data's doses are", observations.dose_unit, dose_unit, option="dose")
     needed: Mapping[str, str] = getattr(simulator, "covariate_units", {})
-    for name in simulator.covariates:
+    for name in (*simulator.covariates, *getattr(simulator, "time_covariates", ())):
         given, wanted = observations.covariate_units.get(name, ""), needed.get(name, "")
         check_unit(f'The data\'s covariate "{name}" is', given, wanted, option="covariate", name=name)
 

@@ -6,11 +6,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.individual_model.dosing.doses import WrittenDoses, check_doses, receive_doses, write_out_doses
+from nlme_sbi.individual_model.dosing.doses import (
+    ReceivedDoses,
+    WrittenDoses,
+    check_doses,
+    receive_doses,
+    write_out_doses,
+)
+from nlme_sbi.individual_model.dosing.event_integration import solve_through_doses
 from nlme_sbi.individual_model.dosing.linear_compartments import Transit, central_amount, disposition
+from nlme_sbi.individual_model.dosing.linear_equations import LinearSolver
 from nlme_sbi.individual_model.dosing.typical_scales import typical_scales
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
 from nlme_sbi.individual_model.noise import (
@@ -22,6 +31,18 @@ from nlme_sbi.individual_model.noise import (
     Power,
     Proportional,
     StudentT,
+)
+from nlme_sbi.individual_model.solvers import Equation, equation_by_stretch
+from nlme_sbi.individual_model.time_covariates import (
+    EffectSections,
+    Stretch,
+    check_time_covariates,
+    coefficient_parameters,
+    course_of,
+    plausible_coefficients,
+    read_time_effects,
+    values_at,
+    with_time_effects,
 )
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design, Events, Observations
@@ -43,6 +64,7 @@ _HEAVY = "student_t"
 _LONGEST_CHAIN = 20
 _DEGREES = 4.0  # what robust regression commonly takes: few data tell the degrees of freedom
 
+_OF_DOSES = ("Tlag", "F", "Tk0")
 _PERIPHERAL = {1: (), 2: (("Q", "Vp", "k12", "k21"),), 3: (("Q1", "Vp1", "k12", "k21"), ("Q2", "Vp2", "k13", "k31"))}
 
 
@@ -86,6 +108,10 @@ class Compartments(MechanisticSimulator):
         time_unit: of times, rates and clearances.
         dose_unit: of the amounts.
         volume_unit: of the volumes.
+        time_covariates: parameters that follow covariates along the timeline: ``{CL: {WT: {form: power, reference:
+            70}}}`` makes clearance ``CL * (WT(t) / 70) ** CL_WT``. Each such effect is a parameter of its own, here
+            ``CL_WT``, mostly one that does not vary (``population.constant``); ``fixed: 0.75`` gives it. ``form:
+            exponential`` is ``exp(CL_WT * (WT(t) - 70))``. All but ``Tlag``, ``F`` and ``Tk0`` may follow covariates.
     """
 
     takes_doses = True
@@ -106,6 +132,7 @@ class Compartments(MechanisticSimulator):
         time_unit: str = "h",
         dose_unit: str = "mg",
         volume_unit: str = "L",
+        time_covariates: EffectSections | None = None,
     ) -> None:
         if compartments not in _PERIPHERAL:
             raise ValueError(f"compartments must be 1, 2 or 3; got {compartments}.")
@@ -125,7 +152,11 @@ class Compartments(MechanisticSimulator):
         self.signals, self.signal_units = (signal,), (signal_unit,)
         self.time_unit, self.dose_unit = time_unit, dose_unit
         self.noise, own = _noise(noise, signal_unit)
-        self.parameters = ParameterSpace((*self._kinetics(volume_unit), *own))
+        kinetics = self._kinetics(volume_unit)
+        allowed = [each.name for each in kinetics if each.name not in _OF_DOSES]
+        self.time_effects = read_time_effects(time_covariates or {}, (*kinetics, *own), allowed)
+        self.time_covariates = tuple(dict.fromkeys(effect.covariate for effect in self.time_effects))
+        self.parameters = ParameterSpace((*kinetics, *coefficient_parameters(self.time_effects), *own))
 
     def _kinetics(self, volume_unit: str) -> list[Parameter]:
         rate, flow = f"1/{self.time_unit}", f"{volume_unit}/{self.time_unit}"
@@ -160,6 +191,16 @@ class Compartments(MechanisticSimulator):
 
     def check_design(self, design: Design, ids: Sequence[str] | None = None) -> None:
         """Refuse doses that the model cannot receive; raises ``ValueError`` with the individual and what to do."""
+        check_time_covariates(self.time_covariates, self.time_effects, design, ids)
+        course = design.time_covariates
+        if course is not None:
+            for name in self.time_covariates:
+                if course.between[course.names.index(name)] == "linear":
+                    raise ValueError(
+                        "simulator=compartments steps from record to record with rates that are constant between them, "
+                        f"and {name} is interpolated linearly; pass 'data.time_covariates={{{name}: previous}}' (or "
+                        "next), or take simulator=pkpd simulator.effect=none, which solves the differential equation."
+                    )
         if design.events is not None:
             check_doses(design.events, compartments=self.dose_compartments, ids=ids)
             if self.absorption == "transit":
@@ -176,17 +217,79 @@ class Compartments(MechanisticSimulator):
             bioavailability=_absorbed_only(natural, "F"),
             duration=_absorbed_only(natural, "Tk0"),
         )
+        times = times_for(phi.double(), design).expand(*phi.shape[:-1], -1)
+        if self.time_covariates:
+            return self._along(natural, design, doses, times).to(phi.dtype)
         column = {name: value[..., None] for name, value in natural.items()}
         volume = column["V"] if self.compartments == 1 else column["Vc"]
         amount = central_amount(
             doses,
-            times_for(phi.double(), design).expand(*phi.shape[:-1], -1),
+            times,
             disposition(*self._rates(column, volume)),
             central=len(self.dose_compartments),
             absorption=column.get("ka"),
             transit=self._transit(column),
         )
         return (self.scale * amount / volume)[..., None].to(phi.dtype)
+
+    def _along(self, natural: Mapping[str, Tensor], design: Design, doses: ReceivedDoses, times: Tensor) -> Tensor:
+        """Concentration where rates change at the records of covariates: from record to record exactly."""
+        course = course_of(design, self.time_covariates)
+
+        def during(begin: Tensor, end: Tensor) -> Equation:
+            values = Stretch.of(course, begin, end, self.time_covariates).first
+            here = with_time_effects(natural, values, self.time_effects, self.parameters)
+            matrix = self._matrix(here)
+            return Equation(
+                lambda _, state: (matrix @ state[..., None])[..., 0],
+                lambda _, state: matrix.expand(*state.shape, state.shape[-1]),
+                autonomous=True,
+            )
+
+        first = next(iter(natural.values()))
+        when = doses.written.time.reshape(len(doses.written), *(1,) * (times.ndim - 2), -1)
+        central = self._before_central
+        states = 1 + central + len(_PERIPHERAL[self.compartments])
+        amounts = solve_through_doses(
+            equation_by_stretch(during),
+            first.new_zeros((*first.shape, states)),
+            start=torch.cat([times, when.expand(*times.shape[:-1], -1)], -1).amin(-1),
+            times=times,
+            doses=doses,
+            places=(0,) if self.absorption == "none" else (0, central),
+            solver=LinearSolver(chain=self.compartments == 1),
+            stops=course.times,
+        )
+        at = with_time_effects(
+            natural, values_at(course, times, self.time_covariates), self.time_effects, self.parameters
+        )
+        volume = at["V" if self.compartments == 1 else "Vc"]
+        volume = volume if volume.ndim == times.ndim else volume[..., None]
+        # Far below the doses rounding leaves amounts of either sign.
+        return (self.scale * amounts[..., central].clamp(min=0.0) / volume)[..., None]
+
+    def _matrix(self, here: Mapping[str, Tensor]) -> Tensor:
+        """Rates between the compartments, ``(I, ..., X, X)``, those of slope ``i`` from state ``j`` at ``[i, j]``."""
+        volume = here["V" if self.compartments == 1 else "Vc"]
+        elimination, exchanges = self._rates(here, volume)
+        central = self._before_central
+        states = 1 + central + len(exchanges)
+        nothing = torch.zeros_like(volume + elimination)
+        entries = [[nothing] * states for _ in range(states)]
+        entries[central][central] = -elimination - sum(out for out, _ in exchanges)
+        for number, (out, back) in enumerate(exchanges):
+            place = central + 1 + number
+            entries[place][central], entries[central][place], entries[place][place] = out, back, -back
+        for place in range(central):  # the transit chain, then the absorption compartment
+            passed = here["ka"] if place == central - 1 else (self.transit_compartments + 1) / here["MTT"]
+            entries[place][place], entries[place + 1][place] = -passed, passed
+        rows = [torch.stack([entry.expand(nothing.shape) for entry in row], dim=-1) for row in entries]
+        return torch.stack(rows, dim=-2)
+
+    @property
+    def _before_central(self) -> int:
+        """Number of compartments that absorbed doses pass."""
+        return {"first_order": 1, "transit": self.transit_compartments + 2}.get(self.absorption, 0)
 
     def _absorbed(self, written: WrittenDoses) -> WrittenDoses:
         """Boluses into the absorption compartment of a zero-order absorption last ``Tk0``."""
@@ -237,6 +340,7 @@ class Compartments(MechanisticSimulator):
         found = {name: (math.log(value), wide) for name, value in centres.items()}
         found["F"] = (0.0, wide)
         found["power"] = (0.5, 0.5)
+        found |= plausible_coefficients(self.time_effects, observations.design)
         found["sigma"] = (math.log(self._plausible_sigma(scales.middle)), wide)
         return {name: found[name] for name in self.parameters.names}
 

@@ -14,6 +14,12 @@ from nlme_sbi.individual_model.mechanistic import OdeModel
 from nlme_sbi.individual_model.noise import Additive, Combined2, NoiseModel, Proportional
 from nlme_sbi.individual_model.solver_names import SolverName
 from nlme_sbi.individual_model.solvers import Solver
+from nlme_sbi.individual_model.time_covariates import (
+    EffectSections,
+    coefficient_parameters,
+    plausible_coefficients,
+    read_time_effects,
+)
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design, Observations
 
@@ -28,6 +34,7 @@ Effect = Literal[
 ]
 _TURNOVER = ("inhibit_production", "inhibit_loss", "stimulate_production", "stimulate_loss")
 _WIDE = 1.5
+_MAY_CHANGE = ("ka", "CL", "Vmax", "Km", "V", "Q", "Vp")
 
 
 class PkPd(OdeModel):
@@ -66,6 +73,8 @@ class PkPd(OdeModel):
         time_unit: of times and rates.
         dose_unit: of the amounts.
         volume_unit: of the volumes.
+        time_covariates: kinetic parameters that follow covariates in time, as in ``Compartments``; covariates may also
+            be interpolated linearly here.
         solver: an object or its name; "rosenbrock" where rates differ by many powers of ten.
     """
 
@@ -87,6 +96,7 @@ class PkPd(OdeModel):
         dose_unit: str = "mg",
         volume_unit: str = "L",
         solver: Solver | SolverName | None = None,
+        time_covariates: EffectSections | None = None,
     ) -> None:
         super().__init__(solver)
         if compartments not in (1, 2):
@@ -101,9 +111,12 @@ class PkPd(OdeModel):
         self.signal_units = units[: len(self.signals)]
         self.noise, own = _noise(noise, self.signals, self.signal_units)
         flow = f"{volume_unit}/{time_unit}"
-        self.parameters = ParameterSpace(
-            (*self._kinetics(flow, volume_unit, concentration_unit), *self._dynamics(), *own)
-        )
+        kinetics = self._kinetics(flow, volume_unit, concentration_unit)
+        plain = (*kinetics, *self._dynamics())
+        allowed = [each.name for each in kinetics if each.name in _MAY_CHANGE]
+        self.time_effects = read_time_effects(time_covariates or {}, (*plain, *own), allowed)
+        self.time_covariates = tuple(dict.fromkeys(effect.covariate for effect in self.time_effects))
+        self.parameters = ParameterSpace((*plain, *coefficient_parameters(self.time_effects), *own))
         self.central = 1 if self.absorbed else 0
         self.dose_states = (0, 1) if self.absorbed else (0,)
 
@@ -189,7 +202,10 @@ class PkPd(OdeModel):
     def observe(self, states: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
         """Concentration and effect."""
         del design
-        level = self.scale * states[..., self.central] / natural["V"][..., None]
+        volume = natural["V"]
+        # With covariates in time it is known at every measurement already.
+        volume = volume if volume.ndim == states.ndim - 1 else volume[..., None]
+        level = self.scale * states[..., self.central] / volume
         if self.effect == "none":
             return level[..., None]
         if self.effect in _TURNOVER:
@@ -228,6 +244,7 @@ class PkPd(OdeModel):
             centres |= {"R0": middle, "E0": middle, "sd_effect": 0.1 * spread}
             centres["Emax"] = 1.0 if self.effect in _TURNOVER else spread
         found = {name: (math.log(value), _WIDE) for name, value in centres.items()} | {"Imax": (0.0, _WIDE)}
+        found |= plausible_coefficients(self.time_effects, observations.design)
         return {name: found[name] for name in self.parameters.names}
 
 

@@ -14,7 +14,8 @@ _OPEN = (
     *("signal_units", "signal_scale", "signal_levels", "compartments", "only", "skip"),
     *("covariate_units", "covariate_scale"),
 )
-_LIST_OR_MAPPING = ("data.categorical",)
+_LIST_OR_MAPPING = ("data.categorical", "data.time_covariates")
+_OPEN_OF_SIMULATORS = "simulator.time_covariates"
 _NAMES = ("individuals", "check_fit.individuals")
 _OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|)(?P<key>[\w.@/-]+)=(?P<value>.*)", re.DOTALL)
 # What Hydra makes a number, a truth value or nothing of; a text that looks so is a name all the same.
@@ -42,6 +43,8 @@ def _meant(override: str) -> list[str]:
         value = _with_quotes(value)
     # A plus was needed for options that a group of data did not name; now all groups name all options.
     if section == "data" and rest and (sign == "+" or (not sign and option in _OPEN)):
+        sign = "++"
+    if not sign and (key + ".").startswith(f"{_OPEN_OF_SIMULATORS}."):
         sign = "++"
     if not sign and key == "data.signals" and value.lstrip().startswith("{"):
         # The levels and what they are called, in the place of names alone.

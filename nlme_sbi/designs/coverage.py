@@ -76,6 +76,7 @@ def count_of(number: int, noun: str) -> str:
 
 
 def _is_one_row(design: Design) -> bool:
-    others = (design.covariates, design.groups, design.occasion, design.events, design.limits)
+    events, course = design.events, design.time_covariates
+    others = (design.covariates, design.groups, design.occasion, events, design.limits, course)
     shared = design.times.stride(0) == 0 and design.observed.stride(0) == 0
     return len(design) > 1 and shared and all(other is None for other in others)

@@ -320,7 +320,9 @@ def _single_precision(design: Design) -> Design:
         events = replace(events, **{name: getattr(events, name).float() for name in names})
     if covariates is not None:
         covariates = replace(covariates, values=covariates.values.float())
-    limits = design.limits
+    limits, course = design.limits, design.time_covariates
     if limits is not None:
         limits = Limits(limits.lower.float(), limits.upper.float())
-    return replace(design, times=single, events=events, covariates=covariates, limits=limits)
+    if course is not None:
+        course = replace(course, times=course.times.float(), values=course.values.float())
+    return replace(design, times=single, events=events, covariates=covariates, limits=limits, time_covariates=course)

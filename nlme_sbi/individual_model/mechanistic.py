@@ -15,13 +15,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.individual_model.dosing.doses import check_doses, receive_doses, write_out_doses
+from nlme_sbi.individual_model.dosing.doses import ReceivedDoses, check_doses, receive_doses, write_out_doses
 from nlme_sbi.individual_model.dosing.event_integration import solve_through_doses
 from nlme_sbi.individual_model.noise import NoiseModel, check_values, observation_log_prob
 from nlme_sbi.individual_model.solver_names import SolverName, solver_named
-from nlme_sbi.individual_model.solvers import DormandPrince5, Equation, Solver, solve
+from nlme_sbi.individual_model.solvers import DormandPrince5, Equation, Solver, equation_by_stretch, solve
+from nlme_sbi.individual_model.time_covariates import (
+    Stretch,
+    TimeEffect,
+    check_time_covariates,
+    course_of,
+    values_at,
+    with_time_effects,
+    without_doses,
+)
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.types import Design, Observations, SimulatorOutput
+from nlme_sbi.types import Design, Observations, SimulatorOutput, TimeCovariates
 
 
 class MechanisticSimulator(ABC):
@@ -37,6 +46,7 @@ class MechanisticSimulator(ABC):
         noise: observation model, its parameters named as in ``parameters``.
         time_unit: unit of ``design.times``.
         covariates: the covariates that :meth:`predict` reads from the design.
+        time_covariates: those that it reads along the timeline.
         takes_doses: whether :meth:`predict` reads ``design.events``.
         dose_unit: unit of the doses' amounts, "" where it is left open.
         covariate_units: units of the covariates by name, as far as they matter.
@@ -50,6 +60,7 @@ class MechanisticSimulator(ABC):
     noise: NoiseModel
     time_unit: str = "h"
     covariates: tuple[str, ...] = ()
+    time_covariates: tuple[str, ...] = ()
     takes_doses: bool = False
     dose_unit: str = ""
     covariate_units: Mapping[str, str] = MappingProxyType({})
@@ -157,6 +168,11 @@ class OdeModel(MechanisticSimulator):
     :meth:`infusion_duration` may make them depend on parameters. An individual whose equation cannot be solved becomes
     NaN, which :meth:`simulate` reports as status 1 and :meth:`log_likelihood` as ``-inf``.
 
+    A model that names ``time_covariates`` finds them in ``natural`` beside the parameters: in :meth:`right_hand_side`
+    and :meth:`jacobian` at that time, ``(I, ...)``, in :meth:`initial_state` at the start, in :meth:`observe` at the
+    measurements, ``(I, ..., T)``. The solver stops at their records. Steady states are those of the covariates at the
+    dose's record.
+
     The solver works in the dtype of ``phi``; float32 does not reach relative tolerances below about 1e-6. For stiff
     equations take :class:`~nlme_sbi.individual_model.rosenbrock.Rosenbrock`, which :meth:`jacobian` makes faster.
 
@@ -170,12 +186,15 @@ class OdeModel(MechanisticSimulator):
         autonomous: whether :meth:`right_hand_side` leaves ``time`` alone, which saves stiff solvers a derivative.
         observed_states: positions of the states that :meth:`observe` needs; it then gets these alone, in this order,
             which saves stiff solvers interpolating the others. None for all.
+        time_effects: parameters that follow covariates along the timeline; ``natural`` then holds them at that time, in
+            :meth:`observe` as ``(I, ..., T)``.
     """
 
     solver: Solver = DormandPrince5()
     autonomous: bool = False
     dose_states: tuple[int, ...] | None = None
     observed_states: tuple[int, ...] | None = None
+    time_effects: tuple[TimeEffect, ...] = ()
 
     def __init__(self, solver: Solver | SolverName | None = None) -> None:
         if solver is not None:
@@ -229,6 +248,7 @@ class OdeModel(MechanisticSimulator):
 
     def check_design(self, design: Design, ids: Sequence[str] | None = None) -> None:
         """Refuse doses into compartments that there are not, and such as no dose is; raises ``ValueError``."""
+        check_time_covariates(self.time_covariates, self.time_effects, design, ids)
         if self.dose_states is None or design.events is None:
             return
         one = design[:1]
@@ -247,24 +267,90 @@ class OdeModel(MechanisticSimulator):
         natural = dict(zip(self.parameters.names, self.parameters.to_natural(phi).unbind(-1), strict=True))
         times = times_for(phi, design)
         times = times.expand(*phi.shape[:-1], times.shape[-1])
-        equation, begin = self._equation(natural, design), self.initial_state(natural, design)
         start = self.start_time(natural, design)
+        if self.time_covariates:
+            return self._predict_along(natural, design, start, times)
+        equation, begin = self._equation(natural, design), self.initial_state(natural, design)
         if self.dose_states is None:
             states = solve(equation, begin, start=start, times=times, solver=self.solver)
             return self.observe(states, natural, design)
-        doses = receive_doses(
+        states = solve_through_doses(
+            equation,
+            begin,
+            start=start,
+            times=times,
+            doses=self._received(natural, design),
+            places=self.dose_states,
+            solver=self.solver,
+        )
+        chosen = states if self.observed_states is None else states[..., list(self.observed_states)]
+        return self.observe(chosen, natural, design)
+
+    def _received(self, natural: Mapping[str, Tensor], design: Design) -> ReceivedDoses:
+        return receive_doses(
             write_out_doses(design),
-            phi[..., 0],
+            next(iter(natural.values())),
             lag=self.lag(natural, design),
             bioavailability=self.bioavailability(natural, design),
             rate=self.infusion_rate(natural, design),
             duration=self.infusion_duration(natural, design),
         )
+
+    def _predict_along(self, natural: Mapping[str, Tensor], design: Design, start: Tensor, times: Tensor) -> Tensor:
+        """As :meth:`predict`, through the records of covariates, too."""
+        course = course_of(design, self.time_covariates)
+        told = design if self.dose_states is not None else without_doses(design)
         states = solve_through_doses(
-            equation, begin, start=start, times=times, doses=doses, places=self.dose_states, solver=self.solver
+            self._equation_along(natural, design, course),
+            self.initial_state(self._natural_at(natural, course, start), design),
+            start=start,
+            times=times,
+            doses=self._received(natural, told),
+            places=self.dose_states or (),
+            solver=self.solver,
+            stops=course.times,
         )
         chosen = states if self.observed_states is None else states[..., list(self.observed_states)]
-        return self.observe(chosen, natural, design)
+        return self.observe(chosen, self._natural_at(natural, course, times), design)
+
+    def _natural_at(self, natural: Mapping[str, Tensor], course: TimeCovariates, times: Tensor) -> Mapping[str, Tensor]:
+        values = values_at(course, times, self.time_covariates)
+        return with_time_effects(natural, values, self.time_effects, self.parameters)
+
+    def _equation_along(self, natural: Mapping[str, Tensor], design: Design, course: TimeCovariates) -> Equation:
+        """The equation between records of covariates."""
+        linear = any(
+            between == "linear" and name in self.time_covariates
+            for name, between in zip(course.names, course.between, strict=True)
+        )
+
+        def during(begin: Tensor, end: Tensor) -> Equation:
+            stretch = Stretch.of(course, begin, end, self.time_covariates)
+
+            def now(time: Tensor) -> Mapping[str, Tensor]:
+                return with_time_effects(natural, stretch.at(time), self.time_effects, self.parameters)
+
+            constant = None if linear else now(begin)
+
+            def slope(time: Tensor, state: Tensor) -> Tensor:
+                return self.right_hand_side(time, state, constant or now(time), design)
+
+            def jacobian(time: Tensor, state: Tensor) -> Tensor:
+                return self._own_jacobian(time, state, constant or now(time), design)
+
+            return Equation(slope, jacobian if self._has_jacobian else None, self.autonomous and not linear)
+
+        return equation_by_stretch(during)
+
+    @property
+    def _has_jacobian(self) -> bool:
+        return type(self).jacobian is not OdeModel.jacobian
+
+    def _own_jacobian(self, time: Tensor, state: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
+        found = self.jacobian(time, state, natural, design)
+        if found is None:
+            raise ValueError(f"{type(self).__name__}.jacobian returned None; return the matrices or leave it out.")
+        return found
 
     def _equation(self, natural: Mapping[str, Tensor], design: Design) -> Equation:
         """The equation of all individuals, which gives out those of some by rows of the flattened batch."""
@@ -281,13 +367,9 @@ class OdeModel(MechanisticSimulator):
             return self.right_hand_side(time, state, natural, design)
 
         def jacobian(time: Tensor, state: Tensor) -> Tensor:
-            found = self.jacobian(time, state, natural, design)
-            if found is None:
-                raise ValueError(f"{type(self).__name__}.jacobian returned None; return the matrices or leave it out.")
-            return found
+            return self._own_jacobian(time, state, natural, design)
 
-        by_hand = type(self).jacobian is not OdeModel.jacobian
-        return Equation(slope, jacobian if by_hand else None, self.autonomous)
+        return Equation(slope, jacobian if self._has_jacobian else None, self.autonomous)
 
 
 class NumpySimulator:

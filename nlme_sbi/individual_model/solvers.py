@@ -32,6 +32,8 @@ class Equation:
         wanted: positions of the states that :func:`solve` returns, in this order; None for all.
         of_rows: the equation of some individuals, by positions in the flattened batch, for states ``(rows, X)``; with
             it a solver leaves alone who has arrived.
+        during: the equation from one stop ``(*batch)`` to the next, where it changes at stops (covariates in time); of
+            two equal stops the equation as it stands at that time, for ever.
     """
 
     right_hand_side: RightHandSide
@@ -39,9 +41,19 @@ class Equation:
     autonomous: bool = False
     wanted: tuple[int, ...] | None = None
     of_rows: Callable[[Tensor], Equation] | None = None
+    during: Callable[[Tensor, Tensor], Equation] | None = None
 
     def __call__(self, time: Tensor, state: Tensor) -> Tensor:
         return self.right_hand_side(time, state)
+
+
+def equation_by_stretch(during: Callable[[Tensor, Tensor], Equation]) -> Equation:
+    """An equation that changes at stops, given by what it is from one to the next; see :class:`Equation`."""
+
+    def unknown(*_: Tensor) -> Tensor:
+        raise TypeError("This equation changes at stops; ask it for a stretch between two of them.")
+
+    return Equation(unknown, during=during)
 
 
 @runtime_checkable

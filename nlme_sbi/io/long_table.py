@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int
 
-from nlme_sbi.config.wording import as_names
 from nlme_sbi.io.censored import limits_of
+from nlme_sbi.io.clock_times import times_of
+from nlme_sbi.io.covariates.covariate_options import CovariateOptions
+from nlme_sbi.io.covariates.individual_covariates import Levels
+from nlme_sbi.io.covariates.time_covariates import Choices
 from nlme_sbi.io.files import MISSING, TableFile
-from nlme_sbi.io.individual_covariates import Levels, covariates_of, levels_of, named, scaled
 from nlme_sbi.io.meanings import Rows, refuse_other_meanings
 from nlme_sbi.io.plans import PlannedDesigns, planned_design
 from nlme_sbi.io.records import Records, Scales, chosen_signals, observations, only_signal
@@ -21,7 +23,15 @@ from nlme_sbi.io.rows import apart_note, individuals_of, open_table, refuse_diso
 from nlme_sbi.io.tables import Table, column_names
 from nlme_sbi.types import Observations
 
-_COLUMNS = {"id": "id", "time": "time", "signal": "signal", "value": "value", "cens": "CENS", "limit": "LIMIT"}
+_COLUMNS = {
+    "id": "id",
+    "time": "time",
+    "date": "",
+    "signal": "signal",
+    "value": "value",
+    "cens": "CENS",
+    "limit": "LIMIT",
+}
 _OPTIONAL = ("signal", "cens", "limit")
 
 
@@ -29,16 +39,23 @@ _OPTIONAL = ("signal", "cens", "limit")
 class LongTable:
     """A table with one row for each measurement: who, when, which signal, how much.
 
-    Columns that would change what a row means and are not read (flags, occasions, dates, doses, ...) are refused where
-    they ask for anything; all others are named in the notes.
+    Clock times and dates become hours since the individual's first record; see :mod:`nlme_sbi.io.clock_times`. Columns
+    that would change what a row means and are not read (flags, occasions, doses, ...) are refused where they ask for
+    anything; all others are named in the notes.
 
     Args:
         path: csv, tsv (also .gz) or xlsx; relative to the working directory, else to the project root.
-        columns: the file's names for ``id``, ``time``, ``signal``, ``value``, ``cens`` and ``limit`` (as in event
-            tables); letter case does not matter. Without a signal column the file has one signal.
+        columns: the file's names for ``id``, ``time``, ``date``, ``signal``, ``value``, ``cens`` and ``limit`` (as in
+            event tables); letter case does not matter. Without a signal column the file has one signal.
+        date_format: order of day, month and year where dates do not tell it, as in event tables.
         signals: which signals to take, in this order; None takes all, as they appear. Without a signal column: the
             name of the one signal.
         covariates: columns that are constant within an individual.
+        time_covariates: numeric columns that change in time, for simulators that read them along the timeline: names,
+            whose last value is carried forward, or a mapping to "previous", "next" (carried back, as NONMEM has it) or
+            "linear".
+        covariate_value: "constant" refuses a column of ``covariates`` that changes within an individual, "first" takes
+            each individual's first value.
         categorical: covariates that are levels although they look like numbers, or a mapping to their levels in order.
         only: for each column the level or levels of the rows to take.
         skip: for each column the level or levels of the rows to leave out.
@@ -61,8 +78,11 @@ class LongTable:
 
     path: str | os.PathLike[str]
     columns: Mapping[str, str | None] = field(default_factory=dict)
+    date_format: str | None = None
     signals: str | Sequence[str] | None = None
     covariates: str | Sequence[str] = ()
+    time_covariates: Choices = ()
+    covariate_value: str = "constant"
     categorical: Levels = ()
     only: Mapping[str, object] = field(default_factory=dict)
     skip: Mapping[str, object] = field(default_factory=dict)
@@ -88,13 +108,18 @@ class LongTable:
         asked = [role for role in _OPTIONAL if names[role] != _COLUMNS[role]]
         table.require(names, ("id", "time", "value", *asked))
         codes, ids, said = individuals_of(table, names["id"])
-        covariates = covariates_of(table, self.covariates, categorical=self.categorical, individual=codes, ids=ids)
         signal, keep, signals = self._signals(table, names)
-        used = [*names.values(), *as_names("covariates", self.covariates)]
+        clock = times_of(table, names, self.date_format, scales, individual=codes, ids=ids, sort=self.sort, keep=keep)
+        whole = None
+        if self._covariates.need_times:
+            whole = times_of(table, names, self.date_format, scales, individual=codes, ids=ids, sort=self.sort).values
+        covariates = self._covariates.read(table, individual=codes, ids=ids, times=whole)
+        scales = replace(scales, time_unit=clock.unit)
+        used = [*names.values(), *clock.columns, *self._covariates.columns()]
         rows = Rows(codes, ids, keep, names["value"])
         unused = refuse_other_meanings(table, rows, used=self._there(table, used), doses=False)
         chosen, signal, individual = table.where(keep), signal[keep], codes[keep]
-        times = scales.times(chosen, names["time"])
+        times = clock.values
         if not self.sort:
             refuse_disorder(chosen, names["time"], individual=individual, ids=ids, times=times, series=signal)
         position, factors = chosen.position(names["value"]), scales.factors_of(signals)[signal]
@@ -116,9 +141,10 @@ class LongTable:
             ids=ids,
             signals=signals,
             scales=scales,
-            covariates=scaled(covariates, self.covariate_scale, self.covariate_units),
+            covariates=covariates.constant,
+            time_covariates=covariates.course,
             covariate_units=dict(self.covariate_units),
-            notes=(*notes, *said, *apart_note(individual), *spare, *unused),
+            notes=(*notes, *said, *clock.notes, *apart_note(individual), *spare, *covariates.notes, *unused),
         )
 
     def plan(self) -> PlannedDesigns:
@@ -126,18 +152,22 @@ class LongTable:
         scales, names, table, notes = self._opened()
         table.require(names, ("id", "time"))
         codes, ids, said = individuals_of(table, names["id"])
-        times = scales.times(table, names["time"])
+        clock = times_of(table, names, self.date_format, scales, individual=codes, ids=ids, sort=self.sort)
+        if clock.notes:
+            raise ValueError(
+                f"{table.name}: a plan without doses has no record that its clock times could count from; write times "
+                f"as numbers, in {clock.unit} since the individual's first record in the data."
+            )
+        times = clock.values
         signal = np.zeros(len(table), dtype=np.int64)
         if table.has(names["signal"]):
             signal = pd.factorize(table.text(names["signal"]))[0].astype(np.int64)
         if not self.sort:
             refuse_disorder(table, names["time"], individual=codes, ids=ids, times=times, series=signal)
-        wanted = self._there(table, as_names("covariates", self.covariates))
+        wanted = self._there(table, self._covariates.columns())
         rows = Rows(codes, ids, np.zeros(len(table), dtype=bool), names["value"])
         unused = refuse_other_meanings(table, rows, used=self._there(table, [*names.values(), *wanted]), doses=False)
-        covariates = covariates_of(
-            table, wanted, categorical=levels_of(self.categorical, wanted), individual=codes, ids=ids
-        )
+        covariates = self._covariates.read(table, individual=codes, ids=ids, times=times, those_there=True)
         return PlannedDesigns(
             ids=ids,
             design=planned_design(
@@ -145,11 +175,23 @@ class LongTable:
                 individual=codes,
                 ids=ids,
                 times=times,
-                covariates=scaled(covariates, named(self.covariate_scale, wanted), named(self.covariate_units, wanted)),
+                covariates=covariates.constant,
+                time_covariates=covariates.course,
             ),
             time_unit=self.time_unit,
             covariate_units=dict(self.covariate_units),
-            notes=(*notes, *said, *unused),
+            notes=(*notes, *said, *unused, *covariates.notes),
+        )
+
+    @property
+    def _covariates(self) -> CovariateOptions:
+        return CovariateOptions(
+            constant=self.covariates,
+            categorical=self.categorical,
+            in_time=self.time_covariates,
+            value=self.covariate_value,
+            scale=self.covariate_scale,
+            units=self.covariate_units,
         )
 
     def _opened(self) -> tuple[Scales, dict[str, str], Table, list[str]]:
@@ -163,7 +205,7 @@ class LongTable:
 
     @staticmethod
     def _there(table: Table, names: Sequence[str]) -> list[str]:
-        return [name for name in dict.fromkeys(names) if table.has(name)]
+        return [name for name in dict.fromkeys(names) if name and table.has(name)]
 
     def _signals(
         self, table: Table, names: Mapping[str, str]

@@ -288,8 +288,8 @@ def _refuse_dates(table: Table, column: str, rows: Rows) -> None:
             column,
             what=f"rows are of another day than the first of their individual ({column}), and whether the times go on "
             "over days or begin anew is not known",
-            remedy=f"Pass {typed('unused', [column])} if they go on; else write the time since the first record, with "
-            "the days in it, into the column of times.",
+            remedy=f"Pass {typed('unused', [column])} if they go on. Where the times are hours of that day, pass "
+            f"{typed('columns.date', column)}; else write the time since the first record into the column of times.",
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 
 from nlme_sbi.config.wording import listed_at
-from nlme_sbi.types import Covariates, Design, Events
+from nlme_sbi.types import Covariates, Design, Events, TimeCovariates
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,7 @@ def planned_design(
     times: Float[np.ndarray, " R"],
     covariates: Covariates | None = None,
     events: Events | None = None,
+    time_covariates: TimeCovariates | None = None,
 ) -> Design:
     """The different times of every individual, sorted, short rows padded with their last time.
 
@@ -61,6 +62,7 @@ def planned_design(
         times: ``(R,)``.
         covariates: one row an individual.
         events: one row an individual.
+        time_covariates: one row an individual.
 
     Raises:
         ValueError: an individual without any time.
@@ -76,4 +78,10 @@ def planned_design(
     longest = max(map(len, own))
     padded = np.stack([np.pad(each, (0, longest - len(each)), mode="edge") for each in own])
     there = np.stack([np.arange(longest) < len(each) for each in own])
-    return Design(torch.from_numpy(padded), torch.from_numpy(there)[..., None], covariates=covariates, events=events)
+    return Design(
+        torch.from_numpy(padded),
+        torch.from_numpy(there)[..., None],
+        covariates=covariates,
+        events=events,
+        time_covariates=time_covariates,
+    )

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from nlme_sbi.config.wording import as_names, check_choice, did_you_mean, listed, listed_at, quoted, typed
 from nlme_sbi.io.censored import Limits
 from nlme_sbi.io.tables import Table, number_option
-from nlme_sbi.types import Covariates, Design, Events, Observations
+from nlme_sbi.types import Covariates, Design, Events, Observations, TimeCovariates
 
 REPLICATES = ("refuse", "keep", "mean")
 TRANSFORMS = ("none", "log")
@@ -141,6 +141,7 @@ def observations(
     scales: Scales,
     covariates: Covariates | None = None,
     events: Events | None = None,
+    time_covariates: TimeCovariates | None = None,
     **told: Any,
 ) -> Observations:
     """Records as observations: individuals as in ``ids``, times sorted, short rows padded with their last time.
@@ -153,6 +154,7 @@ def observations(
         scales: replicates, units.
         covariates: one row an individual.
         events: one row an individual.
+        time_covariates: one row an individual.
         told: further fields of :class:`Observations`: units, notes.
 
     Raises:
@@ -169,7 +171,9 @@ def observations(
         told["censoring"] = torch.from_numpy(np.where(observed, places.filled(records.limits.code, 0), 0))
         told["lower"] = torch.from_numpy(places.filled(records.limits.lower, -np.inf))
         told["upper"] = torch.from_numpy(places.filled(records.limits.upper, np.inf))
-    design = Design(_shared(times), _shared(observed), covariates=covariates, events=events)
+    design = Design(
+        _shared(times), _shared(observed), covariates=covariates, events=events, time_covariates=time_covariates
+    )
     return Observations(
         ids=tuple(ids),
         values=torch.from_numpy(np.where(observed, values, 0.0)),

@@ -164,8 +164,8 @@ def refuse_disorder(
             back,
             column,
             what=f"times go back{whose}",
-            remedy=f"{sorting}. Where a clock, a day or another individual begins anew, write times since the first "
-            "record, or give ids that differ.",
+            remedy=f"{sorting}. Where a clock or a day begins anew, write the dates into a column DATE, or times since "
+            "the first record; where another individual begins, give ids that differ.",
         )
 
 

@@ -228,7 +228,8 @@ class Table:
         if first.str.fullmatch(_CLOCK_OR_DATE).item() and not first.str.fullmatch(_DECIMAL_COMMA).item():
             return (
                 "Dates and clock times are not numbers: write the time since a start, such as hours since the first "
-                "dose (09:30 after a dose at 08:00 is 1.5), with the date in it where days change."
+                "dose (09:30 after a dose at 08:00 is 1.5), with the date in it where days change; the times of event "
+                "tables and long tables may be clock times."
             )
         if first.str.fullmatch(_BEYOND_LIMIT).item():
             return (

@@ -191,6 +191,7 @@ DESIGN = {
     "arrays": DISTINCT,
     "covariates": Maybe({"names": DISTINCT, "levels": Each([str])}),
     "groups": Maybe({"names": DISTINCT, "levels": [[str]]}),
+    "time_covariates": Maybe({"names": DISTINCT, "between": [str]}),
 }
 OBSERVATIONS = {
     "ids": DISTINCT,
@@ -288,6 +289,8 @@ DESIGN_ARRAYS = {
     "events.follows": (BOOLEANS, 2),
     "limits.lower": (FLOATS, 3),
     "limits.upper": (FLOATS, 3),
+    "time_covariates.times": (FLOATS, 2),
+    "time_covariates.values": (FLOATS, 3),
 }
 OBSERVATION_ARRAYS = {"values": (FLOATS, 3), "censoring": (INTEGERS, 3), "lower": (FLOATS, 3), "upper": (FLOATS, 3)}
 CURVE_ARRAYS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence, Set
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import Tensor
 from nlme_sbi.limits import Limits
 from nlme_sbi.runs.files import load_array, load_json, save_array, save_json, sha256_of_plain
 from nlme_sbi.runs.schema import DESIGN, DESIGN_ARRAYS, check_array
-from nlme_sbi.types import Covariates, Design, Events, Groups
+from nlme_sbi.types import BETWEEN_RECORDS, Covariates, Design, Events, Groups, TimeCovariates
 
 DESCRIPTION = "design.json"
+_COURSE = ("time_covariates.times", "time_covariates.values")
 _MOST_SHARED = 10**7  # rows that are one row on the disk
 
 
@@ -39,14 +40,16 @@ def sha256_of_design(design: Design) -> str:
 
 
 def _description(design: Design) -> dict[str, Any]:
-    covariates, groups = design.covariates, design.groups
-    return {
+    covariates, groups, course = design.covariates, design.groups, design.time_covariates
+    found = {
         "rows": len(design),
         "shared": [name for name, tensor in arrays_of(design).items() if is_shared(tensor)],
         "arrays": sorted(arrays_of(design)),
         "covariates": None if covariates is None else {"names": covariates.names, "levels": covariates.levels},
         "groups": None if groups is None else {"names": groups.names, "levels": groups.levels},
     }
+    # Only where there are any, so that the hashes of all other designs stay what they were.
+    return found if course is None else {**found, "time_covariates": {"names": course.names, "between": course.between}}
 
 
 def load_design(directory: Path, count: int | None = None) -> Design:
@@ -89,6 +92,7 @@ class StoredDesign:
         self.shared = frozenset(description["shared"])
         self._covariates = description.get("covariates")
         self._groups = description.get("groups")
+        self._course = description.get("time_covariates")
         _check_names(directory / DESCRIPTION, description)
         self._arrays = {name: load_array(directory / f"{name}.npy", mmap=mmap) for name in description["arrays"]}
         for name, array in self._arrays.items():
@@ -101,6 +105,8 @@ class StoredDesign:
                 f"{directory / DESCRIPTION} is damaged: it tells of {self.rows} equal rows; at most {_MOST_SHARED}."
             )
         _check_numbers(directory, self._arrays, self._covariates, self._groups)
+        if self._course is not None:
+            _check_course(directory, self._arrays, self._course)
 
     @property
     def is_shared(self) -> bool:
@@ -126,7 +132,12 @@ class StoredDesign:
 
     def build(self, tensor: Callable[[str], Tensor]) -> Design:
         """A design with the names of this one and the arrays that ``tensor`` gives."""
-        return _design(tensor, set(self._arrays), self._covariates, self._groups)
+        found = _design(tensor, set(self._arrays), self._covariates, self._groups)
+        if self._course is None:
+            return found
+        names, between = tuple(self._course["names"]), tuple(self._course["between"])
+        course = TimeCovariates(names, tensor(_COURSE[0]), tensor(_COURSE[1]), between)
+        return replace(found, time_covariates=course)
 
 
 def _check_names(path: Path, description: dict[str, Any]) -> None:
@@ -138,10 +149,10 @@ def _check_names(path: Path, description: dict[str, Any]) -> None:
     lacking += sorted(events - arrays - {"events.follows"}) if events & arrays else []
     limits = {"limits.lower", "limits.upper"}
     lacking += sorted(limits - arrays) if limits & arrays else []
-    for name in ("covariates", "groups"):
+    for name, own in (("covariates", ("covariates",)), ("groups", ("groups",)), ("time_covariates", _COURSE)):
         described = description.get(name) is not None
-        lacking += [name] if described and name not in arrays else []
-        odd += [name] if not described and name in arrays else []
+        lacking += [array for array in own if described and array not in arrays]
+        odd += [array for array in own if not described and array in arrays]
     if odd or lacking:
         reason = f"{odd[0]!r} is no array of a design" if odd else f"the array {lacking[0]} is missing"
         raise ValueError(f"{path} does not describe a design: {reason}; run its stage again with fresh=true.")
@@ -172,6 +183,17 @@ def _check_numbers(
     for name, column, count in codes:
         if column.size and not (column.min() >= 0 and column.max() < count):
             raise ValueError(f"{directory / name}.npy is damaged: it holds codes beyond the {count} names of levels.")
+
+
+def _check_course(directory: Path, arrays: dict[str, np.ndarray], course: dict[str, Any]) -> None:
+    """Refuse covariates in time that are not finite, go back in time or do not fit their names."""
+    times, values = (arrays[name] for name in _COURSE)
+    rows = {values.shape[0], times.shape[0]}
+    fits = values.shape[1:] == (*times.shape[1:], len(course["names"])) and (len(rows) == 1 or 1 in rows)
+    if not fits or len(course["between"]) != len(course["names"]) or not set(course["between"]) <= set(BETWEEN_RECORDS):
+        raise ValueError(f"{directory / DESCRIPTION} is damaged: its covariates in time do not fit their names.")
+    if not (np.isfinite(times).all() and np.isfinite(values).all() and (np.diff(times, axis=1) >= 0).all()):
+        raise ValueError(f"{directory / _COURSE[0]}.npy is damaged: records that are not finite, or go back in time.")
 
 
 def _require_width(directory: Path, name: str, arrays: dict[str, np.ndarray], names: Sequence[str]) -> None:
@@ -217,6 +239,8 @@ def arrays_of(design: Design) -> dict[str, Tensor]:
     if design.events is not None:
         found = {f"events.{item.name}": getattr(design.events, item.name) for item in fields(design.events)}
         arrays |= {name: tensor for name, tensor in found.items() if tensor is not None}
+    if design.time_covariates is not None:
+        arrays |= dict(zip(_COURSE, (design.time_covariates.times, design.time_covariates.values), strict=True))
     return arrays
 
 

@@ -42,7 +42,7 @@ from nlme_sbi.runs import (
 from nlme_sbi.runs.stored_observations import sha256_of_observations
 from nlme_sbi.stages.attempts import attempted
 from nlme_sbi.stages.fit_predictions import PredictionSettings, predictions_frame
-from nlme_sbi.stages.shared.components import part, with_stated_prior
+from nlme_sbi.stages.shared.components import part, refuse_unread_courses, with_stated_prior
 from nlme_sbi.stages.shared.fit_figures import save_figures
 from nlme_sbi.stages.shared.scale_check import scale_warnings
 from nlme_sbi.stages.shared.stored_fit import IndividualSettings, save_individuals
@@ -128,6 +128,7 @@ def fit_population(cfg: DictConfig) -> float:
         plain["population"], PopulationSpecification, where="population", trust=trust
     )
     population.bind(posterior.parameters, observations)  # what cannot be bound is refused before anything is drawn
+    refuse_unread_courses(observations, posterior.simulator)
     estimator, reason = _estimator(plain, posterior, trust)
     log.info("Estimator: %s%s", estimator.name, f" ({reason})" if reason else "")
     run = open_run(

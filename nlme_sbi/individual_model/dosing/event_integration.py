@@ -46,6 +46,7 @@ def solve_through_doses(
     doses: ReceivedDoses,
     places: Sequence[int],
     solver: Solver,
+    stops: Float[Tensor, "I V"] | None = None,
 ) -> Float[Tensor, "*batch T X"]:
     """States at ``times``, with doses on the way; a state that cannot be followed is NaN.
 
@@ -57,11 +58,12 @@ def solve_through_doses(
         doses: of the individuals, the first dimension of the batch.
         places: for each compartment, counted from 1, the state that its doses enter.
         solver: as for :func:`nlme_sbi.individual_model.solvers.solve`.
+        stops: times at which the equation changes, records of covariates; None where it does not.
 
     Raises:
         ValueError: infusions at steady state that overlap too often.
     """
-    nodes = _timeline(equation, state, start, times, doses, places, solver)
+    nodes = _timeline(equation, state, start, times, doses, places, solver, stops)
     order = torch.argsort(nodes.rank, dim=-1, stable=True)
     order = order.gather(-1, torch.argsort(nodes.time.detach().gather(-1, order), dim=-1, stable=True))
     when, clear = nodes.time.gather(-1, order), nodes.clear.gather(-1, order)
@@ -73,7 +75,11 @@ def solve_through_doses(
     for place in range(when.shape[-1]):
         column = when[..., place]
         after = torch.where(column > now, column, now)  # not clamp, whose gradient would go to the time where equal
-        state, suggested = over_interval(_with_inflow(equation, inflow), state, now, after, suggested, solver)
+        if equation.during is None:
+            state, suggested = over_interval(_with_inflow(equation, inflow), state, now, after, suggested, solver)
+        elif bool((after > now).any()):  # records of covariates mostly fall together with other stops
+            here = _with_inflow(equation.during(now, after), inflow)
+            state, suggested = over_interval(here, state, now, after, suggested, solver)
         now = after
         emptied = clear[..., place, None]
         state = torch.where(emptied, initial, state) + jump[..., place, :]
@@ -100,6 +106,7 @@ def _timeline(
     doses: ReceivedDoses,
     places: Sequence[int],
     solver: Solver,
+    stops: Tensor | None,
 ) -> _Nodes:
     """Measurements first, so that they are found again; then what doses and resets do."""
     written = doses.written
@@ -110,6 +117,8 @@ def _timeline(
     for place, when in enumerate(resets):
         rank = torch.where(written.reset_follows[:, place].reshape(spread), _EMPTIED_LATER, _EMPTIED)
         line.add(when, rank, torch.isfinite(when), clears=True)
+    for when in () if stops is None else stops.to(times).unbind(1):
+        line.add(when.reshape(spread), _EMPTIED, torch.ones_like(when, dtype=torch.bool).reshape(spread))
     for column in range(written.columns):
         if not bool(written.given[:, column].any()):
             continue
@@ -267,6 +276,8 @@ class _Dose:
             constant=torch.where(self.steady & self.constant, self.amount, 0.0).expand(line.batch),
         )
         lag = (self.begin - self.recorded).expand(line.batch)
+        if equation.during is not None:  # the doses before were given under the covariates of the record
+            equation = equation.during(self.recorded.expand(line.batch), self.recorded.expand(line.batch))
         before = dose.state_before(equation, initial, self.recorded.expand(line.batch), lag, solver)
         running = torch.zeros(line.batch, dtype=initial.dtype, device=initial.device)
         for number in range(1, dose.past(lag) + 1):

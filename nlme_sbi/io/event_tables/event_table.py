@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from nlme_sbi.config.wording import as_names
 from nlme_sbi.io.censored import limits_of, refuse_marks
+from nlme_sbi.io.clock_times import times_of
+from nlme_sbi.io.covariates.covariate_options import CovariateOptions
+from nlme_sbi.io.covariates.individual_covariates import Levels
+from nlme_sbi.io.covariates.time_covariates import Choices
 from nlme_sbi.io.event_tables.doses import DoseColumns, Kinds, dose_compartments, dose_events, kinds_of
 from nlme_sbi.io.event_tables.event_signals import MeasuredSignals, signals_of
 from nlme_sbi.io.files import MISSING, TableFile
-from nlme_sbi.io.individual_covariates import Levels, covariates_of, levels_of, named, scaled
 from nlme_sbi.io.meanings import Rows, refuse_other_meanings
 from nlme_sbi.io.plans import PlannedDesigns, planned_design
 from nlme_sbi.io.records import Records, Scales, observations
@@ -26,6 +28,7 @@ from nlme_sbi.types import Events, Observations
 _COLUMNS = {
     "id": "ID",
     "time": "TIME",
+    "date": "",
     "dv": "DV",
     "amt": "AMT",
     "evid": "EVID",
@@ -52,18 +55,27 @@ class EventTable:
     an infusion; ADDL further doses II apart; SS 1 a steady state that replaces what was there, 2 one that is added. All
     as NONMEM has it. Without EVID rows with an amount are doses. Measurements with MDV 1 are left out. CENS 1 marks a
     value below DV (and above LIMIT, where it is given), CENS -1 one above it. A measurement that stands before a dose
-    of the same time was taken before it. Columns that would change what a row means and are not read (occasions, flags,
-    dates, ...) are refused where they ask for anything; all others are named in the notes.
+    of the same time was taken before it. Clock times and dates become hours since the individual's first record; see
+    :mod:`nlme_sbi.io.clock_times`. Columns that would change what a row means and are not read (occasions, flags, ...)
+    are refused where they ask for anything; all others are named in the notes.
 
     Args:
         path: csv, tsv (also .gz) or xlsx; relative to the working directory, else to the project root.
-        columns: the file's names for ``id``, ``time``, ``dv``, ``amt``, ``evid``, ``mdv``, ``cens``, ``limit``,
-            ``signal``, ``rate``, ``tinf``, ``ii``, ``addl`` and ``ss``; letter case does not matter.
+        columns: the file's names for ``id``, ``time``, ``date``, ``dv``, ``amt``, ``evid``, ``mdv``, ``cens``,
+            ``limit``, ``signal``, ``rate``, ``tinf``, ``ii``, ``addl`` and ``ss``; letter case does not matter.
+            Without a name of its own DATE, DAT1, DAT2, DAT3 or DAY is taken beside clock times.
+        date_format: order of day, month and year: "mdy", "dmy", "ymd" or "ydm"; None goes by the name of the column
+            and by the dates themselves, and refuses what can be read in several ways.
         signals: the measured signals' names; None takes the name of the DV column or the levels of the signal's column.
         signal_levels: for each level of the signal's column that is taken the signal's name; others are left out.
         compartments: for levels of CMT, ADM or ROUTE on doses the number of the simulator's compartment; numbers that
             are not named stand for themselves.
         covariates: columns that are constant within an individual.
+        time_covariates: numeric columns that change in time, for simulators that read them along the timeline: names,
+            whose last value is carried forward, or a mapping to "previous", "next" (carried back, as NONMEM has it) or
+            "linear".
+        covariate_value: "constant" refuses a column of ``covariates`` that changes within an individual, "first" takes
+            each individual's first value.
         categorical: covariates that are levels although they look like numbers, or a mapping to their levels in order.
         only: for each column the level or levels of the rows to take.
         skip: for each column the level or levels of the rows to leave out.
@@ -88,10 +100,13 @@ class EventTable:
 
     path: str | os.PathLike[str]
     columns: Mapping[str, str | None] = field(default_factory=dict)
+    date_format: str | None = None
     signals: str | Sequence[str] | None = None
     signal_levels: Mapping[str | int | float | bool, str] = field(default_factory=dict)
     compartments: Mapping[str | int | float | bool, int] = field(default_factory=dict)
     covariates: str | Sequence[str] = ()
+    time_covariates: Choices = ()
+    covariate_value: str = "constant"
     categorical: Levels = ()
     only: Mapping[str, object] = field(default_factory=dict)
     skip: Mapping[str, object] = field(default_factory=dict)
@@ -117,7 +132,8 @@ class EventTable:
         """Measurements and doses; raises ``ValueError`` with row, column and remedy where the file is wrong."""
         scales, names, table, opened = self._opened()
         table.require(names, ("id", "time", "dv", "amt", *_asked(names)))
-        read = self._events(table, names, scales, self.covariates, plan=False)
+        read = self._events(table, names, scales, plan=False)
+        scales = replace(scales, time_unit=read.time_unit)
         kept = read.kinds.measurement & read.signals.kept
         rows = Rows(read.individual, read.ids, kept, names["dv"])
         notes = (*opened, *read.notes, *refuse_other_meanings(table, rows, used=read.used, doses=True))
@@ -142,20 +158,19 @@ class EventTable:
             row=chosen.rows,
             limits=limits,
         )
-        covariates = covariates_of(
-            table, self.covariates, categorical=self.categorical, individual=read.individual, ids=read.ids
-        )
+        covariates = self._covariates.read(table, individual=read.individual, ids=read.ids, times=read.times)
         return observations(
             records,
             table.name,
             ids=read.ids,
             signals=read.signals.names,
             scales=scales,
-            covariates=scaled(covariates, self.covariate_scale, self.covariate_units),
+            covariates=covariates.constant,
             events=read.events,
+            time_covariates=covariates.course,
             dose_unit=self.dose_unit,
             covariate_units=dict(self.covariate_units),
-            notes=(*notes, *said),
+            notes=(*notes, *said, *covariates.notes),
         )
 
     def plan(self) -> PlannedDesigns:
@@ -165,29 +180,41 @@ class EventTable:
         """
         scales, names, table, opened = self._opened()
         table.require(names, ("id", "time", "amt"))
-        wanted = [name for name in as_names("covariates", self.covariates) if table.has(name)]
-        read = self._events(table, names, scales, wanted, plan=True)
+        read = self._events(table, names, scales, plan=True)
         rows = Rows(read.individual, read.ids, np.zeros(len(table), dtype=bool), names["dv"])
         used = [*read.used, *(name for name in (names["dv"], names["cens"], names["limit"]) if table.has(name))]
         notes = refuse_other_meanings(table, rows, used=used, doses=True)
-        levels = levels_of(self.categorical, wanted)
-        covariates = covariates_of(table, wanted, categorical=levels, individual=read.individual, ids=read.ids)
+        covariates = self._covariates.read(
+            table, individual=read.individual, ids=read.ids, times=read.times, those_there=True
+        )
         places = read.kinds.measurement
         design = planned_design(
             table.name,
             individual=read.individual[places],
             ids=read.ids,
             times=read.times[places],
-            covariates=scaled(covariates, named(self.covariate_scale, wanted), named(self.covariate_units, wanted)),
+            covariates=covariates.constant,
             events=read.events,
+            time_covariates=covariates.course,
         )
         return PlannedDesigns(
             ids=read.ids,
             design=design,
-            time_unit=self.time_unit,
+            time_unit=read.time_unit,
             dose_unit=self.dose_unit,
             covariate_units=dict(self.covariate_units),
-            notes=(*opened, *read.notes, *notes),
+            notes=(*opened, *read.notes, *notes, *covariates.notes),
+        )
+
+    @property
+    def _covariates(self) -> CovariateOptions:
+        return CovariateOptions(
+            constant=self.covariates,
+            categorical=self.categorical,
+            in_time=self.time_covariates,
+            value=self.covariate_value,
+            scale=self.covariate_scale,
+            units=self.covariate_units,
         )
 
     def _opened(self) -> tuple[Scales, dict[str, str], Table, list[str]]:
@@ -199,12 +226,11 @@ class EventTable:
         table, notes = open_table(file, unused=self.unused, only=self.only, skip=self.skip)
         return scales, names, table, notes
 
-    def _events(
-        self, table: Table, names: Mapping[str, str], scales: Scales, covariates: object, *, plan: bool
-    ) -> _EventRows:
+    def _events(self, table: Table, names: Mapping[str, str], scales: Scales, *, plan: bool) -> _EventRows:
         """Who, when and what each row is, and the doses."""
         individual, ids, notes = individuals_of(table, names["id"])
-        times = scales.times(table, names["time"])
+        clock = times_of(table, names, self.date_format, scales, individual=individual, ids=ids, sort=self.sort)
+        times = clock.values
         roles = {role: names[role] for role in ("evid", "amt", "dv", "mdv")}
         kinds = kinds_of(table, **roles, plan=plan)
         if not self.sort:
@@ -233,18 +259,19 @@ class EventTable:
             levels={} if plan else self.signal_levels,
             default=names["dv"],
         )
-        taken = [names[role] for role in ("id", "time", "dv", "amt", "evid", "mdv", "cens", *_OF_DOSES)]
+        taken = [*clock.columns, *(names[role] for role in ("id", "dv", "amt", "evid", "mdv", "cens", *_OF_DOSES))]
         taken += [names["limit"]] if table.has(names["cens"]) else []
-        used = [name for name in [*taken, *as_names("covariates", covariates)] if table.has(name)]
+        used = [name for name in [*taken, *self._covariates.columns()] if table.has(name)]
         return _EventRows(
             individual=individual,
             ids=ids,
             times=times,
+            time_unit=clock.unit,
             kinds=kinds,
             events=events,
             signals=signals,
             used=tuple(dict.fromkeys([*used, *routes, *signals.read])),
-            notes=(*notes, *kinds.notes, *said, *signals.notes),
+            notes=(*notes, *clock.notes, *kinds.notes, *said, *signals.notes),
         )
 
 
@@ -255,6 +282,7 @@ class _EventRows:
     individual: Int[np.ndarray, " R"]
     ids: tuple[str, ...]
     times: Float[np.ndarray, " R"]
+    time_unit: str
     kinds: Kinds
     events: Events
     signals: MeasuredSignals

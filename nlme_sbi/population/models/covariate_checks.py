@@ -105,10 +105,20 @@ def _values(one: EffectSettings, observations: Observations) -> Float[Tensor, " 
     """The covariate, present and finite for everybody."""
     have = () if observations.design.covariates is None else observations.design.covariates.names
     if one.covariate not in have:
+        course = observations.design.time_covariates
+        if course is not None and one.covariate in course.names:
+            raise ValueError(
+                f'{one.where}: the covariate "{one.covariate}" is read as one that changes in time '
+                "(data.time_covariates), and a population model takes one value an individual. Either the first value "
+                f"counts: 'data.covariates=[{one.covariate}]' data.covariate_value=first; or the simulator follows it "
+                f"along the timeline, 'simulator.time_covariates.{one.parameter}={{{one.covariate}: {{form: power, "
+                f"reference: 70}}}}' with 'population.constant=[{one.parameter}_{one.covariate}]', without this effect."
+            )
         listed = f"have {', '.join(have)}" if have else "have no covariates"
         raise ValueError(
             f'{one.where}: there is no covariate "{one.covariate}"; the data {listed}. Name the column in '
-            f"data.covariates; it must not change in time.{nearest(one.covariate, have)}"
+            f"data.covariates; where it changes in time, its first value counts with data.covariate_value=first."
+            f"{nearest(one.covariate, have)}"
         )
     values = column_of(observations.design, one.covariate).double()
     missing = torch.nonzero(~torch.isfinite(values))[:, 0]

@@ -8,8 +8,10 @@ from typing import Any
 
 from nlme_sbi.config.instantiate import instantiate, role_members
 from nlme_sbi.config.targets import ROLES, STORED_ROLES, Role
+from nlme_sbi.config.wording import listed
 from nlme_sbi.designs import Reader
 from nlme_sbi.individual_model.priors import PriorOfData
+from nlme_sbi.individual_model.time_covariates import time_covariates_read
 from nlme_sbi.simulation.shards import check_compatible
 from nlme_sbi.types import DesignSource, Observations, Prior, Simulator
 
@@ -32,6 +34,19 @@ def part(section: Any, role: type, *, where: str, trust: tuple[str, ...], roles:
             f"{where} is a {type(made).__name__}, which is no {role.__name__}: it lacks {', '.join(lacking)}."
         )
     return made
+
+
+def refuse_unread_courses(observations: Observations, simulator: Simulator) -> None:
+    """Refuse covariates in time that the simulator does not read; raises ``ValueError`` with what to type."""
+    course, read = observations.design.time_covariates, time_covariates_read(simulator)
+    idle = [] if course is None else [name for name in course.names if name not in read]
+    if idle:
+        raise ValueError(
+            f"data.time_covariates names {listed(idle)}, and {type(simulator).__name__} reads no such covariate along "
+            f"the timeline. Say what follows it, such as 'simulator.time_covariates.CL={{{idle[0]}: {{form: power, "
+            "reference: 70}}' with simulator=compartments or pkpd; or take its first value, "
+            f"'data.covariates=[{idle[0]}]' data.covariate_value=first; or leave it out."
+        )
 
 
 def stored_part(section: Any, role: type, *, where: str, trust: tuple[str, ...]) -> Any:

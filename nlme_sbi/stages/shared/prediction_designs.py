@@ -11,6 +11,7 @@ import torch
 
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.designs import DesignsOfData, FixedGrid, Schedule
+from nlme_sbi.individual_model.time_covariates import check_time_covariates, time_covariates_read
 from nlme_sbi.io import PlannedDesigns, PlanReader, same_form
 from nlme_sbi.population.models.interface import EFFECTS
 from nlme_sbi.stages.shared.stored_fit import StoredFit
@@ -92,9 +93,16 @@ def _scheduled(schedule: Schedule, fit: StoredFit, individuals: Who, new: Litera
     if rows:
         design = schedule.for_known(observations[rows].design).to(fit.device)
         known = Known(tuple(observations.ids[row] for row in rows), rows, design)
+    made: Design | str = schedule.for_new(observations.design, needed(fit), takes_doses=simulator.takes_doses)
+    along = time_covariates_read(simulator)
+    if along:
+        made = (
+            f"the simulator follows {', '.join(along)} along the timeline, and a schedule has no course of it; give "
+            "one in a file, design=of_data with data.path=FILE"
+        )
     return Plan(
         known=known,
-        new=_new(schedule.for_new(observations.design, needed(fit), takes_doses=simulator.takes_doses), new, fit),
+        new=_new(made, new, fit),
         like_the_data=schedule.dose is None,
     )
 
@@ -129,11 +137,14 @@ def _of_data(source: DesignsOfData, fit: StoredFit, individuals: Who, new: Liter
     if chosen:
         rows = [observations.ids.index(name) for name in chosen]
         design = data.design[[data.ids.index(name) for name in chosen]]
-        design = _with_own_covariates(design, observations.design[rows])
+        design = _with_own_course(_with_own_covariates(design, observations.design[rows]), observations.design[rows])
+        check_time_covariates(time_covariates_read(simulator), (), design, chosen)
         known = Known(tuple(chosen), rows, _complete(design).to(fit.device))
     made = None
     if new is not False:
+        course = data.design.time_covariates
         lacking = [name for name in needed(fit) if name not in _names(data.design)]
+        lacking += [name for name in time_covariates_read(simulator) if course is None or name not in course.names]
         if lacking and new is True:
             raise ValueError(f"The design's data lack the covariates {lacking}; name them in data.covariates.")
         if lacking:
@@ -162,7 +173,7 @@ def _check_units(data: PlannedDesigns, simulator: Simulator, time_unit: str) -> 
     check_unit("The plan's times are", data.time_unit, simulator.time_unit or time_unit, option="time")
     check_unit("The plan's doses are", data.dose_unit, getattr(simulator, "dose_unit", ""), option="dose")
     units = getattr(simulator, "covariate_units", {})
-    for name in simulator.covariates:
+    for name in (*simulator.covariates, *time_covariates_read(simulator)):
         given, wanted = data.covariate_units.get(name, ""), units.get(name, "")
         check_unit(f'The plan\'s covariate "{name}" is', given, wanted, option="covariate", name=name)
 
@@ -221,6 +232,11 @@ def _with_own_covariates(design: Design, own: Design) -> Design:
         {**planned_ones.levels, **levels},
     )
     return replace(design, covariates=both)
+
+
+def _with_own_course(design: Design, own: Design) -> Design:
+    """A plan's covariates in time, or those of the fit's data where the plan has none."""
+    return design if design.time_covariates is not None else replace(design, time_covariates=own.time_covariates)
 
 
 def _names(design: Design) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""Covariates: columns of a table that are constant within every individual, numeric or categorical."""
+"""Covariates: columns of a table that are constant within every individual, numeric or categorical; and such that
+change in time."""
 
 from __future__ import annotations
 
@@ -21,7 +22,13 @@ Levels = str | Sequence[str] | Mapping[str, Sequence[str]]
 
 
 def covariates_of(
-    table: Table, names: object, *, categorical: object, individual: Int[np.ndarray, " R"], ids: Sequence[str]
+    table: Table,
+    names: object,
+    *,
+    categorical: object,
+    individual: Int[np.ndarray, " R"],
+    ids: Sequence[str],
+    times: Float[np.ndarray, " R"] | None = None,
 ) -> Covariates | None:
     """The named columns, one row an individual; None where no column is named.
 
@@ -32,6 +39,7 @@ def covariates_of(
             in the order of their codes. Columns without any number are categorical without being listed.
         individual: ``(R,)`` codes into ``ids``.
         ids: of the individuals.
+        times: ``(R,)``: the first value of an individual counts, whatever comes later; None refuses values that change.
 
     Raises:
         ValueError: a column mixes numbers and text, varies within an individual, or is missing for an individual.
@@ -43,24 +51,27 @@ def covariates_of(
     columns, levels = [], {}
     for name in wanted:
         values, found = _codes(table, name, fixed[name]) if name in fixed else _numbers_or_codes(table, name)
-        columns.append(_constant(table, name, values, individual=individual, ids=ids))
+        columns.append(_constant(table, name, values, individual=individual, ids=ids, times=times))
         if found:
             levels[name] = found
     return Covariates(wanted, torch.from_numpy(np.stack(columns, axis=1)), ReadOnlyMapping(levels))
 
 
-def scaled(covariates: Covariates | None, scale: Mapping[str, Any], units: Mapping[str, Any]) -> Covariates | None:
-    """Numeric covariates times their factors.
+def scaled(
+    covariates: Covariates | None, scale: Mapping[str, Any], units: Mapping[str, Any], *, others: Sequence[str] = ()
+) -> Covariates | None:
+    """Numeric covariates times their factors; ``others`` are scaled elsewhere.
 
     Raises:
         ValueError: a factor or a unit for a covariate that is not there or has levels.
     """
     names = () if covariates is None else covariates.names
     for option, given in (("covariate_scale", scale), ("covariate_units", units)):
-        unknown = [name for name in given if name not in names]
+        known = (*names, *others)
+        unknown = [name for name in given if name not in known]
         if unknown:
-            hint = did_you_mean(str(unknown[0]), names)
-            raise ValueError(f"{option} names {listed(unknown)}, but the covariates are {listed(names)}.{hint}")
+            hint = did_you_mean(str(unknown[0]), known)
+            raise ValueError(f"{option} names {listed(unknown)}, but the covariates are {listed(known)}.{hint}")
     if covariates is None:
         return None
     worded = [name for name in scale if name in covariates.levels]
@@ -68,6 +79,21 @@ def scaled(covariates: Covariates | None, scale: Mapping[str, Any], units: Mappi
         raise ValueError(f"covariate_scale names {listed(worded)}, whose values are levels.")
     factors = [number_option(f"covariate_scale.{name}", scale.get(name, 1.0), positive=True) for name in names]
     return replace(covariates, values=covariates.values * torch.tensor(factors, dtype=covariates.values.dtype))
+
+
+def changing_notes(
+    table: Table, covariates: Covariates | None, individual: Int[np.ndarray, " R"], count: int
+) -> tuple[str, ...]:
+    """For each covariate whose first value was taken in how many individuals it changes later."""
+    notes = []
+    for name in () if covariates is None else covariates.names:
+        codes = pd.factorize(table.levels(name))[0].astype(np.float64)
+        codes[table.is_missing(table.text(name))] = np.nan
+        _, other = one_each(individual, codes, count)
+        changing = len(np.unique(individual[other]))
+        if changing:
+            notes.append(f"covariate {name}: the first value of each individual; it changes in {changing} of {count}")
+    return tuple(notes)
 
 
 def named(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -134,16 +160,24 @@ def _constant(
     *,
     individual: Int[np.ndarray, " R"],
     ids: Sequence[str],
+    times: Float[np.ndarray, " R"] | None,
 ) -> Float[np.ndarray, " I"]:
-    each, other = one_each(individual, values, len(ids))
-    if other.any():
+    if times is not None:
+        order = np.argsort(times, kind="stable")
+        each, other = one_each(individual[order], values[order], len(ids))
+    else:
+        each, other = one_each(individual, values, len(ids))
+    if times is None and other.any():
         changing = np.unique(individual[other])
         raise table.refusal(
             other,
             name,
             what=f"values of the covariate {quoted(name)} differ from the first of their individual "
             f"(of {listed_at(ids, changing)})",
-            remedy="Covariates that change in time are not implemented; keep one value an individual, or leave it out.",
+            remedy=f"Pass {typed('covariate_value', 'first')} to take each individual's first value; or leave it out "
+            f"of data.covariates and pass {typed('time_covariates', [name])} for a simulator that reads it along the "
+            f"timeline, such as compartments with 'simulator.time_covariates.CL={{{name}: {{form: power, reference: "
+            "70}}'.",
         )
     missing = np.flatnonzero(np.isnan(each))
     if len(missing):

@@ -1,0 +1,312 @@
+"""Covariates that change in time, as a model of one individual reads them, and their effects on its parameters.
+
+Values are wanted at a time (a measurement's) and all along an interval between two stops of a solver. A solver stops at
+every record, so that within an interval nothing jumps: its beginning and end tell all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.config.wording import did_you_mean, listed
+from nlme_sbi.parameters import Parameter, ParameterSpace
+from nlme_sbi.types import Design, Events, TimeCovariates
+
+FORMS = ("power", "exponential")
+EffectSections = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class TimeEffect:
+    """How a parameter follows a covariate along the timeline.
+
+    On the parameter's unconstrained scale ``coefficient * log(x / reference)`` is added (power), or
+    ``coefficient * (x - reference)`` (exponential), as in population models.
+
+    Args:
+        parameter: that changes.
+        covariate: that it follows.
+        form: "power" or "exponential".
+        reference: where the effect is nothing, in the covariate's unit.
+        fixed: the coefficient where it is given; else it is the parameter named :attr:`coefficient`.
+    """
+
+    parameter: str
+    covariate: str
+    form: str
+    reference: float
+    fixed: float | None = None
+
+    @property
+    def coefficient(self) -> str:
+        """Name of the parameter that holds the coefficient."""
+        return f"{self.parameter}_{self.covariate}"
+
+    @property
+    def own_parameter(self) -> Parameter | None:
+        """The parameter that holds the coefficient; None where it is given."""
+        if self.fixed is not None:
+            return None
+        words = f"effect of {self.covariate} on {self.parameter}"
+        return Parameter(self.coefficient, "", transform="identity", description=words)
+
+    def regressor(self, covariate: Tensor) -> Tensor:
+        """What the coefficient multiplies."""
+        return (covariate / self.reference).log() if self.form == "power" else covariate - self.reference
+
+
+def read_time_effects(
+    given: EffectSections, parameters: Sequence[Parameter], allowed: Sequence[str]
+) -> tuple[TimeEffect, ...]:
+    """Effects as a config writes them: ``{CL: {WT: {form: power, reference: 70}}}``; ``fixed`` gives a coefficient.
+
+    Args:
+        given: the section.
+        parameters: of the simulator without effects.
+        allowed: those that may change in time.
+
+    Raises:
+        ValueError: for a name, form or number that is not one of these.
+    """
+    found = []
+    for parameter, covariates in given.items():
+        where = f"simulator.time_covariates.{parameter}"
+        if parameter not in allowed:
+            raise ValueError(
+                f"{where}: parameters that may follow a covariate here are {listed(allowed)}."
+                f"{did_you_mean(str(parameter), allowed)}"
+            )
+        for covariate, section in covariates.items():
+            found.append(_read_one(f"{where}.{covariate}", str(parameter), str(covariate), section))
+    names = [*(each.name for each in parameters), *(effect.coefficient for effect in found)]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"simulator.time_covariates: {twice[0]} is a parameter already; rename the covariate.")
+    return tuple(found)
+
+
+def _read_one(where: str, parameter: str, covariate: str, section: object) -> TimeEffect:
+    example = "{form: power, reference: 70}"
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{where} is a section such as {example}; got {section!r}.")
+    unknown = [key for key in section if key not in ("form", "reference", "fixed")]
+    if unknown:
+        raise ValueError(f"{where}.{unknown[0]} is not known; it may hold form, reference and fixed.")
+    form = str(section.get("form", "power"))
+    if form not in FORMS:
+        raise ValueError(f"{where}.form: {form} is not one of {', '.join(FORMS)}.{did_you_mean(form, FORMS)}")
+    reference, fixed = _number(section.get("reference")), _number(section.get("fixed"))
+    if reference is None or (form == "power" and not reference > 0):
+        kind, got = "positive " if form == "power" else "", section.get("reference")
+        raise ValueError(f"{where}.reference must be a {kind}number, such as {example}; got {got!r}.")
+    if fixed is None and section.get("fixed") is not None:
+        raise ValueError(f"{where}.fixed must be a number, the given coefficient; got {section['fixed']!r}.")
+    return TimeEffect(parameter, covariate, form, reference, fixed)
+
+
+def _number(value: object) -> float | None:
+    """A finite number, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def coefficient_parameters(effects: Sequence[TimeEffect]) -> tuple[Parameter, ...]:
+    """The parameters that hold coefficients which are not given."""
+    return tuple(own for effect in effects if (own := effect.own_parameter) is not None)
+
+
+def plausible_coefficients(effects: Sequence[TimeEffect], design: Design) -> dict[str, tuple[float, float]]:
+    """Centre and SD of a wide prior of every coefficient: no effect, and SD 1 in units of the covariate's spread (for a
+    power 1, which holds every exponent of allometry)."""
+    found = {}
+    for effect in effects:
+        if effect.fixed is not None:
+            continue
+        course = course_of(design, [effect.covariate])
+        values = course.values[..., course.names.index(effect.covariate)].double()
+        spread = 1.0 if effect.form == "power" else max(float(values.std()), 1e-3 * float(values.abs().max()), 1e-12)
+        found[effect.coefficient] = (0.0, 1.0 / spread)
+    return found
+
+
+def check_time_covariates(
+    names: Sequence[str], effects: Sequence[TimeEffect], design: Design, ids: Sequence[str] | None = None
+) -> None:
+    """Refuse a design without the courses that a simulator reads; raises ``ValueError`` with what to type."""
+    have = () if design.time_covariates is None else design.time_covariates.names
+    lacking = [name for name in names if name not in have]
+    if lacking:
+        raise ValueError(
+            f"The simulator reads covariates along the timeline, {listed(lacking)}, and the data have "
+            f"{listed(have) if have else 'none that change in time'}; name the columns, "
+            f"'data.time_covariates=[{','.join(lacking)}]'."
+        )
+    for effect in effects:
+        course = design.time_covariates
+        if course is None or effect.form != "power":
+            continue
+        bad = ~(course.values[..., course.names.index(effect.covariate)] > 0)
+        if bool(bad.any()):
+            row = int(bad.any(1).nonzero()[0, 0])
+            whose = f"row {row}" if ids is None else f'"{ids[row]}"'
+            raise ValueError(
+                f"simulator.time_covariates.{effect.parameter}.{effect.covariate}: a power takes log(x / reference), "
+                f"and {int(bad.any(1).sum())} individuals have values of 0 or less, first {whose}. Use form: "
+                "exponential."
+            )
+
+
+def time_covariates_read(simulator: object) -> tuple[str, ...]:
+    """Covariates that a simulator reads along the timeline; none where it says nothing of them."""
+    found: tuple[str, ...] = getattr(simulator, "time_covariates", ())
+    return found
+
+
+def course_of(design: Design, names: Sequence[str]) -> TimeCovariates:
+    """The covariates in time that a simulator reads; raises ``ValueError`` where the design lacks them."""
+    check_time_covariates(names, (), design)
+    if design.time_covariates is None:
+        raise ValueError("The simulator reads no covariates along the timeline.")
+    return design.time_covariates
+
+
+Values = dict[str, Tensor]
+
+
+def values_at(course: TimeCovariates, times: Float[Tensor, I * times], names: Sequence[str]) -> Values:
+    """Covariates at times, each ``(I, ...)``."""
+    line = _Line.of(course, times)
+    return {name: line.at(times, course.names.index(name)) for name in names}
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """Covariates from ``begin`` to ``end``, ``(I, *batch)`` each, between which no record lies; where the two are equal
+    the value at that time holds."""
+
+    begin: Tensor
+    end: Tensor
+    first: Values
+    last: Values
+
+    @classmethod
+    def of(cls, course: TimeCovariates, begin: Tensor, end: Tensor, names: Sequence[str]) -> Stretch:
+        """From one stop to the next."""
+        line = _Line.of(course, begin)
+        first, last = {}, {}
+        for name in names:
+            place = course.names.index(name)
+            if course.between[place] == "linear":
+                first[name], last[name] = line.at(begin, place), line.at(end, place)
+                continue
+            value = line.value(line.passed(begin) - 1, place)
+            if course.between[place] == "next":
+                value = torch.where(end > begin, line.value(line.passed(begin), place), line.at(begin, place))
+            first[name] = last[name] = value
+        return cls(begin, end, first, last)
+
+    def at(self, time: Tensor) -> Values:
+        """Covariates at times within, ``(I, *batch)`` each."""
+        length = self.end - self.begin
+        moves = length > 0
+        share = torch.where(moves, (time - self.begin) / torch.where(moves, length, 1.0), 0.0)
+        return {
+            name: value if value is self.last[name] else value + share * (self.last[name] - value)
+            for name, value in self.first.items()
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class _Line:
+    """Records ``(I, V)`` and values ``(I, V, K)`` in the dtype of the times that are asked for."""
+
+    records: Tensor
+    values: Tensor
+    between: tuple[str, ...]
+
+    @classmethod
+    def of(cls, course: TimeCovariates, like: Tensor) -> _Line:
+        return cls(course.times.to(like).contiguous(), course.values.to(like), course.between)
+
+    def passed(self, times: Tensor, *, now: bool = True) -> Tensor:
+        """How many records lie before each time; those at that very time count where ``now`` says so."""
+        flat = times.detach().reshape(len(self.records), -1).contiguous()
+        return torch.searchsorted(self.records, flat, right=now).reshape(times.shape)
+
+    def value(self, record: Tensor, place: int) -> Tensor:
+        """Of records by number; before the first the first, after the last the last."""
+        return self._taken(self.values[..., place], record)
+
+    def _taken(self, of: Tensor, record: Tensor) -> Tensor:
+        flat = record.clamp(0, self.records.shape[1] - 1).reshape(len(self.records), -1)
+        return of.gather(1, flat).reshape(record.shape)
+
+    def at(self, times: Tensor, place: int) -> Tensor:
+        """A covariate at times."""
+        between = self.between[place]
+        if between == "next":
+            return self.value(self.passed(times, now=False), place)
+        number = self.passed(times)
+        before = self.value(number - 1, place)
+        if between == "previous":
+            return before
+        start, stop = self._taken(self.records, number - 1), self._taken(self.records, number)
+        apart = stop > start
+        share = torch.where(apart, (times - start) / torch.where(apart, stop - start, 1.0), 0.0).clamp(0, 1)
+        return before + share * (self.value(number, place) - before)
+
+
+def with_time_effects(
+    natural: Mapping[str, Tensor], values: Mapping[str, Tensor], effects: Sequence[TimeEffect], space: ParameterSpace
+) -> dict[str, Tensor]:
+    """Natural parameters with the covariates beside them, and with what covariates do to them.
+
+    Args:
+        natural: ``(I, *batch)`` each.
+        values: of the covariates, ``(I, *batch)`` or ``(I, *batch, T)`` each.
+        effects: on the parameters.
+        space: of the parameters.
+
+    Returns:
+        Parameters by name; those that follow a covariate in the covariate's shape.
+    """
+    found = {**natural, **values}
+    wide = any(value.ndim > next(iter(natural.values())).ndim for value in values.values())
+    for effect in effects:
+        known = found[effect.parameter] if effect.parameter in found else natural[effect.parameter]
+        if wide and known.ndim < values[effect.covariate].ndim:
+            known = known[..., None]
+        shift = effect.regressor(values[effect.covariate])
+        if effect.fixed is not None:
+            shift = effect.fixed * shift
+        else:
+            factor = natural[effect.coefficient]
+            shift = (factor[..., None] if wide else factor) * shift
+        found[effect.parameter] = _shifted(known, shift, space[effect.parameter])
+    return found
+
+
+def _shifted(value: Tensor, shift: Tensor, parameter: Parameter) -> Tensor:
+    """A natural value after a shift on the unconstrained scale."""
+    if parameter.transform == "log":
+        return value * torch.exp(shift)
+    if parameter.transform == "identity":
+        return value + shift
+    width = parameter.upper - parameter.lower
+    return parameter.lower + width * torch.sigmoid(torch.logit((value - parameter.lower) / width) + shift)
+
+
+def without_doses(design: Design) -> Design:
+    """A design with no dose, for models that make them part of their initial state."""
+    nothing = torch.zeros((len(design), 0), dtype=torch.float64, device=design.times.device)
+    none = nothing.long()
+    events = Events(nothing, none, nothing, nothing, nothing, none, none, none)
+    return replace(design, events=events)
