@@ -6,6 +6,7 @@ Oracle: scipy's initial value solver, restarted at every dose, end of an infusio
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -273,14 +274,18 @@ def test_a_weight_that_stays_gives_the_closed_form() -> None:
         events=told.events,
         time_covariates=TimeCovariates(("WT",), told.time_covariates.times, same, ("previous",)),
     )
-    for absorption in ("first_order", "zero_order", "none"):
+    assert told.events is not None
+    still, one = torch.zeros_like(told.events.rate), torch.zeros_like(told.events.steady_state)
+    boluses = replace(constant, events=replace(told.events, rate=still, steady_state=one))  # what a chain takes
+    for absorption in ("first_order", "zero_order", "none", "transit"):
         along = Compartments(absorption=absorption, time_covariates=EFFECTS)  # type: ignore[arg-type]
         plain = Compartments(absorption=absorption)  # type: ignore[arg-type]
-        values = {**VALUES, "Tk0": 1.5}
+        values = {**VALUES, "Tk0": 1.5, "MTT": 0.8}
         # (draws, too: several for each individual)
         phi = natural_of(along, values)[:, None].expand(-1, 3, -1)
-        expected = plain.predict(natural_of(plain, values), constant)
-        np.testing.assert_allclose(along.predict(phi, constant)[:, 2], expected, rtol=1e-9, atol=1e-12)
+        given = boluses if absorption == "transit" else constant
+        expected = plain.predict(natural_of(plain, values), given)
+        np.testing.assert_allclose(along.predict(phi, given)[:, 2], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_order_of_individuals_and_padding_change_nothing() -> None:
