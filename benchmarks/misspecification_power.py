@@ -94,7 +94,7 @@ def checked(posterior: AmortizedPosterior, scenario: str, repetition: int) -> Re
     named = found.residuals.named.numpy()
     return {
         **{check: float(light in ("amber", "red")) for check, light in lights.items()},
-        "accused": float(found.accused),
+        "accused": float(found.is_rejected),
         "named": float(named.sum()),
         "raised": float(raised.sum()),
         "raised_and_named": float((raised & named).sum()),

@@ -26,7 +26,7 @@ import nlme_sbi
 from nlme_sbi.compute import interrupts
 from nlme_sbi.config.conversion import convert, hydra_text
 from nlme_sbi.config.hydra_errors import config_sentence
-from nlme_sbi.config.overrides import as_meant
+from nlme_sbi.config.overrides import rewrite_overrides
 from nlme_sbi.config.wording import visible
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def entry_point(stage: Stage | str, config_name: str, *, words: str | None = Non
     def main() -> None:
         if words is not None:
             sys.argv[1:] = _with_words(sys.argv[1:], words)
-        sys.argv[1:] = as_meant(sys.argv[1:])
+        sys.argv[1:] = rewrite_overrides(sys.argv[1:])
         _configure_logging()
         code = _run(stage, config_name)
         _flush()
@@ -102,11 +102,11 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIRECTORY), version_base="1.3"):
-            cfg = compose(config_name, overrides=as_meant(overrides), return_hydra_config=True)
+            cfg = compose(config_name, overrides=rewrite_overrides(overrides), return_hydra_config=True)
         choice = cfg.hydra.runtime.choices.get("experiment")
         with open_dict(cfg):
             del cfg["hydra"]
-        return prepared(cfg, choice)
+        return prepare_config(cfg, choice)
     except Exception as error:
         sentence = config_sentence(error)
         if sentence is None:
@@ -114,7 +114,7 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
         raise ValueError(sentence) from error
 
 
-def prepared(cfg: DictConfig, choice: str | None) -> DictConfig:
+def prepare_config(cfg: DictConfig, choice: str | None) -> DictConfig:
     """The configuration with the experiment's name filled in and the keys of every script checked.
 
     Raises:
@@ -137,12 +137,12 @@ def prepared(cfg: DictConfig, choice: str | None) -> DictConfig:
 def _run(stage: Stage | str, config_name: str) -> int:
     """Run under Hydra; the exit code."""
     if not CONFIG_DIRECTORY.is_dir():
-        _tell(f"{CONFIG_DIRECTORY} is missing; install the repository with `pip install -e .` and keep it.")
+        _print(f"{CONFIG_DIRECTORY} is missing; install the repository with `pip install -e .` and keep it.")
         return FAILED
     try:
         os.getcwd()
     except OSError:
-        _tell("The working directory is not there any more; go to one that exists (cd ~) and run the command again.")
+        _print("The working directory is not there any more; go to one that exists (cd ~) and run the command again.")
         return FAILED
     # With this, Hydra passes errors on instead of printing its own words and leaving with code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -151,7 +151,7 @@ def _run(stage: Stage | str, config_name: str) -> int:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name=config_name)(job)()
     except BaseException as error:
         return _code_of(error)
-    if interrupts.stopped():  # something below has swallowed it
+    if interrupts.was_stopped():  # something below has swallowed it
         return INTERRUPTED
     return 0 if job.error is None else _code_of(job.error)
 
@@ -167,16 +167,16 @@ class _Job:
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         _configure_logging()  # a launcher may have started a process for this job
         try:
-            prepared(cfg, HydraConfig.get().runtime.choices.get("experiment"))
+            prepare_config(cfg, HydraConfig.get().runtime.choices.get("experiment"))
             _make_importable(cfg)
             from nlme_sbi.compute.devices import keep_freed_memory  # with torch, which --help can do without
             from nlme_sbi.runs.remedies import command_line
 
             keep_freed_memory()
-            stage = _resolved(self._stage)
+            stage = _resolve(self._stage)
             interrupts.begin_work()
             with command_line(_own_line()):
-                return self._recorded(cfg, stage) if sweep else stage(cfg)
+                return self._run_recorded(cfg, stage) if sweep else stage(cfg)
         except Exception as error:
             if sweep:  # the launcher counts failures, perhaps in another process; it needs an exception
                 overrides = " ".join(HydraConfig.get().overrides.task)
@@ -185,12 +185,12 @@ class _Job:
             self.error = error
             return None
 
-    def _recorded(self, cfg: DictConfig, stage: Stage) -> float | None:
+    def _run_recorded(self, cfg: DictConfig, stage: Stage) -> float | None:
         """Run the stage as a job of a sweep, whose directory then tells which run it was."""
-        from nlme_sbi.runs.sweeps import recorded_job  # loads torch: not before a launcher has set a job's threads
+        from nlme_sbi.runs.sweeps import record_job  # loads torch: not before a launcher has set a job's threads
 
         told = HydraConfig.get()
-        with recorded_job(Path(told.sweep.dir), told.job.num, list(told.overrides.task)):
+        with record_job(Path(told.sweep.dir), told.job.num, list(told.overrides.task)):
             return stage(cfg)
 
 
@@ -208,7 +208,7 @@ def _own_line() -> CommandLine:
     )
 
 
-def _resolved(stage: Stage | str) -> Stage:
+def _resolve(stage: Stage | str) -> Stage:
     if not isinstance(stage, str):
         return stage
     module, _, name = stage.partition(":")
@@ -226,12 +226,12 @@ def _make_importable(cfg: DictConfig) -> None:
 
 
 def _code_of(error: BaseException) -> int:
-    if interrupts.stopped():  # told already; whatever it became on its way here (an ImportError, for one)
+    if interrupts.was_stopped():  # told already; whatever it became on its way here (an ImportError, for one)
         return INTERRUPTED
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else FAILED if error.code else 0
     if isinstance(error, KeyboardInterrupt):
-        _tell(interrupts.sentence())
+        _print(interrupts.sentence())
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
         return PIPE_CLOSED
@@ -245,7 +245,7 @@ def _report(error: BaseException, prefix: str = "") -> str:
     sentence = sentence_for(error)
     if sentence is None or _debug():
         traceback.print_exception(error)
-    _tell(prefix + (sentence or f"This is a bug in nlme_sbi or in your own simulator: {type(error).__name__}."))
+    _print(prefix + (sentence or f"This is a bug in nlme_sbi or in your own simulator: {type(error).__name__}."))
     return prefix + (sentence or str(error))
 
 
@@ -272,7 +272,7 @@ def _in_team() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _tell(sentence: str) -> None:
+def _print(sentence: str) -> None:
     if sys.stderr is None:  # closed by whoever started this
         return
     try:

@@ -69,7 +69,7 @@ ALONE = Team()
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Team]:
+def join_team(device: torch.device) -> Iterator[Team]:
     """The team that ``torchrun`` started this process for, else this process alone.
 
     Args:

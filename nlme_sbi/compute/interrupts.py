@@ -77,7 +77,7 @@ def end() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def stopped() -> bool:
+def was_stopped() -> bool:
     """Whether Ctrl-C was pressed, and the sentence written."""
     return _watch.stopped
 

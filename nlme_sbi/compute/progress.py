@@ -56,9 +56,9 @@ class Progress:
             self._bar.update(count)
         elif time.monotonic() - self._told >= self._every:
             self._told = time.monotonic()
-            self._tell(metrics)
+            self._show(metrics)
 
-    def _tell(self, metrics: dict[str, float | int]) -> None:
+    def _show(self, metrics: dict[str, float | int]) -> None:
         rate = (self._done - self._initial) / max(time.monotonic() - self._start, 1e-9)
         left = (self._total - self._done) / rate if rate else float("inf")
         shown = "".join(f", {name} {value:.4g}" for name, value in metrics.items())

@@ -64,15 +64,15 @@ def worst(findings: Iterable[Finding]) -> Light:
     return max((finding.light for finding in findings), key=GRAVITY.index, default="green")
 
 
-def refused(check: str, title: str, problem: ValueError, *, what: str = "the check") -> Finding:
+def grey_finding(check: str, title: str, problem: ValueError, *, what: str = "the check") -> Finding:
     """The grey finding in place of a check or a part that could not be made, with the reason, which is logged."""
     log.warning("%s: %s", title, problem)
     return Finding(check, title, "grey", str(problem), f"Grey: {what} could not be made.")
 
 
-def attempted(check: str, title: str, make: Callable[[], Finding]) -> Finding:
+def attempt_finding(check: str, title: str, make: Callable[[], Finding]) -> Finding:
     """The finding, or a grey one with the reason where the check refuses (``ValueError``), so that the others go on."""
     try:
         return make()
     except ValueError as problem:
-        return refused(check, title, problem)
+        return grey_finding(check, title, problem)

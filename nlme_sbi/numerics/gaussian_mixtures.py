@@ -158,7 +158,7 @@ def fit_mixtures(
 
     pieces = over_blocks(of_rows, torch.split(torch.arange(individuals, device=phi.device), step), phi.device)
     most = max(piece.log_weights.shape[1] for piece in pieces)
-    padded = [piece.padded(most) for piece in pieces]
+    padded = [piece.pad(most) for piece in pieces]
     return GaussianMixtures(
         torch.cat([piece.log_weights for piece in padded]),
         torch.cat([piece.means for piece in padded]),

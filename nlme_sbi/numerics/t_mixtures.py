@@ -36,7 +36,7 @@ class Mixtures:
         largest = counts.argmax(1, keepdim=True)
         return replace(self, counts=counts.scatter_add(1, largest, draws - counts.sum(1, keepdim=True)))
 
-    def updated(self, rows: Tensor, others: Mixtures) -> Mixtures:
+    def replace_rows(self, rows: Tensor, others: Mixtures) -> Mixtures:
         """With the mixtures at ``rows`` replaced."""
         most = max(self.counts.shape[1], others.counts.shape[1])
         mine, theirs = self._padded(most), others._padded(most)

@@ -49,7 +49,7 @@ def verdict(findings: Mapping[Topic, Sequence[Finding]], *, by_likelihood: bool)
 
 def _answer(topic: Topic, found: tuple[Finding, ...], *, by_likelihood: bool) -> Answer:
     light = worst(found) if found else "grey"
-    sentence = _summed_up(found)
+    sentence = _summarise(found)
     failed = [one for one in found if one.light in ("amber", "red")]
     if by_likelihood and failed and all(_of_the_network(topic, one) for one in failed):
         sentence += (
@@ -64,7 +64,7 @@ def _of_the_network(topic: Topic, finding: Finding) -> bool:
     return topic == "network" or finding.check in _NETWORK_ALONE
 
 
-def _summed_up(found: tuple[Finding, ...]) -> str:
+def _summarise(found: tuple[Finding, ...]) -> str:
     """What all checks of a topic say together."""
     if not found:
         return "Nothing of this was checked."
@@ -112,7 +112,7 @@ def _limits(findings: Mapping[Topic, Sequence[Finding]], *, by_likelihood: bool)
         return Answer("limits", question, "grey", words["grey"], "Nothing was checked.", rule)
     said = gravest[0].sentence
     if len(gravest) > 1:
-        said += f" Then look at: {', '.join(_quoted(one.title) for one in gravest[1:])}."
+        said += f" Then look at: {', '.join(_quote(one.title) for one in gravest[1:])}."
     return Answer("limits", question, light, words[light], said, rule, tuple(gravest))
 
 
@@ -127,6 +127,6 @@ def _lower(text: str) -> str:
     return text if len(word) < 2 or word[1:] != word[1:].lower() else text[0].lower() + text[1:]
 
 
-def _quoted(title: str) -> str:
+def _quote(title: str) -> str:
     """Titles may be questions."""
     return f"\u201c{title}\u201d"

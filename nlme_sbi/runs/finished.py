@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nlme_sbi.runs import schema
-from nlme_sbi.runs.directory import CONFIG, MANIFEST, SCHEMA_VERSION, files_below, sealed
+from nlme_sbi.runs.directory import CONFIG, MANIFEST, SCHEMA_VERSION, files_below, seal
 from nlme_sbi.runs.files import load_json, sha256_of_file, sha256_of_plain
 from nlme_sbi.runs.order import order_of_finishing
 from nlme_sbi.runs.remedies import script_command
@@ -120,7 +120,7 @@ def load_run(path: str | Path, *, stage: str | None = None, verify: bool = True)
             f"{path} has schema version {version}, this nlme_sbi reads {SCHEMA_VERSION}; run its stage again, or use "
             f"the nlme_sbi that wrote it ({by})."
         )
-    if sealed(manifest)["seal"] != manifest.get("seal"):
+    if seal(manifest)["seal"] != manifest.get("seal"):
         raise ValueError(f"{path / MANIFEST} was edited after the run; {_AGAIN}")
     check(manifest, schema.MANIFEST, path / MANIFEST)
     if stage is not None and manifest["stage"] != stage:

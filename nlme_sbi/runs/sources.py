@@ -54,11 +54,11 @@ class ChangedSources(ValueError):
 
     def __init__(self, told: str, commands: Sequence[str] = ()) -> None:
         super().__init__(told + " && ".join(commands))
-        self.told, self.commands = told, tuple(commands)
+        self.sentence, self.commands = told, tuple(commands)
 
     def and_then(self, command: str) -> ChangedSources:
         """The same with one more command, for what was made from that run."""
-        return ChangedSources(self.told, (*self.commands, command)) if self.commands else self
+        return ChangedSources(self.sentence, (*self.commands, command)) if self.commands else self
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def sources_of(config: Mapping[str, Any], sections: Iterable[str], *, trust: Ite
     found = {}
     for name in sections:
         targets = [target for target in _targets(config.get(name)) if _below(target, prefixes)]
-        files = _behind(targets, prefixes, name)
+        files = _modules_behind(targets, prefixes, name)
         if files:
             found[name] = files
     return found
@@ -129,7 +129,7 @@ def require_same_sources(run: FinishedRun, sections: Sequence[str], *, trust: It
     differing = sorted(name for name in {*stored, *now} if stored.get(name) != now.get(name))
     if differing:
         paths = {file.module: file.path for files in today.values() for file in files}
-        raise _changed(run, differing, paths)
+        raise _describe_changes(run, differing, paths)
 
 
 def require_unedited(run: FinishedRun, sections: Sequence[str], *, trust: Iterable[str] = ()) -> None:
@@ -145,7 +145,7 @@ def require_unedited(run: FinishedRun, sections: Sequence[str], *, trust: Iterab
     if all(_below(target, prefixes) for name in sections for target in _targets(run.config.get(name))):
         edited = edited_modules(run.manifest, sections)
         if edited:
-            raise _changed(run, sorted(edited), edited)
+            raise _describe_changes(run, sorted(edited), edited)
 
 
 def edited_modules(manifest: Mapping[str, Any], sections: Sequence[str] | None = None) -> dict[str, Path | None]:
@@ -164,7 +164,7 @@ def _flat(kept: Mapping[str, Mapping[str, str]], sections: Iterable[str]) -> dic
     return {module: sha256 for name in sections for module, sha256 in kept.get(name, {}).items()}
 
 
-def _changed(run: FinishedRun, differing: Sequence[str], paths: Mapping[str, Path | None]) -> ChangedSources:
+def _describe_changes(run: FinishedRun, differing: Sequence[str], paths: Mapping[str, Path | None]) -> ChangedSources:
     first = paths.get(differing[0])
     shown = differing[0] if first is None else f"{_short(first)} ({differing[0]})"
     told = f"another {shown}" if len(differing) == 1 else f"{len(differing)} other files, first {shown}"
@@ -199,7 +199,7 @@ def _below(name: str, prefixes: Iterable[str]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _behind(targets: Iterable[str], prefixes: Sequence[str], where: str) -> list[SourceFile]:
+def _modules_behind(targets: Iterable[str], prefixes: Sequence[str], where: str) -> list[SourceFile]:
     """The modules of some targets with all that they import, each once."""
     found: dict[str, SourceFile] = {}
     seen: set[str] = set()
@@ -382,7 +382,7 @@ def _imports(content: bytes, spec: ModuleSpec) -> list[str]:
             base = _absolute("." * node.level + (node.module or ""), package)
             names += [base, *(f"{base}.{alias.name}" for alias in node.names)] if base else []
         elif isinstance(node, ast.Call):
-            names.append(_absolute(_named(node), package))
+            names.append(_absolute(_named_imports(node), package))
     held = vars(sys.modules[spec.name]).values() if spec.name in sys.modules else ()
     for thing in list(held):
         kind = type(thing)  # isinstance would ask the thing itself, and some answer with a warning
@@ -394,7 +394,7 @@ def _imports(content: bytes, spec: ModuleSpec) -> list[str]:
     return [part for name in dict.fromkeys(names) for part in _with_packages(name)]
 
 
-def _named(call: ast.Call) -> str:
+def _named_imports(call: ast.Call) -> str:
     """What ``import_module("name")`` or ``__import__("name")`` names, where it is written out."""
     function = call.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")

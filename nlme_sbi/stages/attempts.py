@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
 
-def attempted(what: str, make: Callable[[], Made]) -> Made | None:
+def attempt_part(what: str, make: Callable[[], Made]) -> Made | None:
     """A part that is made; None where it fails, which is told and does not end a run whose estimates are written.
 
     A full disk or a file that cannot be written ends it all the same: the rest would not be written either.

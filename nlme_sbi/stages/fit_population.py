@@ -40,7 +40,7 @@ from nlme_sbi.runs import (
     write_atomically,
 )
 from nlme_sbi.runs.stored_observations import sha256_of_observations
-from nlme_sbi.stages.attempts import attempted
+from nlme_sbi.stages.attempts import attempt_part
 from nlme_sbi.stages.fit_predictions import PredictionSettings, predictions_frame
 from nlme_sbi.stages.shared.components import part, with_stated_prior
 from nlme_sbi.stages.shared.fit_figures import save_figures
@@ -79,10 +79,10 @@ class FitSettings:
                 raise ValueError(f"{key} must be at least 1; got {value}.")
         if not accuracy > 0:
             raise ValueError(f"fit.accuracy must be positive; got {accuracy:g}.")
-        return cls(starts, accuracy, panels, _assessment(plain["fit"]))
+        return cls(starts, accuracy, panels, _uncertainty_settings(plain["fit"]))
 
 
-def _assessment(plain: Mapping[str, Any]) -> Assessment:
+def _uncertainty_settings(plain: Mapping[str, Any]) -> Assessment:
     """How uncertainty is told; raises ``ValueError`` with the key."""
     try:
         return Assessment(
@@ -174,15 +174,15 @@ def fit_population(cfg: DictConfig) -> float:
         generator = seeded(device, seed, Stream.FIT_INDIVIDUALS)
         if wished.modes:
             search = partial(individual_modes, fit, observations, posterior, generator=generator)
-            fit = replace(fit, modes=attempted("The search for the individuals' modes", search))
+            fit = replace(fit, modes=attempt_part("The search for the individuals' modes", search))
             _save_tables(run, fit, simulator)
         log.info("\n%s", fit.table())
-        attempted("influence.csv", partial(_save_influence, run, fit))
+        attempt_part("influence.csv", partial(_save_influence, run, fit))
         save_individuals(run, fit, observations, draws=wished.draws, generator=generator)
         if predicted.table:
             noise = seeded(device, seed, Stream.FIT_PREDICTIONS)
             made = partial(predictions_frame, fit, observations, posterior.simulator, settings=predicted)
-            attempted("predictions.csv", lambda: _save_predictions(run, made(generator=noise)))
+            attempt_part("predictions.csv", lambda: _save_predictions(run, made(generator=noise)))
         save_figures(
             run.path,
             fit,

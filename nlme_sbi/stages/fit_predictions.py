@@ -21,7 +21,7 @@ from nlme_sbi.diagnostics.measurement_table import (
     IndividualPredictions,
     individual_predictions,
     measurement_table,
-    scattered,
+    scatter,
 )
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.population.objective.individuals import individual_typical
@@ -141,7 +141,7 @@ def _errors(
             errors.used,
             _needed(some),
         )
-    return scattered(errors, rows, count)
+    return scatter(errors, rows, count)
 
 
 def _needed(observations: Observations) -> int:

@@ -39,7 +39,7 @@ from nlme_sbi.runs import (
 from nlme_sbi.runs.remedies import override, script_command, typed
 from nlme_sbi.runs.schema import FLOATS, check_array
 from nlme_sbi.stages.shared.fit_figures import spread_rows
-from nlme_sbi.stages.shared.prediction_designs import Plan, planned
+from nlme_sbi.stages.shared.prediction_designs import Plan, plan_predictions
 from nlme_sbi.stages.shared.stored_fit import StoredFit, find_fit, load_fit
 from nlme_sbi.types import Design, Simulator
 
@@ -80,8 +80,8 @@ class PredictionSettings:
             save_draws=convert(section["save_draws"], bool, "predict.save_draws"),
             panels=panels,
             theta=convert(plain["theta"], str, "theta"),
-            individuals=_who(plain["individuals"]),
-            new=_whether(plain["new"]),
+            individuals=_read_individuals(plain["individuals"]),
+            new=_read_new(plain["new"]),
         )
 
 
@@ -113,7 +113,7 @@ def predict(cfg: DictConfig) -> None:
     upstream = find_fit(plain)
     sampled = _sampled_theta(settings.theta, upstream, plain)
     fit = load_fit(upstream, device=str(device), trust=trust)
-    plan = planned(plain["design"], fit, individuals=settings.individuals, new=settings.new, trust=trust)
+    plan = plan_predictions(plain["design"], fit, individuals=settings.individuals, new=settings.new, trust=trust)
     if plan.known is not None and fit.draws is None:
         raise ValueError(
             f"{upstream.path} kept no draws of its individuals (individuals.draws=0), so nothing can be predicted for "
@@ -136,7 +136,7 @@ def predict(cfg: DictConfig) -> None:
             load_run(run.path, stage="predict")
             return
         thetas = _thetas(fit, settings, sampled, seeded(device, int(plain["seed"]), Stream.PREDICT_THETA))
-        made, said = _predicted(fit, plan, thetas, settings, seed=int(plain["seed"]))
+        made, said = _predict_groups(fit, plan, thetas, settings, seed=int(plain["seed"]))
         for word in said:
             log.warning(word)
         _save(run, fit, made, thetas, settings, with_data=plan.like_the_data)
@@ -153,7 +153,7 @@ def _try_out(fit: StoredFit, plan: Plan) -> None:
             outcomes(fit.posterior.simulator, phi, group.design, seeded(fit.device, 0, Stream.PREDICT_NOISE))
 
 
-def _who(given: Any) -> Literal["all", "none"] | tuple[str, ...]:
+def _read_individuals(given: Any) -> Literal["all", "none"] | tuple[str, ...]:
     if given in ("all", "none"):
         return given  # type: ignore[no-any-return]
     # True and 1.0 in a YAML were not typed so: which id is meant is not known.
@@ -165,7 +165,7 @@ def _who(given: Any) -> Literal["all", "none"] | tuple[str, ...]:
     )
 
 
-def _whether(given: Any) -> Literal["auto"] | bool:
+def _read_new(given: Any) -> Literal["auto"] | bool:
     if isinstance(given, bool):
         return given
     if given == "auto":
@@ -233,7 +233,7 @@ def _stored_theta(run: FinishedRun, unknowns: int) -> Float[Tensor, "n P"]:
     return torch.from_numpy(np.array(found)).double()
 
 
-def _predicted(
+def _predict_groups(
     fit: StoredFit, plan: Plan, thetas: Float[Tensor, "K P"], settings: PredictionSettings, *, seed: int
 ) -> tuple[list[Predictions], list[str]]:
     """Both groups, and what must be said of them."""
@@ -249,13 +249,13 @@ def _predicted(
             log_likelihood=fit.log_likelihood(plan.known.rows),
             generator=seeded(fit.device, seed, Stream.PREDICT_KNOWN),
         )
-        said += _weakly_supported(found.support, plan.known.ids)
+        said += _support_warnings(found.support, plan.known.ids)
         made.append(_group("individual", plan.known.ids, plan.known.design, found.phi, simulator, settings, noise))
     if plan.new is not None:
         phi = new_individuals(fit.population, thetas, plan.new.design, seeded(fit.device, seed, Stream.PREDICT_NEW))
         made.append(_group("new individual", plan.new.ids, plan.new.design, phi, simulator, settings, noise))
     for group in made:
-        said += _failed(group)
+        said += _failure_warnings(group)
     return made, said
 
 
@@ -272,7 +272,7 @@ def _group(
     return Predictions(kind, ids, design, phi, bands)
 
 
-def _weakly_supported(support: Float[Tensor, " I"], ids: tuple[str, ...]) -> list[str]:
+def _support_warnings(support: Float[Tensor, " I"], ids: tuple[str, ...]) -> list[str]:
     weak = torch.nonzero(support < _LITTLE)[:, 0]
     if len(weak) == 0:
         return []
@@ -284,7 +284,7 @@ def _weakly_supported(support: Float[Tensor, " I"], ids: tuple[str, ...]) -> lis
     ]
 
 
-def _failed(group: Predictions) -> list[str]:
+def _failure_warnings(group: Predictions) -> list[str]:
     broken = torch.nonzero(group.bands.failed)[:, 0]
     if len(broken) == 0:
         return []

@@ -80,7 +80,7 @@ def test_correlations_follow_the_lkj_density() -> None:
 
 def test_own_priors_take_the_place_of_defaults_and_unknown_names_are_refused() -> None:
     _, prior = three_parameters(given={"log_sd.b": {"mean": -1.0, "sd": 0.3}})
-    assert prior.described()[4] == "normal(-1, 0.3)"
+    assert prior.describe()[4] == "normal(-1, 0.3)"
     theta = torch.zeros(9, dtype=DOUBLE)
     moved = theta.clone()
     moved[4] = -1.3

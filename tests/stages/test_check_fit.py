@@ -23,7 +23,7 @@ from nlme_sbi.diagnostics.fit.vpc import visual_predictive_check
 from nlme_sbi.population.theta_posterior.individuals import new_individuals
 from nlme_sbi.report.inputs.fit_checks import FitChecks
 from nlme_sbi.runs import FinishedRun, load_run, save_json, sha256_of_file
-from nlme_sbi.runs.directory import sealed
+from nlme_sbi.runs.directory import seal
 from nlme_sbi.stages.check_fit import check_fit, find_checks
 from nlme_sbi.stages.checks.fit import FitCheckSettings
 from nlme_sbi.stages.fit_population import fit_population
@@ -281,7 +281,7 @@ def test_checks_of_another_fit_are_refused(root: Path) -> None:
     (path,) = (root / "check_fit").iterdir()
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["inputs"]["fit"]["sha256"] = "0" * 64
-    save_json(path / "manifest.json", sealed(manifest))
+    save_json(path / "manifest.json", seal(manifest))
     with pytest.raises(
         ValueError, match=r"holds checks of another fit than .* Check the fit: python scripts/check_fit"
     ):
@@ -307,7 +307,7 @@ def test_what_somebody_forged_is_told_by_its_file(root: Path, case: str) -> None
     save_json(path / name, change(json.loads((path / name).read_text())))
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["outputs"][name] = {"sha256": sha256_of_file(path / name), "bytes": (path / name).stat().st_size}
-    save_json(path / "manifest.json", sealed(manifest))
+    save_json(path / "manifest.json", seal(manifest))
     checks = FitChecks(load_run(path, stage="check_fit"))
     with pytest.raises(ValueError, match="is damaged: "):
         _ = (checks.checked, checks.shown, checks.vpc("vpc"), checks.curves(), checks.findings(("vpc",)))

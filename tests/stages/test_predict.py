@@ -14,7 +14,7 @@ import pytest
 import nlme_sbi.stages.fit_population as fit_stage
 from nlme_sbi.cli import compose_config
 from nlme_sbi.runs import FinishedRun, save_json
-from nlme_sbi.runs.directory import sealed
+from nlme_sbi.runs.directory import seal
 from nlme_sbi.stages.fit_population import fit_population
 from nlme_sbi.stages.predict import predict
 from nlme_sbi.stages.sample_theta import sample_theta
@@ -275,12 +275,12 @@ def test_fits_that_cannot_be_gone_on_from_are_refused(root: Path) -> None:
     stored.unlink()
     manifest = json.loads((fit.path / "manifest.json").read_text())
     del manifest["outputs"]["individual_draws.npy"]
-    save_json(fit.path / "manifest.json", sealed(manifest))
+    save_json(fit.path / "manifest.json", seal(manifest))
     with pytest.raises(ValueError, match=r"kept no draws of its individuals .*individuals=none"):
         predicted(root)
     shutil.rmtree(fit.path / "observations")
     manifest["outputs"] = {name: told for name, told in manifest["outputs"].items() if not name.startswith("observ")}
-    save_json(fit.path / "manifest.json", sealed(manifest))
+    save_json(fit.path / "manifest.json", seal(manifest))
     with pytest.raises(ValueError, match=r"holds no data .*Run its command again"):
         predicted(root)
     (fit.path / "manifest.json").unlink()
@@ -292,13 +292,13 @@ def test_the_posterior_may_move_with_the_fit_but_not_be_another(root: Path) -> N
     run = only_run(root, "fit_population")
     manifest = json.loads((run.path / "manifest.json").read_text())
     manifest["inputs"]["posterior"]["path"] = str(root.parent / "gone")
-    save_json(run.path / "manifest.json", sealed(manifest))
+    save_json(run.path / "manifest.json", seal(manifest))
     (upstream,) = (root / "train_flow").iterdir()
     upstream.rename(root / "train_flow" / "renamed")
     assert load_fit(run.path, device="cpu").draws is not None
     other = root / "train_flow" / "renamed" / "manifest.json"
     trained = json.loads(other.read_text())
     trained["outputs"]["weights.safetensors"]["sha256"] = "0" * 64
-    save_json(other, sealed(trained))
+    save_json(other, seal(trained))
     with pytest.raises(ValueError, match=r"is not there any more, or was changed\. It was .*gone"):
         load_fit(run.path, device="cpu")

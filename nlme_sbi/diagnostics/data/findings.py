@@ -19,8 +19,10 @@ _NAMED = 5
 def model_finding(tests: ResidualTests) -> Finding:
     """Whether individuals have something in common that the simulator cannot make."""
     share = float(tests.named.double().mean())
-    rejected = tests.p_model <= tests.level or tests.many
-    light: Light = "green" if not rejected else "red" if tests.many or tests.correlation > _STRONG else "amber"
+    rejected = tests.p_model <= tests.level or tests.has_many_outliers
+    light: Light = (
+        "green" if not rejected else "red" if tests.has_many_outliers or tests.correlation > _STRONG else "amber"
+    )
     told = f"neighbouring residuals are correlated by {tests.correlation:.2f}"
     most = _WORDS[STATISTICS[int(tests.common.argmax())]]
     if light == "green":
@@ -62,7 +64,7 @@ def individuals_finding(tests: ResidualTests) -> Finding:
         sentence = (
             f"No individual's residuals are unlike noise (the most extreme: p = {tests.p_individuals:.2g} of all)."
         )
-    elif tests.many:
+    elif tests.has_many_outliers:
         sentence = (
             f"{count} of {len(tests.ids)} individuals have data that the simulator cannot make: too many to be "
             "outliers. The model is to blame; judge single individuals once it is repaired."

@@ -32,8 +32,8 @@ from nlme_sbi.diagnostics.data.summary_tests import (
     replicate_test,
     support_scores,
 )
-from nlme_sbi.diagnostics.findings import Finding, attempted
-from nlme_sbi.diagnostics.fit.replicates import replicated
+from nlme_sbi.diagnostics.findings import Finding, attempt_finding
+from nlme_sbi.diagnostics.fit.replicates import simulate_replicates
 from nlme_sbi.types import Observations
 
 COPIES = 9
@@ -58,7 +58,7 @@ class Misspecification:
     support: SupportScores | None = None
 
     @property
-    def accused(self) -> bool:
+    def is_rejected(self) -> bool:
         """Whether any of the tests says that the simulator cannot make the data."""
         judged = {"misspecification_model", "misspecification_individuals", "misspecification_replicates"}
         return any(finding.check in judged and finding.light in ("amber", "red") for finding in self.findings)
@@ -129,7 +129,7 @@ def misspecification(
         ("misspecification_replicates", "Do individuals resemble copies of themselves?", of_replicates),
         ("misspecification_support", "Do the data lie where the network was trained?", of_support),
     ]
-    findings = [attempted(*maker) for maker in makers]
+    findings = [attempt_finding(*maker) for maker in makers]
     if residuals:
         findings.insert(1, individuals_finding(residuals[0]))
     return Misspecification(
@@ -156,4 +156,4 @@ def _copies(
             "Copies of individuals would need their limits of quantification; the prediction errors of a fit "
             "(scripts/report.py) take censored data as what they are."
         )
-    return replicated(network.simulator, draws[:, :1].expand(-1, COPIES, -1), observations.design, generator)
+    return simulate_replicates(network.simulator, draws[:, :1].expand(-1, COPIES, -1), observations.design, generator)

@@ -201,7 +201,7 @@ def replicate_test(
     groups = torch.cat([network.summarize(some).double()[:, None], simulated], 1)
     apart = groups - groups.mean(1, keepdim=True)
     apart = (apart @ _whitening(torch.cov(apart.flatten(0, 1).T))).float()
-    found, others = _exchanged(apart, exchanges, generator)
+    found, others = _exchange(apart, exchanges, generator)
     return ReplicateTest(
         mmd=found,
         expected=float(others.mean()),
@@ -276,7 +276,7 @@ def _against_prior(data: Tensor, simulated: Tensor, generator: torch.Generator) 
     return found, float((1 + (others >= found).sum()) / 200)
 
 
-def _exchanged(apart: Float[Tensor, "I K W"], exchanges: int, generator: torch.Generator) -> tuple[float, Tensor]:
+def _exchange(apart: Float[Tensor, "I K W"], exchanges: int, generator: torch.Generator) -> tuple[float, Tensor]:
     """MMD of the first of each group against the others, and of random members in their place."""
     groups, members = apart.shape[:2]
     kernel = _kernel(apart.flatten(0, 1)).float()

@@ -22,7 +22,7 @@ REASONS: tuple[Reason, ...] = ("chosen", "representative", "worst fit", "fewest 
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownIndividuals:
     """Rows of the individuals that are shown, with the reason of each."""
 
     rows: tuple[int, ...]
@@ -62,7 +62,7 @@ def choose_individuals(
     *,
     chosen: Sequence[str],
     each: int,
-) -> Shown:
+) -> ShownIndividuals:
     """Who is shown: those that were asked for, ``each`` representative ones, and as many of the worst.
 
     Args:
@@ -96,7 +96,7 @@ def choose_individuals(
             found.setdefault(row, "representative")
     position = {row: place for place, row in enumerate(order)}
     rows = sorted(found, key=lambda row: (REASONS.index(found[row]), position[row]))
-    return Shown(tuple(rows), tuple(found[row] for row in rows))
+    return ShownIndividuals(tuple(rows), tuple(found[row] for row in rows))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nlme_sbi.diagnostics.findings import Finding, Light
-from nlme_sbi.diagnostics.fit.replicates import measured_first, measurements_frame, replicated
+from nlme_sbi.diagnostics.fit.replicates import measurements_frame, simulate_replicates, sort_measured_first
 from nlme_sbi.types import Censoring, Observations, Simulator
 
 LEAST_REPLICATES, _LEAST_NULL = 200, 59  # 59: three tests at 5% together need p-values below 1/60
@@ -107,7 +107,7 @@ def prediction_errors(
             f"Prediction distribution errors need at least {LEAST_REPLICATES} simulated data sets and {_LEAST_NULL} "
             f"more to compare with; got {replicates} and {null}."
         )
-    some, places = _thinned(observations, max(1, replicates // PER_MEASUREMENT))
+    some, places = _thin(observations, max(1, replicates // PER_MEASUREMENT))
     step = max(1, _NUMBERS // (phi.shape[1] * some.values[0].numel()))
     blocks = torch.split(torch.arange(len(phi), device=phi.device), step)
     found = []
@@ -134,13 +134,13 @@ def prediction_errors(
     )
 
 
-def _thinned(observations: Observations, most: int) -> tuple[Observations, Int[Tensor, "I m"]]:
+def _thin(observations: Observations, most: int) -> tuple[Observations, Int[Tensor, "I m"]]:
     """At most about ``most`` measurements of each individual, at evenly spread times of its own, and their places."""
     mask = observations.design.observed
     individuals, times, signals = mask.shape
     keep = min(times, max(1, most // signals))
     there = mask.any(2)
-    order = measured_first(there, 1)
+    order = sort_measured_first(there, 1)
     count = there.sum(1, keepdim=True).clamp_min(1)
     rank = torch.arange(keep, device=mask.device).expand(individuals, -1)
     wished = torch.where(count > keep, ((rank + 0.5) * count / keep).floor().long(), rank)
@@ -170,7 +170,7 @@ def _errors(
     simulator: Simulator, phi: Float[Tensor, "I K D"], observations: Observations, null: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "I M n"], Float[Tensor, "I n"], Float[Tensor, "I n"], Float[Tensor, "I n"]]:
     """Normal scores of the data (first) and of the null data sets, then prediction, npd and PWRES of the data."""
-    simulated = replicated(simulator, phi, observations.design, generator).double().flatten(2)
+    simulated = simulate_replicates(simulator, phi, observations.design, generator).double().flatten(2)
     mask = observations.design.observed.flatten(1)
     _require_finite(simulated, mask, observations)
     simulated = torch.where(mask[:, None], simulated, 0.0)
@@ -184,7 +184,7 @@ def _errors(
     floor = torch.where(size > 0, _RIDGE * size, 1.0)
     factor = torch.linalg.cholesky(covariance + torch.diag_embed(floor))
     together = torch.cat([data[:, None], fresh], 1) - mean[:, None]
-    white, white_copies = (_solved(factor, part) for part in (together, apart))
+    white, white_copies = (_solve(factor, part) for part in (together, apart))
     unknown = torch.where(mask, 0.0, torch.nan)
     npd = _scores(data[:, None] - mean[:, None], apart, generator)[:, 0]
     return (
@@ -205,7 +205,7 @@ def _require_finite(simulated: Tensor, mask: Tensor, observations: Observations)
         )
 
 
-def _solved(factor: Float[Tensor, "I n n"], values: Float[Tensor, "I K n"]) -> Float[Tensor, "I K n"]:
+def _solve(factor: Float[Tensor, "I n n"], values: Float[Tensor, "I K n"]) -> Float[Tensor, "I K n"]:
     solved: Tensor = torch.linalg.solve_triangular(factor, values.transpose(1, 2), upper=False)
     return solved.transpose(1, 2)
 

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.diagnostics.network.ranks import ranked
+from nlme_sbi.diagnostics.network.ranks import rank_pools
 from nlme_sbi.numerics.pareto_k import pareto_shape
 from nlme_sbi.numerics.weighted_draws import require_densities, require_equal_weights
 from nlme_sbi.posteriors import PosteriorSamples
@@ -131,7 +131,7 @@ def agreement(
     if truth is not None and generator is not None:
         own = simulator.log_likelihood(observations, truth.double()[:, None])
         pool = torch.cat([own, log_likelihood], 1)[..., None]
-        ranks = ranked(pool, generator).of_truth(generator)[:, 0]
+        ranks = rank_pools(pool, generator).of_truth(generator)[:, 0]
     return Agreement(
         ids=observations.ids,
         share=(1 / weights.square().sum(1) / weights.shape[1]).cpu().numpy(),

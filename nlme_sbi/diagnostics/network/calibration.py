@@ -32,7 +32,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from nlme_sbi.diagnostics.network.ecdf_bands import evaluation_levels, share_below, uniform_band, uniformity_p_value
-from nlme_sbi.diagnostics.network.ranks import ranked
+from nlme_sbi.diagnostics.network.ranks import rank_pools
 from nlme_sbi.diagnostics.network.simulated_posteriors import PosteriorPairs
 from nlme_sbi.numerics.multiple_testing import holm
 
@@ -182,7 +182,7 @@ def calibration(
     ranks = []
     for start in range(0, len(pairs), rows):
         values, log_weights = _pool(pairs, slice(start, start + rows), generator)
-        pool = ranked(values, generator, log_weights=log_weights)
+        pool = rank_pools(values, generator, log_weights=log_weights)
         ranks.append(pool.of_truth(generator))
         null = pool.under_the_null(replicates, generator)[..., : len(pairs.names)]
         for place, level in enumerate(levels):

@@ -111,7 +111,7 @@ def long_chains(
         if step >= chosen.warmup:
             kept.append(sampler.phi.clone())
             log_densities.append(sampler.log_density.clone())
-    return _judged(torch.stack(kept, -2), torch.stack(log_densities, -1), sampler.accepted / sampler.proposed)
+    return _summarise(torch.stack(kept, -2), torch.stack(log_densities, -1), sampler.accepted / sampler.proposed)
 
 
 def _pairs(simulator: TractableSimulator) -> list[tuple[int, int]]:
@@ -172,11 +172,11 @@ class _Sampler:
         log_weights, _ = exact_log_weights(self.target.simulator, self.target.observations, drawn)
         if bool(torch.isneginf(log_weights).all(1).any()):
             raise ValueError("No draw of an individual has a likelihood above 0, so that chains cannot start.")
-        weights = torch.stack([_flattened(row) for row in log_weights])
+        weights = torch.stack([_flatten(row) for row in log_weights])
         chosen = torch.multinomial(weights, count, generator=self.generator)
         starts = drawn.phi.double().gather(1, chosen[..., None].expand(-1, -1, drawn.phi.shape[2]))
         for pair in self.pairs:
-            starts = torch.where(self._uniform(starts.shape[:2])[..., None] < 0.5, _exchanged(starts, pair), starts)
+            starts = torch.where(self._uniform(starts.shape[:2])[..., None] < 0.5, _exchange(starts, pair), starts)
         return starts.reshape(len(starts), self.settings.ensembles, self.settings.walkers, -1)
 
     def _uniform(self, shape: Sequence[int]) -> Tensor:
@@ -215,7 +215,7 @@ class _Sampler:
 
     def _swap(self, pair: tuple[int, int]) -> None:
         """Half of the walkers propose the other labelling; where the prior likes both alike, all take it."""
-        proposal = _exchanged(self.phi, pair)
+        proposal = _exchange(self.phi, pair)
         wishes = self._uniform(self.log_density.shape) < 0.5
         prior = self.target.posterior.prior
         log_ratio = prior.log_prob(proposal) - prior.log_prob(self.phi)  # the likelihood does not change
@@ -224,13 +224,13 @@ class _Sampler:
         self.log_density = torch.where(taken, self.log_density + log_ratio, self.log_density)
 
 
-def _exchanged(phi: Float[Tensor, "*batch D"], pair: tuple[int, int]) -> Float[Tensor, "*batch D"]:
+def _exchange(phi: Float[Tensor, "*batch D"], pair: tuple[int, int]) -> Float[Tensor, "*batch D"]:
     order = list(range(phi.shape[-1]))
     order[pair[0]], order[pair[1]] = pair[1], pair[0]
     return phi[..., order]
 
 
-def _flattened(log_weights: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
+def _flatten(log_weights: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
     """Weights to a power at which 50 of them are effective, at most 1."""
     power = 1.0
     while True:
@@ -241,7 +241,7 @@ def _flattened(log_weights: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         power /= 1.5
 
 
-def _judged(
+def _summarise(
     phi: Float[Tensor, "I K W T D"], log_density: Float[Tensor, "I K W T"], accepted: Float[Tensor, " I"]
 ) -> LongChains:
     """R-hat compares ensembles: their walkers follow each other and are taken in turn as one chain."""

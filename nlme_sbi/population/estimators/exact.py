@@ -20,26 +20,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.estimators.exact_draws import ExactDraws, drawn, refine_bad_mixtures, without_variability
+from nlme_sbi.population.estimators.exact_draws import (
+    ExactDraws,
+    draw_from_mixtures,
+    draws_without_variability,
+    refine_bad_mixtures,
+)
 from nlme_sbi.population.estimators.initialization import (
-    first_climbers,
+    choose_mode_starts,
+    choose_more_mode_starts,
+    individuals_without_rows,
     is_near,
-    lacking,
-    last_climbers,
     likelihood_of,
     modes_with_images,
-    require_everybody,
-    tractable,
+    require_every_individual,
+    require_likelihood,
 )
 from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
 from nlme_sbi.population.likelihood.laplace_components import (
-    along_profiles,
     distinct_modes,
+    merge_modes,
     mixtures,
-    with_others,
+    profile_components,
 )
-from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows
-from nlme_sbi.population.likelihood.mode_scan import unseen_modes
+from nlme_sbi.population.likelihood.log_joint import JointDensity, select_rows
+from nlme_sbi.population.likelihood.mode_scan import find_unseen_modes
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.subsets import of_individuals
 from nlme_sbi.types import Observations, Simulator
@@ -84,27 +89,27 @@ class Exact(OfLikelihood):
         generator: torch.Generator,
     ) -> ExactDraws:
         """Draws made for ``theta``: modes, mixtures, draws with their likelihoods expanded in the constants."""
-        simulator = tractable(self.simulator, source, self.name)
+        simulator = require_likelihood(self.simulator, source, self.name)
         joint = replace(likelihood_of(simulator, previous.population, observations, theta), rough=self.rough)
         individuals = len(observations)
         if not previous.population.varying:
-            return without_variability(joint, source.prior)
+            return draws_without_variability(joint, source.prior)
         known = previous if isinstance(previous, ExactDraws) and previous.individuals == individuals else None
         if known is not None and is_near(joint, known.proposed_for):
             # The mixtures still fit: draws from them, with likelihoods at the new theta.
-            state = drawn(joint, known.modes, known.mixed, source.prior, generator)
+            state = draw_from_mixtures(joint, known.modes, known.mixed, source.prior, generator)
             state = state if self.rough else refine_bad_mixtures(state, generator)
             return replace(state, proposed_for=known.proposed_for)
         draws = self._draws_of(previous, observations)
         if known is None:
-            rows, starts = first_climbers(joint, source, observations, generator)
+            rows, starts = choose_mode_starts(joint, source, observations, generator)
         else:
             every = torch.arange(individuals, device=theta.device)
             rows = torch.cat([known.modes.rows, every])
             starts = torch.cat([known.modes.means, joint.centres])
-        return self._made(joint, (rows, starts), source, observations, generator, draws=draws)
+        return self._make_draws(joint, (rows, starts), source, observations, generator, draws=draws)
 
-    def look_again(
+    def search_modes_again(
         self,
         source: Source,
         observations: Observations,
@@ -116,15 +121,15 @@ class Exact(OfLikelihood):
         beginning finds beside them."""
         if not isinstance(state, ExactDraws):
             raise TypeError(f"exact made no such draws: {type(state).__name__}.")
-        simulator = tractable(self.simulator, source, self.name)
+        simulator = require_likelihood(self.simulator, source, self.name)
         joint = likelihood_of(simulator, state.population, observations, theta)
         if not state.population.varying:
-            return without_variability(joint, source.prior)
-        rows, starts = first_climbers(joint, source, observations, generator)
+            return draws_without_variability(joint, source.prior)
+        rows, starts = choose_mode_starts(joint, source, observations, generator)
         both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, starts])
-        return self._made(joint, both, source, observations, generator, draws=state.draws)
+        return self._make_draws(joint, both, source, observations, generator, draws=state.draws)
 
-    def search_wider(
+    def scan_for_modes(
         self,
         source: Source,
         observations: Observations,
@@ -139,18 +144,20 @@ class Exact(OfLikelihood):
             raise TypeError(f"exact made no such draws: {type(state).__name__}.")
         if not state.population.varying:
             return None
-        joint = likelihood_of(tractable(self.simulator, source, self.name), state.population, observations, theta)
-        unseen = unseen_modes(joint, state.modes, generator, columns=columns)
+        joint = likelihood_of(
+            require_likelihood(self.simulator, source, self.name), state.population, observations, theta
+        )
+        unseen = find_unseen_modes(joint, state.modes, generator, columns=columns)
         if unseen is None:
             return None
         both = torch.cat([state.modes.rows, unseen.rows]), torch.cat([state.modes.means, unseen.points])
         if len(observations) > _MANY and bool((state.made_for == theta).all()):
             changed = torch.unique(unseen.rows)
-            return self._remade(state, changed, both, source, observations, generator), unseen.columns
-        made = self._made(joint, both, source, observations, generator, draws=state.draws)
+            return self._redraw_individuals(state, changed, both, source, observations, generator), unseen.columns
+        made = self._make_draws(joint, both, source, observations, generator, draws=state.draws)
         return made, unseen.columns
 
-    def _remade(
+    def _redraw_individuals(
         self,
         state: ExactDraws,
         changed: Tensor,
@@ -164,17 +171,17 @@ class Exact(OfLikelihood):
         place = torch.full((state.individuals,), -1, dtype=torch.int64, device=rows.device)
         place[changed] = torch.arange(len(changed), device=rows.device)
         mine = place[rows] >= 0
-        made = self._made(
-            replace(state.joint, observations=chosen_rows(state.joint.observations, changed)),
+        made = self._make_draws(
+            replace(state.joint, observations=select_rows(state.joint.observations, changed)),
             (place[rows[mine]], starts[mine]),
             of_individuals(source, changed.cpu()),
             observations[changed.cpu()],
             generator,
             draws=state.draws,
         )
-        modes = state.modes.updated(replace(made.modes, rows=changed[made.modes.rows]))
+        modes = state.modes.replace_rows(replace(made.modes, rows=changed[made.modes.rows]))
         blocks = tuple(replace(block, rows=changed[block.rows]) for block in made.blocks)
-        return replace(state.replaced(changed, made.mixed, blocks), modes=modes)
+        return replace(state.replace_rows(changed, made.mixed, blocks), modes=modes)
 
     def reuse(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> ExactDraws | None:
         """The same draws where ``theta`` is so near that they serve as well; their likelihoods at other constants are
@@ -184,7 +191,7 @@ class Exact(OfLikelihood):
         there = replace(state.joint, theta=theta.detach())
         return state if is_near(there, state.made_for, constants=_EXPANDED) else None
 
-    def _made(
+    def _make_draws(
         self,
         joint: JointDensity,
         climbers: tuple[Tensor, Tensor],
@@ -197,17 +204,17 @@ class Exact(OfLikelihood):
         """Modes from where the climbers begin, mixtures on them, draws."""
         individuals = len(observations)
         laplace, at = modes_with_images(joint, *climbers)
-        missing = lacking(laplace.rows, individuals)
+        missing = individuals_without_rows(laplace.rows, individuals)
         if len(missing):
-            more = last_climbers(joint, missing, source, observations, generator)
-            laplace, at = with_others(joint, (laplace, at), distinct_modes(joint, *more))
-        require_everybody(laplace.rows, observations)
+            more = choose_more_mode_starts(joint, missing, source, observations, generator)
+            laplace, at = merge_modes(joint, (laplace, at), distinct_modes(joint, *more))
+        require_every_individual(laplace.rows, observations)
         if self.rough:  # heavy tails around the modes serve to compare starts
-            return drawn(joint, laplace, mixtures(laplace, individuals, draws), source.prior, generator)
-        mixed = mixtures(along_profiles(joint, laplace, at), individuals, draws)
-        return refine_bad_mixtures(drawn(joint, laplace, mixed, source.prior, generator), generator)
+            return draw_from_mixtures(joint, laplace, mixtures(laplace, individuals, draws), source.prior, generator)
+        mixed = mixtures(profile_components(joint, laplace, at), individuals, draws)
+        return refine_bad_mixtures(draw_from_mixtures(joint, laplace, mixed, source.prior, generator), generator)
 
-    def roughly(self, individuals: int) -> Exact:
+    def coarsen(self, individuals: int) -> Exact:
         """The same with as few draws, and as little care for each individual, as comparing starts takes."""
         draws = max(self.draws, min(_ROUGH_MOST, self.max_draws, _ROUGH_ALL // individuals))
         return replace(self, draws=draws, rough=True)
@@ -228,7 +235,7 @@ class Exact(OfLikelihood):
             return f"max_draws={self.max_draws} is reached"
         draws = min(times * state.draws, self.max_draws)
         joint = replace(state.joint, theta=theta.detach())
-        more = drawn(joint, state.modes, state.mixed.with_draws(draws), state.training, generator)
+        more = draw_from_mixtures(joint, state.modes, state.mixed.with_draws(draws), state.training, generator)
         return refine_bad_mixtures(replace(more, proposed_for=state.proposed_for), generator)
 
     def _draws_of(self, previous: WeightedDraws | NoDraws, observations: Observations) -> int:

@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nlme_sbi.numerics.weighted_draws import equal_draws
-from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_modes, with_others
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_modes, merge_modes
 from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, promised_gain
 from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.population.models.labels import named
+from nlme_sbi.population.models.labels import list_ids
 from nlme_sbi.population.objective.interface import Source
 from nlme_sbi.population.objective.likelihood_point import NoLikelihoodError
 from nlme_sbi.population.objective.subsets import of_individuals
@@ -26,7 +26,7 @@ _OUT_OF_REACH = 500.0  # log density of a mirror image below its mode at which i
 _HOPELESS = 15.0  # and below which its summit is expected when it is not climbed
 
 
-def tractable(simulator: Simulator | None, source: Source, estimator: str) -> TractableSimulator:
+def require_likelihood(simulator: Simulator | None, source: Source, estimator: str) -> TractableSimulator:
     """The simulator whose likelihood it is: the given one, else the posterior's own.
 
     Raises:
@@ -64,7 +64,7 @@ def in_double(observations: Observations, device: torch.device) -> Observations:
     )
 
 
-def first_climbers(
+def choose_mode_starts(
     joint: JointDensity,
     source: Source,
     observations: Observations,
@@ -86,7 +86,7 @@ def first_climbers(
     spread = varying.std(1, keepdim=True).clamp_min(1e-6 * joint.scales[:, None])
     pool = [varying, joint.centres[:, None]]
     if mirrored:
-        pool[0] = with_images(joint, varying)
+        pool[0] = add_images(joint, varying)
     if others is not None:
         pool.append(others)
     points = torch.cat(pool, 1)
@@ -109,7 +109,7 @@ def _network_draws(source: Source, observations: Observations, generator: torch.
     return equal_draws(found.phi, found.log_weights)
 
 
-def images(simulator: TractableSimulator, population: PopulationModel) -> list[list[int]]:
+def exchanged_columns(simulator: TractableSimulator, population: PopulationModel) -> list[list[int]]:
     """For each pair that the simulator declares exchangeable: the varying columns with the two exchanged."""
     found = []
     for first, second in getattr(simulator, "exchangeable", ()):
@@ -123,9 +123,9 @@ def images(simulator: TractableSimulator, population: PopulationModel) -> list[l
     return found
 
 
-def with_images(joint: JointDensity, points: Float[Tensor, "I S V"]) -> Float[Tensor, "I more V"]:
+def add_images(joint: JointDensity, points: Float[Tensor, "I S V"]) -> Float[Tensor, "I more V"]:
     """The points and, for every pair of parameters that may be exchanged, their mirror images."""
-    for order in images(joint.simulator, joint.population):
+    for order in exchanged_columns(joint.simulator, joint.population):
         points = torch.cat([points, points[..., order]], 1)
     return points
 
@@ -135,13 +135,13 @@ def modes_with_images(
 ) -> tuple[LaplaceComponents, Expansion]:
     """Distinct modes that the starts lead to, and those that hopeful mirror images of them lead to."""
     found = distinct_modes(joint, rows, starts)
-    mirrored, points = _hopeful_images(joint, *found)
-    return found if len(mirrored) == 0 else with_others(joint, found, distinct_modes(joint, mirrored, points))
+    mirrored, points = _promising_images(joint, *found)
+    return found if len(mirrored) == 0 else merge_modes(joint, found, distinct_modes(joint, mirrored, points))
 
 
-def _hopeful_images(joint: JointDensity, found: LaplaceComponents, at: Expansion) -> tuple[Tensor, Tensor]:
+def _promising_images(joint: JointDensity, found: LaplaceComponents, at: Expansion) -> tuple[Tensor, Tensor]:
     """Mirror images of modes that are not so low that the population rules them out."""
-    mirrored = with_images(joint, found.means[:, None])[:, 1:]
+    mirrored = add_images(joint, found.means[:, None])[:, 1:]
     rows = found.rows[:, None].expand(-1, mirrored.shape[1]).flatten()
     points, top = mirrored.flatten(0, 1), at.value[:, None].expand(-1, mirrored.shape[1]).flatten()
     if len(rows) == 0:
@@ -163,30 +163,30 @@ def is_near(joint: JointDensity, theta: Tensor, *, constants: float = 0.01) -> b
     return bool(moved.all()) and bool(wider.all()) and bool((change.abs() < constants).all())
 
 
-def require_everybody(rows: Tensor, observations: Observations) -> None:
+def require_every_individual(rows: Tensor, observations: Observations) -> None:
     """Raise for individuals for whom no search found a point with a likelihood above 0.
 
     Raises:
         NoLikelihoodError: with their positions; a search may go elsewhere, or refuse the data where nowhere is better.
     """
-    missing = lacking(rows, len(observations))
+    missing = individuals_without_rows(rows, len(observations))
     if len(missing):
         raise NoLikelihoodError(
             f"The likelihood of {len(missing)} of {len(observations)} individuals is 0 or not finite wherever the "
-            f"search looked; first: {named(observations.ids, missing)}. Check their data, and whether the model can "
+            f"search looked; first: {list_ids(observations.ids, missing)}. Check their data, and whether the model can "
             "produce them (a proportional error around a prediction of 0 cannot).",
             missing,
         )
 
 
-def lacking(rows: Int[Tensor, " B"], individuals: int) -> Int[Tensor, " missing"]:
+def individuals_without_rows(rows: Int[Tensor, " B"], individuals: int) -> Int[Tensor, " missing"]:
     """Positions of the individuals that own none of the rows."""
     there = torch.zeros(individuals, dtype=torch.bool, device=rows.device)
     there[rows] = True
     return torch.nonzero(~there)[:, 0]
 
 
-def last_climbers(
+def choose_more_mode_starts(
     joint: JointDensity,
     missing: Int[Tensor, " m"],
     source: Source,

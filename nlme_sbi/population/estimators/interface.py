@@ -77,7 +77,7 @@ class ThetaDependentEstimator(Estimator, Protocol):
             NoLikelihoodError: where no draw of some individual has a likelihood above 0.
         """
 
-    def look_again(
+    def search_modes_again(
         self,
         source: Source,
         observations: Observations,
@@ -87,7 +87,7 @@ class ThetaDependentEstimator(Estimator, Protocol):
     ) -> WeightedDraws:
         """Draws made for ``theta`` that owe nothing to ``state`` but its modes: others are searched for, too."""
 
-    def search_wider(
+    def scan_for_modes(
         self,
         source: Source,
         observations: Observations,
@@ -103,7 +103,7 @@ class ThetaDependentEstimator(Estimator, Protocol):
     def reuse(self, theta: Tensor, state: WeightedDraws) -> WeightedDraws | None:
         """The same draws, if they serve for ``theta`` as well; None where they must be made anew."""
 
-    def roughly(self, individuals: int) -> ThetaDependentEstimator:
+    def coarsen(self, individuals: int) -> ThetaDependentEstimator:
         """The same estimator with as few draws as comparing starts on so many individuals takes."""
 
 
@@ -133,7 +133,7 @@ class LocalDraws(WeightedDraws, Protocol):
 class BoundedDraws(WeightedDraws, Protocol):
     """Draws whose likelihoods are known within a range of the constants only."""
 
-    def beyond(self, thetas: Tensor) -> Tensor:
+    def share_beyond_range(self, thetas: Tensor) -> Tensor:
         """Share of ``thetas (K, P)`` whose constants come near the end of that range, for each constant."""
 
 
@@ -146,7 +146,7 @@ class EstimatorChoice(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class SearchResult:
     """Where an estimator's own search ended.
 
     Args:
@@ -186,7 +186,7 @@ class SelfOptimizingEstimator(ThetaDependentEstimator, Protocol):
         *,
         accuracy: float,
         report: Report,
-    ) -> Found:
+    ) -> SearchResult:
         """From a start to the estimate.
 
         Args:

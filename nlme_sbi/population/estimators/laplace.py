@@ -19,19 +19,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.estimators.initialization import (
-    first_climbers,
-    lacking,
-    last_climbers,
+    choose_mode_starts,
+    choose_more_mode_starts,
+    individuals_without_rows,
     likelihood_of,
     modes_with_images,
-    require_everybody,
-    tractable,
+    require_every_individual,
+    require_likelihood,
 )
-from nlme_sbi.population.estimators.laplace_draws import LaplaceDraws, assembled
+from nlme_sbi.population.estimators.laplace_draws import LaplaceDraws, assemble_draws
 from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
-from nlme_sbi.population.likelihood.laplace_components import distinct_modes, with_others
+from nlme_sbi.population.likelihood.laplace_components import distinct_modes, merge_modes
 from nlme_sbi.population.likelihood.log_joint import JointDensity
-from nlme_sbi.population.likelihood.mode_scan import unseen_modes
+from nlme_sbi.population.likelihood.mode_scan import find_unseen_modes
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.types import Observations, Simulator
 
@@ -63,15 +63,15 @@ class Laplace(OfLikelihood):
             joint = self._joint(source, observations, previous, theta)
             every = torch.arange(len(observations), device=theta.device)
             rows = torch.cat([previous.modes.rows, every])
-            return self._made(
+            return self._make_draws(
                 joint, (rows, torch.cat([previous.modes.means, joint.centres])), source, observations, generator
             )
         joint = self._joint(source, observations, previous, theta)
-        return self._made(
-            joint, first_climbers(joint, source, observations, generator), source, observations, generator
+        return self._make_draws(
+            joint, choose_mode_starts(joint, source, observations, generator), source, observations, generator
         )
 
-    def look_again(
+    def search_modes_again(
         self,
         source: Source,
         observations: Observations,
@@ -83,11 +83,11 @@ class Laplace(OfLikelihood):
         if not isinstance(state, LaplaceDraws):
             raise TypeError(f"laplace made no such draws: {type(state).__name__}.")
         joint = self._joint(source, observations, state, theta)
-        rows, starts = first_climbers(joint, source, observations, generator)
+        rows, starts = choose_mode_starts(joint, source, observations, generator)
         both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, starts])
-        return self._made(joint, both, source, observations, generator)
+        return self._make_draws(joint, both, source, observations, generator)
 
-    def search_wider(
+    def scan_for_modes(
         self,
         source: Source,
         observations: Observations,
@@ -101,11 +101,11 @@ class Laplace(OfLikelihood):
         if not isinstance(state, LaplaceDraws):
             raise TypeError(f"laplace made no such draws: {type(state).__name__}.")
         joint = self._joint(source, observations, state, theta)
-        unseen = unseen_modes(joint, state.modes, generator, columns=columns)
+        unseen = find_unseen_modes(joint, state.modes, generator, columns=columns)
         if unseen is None:
             return None
         both = torch.cat([state.modes.rows, unseen.rows]), torch.cat([state.modes.means, unseen.points])
-        made = self._made(joint, both, source, observations, generator)
+        made = self._make_draws(joint, both, source, observations, generator)
         return made, unseen.columns
 
     def _joint(
@@ -115,10 +115,10 @@ class Laplace(OfLikelihood):
             raise ValueError(
                 "estimator laplace integrates over parameters that vary, and here none does: use estimator=exact."
             )
-        simulator = tractable(self.simulator, source, self.name)
+        simulator = require_likelihood(self.simulator, source, self.name)
         return likelihood_of(simulator, previous.population, observations, theta)
 
-    def _made(
+    def _make_draws(
         self,
         joint: JointDensity,
         climbers: tuple[Tensor, Tensor],
@@ -127,14 +127,14 @@ class Laplace(OfLikelihood):
         generator: torch.Generator,
     ) -> LaplaceDraws:
         found = modes_with_images(joint, *climbers)
-        missing = lacking(found[0].rows, len(observations))
+        missing = individuals_without_rows(found[0].rows, len(observations))
         if len(missing):
-            more = last_climbers(joint, missing, source, observations, generator)
-            found = with_others(joint, found, distinct_modes(joint, *more))
-        require_everybody(found[0].rows, observations)
-        return assembled(joint, source.prior, found[0])
+            more = choose_more_mode_starts(joint, missing, source, observations, generator)
+            found = merge_modes(joint, found, distinct_modes(joint, *more))
+        require_every_individual(found[0].rows, observations)
+        return assemble_draws(joint, source.prior, found[0])
 
-    def roughly(self, individuals: int) -> Laplace:  # noqa: ARG002
+    def coarsen(self, individuals: int) -> Laplace:  # noqa: ARG002
         """Itself: draws decide nothing."""
         return self
 

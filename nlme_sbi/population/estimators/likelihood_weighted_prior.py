@@ -99,13 +99,13 @@ class LikelihoodWeightedPrior:
         for some in torch.split(torch.arange(len(data), device=self.device), rows):
             phi = pool.double().expand(len(some), -1, -1)
             value = self.simulator.log_likelihood(data[some], phi)
-            weights = tempered(torch.where(torch.isfinite(value), value, -torch.inf), _EFFECTIVE)
+            weights = temper_weights(torch.where(torch.isfinite(value), value, -torch.inf), _EFFECTIVE)
             order = torch.rand(weights.shape, generator=generator, device=generator.device).to(weights) * 1e-12
             found.append(pool[(weights + order).topk(min(_KEPT, size), 1).indices])
         return torch.cat(found)
 
 
-def tempered(log_likelihood: Float[Tensor, "I S"], effective: float) -> Float[Tensor, "I S"]:
+def temper_weights(log_likelihood: Float[Tensor, "I S"], effective: float) -> Float[Tensor, "I S"]:
     """Weights by a power of the likelihood, at most 1, at which about so many draws of each individual count; equal
     ones where no draw has any likelihood."""
     some = torch.isfinite(log_likelihood).any(1, keepdim=True)

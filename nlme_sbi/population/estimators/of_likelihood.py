@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from nlme_sbi.population.estimators.initialization import tractable
+from nlme_sbi.population.estimators.initialization import require_likelihood
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.objective import contributions
@@ -30,7 +30,7 @@ class OfLikelihood:
         Raises:
             ValueError: where the simulator has no likelihood.
         """
-        tractable(self.simulator, source, self.name)
+        require_likelihood(self.simulator, source, self.name)
         return NoDraws(population)
 
     def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:

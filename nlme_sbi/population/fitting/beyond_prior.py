@@ -37,7 +37,7 @@ _ABOUT_AS_HIGH, _HOPELESS = 10.0, 20.0  # log density below the single fit at wh
 
 
 @torch.no_grad()
-def explain_otherwise(
+def find_other_explanation(
     simulator: TractableSimulator,
     source: Source,
     observations: Observations,
@@ -78,7 +78,7 @@ def explain_otherwise(
     apart = ((found.points - fits.phi[owners]) / scale).abs().amax(1)
     below = torch.where(apart > _ELSEWHERE, at_best[owners] - found.at.value, torch.inf).nan_to_num(torch.inf)
     best: tuple[float, Tensor] | None = None
-    for other in _apart_from_each_other(found.points / scale, below):
+    for other in _choose_distant_points(found.points / scale, below):
         # Everybody's mode that is reached from there; those who end far below stay with their own.
         like_it = find_modes(wide, rows, found.points[other].expand(len(rows), -1))
         good = (like_it.at.value > at_best - _HOPELESS)[:, None]
@@ -91,7 +91,7 @@ def explain_otherwise(
     return None if best is None else replace(fits, phi=best[1], other=None)
 
 
-def _apart_from_each_other(points: Float[Tensor, "B D"], below: Float[Tensor, " B"]) -> list[int]:
+def _choose_distant_points(points: Float[Tensor, "B D"], below: Float[Tensor, " B"]) -> list[int]:
     """Positions of a few points that are far from each other, those that are least below a fit first."""
     chosen: list[int] = []
     for place in torch.argsort(below).tolist():
@@ -120,7 +120,7 @@ def _exchanges(parameters: ParameterSpace) -> list[list[int]]:
     return found
 
 
-def ruled_out(
+def find_prior_conflict(
     population: PopulationModel, here: Float[Tensor, " P"], there: Float[Tensor, " P"], gain: float, source: Source
 ) -> tuple[str, ...]:
     """Parameters whose typical values make the training prior prefer ``here``, although the log-likelihood is higher by

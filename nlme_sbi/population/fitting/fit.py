@@ -14,7 +14,7 @@ from torch import Tensor
 from nlme_sbi.compute.progress import Report, discard
 from nlme_sbi.numerics.pareto_k import heavy_tails
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.population.estimators.auto import Auto, chosen_estimator
+from nlme_sbi.population.estimators.auto import Auto, choose_estimator
 from nlme_sbi.population.estimators.interface import (
     Estimator,
     EstimatorChoice,
@@ -28,14 +28,14 @@ from nlme_sbi.population.fitting.label_switching import declared_pairs, labellin
 from nlme_sbi.population.fitting.likelihood_fit import fit_likelihood
 from nlme_sbi.population.fitting.likelihood_search import STARTS_ON, Task
 from nlme_sbi.population.fitting.multistart_summary import (
-    degenerate,
     describe_starts,
-    few_individuals,
+    warn_of_few_individuals,
     warn_of_lone_maximum,
+    warn_of_singular_covariance,
 )
 from nlme_sbi.population.fitting.outcome import Optimum, Outcome
 from nlme_sbi.population.fitting.ratio_check import compare_with_likelihood
-from nlme_sbi.population.fitting.rivals import highest
+from nlme_sbi.population.fitting.rivals import choose_highest
 from nlme_sbi.population.fitting.zero_variances import fix_zero_variances
 from nlme_sbi.population.models.interface import PopulationModel, PopulationSpecification
 from nlme_sbi.population.objective import draw_checks as checks
@@ -89,7 +89,7 @@ def fit_population(
     if starts < 1 or accuracy <= 0:
         raise ValueError(f"starts must be at least 1 and accuracy above 0; got {starts} and {accuracy}.")
     fitted = partial(
-        _fitted,
+        _fit_once,
         posterior_or_samples,
         observations,
         generator=generator,
@@ -108,7 +108,7 @@ def fit_population(
     fit = settle(fitted(population))
     were_all_there = len(observations) <= STARTS_ON  # otherwise starts are compared on some individuals only
     if fit.verification is not None and were_all_there and not isinstance(estimator, SelfOptimizingEstimator):
-        fit = highest(fit, lambda begin: settle(fitted(population, begin=begin)))
+        fit = choose_highest(fit, lambda begin: settle(fitted(population, begin=begin)))
     if not fit.converged:
         logger.warning(fit.message)
     for warning in fit.warnings:
@@ -116,7 +116,7 @@ def fit_population(
     return fit
 
 
-def _fitted(
+def _fit_once(
     posterior_or_samples: Source,
     observations: Observations,
     population: PopulationSpecification | PopulationModel,
@@ -131,15 +131,15 @@ def _fitted(
     kept: tuple[str, ...] = (),
 ) -> PopulationFit:
     """One fit, with all of its variances; the SDs of those ``kept`` are followed however small they become."""
-    model = _bound(population, posterior_or_samples, parameters, observations)
-    require_enough(model, len(observations))
-    chosen, _ = chosen_estimator(Auto() if estimator is None else estimator, posterior_or_samples)
+    model = _bind(population, posterior_or_samples, parameters, observations)
+    require_enough_individuals(model, len(observations))
+    chosen, _ = choose_estimator(Auto() if estimator is None else estimator, posterior_or_samples)
     declared = declared_pairs(posterior_or_samples, chosen)
     require_orderable(model, declared)
     say = progress or discard
     if isinstance(chosen, ThetaDependentEstimator):
         task = Task(chosen, posterior_or_samples, observations, model, generator, say, kept)
-        outcome = fit_likelihood(task, starts=starts, accuracy=accuracy, begin=_named(begin, model))
+        outcome = fit_likelihood(task, starts=starts, accuracy=accuracy, begin=_theta_from_values(begin, model))
     else:
         inputs = (posterior_or_samples, observations, generator)
         outcome = fit_fixed_draws(chosen, model, inputs, starts=starts, accuracy=accuracy, say=say)
@@ -149,12 +149,12 @@ def _fitted(
     state, theta = outcome.state, outcome.optimum.summit.theta
     individuals = individual_estimates(state, theta)
     said = (
-        *few_individuals(model, len(observations)),
+        *warn_of_few_individuals(model, len(observations)),
         *warn_of_lone_maximum(outcome.restarts),
         *warn_beyond_prior(model, outcome.restarts),
-        *_imprecise(model, outcome.optimum, accuracy, outcome.shortage),
-        *degenerate(model, theta),
-        *checks.low_effective_draws(individuals.ess, state.draws, observations.ids),
+        *_imprecision_warnings(model, outcome.optimum, accuracy, outcome.shortage),
+        *warn_of_singular_covariance(model, theta),
+        *checks.warn_of_few_effective_draws(individuals.ess, state.draws, observations.ids),
         *state.warnings(theta, observations.ids),
         *outcome.warnings,
         *heavy_tails(individuals.pareto_k, observations.ids),
@@ -164,7 +164,7 @@ def _fitted(
     return replace(fit, labelling=labelling_notes(model, declared, theta), redraw=redraw)
 
 
-def _named(begin: Mapping[str, float] | None, model: PopulationModel) -> Tensor | None:
+def _theta_from_values(begin: Mapping[str, float] | None, model: PopulationModel) -> Tensor | None:
     """Theta from values by name; None where one of the free unknowns has none."""
     names, table = model.unknowns.names, model.unknowns
     if begin is None or any(names[place] not in begin for place in table.free.tolist()):
@@ -173,7 +173,7 @@ def _named(begin: Mapping[str, float] | None, model: PopulationModel) -> Tensor 
     return torch.where(table.fixed, table.starts, given)
 
 
-def _bound(
+def _bind(
     population: PopulationSpecification | PopulationModel,
     source: Source,
     parameters: ParameterSpace | None,
@@ -190,7 +190,7 @@ def _bound(
     return population.bind(parameters, observations)
 
 
-def _imprecise(model: PopulationModel, optimum: Optimum, accuracy: float, shortage: str) -> tuple[str, ...]:
+def _imprecision_warnings(model: PopulationModel, optimum: Optimum, accuracy: float, shortage: str) -> tuple[str, ...]:
     """Sentences on Monte-Carlo error above what was wished, and on missing standard errors."""
     free = model.unknowns.free
     if optimum.covariance is None:
@@ -246,7 +246,7 @@ def _result(
     )
 
 
-def require_enough(model: PopulationModel, individuals: int) -> None:
+def require_enough_individuals(model: PopulationModel, individuals: int) -> None:
     """Refuse what has no maximum: variances from one individual, a full covariance from too few."""
     varying, block = len(model.varying), _largest_block(model)
     correlated = block > 1
@@ -262,15 +262,15 @@ def require_enough(model: PopulationModel, individuals: int) -> None:
 
 def _largest_block(model: PopulationModel) -> int:
     """The most parameters that one is correlated with, itself included, read off the model at an arbitrary theta."""
-    return int((model.covariance(_anywhere(model)) != 0).sum(1).max())
+    return int((model.covariance(_arbitrary_theta(model)) != 0).sum(1).max())
 
 
 def _estimates_variances(model: PopulationModel) -> bool:
     """Whether a variance between individuals moves with an unknown that is estimated, by the model's derivatives."""
-    slopes = torch.func.jacfwd(lambda theta: model.covariance(theta).diagonal())(_anywhere(model))
+    slopes = torch.func.jacfwd(lambda theta: model.covariance(theta).diagonal())(_arbitrary_theta(model))
     return bool((slopes[:, model.unknowns.free] != 0).any())
 
 
-def _anywhere(model: PopulationModel) -> Tensor:
+def _arbitrary_theta(model: PopulationModel) -> Tensor:
     """A theta at which nothing is 0 by chance."""
     return torch.full((len(model.unknowns),), 0.1, dtype=torch.float64)

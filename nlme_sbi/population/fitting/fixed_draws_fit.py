@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.estimators.interface import Estimator
-from nlme_sbi.population.fitting.label_switching import in_order
-from nlme_sbi.population.fitting.multistart import Explored, explore
+from nlme_sbi.population.fitting.label_switching import apply_ordering
+from nlme_sbi.population.fitting.multistart import MultistartResult, run_multistart
 from nlme_sbi.population.fitting.outcome import Optimum, Outcome
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
@@ -43,10 +43,12 @@ def fit_fixed_draws(
         first = chosen.prepare(source, observations, model, generator)
     if isinstance(first, NoDraws):
         raise TypeError(f"estimator {chosen.name} neither prepares draws nor makes them for a theta.")
-    explored = explore(first, observations.ids, generator, starts=starts, say=say)
+    explored = run_multistart(first, observations.ids, generator, starts=starts, say=say)
     for _ in range(_LABELLINGS):
-        state, optimum, shortage = _climbed(chosen, first, explored, inputs, accuracy=accuracy, say=say)
-        wished = in_order(model, optimum.summit.theta)
+        state, optimum, shortage = _optimise_with_enough_draws(
+            chosen, first, explored, inputs, accuracy=accuracy, say=say
+        )
+        wished = apply_ordering(model, optimum.summit.theta)
         if wished is optimum.summit.theta:
             break
         explored = replace(
@@ -65,10 +67,10 @@ def fit_fixed_draws(
     )
 
 
-def _climbed(
+def _optimise_with_enough_draws(
     chosen: Estimator,
     state: WeightedDraws,
-    explored: Explored,
+    explored: MultistartResult,
     inputs: tuple[Source, Observations, torch.Generator],
     *,
     accuracy: float,
@@ -81,7 +83,7 @@ def _climbed(
         if optimum.covariance is None:
             break
         with torch.no_grad():
-            times = _how_many_times(max(optimum.worst(free)) / accuracy)
+            times = _draw_factor(max(optimum.worst(free)) / accuracy)
             better = chosen.improve(state, optimum.summit.theta, inputs[1], inputs[2], times=times)
         if isinstance(better, str):
             return state, optimum, better
@@ -90,7 +92,7 @@ def _climbed(
     return state, optimum, ""
 
 
-def _how_many_times(ratio: float) -> int:
+def _draw_factor(ratio: float) -> int:
     """How many times as many draws would bring an error down by ``ratio``: a power of 2, at most 16 at once."""
     return 2 ** min(4, max(1, math.ceil(2 * math.log2(ratio)))) if math.isfinite(ratio) else 2
 

@@ -37,7 +37,7 @@ def starting_points(
     phi = phi.double()
     equal = torch.full(phi.shape[:2], 1 / phi.shape[1], dtype=phi.dtype, device=phi.device)
     pooled = phi.flatten(0, 1).std(0)
-    made = [("moments of the draws", _wished(_moments(phi, equal, population, pooled), population))]
+    made = [("moments of the draws", _with_given_starts(_moments(phi, equal, population, pooled), population))]
     if count > 1:
         undone = torch.softmax(-prior.log_prob(phi), 1)
         # A few far draws must not carry everything: no draw counts more than 20 average ones.
@@ -71,12 +71,14 @@ def _moments(phi: Tensor, weights: Tensor, population: PopulationModel, pooled: 
     if population.constant:
         constant = list(population.constant)
         mean = mean.index_copy(
-            0, torch.tensor(constant, dtype=torch.int64, device=mean.device), _common(phi[..., constant], weights)
+            0,
+            torch.tensor(constant, dtype=torch.int64, device=mean.device),
+            _precision_weighted_mean(phi[..., constant], weights),
         )
     return population.from_moments(mean, covariance)
 
 
-def _common(phi: Float[Tensor, "I S W"], weights: Float[Tensor, "I S"]) -> Float[Tensor, " W"]:
+def _precision_weighted_mean(phi: Float[Tensor, "I S W"], weights: Float[Tensor, "I S"]) -> Float[Tensor, " W"]:
     """Mean of the individuals' means, each weighted by its precision (per parameter)."""
     means = (weights[..., None] * phi).sum(1)
     variances = (weights[..., None] * (phi - means[:, None]).square()).sum(1)
@@ -85,6 +87,6 @@ def _common(phi: Float[Tensor, "I S W"], weights: Float[Tensor, "I S"]) -> Float
     return (means / variances).sum(0) / (1 / variances).sum(0)
 
 
-def _wished(theta: Tensor, population: PopulationModel) -> Tensor:
+def _with_given_starts(theta: Tensor, population: PopulationModel) -> Tensor:
     wished = population.unknowns.starts.to(theta)
     return torch.where(torch.isnan(wished), theta, wished)

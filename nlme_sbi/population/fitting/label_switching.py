@@ -56,7 +56,7 @@ def require_orderable(model: PopulationModel, declared: tuple[Pair, ...] | None)
                 )
 
 
-def in_order(model: PopulationModel, theta: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+def apply_ordering(model: PopulationModel, theta: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
     """Theta under the labelling that the model's ordering asks for; the same object where it is that already."""
     if not isinstance(model, ExchangeableModel):
         return theta
@@ -66,7 +66,7 @@ def in_order(model: PopulationModel, theta: Float[Tensor, " P"]) -> Float[Tensor
                 places = [model.parameters.index(name) for name in (first, second)]
                 typical = model.mean(theta)[places]
                 if float(typical[0]) < float(typical[1]):
-                    theta = model.exchanged(theta, first, second)
+                    theta = model.exchange(theta, first, second)
     return theta
 
 
@@ -87,7 +87,7 @@ def labelling_notes(
                 f"{exchange} prediction, but not in this population model, because {reason}: the model itself tells "
                 "them apart."
             )
-        elif chain and in_order(model, theta) is not theta:
+        elif chain and apply_ordering(model, theta) is not theta:
             said.append(
                 f"{exchange} likelihood; the fit did not stay under the labelling asked for (population.ordering): "
                 "this is the other one. Typical values may be equal within their errors."
@@ -121,7 +121,7 @@ def exchange_between(
     for first, second in combinations(names, 2):
         if model.why_not_exchangeable(first, second):
             continue
-        apart = (model.exchanged(other, first, second) - theta)[free].abs() / se
+        apart = (model.exchange(other, first, second) - theta)[free].abs() / se
         if bool(torch.isfinite(apart).all()) and float(apart.max()) < within:
             return (first, second)
     return ()

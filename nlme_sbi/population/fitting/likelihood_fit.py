@@ -6,13 +6,13 @@ from torch import Tensor
 
 from nlme_sbi.compute.progress import FitProgress
 from nlme_sbi.population.estimators.interface import Estimator, SelfOptimizingEstimator
-from nlme_sbi.population.fitting.label_switching import in_order
+from nlme_sbi.population.fitting.label_switching import apply_ordering
 from nlme_sbi.population.fitting.likelihood_search import Task, compare_starts, search_likelihood
 from nlme_sbi.population.fitting.outcome import Optimum, Outcome
 from nlme_sbi.population.objective.individuals import individual_estimates
 from nlme_sbi.population.objective.interface import NoDraws
 from nlme_sbi.population.objective.likelihood_point import Point
-from nlme_sbi.population.objective.optimization import Summit
+from nlme_sbi.population.objective.optimization import Maximum
 from nlme_sbi.population.objective.standard_errors import likelihood_error, monte_carlo_error
 from nlme_sbi.population.objective.verification import Verification, verify_maximum
 from nlme_sbi.population.results.restart import Restart
@@ -25,10 +25,10 @@ def fit_likelihood(task: Task, *, starts: int, accuracy: float, begin: Tensor | 
     """The maximum of a likelihood, checked on draws that it was not climbed on."""
     begin = None if begin is None else begin.to(task.generator.device)
     if isinstance(task.estimator, SelfOptimizingEstimator):
-        return _searched(task, task.estimator, starts=starts, accuracy=accuracy, begin=begin)
+        return _fit_by_own_search(task, task.estimator, starts=starts, accuracy=accuracy, begin=begin)
     found = search_likelihood(task, starts=starts, accuracy=accuracy, begin=begin)
     restarts = found.restarts
-    wished = in_order(task.population, found.point.theta)
+    wished = apply_ordering(task.population, found.point.theta)
     if wished is not found.point.theta:  # the climb crossed over to the labelling that was not asked for
         found = search_likelihood(task, starts=starts, accuracy=accuracy, begin=wished)
     point, state = found.point, found.point.state
@@ -36,7 +36,7 @@ def fit_likelihood(task: Task, *, starts: int, accuracy: float, begin: Tensor | 
     task.report(FitProgress("Monte-Carlo error", 0, 0, point.value))
     error = monte_carlo_error(state, point.theta, covariance, point.value)
     optimum = Optimum(
-        Summit(point.theta, point.value, 1, found.verification.score), point.information, covariance, error
+        Maximum(point.theta, point.value, 1, found.verification.score), point.information, covariance, error
     )
     return Outcome(
         state=state,
@@ -60,7 +60,7 @@ def _likelihood_name(estimator: Estimator) -> str:
     return f"-2 log L ({estimator.approximation})" if estimator.approximation else "-2 log L"
 
 
-def _searched(
+def _fit_by_own_search(
     task: Task, chosen: SelfOptimizingEstimator, *, starts: int, accuracy: float, begin: Tensor | None
 ) -> Outcome:
     """The estimator's own estimate, as it is, with likelihood, information and check from draws made for it."""
@@ -80,7 +80,7 @@ def _searched(
     point = task.point(found.theta)
     columns: tuple[int, ...] = ()
     for _ in range(_SCANS):  # the likelihood of all modes judges the search, not that of those it knew
-        wider = task.wider(point, columns)
+        wider = task.scan_for_modes(point, columns)
         if wider is None:
             break
         point, columns = wider
@@ -96,7 +96,7 @@ def _searched(
     )
     covariance = _covariance(point)
     error = likelihood_error(point.state, found.theta, se=found.monte_carlo_se, bias=found.left)
-    summit = Summit(found.theta, point.value, 1, checked.score)
+    summit = Maximum(found.theta, point.value, 1, checked.score)
     own = f"{found.message} " if checked.passed or not found.converged else ""
     return Outcome(
         state=point.state,

@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nlme_sbi.compute.progress import FitProgress, Report
-from nlme_sbi.population.estimators.initialization import tractable
+from nlme_sbi.population.estimators.initialization import require_likelihood
 from nlme_sbi.population.estimators.interface import ThetaDependentEstimator
-from nlme_sbi.population.fitting.beyond_prior import explain_otherwise, ruled_out
-from nlme_sbi.population.fitting.label_switching import exchange_between, in_order
+from nlme_sbi.population.fitting.beyond_prior import find_other_explanation, find_prior_conflict
+from nlme_sbi.population.fitting.label_switching import apply_ordering, exchange_between
 from nlme_sbi.population.fitting.likelihood_starts import (
     SingleFits,
     fit_individuals_alone,
@@ -32,7 +32,7 @@ from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDra
 from nlme_sbi.population.objective.likelihood_point import Draw, NoLikelihoodError, Point
 from nlme_sbi.population.objective.subsets import of_individuals, random_part
 from nlme_sbi.population.objective.trust_region import Climb, Limits, climb_likelihood
-from nlme_sbi.population.objective.vanishing_sds import vanishing
+from nlme_sbi.population.objective.vanishing_sds import vanishing_parameters
 from nlme_sbi.population.objective.verification import TOLERANCE, Verification, too_many, verify_maximum
 from nlme_sbi.population.results.restart import BEYOND, Restart
 from nlme_sbi.types import Observations, TractableSimulator
@@ -86,18 +86,18 @@ class Task:
             kept = None if before is None else self.estimator.reuse(theta, before)
         return self.draw(theta, before) if kept is None else kept
 
-    def look_again(self, theta: Float[Tensor, " P"], before: WeightedDraws | None) -> WeightedDraws:
+    def search_modes_again(self, theta: Float[Tensor, " P"], before: WeightedDraws | None) -> WeightedDraws:
         """Draws made for ``theta`` with modes searched for from the beginning, too."""
         if before is None:
             return self.draw(theta, None)
         with torch.no_grad():
-            return self.estimator.look_again(self.source, self.observations, before, theta, self.generator)
+            return self.estimator.search_modes_again(self.source, self.observations, before, theta, self.generator)
 
-    def wider(self, point: Point, columns: tuple[int, ...] = ()) -> tuple[Point, tuple[int, ...]] | None:
+    def scan_for_modes(self, point: Point, columns: tuple[int, ...] = ()) -> tuple[Point, tuple[int, ...]] | None:
         """The same point with draws that cover modes which had been passed by, and where they were found; None where a
         scan finds none."""
         with torch.no_grad():
-            found = self.estimator.search_wider(
+            found = self.estimator.scan_for_modes(
                 self.source, self.observations, point.state, point.theta, self.generator, columns=columns
             )
         return None if found is None else (Point.at(point.theta, found[0], point.held), found[1])
@@ -136,7 +136,7 @@ def search_likelihood(
     theta = begin
     if theta is None:
         theta, restarts = compare_starts(task, starts=starts)
-    return climb_to_the_end(task, theta, accuracy=accuracy, restarts=restarts)
+    return maximise_and_check(task, theta, accuracy=accuracy, restarts=restarts)
 
 
 def compare_starts(task: Task, *, starts: int) -> tuple[Float[Tensor, " P"], tuple[Restart, ...]]:
@@ -147,8 +147,8 @@ def compare_starts(task: Task, *, starts: int) -> tuple[Float[Tensor, " P"], tup
     """
     estimator, generator = task.estimator, task.generator
     rows = random_part(len(task.observations), STARTS_ON, generator)
-    part = replace(task.part(rows), estimator=estimator.roughly(len(rows)))
-    simulator = tractable(getattr(estimator, "simulator", None), task.source, estimator.name)
+    part = replace(task.part(rows), estimator=estimator.coarsen(len(rows)))
+    simulator = require_likelihood(getattr(estimator, "simulator", None), task.source, estimator.name)
     fits = fit_individuals_alone(simulator, part.source, part.observations, generator)
     points = likelihood_starts(fits, part.source, task.population, count=starts, generator=generator)
     ends: list[tuple[str, Climb | None]] = []
@@ -156,7 +156,7 @@ def compare_starts(task: Task, *, starts: int) -> tuple[Float[Tensor, " P"], tup
     for done, (name, theta) in enumerate(points):
         best = _highest(ends)
         task.report(FitProgress("starts", done, len(points), None if best is None else best.point.value))
-        limits = replace(_ROUGH, enough=partial(_hopeless, best))
+        limits = replace(_ROUGH, enough=partial(_reason_to_give_up, best))
         try:
             ends.append((name, climb_likelihood(part.draw, part.point(theta), limits)))
         except NoLikelihoodError as problem:
@@ -167,26 +167,30 @@ def compare_starts(task: Task, *, starts: int) -> tuple[Float[Tensor, " P"], tup
         raise ValueError(str(refused) if refused is not None else "The likelihood is not finite at any start.")
     other = None
     if len(part.observations) == len(task.observations):
-        other = _explained_otherwise(part, simulator, fits, replace(_ROUGH, enough=partial(_hopeless, best)))
+        other = _climb_from_other_explanation(
+            part, simulator, fits, replace(_ROUGH, enough=partial(_reason_to_give_up, best))
+        )
     if other is None:
-        return in_order(task.population, best.point.theta), _compared(ends, best)
+        return apply_ordering(task.population, best.point.theta), _compare_with_best(ends, best)
     gain = other.point.value - best.point.value
-    beyond = ruled_out(task.population, best.point.theta, other.point.theta, gain, task.source)
+    beyond = find_prior_conflict(task.population, best.point.theta, other.point.theta, gain, task.source)
     named = "another explanation of the data", other
     if not beyond:
         ends.append(named)
         best = _highest(ends) or best
-        return in_order(task.population, best.point.theta), _compared(ends, best)
-    (judged,) = _compared([named], best)
-    restarts = _compared(ends, best)
+        return apply_ordering(task.population, best.point.theta), _compare_with_best(ends, best)
+    (judged,) = _compare_with_best([named], best)
+    restarts = _compare_with_best(ends, best)
     if judged.verdict == "other point" and not judged.exchanged:
         restarts = (*restarts, replace(judged, verdict=BEYOND, differing=beyond))
-    return in_order(task.population, best.point.theta), restarts
+    return apply_ordering(task.population, best.point.theta), restarts
 
 
-def _explained_otherwise(part: Task, simulator: TractableSimulator, fits: SingleFits, limits: Limits) -> Climb | None:
+def _climb_from_other_explanation(
+    part: Task, simulator: TractableSimulator, fits: SingleFits, limits: Limits
+) -> Climb | None:
     """Where the climb from another explanation of the same data ends; None where there is none."""
-    other = explain_otherwise(simulator, part.source, part.observations, fits, part.generator)
+    other = find_other_explanation(simulator, part.source, part.observations, fits, part.generator)
     if other is None:
         return None
     try:
@@ -196,7 +200,7 @@ def _explained_otherwise(part: Task, simulator: TractableSimulator, fits: Single
     return end if math.isfinite(end.point.value) else None
 
 
-def climb_to_the_end(
+def maximise_and_check(
     task: Task, theta: Float[Tensor, " P"], *, accuracy: float, restarts: tuple[Restart, ...]
 ) -> CheckedMaximum:
     """From near a maximum to a checked estimate on all individuals.
@@ -208,26 +212,28 @@ def climb_to_the_end(
     individuals = len(task.observations)
     if individuals > STARTS_ON:
         part = task.part(random_part(individuals, _PART, task.generator))
-        rough = replace(part, estimator=task.estimator.roughly(len(part.observations)))
+        rough = replace(part, estimator=task.estimator.coarsen(len(part.observations)))
         nearby = replace(_NEARBY, kept=task.kept)
-        theta = climb_likelihood(rough.draw, rough.point(theta), nearby, watch=partial(_told, rough)).point.theta
+        theta = climb_likelihood(
+            rough.draw, rough.point(theta), nearby, watch=partial(_report_climb, rough)
+        ).point.theta
         if individuals > _MANY:  # to begin with everybody where no more is left than what a part cannot tell
             near = part.point(theta)
-            near, _ = part.wider(near) or (near, ())
-            theta = climb_likelihood(part.keep, near, nearby, watch=partial(_told, part)).point.theta
+            near, _ = part.scan_for_modes(near) or (near, ())
+            theta = climb_likelihood(part.keep, near, nearby, watch=partial(_report_climb, part)).point.theta
     tolerance = _WITHOUT_NOISE if task.estimator.approximation else _LAST.tolerance
     last = replace(_LAST, tolerance=tolerance, kept=task.kept)
     start = task.point(theta)
-    start, columns = task.wider(start) or (start, ())
+    start, columns = task.scan_for_modes(start) or (start, ())
     if individuals > _MANY:
-        return _climb_for_many(task, start, columns, last, accuracy=accuracy, restarts=restarts)
-    climb = climb_likelihood(task.look_again, start, last, watch=partial(_told, task))
-    if vanishing(climb.point):  # decided by a fit in which it is 0
+        return _maximise_on_common_draws(task, start, columns, last, accuracy=accuracy, restarts=restarts)
+    climb = climb_likelihood(task.search_modes_again, start, last, watch=partial(_report_climb, task))
+    if vanishing_parameters(climb.point):  # decided by a fit in which it is 0
         return CheckedMaximum(climb.point, _check(task, climb), restarts)
-    climb, shortage = _precise(task, _seconded(task, climb), last, accuracy)
+    climb, shortage = _reduce_monte_carlo_error(task, _add_comparison_point(task, climb), last, accuracy)
     for turn in range(_CHECKS + 1):
         # Where a scan found nothing to begin with, and the search arrived, there is nothing to be found.
-        wider = task.wider(climb.point, columns) if columns or not climb.arrived else None
+        wider = task.scan_for_modes(climb.point, columns) if columns or not climb.arrived else None
         checked = _check(task, climb, "" if wider is None else _UNSEEN)
         is_done = wider is None and (checked.passed or not climb.arrived or climb.point.left is None)
         if is_done or turn == _CHECKS:
@@ -235,14 +241,14 @@ def climb_to_the_end(
         # A maximum of the draws that were climbed on, which others do not confirm: on from there.
         task.report(FitProgress("check", turn, _CHECKS, climb.point.value))
         before = climb.point
-        again, columns = wider or (_richer(task, before, checked), columns)
-        climb = climb_likelihood(task.look_again, again, last, watch=partial(_told, task))
+        again, columns = wider or (_draw_again(task, before, checked), columns)
+        climb = climb_likelihood(task.search_modes_again, again, last, watch=partial(_report_climb, task))
         climb = climb if climb.previous is not None else replace(climb, previous=before)
-        climb, shortage = _precise(task, climb, last, accuracy)
+        climb, shortage = _reduce_monte_carlo_error(task, climb, last, accuracy)
     return CheckedMaximum(climb.point, checked, restarts, shortage)
 
 
-def _climb_for_many(
+def _maximise_on_common_draws(
     task: Task,
     start: Point,
     columns: tuple[int, ...],
@@ -254,40 +260,40 @@ def _climb_for_many(
     """The last steps with many individuals, for whom draws are dear and the way that is left is short beside the
     population's SDs: the same draws serve all steps, and others, made at the end, check it."""
     shared = replace(last, errors=0.0)
-    climb = climb_likelihood(task.keep, start, shared, watch=partial(_told, task))
-    if vanishing(climb.point):  # decided by a fit in which it is 0
+    climb = climb_likelihood(task.keep, start, shared, watch=partial(_report_climb, task))
+    if vanishing_parameters(climb.point):  # decided by a fit in which it is 0
         return CheckedMaximum(climb.point, _check(task, climb), restarts)
-    climb, shortage = _precise(task, climb, shared, accuracy, draw=task.keep)
+    climb, shortage = _reduce_monte_carlo_error(task, climb, shared, accuracy, draw=task.keep)
     for turn in range(_CHECKS + 1):
         task.report(FitProgress("check", turn, _CHECKS, climb.point.value))
         fresh = replace(task.point(climb.point.theta, task.draw, climb.point.state), held=climb.point.held)
-        wider = task.wider(fresh, columns)
+        wider = task.scan_for_modes(fresh, columns)
         end = replace(climb, point=fresh, previous=climb.point)
         checked = _check(task, end, "" if wider is None else _UNSEEN)
         is_done = wider is None and (checked.passed or not climb.arrived or fresh.left is None)
         if is_done or turn == _CHECKS:
             break
-        again, columns = wider or (_richer(task, fresh, checked), columns)
-        climb = climb_likelihood(task.keep, again, shared, watch=partial(_told, task))
-        climb, shortage = _precise(task, climb, shared, accuracy, draw=task.keep)
+        again, columns = wider or (_draw_again(task, fresh, checked), columns)
+        climb = climb_likelihood(task.keep, again, shared, watch=partial(_report_climb, task))
+        climb, shortage = _reduce_monte_carlo_error(task, climb, shared, accuracy, draw=task.keep)
     return CheckedMaximum(fresh, checked, restarts, shortage)
 
 
-def _richer(task: Task, before: Point, checked: Verification) -> Point:
+def _draw_again(task: Task, before: Point, checked: Verification) -> Point:
     """The same theta with more draws where many individuals have too few effective ones, else with others."""
     if too_many(checked.poor_individuals, len(task.observations)):
         with torch.no_grad():
             more = task.estimator.improve(before.state, before.theta, task.observations, task.generator, times=4)
         if not isinstance(more, str):
             return Point.at(before.theta, more, before.held)
-    return replace(task.point(before.theta, task.look_again, before.state), held=before.held)
+    return replace(task.point(before.theta, task.search_modes_again, before.state), held=before.held)
 
 
-def _seconded(task: Task, climb: Climb) -> Climb:
+def _add_comparison_point(task: Task, climb: Climb) -> Climb:
     """The climb with other draws at its end where it took no step, so that there is something to compare with."""
     if climb.previous is not None or not climb.arrived:
         return climb
-    fresh = replace(task.point(climb.point.theta, task.look_again, climb.point.state), held=climb.point.held)
+    fresh = replace(task.point(climb.point.theta, task.search_modes_again, climb.point.state), held=climb.point.held)
     return replace(climb, point=fresh, previous=climb.point)
 
 
@@ -296,13 +302,15 @@ def _check(task: Task, climb: Climb, doubt: str = "") -> Verification:
     one from elsewhere."""
     point = climb.point
     individuals = individual_estimates(point.state, point.theta)
-    reason = doubt if climb.arrived or vanishing(point) else climb.reason
+    reason = doubt if climb.arrived or vanishing_parameters(point) else climb.reason
     return verify_maximum(
         point, climb.previous, individuals, draws=point.state.draws, ids=task.observations.ids, reason=reason
     )
 
 
-def _precise(task: Task, climb: Climb, last: Limits, accuracy: float, *, draw: Draw | None = None) -> tuple[Climb, str]:
+def _reduce_monte_carlo_error(
+    task: Task, climb: Climb, last: Limits, accuracy: float, *, draw: Draw | None = None
+) -> tuple[Climb, str]:
     """The climb with as many draws as the wished accuracy takes, made by ``draw`` for every step, or why there are no
     more."""
     while climb.point.covariance is not None and len(climb.point.active):
@@ -316,7 +324,7 @@ def _precise(task: Task, climb: Climb, last: Limits, accuracy: float, *, draw: D
         if isinstance(better, str):
             return climb, better
         again = Point.at(before.theta, better, before.held)
-        climb = climb_likelihood(draw or task.look_again, again, last, watch=partial(_told, task))
+        climb = climb_likelihood(draw or task.search_modes_again, again, last, watch=partial(_report_climb, task))
         climb = climb if climb.previous is not None else replace(climb, previous=before)
     return climb, ""
 
@@ -326,11 +334,11 @@ def _noise(point: Point) -> float:
     return float(point.left_error.max()) if len(point.active) else 0.0
 
 
-def _told(task: Task, point: Point, passes: int) -> None:
+def _report_climb(task: Task, point: Point, passes: int) -> None:
     task.report(FitProgress(f"likelihood of {len(task.observations)} individuals", passes, 0, point.value))
 
 
-def _hopeless(best: Climb | None, point: Point, previous: Point | None, passes: int) -> str:
+def _reason_to_give_up(best: Climb | None, point: Point, previous: Point | None, passes: int) -> str:
     """Give up a start that is far below another one after some passes and does not rise fast enough to reach it."""
     if best is None or passes < _PATIENCE:
         return ""
@@ -343,7 +351,7 @@ def _hopeless(best: Climb | None, point: Point, previous: Point | None, passes: 
 
 def _highest(ends: list[tuple[str, Climb | None]]) -> Climb | None:
     reached = [end for _, end in ends if end is not None and math.isfinite(end.point.value)]
-    arrived = [end for end in reached if end.arrived or vanishing(end.point)]
+    arrived = [end for end in reached if end.arrived or vanishing_parameters(end.point)]
     best = max(reached, key=lambda end: end.point.value, default=None)
     if best is None or best.arrived or not arrived:
         return best
@@ -353,7 +361,7 @@ def _highest(ends: list[tuple[str, Climb | None]]) -> Climb | None:
     return other if best.point.value - other.point.value < noise + _LEVEL else best
 
 
-def _compared(ends: list[tuple[str, Climb | None]], best: Climb) -> tuple[Restart, ...]:
+def _compare_with_best(ends: list[tuple[str, Climb | None]], best: Climb) -> tuple[Restart, ...]:
     """Every start's end against the best, on the likelihood that all of them climbed."""
     point = best.point
     table, population = point.state.population.unknowns, point.state.population
@@ -373,7 +381,7 @@ def _compared(ends: list[tuple[str, Climb | None]], best: Climb) -> tuple[Restar
         below = point.value - end.point.value
         level = below < _LEVEL + 4 * math.hypot(point.error, end.point.error)
         # Roughly climbed ends lie around the maximum.
-        arrived = end.arrived or bool(vanishing(end.point))
+        arrived = end.arrived or bool(vanishing_parameters(end.point))
         verdict = "same" if distance < _SAME and level else "other point" if level and arrived else "lower"
         differing: tuple[str, ...] = ()
         if verdict == "other point":
@@ -383,7 +391,7 @@ def _compared(ends: list[tuple[str, Climb | None]], best: Climb) -> tuple[Restar
                 for name, value in zip(population.parameters.names, apart.tolist(), strict=True)
                 if (place := table.entry(MEAN, name)) is not None and value / float(se[place]) > _DIFFERS
             )
-        told = torch.where(_on_the_way_to_zero(point) | _on_the_way_to_zero(end.point), math.inf, se)
+        told = torch.where(_unknowns_of_vanishing_sds(point) | _unknowns_of_vanishing_sds(end.point), math.inf, se)
         exchanged = exchange_between(
             population,
             point.theta,
@@ -397,7 +405,7 @@ def _compared(ends: list[tuple[str, Climb | None]], best: Climb) -> tuple[Restar
     return tuple(found)
 
 
-def _on_the_way_to_zero(point: Point) -> Bool[Tensor, " P"]:
+def _unknowns_of_vanishing_sds(point: Point) -> Bool[Tensor, " P"]:
     """Unknowns of parameters whose SD was on its way to 0, where rough climbs end anywhere."""
     table = point.state.population.unknowns
     held = (point.held & ~table.fixed.to(point.held.device)).tolist()

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.estimators.initialization import first_climbers, likelihood_of
+from nlme_sbi.population.estimators.initialization import choose_mode_starts, likelihood_of
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_modes, first_of_each
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.specification import GaussianPopulation
@@ -54,7 +54,7 @@ def fit_individuals_alone(
     joint = likelihood_of(simulator, bound, observations, theta)
     drawn = prior.sample(_PRIOR_DRAWS, generator).to(theta)
     others = drawn.expand(len(observations), -1, -1)
-    rows, points = first_climbers(joint, source, observations, generator, others=others)
+    rows, points = choose_mode_starts(joint, source, observations, generator, others=others)
     found, _ = distinct_modes(joint, rows, points)
     if len(found.rows) == 0:
         raise NoLikelihoodError(
@@ -64,13 +64,13 @@ def fit_individuals_alone(
             torch.arange(len(observations)),
         )
     best = found[first_of_each(found.rows)]  # sorted, the best of each individual first
-    fits = SingleFits(best.means, best.covariances.diagonal(dim1=1, dim2=2), _others(found, joint.scale))
+    fits = SingleFits(best.means, best.covariances.diagonal(dim1=1, dim2=2), _other_modes(found, joint.scale))
     for pair in getattr(simulator, "exchangeable", ()):
-        fits = _labelled(fits, *simulator.parameters.indices(pair))
+        fits = _align_labels(fits, *simulator.parameters.indices(pair))
     return fits
 
 
-def _others(found: LaplaceComponents, scale: Float[Tensor, " D"]) -> SingleFits | None:
+def _other_modes(found: LaplaceComponents, scale: Float[Tensor, " D"]) -> SingleFits | None:
     """What a population would be in which the runner-up is right, where that is clearest: two explanations of the same
     data, such as two exponentials under exchanged names, are two maxima of the likelihood to be compared."""
     first = first_of_each(found.rows)
@@ -86,7 +86,7 @@ def _others(found: LaplaceComponents, scale: Float[Tensor, " D"]) -> SingleFits 
     return SingleFits(found.means[chosen], found.covariances[chosen].diagonal(dim1=1, dim2=2))
 
 
-def _labelled(fits: SingleFits, one: int, two: int) -> SingleFits:
+def _align_labels(fits: SingleFits, one: int, two: int) -> SingleFits:
     """The same fits with the larger value of two exchangeable parameters first: which of an individual's mirror images
     was found is chance, and a mixture of both labels is no population to start from."""
     swap = (fits.phi[:, one] < fits.phi[:, two])[:, None]
@@ -95,7 +95,7 @@ def _labelled(fits: SingleFits, one: int, two: int) -> SingleFits:
     return SingleFits(
         torch.where(swap, fits.phi[:, order], fits.phi),
         torch.where(swap, fits.variance[:, order], fits.variance),
-        None if fits.other is None else _labelled(fits.other, one, two),
+        None if fits.other is None else _align_labels(fits.other, one, two),
     )
 
 
@@ -117,7 +117,7 @@ def likelihood_starts(
         generator: chooses individuals.
     """
     prior_mean, prior_sd = source.prior.mean.to(fits.phi), source.prior.covariance.diagonal().sqrt().to(fits.phi)
-    mean, sd = _pooled(fits, population, prior_sd)
+    mean, sd = _pool(fits, population, prior_sd)
     given = population.unknowns.starts.to(fits.phi)
     base = population.from_moments(mean, torch.diag(sd.square()))
     is_given = not bool(torch.isnan(given[population.unknowns.free.to(given.device)]).all())
@@ -144,11 +144,11 @@ def likelihood_starts(
 
 def start_from(fits: SingleFits, source: Source, population: PopulationModel) -> Float[Tensor, " P"]:
     """Theta with the mean and the spread of single fits."""
-    mean, sd = _pooled(fits, population, source.prior.covariance.diagonal().sqrt().to(fits.phi))
+    mean, sd = _pool(fits, population, source.prior.covariance.diagonal().sqrt().to(fits.phi))
     return population.from_moments(mean, torch.diag(sd.square()))
 
 
-def _pooled(
+def _pool(
     fits: SingleFits, population: PopulationModel, prior_sd: Float[Tensor, " D"]
 ) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
     """Mean and SD of the population as single fits have them; constants by precision."""

@@ -12,7 +12,7 @@ from nlme_sbi.population.fitting.label_switching import exchange_between
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import log_mean_error
-from nlme_sbi.population.objective.optimization import Summit
+from nlme_sbi.population.objective.optimization import Maximum
 from nlme_sbi.population.results.restart import BEYOND, Restart
 
 _SAME = 0.1  # largest distance of one and the same optimum, in standard errors
@@ -22,8 +22,8 @@ _DIFFERS = 3.0  # standard errors between the means of a parameter that is named
 
 
 def compare_ends(
-    ends: list[tuple[str, Summit | None]],
-    best: Summit,
+    ends: list[tuple[str, Maximum | None]],
+    best: Maximum,
     state: WeightedDraws,
     covariance: Float[Tensor, "free free"],
 ) -> tuple[Restart, ...]:
@@ -51,7 +51,7 @@ def compare_ends(
         level = _LEVEL + 4 * math.sqrt(noise + _monte_carlo_variance(state, end.theta))
         elsewhere = "other point" if below < level else "lower"
         verdict = "same" if distance < _SAME else elsewhere
-        differing = _differing(state, end.theta, best.theta, covariance) if verdict == "other point" else ()
+        differing = _differing_parameters(state, end.theta, best.theta, covariance) if verdict == "other point" else ()
         exchanged = exchange_between(state.population, best.theta, end.theta, names=differing, se=se, within=_DIFFERS)
         found.append(Restart(start, end.objective, below, distance, verdict, differing, exchanged))
     return tuple(found)
@@ -61,7 +61,7 @@ def _monte_carlo_variance(state: WeightedDraws, theta: Tensor) -> float:
     return float(log_mean_error(state, theta)[0].sum())
 
 
-def _differing(state: WeightedDraws, theta: Tensor, best: Tensor, covariance: Tensor) -> tuple[str, ...]:
+def _differing_parameters(state: WeightedDraws, theta: Tensor, best: Tensor, covariance: Tensor) -> tuple[str, ...]:
     population = state.population
     free = population.unknowns.free.to(theta.device)
     slopes = torch.func.jacfwd(population.mean)(best)[:, free]
@@ -124,7 +124,7 @@ def warn_of_lone_maximum(restarts: tuple[Restart, ...]) -> tuple[str, ...]:
     return ()
 
 
-def few_individuals(model: PopulationModel, individuals: int) -> tuple[str, ...]:
+def warn_of_few_individuals(model: PopulationModel, individuals: int) -> tuple[str, ...]:
     """A sentence where there are fewer individuals than unknowns."""
     unknowns = len(model.unknowns.free)
     if individuals >= unknowns:
@@ -135,7 +135,7 @@ def few_individuals(model: PopulationModel, individuals: int) -> tuple[str, ...]
     )
 
 
-def degenerate(model: PopulationModel, theta: Float[Tensor, " P"]) -> tuple[str, ...]:
+def warn_of_singular_covariance(model: PopulationModel, theta: Float[Tensor, " P"]) -> tuple[str, ...]:
     """A sentence on a covariance between individuals that has become singular."""
     varying = list(model.varying)
     omega = model.covariance(theta)[varying][:, varying]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.objective.interface import WeightedDraws
-from nlme_sbi.population.objective.optimization import Summit
+from nlme_sbi.population.objective.optimization import Maximum
 from nlme_sbi.population.objective.standard_errors import MonteCarloError
 from nlme_sbi.population.objective.verification import Verification
 from nlme_sbi.population.results.restart import Restart
@@ -20,7 +20,7 @@ from nlme_sbi.population.results.restart import Restart
 class Optimum:
     """The optimum on all draws with both kinds of error; ``covariance`` is over the free unknowns."""
 
-    summit: Summit
+    summit: Maximum
     information: Float[Tensor, "free free"]
     covariance: Float[Tensor, "free free"] | None
     error: MonteCarloError

@@ -44,7 +44,7 @@ def compare_with_likelihood(
         return ()
     if len(observations) > _LOOKED_AT:
         return (f"{_HERE} The intervals above do not hold the network's error.",)
-    estimator = Exact().roughly(len(observations))
+    estimator = Exact().coarsen(len(observations))
     task = Task(estimator, source, observations, population, generator, discard)
     try:
         point = task.point(theta)

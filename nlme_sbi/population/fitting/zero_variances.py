@@ -80,9 +80,9 @@ def fix_zero_variances(
             except ValueError:  # without these variances the data have no likelihood: they are there
                 continue
             smaller = _without(specification, names)
-            rising = tuple(name for name in names if not _at_boundary(trial, fit, name))
+            rising = tuple(name for name in names if not _is_at_boundary(trial, fit, name))
             if not rising:
-                accepted = (_marked(trial, fit, names), smaller)
+                accepted = (_mark_as_estimated(trial, fit, names), smaller)
                 break
             if fit.verification is not None and fit.verification.vanishing:
                 held = tuple(name for name in names if name not in rising)
@@ -91,10 +91,10 @@ def fix_zero_variances(
                 followed = refit(Refit(wider, begin, (*kept, *rising)))
                 gain, noise = followed.gain_over(trial)
                 if gain < (-noise if followed.converged else _TIED + noise):
-                    accepted = (_marked(trial, fit, names), smaller)
+                    accepted = (_mark_as_estimated(trial, fit, names), smaller)
                 else:
                     kept = (*kept, *rising)
-                    accepted = (_marked(followed, fit, held), wider)
+                    accepted = (_mark_as_estimated(followed, fit, held), wider)
                 break
         if accepted is None:
             break
@@ -133,7 +133,7 @@ def _small_variances(trial: PopulationFit, names: tuple[str, ...]) -> dict[str, 
     }
 
 
-def _marked(trial: PopulationFit, fit: PopulationFit, names: tuple[str, ...]) -> PopulationFit:
+def _mark_as_estimated(trial: PopulationFit, fit: PopulationFit, names: tuple[str, ...]) -> PopulationFit:
     """The smaller fit, in which these parameters' variances and those that vanished before count as estimated; how the
     starts ended is known from the larger one."""
     before = {test.parameter for test in fit.variance_tests if test.estimated}
@@ -151,13 +151,13 @@ def _candidates(fit: PopulationFit) -> list[tuple[str, ...]]:
     seen = () if fit.verification is None else fit.verification.vanishing
     alone = [(name,) for name in seen]
     together = [tuple(seen)] if len(seen) > 1 else []
-    if fit.verification is not None and fit.converged and not _collapsed(fit):
+    if fit.verification is not None and fit.converged and not _have_draws_collapsed(fit):
         # A maximum that was verified lies inside; where it is flat there may be a higher one at 0.
-        return [*together, *alone, *((name,) for name in _flat(fit) if name not in seen)]
-    return [*together, *alone, *((name,) for name in _doubtful(fit) if name not in seen)]
+        return [*together, *alone, *((name,) for name in _flat_sds(fit) if name not in seen)]
+    return [*together, *alone, *((name,) for name in _doubtful_parameters(fit) if name not in seen)]
 
 
-def _flat(fit: PopulationFit) -> list[str]:
+def _flat_sds(fit: PopulationFit) -> list[str]:
     """Parameters whose SD a few individuals hardly tell, the least told first."""
     if len(fit.ids) > _FEW:
         return []
@@ -171,7 +171,7 @@ def _flat(fit: PopulationFit) -> list[str]:
     return [name for _, name in sorted(open_ones, reverse=True)][:_TRIED]
 
 
-def _doubtful(fit: PopulationFit) -> list[str]:
+def _doubtful_parameters(fit: PopulationFit) -> list[str]:
     """Parameters whose variance looks as if it had run to 0."""
     # Fixed draws say nothing once none of their parameters varies.
     if len(fit.ids) < 2 or len(fit.population.varying) < (2 if fit.verification is None else 1):
@@ -179,7 +179,7 @@ def _doubtful(fit: PopulationFit) -> list[str]:
     found = summarise(fit.population, fit.theta, fit.covariance)
     spread = fit.individuals.mean.std(0)
     names = fit.population.parameters.names
-    tiny_ones, collapsed = _tiny(fit), _collapsed(fit)
+    tiny_ones, collapsed = _tiny_sds(fit), _have_draws_collapsed(fit)
     candidates = []
     for column in fit.population.varying:
         if bool(found.sd_fixed[column]):
@@ -196,7 +196,7 @@ def _doubtful(fit: PopulationFit) -> list[str]:
     return [name for _, _, name in sorted(candidates, reverse=True)][:_TRIED]
 
 
-def _tiny(fit: PopulationFit) -> list[str]:
+def _tiny_sds(fit: PopulationFit) -> list[str]:
     """Parameters whose SD is next to nothing beside the training prior's."""
     _, prior = fit.state.training_draws()
     reference = prior.covariance.diagonal().sqrt().to(fit.theta)
@@ -208,13 +208,13 @@ def _tiny(fit: PopulationFit) -> list[str]:
     ]
 
 
-def _collapsed(fit: PopulationFit) -> bool:
+def _have_draws_collapsed(fit: PopulationFit) -> bool:
     """Whether the weights of most individuals rest on single draws."""
     shapes = fit.individuals.pareto_k
     return shapes is not None and float((shapes > UNRELIABLE).double().mean()) > 0.5
 
 
-def _at_boundary(trial: PopulationFit, fit: PopulationFit, name: str) -> bool:
+def _is_at_boundary(trial: PopulationFit, fit: PopulationFit, name: str) -> bool:
     test = next((test for test in trial.variance_tests if test.parameter == name), None)
     if test is None:
         return False
@@ -225,9 +225,9 @@ def _at_boundary(trial: PopulationFit, fit: PopulationFit, name: str) -> bool:
         # tell equally much: 0.03 at the level.
         z = test.slope * _value_variances(trial).get(name, math.inf) * math.sqrt(2 / len(trial.ids))
         return z < max(_LEVEL, 0.0 if math.isnan(test.monte_carlo_se) else _ERRORS * test.monte_carlo_se)
-    if not fit.converged or _collapsed(fit):
+    if not fit.converged or _have_draws_collapsed(fit):
         return test.slope <= 0 or test.z < _CLEAR
     lost, noise = fit.gain_over(trial)
     if fit.verification is not None:
         return trial.converged and test.slope <= 0 and lost < 0
-    return test.slope <= 0 and (name in _tiny(fit) or lost < _TIED + noise)
+    return test.slope <= 0 and (name in _tiny_sds(fit) or lost < _TIED + noise)

@@ -39,7 +39,7 @@ class LaplaceComponents:
     covariances: Float[Tensor, "K V V"]
 
     @classmethod
-    def joined(cls, parts: list[LaplaceComponents]) -> LaplaceComponents:
+    def concatenate(cls, parts: list[LaplaceComponents]) -> LaplaceComponents:
         """All of them."""
         return cls(
             torch.cat([part.rows for part in parts]),
@@ -48,10 +48,10 @@ class LaplaceComponents:
             torch.cat([part.covariances for part in parts]),
         )
 
-    def updated(self, others: LaplaceComponents) -> LaplaceComponents:
+    def replace_rows(self, others: LaplaceComponents) -> LaplaceComponents:
         """With all components of the others' individuals replaced by theirs; sorted by individual."""
         kept = self[torch.nonzero(~torch.isin(self.rows, others.rows))[:, 0]]
-        together = self.joined([kept, others])
+        together = self.concatenate([kept, others])
         return together[torch.argsort(together.rows, stable=True)]
 
     def __getitem__(self, chosen: Tensor) -> LaplaceComponents:
@@ -79,18 +79,18 @@ def distinct_modes(
 ) -> tuple[LaplaceComponents, Expansion]:
     """Distinct modes of every individual, best first, with their Laplace approximations."""
     found: Modes = find_modes(joint, rows, starts)
-    return sorted_out(joint, rows, found.points, found.at)
+    return sort_modes(joint, rows, found.points, found.at)
 
 
-def with_others(
+def merge_modes(
     joint: JointDensity, known: tuple[LaplaceComponents, Expansion], others: tuple[LaplaceComponents, Expansion]
 ) -> tuple[LaplaceComponents, Expansion]:
     """Modes of two searches together, each once."""
-    both = LaplaceComponents.joined([known[0], others[0]])
-    return sorted_out(joint, both.rows, both.means, Expansion.joined([known[1], others[1]]))
+    both = LaplaceComponents.concatenate([known[0], others[0]])
+    return sort_modes(joint, both.rows, both.means, Expansion.concatenate([known[1], others[1]]))
 
 
-def sorted_out(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion) -> tuple[LaplaceComponents, Expansion]:
+def sort_modes(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion) -> tuple[LaplaceComponents, Expansion]:
     """Modes in the order of the individuals, best first, without those that are near a better one or negligible."""
     finite = torch.isfinite(at.value) & torch.isfinite(at.hessian).flatten(1).all(1)
     place = torch.nonzero(finite)[:, 0]
@@ -98,11 +98,11 @@ def sorted_out(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion)
     place = place[torch.argsort(rows[place], stable=True)]
     covariances = covariance_of(-at.hessian[place], joint.scales[rows[place]])
     pieces = LaplaceComponents(rows[place], at.value[place] + _log_volume(covariances), points[place], covariances)
-    kept = distinct(pieces)
+    kept = distinct_positions(pieces)
     return pieces[kept], at[place[kept]]
 
 
-def distinct(pieces: LaplaceComponents, *, negligible: float = _NEGLIGIBLE) -> Int[Tensor, " kept"]:
+def distinct_positions(pieces: LaplaceComponents, *, negligible: float = _NEGLIGIBLE) -> Int[Tensor, " kept"]:
     """Positions of pieces that are neither near an earlier one of the same individual nor ``negligible`` nats below
     its largest.
 
@@ -130,18 +130,18 @@ def first_of_each(rows: Int[Tensor, " K"]) -> Int[Tensor, " i"]:
     return torch.nonzero(torch.cat([rows.new_ones(1), rows.diff()]) > 0)[:, 0]
 
 
-def along_profiles(joint: JointDensity, laplace: LaplaceComponents, at: Expansion) -> LaplaceComponents:
+def profile_components(joint: JointDensity, laplace: LaplaceComponents, at: Expansion) -> LaplaceComponents:
     """Components along every coordinate of every mode in which the log density is no parabola."""
-    bent = _bent(joint, laplace, at)
+    bent = _find_bent_profiles(joint, laplace, at)
     which, column = torch.nonzero(bent).unbind(1)
     if len(which) == 0:
         return laplace
-    parts = [_lowered(laplace, bent.any(1))]
+    parts = [_lower_profiled_modes(laplace, bent.any(1))]
     for side in (1.0, -1.0):
         nodes = _profile(joint, laplace[which], at.value[which], column, side)
         # At a kink of the likelihood curvatures mean nothing: no node counts more than its individual's modes.
         parts.append(replace(nodes, log_mass=torch.minimum(nodes.log_mass, _largest(laplace)[nodes.rows])))
-    return LaplaceComponents.joined(parts)
+    return LaplaceComponents.concatenate(parts)
 
 
 def _largest(pieces: LaplaceComponents) -> Float[Tensor, " I"]:
@@ -150,13 +150,13 @@ def _largest(pieces: LaplaceComponents) -> Float[Tensor, " I"]:
     return best.scatter_reduce(0, pieces.rows, pieces.log_mass, "amax")
 
 
-def _lowered(laplace: LaplaceComponents, bent: Tensor) -> LaplaceComponents:
+def _lower_profiled_modes(laplace: LaplaceComponents, bent: Tensor) -> LaplaceComponents:
     """A mode whose profile has components of its own needs fewer draws."""
     log_mass = torch.where(bent, laplace.log_mass - math.log(2), laplace.log_mass)
     return LaplaceComponents(laplace.rows, log_mass, laplace.means, laplace.covariances)
 
 
-def _bent(joint: JointDensity, laplace: LaplaceComponents, at: Expansion) -> Bool[Tensor, "B V"]:
+def _find_bent_profiles(joint: JointDensity, laplace: LaplaceComponents, at: Expansion) -> Bool[Tensor, "B V"]:
     """Where a point ``_PROBE`` SDs along a coordinate, the others following linearly, departs from the parabola; only
     modes that hold a share of the mass worth the work."""
     sd = laplace.covariances.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -201,7 +201,7 @@ def _profile(
         slope = slope.index_copy(0, active, tangent)
         before = before.index_copy(0, active, offset[active])
         active = active[good]
-    return LaplaceComponents.joined(parts)
+    return LaplaceComponents.concatenate(parts)
 
 
 def _node(
@@ -255,10 +255,10 @@ def mixtures(
     means[pieces.rows, place] = pieces.means
     factors = torch.eye(size, dtype=dtype, device=device).expand(*shape, -1, -1).clone()
     factors[pieces.rows, place] = math.sqrt(inflation) * cholesky_or_diagonal(pieces.covariances)
-    return Mixtures(_allotted(log_mass, draws, spread), means, factors)
+    return Mixtures(_allot(log_mass, draws, spread), means, factors)
 
 
-def _allotted(log_mass: Float[Tensor, "I K"], draws: int, spread: float) -> Int[Tensor, "I K"]:
+def _allot(log_mass: Float[Tensor, "I K"], draws: int, spread: float) -> Int[Tensor, "I K"]:
     """Whole numbers of draws that add up, by largest remainders above one each."""
     there = torch.isfinite(log_mass)
     share = torch.softmax(log_mass, 1)

@@ -25,7 +25,7 @@ _HOPELESS = 100.0  # log density below the best at which a point is given up
 _LONGEST = 3.0  # longest Newton step, in SDs of the population
 
 
-def chosen_rows(observations: Observations, rows: Int[Tensor, " B"]) -> Observations:
+def select_rows(observations: Observations, rows: Int[Tensor, " B"]) -> Observations:
     """Rows of the observations; a row may come several times (its id then stands for nothing)."""
     selected = [None if part is None else part[rows] for part in _optional(observations)]
     return replace(
@@ -43,7 +43,7 @@ def _optional(observations: Observations) -> tuple[Tensor | None, Tensor | None,
     return observations.censoring, observations.lower, observations.upper
 
 
-def interleaved(population: PopulationModel, varying: Tensor, constant: Tensor) -> Tensor:
+def interleave(population: PopulationModel, varying: Tensor, constant: Tensor) -> Tensor:
     """Columns of varying and constant parameters in the order of phi."""
     order = [*population.varying, *population.constant]
     together = torch.cat([varying, constant], -1)
@@ -62,7 +62,7 @@ class Expansion:
         return Expansion(self.value[rows], self.gradient[rows], self.hessian[rows])
 
     @classmethod
-    def joined(cls, parts: list[Expansion]) -> Expansion:
+    def concatenate(cls, parts: list[Expansion]) -> Expansion:
         """All of them."""
         return cls(
             torch.cat([part.value for part in parts]),
@@ -70,7 +70,7 @@ class Expansion:
             torch.cat([part.hessian for part in parts]),
         )
 
-    def updated(self, rows: Tensor, others: Expansion) -> Expansion:
+    def replace_rows(self, rows: Tensor, others: Expansion) -> Expansion:
         """With the points at ``rows`` replaced."""
         return Expansion(
             self.value.index_copy(0, rows, others.value),
@@ -174,9 +174,9 @@ class JointDensity:
         return torch.cat([value for value, _ in parts]), torch.cat([gradient for _, gradient in parts])
 
     def _log_prob(self, rows: Tensor, points: Float[Tensor, "B n V"]) -> Float[Tensor, "B n"]:
-        observations = chosen_rows(self.observations, rows)
+        observations = select_rows(self.observations, rows)
         constants = self.population.constants(self.theta, observations.design)
-        phi = interleaved(self.population, points, constants[:, None].expand(-1, points.shape[1], -1))
+        phi = interleave(self.population, points, constants[:, None].expand(-1, points.shape[1], -1))
         prior = self.population.log_prob(points, self.theta, observations.design)
         return self.simulator.log_likelihood(observations, phi) + prior
 
@@ -214,7 +214,7 @@ def find_modes(
     active = torch.arange(len(rows), device=rows.device)
     for done in range(iterations):
         if done == _RACE:
-            active = active[_in_the_race(rows, at.value)[active]]
+            active = active[_is_competitive(rows, at.value)[active]]
         scale = joint.scales[rows[active]]
         step, promise = _newton_step(at[active], scale, damping[active], None if free is None else free[active])
         going = (promise > tolerance) & (damping[active] < 1e8)
@@ -226,7 +226,7 @@ def find_modes(
         better = (found.value >= at.value[active]) & torch.isfinite(found.hessian).flatten(1).all(1)
         winners = active[better]
         points = points.index_copy(0, winners, proposed[better])
-        at = at.updated(winners, found[better])
+        at = at.replace_rows(winners, found[better])
         damping[winners] *= 0.1
         losers = active[~better]
         damping[losers] = 10 * damping[losers].clamp_min(0.1)
@@ -272,10 +272,10 @@ def follow_profile(
         better = (risen >= at.value[active]) & torch.isfinite(slope).all(1)
         winners, losers = active[better], active[~better]
         points = points.index_copy(0, winners, proposed[better])
-        at = at.updated(winners, Expansion(risen[better], slope[better], at.hessian[winners]))
+        at = at.replace_rows(winners, Expansion(risen[better], slope[better], at.hessian[winners]))
         renewed = losers[stale[losers]]
         if len(renewed):
-            at = at.updated(renewed, joint.expand(rows[renewed], points[renewed]))
+            at = at.replace_rows(renewed, joint.expand(rows[renewed], points[renewed]))
             stale[renewed] = False
         damping[losers[~stale[losers]]] *= 10
     return Modes(points, at)
@@ -287,7 +287,7 @@ def promised_gain(joint: JointDensity, rows: Int[Tensor, " B"], at: Expansion) -
     return torch.where(torch.isfinite(at.value) & torch.isfinite(step).all(1), promise, torch.nan)
 
 
-def _in_the_race(rows: Tensor, value: Tensor) -> Bool[Tensor, " B"]:
+def _is_competitive(rows: Tensor, value: Tensor) -> Bool[Tensor, " B"]:
     """Points that are not hopelessly below the best of their individual."""
     best = torch.full((int(rows.max()) + 1,), -torch.inf, dtype=value.dtype, device=value.device)
     best = best.scatter_reduce(0, rows, value.nan_to_num(-torch.inf), "amax")

@@ -20,8 +20,8 @@ from nlme_sbi.population.likelihood.laplace_components import (
     LaplaceComponents,
     distinct_modes,
     first_of_each,
-    sorted_out,
-    with_others,
+    merge_modes,
+    sort_modes,
 )
 from nlme_sbi.population.likelihood.log_joint import JointDensity, Modes, find_modes, follow_profile
 from nlme_sbi.population.objective.subsets import random_part
@@ -62,7 +62,7 @@ class UnseenModes:
     columns: tuple[int, ...]
 
 
-def unseen_modes(
+def find_unseen_modes(
     joint: JointDensity, known: LaplaceComponents, generator: torch.Generator, *, columns: tuple[int, ...] = ()
 ) -> UnseenModes | None:
     """Modes that hold mass and are not among the known ones; None where what they hold is negligible.
@@ -79,23 +79,23 @@ def unseen_modes(
     """
     everybody = len(joint.observations)
     every = tuple(range(known.means.shape[1]))
-    some = _looked_at(joint, known, generator)
-    news = _news(joint, _of(known, some), every, generator)
-    fruitful = _most_fruitful((*news[2].tolist(), *columns))
+    some = _choose_scanned(joint, known, generator)
+    news = _scan(joint, _modes_of(known, some), every, generator)
+    fruitful = _rank_columns((*news[2].tolist(), *columns))
     others = torch.ones(everybody, dtype=torch.bool, device=some.device).index_fill(0, some, False)
     rest = torch.nonzero(others)[:, 0]
     if len(rest) > _MANY:
         for column in fruitful:
-            news = _joined(news, _news_of_many(joint, known, news, rest, column, generator))
+            news = _concatenate(news, _scan_others(joint, known, news, rest, column, generator))
     elif len(rest) and fruitful:
-        news = _joined(news, _news(joint, _of(known, rest), tuple(sorted(fruitful)), generator))
+        news = _concatenate(news, _scan(joint, _modes_of(known, rest), tuple(sorted(fruitful)), generator))
     rows, points, _ = news
     if len(rows) == 0 or not _gain(joint, known, rows, points) > _NEGLIGIBLE * math.sqrt(everybody):
         return None
     return UnseenModes(rows, points, tuple(sorted(fruitful)))
 
 
-def _looked_at(joint: JointDensity, known: LaplaceComponents, generator: torch.Generator) -> Int[Tensor, " some"]:
+def _choose_scanned(joint: JointDensity, known: LaplaceComponents, generator: torch.Generator) -> Int[Tensor, " some"]:
     """Who is scanned along every coordinate, in the order of the data: a random part, and who is fitted worst."""
     everybody = len(joint.observations)
     some = random_part(everybody, _LOOKED_AT, generator).to(known.rows.device)
@@ -109,33 +109,33 @@ def _looked_at(joint: JointDensity, known: LaplaceComponents, generator: torch.G
     return together
 
 
-def _most_fruitful(found: tuple[int, ...]) -> tuple[int, ...]:
+def _rank_columns(found: tuple[int, ...]) -> tuple[int, ...]:
     """Coordinates, those with most finds first."""
     return tuple(sorted(set(found), key=lambda column: (-found.count(column), column)))
 
 
-def _news_of_many(
+def _scan_others(
     joint: JointDensity, known: LaplaceComponents, news: News, rest: Tensor, column: int, generator: torch.Generator
 ) -> News:
     """What a scan of all the others along a coordinate finds beside what is known by now; nothing where a random part
     of them shows that it is negligible."""
-    known = _with_news(joint, known, news)
+    known = _add_finds(joint, known, news)
     probed = rest[random_part(len(rest), _PROBED, generator).to(rest.device)]
-    first = _news(joint, _of(known, probed), (column,), generator)
+    first = _scan(joint, _modes_of(known, probed), (column,), generator)
     expected = 0.0 if len(first[0]) == 0 else _gain(joint, known, first[0], first[1]) * len(rest) / len(probed)
     if expected <= _NEGLIGIBLE_OF_MANY * math.sqrt(len(rest)):
         return first
     left = rest[~torch.isin(rest, probed)]
-    return _joined(first, _news(joint, _of(known, left), (column,), generator))
+    return _concatenate(first, _scan(joint, _modes_of(known, left), (column,), generator))
 
 
-def _with_news(joint: JointDensity, known: LaplaceComponents, news: News) -> LaplaceComponents:
+def _add_finds(joint: JointDensity, known: LaplaceComponents, news: News) -> LaplaceComponents:
     """The known modes and those that were found, sorted by individual, the best first."""
     rows, points, _ = news
-    return known if len(rows) == 0 else known.updated(_of_the_found(joint, known, rows, points))
+    return known if len(rows) == 0 else known.replace_rows(_modes_with_finds(joint, known, rows, points))
 
 
-def _joined(first: News, second: News) -> News:
+def _concatenate(first: News, second: News) -> News:
     rows, points, columns = (torch.cat(parts) for parts in zip(first, second, strict=True))
     return rows, points, columns
 
@@ -143,28 +143,28 @@ def _joined(first: News, second: News) -> News:
 def _gain(joint: JointDensity, known: LaplaceComponents, rows: Tensor, points: Tensor) -> float:
     """Log mass that points add to the known modes of their individuals, over all of these."""
     everybody = len(joint.observations)
-    both = _of_the_found(joint, known, rows, points)
-    gained = (_mass(both, everybody) - _mass(_of(known, rows), everybody))[torch.unique(rows)]
+    both = _modes_with_finds(joint, known, rows, points)
+    gained = (_mass(both, everybody) - _mass(_modes_of(known, rows), everybody))[torch.unique(rows)]
     return float(gained.clamp_min(0).sum())
 
 
-def _of_the_found(joint: JointDensity, known: LaplaceComponents, rows: Tensor, points: Tensor) -> LaplaceComponents:
+def _modes_with_finds(joint: JointDensity, known: LaplaceComponents, rows: Tensor, points: Tensor) -> LaplaceComponents:
     """All modes of the individuals for whom points were found."""
-    mine = _of(known, rows)
+    mine = _modes_of(known, rows)
     both, _ = distinct_modes(joint, torch.cat([mine.rows, rows]), torch.cat([mine.means, points]))
     return both
 
 
-def _of(known: LaplaceComponents, individuals: Int[Tensor, " i"]) -> LaplaceComponents:
+def _modes_of(known: LaplaceComponents, individuals: Int[Tensor, " i"]) -> LaplaceComponents:
     return known[torch.nonzero(torch.isin(known.rows, individuals))[:, 0]]
 
 
-def _news(joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...], generator: torch.Generator) -> News:
+def _scan(joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...], generator: torch.Generator) -> News:
     """What a few rounds of scanning find beside the known modes."""
     found_rows, found_points, found_columns = [], [], []
     for _ in range(_ROUNDS):
         best = known[first_of_each(known.rows)]
-        starts = [_tops(joint, best, column, generator) for column in columns]
+        starts = [_profile_maxima(joint, best, column, generator) for column in columns]
         rows = torch.cat([row for row, _ in starts])
         points = torch.cat([point for _, point in starts])
         along = torch.cat([torch.full_like(row, c) for (row, _), c in zip(starts, columns, strict=True)])
@@ -180,14 +180,14 @@ def _news(joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...
         there = torch.cat([known.rows, found_rows[-1]]), torch.cat([known.means, found_points[-1]])
         both, _ = distinct_modes(joint, *there)
         # Only those who had news may have more.
-        known = _of(both, found_rows[-1])
+        known = _modes_of(both, found_rows[-1])
     if not found_rows:
         none = torch.empty(0, dtype=torch.int64, device=known.rows.device)
         return none, known.means[:0], none
     return torch.cat(found_rows), torch.cat(found_points), torch.cat(found_columns)
 
 
-def _tops(
+def _profile_maxima(
     joint: JointDensity, best: LaplaceComponents, column: int, generator: torch.Generator
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, "B V"]]:
     """Where the profile along a coordinate is higher than beside it, on both sides of each individual's best mode, and
@@ -246,9 +246,9 @@ def _tops(
 def _adds_mass(joint: JointDensity, known: LaplaceComponents, rows: Int[Tensor, " B"], summits: Modes) -> Tensor:
     """Which summits belong to individuals whose mass they raise by a share that counts."""
     everybody = len(joint.observations)
-    mine = _of(known, torch.unique(rows))
+    mine = _modes_of(known, torch.unique(rows))
     own = mine, joint.expand(mine.rows, mine.means)
-    both, _ = with_others(joint, own, sorted_out(joint, rows, summits.points, summits.at))
+    both, _ = merge_modes(joint, own, sort_modes(joint, rows, summits.points, summits.at))
     news: Tensor = (_mass(both, everybody) - _mass(mine, everybody))[rows] > _WORTH
     return news
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.models.covariates import CovariateEffect, EffectSettings, column_of, nearest
-from nlme_sbi.population.models.labels import named
+from nlme_sbi.population.models.labels import list_ids
 from nlme_sbi.types import Observations
 
 _DEPENDENT = 1e-6  # singular value of standardised regressors, relative to the largest, below which they are collinear
@@ -19,7 +19,7 @@ _SHARES = 0.1  # entry of the dependent combination, relative to its largest, th
 _FEWEST = 2  # individuals of a level
 
 
-def bound_effects(
+def bind_effects(
     settings: Sequence[EffectSettings],
     parameters: ParameterSpace,
     observations: Observations | None,
@@ -51,7 +51,7 @@ def bound_effects(
                 f"{one.where}: linear would leave the range of {one.parameter}, a logit parameter; use exponential, "
                 "which shifts the logit."
             )
-        effect = _bound(one, column, observations, position=first)
+        effect = _bind(one, column, observations, position=first)
         first += effect.count
         found.append(effect)
     _refuse_collinear(settings, found, observations)
@@ -76,7 +76,7 @@ def coefficients(one: EffectSettings, effect: CovariateEffect) -> list[tuple[str
     ]
 
 
-def _bound(one: EffectSettings, column: int, observations: Observations, *, position: int) -> CovariateEffect:
+def _bind(one: EffectSettings, column: int, observations: Observations, *, position: int) -> CovariateEffect:
     values = _values(one, observations)
     levels = _levels(one, observations)
     if one.form == "categorical":
@@ -115,7 +115,7 @@ def _values(one: EffectSettings, observations: Observations) -> Float[Tensor, " 
     if len(missing):
         raise ValueError(
             f'{one.where}: the covariate "{one.covariate}" is missing for {len(missing)} of {len(values)} individuals: '
-            f"{named(observations.ids, missing)}. Fill it in, or leave out the individuals or the effect."
+            f"{list_ids(observations.ids, missing)}. Fill it in, or leave out the individuals or the effect."
         )
     return values
 
@@ -175,7 +175,7 @@ def _require_range(
     if len(bad):
         raise ValueError(
             f'{one.where}: power takes log(x / reference), but the covariate "{one.covariate}" is not positive for '
-            f"{len(bad)} of {len(values)} individuals: {named(observations.ids, bad)}. Use exponential or linear."
+            f"{len(bad)} of {len(values)} individuals: {list_ids(observations.ids, bad)}. Use exponential or linear."
         )
 
 
@@ -191,7 +191,7 @@ def _require_positive(
     if len(bad):
         raise ValueError(
             f"{one.where}: with the slope {slope:g} the factor 1 + slope (x - reference) is not positive for "
-            f"{len(bad)} individuals: {named(observations.ids, bad)}. Give a smaller slope, or use exponential."
+            f"{len(bad)} individuals: {list_ids(observations.ids, bad)}. Give a smaller slope, or use exponential."
         )
 
 

@@ -199,7 +199,7 @@ class CovariateEffect:
         values = column_of(design, self.covariate).double()
         return ((values / self.reference).log() if self.form == "power" else values - self.reference)[:, None]
 
-    def shifted(
+    def shift(
         self, value: Float[Tensor, " I"], theta: Float[Tensor, " P"], regressors: Float[Tensor, "I count"], *, log: bool
     ) -> Float[Tensor, " I"]:
         """``value`` with the effect; ``log`` tells whether it is the log of what ``linear`` multiplies."""
@@ -242,7 +242,7 @@ def individual_means(
     # What multiplies comes before what shifts; for logs the order makes no difference.
     for effect in sorted((e for e in effects if e.on == "mean"), key=lambda e: e.form != "linear"):
         log = parameters.parameters[effect.column].transform == "log"
-        columns[effect.column] = effect.shifted(columns[effect.column], theta, effect.regressors(design), log=log)
+        columns[effect.column] = effect.shift(columns[effect.column], theta, effect.regressors(design), log=log)
     return torch.stack(columns, 1)
 
 
@@ -253,7 +253,7 @@ def log_sd_shifts(
     columns = [torch.zeros(len(design), dtype=theta.dtype, device=theta.device)] * len(parameters)
     for effect in effects:
         if effect.on == "log_sd":
-            columns[effect.column] = effect.shifted(columns[effect.column], theta, effect.regressors(design), log=True)
+            columns[effect.column] = effect.shift(columns[effect.column], theta, effect.regressors(design), log=True)
     return torch.stack(columns, 1)
 
 

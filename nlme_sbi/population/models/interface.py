@@ -209,7 +209,7 @@ class ExchangeableModel(PopulationModel, Protocol):
     def why_not_exchangeable(self, first: str, second: str) -> str:
         """Why the exchange does not leave the model as it was, in words; empty where it does."""
 
-    def exchanged(self, theta: Tensor, first: str, second: str) -> Tensor:
+    def exchange(self, theta: Tensor, first: str, second: str) -> Tensor:
         """Theta of the same population under exchanged names."""
 
 

@@ -58,7 +58,7 @@ def regression_sums(
     return found
 
 
-def improved(
+def maximise_effects(
     regressions: Sequence[Regression],
     sums: tuple[Tensor, Tensor, Tensor],
     shift: Float[Tensor, " V"],

@@ -11,7 +11,7 @@ import torch
 from nlme_sbi.config.wording import in_words
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.models.correlation import partial_from_correlation
-from nlme_sbi.population.models.covariate_checks import bound_effects, coefficients
+from nlme_sbi.population.models.covariate_checks import bind_effects, coefficients
 from nlme_sbi.population.models.covariates import CovariateEffect, EffectSettings, Section, nearest, read_settings
 from nlme_sbi.population.models.gaussian import BoundGaussian
 from nlme_sbi.population.models.interface import (
@@ -130,7 +130,7 @@ class GaussianPopulation:
             start=(_unconstrained(parameters, _numbers(self.start, "start", "mean"), "start"), started),
         )
         settings = self._effects()
-        effects = bound_effects(settings, parameters, observations, constant=tuple(sorted(constant)), first=len(table))
+        effects = bind_effects(settings, parameters, observations, constant=tuple(sorted(constant)), first=len(table))
         chains = self._chains()
         for chain in chains:
             parameters.indices(chain)

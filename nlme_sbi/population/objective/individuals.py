@@ -176,7 +176,7 @@ def individuals_table(
 
 
 @torch.no_grad()
-def resampled_draws(
+def resample_draws(
     state: WeightedDraws, theta: Float[Tensor, " P"], count: int, generator: torch.Generator
 ) -> Float[Tensor, "I count D"]:
     """Draws from ``p(phi | y_i, theta)`` by resampling with the weights; constants at the population's value."""
@@ -184,13 +184,13 @@ def resampled_draws(
     drawn = torch.zeros((state.individuals, count, size), dtype=theta.dtype, device=theta.device)
     columns = torch.tensor(state.population.varying, dtype=torch.int64, device=theta.device)
     for block in state.blocks:
-        drawn[block.rows[:, None, None], torch.arange(count, device=theta.device)[:, None], columns] = _resampled(
+        drawn[block.rows[:, None, None], torch.arange(count, device=theta.device)[:, None], columns] = _resample(
             block, theta, count, generator
         )
     return _with_constants(state, theta, drawn)
 
 
-def _resampled(block: DrawBlock, theta: Tensor, count: int, generator: torch.Generator) -> Float[Tensor, "I count V"]:
+def _resample(block: DrawBlock, theta: Tensor, count: int, generator: torch.Generator) -> Float[Tensor, "I count V"]:
     weights = torch.softmax(block.log_weights(theta), 1).to(generator.device)
     index = torch.multinomial(weights, count, replacement=True, generator=generator).to(theta.device)
     phi = block.varying()

@@ -106,7 +106,7 @@ class MovableDraws(WeightedDraws, Protocol):
     def is_direct(self) -> bool:
         """Whether nothing is expanded, because likelihoods are evaluated wherever the constants go."""
 
-    def expanded_at(self, theta: Tensor) -> WeightedDraws:
+    def expand_about(self, theta: Tensor) -> WeightedDraws:
         """The same draws expanded about the constants at ``theta``."""
 
     def joint_draws(self, other: Any, generator: torch.Generator) -> WeightedDraws:

@@ -65,7 +65,7 @@ def _in_rows(state: WeightedDraws, theta: Tensor, parts: list[Tensor]) -> Tensor
     return result
 
 
-def along(function: Callable[[Tensor], Tensor], theta: Tensor, directions: Tensor) -> Tensor:
+def directional_derivatives(function: Callable[[Tensor], Tensor], theta: Tensor, directions: Tensor) -> Tensor:
     """Derivatives of ``function`` along each row of ``directions``, stacked first.
 
     By two reverse passes: the first is linear in its cotangent, and the derivative along a direction is the slope of
@@ -92,7 +92,9 @@ def scores(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "I
     axes = _axes(state, theta)
     with torch.no_grad():
         parts = over_blocks(
-            lambda block: along(partial(_mean_log_weight, block), theta, axes).T, state.blocks, theta.device
+            lambda block: directional_derivatives(partial(_mean_log_weight, block), theta, axes).T,
+            state.blocks,
+            theta.device,
         )
     return _in_rows(state, theta, parts)
 
@@ -105,7 +107,9 @@ def rough_information(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float
     stride = max(1, state.individuals // _ROUGH)
     with torch.no_grad():
         parts = over_blocks(
-            lambda block: along(partial(_mean_log_weight, block), theta, axes), state.blocks[::stride], theta.device
+            lambda block: directional_derivatives(partial(_mean_log_weight, block), theta, axes),
+            state.blocks[::stride],
+            theta.device,
         )
     slopes = torch.cat(parts, 1)
     total = slopes @ slopes.T * (state.individuals / slopes.shape[1])
@@ -162,7 +166,9 @@ def slopes_along(
     """Derivative of every individual's objective along each of the directions, fixed unknowns included."""
     with torch.no_grad():
         parts = over_blocks(
-            lambda block: along(partial(_mean_log_weight, block), theta, directions).T, state.blocks, theta.device
+            lambda block: directional_derivatives(partial(_mean_log_weight, block), theta, directions).T,
+            state.blocks,
+            theta.device,
         )
     return _in_rows(state, theta, parts)
 
@@ -241,7 +247,7 @@ def score_variance(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Te
     axes = _axes(state, theta)
 
     def of_block(block: DrawBlock) -> Tensor:
-        slopes = along(block.log_weights, theta, axes)  # (free, i, S)
+        slopes = directional_derivatives(block.log_weights, theta, axes)  # (free, i, S)
         weights = torch.softmax(block.log_weights(theta), 1)
         deviations = weights * (slopes - (weights * slopes).sum(2, keepdim=True))
         flat = deviations.flatten(1)

@@ -25,7 +25,7 @@ NOWHERE = 1e30  # stands for minus infinity in a line search
 
 
 @dataclass(frozen=True, eq=False)
-class Summit:
+class Maximum:
     """Where a climb ended. ``step`` is the largest Newton step left, in standard errors; None before it is judged."""
 
     theta: Float[Tensor, " P"]
@@ -65,7 +65,7 @@ def lbfgs(
     watch: Callable[[float], None] | None = None,
     free: Tensor | None = None,
     multiplicity: Float[Tensor, " I"] | None = None,
-) -> Summit:
+) -> Maximum:
     """L-BFGS with exact gradients in coordinates in which the objective is about a unit sphere.
 
     Args:
@@ -99,12 +99,12 @@ def lbfgs(
 
     options = {"maxfun": evaluations, "maxiter": evaluations, "gtol": tolerance, "ftol": 1e-14, "maxcor": 20}
     found = minimize(downhill, np.zeros(len(free)), jac=True, method="L-BFGS-B", options=options)
-    return Summit(place(found.x), -float(found.fun), count)
+    return Maximum(place(found.x), -float(found.fun), count)
 
 
 def newton(
     state: WeightedDraws, theta: Float[Tensor, " P"], *, tolerance: float = 1e-3
-) -> tuple[Summit, Float[Tensor, "free free"]]:
+) -> tuple[Maximum, Float[Tensor, "free free"]]:
     """Damped Newton steps with the exact Hessian; the summit and the negative Hessian there.
 
     A Hessian that is not negative definite ends the steps: the caller judges what that means.
@@ -115,22 +115,22 @@ def newton(
     for used in range(1, NEWTON_STEPS + 2):
         factor, info = torch.linalg.cholesky_ex(information)
         if int(info) != 0 or not bool(torch.isfinite(information).all()):
-            return Summit(theta, objective, used), information
+            return Maximum(theta, objective, used), information
         step = torch.cholesky_solve(gradient[free, None], factor)[:, 0]
         se = torch.cholesky_inverse(factor).diagonal().sqrt()
         size = float((step.abs() / se).max())
         if size < tolerance or used > NEWTON_STEPS:
             break
-        moved = _backtracked(state, theta, (step, free), objective)
+        moved = _backtrack(state, theta, (step, free), objective)
         if moved is None:
             break
         theta, objective, gradient = moved
         if size > 0.05:  # a smaller step leaves the Hessian as it was to about that relative error
             information = -hessian(state, theta)
-    return Summit(theta, objective, used, size), information
+    return Maximum(theta, objective, used, size), information
 
 
-def _backtracked(
+def _backtrack(
     state: WeightedDraws, theta: Tensor, direction: tuple[Tensor, Tensor], objective: float
 ) -> tuple[Tensor, float, Tensor] | None:
     step, free = direction
@@ -142,7 +142,7 @@ def _backtracked(
     return None
 
 
-def rise(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Summit:
+def maximise(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Maximum:
     """From a start to its summit: EM, then L-BFGS."""
     theta = expectation_maximisation(state, theta)
     return lbfgs(state, theta, rough_information(state, theta), tolerance=0.02)

@@ -106,7 +106,7 @@ def monte_carlo_error(
     halves = [state.half(which) for which in (0, 1)]
     if state.fitted:
         objective_se, spread = float(objective_error(state, theta).norm()), score_error(state, theta)
-        excess = _bounded(excess, objective_se)
+        excess = _bound_by_error(excess, objective_se)
     else:
         spread = score_variance(state, theta)
     spreads = (covariance @ spread @ covariance).diagonal().clamp_min(0)
@@ -136,11 +136,11 @@ def likelihood_error(
     objective_se = math.sqrt(variance)
     if state.fitted:
         objective_se = float(objective_error(state, theta).norm())
-        excess = _bounded(excess, objective_se)
+        excess = _bound_by_error(excess, objective_se)
     return MonteCarloError(objective_se, -0.5 * excess, None, se, bias)
 
 
-def _bounded(excess: float, error: float) -> float:
+def _bound_by_error(excess: float, error: float) -> float:
     """What the weights tell, but no more than the error allows: evenly spread draws err less than their weights."""
     return max(-(error**2), min(excess, error**2))
 

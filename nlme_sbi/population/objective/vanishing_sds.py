@@ -38,7 +38,7 @@ def _shrinkages(point: Point) -> Float[Tensor, " V"]:
     return open_share
 
 
-def leap(point: Point, step: Float[Tensor, " P"], kept: tuple[str, ...]) -> Float[Tensor, " P"]:
+def extend_step(point: Point, step: Float[Tensor, " P"], kept: tuple[str, ...]) -> Float[Tensor, " P"]:
     """The step with SDs that run to 0 lowered faster: near 0 the likelihood is flat on the logarithmic scale, and
     Newton's steps there never end. Not further than to where the individuals still tell a trace of them: beyond that
     nothing is gained, and Monte-Carlo error is all that is left."""
@@ -56,7 +56,7 @@ def leap(point: Point, step: Float[Tensor, " P"], kept: tuple[str, ...]) -> Floa
     return step
 
 
-def held_at_zero(point: Point, kept: tuple[str, ...]) -> Point:
+def hold_at_zero(point: Point, kept: tuple[str, ...]) -> Point:
     """The point with those SDs held that are as good as 0: individuals tell next to nothing of them, and the likelihood
     would gain next to nothing on the way to 0, as far as the draws can tell. Whether they are 0 is decided afterwards,
     by a fit in which they are."""
@@ -82,7 +82,7 @@ def held_at_zero(point: Point, kept: tuple[str, ...]) -> Point:
     return point if bool((held == point.held).all()) else replace(point, held=held)
 
 
-def vanishing(point: Point) -> tuple[str, ...]:
+def vanishing_parameters(point: Point) -> tuple[str, ...]:
     """Parameters whose SD is held on its way to 0."""
     table = point.state.population.unknowns
     return tuple(

@@ -72,7 +72,7 @@ def variance_tests(state: WeightedDraws, theta: Float[Tensor, " P"]) -> tuple[Va
         if slopes is None:
             slopes = scores(state, theta)
         gain = variance_slopes(state, theta, direction)
-        found.append(_tested(name, gain, slopes, _noise(state, theta, direction)))
+        found.append(_test(name, gain, slopes, _noise(state, theta, direction)))
     return tuple(found)
 
 
@@ -102,7 +102,7 @@ def _direction(state: WeightedDraws, theta: Tensor, name: str) -> Tensor | None:
     return direction if bool((change - expected).abs().max() < 1e-8) else None
 
 
-def _tested(name: str, gain: Float[Tensor, " I"], slopes: Float[Tensor, "I free"], noise: float) -> VarianceTest:
+def _test(name: str, gain: Float[Tensor, " I"], slopes: Float[Tensor, "I free"], noise: float) -> VarianceTest:
     individuals = len(slopes)
     scale = slopes.square().mean(0).sqrt().clamp_min(1e-300)
     design = torch.cat([torch.ones_like(slopes[:, :1]), slopes / scale], 1)

@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.numerics.pareto_k import UNRELIABLE
-from nlme_sbi.population.models.labels import named
+from nlme_sbi.population.models.labels import list_ids
 from nlme_sbi.population.objective.individuals import IndividualEstimates
 from nlme_sbi.population.objective.likelihood_point import Point
-from nlme_sbi.population.objective.vanishing_sds import vanishing
+from nlme_sbi.population.objective.vanishing_sds import vanishing_parameters
 
 TOLERANCE = 0.02  # largest score that may be left, in standard errors, beside its Monte-Carlo error
 ERRORS = 3.0  # Monte-Carlo standard errors of the score that are allowed beside it
@@ -100,20 +100,20 @@ def verify_maximum(
     """
     failures = [reason] if reason else []
     score, error, unknown = _score(point, failures, tolerance)
-    repeated, repeated_error = _repeated(point, before, failures)
-    poor = _poor(individuals, draws)
+    repeated, repeated_error = _repeat_deviance(point, before, failures)
+    poor = _has_poor_weights(individuals, draws)
     count = int(poor.sum())
     if too_many(count, len(poor)):
         worst = torch.nonzero(poor)[:, 0]
         worst = worst[torch.argsort(individuals.ess[worst])]
         failures.append(
             f"{count} of {len(poor)} individuals have fewer than {min(_FEW, 0.5 * draws):g} effective draws or weights "
-            f"with heavy tails ({named(ids, worst)}), so that their likelihood is not known (raise "
+            f"with heavy tails ({list_ids(ids, worst)}), so that their likelihood is not known (raise "
             "estimator.max_draws)"
         )
     failures.extend(
         f"the SD of {parameter} runs to 0 (make it constant: population.constant=[{parameter},...])"
-        for parameter in vanishing(point)
+        for parameter in vanishing_parameters(point)
     )
     if not math.isfinite(point.value):
         failures.append("the likelihood at the estimate is not finite")
@@ -125,7 +125,7 @@ def verify_maximum(
         repeated=repeated,
         repeated_error=repeated_error,
         poor_individuals=count,
-        vanishing=vanishing(point),
+        vanishing=vanishing_parameters(point),
         failures=tuple(failures),
     )
 
@@ -164,7 +164,7 @@ def _score(point: Point, failures: list[str], tolerance: float) -> tuple[float, 
     return float(point.left.abs()[largest]), float(point.left_error[largest]), names[largest]
 
 
-def _repeated(point: Point, before: Point | None, failures: list[str]) -> tuple[float | None, float | None]:
+def _repeat_deviance(point: Point, before: Point | None, failures: list[str]) -> tuple[float | None, float | None]:
     """-2 log L on other draws, brought to the same theta by the scores at both, and the error of the difference."""
     if before is None:
         return None, None
@@ -180,7 +180,7 @@ def _repeated(point: Point, before: Point | None, failures: list[str]) -> tuple[
     return -2 * expected, error
 
 
-def _poor(individuals: IndividualEstimates, draws: int) -> Float[Tensor, " I"]:
+def _has_poor_weights(individuals: IndividualEstimates, draws: int) -> Float[Tensor, " I"]:
     poor = individuals.ess < min(_FEW, 0.5 * draws)
     if individuals.pareto_k is not None:
         poor = poor | (individuals.pareto_k > UNRELIABLE)

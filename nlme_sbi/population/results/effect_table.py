@@ -106,8 +106,8 @@ def effect_cells(row: EffectRow) -> tuple[str, ...]:
         effect_label(row.parameter, row.covariate, row.level, on_log_sd=row.on == "log_sd"),
         row.form + against,
         f"{row.estimate:.4g}",
-        "fixed" if given else _written(row.se),
-        _written(row.rse_percent),
+        "fixed" if given else _format(row.se),
+        _format(row.rse_percent),
         "-" if given else _interval(row.lower, row.upper),
         "-" if row.p_value is None else ("<0.0001" if row.p_value < 1e-4 else f"{row.p_value:.4f}"),
         ratio,
@@ -122,7 +122,7 @@ def effects_frame(rows: tuple[EffectRow, ...]) -> pd.DataFrame:
     return frame
 
 
-def _written(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 

@@ -19,7 +19,7 @@ from nlme_sbi.population.objective.individuals import (
     IndividualModes,
     individual_typical,
     individuals_table,
-    resampled_draws,
+    resample_draws,
 )
 from nlme_sbi.population.objective.information_criteria import corrected_bic
 from nlme_sbi.population.objective.interface import WeightedDraws
@@ -269,4 +269,4 @@ def individual_draws(fit: PopulationFit, count: int, generator: torch.Generator)
         count: draws for each individual; more than its effective number only repeats draws.
         generator: for the resampling.
     """
-    return resampled_draws(fit.state, fit.theta, count, generator)
+    return resample_draws(fit.state, fit.theta, count, generator)

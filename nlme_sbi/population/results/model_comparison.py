@@ -194,7 +194,7 @@ def _with_difference(name: str, fit: ComparedFit, best: Mapping[str, float]) -> 
     return {name: value, f"{name}_difference": value - best[name]}
 
 
-def compared_fits(fits: Sequence[ComparedFit]) -> Comparison:
+def compare_models(fits: Sequence[ComparedFit]) -> Comparison:
     """Compare fits of the same data.
 
     Raises:
@@ -207,10 +207,10 @@ def compared_fits(fits: Sequence[ComparedFit]) -> Comparison:
     missed = {one.lower: one.higher for one in contradictions}
     sound = [fit for fit in fits if fit.estimates.converged]
     tests = [
-        _doubted(test, missed)
+        _note_doubts(test, missed)
         for small in sound
         for large in sound
-        if small is not large and (test := _tested(small, large))
+        if small is not large and (test := _test(small, large))
     ]
     notes = [
         f"{fit.label} has not converged: its numbers are no basis for a choice, and it is in no test."
@@ -293,7 +293,7 @@ def _agreements(fits: Sequence[ComparedFit]) -> list[str]:
     return found
 
 
-def _doubted(test: RatioTest, missed: Mapping[str, str]) -> RatioTest:
+def _note_doubts(test: RatioTest, missed: Mapping[str, str]) -> RatioTest:
     """The test, with a note where one of its fits has missed its maximum."""
     notes = [test.note] if test.note else []
     notes += [
@@ -312,8 +312,8 @@ def _require_comparable(fits: Sequence[ComparedFit]) -> None:
             raise ValueError(f"{pair} are fits of different data; likelihoods compare models of the same data only.")
         if first.estimates.kind != other.estimates.kind:
             raise ValueError(
-                f"{pair} have likelihoods that cannot be compared: {_described(first)}, {_described(other)}. Fit both "
-                "with the same estimator."
+                f"{pair} have likelihoods that cannot be compared: {_describe_likelihood(first)}, "
+                f"{_describe_likelihood(other)}. Fit both with the same estimator."
             )
         if first.estimates.kind == RATIO and first.posterior != other.posterior:
             raise ValueError(
@@ -323,7 +323,7 @@ def _require_comparable(fits: Sequence[ComparedFit]) -> None:
             )
 
 
-def _described(fit: ComparedFit) -> str:
+def _describe_likelihood(fit: ComparedFit) -> str:
     if fit.estimates.kind == RATIO:
         return f"that of {fit.label} is a ratio to the evidence under the training prior ({fit.estimates.estimator})"
     if fit.estimates.kind == ABSOLUTE:
@@ -355,7 +355,7 @@ def _same(value: float, other: float | None) -> bool:
     return other is not None and abs(value - other) <= _EQUAL * max(1.0, abs(value))
 
 
-def _tested(small: ComparedFit, large: ComparedFit) -> RatioTest | None:
+def _test(small: ComparedFit, large: ComparedFit) -> RatioTest | None:
     found = restrictions(small, large)
     if found is None:
         return None

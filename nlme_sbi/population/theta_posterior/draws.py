@@ -76,7 +76,7 @@ class ThetaDraws:
         estimate, posterior mean, SD, median and 95% interval, R-hat, bulk and tail ESS, prior."""
         names, transform = self.population.unknowns.names, self._quantities
         free = self.population.unknowns.free.tolist()
-        said = dict(zip(free, self.prior.described(), strict=True))
+        said = dict(zip(free, self.prior.describe(), strict=True))
         rows = [
             _row(names[place], "", float(self.estimate[place]), self.theta[..., place]) | {"prior": said[place]}
             for place in free

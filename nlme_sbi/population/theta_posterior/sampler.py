@@ -110,11 +110,11 @@ def sample_theta(
         ValueError: without emcee, or for impossible settings.
     """
     settings = settings or EnsembleSampler()
-    target = _Target(_prepared(state, theta, covariance, settings.effective), theta, prior)
+    target = _Target(_prepare_draws(state, theta, covariance, settings.effective), theta, prior)
     walkers = settings.walkers_for(len(target.free))
     mode, factor = _approximation(target)
     seeds = torch.randint(2**31 - 1, (settings.ensembles,), generator=generator, device=generator.device).tolist()
-    ensembles = [_Ensemble.begun(target, mode, factor, walkers=walkers, seed=seed) for seed in seeds]
+    ensembles = [_Ensemble.start(target, mode, factor, walkers=walkers, seed=seed) for seed in seeds]
     say = progress or _silent
     total = settings.warmup + settings.steps
     say(FitProgress("posterior of theta", 0, total))
@@ -126,7 +126,7 @@ def sample_theta(
     while len(kept) * _BLOCK < settings.steps:
         kept.append(np.stack([ensemble.advance(_BLOCK) for ensemble in ensembles]))
         say(FitProgress("posterior of theta", settings.warmup + len(kept) * _BLOCK, total))
-        if _enough(np.concatenate(kept, axis=2), float(settings.ess)):
+        if _has_converged(np.concatenate(kept, axis=2), float(settings.ess)):
             break
     chains = torch.as_tensor(np.concatenate(kept, axis=2), dtype=theta.dtype, device=theta.device)
     drawn = theta.expand(*chains.shape[:3], -1).clone()
@@ -145,7 +145,7 @@ def sample_theta(
     )
 
 
-def _prepared(state: WeightedDraws, theta: Tensor, covariance: Tensor | None, effective: int) -> WeightedDraws:
+def _prepare_draws(state: WeightedDraws, theta: Tensor, covariance: Tensor | None, effective: int) -> WeightedDraws:
     """The first draws of everybody, so many that most keep about this effective number; with likelihoods that hold
     as far as constants may go."""
     surplus = float(torch.quantile(effective_draws(state, theta), 0.05)) / effective
@@ -197,7 +197,7 @@ class _Target:
         except RuntimeError:  # torch's word for what it cannot batch
             return False
 
-    def uphill(self, theta: Tensor) -> tuple[float, Tensor]:
+    def value_and_gradient(self, theta: Tensor) -> tuple[float, Tensor]:
         """Log posterior and its gradient in the free unknowns."""
         value, gradient = value_and_gradient(self.state, theta)
         with torch.enable_grad():
@@ -227,7 +227,7 @@ def _approximation(target: _Target) -> tuple[NDArray[np.float64], NDArray[np.flo
 
     def downhill(inner: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         moved = start.index_add(0, target.free, scale @ torch.as_tensor(inner, dtype=start.dtype).to(start))
-        value, gradient = target.uphill(moved)
+        value, gradient = target.value_and_gradient(moved)
         slopes = (scale.T @ gradient).cpu().numpy()
         if not (math.isfinite(value) and np.isfinite(slopes).all()):
             return 1e30, np.zeros_like(slopes)
@@ -248,7 +248,7 @@ class _Ensemble:
         self._moved: list[float] = []
 
     @classmethod
-    def begun(
+    def start(
         cls, target: _Target, mode: NDArray[np.float64], factor: NDArray[np.float64], *, walkers: int, seed: int
     ) -> _Ensemble:
         """Walkers spread wider than the posterior, each where it is finite."""
@@ -326,7 +326,7 @@ def _independent(mode: NDArray[np.float64], factor: NDArray[np.float64]) -> Call
     return propose
 
 
-def _enough(chains: NDArray[np.float64], wished: float) -> bool:
+def _has_converged(chains: NDArray[np.float64], wished: float) -> bool:
     """Whether every unknown has met and is worth the wished number of draws."""
     found = [ChainCheck.of(column) for column in np.moveaxis(chains, 3, 0)]
     return all(check.rhat <= RHAT and min(check.bulk, check.tail) >= max(wished, LEAST_ESS) for check in found)
@@ -370,7 +370,7 @@ def _beyond_expansion(state: WeightedDraws, drawn: Tensor) -> tuple[str, ...]:
     if not isinstance(state, BoundedDraws):
         return ()
     names = [state.population.parameters.names[column] for column in state.population.constant]
-    far = [name for name, share in zip(names, state.beyond(drawn).tolist(), strict=True) if share > 0.002]
+    far = [name for name, share in zip(names, state.share_beyond_range(drawn).tolist(), strict=True) if share > 0.002]
     if not far:
         return ()
     return (

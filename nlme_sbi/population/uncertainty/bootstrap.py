@@ -25,7 +25,7 @@ from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import scores, value_and_gradient
 from nlme_sbi.population.objective.optimization import NOWHERE, lbfgs
 from nlme_sbi.population.results.fit_result import PopulationFit
-from nlme_sbi.population.uncertainty.profile import expanded
+from nlme_sbi.population.uncertainty.profile import expand_constants
 
 Weights = Literal["multinomial", "exponential"]
 _EVALUATIONS = 60
@@ -119,7 +119,7 @@ def bootstrap(
             f"A bootstrap needs more individuals than unknowns; there are {len(fit.ids)} individuals for "
             f"{fit.estimated} unknowns."
         )
-    thin = _thinned(fit)
+    thin = _thin(fit)
     free = fit.population.unknowns.free.to(fit.theta.device)
     information = torch.linalg.inv(fit.covariance[free][:, free])
     centre = lbfgs(thin, fit.theta, information, tolerance=_TOLERANCE / 4).theta
@@ -139,7 +139,7 @@ def bootstrap(
     return Bootstrap(fit.population.unknowns.names, torch.stack(found), failed, weights)
 
 
-def _thinned(fit: PopulationFit) -> WeightedDraws:
+def _thin(fit: PopulationFit) -> WeightedDraws:
     """A part of every individual's draws that is large enough."""
     free = fit.population.unknowns.free.to(fit.theta.device)
     error, bias = fit.monte_carlo.worst(fit.standard_errors, free)
@@ -175,7 +175,7 @@ def _replicate(fit: PopulationFit, slopes: Float[Tensor, "I free"], multiplicity
         theta = fit.theta
     information = torch.linalg.inv(covariance)
     for done in range(_EXPANSIONS):
-        moved = expanded(state, theta, fit.standard_errors)
+        moved = expand_constants(state, theta, fit.standard_errors)
         if moved is None and done > 0:
             break
         state = state if moved is None else moved

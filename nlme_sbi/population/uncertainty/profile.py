@@ -112,7 +112,7 @@ def profile_interval(
         found, slope = _limit(line, start, side, target)
         error = _error(start, found[-1], slope, target)
         if math.isfinite(slope) and error > _IMPRECISE and generator is not None:
-            fresh = _served(fit, line, found[-1], generator)
+            fresh = _maximum_on_common_draws(fit, line, found[-1], generator)
             if fresh is not None:
                 found, slope = _limit(line, fresh, side, target)
                 start, error, redrawn = fresh, _error(fresh, found[-1], slope, target), redrawn + 1
@@ -194,21 +194,21 @@ def _limit(line: _Line, start: _Point, side: float, target: float) -> tuple[list
     return points[1:], math.inf if roots[-1] < target - 0.1 else slope
 
 
-def _sorted(points: list[_Point], roots: list[float]) -> list[tuple[float, float]]:
+def _sort_points(points: list[_Point], roots: list[float]) -> list[tuple[float, float]]:
     return sorted((abs(point.offset), root) for point, root in zip(points, roots, strict=True))
 
 
 def _slope(points: list[_Point], roots: list[float], target: float) -> float:
     """Of the root, between the two points whose roots are nearest to the target."""
-    near = sorted(_sorted(points, roots), key=lambda pair: abs(pair[1] - target))[:2]
+    near = sorted(_sort_points(points, roots), key=lambda pair: abs(pair[1] - target))[:2]
     (first, low), (second, high) = sorted(near)
     return max((high - low) / max(second - first, 1e-12), 1e-3)
 
 
 def _next_offset(points: list[_Point], roots: list[float], target: float, *, halve: bool) -> float:
     """Linear interpolation between the nearest points on both sides of the target (or halfway), or further out."""
-    below = max((pair for pair in _sorted(points, roots) if pair[1] < target), default=(0.0, 0.0))
-    above = [pair for pair in _sorted(points, roots) if pair[1] >= target and pair[0] > below[0]]
+    below = max((pair for pair in _sort_points(points, roots) if pair[1] < target), default=(0.0, 0.0))
+    above = [pair for pair in _sort_points(points, roots) if pair[1] >= target and pair[0] > below[0]]
     if above:
         beyond = above[0]
         share = 0.5 if halve else (target - below[1]) / (beyond[1] - below[1])
@@ -227,14 +227,14 @@ def _constrained(line: _Line, guess: _Point) -> _Point:
         if len(line.others) > 0:
             summit = lbfgs(state, theta, line.information, tolerance=0.01, free=line.others)
             theta, value = summit.theta, summit.objective
-        moved = expanded(state, theta, line.se)
+        moved = expand_constants(state, theta, line.se)
         if moved is None:
             break
         state = moved
     return _Point(guess.offset, theta, value, state)
 
 
-def expanded(state: WeightedDraws, theta: Float[Tensor, " P"], se: Float[Tensor, " P"]) -> WeightedDraws | None:
+def expand_constants(state: WeightedDraws, theta: Float[Tensor, " P"], se: Float[Tensor, " P"]) -> WeightedDraws | None:
     """The draws with likelihoods expanded about the constants at ``theta``; None where they were already near enough,
     or nothing was expanded.
 
@@ -250,7 +250,7 @@ def expanded(state: WeightedDraws, theta: Float[Tensor, " P"], se: Float[Tensor,
     places = [state.population.unknowns.entry(MEAN, name) for name in names]
     errors = torch.stack([torch.zeros_like(se[0]) if place is None else se[place] for place in places])
     allowed = torch.minimum((_CUBIC * errors).sqrt(), errors)
-    return None if bool((shift.amax(0) <= allowed).all()) else state.expanded_at(theta)
+    return None if bool((shift.amax(0) <= allowed).all()) else state.expand_about(theta)
 
 
 def _error(start: _Point, end: _Point, slope: float, target: float) -> float:
@@ -265,7 +265,7 @@ def _error(start: _Point, end: _Point, slope: float, target: float) -> float:
     return math.hypot(noise, bias) / (target * slope)
 
 
-def _served(fit: PopulationFit, line: _Line, end: _Point, generator: torch.Generator) -> _Point | None:
+def _maximum_on_common_draws(fit: PopulationFit, line: _Line, end: _Point, generator: torch.Generator) -> _Point | None:
     """The fit's maximum on draws that serve it and the far end alike; None where there is no way to such draws."""
     if fit.redraw is None or not isinstance(fit.state, MovableDraws):
         return None

@@ -37,7 +37,7 @@ class ReportedFit:
         """Whether the estimates come from the likelihood itself, the network only telling where to begin."""
         return self.estimates.kind != RATIO
 
-    def checked(self) -> tuple[FitChecks, Observations]:
+    def require_checks(self) -> tuple[FitChecks, Observations]:
         """The checks and the data; raises ``ValueError`` with the reason where there are none."""
         if self.checks is None or self.observations is None:
             raise ValueError(self.missing or "The fit was not checked.")

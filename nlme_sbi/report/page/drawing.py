@@ -32,7 +32,7 @@ _HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
 _PROLOGUE = re.compile(r"^.*?(?=<svg )", re.DOTALL)
 
 
-def saved_figure(figure: Figure, kind: str, *, name: str) -> bytes:
+def render_figure(figure: Figure, kind: str, *, name: str) -> bytes:
     """The bytes of a figure as ``png``, ``pdf`` or ``svg``: the same bytes every time, no dates, ids by ``name``."""
     held = io.BytesIO()
     dates: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
@@ -42,11 +42,11 @@ def saved_figure(figure: Figure, kind: str, *, name: str) -> bytes:
     return held.getvalue()
 
 
-def drawn_figure(figure: Figure, *, name: str) -> dict[str, bytes]:
+def render_all_kinds(figure: Figure, *, name: str) -> dict[str, bytes]:
     """A figure in all :data:`KINDS`. Its layout is worked out once, which takes longer than drawing it."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    return {kind: saved_figure(figure, kind, name=name) for kind in KINDS}
+    return {kind: render_figure(figure, kind, name=name) for kind in KINDS}
 
 
 def inline_svg(svg: bytes) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from nlme_sbi.diagnostics.findings import Finding, attempted
+from nlme_sbi.diagnostics.findings import Finding, attempt_finding
 from nlme_sbi.diagnostics.fit.reliability import monte_carlo_finding, weights_finding
 from nlme_sbi.numerics.pareto_k import UNRELIABLE
 from nlme_sbi.population.results.estimates import FitEstimates
@@ -33,8 +33,8 @@ def convergence_section(fit: ReportedFit) -> Section:
         lead="Whether the search ended at the highest maximum, and how much of the result is chance of the draws.",
         findings=(
             convergence_finding(estimates),
-            attempted("monte_carlo", "Sensitivity to draws and seeds", lambda: _sensitivity(estimates)),
-            attempted("weights", "Effective draws of the individuals", lambda: _weights(fit)),
+            attempt_finding("monte_carlo", "Sensitivity to draws and seeds", lambda: _sensitivity(estimates)),
+            attempt_finding("weights", "Effective draws of the individuals", lambda: _weights(fit)),
             warnings_finding(estimates.warnings),
         ),
         blocks=tuple(blocks),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from nlme_sbi.plots.canvas import labelled
+from nlme_sbi.plots.canvas import label_with_unit
 from nlme_sbi.plots.individual_map import plot_individual_map
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
 from nlme_sbi.report.page.content import Block, Cell, Picture, Section, Table, number
@@ -53,7 +53,7 @@ def individual_quantities(
         name = row.parameter
         if name in frame and frame[name].nunique() > 1:
             log = transforms.get(name) == "log"
-            found.append(Quantity(name, labelled(name, row.unit), frame[name].to_numpy(float), log=log))
+            found.append(Quantity(name, label_with_unit(name, row.unit), frame[name].to_numpy(float), log=log))
     return found
 
 
@@ -96,7 +96,7 @@ def _map(
     fit: ReportedFit, quantities: Sequence[Quantity], flags: Mapping[str, np.ndarray], shown: Sequence[int]
 ) -> Picture:
     total = len(fit.individuals)
-    rows = _thinned(total, flags, shown)
+    rows = _thin(total, flags, shown)
     place = {row: position for position, row in enumerate(rows.tolist())}
     ids = list(fit.individuals["id"])
     start = (0, 1)
@@ -139,7 +139,7 @@ def _map(
     )
 
 
-def _thinned(total: int, flags: Mapping[str, np.ndarray], shown: Sequence[int]) -> np.ndarray:
+def _thin(total: int, flags: Mapping[str, np.ndarray], shown: Sequence[int]) -> np.ndarray:
     """Everybody where they are few; else those shown, the flagged, and a random rest, the same every time."""
     if total <= _POINTS:
         return np.arange(total)

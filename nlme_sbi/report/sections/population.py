@@ -15,7 +15,7 @@ from nlme_sbi.plots.profiles import plot_profiles
 from nlme_sbi.plots.random_effects import plot_effects_against_covariates, plot_random_effects
 from nlme_sbi.report.inputs.fit_checks import POPULATION_CHECKS
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
-from nlme_sbi.report.page.content import Block, Cell, Picture, Section, Table, attempted_blocks, number
+from nlme_sbi.report.page.content import Block, Cell, Picture, Section, Table, attempt_blocks, number
 from nlme_sbi.runs import read_csv
 from nlme_sbi.types import Design
 
@@ -27,12 +27,12 @@ INFLUENCE = "influence.csv"
 def population_section(fit: ReportedFit) -> Section:
     """All checks of the population; each that is refused becomes a grey finding."""
     parts = [
-        attempted_blocks("random_effects", "Random effects", lambda: _distributions(fit)),
-        attempted_blocks("covariates", "Random effects against covariates", lambda: _covariates(fit)),
-        attempted_blocks("influence", "Influence of single individuals", lambda: _influence(fit)),
+        attempt_blocks("random_effects", "Random effects", lambda: _distributions(fit)),
+        attempt_blocks("covariates", "Random effects against covariates", lambda: _covariates(fit)),
+        attempt_blocks("influence", "Influence of single individuals", lambda: _influence(fit)),
     ]
     if fit.estimates.profiles:
-        parts.append(attempted_blocks("profiles", "Likelihood profiles", lambda: _profiles(fit)))
+        parts.append(attempt_blocks("profiles", "Likelihood profiles", lambda: _profiles(fit)))
     return Section(
         "population",
         "Population",
@@ -44,7 +44,7 @@ def population_section(fit: ReportedFit) -> Section:
 
 
 def _distributions(fit: ReportedFit) -> Made:
-    checks, _ = fit.checked()
+    checks, _ = fit.require_checks()
     findings = checks.findings(POPULATION_CHECKS["random_effects"])
     if not checks.has("random_effects"):
         return findings, ()
@@ -72,7 +72,7 @@ def _distributions(fit: ReportedFit) -> Made:
 
 
 def _covariates(fit: ReportedFit) -> Made:
-    checks, observations = fit.checked()
+    checks, observations = fit.require_checks()
     findings = checks.findings(POPULATION_CHECKS["covariates"])
     if not checks.has("covariate_tests"):
         return findings, ()

@@ -44,7 +44,7 @@ def origins(run: FinishedRun, *, after: tuple[str, ...] = ()) -> tuple[list[Orig
         if key not in _STAGE_OF:
             continue
         circle = entry["sha256"] in (*after, run.sha256)
-        upstream = None if circle else _located(run, entry, _STAGE_OF[key])
+        upstream = None if circle else _locate(run, entry, _STAGE_OF[key])
         if upstream is None:
             where = entry.get("path") or f"hash {entry['sha256'][:12]}"
             lost.append(f"the run of {_STAGE_OF[key]} that {run.path.name} was made from ({where})")
@@ -57,7 +57,7 @@ def origins(run: FinishedRun, *, after: tuple[str, ...] = ()) -> tuple[list[Orig
     return [*found, Origin(run, inputs)], lost
 
 
-def _located(run: FinishedRun, entry: Mapping[str, Any], stage: str) -> FinishedRun | None:
+def _locate(run: FinishedRun, entry: Mapping[str, Any], stage: str) -> FinishedRun | None:
     """By its hash: where it lay, else beside the run in the same output root."""
     beside = run.path.parent.parent / stage
     places = [] if entry.get("path") is None else [Path(entry["path"])]
@@ -123,14 +123,14 @@ def _finding(chain: Sequence[Origin], lost: Sequence[str]) -> Finding:
 
 def _table(chain: Sequence[Origin]) -> Table:
     """A column a run."""
-    told = [_told(one.run) for one in chain]
+    told = [_run_facts(one.run) for one in chain]
     rows = tuple((Cell(name), *(Cell(column[name]) for column in told)) for name in told[0])
     headings = ("", *(str(one.run.manifest["stage"]) for one in chain))
     note = "Hashes are SHA-256, shortened; each run's manifest.json has them whole, with every file and every version."
     return Table("runs", "Runs behind this report", headings, rows, note=note)
 
 
-def _told(run: FinishedRun) -> dict[str, str]:
+def _run_facts(run: FinishedRun) -> dict[str, str]:
     manifest = run.manifest
     git, versions = manifest.get("git") or {}, manifest.get("versions") or {}
     machine = manifest.get("machine") or {}
@@ -151,7 +151,7 @@ def _told(run: FinishedRun) -> dict[str, str]:
     }
 
 
-def _named(one: Origin, chain: Sequence[Origin]) -> Mapping[str, str]:
+def _named_runs(one: Origin, chain: Sequence[Origin]) -> Mapping[str, str]:
     """The runs that a command names; a diagnosis of a fit's network and data names the fit, which brings both."""
     data = one.run.manifest["inputs"].get("data")
     if one.run.manifest["stage"] != "diagnose" or data is None:
@@ -166,7 +166,7 @@ def _named(one: Origin, chain: Sequence[Origin]) -> Mapping[str, str]:
 def _commands(chain: Sequence[Origin]) -> list[Block]:
     lines, notes = [], []
     for one in chain:
-        command = command_of(one.run, _named(one, chain))
+        command = command_of(one.run, _named_runs(one, chain))
         lines.append(command.text)
         if command.note:
             notes.append(f"{one.run.manifest['stage']}: {command.note}")

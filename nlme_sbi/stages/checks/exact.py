@@ -16,7 +16,7 @@ from nlme_sbi.diagnostics.network.c2st import c2st
 from nlme_sbi.diagnostics.network.reference_mcmc import ChainSettings, long_chains
 from nlme_sbi.diagnostics.network.simulated_posteriors import good_simulations, observations_of
 from nlme_sbi.posteriors import PosteriorSamples
-from nlme_sbi.stages.checks.network import Subject, attempted_check
+from nlme_sbi.stages.checks.network import Subject, attempt_check
 from nlme_sbi.stages.checks.outcome import Outcome
 from nlme_sbi.types import Observations, TractableSimulator
 
@@ -45,8 +45,8 @@ def agreement_checks(subject: Subject, *, of_data: bool) -> Outcome:
         found = agreement(simulator, observations, drawn, truth=truth, generator=generator, advance=progress.update)
     where: Literal["prior", "data"] = "data" if of_data else "prior"
     outcome = Outcome(tables={"agreement": found.frame().assign(where=where)})
-    outcome = outcome.joined(
-        attempted_check(
+    outcome = outcome.merge(
+        attempt_check(
             f"agreement_{where}",
             "Agreement with the exact posterior",
             lambda _: Outcome([agreement_finding(found, error_rate=settings.error_rate, where=where)]),
@@ -55,27 +55,27 @@ def agreement_checks(subject: Subject, *, of_data: bool) -> Outcome:
     )
     if settings.chains == 0 or of_data == (subject.observations is None):
         return outcome
-    chosen = chosen_by_share(found, settings.chains)
+    chosen = choose_by_share(found, settings.chains)
     few = drawn[chosen]
     made_of = observations[chosen]
-    return outcome.joined(
-        attempted_check(
+    return outcome.merge(
+        attempt_check(
             "long_chains",
             CHAINS_TITLE,
-            lambda given: _compared_with_chains(given, simulator, made_of, few, found.share[chosen]),
+            lambda given: _compare_with_chains(given, simulator, made_of, few, found.share[chosen]),
             subject,
         )
     )
 
 
-def chosen_by_share(found: Agreement, count: int) -> list[int]:
+def choose_by_share(found: Agreement, count: int) -> list[int]:
     """Individuals from the one with most effective draws to the one with fewest, evenly."""
     order = np.argsort(-found.share)
     places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
     return [int(order[place]) for place in places]
 
 
-def _compared_with_chains(
+def _compare_with_chains(
     subject: Subject,
     simulator: TractableSimulator,
     observations: Observations,

@@ -48,7 +48,7 @@ class Plan:
     like_the_data: bool
 
 
-def planned(
+def plan_predictions(
     section: Any, fit: StoredFit, *, individuals: Who, new: Literal["auto"] | bool, trust: tuple[str, ...]
 ) -> Plan:
     """Read the section ``design`` and lay out what is predicted, on the device of the fit.
@@ -67,7 +67,7 @@ def planned(
     if isinstance(source, DesignsOfData):
         plan = _of_data(source, fit, individuals, new)
     else:
-        plan = _scheduled(_schedule(source), fit, individuals, new)
+        plan = _plan_schedule(_schedule(source), fit, individuals, new)
     if plan.known is None and plan.new is None:
         raise ValueError("Nothing is left to predict: individuals=none and no new ones. Ask for one of them.")
     return plan
@@ -84,7 +84,7 @@ def _schedule(source: Any) -> Schedule:
     )
 
 
-def _scheduled(schedule: Schedule, fit: StoredFit, individuals: Who, new: Literal["auto"] | bool) -> Plan:
+def _plan_schedule(schedule: Schedule, fit: StoredFit, individuals: Who, new: Literal["auto"] | bool) -> Plan:
     observations = fit.observations
     rows = _rows(individuals, observations)
     simulator = fit.posterior.simulator
@@ -94,12 +94,14 @@ def _scheduled(schedule: Schedule, fit: StoredFit, individuals: Who, new: Litera
         known = Known(tuple(observations.ids[row] for row in rows), rows, design)
     return Plan(
         known=known,
-        new=_new(schedule.for_new(observations.design, needed(fit), takes_doses=simulator.takes_doses), new, fit),
+        new=_new(
+            schedule.for_new(observations.design, required_covariates(fit), takes_doses=simulator.takes_doses), new, fit
+        ),
         like_the_data=schedule.dose is None,
     )
 
 
-def needed(fit: StoredFit) -> tuple[str, ...]:
+def required_covariates(fit: StoredFit) -> tuple[str, ...]:
     """Covariates that simulator and population model depend on."""
     table = fit.population.unknowns
     of_effects = [table.rows[place].other for place in table.entries(*EFFECTS)]
@@ -124,7 +126,7 @@ def _of_data(source: DesignsOfData, fit: StoredFit, individuals: Who, new: Liter
     for note in data.notes:
         log.info("%s", note)
     _check_units(data, simulator, observations.time_unit)
-    chosen = _chosen(data, observations, individuals)
+    chosen = _choose_ids(data, observations, individuals)
     known = None
     if chosen:
         rows = [observations.ids.index(name) for name in chosen]
@@ -133,7 +135,7 @@ def _of_data(source: DesignsOfData, fit: StoredFit, individuals: Who, new: Liter
         known = Known(tuple(chosen), rows, _complete(design).to(fit.device))
     made = None
     if new is not False:
-        lacking = [name for name in needed(fit) if name not in _names(data.design)]
+        lacking = [name for name in required_covariates(fit) if name not in _names(data.design)]
         if lacking and new is True:
             raise ValueError(f"The design's data lack the covariates {lacking}; name them in data.covariates.")
         if lacking:
@@ -141,7 +143,7 @@ def _of_data(source: DesignsOfData, fit: StoredFit, individuals: Who, new: Liter
         else:
             made = New(data.ids, _complete(data.design).to(fit.device))
     if individuals == "all":
-        _tell_strangers(data.ids, observations.ids, predicted=made is not None)
+        _report_unknown_ids(data.ids, observations.ids, predicted=made is not None)
     return Plan(known, made, like_the_data=False)
 
 
@@ -167,7 +169,7 @@ def _check_units(data: PlannedDesigns, simulator: Simulator, time_unit: str) -> 
         check_unit(f'The plan\'s covariate "{name}" is', given, wanted, option="covariate", name=name)
 
 
-def _chosen(data: PlannedDesigns, observations: Observations, individuals: Who) -> list[str]:
+def _choose_ids(data: PlannedDesigns, observations: Observations, individuals: Who) -> list[str]:
     """Ids of the fit that have a design in the plan and are asked for; refuses those that differ in form only."""
     if individuals == "none":
         return []
@@ -192,7 +194,7 @@ def _chosen(data: PlannedDesigns, observations: Observations, individuals: Who) 
     return chosen
 
 
-def _tell_strangers(ids: tuple[str, ...], there: tuple[str, ...], *, predicted: bool) -> None:
+def _report_unknown_ids(ids: tuple[str, ...], there: tuple[str, ...], *, predicted: bool) -> None:
     """Name the plan's ids that the fit does not have."""
     strangers = tuple(name for name in ids if name not in set(there))
     if strangers:

@@ -286,10 +286,10 @@ def posterior_runs(fit: FinishedRun) -> list[FinishedRun]:
     """The runs that a fit's draws came from, found again by their hashes; raises ``ValueError`` where one is gone."""
     inputs = fit.manifest["inputs"]
     names = [name for name in inputs if name == "posterior" or name.startswith("posterior_")]
-    return [_located(fit, inputs[name]) for name in names]
+    return [_locate(fit, inputs[name]) for name in names]
 
 
-def _located(fit: FinishedRun, entry: Mapping[str, Any]) -> FinishedRun:
+def _locate(fit: FinishedRun, entry: Mapping[str, Any]) -> FinishedRun:
     """The posterior's run: where it lay, else beside the fit in the same output root; recognised by its hash."""
     beside = fit.path.parent.parent / "train_flow"
     recorded = None if entry.get("path") is None else Path(entry["path"])

@@ -20,7 +20,7 @@ from nlme_sbi.population.estimators.saem.complete_data import (
     population_information,
     population_scores,
 )
-from nlme_sbi.population.estimators.saem.mcmc import Acceptance, Chains, CompleteData, Kernels, swept
+from nlme_sbi.population.estimators.saem.mcmc import Acceptance, Chains, CompleteData, Kernels, sweep_chains
 from nlme_sbi.population.objective.standard_errors import covariance_from
 
 _BATCHES = 10  # of consecutive members of a sequence, whose means tell how uncertain its mean is
@@ -65,7 +65,7 @@ def check_stationarity(
     totals, informations, accepted = [], [], []
     individuals, squares = torch.zeros((len(free), len(constants))).to(theta), torch.zeros((len(free),) * 2).to(theta)
     for turn in range(sweeps):
-        chains, kernels, shares = swept(data, chains, kernels, theta, generator, turn=turn, rate=0.0)
+        chains, kernels, shares = sweep_chains(data, chains, kernels, theta, generator, turn=turn, rate=0.0)
         accepted.append(shares)
         slopes = data.with_slopes(chains.points, constants)[1]
         scores = population_scores(data, chains.points, theta, free) + torch.einsum("eiw,icw->eic", jacobian, slopes)

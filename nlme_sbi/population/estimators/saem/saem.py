@@ -20,16 +20,28 @@ from torch import Tensor
 
 from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.estimators.exact import Exact
-from nlme_sbi.population.estimators.initialization import first_climbers, likelihood_of, require_everybody, tractable
-from nlme_sbi.population.estimators.interface import Found
+from nlme_sbi.population.estimators.initialization import (
+    choose_mode_starts,
+    likelihood_of,
+    require_every_individual,
+    require_likelihood,
+)
+from nlme_sbi.population.estimators.interface import SearchResult
 from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
 from nlme_sbi.population.estimators.saem.convergence import StationaryPoint, check_stationarity, drift
-from nlme_sbi.population.estimators.saem.mcmc import Chains, CompleteData, Kernels, begun, prior_of, swept
-from nlme_sbi.population.estimators.saem.stochastic_approximation import Recursion, updated
+from nlme_sbi.population.estimators.saem.mcmc import (
+    Chains,
+    CompleteData,
+    Kernels,
+    population_density,
+    start_chains,
+    sweep_chains,
+)
+from nlme_sbi.population.estimators.saem.stochastic_approximation import Recursion, update_theta
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_modes, mixtures
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.population.models.labels import named
+from nlme_sbi.population.models.labels import list_ids
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.subsets import of_individuals, random_part
 from nlme_sbi.types import Observations, Simulator, TractableSimulator
@@ -103,7 +115,7 @@ class Saem(OfLikelihood):
         """Importance sampling at ``theta``, as the exact estimator does it."""
         return self._sampling.draws_at(source, observations, theta, previous, generator)
 
-    def look_again(
+    def search_modes_again(
         self,
         source: Source,
         observations: Observations,
@@ -112,9 +124,9 @@ class Saem(OfLikelihood):
         generator: torch.Generator,
     ) -> WeightedDraws:
         """Importance sampling at ``theta`` with modes searched for from the beginning, as in the exact estimator."""
-        return self._sampling.look_again(source, observations, state, theta, generator)
+        return self._sampling.search_modes_again(source, observations, state, theta, generator)
 
-    def search_wider(
+    def scan_for_modes(
         self,
         source: Source,
         observations: Observations,
@@ -125,15 +137,15 @@ class Saem(OfLikelihood):
         columns: tuple[int, ...] = (),
     ) -> tuple[WeightedDraws, tuple[int, ...]] | None:
         """The same with modes that a scan finds, where it finds any."""
-        return self._sampling.search_wider(source, observations, state, theta, generator, columns=columns)
+        return self._sampling.scan_for_modes(source, observations, state, theta, generator, columns=columns)
 
     def reuse(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> WeightedDraws | None:
         """Importance sampling's draws where they serve for ``theta`` as well."""
         return self._sampling.reuse(theta, state)
 
-    def roughly(self, individuals: int) -> Exact:
+    def coarsen(self, individuals: int) -> Exact:
         """The exact estimator with few draws: starts are compared on the likelihood."""
-        return self._sampling.roughly(individuals)
+        return self._sampling.coarsen(individuals)
 
     def improve(
         self,
@@ -157,17 +169,17 @@ class Saem(OfLikelihood):
         *,
         accuracy: float,
         report: Report,
-    ) -> Found:
+    ) -> SearchResult:
         """SAEM from ``theta``, until its Monte-Carlo error is below ``accuracy`` standard errors."""
-        simulator = tractable(self.simulator, source, self.name)
+        simulator = require_likelihood(self.simulator, source, self.name)
         population = previous.population
         if len(observations) > _MANY:
             rows = random_part(len(observations), _PART, generator)
             some = (of_individuals(source, rows), observations[rows], population, theta)
-            first = _Run.begun(self, simulator, some, generator)
+            first = _Run.start(self, simulator, some, generator)
             theta = first.burn_in(report).theta
-        run = _Run.begun(self, simulator, (source, observations, population, theta), generator)
-        return run.burn_in(report).to_the_end(accuracy, observations.ids, report)
+        run = _Run.start(self, simulator, (source, observations, population, theta), generator)
+        return run.burn_in(report).average_and_check(accuracy, observations.ids, report)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +199,7 @@ class _Run:
     said: tuple[str, ...] = ()
 
     @classmethod
-    def begun(
+    def start(
         cls,
         settings: Saem,
         simulator: TractableSimulator,
@@ -198,22 +210,22 @@ class _Run:
         source, observations, population, theta = inputs
         joint = likelihood_of(simulator, population, observations, theta)
         with torch.no_grad():
-            rows, starts = first_climbers(joint, source, observations, generator, mirrored=False)
+            rows, starts = choose_mode_starts(joint, source, observations, generator, mirrored=False)
             found, at = distinct_modes(joint, rows, starts)
-            require_everybody(found.rows, observations)
+            require_every_individual(found.rows, observations)
             kernels = Kernels.around(joint, found, at, target=settings.acceptance)
         count = settings.chains or max(1, -(-_CHAINS_ALL // len(observations)))
         data = CompleteData.of(simulator, population, joint.observations, chains=count)
         best = mixtures(found, len(observations), 1).means.expand(-1, count, -1)
-        chains = begun(data, theta, best.clone())
+        chains = start_chains(data, theta, best.clone())
         return cls(
-            settings, data, joint, found, chains, kernels, Recursion.begun(data, chains, theta), theta, generator
+            settings, data, joint, found, chains, kernels, Recursion.start(data, chains, theta), theta, generator
         )
 
-    def swept(self, step: float | None) -> _Run:
+    def sweep(self, step: float | None) -> _Run:
         """One sweep, and with a step one update of theta."""
         turn = self.sweeps
-        chains, kernels, _ = swept(
+        chains, kernels, _ = sweep_chains(
             self.data,
             self.chains,
             self.kernels,
@@ -226,18 +238,18 @@ class _Run:
         if step is None:
             return run
         curved = turn < _REFRESHED[1] or turn % _CURVED == 0
-        recursion, theta = updated(self.recursion, self.data, chains, self.theta, step=step, curved=curved)
+        recursion, theta = update_theta(self.recursion, self.data, chains, self.theta, step=step, curved=curved)
         return replace(run.at(theta), recursion=recursion)
 
     def at(self, theta: Tensor) -> _Run:
         """The same chains under another theta."""
-        chains = replace(self.chains, prior=prior_of(self.data, self.chains.points, theta))
+        chains = replace(self.chains, prior=population_density(self.data, self.chains.points, theta))
         if self.data.population.constant:
             constants = self.data.population.constants(theta, self.data.observations.design)
             chains = replace(chains, likelihood=self.data.log_likelihood(chains.points, constants))
         return replace(self, theta=theta, chains=chains)
 
-    def refreshed(self) -> _Run:
+    def refresh_proposals(self) -> _Run:
         """Proposals around the modes that lie near the chains now."""
         individuals = len(self.chains.points)
         joint = replace(self.joint, theta=self.theta)
@@ -248,7 +260,7 @@ class _Run:
             found, at = distinct_modes(joint, rows, points)
             if len(torch.unique(found.rows)) < individuals:
                 return self
-            kernels = self.kernels.moved_to(joint, found, at)
+            kernels = self.kernels.recentre(joint, found, at)
         return replace(self, joint=joint, modes=found, kernels=kernels)
 
     def burn_in(self, report: Report) -> _Run:
@@ -260,8 +272,8 @@ class _Run:
         ahead = settings.burn_in
         while True:
             if len(trace) in _REFRESHED:
-                run = run.refreshed()
-            run = run.swept(1.0)
+                run = run.refresh_proposals()
+            run = run.sweep(1.0)
             trace.append(run.theta[free])
             report(FitProgress("SAEM, step 1", len(trace), ahead))
             if len(trace) < ahead:
@@ -269,15 +281,15 @@ class _Run:
             window = torch.stack(trace[len(trace) // 2 :])
             largest = float(drift(window).abs().max())
             if largest < _DRIFT:
-                return run.refreshed()
+                return run.refresh_proposals()
             if len(trace) >= most:
                 place = int(free[int(drift(window).abs().argmax())])
                 name = self.data.population.unknowns.labels[place]
                 said = f"After {len(trace)} sweeps with step 1 {name} still drifted; the start may be far off."
-                return replace(run.refreshed(), said=(*run.said, said))
+                return replace(run.refresh_proposals(), said=(*run.said, said))
             ahead = min(most, len(trace) + len(trace) // 2)
 
-    def to_the_end(self, accuracy: float, ids: tuple[str, ...], report: Report) -> Found:
+    def average_and_check(self, accuracy: float, ids: tuple[str, ...], report: Report) -> SearchResult:
         """Averaging and judging until the average stands still and its Monte-Carlo error is small enough."""
         settings, run, wished = self.settings, self, _MARGIN * accuracy
         fixed = self.data.population.unknowns.fixed.to(self.theta.device)
@@ -286,7 +298,7 @@ class _Run:
         for left_over in reversed(range(_ROUNDS)):
             watched = max(_WATCHED, (ahead - len(trace)) // 2)
             while len(trace) < ahead:
-                run = run.swept((len(trace) + 1) ** -_POWER)
+                run = run.sweep((len(trace) + 1) ** -_POWER)
                 trace.append(run.theta)
                 report(FitProgress("SAEM, averaging", len(trace), ahead))
             kept = trace[int(_SETTLED * len(trace)) :]
@@ -304,9 +316,9 @@ class _Run:
                 continue
             needed = len(trace) * (float(se.max()) / wished) ** 2
             ahead = min(int(1.1 * needed) + 20, len(trace) + room)
-        return run.found(judged, len(kept), accuracy, ids)
+        return run.summarise(judged, len(kept), accuracy, ids)
 
-    def found(self, judged: StationaryPoint, averaged: int, accuracy: float, ids: tuple[str, ...]) -> Found:
+    def summarise(self, judged: StationaryPoint, averaged: int, accuracy: float, ids: tuple[str, ...]) -> SearchResult:
         """The estimate with what is known of it."""
         free = self.data.population.unknowns.free.to(self.theta.device)
         se = judged.sweep_se / averaged**0.5
@@ -327,10 +339,10 @@ class _Run:
             said = (
                 *said,
                 f"The chains of {len(stuck)} of {len(ids)} individuals hardly move (fewer than {100 * _STUCK:.0f}% of "
-                f"their proposals are accepted): {named(ids, stuck)}. SAEM may have missed a part of their "
+                f"their proposals are accepted): {list_ids(ids, stuck)}. SAEM may have missed a part of their "
                 "posteriors; compare with estimator=exact.",
             )
-        return Found(
+        return SearchResult(
             theta=self.theta,
             monte_carlo_se=zero.index_copy(0, free, se),
             left=zero.index_copy(0, free, beyond * judged.se),

@@ -52,7 +52,7 @@ class Recursion:
     information: Float[Tensor, "E E"] | None = None
 
     @classmethod
-    def begun(cls, data: CompleteData, chains: Chains, theta: Float[Tensor, " P"]) -> Recursion:
+    def start(cls, data: CompleteData, chains: Chains, theta: Float[Tensor, " P"]) -> Recursion:
         """Nothing remembered yet."""
         closed = _statistics(data, chains, theta) is not None
         free = data.population.unknowns.free.to(theta.device)
@@ -63,7 +63,7 @@ class Recursion:
         return cls(closed, free[touched], theta)
 
 
-def updated(
+def update_theta(
     recursion: Recursion,
     data: CompleteData,
     chains: Chains,
@@ -82,7 +82,7 @@ def updated(
         step: :math:`\\gamma`; 1 forgets everything.
         curved: whether the information of stepped entries is looked at anew.
     """
-    recursion, moved = _stepped(recursion, data, chains, theta, step=step, curved=curved)
+    recursion, moved = _gradient_step(recursion, data, chains, theta, step=step, curved=curved)
     if not recursion.closed:
         return recursion, moved
     if step == 1.0:
@@ -101,7 +101,7 @@ def _statistics(data: CompleteData, chains: Chains, reference: Tensor) -> Tensor
     return data.population.statistics(weights, chains.points, reference, data.observations.design)
 
 
-def _stepped(
+def _gradient_step(
     recursion: Recursion, data: CompleteData, chains: Chains, theta: Tensor, *, step: float, curved: bool
 ) -> tuple[Recursion, Tensor]:
     """A gradient step of the entries without closed form."""
