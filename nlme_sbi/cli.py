@@ -189,8 +189,8 @@ class _Job:
         """Run the stage as a job of a sweep, whose directory then tells which run it was."""
         from nlme_sbi.runs.sweeps import record_job  # loads torch: not before a launcher has set a job's threads
 
-        told = HydraConfig.get()
-        with record_job(Path(told.sweep.dir), told.job.num, list(told.overrides.task)):
+        hydra_config = HydraConfig.get()
+        with record_job(Path(hydra_config.sweep.dir), hydra_config.job.num, list(hydra_config.overrides.task)):
             return stage(cfg)
 
 
@@ -198,13 +198,13 @@ def _own_line() -> CommandLine:
     """What messages about other commands take over from this one."""
     from nlme_sbi.runs.remedies import CommandLine
 
-    told = HydraConfig.get()
+    hydra_config = HydraConfig.get()
     return CommandLine(
         config_directories=tuple(
-            source.path for source in told.runtime.config_sources if source.provider == "command-line"
+            source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"
         ),
-        overrides=tuple(told.overrides.task),
-        experiment=told.runtime.choices.get("experiment"),
+        overrides=tuple(hydra_config.overrides.task),
+        experiment=hydra_config.runtime.choices.get("experiment"),
     )
 
 

@@ -32,7 +32,7 @@ class Progress:
     ) -> None:
         self._total, self._unit, self._description, self._every = total, unit, description, every
         self._initial = self._done = done
-        self._start = self._told = time.monotonic()
+        self._start = self._reported = time.monotonic()
         terminal = sys.stderr.isatty()
         self._bar = (
             tqdm(
@@ -54,8 +54,8 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
             self._bar.update(count)
-        elif time.monotonic() - self._told >= self._every:
-            self._told = time.monotonic()
+        elif time.monotonic() - self._reported >= self._every:
+            self._reported = time.monotonic()
             self._show(metrics)
 
     def _show(self, metrics: dict[str, float | int]) -> None:

@@ -140,7 +140,7 @@ def gamma_3_quantile(probability: Float[Tensor, "*shape"]) -> Float[Tensor, "*sh
     normal = torch.special.ndtri(probability)
     found = 3 * (1 - 1 / 27 + normal / (3 * math.sqrt(3))).clamp_min(0.02) ** 3
     upper = probability > 0.5
-    wished = torch.where(upper, torch.log1p(-probability), probability.log())
+    target = torch.where(upper, torch.log1p(-probability), probability.log())
     for _ in range(8):
         above = 1 + found + 0.5 * found.square()
         log_density = 2 * found.log() - found - math.log(2)
@@ -149,7 +149,7 @@ def gamma_3_quantile(probability: Float[Tensor, "*shape"]) -> Float[Tensor, "*sh
         lower = torch.where(found < 0.3, _gamma_3_below(found), -torch.expm1(log_upper))
         tail = torch.where(upper, log_upper, lower.log())
         slope = torch.where(upper, -1.0, 1.0) * (log_density - tail).exp()
-        step = ((tail - wished) / (slope * found)).clamp(-1.0, 1.0)
+        step = ((tail - target) / (slope * found)).clamp(-1.0, 1.0)
         found = found * (-step).exp()
     quantile: Tensor = found
     return quantile

@@ -70,13 +70,13 @@ def _summarise(found: tuple[Finding, ...]) -> str:
         return "Nothing of this was checked."
     light = worst(found)
     gravest = next(one for one in found if one.light == light)
-    said = first_sentence(gravest.sentence)
+    sentence = first_sentence(gravest.sentence)
     if len(found) == 1:
-        return said
+        return sentence
     if light == "green":
-        return f"All {len(found)} checks passed: {_lower(said)}"
+        return f"All {len(found)} checks passed: {_lower(sentence)}"
     passed = sum(one.light == "green" for one in found)
-    return f"{passed} of {len(found)} checks passed; {_lower(said)}"
+    return f"{passed} of {len(found)} checks passed; {_lower(sentence)}"
 
 
 def _limits(findings: Mapping[Topic, Sequence[Finding]], *, by_likelihood: bool) -> Answer:
@@ -103,17 +103,19 @@ def _limits(findings: Mapping[Topic, Sequence[Finding]], *, by_likelihood: bool)
     question = "What limits the result, and what should be done next?"
     if light == "green":
         precision = next((one for _, one in weighed if one.check == "precision"), None)
-        said = "No check speaks against the result; what limits it is the number of individuals and of measurements."
+        sentence = (
+            "No check speaks against the result; what limits it is the number of individuals and of measurements."
+        )
         if precision is not None:
-            said += f" {first_sentence(precision.sentence)}"
-        return Answer("limits", question, light, "The data", said, rule)
+            sentence += f" {first_sentence(precision.sentence)}"
+        return Answer("limits", question, light, "The data", sentence, rule)
     words: Mapping[Light, str] = {"amber": "See here", "red": "Resolve this first", "grey": "Checks are missing"}
     if not gravest:
         return Answer("limits", question, "grey", words["grey"], "Nothing was checked.", rule)
-    said = gravest[0].sentence
+    sentence = gravest[0].sentence
     if len(gravest) > 1:
-        said += f" Then look at: {', '.join(_quote(one.title) for one in gravest[1:])}."
-    return Answer("limits", question, light, words[light], said, rule, tuple(gravest))
+        sentence += f" Then look at: {', '.join(_quote(one.title) for one in gravest[1:])}."
+    return Answer("limits", question, light, words[light], sentence, rule, tuple(gravest))
 
 
 def first_sentence(text: str) -> str:

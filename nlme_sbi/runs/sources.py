@@ -52,9 +52,9 @@ _imported: dict[str, tuple[ModuleSpec, str]] = {}
 class ChangedSources(ValueError):
     """A run was made with other code than there is now; ``commands`` make it again."""
 
-    def __init__(self, told: str, commands: Sequence[str] = ()) -> None:
-        super().__init__(told + " && ".join(commands))
-        self.sentence, self.commands = told, tuple(commands)
+    def __init__(self, text: str, commands: Sequence[str] = ()) -> None:
+        super().__init__(text + " && ".join(commands))
+        self.sentence, self.commands = text, tuple(commands)
 
     def and_then(self, command: str) -> ChangedSources:
         """The same with one more command, for what was made from that run."""
@@ -167,9 +167,9 @@ def _flat(kept: Mapping[str, Mapping[str, str]], sections: Iterable[str]) -> dic
 def _describe_changes(run: FinishedRun, differing: Sequence[str], paths: Mapping[str, Path | None]) -> ChangedSources:
     first = paths.get(differing[0])
     shown = differing[0] if first is None else f"{_short(first)} ({differing[0]})"
-    told = f"another {shown}" if len(differing) == 1 else f"{len(differing)} other files, first {shown}"
+    text = f"another {shown}" if len(differing) == 1 else f"{len(differing)} other files, first {shown}"
     return ChangedSources(
-        f"{run.path} was made with {told}: the code was changed since, and what the run holds does not belong to it. "
+        f"{run.path} was made with {text}: the code was changed since, and what the run holds does not belong to it. "
         "Put the code back as it was, or make the run again with the settings in its config.yaml: ",
         earlier_commands(run.manifest, run.path),
     )

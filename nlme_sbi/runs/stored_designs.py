@@ -131,16 +131,16 @@ class StoredDesign:
 def _check_names(path: Path, description: dict[str, Any]) -> None:
     """Refuse a description whose arrays are not those of a design, or do not belong together."""
     arrays = set(description["arrays"])
-    odd = sorted(arrays - set(DESIGN_ARRAYS)) or sorted(set(description["shared"]) - arrays)
+    unknown = sorted(arrays - set(DESIGN_ARRAYS)) or sorted(set(description["shared"]) - arrays)
     events = {name for name in DESIGN_ARRAYS if name.startswith("events.")}
     lacking = [name for name in ("times", "observed") if name not in arrays]
     lacking += sorted(events - arrays - {"events.follows"}) if events & arrays else []
     for name in ("covariates", "groups"):
         described = description.get(name) is not None
         lacking += [name] if described and name not in arrays else []
-        odd += [name] if not described and name in arrays else []
-    if odd or lacking:
-        reason = f"{odd[0]!r} is no array of a design" if odd else f"the array {lacking[0]} is missing"
+        unknown += [name] if not described and name in arrays else []
+    if unknown or lacking:
+        reason = f"{unknown[0]!r} is no array of a design" if unknown else f"the array {lacking[0]} is missing"
         raise ValueError(f"{path} does not describe a design: {reason}; run its stage again with fresh=true.")
 
 

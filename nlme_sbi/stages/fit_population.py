@@ -112,7 +112,11 @@ def fit_population(cfg: DictConfig) -> float:
     trust = tuple(plain["trust"])
     device = choose_device(plain["device"])
     upstream = find_posteriors(plain)
-    settings, wished, predicted = FitSettings.of(plain), IndividualSettings.of(plain), PredictionSettings.of(plain)
+    settings, individual_settings, predicted = (
+        FitSettings.of(plain),
+        IndividualSettings.of(plain),
+        PredictionSettings.of(plain),
+    )
     observations: Observations = part(plain["data"], Reader, where="data", trust=trust).read()
     log.info("%s", describe(observations))
     if not upstream:
@@ -172,13 +176,13 @@ def fit_population(cfg: DictConfig) -> float:
         simulator = upstream[0].section("simulator") if upstream else plain["simulator"]
         _save_tables(run, fit, simulator)
         generator = seeded(device, seed, Stream.FIT_INDIVIDUALS)
-        if wished.modes:
+        if individual_settings.modes:
             search = partial(individual_modes, fit, observations, posterior, generator=generator)
             fit = replace(fit, modes=attempt_part("The search for the individuals' modes", search))
             _save_tables(run, fit, simulator)
         log.info("\n%s", fit.table())
         attempt_part("influence.csv", partial(_save_influence, run, fit))
-        save_individuals(run, fit, observations, draws=wished.draws, generator=generator)
+        save_individuals(run, fit, observations, draws=individual_settings.draws, generator=generator)
         if predicted.table:
             noise = seeded(device, seed, Stream.FIT_PREDICTIONS)
             made = partial(predictions_frame, fit, observations, posterior.simulator, settings=predicted)

@@ -136,11 +136,11 @@ def predict(cfg: DictConfig) -> None:
             load_run(run.path, stage="predict")
             return
         thetas = _thetas(fit, settings, sampled, seeded(device, int(plain["seed"]), Stream.PREDICT_THETA))
-        made, said = _predict_groups(fit, plan, thetas, settings, seed=int(plain["seed"]))
-        for word in said:
+        made, warnings = _predict_groups(fit, plan, thetas, settings, seed=int(plain["seed"]))
+        for word in warnings:
             log.warning(word)
         _save(run, fit, made, thetas, settings, with_data=plan.like_the_data)
-        run.finish(_results(made, settings, said))
+        run.finish(_results(made, settings, warnings))
     log.info("Results: %s (predictions.csv, *.png)", run.path)
 
 
@@ -237,7 +237,7 @@ def _predict_groups(
     fit: StoredFit, plan: Plan, thetas: Float[Tensor, "K P"], settings: PredictionSettings, *, seed: int
 ) -> tuple[list[Predictions], list[str]]:
     """Both groups, and what must be said of them."""
-    said, made, simulator = [], [], fit.posterior.simulator
+    warnings, made, simulator = [], [], fit.posterior.simulator
     noise = seeded(fit.device, seed, Stream.PREDICT_NOISE)
     if plan.known is not None and fit.draws is not None:
         found = individuals_over_theta(
@@ -249,14 +249,14 @@ def _predict_groups(
             log_likelihood=fit.log_likelihood(plan.known.rows),
             generator=seeded(fit.device, seed, Stream.PREDICT_KNOWN),
         )
-        said += _support_warnings(found.support, plan.known.ids)
+        warnings += _support_warnings(found.support, plan.known.ids)
         made.append(_group("individual", plan.known.ids, plan.known.design, found.phi, simulator, settings, noise))
     if plan.new is not None:
         phi = new_individuals(fit.population, thetas, plan.new.design, seeded(fit.device, seed, Stream.PREDICT_NEW))
         made.append(_group("new individual", plan.new.ids, plan.new.design, phi, simulator, settings, noise))
     for group in made:
-        said += _failure_warnings(group)
-    return made, said
+        warnings += _failure_warnings(group)
+    return made, warnings
 
 
 def _group(
@@ -386,13 +386,13 @@ def _save_draws(
             save_array(run.path / "draws" / f"{name}_predictions.npy", found.noise_free)
 
 
-def _results(made: list[Predictions], settings: PredictionSettings, said: list[str]) -> dict[str, Any]:
+def _results(made: list[Predictions], settings: PredictionSettings, warnings: list[str]) -> dict[str, Any]:
     counts = {group.kind: len(group.ids) for group in made}
     return {
         "individuals": counts.get("individual", 0),
         "new_individuals": counts.get("new individual", 0),
         "draws": settings.draws,
-        "warnings": said,
+        "warnings": warnings,
     }
 
 

@@ -109,9 +109,9 @@ def rebuild_state(fit: StoredFit, estimator: Estimator, generator: torch.Generat
             raise TypeError(f"estimator {estimator.name} neither prepares draws nor makes them for a theta.")
         else:
             state = prepared
-        wished = fit.estimates.draws or 0
-        while state.draws < wished:
-            better = estimator.improve(state, fit.theta, observations, generator, times=-(-wished // state.draws))
+        target = fit.estimates.draws or 0
+        while state.draws < target:
+            better = estimator.improve(state, fit.theta, observations, generator, times=-(-target // state.draws))
             if isinstance(better, str):
                 break
             state = better

@@ -23,14 +23,14 @@ def model_finding(tests: ResidualTests) -> Finding:
     light: Light = (
         "green" if not rejected else "red" if tests.has_many_outliers or tests.correlation > _STRONG else "amber"
     )
-    told = f"neighbouring residuals are correlated by {tests.correlation:.2f}"
+    extent = f"neighbouring residuals are correlated by {tests.correlation:.2f}"
     most = _WORDS[STATISTICS[int(tests.common.argmax())]]
     if light == "green":
-        sentence = f"Residuals about the individuals' best fits look like noise (p = {tests.p_model:.2g}; {told})."
+        sentence = f"Residuals about the individuals' best fits look like noise (p = {tests.p_model:.2g}; {extent})."
     else:
         sentence = (
             f"The simulator cannot make these data: residuals about the individuals' best fits are not like noise, "
-            f"foremost because {most} (p = {tests.p_model:.2g}; {told}; {100 * share:.0f}% of the individuals are "
+            f"foremost because {most} (p = {tests.p_model:.2g}; {extent}; {100 * share:.0f}% of the individuals are "
             "outliers by themselves). Look at their fits, and change the mechanism or the noise model; posteriors of "
             "its parameters are too narrow."
         )

@@ -100,11 +100,11 @@ def best_fits(
     draws = draws.double()
     first = draws.gather(1, order[:, :starts, None].expand(-1, -1, draws.shape[2]))
     found = data.describe_fit(*_climb_all(data, first, steps))
-    odd = _outliers(found, data)
-    if len(odd):
-        more = _other_starts(data, found, odd, draws.gather(1, order[..., None].expand_as(draws)), starts)
-        again = data[odd].describe_fit(*_climb_all(data[odd], more, 2 * steps))
-        found = _merge(found, again, odd)
+    outliers = _outliers(found, data)
+    if len(outliers):
+        more = _other_starts(data, found, outliers, draws.gather(1, order[..., None].expand_as(draws)), starts)
+        again = data[outliers].describe_fit(*_climb_all(data[outliers], more, 2 * steps))
+        found = _merge(found, again, outliers)
     return found
 
 
@@ -243,9 +243,9 @@ class _Data:
             residuals, slopes, _ = some.linearise(phi[rows, None])
             slopes = slopes[:, 0]
             _, size, basis = torch.linalg.svd(slopes, full_matrices=False)
-            told = (size > _SINGULAR * size[:, :1]) & (size > 0)
+            determined = (size > _SINGULAR * size[:, :1]) & (size > 0)
             short = slopes.shape[1] - basis.shape[1]  # fewer measurements than parameters
-            basis = torch.nn.functional.pad(basis * told[..., None], (0, 0, 0, short))
+            basis = torch.nn.functional.pad(basis * determined[..., None], (0, 0, 0, short))
             sd = some.moments(phi[rows, None])[1][:, 0].exp().nan_to_num(1.0, posinf=1.0)
             parts.append((residuals[:, 0], basis, sd))
         residuals, directions, sd = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -296,7 +296,7 @@ def project_out(values: Float[Tensor, "I *m n"], directions: Float[Tensor, "I D 
     return (flat - (flat @ directions.transpose(1, 2)) @ directions).reshape(values.shape)
 
 
-def _outliers(found: BestFits, data: _Data) -> Int[Tensor, " odd"]:
+def _outliers(found: BestFits, data: _Data) -> Int[Tensor, " outliers"]:
     """Individuals whose residuals look unlike noise, the worst first, at most a fifth of all (or fifty)."""
     left = project_out(found.residuals, found.directions).reshape(len(found.phi), -1, data.design.observed.shape[2])
     count = data.mask.sum(1).clamp_min(2)
@@ -310,24 +310,24 @@ def _outliers(found: BestFits, data: _Data) -> Int[Tensor, " odd"]:
 
 
 def _other_starts(
-    data: _Data, found: BestFits, odd: Int[Tensor, " odd"], ranked: Float[Tensor, "I S D"], starts: int
-) -> Float[Tensor, "odd m D"]:
+    data: _Data, found: BestFits, outliers: Int[Tensor, " outliers"], ranked: Float[Tensor, "I S D"], starts: int
+) -> Float[Tensor, "outliers m D"]:
     """Where outliers start again: at other draws, at others' fits, and at mirror images of where they are."""
     others = found.phi[torch.isfinite(found.objective)][:_OTHERS]
-    begin = [ranked[odd, starts : 3 * starts], found.phi[odd, None]]
-    parts = torch.split(odd, data.at_once(max(len(others), 1)))
+    begin = [ranked[outliers, starts : 3 * starts], found.phi[outliers, None]]
+    parts = torch.split(outliers, data.at_once(max(len(others), 1)))
     if len(others):
         fits = [others[_rank(data[rows], others.expand(len(rows), -1, -1))[:, :starts]] for rows in parts]
         begin.append(torch.cat(fits))
     for pair in data.simulator.exchangeable:
         first, second = data.simulator.parameters.indices(list(pair))
-        mirrored = found.phi[odd].clone()
+        mirrored = found.phi[outliers].clone()
         mirrored[:, [first, second]] = mirrored[:, [second, first]]
         begin.append(mirrored[:, None])
     return torch.cat(begin, 1)
 
 
-def _merge(found: BestFits, again: BestFits, rows: Int[Tensor, " odd"]) -> BestFits:
+def _merge(found: BestFits, again: BestFits, rows: Int[Tensor, " outliers"]) -> BestFits:
     """The better of two fits of each individual."""
     better = again.objective > found.objective[rows]
     change, taken = rows[better], torch.nonzero(better)[:, 0]

@@ -16,7 +16,7 @@ from nlme_sbi.types import Observations, Simulator, TractableSimulator
 _POINTS = 120  # of a curve
 _DRAWS = 200  # of each individual; a 95% band needs no more
 _COPIES = 5
-_EVERYBODY = 24  # individuals, up to which all are shown
+_SHOW_ALL = 24  # individuals, up to which all are shown
 Reason = Literal["representative", "worst fit", "fewest effective draws", "chosen"]
 REASONS: tuple[Reason, ...] = ("chosen", "representative", "worst fit", "fewest effective draws")  # in this order
 
@@ -91,7 +91,7 @@ def choose_individuals(
             found[row] = found[row] if found.get(row) == "chosen" else "worst fit"
     for row in torch.argsort(ess)[: max(1, each // 2)].tolist():
         found.setdefault(row, "fewest effective draws")
-    if count <= _EVERYBODY:
+    if count <= _SHOW_ALL:
         for row in range(count):
             found.setdefault(row, "representative")
     position = {row: place for place, row in enumerate(order)}

@@ -143,8 +143,8 @@ def _thin(observations: Observations, most: int) -> tuple[Observations, Int[Tens
     order = sort_measured_first(there, 1)
     count = there.sum(1, keepdim=True).clamp_min(1)
     rank = torch.arange(keep, device=mask.device).expand(individuals, -1)
-    wished = torch.where(count > keep, ((rank + 0.5) * count / keep).floor().long(), rank)
-    places = order.gather(1, wished.clamp_max(times - 1)).sort(1).values
+    rank_kept = torch.where(count > keep, ((rank + 0.5) * count / keep).floor().long(), rank)
+    places = order.gather(1, rank_kept.clamp_max(times - 1)).sort(1).values
     wide = places[..., None].expand(-1, -1, signals)
 
     def picked(values: Tensor | None) -> Tensor | None:
@@ -216,10 +216,10 @@ def _scores(
     """Normal scores of places among the copies; a place is random within its gap, so that none is infinite."""
     count = copies.shape[1]
     ordered = copies.transpose(1, 2).sort(2).values.contiguous()
-    sought = values.transpose(1, 2).contiguous()
-    low = torch.searchsorted(ordered, sought)
-    high = torch.searchsorted(ordered, sought, right=True)
-    where = torch.rand(sought.shape, generator=generator, dtype=sought.dtype, device=sought.device)
+    queries = values.transpose(1, 2).contiguous()
+    low = torch.searchsorted(ordered, queries)
+    high = torch.searchsorted(ordered, queries, right=True)
+    where = torch.rand(queries.shape, generator=generator, dtype=queries.dtype, device=queries.device)
     place = (low + (high - low + 1) * where) / (count + 1)
     tiny = 0.5 / (count + 1)
     scores: Tensor = torch.special.ndtri(place.clamp(tiny, 1 - tiny)).transpose(1, 2)
@@ -297,7 +297,7 @@ def prediction_errors_finding(errors: PredictionErrors, *, level: float = 0.05) 
     rejected = tests.p_value <= level
     gross = abs(tests.mean) > _GROSS_MEAN or not 1 / _GROSS_VARIANCE < tests.variance < _GROSS_VARIANCE
     light: Light = "green" if not rejected else "red" if gross else "amber"
-    told = (
+    statement = (
         f"The normalised prediction distribution errors have mean {tests.mean:.2f} and variance {tests.variance:.2f}, "
         f"where 0 and 1 are expected (p = {tests.p_mean:.2g} and {tests.p_variance:.2g}; shape: {tests.p_shape:.2g})."
     )
@@ -309,7 +309,7 @@ def prediction_errors_finding(errors: PredictionErrors, *, level: float = 0.05) 
         check="npde",
         title="Normalised prediction distribution errors",
         light=light,
-        sentence=told + (advice if rejected else ""),
+        sentence=statement + (advice if rejected else ""),
         rule=(
             f"Mean, variance and shape against simulated data sets, three times the smallest p-value: green above "
             f"{level:g}, so at most {100 * level:g}% false alarms (fewer, because parameters were estimated from the "

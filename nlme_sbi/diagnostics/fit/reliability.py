@@ -126,12 +126,12 @@ def monte_carlo_finding(unknowns: Sequence[EstimatedUnknown]) -> Finding:
     largest = errors[worst]
     light: Light = "green" if largest <= _SMALL else "amber" if largest <= _LARGE else "red"
     size = f"{largest:.2g}" if math.isfinite(largest) else "an unknown number of"
-    told = f"Other draws or another seed would move estimates by up to {size} standard errors (worst: {worst})."
+    statement = f"Other draws or another seed would move estimates by up to {size} standard errors (worst: {worst})."
     return Finding(
         check="monte_carlo",
         title="Sensitivity to draws and seeds",
         light=light,
-        sentence=told + ("" if light == "green" else " Fit again with more draws (fit.accuracy=0.05)."),
+        sentence=statement + ("" if light == "green" else " Fit again with more draws (fit.accuracy=0.05)."),
         rule=(
             f"Monte-Carlo standard error and bias together, in standard errors of the estimate: green up to {_SMALL:g} "
             f"(adds {100 * (math.hypot(1, _SMALL) - 1):.0f}% to them), amber up to {_LARGE:g} (adds "

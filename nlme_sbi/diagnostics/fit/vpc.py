@@ -336,7 +336,7 @@ def vpc_finding(check: VisualPredictiveCheck, *, level: float = 0.05) -> Finding
     rejected = check.p_value <= level
     light: Light = "green" if not rejected else "red" if check.outside > 0.5 else "amber"
     kind = "prediction-corrected quantiles" if corrected else "quantiles"
-    told = (
+    statement = (
         f"{100 * check.outside:.0f}% of the data's {kind} over time lie outside the {100 * check.confidence:g}% bands "
         f"of {check.replicates} simulated data sets (p = {check.p_value:.2g})"
     )
@@ -345,7 +345,7 @@ def vpc_finding(check: VisualPredictiveCheck, *, level: float = 0.05) -> Finding
         check="vpc_corrected" if corrected else "vpc",
         title="Visual predictive check" + (", prediction-corrected" if corrected else ""),
         light=light,
-        sentence=f"{told}." + (advice if rejected else ""),
+        sentence=f"{statement}." + (advice if rejected else ""),
         rule=(
             f"Green where the data's quantiles are no farther from the simulated ones (mean squared distance in SDs) "
             f"than those of a simulated data set are in {100 * level:g}% of cases, so at most {100 * level:g}% false "

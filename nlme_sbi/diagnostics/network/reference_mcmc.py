@@ -216,10 +216,10 @@ class _Sampler:
     def _swap(self, pair: tuple[int, int]) -> None:
         """Half of the walkers propose the other labelling; where the prior likes both alike, all take it."""
         proposal = _exchange(self.phi, pair)
-        wishes = self._uniform(self.log_density.shape) < 0.5
+        is_proposed = self._uniform(self.log_density.shape) < 0.5
         prior = self.target.posterior.prior
         log_ratio = prior.log_prob(proposal) - prior.log_prob(self.phi)  # the likelihood does not change
-        taken = wishes & (self._uniform(self.log_density.shape).log() < log_ratio)
+        taken = is_proposed & (self._uniform(self.log_density.shape).log() < log_ratio)
         self.phi = torch.where(taken[..., None], proposal, self.phi)
         self.log_density = torch.where(taken, self.log_density + log_ratio, self.log_density)
 

@@ -161,13 +161,13 @@ class Exact(OfLikelihood):
         self,
         state: ExactDraws,
         changed: Tensor,
-        climbers: tuple[Tensor, Tensor],
+        begin: tuple[Tensor, Tensor],
         source: Source,
         observations: Observations,
         generator: torch.Generator,
     ) -> ExactDraws:
         """The same draws, but those of the ``changed`` individuals made anew from where the climbers begin."""
-        rows, starts = climbers
+        rows, starts = begin
         place = torch.full((state.individuals,), -1, dtype=torch.int64, device=rows.device)
         place[changed] = torch.arange(len(changed), device=rows.device)
         mine = place[rows] >= 0
@@ -194,7 +194,7 @@ class Exact(OfLikelihood):
     def _make_draws(
         self,
         joint: JointDensity,
-        climbers: tuple[Tensor, Tensor],
+        begin: tuple[Tensor, Tensor],
         source: Source,
         observations: Observations,
         generator: torch.Generator,
@@ -203,7 +203,7 @@ class Exact(OfLikelihood):
     ) -> ExactDraws:
         """Modes from where the climbers begin, mixtures on them, draws."""
         individuals = len(observations)
-        laplace, at = modes_with_images(joint, *climbers)
+        laplace, at = modes_with_images(joint, *begin)
         missing = individuals_without_rows(laplace.rows, individuals)
         if len(missing):
             more = choose_more_mode_starts(joint, missing, source, observations, generator)

@@ -196,10 +196,10 @@ def draws_without_variability(joint: JointDensity, training: Prior) -> ExactDraw
 def refine_bad_mixtures(state: ExactDraws, generator: torch.Generator) -> ExactDraws:
     """Mixtures with few effective draws are refined, and their individuals drawn again where that helped; those that
     were helped and are still bad again."""
-    worth_trying = torch.ones(state.individuals, dtype=torch.bool, device=state.made_for.device)
+    to_try = torch.ones(state.individuals, dtype=torch.bool, device=state.made_for.device)
     for _ in range(_REFINEMENTS):
         before = effective_draws(state, state.made_for)
-        bad = torch.nonzero((before < _BAD * state.draws) & worth_trying)[:, 0]
+        bad = torch.nonzero((before < _BAD * state.draws) & to_try)[:, 0]
         if len(bad) == 0:
             break
         better = refine_mixtures(state.joint, state.mixed[bad], bad, state.draws, generator)
@@ -208,7 +208,7 @@ def refine_bad_mixtures(state: ExactDraws, generator: torch.Generator) -> ExactD
         if not bool(helped.any()):
             break
         chosen = bad[helped]
-        worth_trying = torch.zeros_like(worth_trying).index_fill(0, chosen, True)
+        to_try = torch.zeros_like(to_try).index_fill(0, chosen, True)
         kept = _rows(_concatenate(trial.blocks), chosen)
         state = state.replace_rows(chosen, better[torch.nonzero(helped)[:, 0]], (kept,))
     return state
@@ -278,8 +278,8 @@ def _resample_systematically(weights: Float[Tensor, "I S"], order: Tensor, count
     """Systematic resampling of ``count`` draws in a random order."""
     shuffled = weights.gather(1, order)
     ends = shuffled.cumsum(1)
-    wished = (torch.arange(count, dtype=weights.dtype, device=weights.device) + 0.5) / count
-    place = torch.searchsorted(ends.contiguous(), wished.expand(len(weights), -1).contiguous())
+    quantiles = (torch.arange(count, dtype=weights.dtype, device=weights.device) + 0.5) / count
+    place = torch.searchsorted(ends.contiguous(), quantiles.expand(len(weights), -1).contiguous())
     return order.gather(1, place.clamp_max(weights.shape[1] - 1))
 
 

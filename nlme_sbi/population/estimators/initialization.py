@@ -20,10 +20,10 @@ from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.types import Observations, Simulator, TractableSimulator
 
 _FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from
-_CLIMBERS = 3  # starts of Newton's method for each individual, before symmetries
-_LAST_DRAWS, _LAST_CLIMBERS = 200, 8  # of individuals whose modes were lost
+_MODE_STARTS = 3  # starts of Newton's method for each individual, before symmetries
+_LAST_DRAWS, _MORE_MODE_STARTS = 200, 8  # of individuals whose modes were lost
 _OUT_OF_REACH = 500.0  # log density of a mirror image below its mode at which it is given up without a look
-_HOPELESS = 15.0  # and below which its summit is expected when it is not climbed
+_TOO_LOW = 15.0  # and below which its summit is expected when it is not climbed
 
 
 def require_likelihood(simulator: Simulator | None, source: Source, estimator: str) -> TractableSimulator:
@@ -92,7 +92,7 @@ def choose_mode_starts(
     points = torch.cat(pool, 1)
     value = joint.value(every, points)
     chosen = []
-    for _ in range(min(_CLIMBERS, points.shape[1])):
+    for _ in range(min(_MODE_STARTS, points.shape[1])):
         best = value.argmax(1)
         chosen.append(points[every, best])
         distance = ((points - chosen[-1][:, None]) / spread).norm(dim=2)
@@ -147,10 +147,10 @@ def _promising_images(joint: JointDensity, found: LaplaceComponents, at: Expansi
     if len(rows) == 0:
         return rows, points
     # The likelihood of an image is that of its mode: only the population speaks against it, and it is about quadratic.
-    worth = torch.nonzero(joint.value(rows, points[:, None])[:, 0] > top - _OUT_OF_REACH)[:, 0]
-    there = joint.expand(rows[worth], points[worth])
-    hopeful = worth[there.value + 2 * promised_gain(joint, rows[worth], there) > top[worth] - _HOPELESS]
-    return rows[hopeful], points[hopeful]
+    near = torch.nonzero(joint.value(rows, points[:, None])[:, 0] > top - _OUT_OF_REACH)[:, 0]
+    there = joint.expand(rows[near], points[near])
+    promising = near[there.value + 2 * promised_gain(joint, rows[near], there) > top[near] - _TOO_LOW]
+    return rows[promising], points[promising]
 
 
 def is_near(joint: JointDensity, theta: Tensor, *, constants: float = 0.01) -> bool:
@@ -207,6 +207,6 @@ def choose_more_mode_starts(
     around = centres[:, None] + reach[:, None] * scales[:, None] * noise
     points = torch.cat([pool, around], 1)
     value = joint.value(missing, points)
-    best = value.topk(min(_LAST_CLIMBERS, points.shape[1]), 1).indices
+    best = value.topk(min(_MORE_MODE_STARTS, points.shape[1]), 1).indices
     chosen = points.gather(1, best[..., None].expand(-1, -1, points.shape[2]))
     return missing.repeat_interleave(chosen.shape[1]), chosen.flatten(0, 1)

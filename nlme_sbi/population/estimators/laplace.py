@@ -121,12 +121,12 @@ class Laplace(OfLikelihood):
     def _make_draws(
         self,
         joint: JointDensity,
-        climbers: tuple[Tensor, Tensor],
+        begin: tuple[Tensor, Tensor],
         source: Source,
         observations: Observations,
         generator: torch.Generator,
     ) -> LaplaceDraws:
-        found = modes_with_images(joint, *climbers)
+        found = modes_with_images(joint, *begin)
         missing = individuals_without_rows(found[0].rows, len(observations))
         if len(missing):
             more = choose_more_mode_starts(joint, missing, source, observations, generator)

@@ -203,7 +203,7 @@ class LaplaceDraws:
         """What Laplace's approximation does not tell, a rough measure of it, and where its curvature means nothing."""
         apart, error = check_by_sampling(self, theta)
         total, noise = 2 * float(apart.sum()), 2 * float(error.square().sum().sqrt())
-        said = [
+        warnings = [
             "Estimates and -2 log L are those of Laplace's approximation (the mode and curvature of each individual). "
             "Its error is not known from it; it is small with many measurements an individual, and can be large with "
             "few, with skewed or flat posteriors and with a likelihood that has kinks. A rough check by importance "
@@ -213,7 +213,7 @@ class LaplaceDraws:
         far = torch.nonzero(apart.abs() > _APART + 4 * error)[:, 0]
         if len(far) > 0:
             far = far[torch.argsort(apart[far].abs(), descending=True)]
-            said.append(
+            warnings.append(
                 f"Laplace's approximation is poor (log likelihood off by more than {_APART:g}) for {len(far)} of "
                 f"{self.individuals} individuals, worst first: {list_ids(ids, far)}."
             )
@@ -221,18 +221,18 @@ class LaplaceDraws:
         for block in self.blocks:
             blunt[block.modes.rows[~block.at(theta).sound]] = True
         if bool(blunt.any()):
-            said.append(
+            warnings.append(
                 f"The most likely point of {int(blunt.sum())} of {self.individuals} individuals has no curvature of a "
                 f"mode (a kink or a ridge): {list_ids(ids, torch.nonzero(blunt)[:, 0])}. Laplace's approximation means "
                 "nothing there."
             )
-        return tuple(said)
+        return tuple(warnings)
 
 
 def assemble_draws(joint: JointDensity, training: Prior, modes: LaplaceComponents) -> LaplaceDraws:
     """The state of a fit from modes that are sorted by individual, for ``joint.theta``."""
-    everybody = torch.arange(len(joint.observations), device=joint.theta.device)
-    blocks = tuple(_block(joint, modes, rows) for rows in torch.split(everybody, _BLOCK))
+    every = torch.arange(len(joint.observations), device=joint.theta.device)
+    blocks = tuple(_block(joint, modes, rows) for rows in torch.split(every, _BLOCK))
     return LaplaceDraws(joint, training, modes, blocks)
 
 

@@ -296,8 +296,8 @@ class RatioDraws:
     def half(self, which: int) -> RatioDraws:
         """Every other draw, with the mixtures adapted to these."""
         phi, mixtures = self.phi[:, which::2], self.mixtures
-        everybody = torch.arange(self.individuals, device=phi.device)
-        log_weights = self._weights_of(everybody, slice(which, None, 2))
+        every = torch.arange(self.individuals, device=phi.device)
+        log_weights = self._weights_of(every, slice(which, None, 2))
         if mixtures is not None:
             drawn = equal_draws(phi, log_weights)
             mixtures = fit_mixtures(drawn, mixtures.log_weights.shape[1], start=mixtures)

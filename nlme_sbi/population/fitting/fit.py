@@ -136,19 +136,19 @@ def _fit_once(
     chosen, _ = choose_estimator(Auto() if estimator is None else estimator, posterior_or_samples)
     declared = declared_pairs(posterior_or_samples, chosen)
     require_orderable(model, declared)
-    say = progress or discard
+    report = progress or discard
     if isinstance(chosen, ThetaDependentEstimator):
-        task = Task(chosen, posterior_or_samples, observations, model, generator, say, kept)
+        task = Task(chosen, posterior_or_samples, observations, model, generator, report, kept)
         outcome = fit_likelihood(task, starts=starts, accuracy=accuracy, begin=_theta_from_values(begin, model))
     else:
         inputs = (posterior_or_samples, observations, generator)
-        outcome = fit_fixed_draws(chosen, model, inputs, starts=starts, accuracy=accuracy, say=say)
-        theta = outcome.optimum.summit.theta
+        outcome = fit_fixed_draws(chosen, model, inputs, starts=starts, accuracy=accuracy, report=report)
+        theta = outcome.optimum.maximum.theta
         likelihood = compare_with_likelihood(posterior_or_samples, observations, model, theta, generator)
         outcome = replace(outcome, warnings=(*outcome.warnings, *likelihood))
-    state, theta = outcome.state, outcome.optimum.summit.theta
+    state, theta = outcome.state, outcome.optimum.maximum.theta
     individuals = individual_estimates(state, theta)
-    said = (
+    warnings = (
         *warn_of_few_individuals(model, len(observations)),
         *warn_of_lone_maximum(outcome.restarts),
         *warn_beyond_prior(model, outcome.restarts),
@@ -159,7 +159,7 @@ def _fit_once(
         *outcome.warnings,
         *heavy_tails(individuals.pareto_k, observations.ids),
     )
-    fit = _result(outcome, individuals, chosen=chosen, observations=observations, said=said)
+    fit = _result(outcome, individuals, chosen=chosen, observations=observations, warnings=warnings)
     redraw = Redraw(chosen, posterior_or_samples, observations) if isinstance(chosen, ThetaDependentEstimator) else None
     return replace(fit, labelling=labelling_notes(model, declared, theta), redraw=redraw)
 
@@ -216,10 +216,10 @@ def _result(
     *,
     chosen: Estimator,
     observations: Observations,
-    said: tuple[str, ...],
+    warnings: tuple[str, ...],
 ) -> PopulationFit:
     state, optimum = outcome.state, outcome.optimum
-    theta, free = optimum.summit.theta, state.population.unknowns.free.to(optimum.summit.theta.device)
+    theta, free = optimum.maximum.theta, state.population.unknowns.free.to(optimum.maximum.theta.device)
     covariance = torch.zeros((len(theta), len(theta)), dtype=theta.dtype, device=theta.device)
     known = optimum.covariance if optimum.covariance is not None else torch.full((len(free), len(free)), math.nan)
     covariance[free[:, None], free] = known.to(covariance)
@@ -230,14 +230,14 @@ def _result(
         absolute=chosen.absolute,
         theta=theta,
         covariance=covariance,
-        objective=optimum.summit.objective,
+        objective=optimum.maximum.objective,
         monte_carlo=optimum.error,
         individuals=individuals,
         draws=state.draws,
         restarts=outcome.restarts,
         converged=outcome.converged,
         message=f"{outcome.message} {describe_starts(outcome.restarts)}".strip(),
-        warnings=said,
+        warnings=warnings,
         measurements=int(observations.uncensored.sum()),
         state=state,
         approximation=chosen.approximation,

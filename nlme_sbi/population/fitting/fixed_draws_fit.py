@@ -34,27 +34,27 @@ def fit_fixed_draws(
     *,
     starts: int,
     accuracy: float,
-    say: Report,
+    report: Report,
 ) -> Outcome:
     """For estimators whose draws do not depend on theta: starts, the best polished on draws that are good enough."""
     source, observations, generator = inputs
-    say(FitProgress("draws", 0, 0))
+    report(FitProgress("draws", 0, 0))
     with torch.no_grad():
         first = chosen.prepare(source, observations, model, generator)
     if isinstance(first, NoDraws):
         raise TypeError(f"estimator {chosen.name} neither prepares draws nor makes them for a theta.")
-    explored = run_multistart(first, observations.ids, generator, starts=starts, say=say)
+    explored = run_multistart(first, observations.ids, generator, starts=starts, report=report)
     for _ in range(_LABELLINGS):
         state, optimum, shortage = _optimise_with_enough_draws(
-            chosen, first, explored, inputs, accuracy=accuracy, say=say
+            chosen, first, explored, inputs, accuracy=accuracy, report=report
         )
-        wished = apply_ordering(model, optimum.summit.theta)
-        if wished is optimum.summit.theta:
+        ordered = apply_ordering(model, optimum.maximum.theta)
+        if ordered is optimum.maximum.theta:
             break
         explored = replace(
-            explored, best=replace(optimum.summit, theta=wished), information=rough_information(first, wished)
+            explored, best=replace(optimum.maximum, theta=ordered), information=rough_information(first, ordered)
         )
-    step = optimum.summit.step
+    step = optimum.maximum.step
     left = "unknown" if step is None else f"{step:.2g} standard errors"
     converged = step is not None and step < _CONVERGED and optimum.covariance is not None
     return Outcome(
@@ -74,21 +74,21 @@ def _optimise_with_enough_draws(
     inputs: tuple[Source, Observations, torch.Generator],
     *,
     accuracy: float,
-    say: Report,
+    report: Report,
 ) -> tuple[WeightedDraws, Optimum, str]:
     """The optimum on draws that are good enough, or as good as they get and why they are no better."""
-    optimum = _optimise(state, explored.best.theta, explored.information, say)
+    optimum = _optimise(state, explored.best.theta, explored.information, report)
     free = state.population.unknowns.free
     while not max(optimum.worst(free)) < accuracy:
         if optimum.covariance is None:
             break
         with torch.no_grad():
             times = _draw_factor(max(optimum.worst(free)) / accuracy)
-            better = chosen.improve(state, optimum.summit.theta, inputs[1], inputs[2], times=times)
+            better = chosen.improve(state, optimum.maximum.theta, inputs[1], inputs[2], times=times)
         if isinstance(better, str):
             return state, optimum, better
         state = better
-        optimum = _optimise(state, optimum.summit.theta, optimum.information, say)
+        optimum = _optimise(state, optimum.maximum.theta, optimum.information, report)
     return state, optimum, ""
 
 
@@ -97,7 +97,7 @@ def _draw_factor(ratio: float) -> int:
     return 2 ** min(4, max(1, math.ceil(2 * math.log2(ratio)))) if math.isfinite(ratio) else 2
 
 
-def _optimise(state: WeightedDraws, theta: Tensor, information: Tensor, say: Report) -> Optimum:
+def _optimise(state: WeightedDraws, theta: Tensor, information: Tensor, report: Report) -> Optimum:
     """L-BFGS and Newton steps on all draws, then both kinds of error."""
     _, info = torch.linalg.cholesky_ex(information)
     if int(info) != 0:
@@ -107,12 +107,12 @@ def _optimise(state: WeightedDraws, theta: Tensor, information: Tensor, say: Rep
     def watch(objective: float) -> None:
         nonlocal evaluations
         evaluations += 1
-        say(FitProgress("polish", evaluations, 0, objective))
+        report(FitProgress("polish", evaluations, 0, objective))
 
-    summit = lbfgs(state, theta, information, tolerance=0.02, watch=watch)
-    say(FitProgress("curvature", 0, 0, summit.objective))
-    summit, information = newton(state, summit.theta)
+    maximum = lbfgs(state, theta, information, tolerance=0.02, watch=watch)
+    report(FitProgress("curvature", 0, 0, maximum.objective))
+    maximum, information = newton(state, maximum.theta)
     covariance = covariance_from(information)
-    say(FitProgress("Monte-Carlo error", 0, 0, summit.objective))
-    error = monte_carlo_error(state, summit.theta, covariance, summit.objective)
-    return Optimum(summit, information, covariance, error)
+    report(FitProgress("Monte-Carlo error", 0, 0, maximum.objective))
+    error = monte_carlo_error(state, maximum.theta, covariance, maximum.objective)
+    return Optimum(maximum, information, covariance, error)

@@ -88,5 +88,5 @@ def _precision_weighted_mean(phi: Float[Tensor, "I S W"], weights: Float[Tensor,
 
 
 def _with_given_starts(theta: Tensor, population: PopulationModel) -> Tensor:
-    wished = population.unknowns.starts.to(theta)
-    return torch.where(torch.isnan(wished), theta, wished)
+    given = population.unknowns.starts.to(theta)
+    return torch.where(torch.isnan(given), theta, given)

@@ -74,35 +74,35 @@ def labelling_notes(
     model: PopulationModel, declared: tuple[Pair, ...] | None, theta: Float[Tensor, " P"]
 ) -> tuple[str, ...]:
     """A sentence on each exchangeable pair: whether labels are a choice in this model, and which ``theta`` shows."""
-    said = []
+    notes = []
     for first, second in declared or ():
         # A line of a table that begins with a parameter's name is its row.
         exchange = f"Labels: {first} and {second} can be exchanged without changing the"
         if not isinstance(model, ExchangeableModel):
-            said.append(f"{exchange} prediction; these estimates may show one of two equivalent labellings.")
+            notes.append(f"{exchange} prediction; these estimates may show one of two equivalent labellings.")
             continue
         reason, chain = model.why_not_exchangeable(first, second), _chain_of(model, first, second)
         if reason:
-            said.append(
+            notes.append(
                 f"{exchange} prediction, but not in this population model, because {reason}: the model itself tells "
                 "them apart."
             )
         elif chain and apply_ordering(model, theta) is not theta:
-            said.append(
+            notes.append(
                 f"{exchange} likelihood; the fit did not stay under the labelling asked for (population.ordering): "
                 "this is the other one. Typical values may be equal within their errors."
             )
         elif chain:
             high, low = (first, second) if chain.index(first) < chain.index(second) else (second, first)
-            said.append(
+            notes.append(
                 f"{exchange} likelihood; shown with {high} > {low} for the typical individual (population.ordering)."
             )
         else:
-            said.append(
+            notes.append(
                 f"{exchange} likelihood; these estimates show one of two equivalent labellings. "
                 f"population.ordering=[{first},{second}] makes the choice unique."
             )
-    return tuple(said)
+    return tuple(notes)
 
 
 def exchange_between(

@@ -28,9 +28,9 @@ def fit_likelihood(task: Task, *, starts: int, accuracy: float, begin: Tensor | 
         return _fit_by_own_search(task, task.estimator, starts=starts, accuracy=accuracy, begin=begin)
     found = search_likelihood(task, starts=starts, accuracy=accuracy, begin=begin)
     restarts = found.restarts
-    wished = apply_ordering(task.population, found.point.theta)
-    if wished is not found.point.theta:  # the climb crossed over to the labelling that was not asked for
-        found = search_likelihood(task, starts=starts, accuracy=accuracy, begin=wished)
+    ordered = apply_ordering(task.population, found.point.theta)
+    if ordered is not found.point.theta:  # the climb crossed over to the labelling that was not asked for
+        found = search_likelihood(task, starts=starts, accuracy=accuracy, begin=ordered)
     point, state = found.point, found.point.state
     covariance = _covariance(point)
     task.report(FitProgress("Monte-Carlo error", 0, 0, point.value))
@@ -96,11 +96,11 @@ def _fit_by_own_search(
     )
     covariance = _covariance(point)
     error = likelihood_error(point.state, found.theta, se=found.monte_carlo_se, bias=found.left)
-    summit = Maximum(found.theta, point.value, 1, checked.score)
+    maximum = Maximum(found.theta, point.value, 1, checked.score)
     own = f"{found.message} " if checked.passed or not found.converged else ""
     return Outcome(
         state=point.state,
-        optimum=Optimum(summit, point.information, covariance, error),
+        optimum=Optimum(maximum, point.information, covariance, error),
         restarts=restarts,
         converged=checked.passed,
         message=f"{own}{_second_opinion(checked, point)}".strip(),

@@ -44,14 +44,14 @@ _ROUGH = Limits(tolerance=0.15, errors=2.0, passes=25)
 _NEARBY = Limits(tolerance=0.3, errors=2.0, passes=25)
 _LAST = Limits(tolerance=0.5 * TOLERANCE, errors=2.0, passes=30, ends_at_zero=True)
 _WITHOUT_NOISE = 5e-4  # tolerance where nothing is sampled
-_HOPELESS = 20.0  # log-likelihood below the best start at which another is given up after some passes
+_TOO_LOW = 20.0  # log-likelihood below the best start at which another is given up after some passes
 _PATIENCE = 4
 _SAME = 2.0  # standard errors between ends of equal likelihood that are one maximum, as roughly as they are climbed to
 _LEVEL = 0.5  # log-likelihoods this near may be equal, as roughly as they are climbed to, before Monte-Carlo error
 _DIFFERS = 3.0  # standard errors between means of parameters that are named
 _CHECKS = 6  # times that an end is looked at again, and climbed on from where that finds more
 _UNSEEN = "a scan still finds modes of individuals that the search had not seen"
-_PRUDENCE = 1.1  # factor on the Monte-Carlo error before it sets the number of draws
+_SAFETY = 1.1  # factor on the Monte-Carlo error before it sets the number of draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,8 +314,8 @@ def _reduce_monte_carlo_error(
     """The climb with as many draws as the wished accuracy takes, made by ``draw`` for every step, or why there are no
     more."""
     while climb.point.covariance is not None and len(climb.point.active):
-        lacking = _PRUDENCE * _noise(climb.point) / accuracy
-        if not lacking > _PRUDENCE:
+        lacking = _SAFETY * _noise(climb.point) / accuracy
+        if not lacking > _SAFETY:
             break
         times = 2 ** min(4, max(1, math.ceil(1.6 * math.log2(min(lacking, 1e3)))))
         before = climb.point
@@ -346,7 +346,7 @@ def _reason_to_give_up(best: Climb | None, point: Point, previous: Point | None,
     noise = math.hypot(best.point.error, point.error)
     risen = 0.0 if previous is None else point.value - previous.value
     too_slow = risen * (_ROUGH.passes - passes) < below
-    return "far below another start" if below > _HOPELESS + 4 * noise and too_slow else ""
+    return "far below another start" if below > _TOO_LOW + 4 * noise and too_slow else ""
 
 
 def _highest(ends: list[tuple[str, Climb | None]]) -> Climb | None:
@@ -409,5 +409,5 @@ def _unknowns_of_vanishing_sds(point: Point) -> Bool[Tensor, " P"]:
     """Unknowns of parameters whose SD was on its way to 0, where rough climbs end anywhere."""
     table = point.state.population.unknowns
     held = (point.held & ~table.fixed.to(point.held.device)).tolist()
-    gone = {row.parameter for row, is_held in zip(table.rows, held, strict=True) if is_held}
-    return torch.tensor([row.parameter in gone for row in table.rows], device=point.theta.device)
+    vanishing = {row.parameter for row, is_held in zip(table.rows, held, strict=True) if is_held}
+    return torch.tensor([row.parameter in vanishing for row in table.rows], device=point.theta.device)

@@ -74,13 +74,13 @@ def _other_modes(found: LaplaceComponents, scale: Float[Tensor, " D"]) -> Single
     """What a population would be in which the runner-up is right, where that is clearest: two explanations of the same
     data, such as two exponentials under exchanged names, are two maxima of the likelihood to be compared."""
     first = first_of_each(found.rows)
-    people, place = torch.unique_consecutive(found.rows, return_inverse=True)
+    individuals, place = torch.unique_consecutive(found.rows, return_inverse=True)
     below = (found.log_mass[first][place] - found.log_mass).index_fill(0, first, torch.inf)
     runner_up = int(below.argmin())
     if not float(below[runner_up]) < _ABOUT_AS_HIGH:
         return None
     distance = ((found.means - found.means[runner_up]) / scale).square().sum(1)
-    nearest = torch.full((len(people),), torch.inf, dtype=distance.dtype, device=distance.device)
+    nearest = torch.full((len(individuals),), torch.inf, dtype=distance.dtype, device=distance.device)
     nearest = nearest.scatter_reduce(0, place, distance, "amin")
     chosen = torch.nonzero(distance == nearest[place])[:, 0]
     return SingleFits(found.means[chosen], found.covariances[chosen].diagonal(dim1=1, dim2=2))

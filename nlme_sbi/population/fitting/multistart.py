@@ -34,7 +34,7 @@ class MultistartResult:
 
 
 def run_multistart(
-    state: WeightedDraws, ids: tuple[str, ...], generator: torch.Generator, *, starts: int, say: Report
+    state: WeightedDraws, ids: tuple[str, ...], generator: torch.Generator, *, starts: int, report: Report
 ) -> MultistartResult:
     """Run every start on a part of the data that is large enough to compare them; the best is shown under the labelling
     that the population model asks for."""
@@ -43,7 +43,7 @@ def run_multistart(
     ends: list[tuple[str, Maximum | None]] = []
     points = starting_points(phi, prior, state.population, count=starts, generator=generator)
     for done, (name, theta) in enumerate(points):
-        say(FitProgress("starts", done, len(points), _highest(ends)))
+        report(FitProgress("starts", done, len(points), _highest(ends)))
         finite = bool(torch.isfinite(contributions(part, theta)).all())
         end = maximise(part, theta) if finite else None
         ends.append((name, end if end is not None and math.isfinite(end.objective) else None))

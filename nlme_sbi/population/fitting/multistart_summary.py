@@ -81,11 +81,11 @@ def describe_starts(restarts: tuple[Restart, ...]) -> str:
     if total == 1:
         return "There was only one start, so nothing tells whether this is the highest maximum."
     counts = {name: sum(restart.verdict == name for restart in restarts) for name in ("same", "other point", "lower")}
-    said = [f"{counts['same']} of {total} starts reached this maximum."]
+    sentences = [f"{counts['same']} of {total} starts reached this maximum."]
     mirrored = [restart for restart in restarts if restart.exchanged]
     for pair in dict.fromkeys(restart.exchanged for restart in mirrored):
         count = sum(restart.exchanged == pair for restart in mirrored)
-        said.append(
+        sentences.append(
             f"{count} reached its mirror image, in which {pair[0]} and {pair[1]} are exchanged: label switching, the "
             "same population under exchanged names."
         )
@@ -93,18 +93,18 @@ def describe_starts(restarts: tuple[Restart, ...]) -> str:
     if other:
         names = ", ".join(dict.fromkeys(name for restart in other for name in restart.differing)) or "several unknowns"
         reached = "Another start" if len(other) == 1 else f"{len(other)} other starts"
-        said.append(
+        sentences.append(
             f"{reached} reached the same objective (within {max(max(r.below for r in other), 0.0):.2g}) at a different "
             f"point, where {names} differ: label switching (the same population under exchanged names), or data that "
             "hardly tell these parameters."
         )
     if counts["lower"]:
         lowest = max(restart.below for restart in restarts if restart.verdict == "lower")
-        said.append(f"{counts['lower']} ended lower, by up to {lowest:.2g}.")
-    gone = sum(restart.verdict == "failed" for restart in restarts)
-    if gone:
-        said.append(f"{gone} had no finite objective.")
-    return " ".join(said)
+        sentences.append(f"{counts['lower']} ended lower, by up to {lowest:.2g}.")
+    failed = sum(restart.verdict == "failed" for restart in restarts)
+    if failed:
+        sentences.append(f"{failed} had no finite objective.")
+    return " ".join(sentences)
 
 
 def within_reach(restarts: tuple[Restart, ...]) -> tuple[Restart, ...]:

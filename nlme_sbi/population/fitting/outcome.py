@@ -20,7 +20,7 @@ from nlme_sbi.population.results.restart import Restart
 class Optimum:
     """The optimum on all draws with both kinds of error; ``covariance`` is over the free unknowns."""
 
-    summit: Maximum
+    maximum: Maximum
     information: Float[Tensor, "free free"]
     covariance: Float[Tensor, "free free"] | None
     error: MonteCarloError
@@ -29,7 +29,7 @@ class Optimum:
         """Largest Monte-Carlo SE and bias in standard errors; infinite where there are none."""
         if self.covariance is None:
             return math.inf, math.inf
-        se = torch.ones_like(self.summit.theta).index_copy(0, free, self.covariance.diagonal().sqrt())
+        se = torch.ones_like(self.maximum.theta).index_copy(0, free, self.covariance.diagonal().sqrt())
         return self.error.worst(se, free)
 
 

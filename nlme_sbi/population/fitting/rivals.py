@@ -93,8 +93,8 @@ def _compare_with_new_best(restarts: tuple[Restart, ...], place: int, gain: floa
 def _with_restarts(fit: PopulationFit, restarts: tuple[Restart, ...], before: PopulationFit) -> PopulationFit:
     """The fit with these restarts, in its message and warnings, too."""
     message = fit.message.removesuffix(describe_starts(fit.restarts)).strip()
-    outdated = [said for one in (fit, before) for said in _restart_warnings(one.population, one.restarts)]
-    kept = tuple(said for said in fit.warnings if said not in outdated)
+    outdated = [warning for one in (fit, before) for warning in _restart_warnings(one.population, one.restarts)]
+    kept = tuple(warning for warning in fit.warnings if warning not in outdated)
     return replace(
         fit,
         restarts=restarts,

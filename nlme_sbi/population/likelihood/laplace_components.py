@@ -264,9 +264,9 @@ def _allot(log_mass: Float[Tensor, "I K"], draws: int, spread: float) -> Int[Ten
     share = torch.softmax(log_mass, 1)
     share = (1 - spread) * share + spread * there / there.sum(1, keepdim=True)
     left = draws - there.sum(1, keepdim=True)
-    wished = share * left
-    counts = wished.floor()
-    remainder = torch.where(there, wished - counts, -1.0)
+    ideal = share * left
+    counts = ideal.floor()
+    remainder = torch.where(there, ideal - counts, -1.0)
     missing = (left - counts.sum(1, keepdim=True)).round()
     rank = remainder.argsort(1, descending=True).argsort(1)
     counts = counts + (rank < missing) + there

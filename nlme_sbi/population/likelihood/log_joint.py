@@ -21,7 +21,7 @@ _NUMBERS = {"cpu": 200_000, "cuda": 50_000_000}  # predicted values in a block: 
 _STEP = 1e-5  # of finite differences of gradients, in SDs of the population
 _FLOOR = 0.05  # least curvature that a Newton step assumes, in units of the population's
 _RACE = 12  # Newton steps after which an individual's points are compared; kinks are climbed slowly
-_HOPELESS = 100.0  # log density below the best at which a point is given up
+_TOO_LOW = 100.0  # log density below the best at which a point is given up
 _LONGEST = 3.0  # longest Newton step, in SDs of the population
 
 
@@ -291,7 +291,7 @@ def _is_competitive(rows: Tensor, value: Tensor) -> Bool[Tensor, " B"]:
     """Points that are not hopelessly below the best of their individual."""
     best = torch.full((int(rows.max()) + 1,), -torch.inf, dtype=value.dtype, device=value.device)
     best = best.scatter_reduce(0, rows, value.nan_to_num(-torch.inf), "amax")
-    return value > best[rows] - _HOPELESS
+    return value > best[rows] - _TOO_LOW
 
 
 def _newton_step(

@@ -37,14 +37,14 @@ _RENEWED = 4  # steps after which curvatures are computed anew
 _JUMPS = (0.15, 0.3, 0.6, 1.0, 1.6, 2.4, 3.2)  # the same where nothing else moves, for what is far
 _ABYSS = 100.0  # log density below the mode at which a walk ends
 _TOPS = 4  # of each profile that are climbed from,
-_HOPELESS = 60.0  # where they are not further than this below the mode
-_WORTH = 0.01  # share of an individual's mass that modes must add to be news
+_TOO_LOW = 60.0  # where they are not further than this below the mode
+_LEAST_SHARE = 0.01  # share of an individual's mass that modes must add to be news
 _NEGLIGIBLE = 0.02  # log mass, times the square root of the number of individuals, that is no news for all together
 _NEGLIGIBLE_OF_MANY = 0.2  # the same where it is told by a part of them
 _ROUNDS = 3
 
 
-News = tuple[Tensor, Tensor, Tensor]  # individual, place and coordinate of every find
+Finds = tuple[Tensor, Tensor, Tensor]  # individual, place and coordinate of every find
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,29 +77,29 @@ def find_unseen_modes(
         columns: coordinates along which the others are scanned in any case; of very many, again a random part tells
             whether it is worth it.
     """
-    everybody = len(joint.observations)
+    individuals = len(joint.observations)
     every = tuple(range(known.means.shape[1]))
     some = _choose_scanned(joint, known, generator)
-    news = _scan(joint, _modes_of(known, some), every, generator)
-    fruitful = _rank_columns((*news[2].tolist(), *columns))
-    others = torch.ones(everybody, dtype=torch.bool, device=some.device).index_fill(0, some, False)
+    finds = _scan(joint, _modes_of(known, some), every, generator)
+    fruitful = _rank_columns((*finds[2].tolist(), *columns))
+    others = torch.ones(individuals, dtype=torch.bool, device=some.device).index_fill(0, some, False)
     rest = torch.nonzero(others)[:, 0]
     if len(rest) > _MANY:
         for column in fruitful:
-            news = _concatenate(news, _scan_others(joint, known, news, rest, column, generator))
+            finds = _concatenate(finds, _scan_others(joint, known, finds, rest, column, generator))
     elif len(rest) and fruitful:
-        news = _concatenate(news, _scan(joint, _modes_of(known, rest), tuple(sorted(fruitful)), generator))
-    rows, points, _ = news
-    if len(rows) == 0 or not _gain(joint, known, rows, points) > _NEGLIGIBLE * math.sqrt(everybody):
+        finds = _concatenate(finds, _scan(joint, _modes_of(known, rest), tuple(sorted(fruitful)), generator))
+    rows, points, _ = finds
+    if len(rows) == 0 or not _gain(joint, known, rows, points) > _NEGLIGIBLE * math.sqrt(individuals):
         return None
     return UnseenModes(rows, points, tuple(sorted(fruitful)))
 
 
 def _choose_scanned(joint: JointDensity, known: LaplaceComponents, generator: torch.Generator) -> Int[Tensor, " some"]:
     """Who is scanned along every coordinate, in the order of the data: a random part, and who is fitted worst."""
-    everybody = len(joint.observations)
-    some = random_part(everybody, _LOOKED_AT, generator).to(known.rows.device)
-    if len(some) == everybody:
+    individuals = len(joint.observations)
+    some = random_part(individuals, _LOOKED_AT, generator).to(known.rows.device)
+    if len(some) == individuals:
         return some
     best = known[first_of_each(known.rows)]
     value = joint.value(best.rows, best.means[:, None])[:, 0]
@@ -115,11 +115,11 @@ def _rank_columns(found: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _scan_others(
-    joint: JointDensity, known: LaplaceComponents, news: News, rest: Tensor, column: int, generator: torch.Generator
-) -> News:
+    joint: JointDensity, known: LaplaceComponents, finds: Finds, rest: Tensor, column: int, generator: torch.Generator
+) -> Finds:
     """What a scan of all the others along a coordinate finds beside what is known by now; nothing where a random part
     of them shows that it is negligible."""
-    known = _add_finds(joint, known, news)
+    known = _add_finds(joint, known, finds)
     probed = rest[random_part(len(rest), _PROBED, generator).to(rest.device)]
     first = _scan(joint, _modes_of(known, probed), (column,), generator)
     expected = 0.0 if len(first[0]) == 0 else _gain(joint, known, first[0], first[1]) * len(rest) / len(probed)
@@ -129,22 +129,22 @@ def _scan_others(
     return _concatenate(first, _scan(joint, _modes_of(known, left), (column,), generator))
 
 
-def _add_finds(joint: JointDensity, known: LaplaceComponents, news: News) -> LaplaceComponents:
+def _add_finds(joint: JointDensity, known: LaplaceComponents, finds: Finds) -> LaplaceComponents:
     """The known modes and those that were found, sorted by individual, the best first."""
-    rows, points, _ = news
+    rows, points, _ = finds
     return known if len(rows) == 0 else known.replace_rows(_modes_with_finds(joint, known, rows, points))
 
 
-def _concatenate(first: News, second: News) -> News:
+def _concatenate(first: Finds, second: Finds) -> Finds:
     rows, points, columns = (torch.cat(parts) for parts in zip(first, second, strict=True))
     return rows, points, columns
 
 
 def _gain(joint: JointDensity, known: LaplaceComponents, rows: Tensor, points: Tensor) -> float:
     """Log mass that points add to the known modes of their individuals, over all of these."""
-    everybody = len(joint.observations)
+    individuals = len(joint.observations)
     both = _modes_with_finds(joint, known, rows, points)
-    gained = (_mass(both, everybody) - _mass(_modes_of(known, rows), everybody))[torch.unique(rows)]
+    gained = (_mass(both, individuals) - _mass(_modes_of(known, rows), individuals))[torch.unique(rows)]
     return float(gained.clamp_min(0).sum())
 
 
@@ -159,7 +159,7 @@ def _modes_of(known: LaplaceComponents, individuals: Int[Tensor, " i"]) -> Lapla
     return known[torch.nonzero(torch.isin(known.rows, individuals))[:, 0]]
 
 
-def _scan(joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...], generator: torch.Generator) -> News:
+def _scan(joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...], generator: torch.Generator) -> Finds:
     """What a few rounds of scanning find beside the known modes."""
     found_rows, found_points, found_columns = [], [], []
     for _ in range(_ROUNDS):
@@ -170,12 +170,12 @@ def _scan(joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...
         along = torch.cat([torch.full_like(row, c) for (row, _), c in zip(starts, columns, strict=True)])
         if len(rows) == 0:
             break
-        summits = find_modes(joint, rows, points)
-        better = _adds_mass(joint, known, rows, summits)
+        maxima = find_modes(joint, rows, points)
+        better = _adds_mass(joint, known, rows, maxima)
         if not bool(better.any()):
             break
         found_rows.append(rows[better])
-        found_points.append(summits.points[better])
+        found_points.append(maxima.points[better])
         found_columns.append(along[better])
         there = torch.cat([known.rows, found_rows[-1]]), torch.cat([known.means, found_points[-1]])
         both, _ = distinct_modes(joint, *there)
@@ -238,24 +238,24 @@ def _profile_maxima(
     heights = torch.cat([tall.flatten(), lone])
     owners = torch.cat([rows.repeat_interleave(tall.shape[1]), best.rows])
     places = torch.cat([walked.flatten(0, 1), jumped[every, which]])
-    floor = torch.cat([top.repeat(2).repeat_interleave(tall.shape[1]), top]) - _HOPELESS
-    worth = torch.nonzero(heights > floor)[:, 0]
-    return owners[worth], places[worth]
+    floor = torch.cat([top.repeat(2).repeat_interleave(tall.shape[1]), top]) - _TOO_LOW
+    high = torch.nonzero(heights > floor)[:, 0]
+    return owners[high], places[high]
 
 
-def _adds_mass(joint: JointDensity, known: LaplaceComponents, rows: Int[Tensor, " B"], summits: Modes) -> Tensor:
+def _adds_mass(joint: JointDensity, known: LaplaceComponents, rows: Int[Tensor, " B"], maxima: Modes) -> Tensor:
     """Which summits belong to individuals whose mass they raise by a share that counts."""
-    everybody = len(joint.observations)
+    individuals = len(joint.observations)
     mine = _modes_of(known, torch.unique(rows))
     own = mine, joint.expand(mine.rows, mine.means)
-    both, _ = merge_modes(joint, own, sort_modes(joint, rows, summits.points, summits.at))
-    news: Tensor = (_mass(both, everybody) - _mass(mine, everybody))[rows] > _WORTH
-    return news
+    both, _ = merge_modes(joint, own, sort_modes(joint, rows, maxima.points, maxima.at))
+    adds_mass: Tensor = (_mass(both, individuals) - _mass(mine, individuals))[rows] > _LEAST_SHARE
+    return adds_mass
 
 
-def _mass(pieces: LaplaceComponents, everybody: int) -> Float[Tensor, " I"]:
+def _mass(pieces: LaplaceComponents, individuals: int) -> Float[Tensor, " I"]:
     """Log mass of each individual's modes; -inf for those who have none among them."""
-    highest = torch.full((everybody,), -torch.inf, dtype=pieces.log_mass.dtype, device=pieces.rows.device)
+    highest = torch.full((individuals,), -torch.inf, dtype=pieces.log_mass.dtype, device=pieces.rows.device)
     highest = highest.scatter_reduce(0, pieces.rows, pieces.log_mass, "amax")
     shares = (pieces.log_mass - highest[pieces.rows]).exp()
     return highest + torch.zeros_like(highest).index_add(0, pieces.rows, shares).log()

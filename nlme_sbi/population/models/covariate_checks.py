@@ -156,10 +156,10 @@ def _require_individuals(
         count = int((values == names.index(level)).sum())
         if count >= _FEWEST:
             continue
-        said = "no individual has" if count == 0 else "only one individual has"
+        subject = "no individual has" if count == 0 else "only one individual has"
         why = "" if count == 0 else ", whose own deviation cannot be told from an effect"
         raise ValueError(
-            f'{one.where}: {said} the level "{level}" of {one.covariate}{why}. Merge it with another level'
+            f'{one.where}: {subject} the level "{level}" of {one.covariate}{why}. Merge it with another level'
             + (", or drop it from data.categorical." if count == 0 else ", or choose another reference.")
         )
 

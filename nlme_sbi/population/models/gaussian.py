@@ -87,12 +87,12 @@ class BoundGaussian:
     def from_moments(self, mean: Float[Tensor, " D"], covariance: Float[Tensor, "D D"]) -> Float[Tensor, " P"]:
         """Theta with this mean and (for the varying parameters) this covariance, averaged over the individuals that the
         model was bound for; effects at their starts; fixed entries keep their values."""
-        wished = self.unknowns.starts.to(mean).nan_to_num(0.0)
+        starts = self.unknowns.starts.to(mean).nan_to_num(0.0)
         sd = covariance.diagonal().sqrt()
-        mean = average_change(self.effects, "mean", mean, wished)
+        mean = average_change(self.effects, "mean", mean, starts)
         # A constant's log SD is no number and stays out of what follows.
-        ratio = average_change(self.effects, "log_sd", torch.zeros_like(sd), wished).exp()
-        return self._assembled(mean, covariance * ratio[:, None] * ratio, wished[self._first_effect :])
+        ratio = average_change(self.effects, "log_sd", torch.zeros_like(sd), starts).exp()
+        return self._assembled(mean, covariance * ratio[:, None] * ratio, starts[self._first_effect :])
 
     def statistics(
         self,

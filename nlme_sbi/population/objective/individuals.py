@@ -152,7 +152,7 @@ def individuals_table(
     plain = parameters.to_natural(found.mean)
     natural_modes = None if modes is None else parameters.to_natural(modes.phi)
     for place, name in enumerate(parameters.names):
-        told = {
+        quantities = {
             "": plain,
             ".mean": found.mean,
             ".sd": found.sd,
@@ -165,7 +165,7 @@ def individuals_table(
             ".natural_mode": natural_modes,
         }
         columns |= {
-            f"{name}{key}": values[:, place].cpu().numpy() for key, values in told.items() if values is not None
+            f"{name}{key}": values[:, place].cpu().numpy() for key, values in quantities.items() if values is not None
         }
     columns["ess"] = found.ess.cpu().numpy()
     if found.pareto_k is not None:

@@ -175,8 +175,8 @@ def slopes_along(
 
 def halves(state: WeightedDraws) -> tuple[WeightedDraws, WeightedDraws]:
     """Every other draw, nothing refitted."""
-    everybody = torch.arange(state.individuals, device=state.blocks[0].rows.device)
-    return state.part(everybody, slice(0, None, 2)), state.part(everybody, slice(1, None, 2))
+    every = torch.arange(state.individuals, device=state.blocks[0].rows.device)
+    return state.part(every, slice(0, None, 2)), state.part(every, slice(1, None, 2))
 
 
 def independent_sets(state: WeightedDraws) -> tuple[WeightedDraws, ...]:

@@ -116,8 +116,8 @@ def monte_carlo_error(
         found = [end for end in ends if end is not None]
         # An estimate that was checked on these draws, not climbed on them, lies a little beside their maximum.
         gradient = value_and_gradient(state, theta)[1][free]
-        summit = theta.index_add(0, free, covariance @ gradient)
-        bias = torch.stack([end for end, _ in found]).mean(0) - summit
+        maximum = theta.index_add(0, free, covariance @ gradient)
+        bias = torch.stack([end for end, _ in found]).mean(0) - maximum
         jackknife = sum(value for _, value in found) / 2 - objective - 0.5 * float(gradient @ covariance @ gradient)
     return MonteCarloError(
         objective_se=objective_se,

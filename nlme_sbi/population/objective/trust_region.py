@@ -103,11 +103,11 @@ def climb_likelihood(
     while True:
         if _has_arrived(point, limits):
             return Climb(point, passes, arrived=True, previous=previous)
-        said = limits.enough(point, previous, passes)
+        reason = limits.enough(point, previous, passes)
         if limits.ends_at_zero and vanishing_parameters(point):
-            said = "an SD runs to 0"
-        if said or passes >= limits.passes:
-            return Climb(point, passes, arrived=False, reason=said or _describe_score(point), previous=previous)
+            reason = "an SD runs to 0"
+        if reason or passes >= limits.passes:
+            return Climb(point, passes, arrived=False, reason=reason or _describe_score(point), previous=previous)
         step, promised = _proposal(point, radius)
         step = extend_step(point, step, limits.kept)
         length = _length(point, step)

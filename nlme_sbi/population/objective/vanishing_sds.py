@@ -15,7 +15,7 @@ from nlme_sbi.population.objective.objective import score_error
 
 _VANISHED = 0.96  # share of the population's variance that individuals leave open, from which it may be 0
 _FLAT = 0.02  # gain that is left on the way of a variance to 0 at which it is not followed any further
-_UNTOLD = 2.0  # Monte-Carlo errors within which the slope of a variance is not told
+_WITHIN_NOISE = 2.0  # Monte-Carlo errors within which the slope of a variance is not told
 _LEAPING, _LANDING = 0.8, 0.98  # such shares from which an SD on its way to 0 is lowered at once, and to which
 _LONGEST_LEAP = 1.5  # logarithm by which it is lowered at most
 
@@ -72,7 +72,7 @@ def hold_at_zero(point: Point, kept: tuple[str, ...]) -> Point:
     noise = score_error(point.state, point.theta).diagonal().sqrt()
     held = point.held.clone()
     for _, entry, parameter in suspects:
-        slope, error = float(point.gradient[entry]), _UNTOLD * float(noise[free.index(entry)])
+        slope, error = float(point.gradient[entry]), _WITHIN_NOISE * float(noise[free.index(entry)])
         # Linear in the variance: what is left is half of the slope in the logarithm of the SD.
         if slope < error and -0.5 * slope < _FLAT + 0.5 * error:
             held[entry] = True

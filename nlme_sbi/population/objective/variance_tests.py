@@ -133,9 +133,9 @@ def describe_test(tests: tuple[VarianceTest, ...]) -> tuple[str, ...]:
 def sentence(test: VarianceTest) -> str:
     """What a score test says: information for whoever chooses the model, no alarm."""
     where = "its SD ran to 0, the boundary" if test.estimated else "given"
-    said = f"No variability of {test.parameter} ({where})"
+    begin = f"No variability of {test.parameter} ({where})"
     if math.isnan(test.z):
-        return f"{said}; no score test: too few individuals for the unknowns."
+        return f"{begin}; no score test: too few individuals for the unknowns."
     error = "" if math.isnan(test.monte_carlo_se) else f" (Monte-Carlo SE {test.monte_carlo_se:.2g})"
     verdict = "it may vary" if test.p < _LEVEL else "no sign that it varies"
-    return f"{said}; score test: z = {test.z:.2f}{error}, one-sided p = {test.p:.2g}: {verdict}."
+    return f"{begin}; score test: z = {test.z:.2f}{error}, one-sided p = {test.p:.2g}: {verdict}."

@@ -62,19 +62,19 @@ class Verification:
         """How the fit ended, in a sentence or two."""
         if self.failures:
             return "NOT converged: " + "; ".join(self.failures) + "."
-        said = "Converged: on draws that were not climbed on, "
+        message = "Converged: on draws that were not climbed on, "
         if self.unknown:
-            said += (
+            message += (
                 f"the score points {self.score:.2g} standard errors away at most ({self.unknown}, Monte-Carlo SE "
                 f"{self.score_error:.1g})"
             )
         if self.repeated is not None and self.repeated_error is not None:
-            said += ", and " if self.unknown else ""
-            said += (
+            message += ", and " if self.unknown else ""
+            message += (
                 f"{likelihood} is {self.deviance:.3f}, on others {self.repeated:.3f} (Monte-Carlo SE of the difference "
                 f"{self.repeated_error:.1g})"
             )
-        return said + "."
+        return message + "."
 
 
 def verify_maximum(

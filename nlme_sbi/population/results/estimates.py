@@ -248,7 +248,7 @@ class FitEstimates:
         who = f"{self.individuals} individuals, estimator {self.estimator}"
         what = "log likelihood ratio to the training prior" if self.kind == RATIO else "log L"
         deviance, ofv = self.likelihood.minus_two_log_likelihood, self.likelihood.objective_function_value
-        said = "not available with this estimator"
+        shown = "not available with this estimator"
         if self.approximation and deviance is not None and ofv is not None:
             label = f"{self.approximation}'s approximation; compare only with other fits of it"
             return (
@@ -259,13 +259,13 @@ class FitEstimates:
         error = self.monte_carlo
         if deviance is not None and ofv is not None:
             corrected = f" (Monte-Carlo SE {2 * error.objective_se:.2g}, corrected for bias)" if error else ""
-            said = f"{deviance:.2f}{corrected}, OFV {ofv:.2f}"
+            shown = f"{deviance:.2f}{corrected}, OFV {ofv:.2f}"
         if self.draws is not None:
             who += f", {self.draws} draws each"
         if self.ess is not None:
             who += f" (effective: median {self.ess.median:.0f}, smallest {self.ess.smallest:.0f})"
         chance = f" (Monte-Carlo SE {error.objective_se:.2f}, bias {error.objective_bias:.2f})" if error else ""
-        return who, f"{what}: {self.objective:.2f}{chance}", f"-2 log L: {said}"
+        return who, f"{what}: {self.objective:.2f}{chance}", f"-2 log L: {shown}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers, ready for JSON; None where there is no number."""

@@ -76,9 +76,9 @@ class ThetaDraws:
         estimate, posterior mean, SD, median and 95% interval, R-hat, bulk and tail ESS, prior."""
         names, transform = self.population.unknowns.names, self._quantities
         free = self.population.unknowns.free.tolist()
-        said = dict(zip(free, self.prior.describe(), strict=True))
+        priors = dict(zip(free, self.prior.describe(), strict=True))
         rows = [
-            _row(names[place], "", float(self.estimate[place]), self.theta[..., place]) | {"prior": said[place]}
+            _row(names[place], "", float(self.estimate[place]), self.theta[..., place]) | {"prior": priors[place]}
             for place in free
         ]
         labels, units = self._labels()
@@ -155,20 +155,20 @@ def convergence_warnings(
     apart, poor = [], []
     for place in population.unknowns.free.tolist():
         name, check = population.unknowns.labels[place], ChainCheck.of(theta[..., place].cpu().numpy())
-        worth = min(check.bulk, check.tail)
+        ess = min(check.bulk, check.tail)
         if not check.rhat <= RHAT:
             apart.append(f"{name} ({check.rhat:.3g})")
-        if not worth >= LEAST_ESS:
-            poor.append(f"{name} ({worth:.0f})")
-    said = []
+        if not ess >= LEAST_ESS:
+            poor.append(f"{name} ({ess:.0f})")
+    warnings = []
     if apart:
-        said.append(
+        warnings.append(
             f"The chains have not met: R-hat above {RHAT} for {', '.join(apart)}. These draws are not the posterior; "
             "use more steps, or look for several maxima in the fit's restarts."
         )
     if poor:
-        said.append(f"Fewer than {LEAST_ESS:.0f} effective draws for {', '.join(poor)}; use more steps.")
-    return tuple(said)
+        warnings.append(f"Fewer than {LEAST_ESS:.0f} effective draws for {', '.join(poor)}; use more steps.")
+    return tuple(warnings)
 
 
 def _row(name: str, unit: str, estimate: float, draws: Float[Tensor, "ensembles walkers draws"]) -> dict[str, object]:

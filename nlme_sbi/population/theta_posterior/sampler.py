@@ -115,17 +115,17 @@ def sample_theta(
     mode, factor = _approximation(target)
     seeds = torch.randint(2**31 - 1, (settings.ensembles,), generator=generator, device=generator.device).tolist()
     ensembles = [_Ensemble.start(target, mode, factor, walkers=walkers, seed=seed) for seed in seeds]
-    say = progress or _silent
+    report = progress or _silent
     total = settings.warmup + settings.steps
-    say(FitProgress("posterior of theta", 0, total))
+    report(FitProgress("posterior of theta", 0, total))
     warm = np.concatenate([ensemble.advance(settings.warmup) for ensemble in ensembles])[:, settings.warmup // 2 :]
     for ensemble in ensembles:
         ensemble.propose(*_moments(warm.reshape(-1, len(mode)), factor))
-    say(FitProgress("posterior of theta", settings.warmup, total))
+    report(FitProgress("posterior of theta", settings.warmup, total))
     kept: list[NDArray[np.float64]] = []
     while len(kept) * _BLOCK < settings.steps:
         kept.append(np.stack([ensemble.advance(_BLOCK) for ensemble in ensembles]))
-        say(FitProgress("posterior of theta", settings.warmup + len(kept) * _BLOCK, total))
+        report(FitProgress("posterior of theta", settings.warmup + len(kept) * _BLOCK, total))
         if _has_converged(np.concatenate(kept, axis=2), float(settings.ess)):
             break
     chains = torch.as_tensor(np.concatenate(kept, axis=2), dtype=theta.dtype, device=theta.device)
@@ -326,10 +326,10 @@ def _independent(mode: NDArray[np.float64], factor: NDArray[np.float64]) -> Call
     return propose
 
 
-def _has_converged(chains: NDArray[np.float64], wished: float) -> bool:
+def _has_converged(chains: NDArray[np.float64], required: float) -> bool:
     """Whether every unknown has met and is worth the wished number of draws."""
     found = [ChainCheck.of(column) for column in np.moveaxis(chains, 3, 0)]
-    return all(check.rhat <= RHAT and min(check.bulk, check.tail) >= max(wished, LEAST_ESS) for check in found)
+    return all(check.rhat <= RHAT and min(check.bulk, check.tail) >= max(required, LEAST_ESS) for check in found)
 
 
 @torch.no_grad()
@@ -351,18 +351,18 @@ def support_warnings(
     effective = torch.stack([effective_draws(state, drawn[place]) for place in places])
     few = min(_FEW, 0.1 * state.draws)
     collapsed = (effective < few).double().mean(0) - (effective_draws(state, theta) < few).double()
-    said: list[str] = []
+    warnings: list[str] = []
     if bool((collapsed > 0.05).any()):
         lost = torch.nonzero(collapsed > 0.05)[:, 0]
         worst = int(collapsed.argmax())
         name = str(worst) if ids is None else ids[worst]
-        said.append(
+        warnings.append(
             f"The fixed draws do not support the spread of theta: {len(lost)} of {state.individuals} individuals have "
             f"fewer than {few:g} effective draws at more than 5% of the posterior draws; worst: {name} "
             f"({100 * float(collapsed[worst]):.0f}%). Use more draws (estimator.draws, sampler.effective) or narrower "
             "priors."
         )
-    return (*said, *_beyond_expansion(state, drawn))
+    return (*warnings, *_beyond_expansion(state, drawn))
 
 
 def _beyond_expansion(state: WeightedDraws, drawn: Tensor) -> tuple[str, ...]:

@@ -149,8 +149,8 @@ def _thin(fit: PopulationFit) -> WeightedDraws:
     allowed = min((_NOISE / max(error, 1e-6)) ** 2, _NOISE / max(bias, 1e-6), fit.state.draws / _FEWEST)
     if allowed < 2:
         return fit.state
-    everybody = torch.arange(fit.state.individuals, device=fit.theta.device)
-    return fit.state.part(everybody, slice(0, None, int(allowed)))
+    every = torch.arange(fit.state.individuals, device=fit.theta.device)
+    return fit.state.part(every, slice(0, None, int(allowed)))
 
 
 def _multiplicity(individuals: int, weights: Weights, generator: torch.Generator) -> Float[Tensor, " I"]:
@@ -179,10 +179,10 @@ def _replicate(fit: PopulationFit, slopes: Float[Tensor, "I free"], multiplicity
         if moved is None and done > 0:
             break
         state = state if moved is None else moved
-        summit = lbfgs(
+        maximum = lbfgs(
             state, theta, information, tolerance=_TOLERANCE, evaluations=_EVALUATIONS, multiplicity=multiplicity
         )
-        if abs(summit.objective) >= NOWHERE:
+        if abs(maximum.objective) >= NOWHERE:
             return None
-        theta = summit.theta
+        theta = maximum.theta
     return theta

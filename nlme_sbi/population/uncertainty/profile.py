@@ -225,8 +225,8 @@ def _constrained(line: _Line, guess: _Point) -> _Point:
         if not math.isfinite(value):
             return _Point(guess.offset, theta, -NOWHERE, state)
         if len(line.others) > 0:
-            summit = lbfgs(state, theta, line.information, tolerance=0.01, free=line.others)
-            theta, value = summit.theta, summit.objective
+            maximum = lbfgs(state, theta, line.information, tolerance=0.01, free=line.others)
+            theta, value = maximum.theta, maximum.objective
         moved = expand_constants(state, theta, line.se)
         if moved is None:
             break
@@ -274,5 +274,5 @@ def _maximum_on_common_draws(fit: PopulationFit, line: _Line, end: _Point, gener
         state = fit.state.joint_draws(far, generator)
     free = fit.population.unknowns.free.to(fit.theta.device)
     information = torch.linalg.inv(fit.covariance[free][:, free])
-    summit = lbfgs(state, fit.theta, information, tolerance=0.01)
-    return _Point(float((summit.theta - fit.theta)[line.place]) / line.unit, summit.theta, summit.objective, state)
+    maximum = lbfgs(state, fit.theta, information, tolerance=0.01)
+    return _Point(float((maximum.theta - fit.theta)[line.place]) / line.unit, maximum.theta, maximum.objective, state)

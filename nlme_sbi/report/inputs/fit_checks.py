@@ -50,8 +50,8 @@ class FitChecks:
 
     @cached_property
     def _findings(self) -> tuple[Finding, ...]:
-        told = load_json(self.run.file(FINDINGS), schema.FINDINGS)
-        return tuple(Finding.from_dict(one) for one in told["findings"])
+        stored = load_json(self.run.file(FINDINGS), schema.FINDINGS)
+        return tuple(Finding.from_dict(one) for one in stored["findings"])
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -96,9 +96,9 @@ class FitChecks:
     @property
     def shown(self) -> ShownIndividuals:
         """Whose curves there are, with the reason of each."""
-        told = self._facts["shown"]
-        reasons = tuple(reason for one in told for reason in REASONS if reason == one["reason"])
-        rows = tuple(one["row"] for one in told)
+        stored = self._facts["shown"]
+        reasons = tuple(reason for one in stored for reason in REASONS if reason == one["reason"])
+        rows = tuple(one["row"] for one in stored)
         if len(reasons) != len(rows) or any(row >= self.individuals for row in rows):
             raise self._damage(FACTS, "it shows individuals for no reason, or some that the fit does not have")
         return ShownIndividuals(rows, reasons)

@@ -72,32 +72,32 @@ def convergence_finding(estimates: FitEstimates) -> Finding:
         sizes = {"score": checked.score, "score_error": checked.score_error}
         numbers |= {name: size for name, size in sizes.items() if math.isfinite(size)} | {"unknown": checked.unknown}
     if not estimates.converged:
-        said = f"The search did not converge: {estimates.message or 'no reason was stored'}"
-        return Finding("convergence", title, "red", said, rule, numbers)
+        sentence = f"The search did not converge: {estimates.message or 'no reason was stored'}"
+        return Finding("convergence", title, "red", sentence, rule, numbers)
     if other:
-        said = (
+        sentence = (
             f"The search converged, but {len(other)} of {len(restarts)} starts ended at another point that is as good: "
             "the data do not tell the two apart. Look at which parameters differ, and fix or order one of them."
         )
-        return Finding("convergence", title, "amber", said, rule, numbers)
+        return Finding("convergence", title, "amber", sentence, rule, numbers)
     if len(same) < 2:
-        said = (
+        sentence = (
             f"The search converged, but only {len(same)} of {len(restarts)} starts confirms this maximum. Use more "
             "starts (fit.starts=10)."
         )
-        return Finding("convergence", title, "amber", said, rule, numbers)
-    said = f"The search converged, and {len(same)} of {len(restarts)} starts reached this maximum."
-    return Finding("convergence", title, "green", said, rule, numbers)
+        return Finding("convergence", title, "amber", sentence, rule, numbers)
+    sentence = f"The search converged, and {len(same)} of {len(restarts)} starts reached this maximum."
+    return Finding("convergence", title, "green", sentence, rule, numbers)
 
 
 def _weights(fit: ReportedFit) -> Finding:
     """Of importance weights; an approximation has none."""
     title, estimates = "Effective draws of the individuals", fit.estimates
     if not estimates.is_weighted or estimates.draws is None:
-        said = "The estimates come from no draws, so nothing was weighted."
+        sentence = "The estimates come from no draws, so nothing was weighted."
         if estimates.approximation:
-            said = f"{estimates.approximation}'s approximation uses no draws, so nothing was weighted."
-        return Finding("weights", title, "green", said, "Green: there are no weights.")
+            sentence = f"{estimates.approximation}'s approximation uses no draws, so nothing was weighted."
+        return Finding("weights", title, "green", sentence, "Green: there are no weights.")
     frame = fit.individuals
     shapes = torch.tensor(frame["pareto_k"].to_numpy(float)) if "pareto_k" in frame else None
     ess = torch.tensor(frame["ess"].to_numpy(float))
@@ -117,8 +117,8 @@ def warnings_finding(warnings: Sequence[str]) -> Finding:
     rule = "Green: the fit gave no warnings; amber: it did."
     if not warnings:
         return Finding("fit_warnings", "Warnings of the fit", "green", "The fit gave no warnings.", rule)
-    said = " ".join(warnings)
-    return Finding("fit_warnings", "Warnings of the fit", "amber", said, rule, {"warnings": len(warnings)})
+    sentence = " ".join(warnings)
+    return Finding("fit_warnings", "Warnings of the fit", "amber", sentence, rule, {"warnings": len(warnings)})
 
 
 def restart_table(restarts: Sequence[Restart]) -> Table:

@@ -263,11 +263,13 @@ def precision_finding(rows: Sequence[TableRow]) -> Finding:
     wide = [name for name, value in typical.items() if value > _TYPICAL]
     wide += [name for name, value in spread.items() if value > _SPREAD]
     worst = max(errors, key=lambda name: errors[name])
-    said = f"The least precise estimate is {worst}, with a relative standard error of {errors[worst]:.3g}%."
+    sentence = f"The least precise estimate is {worst}, with a relative standard error of {errors[worst]:.3g}%."
     if wide:
-        said += f" {len(wide)} of {len(errors)} lie above the usual limits ({', '.join(wide)}); more individuals help."
+        sentence += (
+            f" {len(wide)} of {len(errors)} lie above the usual limits ({', '.join(wide)}); more individuals help."
+        )
     numbers: dict[str, float | int | str | None] = {"largest_rse_percent": errors[worst], "beyond_limits": len(wide)}
-    return Finding("precision", "Precision of the estimates", "amber" if wide else "green", said, rule, numbers)
+    return Finding("precision", "Precision of the estimates", "amber" if wide else "green", sentence, rule, numbers)
 
 
 def _relative_errors(rows: Sequence[TableRow]) -> tuple[dict[str, float], dict[str, float]]:
@@ -301,14 +303,14 @@ def _agreement(intervals: Sequence[Interval], individuals: int) -> tuple[Finding
         f"amber: they differ by more, so the population's shape is doubtful. Judged from {_FEW} individuals on; with "
         "fewer the sandwich is itself too noisy."
     )
-    said = f"Robust standard errors are {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times the others"
+    sentence = f"Robust standard errors are {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times the others"
     label = next(row.quantity for row in intervals if row.unknown == name)
     far = max(ratios[name], 1 / ratios[name]) > _APART
     numbers: dict[str, float | int | str | None] = {"unknown": name, "ratio": ratios[name], "individuals": individuals}
-    said += (
+    sentence += (
         f", farthest apart for {label}: the individuals are not distributed as the model says; report the robust "
         "errors."
         if far
         else ": nothing speaks against the population's shape."
     )
-    return (Finding("robust_errors", "Robust standard errors", "amber" if far else "green", said, rule, numbers),)
+    return (Finding("robust_errors", "Robust standard errors", "amber" if far else "green", sentence, rule, numbers),)

@@ -52,7 +52,7 @@ def fits_section(fit: ReportedFit) -> Section:
 
 def _viewer(shown: ShownIndividuals, some: Observations, curves: IndividualCurves) -> Picture:
     bands, within = curves.bands, curves.within.tolist()
-    people = [
+    entries = [
         {
             "id": some.ids[place],
             "why": f"{reason}; {inside} of {measured} measurements lie within the 95% band of new ones.",
@@ -69,7 +69,7 @@ def _viewer(shown: ShownIndividuals, some: Observations, curves: IndividualCurve
     return Picture(
         "individual_fit",
         "Fits of single individuals",
-        people[0]["alt"] if people else "No individual is shown.",  # type: ignore[arg-type]
+        entries[0]["alt"] if entries else "No individual is shown.",  # type: ignore[arg-type]
         "Choose an individual; drag to zoom, double-click to go back. Blue: what is not known of the individual's "
         "curve (95%) and its median; orange: where 95% of new measurements would lie; dashed: the typical "
         "individual under the same design.",
@@ -81,7 +81,7 @@ def _viewer(shown: ShownIndividuals, some: Observations, curves: IndividualCurve
                 {"label": label_with_unit(name.replace("_", " "), unit)}
                 for name, unit in zip(some.signals, some.signal_units, strict=True)
             ],
-            "people": people,
+            "people": entries,
             "groups": [group for group in groups if group["places"]],
         },
     )
@@ -146,12 +146,12 @@ def _panels(shown: ShownIndividuals, some: Observations, bands: PredictiveBands,
     else:
         drawn = plot_individual_fits(some, bands, rows=chosen, signal=signal)
     name = some.signals[signal]
-    told = f"the last {len(worst)} are the worst fitted" if worst else "from the most effective draws to the fewest"
+    order = f"the last {len(worst)} are the worst fitted" if worst else "from the most effective draws to the fewest"
     return Picture(
         "individual_fits" if len(some.signals) == 1 else f"individual_fits_{signal + 1}",
         "Individual fits" if len(some.signals) == 1 else f"Individual fits, {name}",
         f"{len(chosen)} small panels, one an individual ({', '.join(some.ids[place] for place in chosen)}): "
-        f"measurements, median curve, its 50% and 95% bands, and a 95% band of new measurements; {told}.",
-        f"Measurements and fits of {len(chosen)} individuals; {told}.",
+        f"measurements, median curve, its 50% and 95% bands, and a 95% band of new measurements; {order}.",
+        f"Measurements and fits of {len(chosen)} individuals; {order}.",
         drawn=drawn,
     )

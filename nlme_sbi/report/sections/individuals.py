@@ -102,13 +102,13 @@ def _map(
     start = (0, 1)
     flagged = np.any(list(flags.values()), axis=0) if flags else np.zeros(total, bool)
     first, second = quantities[start[0]], quantities[start[1]]
-    told = "; ".join(f"{name}: {int(marked.sum())}" for name, marked in flags.items()) or "none is flagged"
+    summary = "; ".join(f"{name}: {int(marked.sum())}" for name, marked in flags.items()) or "none is flagged"
     return Picture(
         "individuals",
         "All individuals",
-        f"Scatter plot of {second.label} against {first.label} of {total} individuals; {told}. The menus choose other "
-        "numbers; the table below and individuals.csv hold them all.",
-        f"One point an individual; flagged ones are diamonds ({told})."
+        f"Scatter plot of {second.label} against {first.label} of {total} individuals; {summary}. The menus choose "
+        "other numbers; the table below and individuals.csv hold them all.",
+        f"One point an individual; flagged ones are diamonds ({summary})."
         + (
             f" {len(rows)} of {total} are drawn: all flagged ones as far as they fit, and a random part of the others."
             if len(rows) < total

@@ -52,7 +52,7 @@ def _vpc(checks: FitChecks, observations: Observations, name: str) -> Made:
 
 
 def _vpc_pictures(
-    check: VisualPredictiveCheck, observations: Observations, name: str, title: str, said: str
+    check: VisualPredictiveCheck, observations: Observations, name: str, title: str, sentence: str
 ) -> tuple[Picture, ...]:
     several = len(check.signals) > 1
     levels = ", ".join(f"{100 * level:g}%" for level in check.probabilities)
@@ -63,7 +63,7 @@ def _vpc_pictures(
             f"{name}_{place + 1}" if several else name,
             f"{title}, {found.signal}" if several else title,
             f"{levels} quantiles of the measurements in {len(found.times)} bins of time, on the bands that simulated "
-            f"data sets give. {said}",
+            f"data sets give. {sentence}",
             f"Lines: {levels} quantiles of the data; bands: where {100 * check.confidence:g}% of the quantiles of "
             f"{check.replicates} simulated data sets lie; diamonds: outside.{corrected}",
             drawn=plot_vpc(check, observations, signal=place),

@@ -30,8 +30,8 @@ class Diagnosis:
         """Everything that was found; raises ``ValueError`` where the file is damaged."""
         if self.run is None:
             return ()
-        told = load_json(self.run.file(FINDINGS), schema.FINDINGS)
-        return tuple(Finding.from_dict(one) for one in told["findings"])
+        stored = load_json(self.run.file(FINDINGS), schema.FINDINGS)
+        return tuple(Finding.from_dict(one) for one in stored["findings"])
 
 
 def network_section(diagnosis: Diagnosis) -> Section:
@@ -58,11 +58,11 @@ def familiar_section(diagnosis: Diagnosis) -> Section:
         return Section("misspecification", title, lead, (_missing("misspecification", "Familiar data", diagnosis),))
     findings = tuple(one for one in diagnosis.findings() if _about_data(one.check))
     if not diagnosis.same_data:
-        said = (
+        sentence = (
             "The diagnosis was made with other data than this fit, or without data. Run python scripts/diagnose.py "
             "fit=RUN, which takes the data of the fit, then this report again."
         )
-        findings = (Finding("misspecification", "Familiar data", "grey", said, "Grey: not the data of the fit."),)
+        findings = (Finding("misspecification", "Familiar data", "grey", sentence, "Grey: not the data of the fit."),)
         return Section("misspecification", title, lead, findings)
     if not findings:
         missing = Diagnosis(None, "The diagnosis has no check of the data.")
@@ -94,18 +94,18 @@ def _missing(check: str, title: str, diagnosis: Diagnosis) -> Finding:
 
 def _calibration_pictures(run: FinishedRun, findings: Sequence[Finding]) -> Iterator[Picture]:
     """Drawn from the tables of the diagnosis; a table that it does not have is left out."""
-    for where, beginning, whom in (
+    for where, prefix, whom in (
         ("prior", "calibration", "individuals simulated from the training prior"),
         ("local", "local", "individuals simulated like those of the data"),
     ):
-        said = {one.check: one.sentence for one in findings}
+        sentences = {one.check: one.sentence for one in findings}
         ranks, coverage = _of(run, "calibration_curves.csv", where), _of(run, "coverage.csv", where)
         if ranks is not None:
             yield Picture(
                 f"ranks_{where}",
                 f"Ranks of the truth, {whom}",
                 f"Difference between the distribution of ranks and the diagonal for each parameter, with bands. "
-                f"{said.get(f'{beginning}_ranks', '')}",
+                f"{sentences.get(f'{prefix}_ranks', '')}",
                 "Simulation-based calibration: where the network is right, the line stays inside the band.",
                 drawn=plot_ranks(ranks, {}),
             )
@@ -114,21 +114,21 @@ def _calibration_pictures(run: FinishedRun, findings: Sequence[Finding]) -> Iter
                 f"coverage_{where}",
                 f"Coverage, {whom}",
                 f"Share of truths inside regions of each level, beside the diagonal. "
-                f"{said.get(f'{beginning}_coverage', '')}",
+                f"{sentences.get(f'{prefix}_coverage', '')}",
                 "Above the diagonal posteriors are wider than they need be, below it too narrow.",
                 drawn=plot_coverage(coverage, {}),
             )
     yield from _further_pictures(run, {one.check: one.sentence for one in findings})
 
 
-def _further_pictures(run: FinishedRun, said: Mapping[str, str]) -> Iterator[Picture]:
+def _further_pictures(run: FinishedRun, sentences: Mapping[str, str]) -> Iterator[Picture]:
     recovered, agreement = _of(run, "recovery_individuals.csv"), _of(run, "agreement.csv")
     if recovered is not None:
         yield Picture(
             "recovery",
             "Recovery of parameters",
             f"Posterior mean and SD against the truth of simulated individuals, a panel a parameter. "
-            f"{said.get('recovery', '')}",
+            f"{sentences.get('recovery', '')}",
             "What the data of one individual say: points on the line are known exactly; a flat cloud means that they "
             "say nothing.",
             drawn=plot_recovery(recovered, {}),
@@ -138,7 +138,7 @@ def _further_pictures(run: FinishedRun, said: Mapping[str, str]) -> Iterator[Pic
             "agreement",
             "Agreement with the exact posterior",
             f"Distribution over individuals of the effective share of the network's draws and of Pareto k-hat. "
-            f"{said.get('agreement_data', said.get('agreement_prior', ''))}",
+            f"{sentences.get('agreement_data', sentences.get('agreement_prior', ''))}",
             "Left: the share of draws that remains when they are weighted to the exact posterior; right: heavy "
             "tails of these weights, to the right of the line.",
             drawn=plot_agreement(agreement),

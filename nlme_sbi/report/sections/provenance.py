@@ -107,24 +107,26 @@ def _finding(chain: Sequence[Origin], lost: Sequence[str]) -> Finding:
     states = [one.run.manifest.get("git") for one in chain]
     dirty = [one.run.path.name for one, state in zip(chain, states, strict=True) if state and state.get("dirty")]
     light: Light = "green"
-    said = f"All {len(chain)} runs behind this report are there, and made from committed code."
+    sentence = f"All {len(chain)} runs behind this report are there, and made from committed code."
     if lost or not all(states):
         light = "grey"
         outside = [one.run.path.name for one, state in zip(chain, states, strict=True) if not state]
         parts = [f"Not found any more: {', '.join(lost)}."] if lost else []
         parts += [f"Made outside a git checkout: {', '.join(outside)}."] if outside else []
-        said = " ".join(parts)
+        sentence = " ".join(parts)
     if dirty:
         light = "amber"
-        said = f"Made from code with uncommitted changes: {', '.join(dirty)}; commit and run again before publishing."
-        said += f" Not found any more: {', '.join(lost)}." if lost else ""
-    return Finding("provenance", title, light, said, rule, {"runs": len(chain), "missing": len(lost)})
+        sentence = (
+            f"Made from code with uncommitted changes: {', '.join(dirty)}; commit and run again before publishing."
+        )
+        sentence += f" Not found any more: {', '.join(lost)}." if lost else ""
+    return Finding("provenance", title, light, sentence, rule, {"runs": len(chain), "missing": len(lost)})
 
 
 def _table(chain: Sequence[Origin]) -> Table:
     """A column a run."""
-    told = [_run_facts(one.run) for one in chain]
-    rows = tuple((Cell(name), *(Cell(column[name]) for column in told)) for name in told[0])
+    facts = [_run_facts(one.run) for one in chain]
+    rows = tuple((Cell(name), *(Cell(column[name]) for column in facts)) for name in facts[0])
     headings = ("", *(str(one.run.manifest["stage"]) for one in chain))
     note = "Hashes are SHA-256, shortened; each run's manifest.json has them whole, with every file and every version."
     return Table("runs", "Runs behind this report", headings, rows, note=note)
@@ -171,9 +173,9 @@ def _commands(chain: Sequence[Origin]) -> list[Block]:
         if command.note:
             notes.append(f"{one.run.manifest['stage']}: {command.note}")
     blocks: list[Block] = [Words("\n".join(lines), code=True, heading="Commands that make all of it again")]
-    said = (
+    sentence = (
         "Runs are named by the hash of their configuration and inputs, so the same commands give the same names. "
         "The path of a data file is not part of a run (only its content is): add data.path=FILE where it is not the "
         "experiment's own."
     )
-    return [*blocks, Words(" ".join([said, *notes]))]
+    return [*blocks, Words(" ".join([sentence, *notes]))]

@@ -88,11 +88,17 @@ def _compare_with_chains(
         chains = long_chains(
             subject.posterior, simulator, observations, generator=generator, settings=settings, advance=progress.update
         )
-    told = np.full(len(observations), np.nan)
+    accuracy = np.full(len(observations), np.nan)
     size = min(_DRAWS_TO_TELL_APART, drawn.phi.shape[1])
     for who in np.flatnonzero(chains.converged):
         picked = torch.randperm(chains.phi.shape[1], generator=generator, device=chains.phi.device)[:size]
-        told[who] = c2st(drawn.phi[int(who), :size], chains.phi[int(who), picked], generator)
-    columns = {"id": observations.ids, "effective_share": share, "c2st": told, "rhat": chains.rhat, "ess": chains.ess}
-    finding = chains_finding(observations.ids, told, chains)
+        accuracy[who] = c2st(drawn.phi[int(who), :size], chains.phi[int(who), picked], generator)
+    columns = {
+        "id": observations.ids,
+        "effective_share": share,
+        "c2st": accuracy,
+        "rhat": chains.rhat,
+        "ess": chains.ess,
+    }
+    finding = chains_finding(observations.ids, accuracy, chains)
     return Outcome([finding], {"chains": pd.DataFrame({**columns, "accepted": chains.accepted})})

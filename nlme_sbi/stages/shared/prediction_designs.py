@@ -108,11 +108,11 @@ def required_covariates(fit: StoredFit) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*fit.posterior.simulator.covariates, *of_effects]))
 
 
-def _new(found: Design | str, wished: Literal["auto"] | bool, fit: StoredFit) -> New | None:
-    if wished is False:
+def _new(found: Design | str, requested: Literal["auto"] | bool, fit: StoredFit) -> New | None:
+    if requested is False:
         return None
     if isinstance(found, str):
-        if wished is True:
+        if requested is True:
             raise ValueError(f"New individuals cannot be predicted: {found}.")
         log.info("New individuals are left out: %s.", found)
         return None

@@ -302,9 +302,9 @@ def _locate(fit: FinishedRun, entry: Mapping[str, Any]) -> FinishedRun:
             continue
         if found.sha256 == entry["sha256"]:
             return load_run(path, stage="train_flow")
-    told = "" if recorded is None else f" It was {recorded}."
+    hint = "" if recorded is None else f" It was {recorded}."
     raise ValueError(
-        f"The posterior that {fit.path} was made from is not there any more, or was changed.{told} Put it back below "
+        f"The posterior that {fit.path} was made from is not there any more, or was changed.{hint} Put it back below "
         f"{beside}, or fit again with another posterior."
     )
 

@@ -108,7 +108,8 @@ def _shares(accepted: list[Acceptance], *, exchangeable: bool) -> dict[str, floa
     if exchangeable:
         names["exchange"] = "exchanges"
     return {
-        said: float(torch.stack([getattr(shares, name) for shares in accepted]).mean()) for name, said in names.items()
+        label: float(torch.stack([getattr(shares, name) for shares in accepted]).mean())
+        for name, label in names.items()
     }
 
 

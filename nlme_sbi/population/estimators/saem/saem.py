@@ -196,7 +196,7 @@ class _Run:
     theta: Float[Tensor, " P"]
     generator: torch.Generator
     sweeps: int = 0
-    said: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def start(
@@ -285,13 +285,13 @@ class _Run:
             if len(trace) >= most:
                 place = int(free[int(drift(window).abs().argmax())])
                 name = self.data.population.unknowns.labels[place]
-                said = f"After {len(trace)} sweeps with step 1 {name} still drifted; the start may be far off."
-                return replace(run.refresh_proposals(), said=(*run.said, said))
+                warning = f"After {len(trace)} sweeps with step 1 {name} still drifted; the start may be far off."
+                return replace(run.refresh_proposals(), warnings=(*run.warnings, warning))
             ahead = min(most, len(trace) + len(trace) // 2)
 
     def average_and_check(self, accuracy: float, ids: tuple[str, ...], report: Report) -> SearchResult:
         """Averaging and judging until the average stands still and its Monte-Carlo error is small enough."""
-        settings, run, wished = self.settings, self, _MARGIN * accuracy
+        settings, run, allowed = self.settings, self, _MARGIN * accuracy
         fixed = self.data.population.unknowns.fixed.to(self.theta.device)
         trace: list[Tensor] = []
         ahead = settings.averaging
@@ -307,14 +307,14 @@ class _Run:
             judged, chains = check_stationarity(run.data, run.chains, run.kernels, mean, run.generator, sweeps=watched)
             run = replace(run, chains=chains, sweeps=run.sweeps + watched)
             se, beyond = judged.sweep_se / len(kept) ** 0.5 / judged.se, _beyond_chance(judged)
-            still = float(beyond.abs().max()) < wished
+            still = float(beyond.abs().max()) < allowed
             room = (settings.max_sweeps - run.sweeps) * 2 // 3  # a third of it for judging
-            if (float(se.max()) < wished and still) or not left_over or room < 2 * _WATCHED:
+            if (float(se.max()) < allowed and still) or not left_over or room < 2 * _WATCHED:
                 break
             if not still:
                 trace, ahead = [], min(2 * ahead, room)  # it was still on its way: forget that
                 continue
-            needed = len(trace) * (float(se.max()) / wished) ** 2
+            needed = len(trace) * (float(se.max()) / allowed) ** 2
             ahead = min(int(1.1 * needed) + 20, len(trace) + room)
         return run.summarise(judged, len(kept), accuracy, ids)
 
@@ -334,10 +334,10 @@ class _Run:
         )
         zero = torch.zeros_like(self.theta)
         stuck = torch.nonzero(judged.moved < _STUCK)[:, 0]
-        said = self.said
+        warnings = self.warnings
         if len(stuck) > 0:
-            said = (
-                *said,
+            warnings = (
+                *warnings,
                 f"The chains of {len(stuck)} of {len(ids)} individuals hardly move (fewer than {100 * _STUCK:.0f}% of "
                 f"their proposals are accepted): {list_ids(ids, stuck)}. SAEM may have missed a part of their "
                 "posteriors; compare with estimator=exact.",
@@ -349,7 +349,7 @@ class _Run:
             converged=converged,
             message=message,
             shortage=f"SAEM ended after {self.sweeps} sweeps (estimator.max_sweeps={self.settings.max_sweeps})",
-            warnings=said,
+            warnings=warnings,
         )
 
 
