@@ -28,18 +28,13 @@ from nlme_sbi.population.estimators.exact_draws import (
 )
 from nlme_sbi.population.estimators.initialization import (
     choose_mode_starts,
-    choose_more_mode_starts,
-    individuals_without_rows,
+    find_every_mode,
     is_near,
     likelihood_of,
-    modes_with_images,
-    require_every_individual,
     require_likelihood,
 )
 from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
 from nlme_sbi.population.likelihood.laplace_components import (
-    distinct_modes,
-    merge_modes,
     mixtures,
     profile_components,
 )
@@ -102,12 +97,10 @@ class Exact(OfLikelihood):
             return replace(state, proposed_for=known.proposed_for)
         draws = self._draws_of(previous, observations)
         if known is None:
-            rows, starts = choose_mode_starts(joint, source, observations, generator)
+            starts = choose_mode_starts(joint, source, observations, generator)
         else:
-            every = torch.arange(individuals, device=theta.device)
-            rows = torch.cat([known.modes.rows, every])
-            starts = torch.cat([known.modes.means, joint.centres])
-        return self._make_draws(joint, (rows, starts), source, observations, generator, draws=draws)
+            starts = known.modes.add_starts(torch.arange(individuals, device=theta.device), joint.centres)
+        return self._make_draws(joint, starts, source, observations, generator, draws=draws)
 
     def search_modes_again(
         self,
@@ -125,9 +118,8 @@ class Exact(OfLikelihood):
         joint = likelihood_of(simulator, state.population, observations, theta)
         if not state.population.varying:
             return draws_without_variability(joint, source.prior)
-        rows, starts = choose_mode_starts(joint, source, observations, generator)
-        both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, starts])
-        return self._make_draws(joint, both, source, observations, generator, draws=state.draws)
+        starts = state.modes.add_starts(*choose_mode_starts(joint, source, observations, generator))
+        return self._make_draws(joint, starts, source, observations, generator, draws=state.draws)
 
     def scan_for_modes(
         self,
@@ -150,30 +142,31 @@ class Exact(OfLikelihood):
         unseen = find_unseen_modes(joint, state.modes, generator, columns=columns)
         if unseen is None:
             return None
-        both = torch.cat([state.modes.rows, unseen.rows]), torch.cat([state.modes.means, unseen.points])
+        starts = state.modes.add_starts(unseen.rows, unseen.points)
         if len(observations) > _MANY and bool((state.made_for == theta).all()):
             changed = torch.unique(unseen.rows)
-            return self._redraw_individuals(state, changed, both, source, observations, generator), unseen.columns
-        made = self._make_draws(joint, both, source, observations, generator, draws=state.draws)
+            return self._redraw_individuals(state, changed, starts, source, observations, generator), unseen.columns
+        made = self._make_draws(joint, starts, source, observations, generator, draws=state.draws)
         return made, unseen.columns
 
     def _redraw_individuals(
         self,
         state: ExactDraws,
         changed: Tensor,
-        begin: tuple[Tensor, Tensor],
+        starts: tuple[Tensor, Tensor],
         source: Source,
         observations: Observations,
         generator: torch.Generator,
     ) -> ExactDraws:
-        """The same draws, but those of the ``changed`` individuals made anew from where the climbers begin."""
-        rows, starts = begin
+        """The same draws, but those of the ``changed`` individuals made anew from these starts of a search for
+        modes."""
+        rows, points = starts
         place = torch.full((state.individuals,), -1, dtype=torch.int64, device=rows.device)
         place[changed] = torch.arange(len(changed), device=rows.device)
         mine = place[rows] >= 0
         made = self._make_draws(
             replace(state.joint, observations=select_rows(state.joint.observations, changed)),
-            (place[rows[mine]], starts[mine]),
+            (place[rows[mine]], points[mine]),
             of_individuals(source, changed.cpu()),
             observations[changed.cpu()],
             generator,
@@ -194,21 +187,16 @@ class Exact(OfLikelihood):
     def _make_draws(
         self,
         joint: JointDensity,
-        begin: tuple[Tensor, Tensor],
+        starts: tuple[Tensor, Tensor],
         source: Source,
         observations: Observations,
         generator: torch.Generator,
         *,
         draws: int,
     ) -> ExactDraws:
-        """Modes from where the climbers begin, mixtures on them, draws."""
+        """Modes from these starts, mixtures on them, draws."""
         individuals = len(observations)
-        laplace, at = modes_with_images(joint, *begin)
-        missing = individuals_without_rows(laplace.rows, individuals)
-        if len(missing):
-            more = choose_more_mode_starts(joint, missing, source, observations, generator)
-            laplace, at = merge_modes(joint, (laplace, at), distinct_modes(joint, *more))
-        require_every_individual(laplace.rows, observations)
+        laplace, at = find_every_mode(joint, starts, source, observations, generator)
         if self.rough:  # heavy tails around the modes serve to compare starts
             return draw_from_mixtures(joint, laplace, mixtures(laplace, individuals, draws), source.prior, generator)
         mixed = mixtures(profile_components(joint, laplace, at), individuals, draws)

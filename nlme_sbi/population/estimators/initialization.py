@@ -139,6 +139,28 @@ def modes_with_images(
     return found if len(mirrored) == 0 else merge_modes(joint, found, distinct_modes(joint, mirrored, points))
 
 
+def find_every_mode(
+    joint: JointDensity,
+    starts: tuple[Tensor, Tensor],
+    source: Source,
+    observations: Observations,
+    generator: torch.Generator,
+) -> tuple[LaplaceComponents, Expansion]:
+    """Distinct modes that the ``starts`` (rows ``(B,)`` and points ``(B, V)``) lead to, with their mirror images; more
+    starts for individuals without any.
+
+    Raises:
+        NoLikelihoodError: where an individual has none even so.
+    """
+    found = modes_with_images(joint, *starts)
+    missing = individuals_without_rows(found[0].rows, len(observations))
+    if len(missing):
+        more = choose_more_mode_starts(joint, missing, source, observations, generator)
+        found = merge_modes(joint, found, distinct_modes(joint, *more))
+    require_every_individual(found[0].rows, observations)
+    return found
+
+
 def _promising_images(joint: JointDensity, found: LaplaceComponents, at: Expansion) -> tuple[Tensor, Tensor]:
     """Mirror images of modes that are not so low that the population rules them out."""
     mirrored = add_images(joint, found.means[:, None])[:, 1:]

@@ -20,16 +20,12 @@ from torch import Tensor
 
 from nlme_sbi.population.estimators.initialization import (
     choose_mode_starts,
-    choose_more_mode_starts,
-    individuals_without_rows,
+    find_every_mode,
     likelihood_of,
-    modes_with_images,
-    require_every_individual,
     require_likelihood,
 )
 from nlme_sbi.population.estimators.laplace_draws import LaplaceDraws, assemble_draws
 from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
-from nlme_sbi.population.likelihood.laplace_components import distinct_modes, merge_modes
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.likelihood.mode_scan import find_unseen_modes
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
@@ -62,14 +58,11 @@ class Laplace(OfLikelihood):
         if isinstance(previous, LaplaceDraws) and previous.individuals == len(observations):
             joint = self._joint(source, observations, previous, theta)
             every = torch.arange(len(observations), device=theta.device)
-            rows = torch.cat([previous.modes.rows, every])
-            return self._make_draws(
-                joint, (rows, torch.cat([previous.modes.means, joint.centres])), source, observations, generator
-            )
+            starts = previous.modes.add_starts(every, joint.centres)
+            return self._make_draws(joint, starts, source, observations, generator)
         joint = self._joint(source, observations, previous, theta)
-        return self._make_draws(
-            joint, choose_mode_starts(joint, source, observations, generator), source, observations, generator
-        )
+        starts = choose_mode_starts(joint, source, observations, generator)
+        return self._make_draws(joint, starts, source, observations, generator)
 
     def search_modes_again(
         self,
@@ -83,9 +76,8 @@ class Laplace(OfLikelihood):
         if not isinstance(state, LaplaceDraws):
             raise TypeError(f"laplace made no such draws: {type(state).__name__}.")
         joint = self._joint(source, observations, state, theta)
-        rows, starts = choose_mode_starts(joint, source, observations, generator)
-        both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, starts])
-        return self._make_draws(joint, both, source, observations, generator)
+        starts = state.modes.add_starts(*choose_mode_starts(joint, source, observations, generator))
+        return self._make_draws(joint, starts, source, observations, generator)
 
     def scan_for_modes(
         self,
@@ -104,9 +96,8 @@ class Laplace(OfLikelihood):
         unseen = find_unseen_modes(joint, state.modes, generator, columns=columns)
         if unseen is None:
             return None
-        both = torch.cat([state.modes.rows, unseen.rows]), torch.cat([state.modes.means, unseen.points])
-        made = self._make_draws(joint, both, source, observations, generator)
-        return made, unseen.columns
+        starts = state.modes.add_starts(unseen.rows, unseen.points)
+        return self._make_draws(joint, starts, source, observations, generator), unseen.columns
 
     def _joint(
         self, source: Source, observations: Observations, previous: WeightedDraws | NoDraws, theta: Float[Tensor, " P"]
@@ -121,18 +112,13 @@ class Laplace(OfLikelihood):
     def _make_draws(
         self,
         joint: JointDensity,
-        begin: tuple[Tensor, Tensor],
+        starts: tuple[Tensor, Tensor],
         source: Source,
         observations: Observations,
         generator: torch.Generator,
     ) -> LaplaceDraws:
-        found = modes_with_images(joint, *begin)
-        missing = individuals_without_rows(found[0].rows, len(observations))
-        if len(missing):
-            more = choose_more_mode_starts(joint, missing, source, observations, generator)
-            found = merge_modes(joint, found, distinct_modes(joint, *more))
-        require_every_individual(found[0].rows, observations)
-        return assemble_draws(joint, source.prior, found[0])
+        modes, _ = find_every_mode(joint, starts, source, observations, generator)
+        return assemble_draws(joint, source.prior, modes)
 
     def coarsen(self, individuals: int) -> Laplace:  # noqa: ARG002
         """Itself: draws decide nothing."""

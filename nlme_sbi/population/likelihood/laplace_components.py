@@ -54,6 +54,11 @@ class LaplaceComponents:
         together = self.concatenate([kept, others])
         return together[torch.argsort(together.rows, stable=True)]
 
+    def add_starts(self, rows: Int[Tensor, " B"], points: Float[Tensor, "B V"]) -> tuple[Tensor, Tensor]:
+        """Individuals ``(K + B,)`` and points ``(K + B, V)`` to start a search for modes from: these modes, then more
+        points."""
+        return torch.cat([self.rows, rows]), torch.cat([self.means, points])
+
     def __getitem__(self, chosen: Tensor) -> LaplaceComponents:
         return LaplaceComponents(self.rows[chosen], self.log_mass[chosen], self.means[chosen], self.covariances[chosen])
 

@@ -151,7 +151,7 @@ def _gain(joint: JointDensity, known: LaplaceComponents, rows: Tensor, points: T
 def _modes_with_finds(joint: JointDensity, known: LaplaceComponents, rows: Tensor, points: Tensor) -> LaplaceComponents:
     """All modes of the individuals for whom points were found."""
     mine = _modes_of(known, rows)
-    both, _ = distinct_modes(joint, torch.cat([mine.rows, rows]), torch.cat([mine.means, points]))
+    both, _ = distinct_modes(joint, *mine.add_starts(rows, points))
     return both
 
 
@@ -177,8 +177,7 @@ def _scan(joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...
         found_rows.append(rows[better])
         found_points.append(maxima.points[better])
         found_columns.append(along[better])
-        there = torch.cat([known.rows, found_rows[-1]]), torch.cat([known.means, found_points[-1]])
-        both, _ = distinct_modes(joint, *there)
+        both, _ = distinct_modes(joint, *known.add_starts(found_rows[-1], found_points[-1]))
         # Only those who had news may have more.
         known = _modes_of(both, found_rows[-1])
     if not found_rows:
