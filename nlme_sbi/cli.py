@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 
 class JobFailed(Exception):
-    """A job of a sweep failed and said why."""
+    """A job of a sweep that failed, with its message."""
 
 
 def entry_point(stage: Stage | str, config_name: str, *, words: str | None = None) -> Callable[[], None]:
@@ -59,7 +59,7 @@ def entry_point(stage: Stage | str, config_name: str, *, words: str | None = Non
 
     Returns:
         A function without arguments that reads ``sys.argv`` and ends with ``SystemExit`` where something went wrong:
-        code 1 for a refusal or failure, 130 for Ctrl-C, 141 where nobody reads its help any more.
+        code 1 for a refusal or failure, 130 for Ctrl-C, 141 where the reader of its output has gone.
     """
 
     def main() -> None:
@@ -226,7 +226,7 @@ def _make_importable(cfg: DictConfig) -> None:
 
 
 def _code_of(error: BaseException) -> int:
-    if interrupts.was_stopped():  # told already; whatever it became on its way here (an ImportError, for one)
+    if interrupts.was_stopped():  # reported already; whatever it became on its way here (an ImportError, for one)
         return INTERRUPTED
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else FAILED if error.code else 0
@@ -278,12 +278,12 @@ def _print(sentence: str) -> None:
     try:
         sys.stderr.write(visible(sentence.rstrip("\n")) + "\n")
         sys.stderr.flush()
-    except (OSError, ValueError):  # nobody reads it, or it is closed
+    except (OSError, ValueError):  # the reader has gone, or it is closed
         interrupts.silence(2)
 
 
 def _flush() -> None:
-    """Write out what is left; where nobody reads it any more, quietly, and not once more at the interpreter's end."""
+    """Write out what is left; quietly where the reader has gone, and not once more at the interpreter's end."""
     for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
         if stream is not None:
             try:
@@ -293,7 +293,7 @@ def _flush() -> None:
 
 
 class _StageResult(logging.Filter):
-    """What a stage tells as its result, apart from what is said on the way."""
+    """Messages of a stage's results, apart from those on the way."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.name.startswith("nlme_sbi.stages") and record.levelno == logging.INFO
@@ -329,7 +329,7 @@ class _Standard(logging.Handler):
             if stream is not None:
                 stream.write(self.format(record) + "\n")
                 stream.flush()
-        except BrokenPipeError:  # as with "| head": nobody reads it any more, and the work goes on
+        except BrokenPipeError:  # as with "| head": the reader has gone, and the work goes on
             interrupts.silence({"stdout": 1, "stderr": 2}[self._name])
         except Exception:
             self.handleError(record)

@@ -1,4 +1,4 @@
-"""What a check says: one plain sentence, a traffic light, and the rule that chose it."""
+"""The finding of a check: one plain sentence, a traffic light, and the rule that chose it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Finding:
         check: its name, unique in a report, such as ``coverage``; anchors and file names are made of it.
         title: for people.
         light: green (passed), amber (a limit of the result that a reader must know), red (the result must not be used
-            like that), grey (could not be judged; the sentence tells what is missing).
+            like that), grey (could not be judged; the sentence says what is missing).
         sentence: what was found, in plain words with its numbers, and where it is not green what to do.
         rule: which numbers give which light, with the error rate of the rule where it is a test.
-        numbers: what the sentence rests on; plain numbers and strings only.
+        numbers: behind the sentence; plain numbers and strings only.
     """
 
     check: str

@@ -132,7 +132,7 @@ def fit_mixtures(
         components: the largest number of components tried.
         criterion: "aic", which approximates densities best: errors left by "bic" add up over individuals (with
             slightly skewed posteriors of 200 individuals, 0.3 against 0.1 standard errors of a constant); or "fixed",
-            the same number for everybody (fewer where a component would be left with almost no draws).
+            the same number for every individual (fewer where a component would be left with almost no draws).
         start: mixtures to begin with; then only EM steps are taken and no component is added or removed.
         block: draws that are worked on at once, which bounds memory.
 

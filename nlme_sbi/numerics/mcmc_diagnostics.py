@@ -1,4 +1,4 @@
-r"""Whether Markov chains have met, and how many independent draws they are worth.
+r"""Whether Markov chains have converged, and their effective sample sizes.
 
 Rank-normalised split R-hat and bulk and tail effective sample size: the chains are cut in half, so that one that still
 drifts disagrees with itself, and values are replaced by the normal scores of their ranks, so that heavy tails or
@@ -20,7 +20,7 @@ _TAILS = (0.05, 0.95)
 
 def split_rhat(chains: Float[np.ndarray, "chains draws"]) -> float:
     """Rank-normalised split R-hat of one quantity: the larger of that of the values (location) and that of their
-    distances from the median (scale). 1 for chains that have mixed; above 1.01 they have not met.
+    distances from the median (scale). 1 for chains that have mixed; above 1.01 they have not converged.
 
     Args:
         chains: at least 4 draws in each. NaN where a value is not finite; 1 where all are equal.

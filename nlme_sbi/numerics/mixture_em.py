@@ -23,8 +23,8 @@ FLOOR = 1e-6  # added to the variance of every component, relative to that of th
 _ITERATIONS = 80
 _REFINING = 15  # steps when mixtures are only adapted to other draws
 _TOLERANCE = 1e-4  # in log likelihood per draw and step
-_CHECK = 5  # steps between two looks at who has converged
-_PATIENCE = 10  # looks' worth of the present gain that a mixture is credited with before it is given up
+_CHECK = 5  # steps between convergence checks
+_PATIENCE = 10  # checks' worth of the present gain that a mixture may still gain before it is given up
 _SEARCHED = 1000  # draws that the number of components is chosen from
 
 

@@ -72,7 +72,7 @@ class Mixtures:
         """All the randomness of :meth:`sample`: for each individual random shifts of one Sobol' sequence.
 
         Draws belong in turn to independent sets (randomised quasi-Monte Carlo, Cranley and Patterson 1976, SIAM J.
-        Numer. Anal. 13:904), whose differences tell the error that is left.
+        Numer. Anal. 13:904), whose differences give the remaining error.
         """
         shape = (len(self.means), 1, independent_sets(int(self.counts[0].sum())), self.means.shape[2] + 2)
         shift = torch.rand(shape, generator=generator, device=generator.device, dtype=self.means.dtype)
@@ -119,7 +119,7 @@ class Mixtures:
 
 def independent_sets(draws: int) -> int:
     """How many independent sets the draws of an individual are made of: two, or more where there are enough draws, so
-    that their error is well told for a handful of individuals, too."""
+    that their error is well estimated for a handful of individuals, too."""
     return _SETS if draws >= _MANY_DRAWS else 2
 
 

@@ -1,4 +1,4 @@
-"""What all figures share: a canvas without pyplot's global state, colours, and axis labels with units."""
+"""Shared by all figures: a canvas without pyplot's global state, colours, and axis labels with units."""
 
 from __future__ import annotations
 

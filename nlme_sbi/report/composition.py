@@ -1,4 +1,4 @@
-"""The whole report of a fit: all sections, and the verdict over them. Nothing is computed from the model here."""
+"""The report of a fit: all sections and the verdict. Nothing is computed from the model here."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def compose_report(
         fit: the fit, with its checks where there are any.
         diagnosis: of its network.
         chosen: ids that stay on the map of all individuals where the fit was not checked; the checks name their own.
-        each: representative individuals that stay, as ``chosen``.
-        advance: is told sections that are done.
+        each: number of representative individuals that stay, as ``chosen``.
+        advance: called with the number of sections just finished.
 
     Raises:
         ValueError: for ids in ``chosen`` that the fit does not have; everything else that is refused becomes a grey
@@ -82,7 +82,7 @@ def compose_report(
         advance(1)
     report = Report(
         title=f"Population fit: {fit.run.manifest['experiment']}",
-        subtitle="What the fit says, how far it can be trusted, and where it came from.",
+        subtitle="Results, reliability and provenance of the fit.",
         facts=_facts(fit),
         answers=verdict(_by_topic(sections), by_likelihood=fit.by_likelihood),
         sections=tuple(sections),
@@ -125,7 +125,7 @@ def _individuals(fit: ReportedFit, diagnosis: Diagnosis, shown: ShownIndividuals
         influence = influence_of(fit).set_index("id")["cook"]
         others["cook"] = ("influence (Cook's distance)", influence)
     except ValueError:
-        pass  # told in the section on the population
+        pass  # reported in the section on the population
     worst = np.zeros(len(fit.individuals), bool)
     worst[[row for row, reason in zip(shown.rows, shown.reasons, strict=True) if reason == "worst fit"]] = True
     if close is not None and len(fit.individuals) > 4 * worst.sum():

@@ -1,4 +1,4 @@
-"""The five answers on top of the report, each made of findings by a rule that is written beside it."""
+"""The five answers on top of the report, each made from findings by a rule that is printed beside it."""
 
 from __future__ import annotations
 

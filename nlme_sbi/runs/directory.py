@@ -4,7 +4,7 @@
 
     outputs/<stage>/<experiment>-<hash8>/
         config.yaml      what was asked for; the hash in the directory's name is over its `config` and `inputs`
-        log/             what was said, TensorBoard, times; not a result
+        log/             messages, TensorBoard, times; not a result
         checkpoint/      what resuming needs; not a result
         ...              results
         manifest.json    written last and atomically: with it the run is finished
@@ -287,8 +287,8 @@ def _claim(base: Path, *, fresh: bool) -> tuple[Path, IO[str]]:
         ) from None
     except OSError:  # a file system without locks: nothing to hold, and refusing would help nobody
         _log.warning("%s: the file system offers no locks; do not start the same command twice.", newest)
-    # A courtesy to whoever finds it locked: where the disk is full, the first result says so in a sentence. Not through
-    # the file object, whose buffer would be written once more when it is closed.
+    # A courtesy to the process that finds it locked: where the disk is full, the first result says so in a sentence.
+    # Not through the file object, whose buffer would be written once more when it is closed.
     with contextlib.suppress(OSError):
         os.ftruncate(lock.fileno(), 0)
         os.write(lock.fileno(), f"pid {os.getpid()} on {os.uname().nodename}\n".encode())

@@ -35,7 +35,7 @@ class FinishedRun:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What the stage told about its results."""
+        """The stage's results in numbers and words."""
         return self.manifest["results"]  # type: ignore[no-any-return]
 
     @property
@@ -95,7 +95,7 @@ class FinishedRun:
         """A number among the results; raises ``ValueError`` where there is none of this name."""
         found = self.results.get(name)
         if isinstance(found, bool) or not isinstance(found, (int, float)):
-            raise ValueError(f"{self.path / MANIFEST} is damaged: its results tell no number {name}; {_AGAIN}")
+            raise ValueError(f"{self.path / MANIFEST} is damaged: its results hold no number {name}; {_AGAIN}")
         return float(found)
 
 

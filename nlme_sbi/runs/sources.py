@@ -121,7 +121,7 @@ def require_same_sources(run: FinishedRun, sections: Sequence[str], *, trust: It
     kept = run.manifest.get("sources")
     if kept is None and today:
         _log.warning(
-            "%s was made before runs kept the source of their simulators: whether it was changed since cannot be told.",
+            "%s was made before runs kept the source of their simulators: whether it was changed since is not known.",
             run.path,
         )
         return
@@ -135,7 +135,7 @@ def require_same_sources(run: FinishedRun, sections: Sequence[str], *, trust: It
 def require_unedited(run: FinishedRun, sections: Sequence[str], *, trust: Iterable[str] = ()) -> None:
     """Refuse a run one of whose files was edited; before its sections are instantiated.
 
-    An edited file may fail in ways that say nothing of the edit, so this comes first; the whole comparison is that of
+    An edited file may fail in ways that do not point to the edit, so this comes first; the whole comparison is that of
     :func:`require_same_sources`. Targets that are not trusted are not looked at: their refusal comes later.
 
     Raises:

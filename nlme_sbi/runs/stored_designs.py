@@ -97,7 +97,7 @@ class StoredDesign:
                 raise ValueError(f"{directory}: {name}.npy has shape {array.shape} where {rows} rows were written.")
         if self.is_shared and self.rows > _MOST_SHARED:  # nothing on the disk holds so many
             raise ValueError(
-                f"{directory / DESCRIPTION} is damaged: it tells of {self.rows} equal rows; at most {_MOST_SHARED}."
+                f"{directory / DESCRIPTION} is damaged: it announces {self.rows} equal rows; at most {_MOST_SHARED}."
             )
         _check_numbers(directory, self._arrays, self._covariates, self._groups)
 

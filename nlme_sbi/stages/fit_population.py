@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FitSettings:
-    """The sections ``fit`` and ``figures``: starting points, wished Monte-Carlo error in SE, panels of fits."""
+    """The sections ``fit`` and ``figures``: starting points, target Monte-Carlo error in SE, panels of fits."""
 
     starts: int
     accuracy: float
@@ -83,7 +83,7 @@ class FitSettings:
 
 
 def _uncertainty_settings(plain: Mapping[str, Any]) -> Assessment:
-    """How uncertainty is told; raises ``ValueError`` with the key."""
+    """Settings of the confidence intervals; raises ``ValueError`` with the key."""
     try:
         return Assessment(
             methods=tuple(convert(plain["uncertainty"], list[str], "fit.uncertainty")),
@@ -172,7 +172,7 @@ def fit_population(cfg: DictConfig) -> float:
                 generator=seeded(device, seed, Stream.FIT_UNCERTAINTY),
                 progress=progress.report,
             )
-        # Nothing that comes after the estimates may cost them: they are written at once, and again with the modes.
+        # Nothing that comes after the estimates may lose them: they are written at once, and again with the modes.
         simulator = upstream[0].section("simulator") if upstream else plain["simulator"]
         _save_tables(run, fit, simulator)
         generator = seeded(device, seed, Stream.FIT_INDIVIDUALS)
@@ -197,7 +197,7 @@ def fit_population(cfg: DictConfig) -> float:
         )
         run.finish(_results(fit))
     if not fit.converged:
-        log.warning("The fit has NOT converged: its numbers are no estimates. %s", fit.message)
+        log.warning("The fit has NOT converged: do not use its numbers as estimates. %s", fit.message)
     log.info(
         "Results: %s (table.txt, parameters.csv, individuals.csv, predictions.csv, fit.json, *.csv, *.npy, *.png)",
         run.path,

@@ -115,7 +115,7 @@ def _errors(
     settings: PredictionSettings,
     generator: torch.Generator,
 ) -> PredictionErrors | None:
-    """Prediction errors of all individuals or of a part; None where they are not wished or cannot be had."""
+    """Prediction errors of all individuals or of a part; None where they are not asked for or cannot be had."""
     if settings.simulations == 0:
         return None
     count = len(observations)

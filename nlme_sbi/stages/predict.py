@@ -145,8 +145,8 @@ def predict(cfg: DictConfig) -> None:
 
 
 def _try_out(fit: StoredFit, plan: Plan) -> None:
-    """One typical individual under every design: what a simulator refuses (doses of a kind) is told before a run is
-    begun."""
+    """One typical individual under every design: what a simulator refuses (doses of a kind) is reported before a run
+    is begun."""
     for group in (plan.known, plan.new):
         if group is not None:
             phi = fit.population.mean(fit.theta).expand(len(group.design), 1, -1)
@@ -236,7 +236,7 @@ def _stored_theta(run: FinishedRun, unknowns: int) -> Float[Tensor, "n P"]:
 def _predict_groups(
     fit: StoredFit, plan: Plan, thetas: Float[Tensor, "K P"], settings: PredictionSettings, *, seed: int
 ) -> tuple[list[Predictions], list[str]]:
-    """Both groups, and what must be said of them."""
+    """Both groups, and warnings about them."""
     warnings, made, simulator = [], [], fit.posterior.simulator
     noise = seeded(fit.device, seed, Stream.PREDICT_NOISE)
     if plan.known is not None and fit.draws is not None:

@@ -1,4 +1,4 @@
-"""The report: what a finished fit says, how far it can be trusted, and where it came from, as one HTML file.
+"""The report of a finished fit: results, reliability and provenance, as one HTML file.
 
 It reads and draws. What is computed from the model is a run of ``check_fit``, which is made here where it is missing.
 """
@@ -69,7 +69,7 @@ def report(cfg: DictConfig) -> None:
 
     Raises:
         ValueError: one sentence where there is no fit, or it was edited, or an individual is asked for that it does not
-            have. What cannot be computed (a posterior that is gone, a check that is refused) is told in the report.
+            have. What cannot be computed (a posterior that is gone, a check that is refused) is said in the report.
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     settings = FitCheckSettings.of(plain)
@@ -177,7 +177,7 @@ def _load(run: FinishedRun, device: str, trust: tuple[str, ...]) -> LoadedFit:
 
 
 def _save_arviz(run: RunDirectory, taken: LoadedFit) -> None:
-    """``draws.nc``; where it cannot be made that is told, and the report is there all the same."""
+    """``draws.nc``; where it cannot be made that is logged, and the report is there all the same."""
     try:
         if taken.fit is None:
             raise ValueError(taken.missing)

@@ -119,7 +119,7 @@ def rebuild_state(fit: StoredFit, estimator: Estimator, generator: torch.Generat
 
 
 def _save(run: RunDirectory, found: ThetaDraws) -> dict[str, Any]:
-    """Write draws, summary and table; the results that the manifest tells."""
+    """Write draws, summary and table; the results for the manifest."""
     summary = found.summary()
     texts = {
         "table.txt": found.table(),

@@ -1,4 +1,4 @@
-"""What the checks of misspecification say in plain words."""
+"""Findings of the checks of misspecification, in plain words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nlme_sbi.diagnostics.findings import Finding, Light
 _WORDS = {
     "correlation": "neighbouring ones are alike",
     "run": "ones of the same sign come in runs",
-    "farthest": "single ones stick out",
+    "farthest": "single ones are outliers",
     "waves": "they go up and down in waves",
 }
 _STRONG = 0.5  # correlation of neighbouring residuals that makes a model useless for what lies between
@@ -108,7 +108,7 @@ def support_finding(scores: SupportScores, *, level: float = 0.05) -> Finding:
     else:
         sentence = (
             f"{count} of {total} individuals are as far from the network's training simulations as the rarest "
-            f"{100 * RARE:g}% of those are, farthest: {listed}. There the network has learned little: widen the "
+            f"{100 * RARE:g}% of those are, farthest: {listed}. The network is poorly trained there: widen the "
             "training prior towards these data, or leave these individuals out."
         )
     return Finding(

@@ -1,4 +1,4 @@
-r"""Where the likelihood of every individual is highest, and what is left of its data there.
+r"""MAP fits of every individual under the training prior, and their residuals.
 
 Residuals at a fit are not noise: the fit has followed the data in as many directions as it has parameters. In a model
 that is linear near the fit, the residuals' part orthogonal to those directions is untouched by it, and by how exactly
@@ -25,7 +25,7 @@ from nlme_sbi.types import Censoring, Design, Observations, Prior, Simulator
 _NUMBERS = 4_000_000  # predicted values at once
 _STEP = 1e-4  # of finite differences on the unconstrained scale
 _LONGEST = 2.0  # prior SDs in one step
-_SINGULAR = 1e-6  # relative singular value of a direction that the data do not tell
+_SINGULAR = 1e-6  # relative singular value of a direction that the data do not determine
 _OTHERS = 500  # fits of other individuals that may serve as starts
 
 
@@ -80,19 +80,20 @@ def best_fits(
     starts: int = 4,
     steps: int = 12,
 ) -> BestFits:
-    """Damped Fisher scoring from the best of each individual's draws, and again from elsewhere for those left odd.
+    """Damped Fisher scoring from the best of each individual's draws, and again from other starts for outliers.
 
-    Individuals whose residuals still look unlike noise try more starts: further draws, the fits of individuals whose
-    fits suit them best, and their own with exchangeable parameters exchanged. A climb that ended in a lower mode would
-    otherwise pass for data that the model cannot make.
+    Individuals whose residuals still do not look like noise get more starts: further draws, the fits of individuals
+        whose
+    fits suit them best, and their own with exchangeable parameters exchanged. A search that ended in a lower mode would
+    otherwise be taken for data that the model cannot produce.
 
     Args:
         simulator: with its noise model.
         prior: of the parameters; it decides where the data do not.
         observations: plain values, on the device of the draws.
-        draws: from an approximate posterior: where climbs begin.
-        starts: climbs of each individual.
-        steps: of the two best climbs of each individual, after a third as many of all.
+        draws: from an approximate posterior: starting points.
+        starts: of each individual.
+        steps: of the two best searches of each individual, after a third as many of all.
     """
     data = _Data.of(simulator, prior, observations)
     rows = torch.split(torch.arange(len(draws), device=draws.device), data.at_once(draws.shape[1]))
@@ -258,7 +259,7 @@ def _rank(data: _Data, draws: Float[Tensor, "I S D"]) -> Int[Tensor, "I S"]:
 
 
 def _climb_all(data: _Data, start: Float[Tensor, "I m D"], steps: int) -> tuple[Tensor, Tensor]:
-    """The best end of the climbs from ``start``, ``(I, D)``, and the objective there, ``(I,)``."""
+    """The best result of the searches from ``start``, ``(I, D)``, and the objective there, ``(I,)``."""
     at_once = data.at_once(start.shape[1] * (start.shape[2] + 1))
     ends = []
     for rows in torch.split(torch.arange(len(start), device=start.device), at_once):
@@ -271,7 +272,7 @@ def _climb_all(data: _Data, start: Float[Tensor, "I m D"], steps: int) -> tuple[
 
 
 def _climb(data: _Data, phi: Float[Tensor, "I m D"], steps: int) -> tuple[Tensor, Tensor]:
-    """Where each climb is after so many steps, and the objective there, ``(I, m)``."""
+    """Each search after ``steps`` steps, and the objective there, ``(I, m)``."""
     longest = _LONGEST * data.precision.diagonal().rsqrt()
     damping = torch.full(phi.shape[:2], 1e-2, dtype=phi.dtype, device=phi.device)
     value = data.objective(phi)
@@ -297,7 +298,7 @@ def project_out(values: Float[Tensor, "I *m n"], directions: Float[Tensor, "I D 
 
 
 def _outliers(found: BestFits, data: _Data) -> Int[Tensor, " outliers"]:
-    """Individuals whose residuals look unlike noise, the worst first, at most a fifth of all (or fifty)."""
+    """Individuals whose residuals do not look like noise, the worst first, at most a fifth of all (or fifty)."""
     left = project_out(found.residuals, found.directions).reshape(len(found.phi), -1, data.design.observed.shape[2])
     count = data.mask.sum(1).clamp_min(2)
     unit = left / (left.square().sum((1, 2)) / count).sqrt().clamp_min(1e-300)[:, None, None]
@@ -312,7 +313,7 @@ def _outliers(found: BestFits, data: _Data) -> Int[Tensor, " outliers"]:
 def _other_starts(
     data: _Data, found: BestFits, outliers: Int[Tensor, " outliers"], ranked: Float[Tensor, "I S D"], starts: int
 ) -> Float[Tensor, "outliers m D"]:
-    """Where outliers start again: at other draws, at others' fits, and at mirror images of where they are."""
+    """New starts of outliers: other draws, other individuals' fits, and mirror images of their own."""
     others = found.phi[torch.isfinite(found.objective)][:_OTHERS]
     begin = [ranked[outliers, starts : 3 * starts], found.phi[outliers, None]]
     parts = torch.split(outliers, data.at_once(max(len(others), 1)))

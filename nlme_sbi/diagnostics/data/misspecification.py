@@ -1,8 +1,8 @@
-"""Data that are not what a network was trained on: all checks of it, as one family of tests with one error rate.
+"""Misspecification: all checks of data against simulator and training, as one family of tests with one error rate.
 
 Three tests ask whether the simulator can make the data: what individuals have in common, single individuals, and
 individuals beside copies in the network's summaries. Each has a third of the error rate, so the chance that any of
-them accuses a simulator that made the data is at most the whole. Whether the data lie where the network was trained is
+them rejects a simulator that made the data is at most the whole. Whether the data lie where the network was trained is
 another question with an error rate of its own.
 """
 
@@ -43,7 +43,7 @@ _TESTS = 3  # that share the error rate
 
 @dataclass(frozen=True, eq=False)
 class Misspecification:
-    """What the checks found; a check that could not be made has a grey finding and None.
+    """Results of the checks; a check that could not be made has a grey finding and None.
 
     Args:
         findings: in the order in which they are read.
@@ -64,7 +64,7 @@ class Misspecification:
         return any(finding.check in judged and finding.light in ("amber", "red") for finding in self.findings)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row an individual: id, with what residuals and distances say of it."""
+        """One row an individual: id, with its residual tests and distances."""
         parts = [part.to_frame().set_index("id") for part in (self.residuals, self.support) if part is not None]
         return pd.concat(parts, axis=1).reset_index() if parts else pd.DataFrame({"id": []})
 

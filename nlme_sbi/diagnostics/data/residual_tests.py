@@ -2,11 +2,11 @@
 
 Every statistic of every individual's residuals is compared with the same statistic of simulated noise after the same
 projection (see :mod:`nlme_sbi.diagnostics.data.map_fits`), so nothing is assumed of the population that the individuals
-come from, and the network only tells where fits begin. ``K`` simulated data sets of noise stand beside the real one;
-with all of them standardised alike, the real one is exchangeable with them where the model is right (and linear near
-the fits), and the share of them that looks worse is a p-value (Monte-Carlo tests: Barnard 1963; Besag and Clifford
-1989, Biometrika 76:633). The largest score of a data set controls the chance that any individual at all is named
-wrongly (Westfall and Young 1993).
+come from, and the network only provides starting points of the fits. ``K`` simulated data sets of noise stand beside
+the real one; with all of them standardised alike, the real one is exchangeable with them where the model is right (and
+linear near the fits), and the share of them that looks worse is a p-value (Monte-Carlo tests: Barnard 1963; Besag and
+Clifford 1989, Biometrika 76:633). The largest score of a data set controls the chance that any individual at all is
+named wrongly (Westfall and Young 1993).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nlme_sbi.types import Observations, Prior, Simulator
 
 STATISTICS = ("correlation", "run", "farthest", "waves")
 _WINDOWS = (2, 4, 8, 16)
-_LEFT = 3  # dimensions that fits must leave for residuals to tell anything
+_LEFT = 3  # residual degrees of freedom that a fit must leave
 _NUMBERS = 4_000_000
 _BOUND = 3.0  # SDs that one individual may add to what all have in common
 MANY = 0.2  # share of named individuals from which the model, and not they, is to blame
@@ -122,7 +122,7 @@ def residual_tests(
     values = torch.where(judged[:, None, None], values, 0.0)
     scores = _standardise(values)
     outlier_score = _outlier_score(scores)
-    outlier_score[(left >= _LEFT) & ~judged, 0] = math.inf  # nothing that the simulator can do makes these data
+    outlier_score[(left >= _LEFT) & ~judged, 0] = math.inf  # the simulator cannot produce these data
     highest = outlier_score.amax(0)
     p_individuals, limit = _share_above(highest), _upper(highest[1:], level)
     named = outlier_score > limit

@@ -6,7 +6,8 @@ Three questions that are easily confused, each with its own null hypothesis:
   simulations against that of fresh simulations from the training prior, which is exact for an individual drawn from
   there. Real individuals are a narrow part of the prior's; inside it their distances are ordinary.
 - **Prior**: are these individuals, as a set, a sample from the training prior? (MMD, Schmitt et al.) They are not meant
-  to be: populations are narrower than training priors, and every real data set is rejected. It is told as a distance.
+  to be: populations are narrower than training priors, and every real data set is rejected. It is reported as a
+      distance.
 - **Replicates**: does the simulator make data like each individual's own? An individual and its replicates, simulated
   from one draw :math:`\phi \sim p(\phi \mid y_i)`, are exchangeable under the model: all are made from the same
   parameters. So who is the individual and who its replicates is exchanged at random, in each individual by itself, and

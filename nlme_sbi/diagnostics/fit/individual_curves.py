@@ -1,4 +1,4 @@
-"""Fitted curves of single individuals: who is shown, the bands of the curves, how many measurements lie within."""
+"""Fitted curves of single individuals: choice of individuals, bands of the curves, share of measurements within."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class IndividualCurves:
     """Curves of ``n`` individuals.
 
     Args:
-        bands: of everybody's curve and of new measurements, at equally spaced times.
-        typical: ``(n, T, C)`` curve of the typical individual under everybody's design; None without a noise-free
-            prediction.
+        bands: of every individual's curve and of new measurements, at equally spaced times.
+        typical: ``(n, T, C)`` curve of the typical individual under every individual's design; None without a
+            noise-free prediction.
         within: ``(n, 2)`` of each, the measurements within the 95% band of new ones, and how many there are.
     """
 
@@ -63,7 +63,7 @@ def choose_individuals(
     chosen: Sequence[str],
     each: int,
 ) -> ShownIndividuals:
-    """Who is shown: those that were asked for, ``each`` representative ones, and as many of the worst.
+    """Choose the individuals shown: those asked for, ``each`` representative ones, and as many of the worst.
 
     Args:
         ids: of all individuals.
@@ -117,7 +117,7 @@ def individual_curves(
         typical: each one's typical value.
         observations: of these individuals, on the device of the draws.
         generator: of the measurement noise.
-        advance: is told individuals that are done; each counts twice.
+        advance: called with the number of individuals just finished; each counts twice.
     """
     # Measurement noise is drawn anew for each copy, which smooths the outer bands; the curve's bands stay the same.
     kept = draws[:, :_DRAWS].repeat(1, _COPIES, 1)

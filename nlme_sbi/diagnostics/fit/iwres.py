@@ -104,7 +104,7 @@ def goodness_of_fit(
         typical: unconstrained parameters of each individual's typical value.
         observations: the data, on the device of the draws.
         generator: which draw of each individual is tested; censored measurements are drawn beyond their limits.
-        advance: is told individuals that are done.
+        advance: called with the number of individuals just finished.
 
     Raises:
         ValueError: for a simulator without noise-free prediction or noise model: prediction_errors needs neither.

@@ -26,7 +26,7 @@ from nlme_sbi.types import Censoring, Observations, Simulator
 LEAST_REPLICATES, _LEAST_NULL = 200, 59  # 59: three tests at 5% together need p-values below 1/60
 PER_MEASUREMENT = 20  # simulated data sets for each measurement of an individual
 _NUMBERS = 8_000_000  # simulated values at once
-_RIDGE = 1e-9  # of a variance, so that measurements that tell the same can be told apart
+_RIDGE = 1e-9  # of a variance, so that redundant measurements leave a positive definite covariance
 _GROSS_MEAN, _GROSS_VARIANCE = 0.5, 2.0
 
 
@@ -85,7 +85,8 @@ def prediction_errors(
     null: int = 199,
     advance: Callable[[int], None] = lambda _: None,
 ) -> PredictionErrors:
-    """Errors of all measurements, from ``K`` simulated data sets, of which the last ``null`` only tell what to expect.
+    """Errors of all measurements, from ``K`` simulated data sets, of which the last ``null`` only give the null
+    distribution.
 
     Covariances need many more data sets than an individual has measurements: of individuals with more than a twentieth
     of ``K - null`` only so many enter, evenly spread.
@@ -96,7 +97,7 @@ def prediction_errors(
         observations: the data, on the device of ``phi``.
         generator: of the measurement noise.
         null: data sets that tests compare with; 0 for no tests.
-        advance: is told individuals that are done.
+        advance: called with the number of individuals just finished.
 
     Raises:
         ValueError: where fewer than 200 data sets remain, or simulations fail, with what is needed.

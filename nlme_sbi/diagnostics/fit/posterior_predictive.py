@@ -1,4 +1,4 @@
-"""Posterior predictive checks: would the same individuals, measured again, look like this in numbers that matter?
+"""Posterior predictive checks: summary statistics of the data against new measurements of the same individuals.
 
 Source: Gelman, Meng and Stern (1996), Stat. Sinica 6:733. Draws of parameters have seen the data that they are compared
 with, so p-values lie nearer to 0.5 than uniform ones would, and false alarms are rarer than stated (Robins, van der

@@ -142,7 +142,7 @@ def visual_predictive_check(
             most 20, when left out.
         probabilities: increasing.
         confidence: of the bands.
-        advance: is told data sets that are done.
+        advance: called with the number of data sets just finished.
 
     Raises:
         ValueError: for fewer than 100 data sets, for correction of censored data, or where limits of quantification
@@ -340,7 +340,10 @@ def vpc_finding(check: VisualPredictiveCheck, *, level: float = 0.05) -> Finding
         f"{100 * check.outside:.0f}% of the data's {kind} over time lie outside the {100 * check.confidence:g}% bands "
         f"of {check.replicates} simulated data sets (p = {check.p_value:.2g})"
     )
-    advice = " The model does not describe how typical values or their spread go with time: see where they leave them."
+    advice = (
+        " The model does not describe how typical values or their spread change with time: see where the quantiles "
+        "leave their bands."
+    )
     return Finding(
         check="vpc_corrected" if corrected else "vpc",
         title="Visual predictive check" + (", prediction-corrected" if corrected else ""),

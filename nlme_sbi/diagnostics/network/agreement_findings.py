@@ -1,4 +1,4 @@
-"""What the agreement with the exact posterior says in plain words."""
+"""Findings on the agreement with the exact posterior, in plain words."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def agreement_finding(found: Agreement, *, error_rate: float, where: Literal["pr
 
 
 def chains_finding(ids: tuple[str, ...], accuracy: Float[np.ndarray, " I"], chains: LongChains) -> Finding:
-    """Whether a classifier tells the network's draws from those of long chains (C2ST).
+    """Whether a classifier distinguishes the network's draws from those of long chains (C2ST).
 
     Args:
         ids: of the individuals.
-        accuracy: C2ST of each; NaN where the chains have not met.
+        accuracy: C2ST of each; NaN where the chains have not converged.
         chains: of these.
     """
     met = np.isfinite(accuracy)
@@ -84,21 +84,21 @@ def chains_finding(ids: tuple[str, ...], accuracy: Float[np.ndarray, " I"], chai
         "smallest_ess": float(chains.ess.min()),
     }
     rule = (
-        f"Amber: a classifier tells the draws of the typical one apart in more than {_DISTINGUISHABLE:.0%} of cases "
-        f"(50%: not at all). Grey: the chains of no individual have met (R-hat above {LARGEST_RHAT:g})."
+        f"Amber: a classifier distinguishes the draws of the typical one in more than {_DISTINGUISHABLE:.0%} of cases "
+        f"(50%: not at all). Grey: the chains of no individual have converged (R-hat above {LARGEST_RHAT:g})."
     )
     title = "Long Markov chains of a few individuals"
     if not met.any():
-        sentence = f"The chains of none of {len(ids)} individuals have met (R-hat {chains.rhat.min():.2f} and more)."
+        sentence = f"No chains of {len(ids)} individuals have converged (R-hat {chains.rhat.min():.2f} and more)."
         return Finding("long_chains", title, "grey", sentence, rule, numbers=numbers)
     median = float(np.median(accuracy[met]))
     each = ", ".join(f"{name} {value:.0%}" for name, value in zip(np.array(ids)[met], accuracy[met], strict=True))
     sentence = (
-        "A classifier tells the network's draws from those of converged Markov chains in these shares of cases, where "
-        f"50% is chance: {each}."
+        "A classifier distinguishes the network's draws from those of converged Markov chains in these shares of cases, "
+        f"where 50% is chance: {each}."
     )
     if not met.all():
-        sentence += f" The chains of {int((~met).sum())} more have not met and were not used."
+        sentence += f" The chains of {int((~met).sum())} more have not converged and were not used."
     light: Light = "amber" if median > _DISTINGUISHABLE else "green"
     if light == "amber":
         sentence += " Where single individuals matter, use estimator=exact or reweighted draws, not the network's own."

@@ -7,12 +7,12 @@ Everything here is an order of pools (:mod:`nlme_sbi.diagnostics.network.ranks`)
 - the posterior's own density: the region of highest density of level c holds it where :math:`1 - u \le c`, which is
   expected coverage;
 - the distance to a reference point: TARP. References are normal about the middle of the whole pool, twice as wide as
-  it, and distances in its SDs; the pool has the truth among its members and is not told which it is, so that references
+  it, and distances in its SDs; the truth is one of the pool's members, and which one does not enter, so that references
   depend on the data, as the theorem wants them to, and never on the truth.
 
 **The verdict.** :math:`z = \Phi^{-1}(u)` of a parameter is standard normal where the posterior is right. The mean of z
 is a bias in posterior SDs; the SD of z about that mean is how much wider than the posterior the truth spreads: above 1
-the posterior is overconfident, below 1 conservative. The two errors are thus told apart, which coverage alone cannot
+the posterior is overconfident, below 1 conservative. The two errors are thus separated, which coverage alone cannot
 do.
 
 Source: Talts et al. (2018), arXiv:1804.06788; Säilynoja, Bürkner and Vehtari (2022), Stat. Comput. 32:32; Lemos,

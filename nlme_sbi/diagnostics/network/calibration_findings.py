@@ -1,4 +1,4 @@
-"""What calibration says in plain words, and which numbers choose the light."""
+"""Findings on calibration in plain words, and the numbers that choose the light."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def calibration_findings(found: Calibration, *, tolerance: float, where: Where) 
 
     Args:
         found: ranks and tests.
-        tolerance: factor of width, bias in SDs and difference of distribution functions that are nobody's concern.
+        tolerance: factor of width, bias in SDs and difference of distribution functions that are ignored.
         where: the individuals come from the training prior, or from around the observed ones.
     """
     judged = verdicts(found, tolerance=tolerance)
@@ -229,14 +229,15 @@ def _coverage_sentence(found: Calibration) -> str:
 
 
 def recovery_finding(found: Recovery) -> Finding:
-    """How well parameters come back; no light but green, because what the data do not tell no network finds."""
+    """How well parameters are recovered; no light but green, because no network recovers what the data do not
+    determine."""
     frame = found.summary_frame().set_index("parameter")
     little = [str(name) for name in frame.index[frame["contraction"] < _UNINFORMED]]
     phrase = ", ".join(f"{name} {row.correlation:.2f}" for name, row in frame.iterrows())
     sentence = f"Correlation of posterior means with the truth over the training prior: {phrase}."
     if little:
-        sentence += f" The designs tell hardly anything about {', '.join(little)} (contraction below {_UNINFORMED:g})."
+        sentence += f" The designs say hardly anything about {', '.join(little)} (contraction below {_UNINFORMED:g})."
     numbers: dict[str, float | int | str | None] = {}
     for name, row in frame.iterrows():
         numbers[f"correlation_{name}"], numbers[f"contraction_{name}"] = float(row.correlation), float(row.contraction)
-    return Finding("recovery", "Recovery of parameters", "green", sentence, "Told, not judged.", numbers=numbers)
+    return Finding("recovery", "Recovery of parameters", "green", sentence, "Reported, not judged.", numbers=numbers)

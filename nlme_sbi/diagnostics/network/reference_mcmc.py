@@ -35,7 +35,7 @@ _EFFECTIVE_STARTS = 50.0
 
 @dataclass(frozen=True)
 class ChainSettings:
-    """How long.
+    """Lengths of the chains.
 
     Args:
         ensembles: independent ones, at least 2, which are compared.
@@ -56,7 +56,7 @@ class ChainSettings:
 
 @dataclass(frozen=True, eq=False)
 class LongChains:
-    """What the chains of ``I`` individuals found.
+    """Draws of the chains of ``I`` individuals, with diagnostics.
 
     Args:
         phi: ``(I, M, D)`` draws, thinned; of all ensembles.
@@ -94,7 +94,7 @@ def long_chains(
         observations: of the few, on the device of the generator.
         generator: of everything random.
         settings: lengths.
-        advance: told how many more steps are done.
+        advance: called with the number of steps just finished.
 
     Raises:
         ValueError: for fewer walkers than twice the parameters, or an individual of whose draws none is possible.
@@ -214,7 +214,7 @@ class _Sampler:
         self._accept(every, proposal, self.target.log_q(self.phi) - log_q)
 
     def _swap(self, pair: tuple[int, int]) -> None:
-        """Half of the walkers propose the other labelling; where the prior likes both alike, all take it."""
+        """Half of the walkers propose the other labelling; where the prior is the same for both, all accept."""
         proposal = _exchange(self.phi, pair)
         is_proposed = self._uniform(self.log_density.shape) < 0.5
         prior = self.target.posterior.prior
@@ -244,12 +244,12 @@ def _flatten(log_weights: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
 def _summarise(
     phi: Float[Tensor, "I K W T D"], log_density: Float[Tensor, "I K W T"], accepted: Float[Tensor, " I"]
 ) -> LongChains:
-    """R-hat compares ensembles: their walkers follow each other and are taken in turn as one chain."""
+    """R-hat compares ensembles: the walkers of one depend on each other and are joined into one chain."""
     individuals, ensembles, walkers, steps, parameters = phi.shape
     every = torch.cat([phi, log_density[..., None]], -1).cpu().numpy()
     rhat, ess = np.zeros(individuals), np.zeros(individuals)
     for who in range(individuals):
-        # Means over walkers differ between ensembles and halves where the ensembles have not met.
+        # Means over walkers differ between ensembles and halves where the ensembles have not converged.
         chains = every[who].transpose(0, 2, 1, 3).reshape(ensembles, steps * walkers, parameters + 1)
         rhat[who] = max(split_rhat(chains[..., column]) for column in range(parameters + 1))
         single = every[who].reshape(ensembles * walkers, steps, parameters + 1)

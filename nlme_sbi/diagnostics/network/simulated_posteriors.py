@@ -1,4 +1,4 @@
-"""Simulated individuals with what a posterior says of them: what every check of calibration takes."""
+"""Simulated individuals with posterior draws: the input of every check of calibration."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def posterior_pairs(
         draws: ``S``, of each.
         generator: on the device of the posterior.
         density: what the truth was drawn from, where that was not the training prior.
-        advance: told how many more individuals are done.
+        advance: called with the number of individuals just finished.
 
     Raises:
         ValueError: the draws have no density, or carry weights; or as :class:`PosteriorPairs`.

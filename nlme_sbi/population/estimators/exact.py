@@ -4,12 +4,11 @@ r"""The exact estimator: the population likelihood itself, for simulators whose 
 
 with the varying parameters v integrated by importance sampling from a heavy-tailed mixture of each individual's own
 (:mod:`nlme_sbi.population.likelihood.laplace_components`), and the constant parameters s as arguments of the
-likelihood: they are never sampled. The network only tells where to begin.
+likelihood: they are never sampled. The network only provides starting points.
 
-Draws are made anew for every theta that the search looks at, and value, score and curvature there are those of the
-likelihood itself (:mod:`nlme_sbi.population.objective.trust_region`); the end is checked on draws that nothing was
-fitted to
-(:mod:`nlme_sbi.population.objective.verification`).
+Draws are made anew for every theta of the search, and value, score and curvature there are those of the
+likelihood itself (:mod:`nlme_sbi.population.objective.trust_region`); the estimate is verified on draws that nothing
+was fitted to (:mod:`nlme_sbi.population.objective.verification`).
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ from nlme_sbi.types import Observations, Simulator
 
 _DRAWS_ALL = 100_000  # draws of all individuals together that there are to begin with,
 _PREDICTED_ALL = 10_000_000  # where they do not take more predictions than this
-_EXPANDED = 0.05  # change of constants over which expansions serve to climb
-_MANY = 400  # individuals from which only those are drawn again for whom a scan has found modes
+_EXPANDED = 0.05  # change of constants over which expansions serve the search
+_MANY = 400  # individuals above which only those are drawn again for whom a scan has found modes
 _ROUGH_ALL, _ROUGH_MOST = 10_000, 512  # the same where starts are compared
 
 
@@ -110,8 +109,8 @@ class Exact(OfLikelihood):
         theta: Float[Tensor, " P"],
         generator: torch.Generator,
     ) -> ExactDraws:
-        """Draws for ``theta`` that owe nothing to the search but its modes: those, and whatever modes a search from the
-        beginning finds beside them."""
+        """Draws for ``theta`` that depend on the search only through its modes: from those, and from modes that a
+        search from scratch finds beside them."""
         if not isinstance(state, ExactDraws):
             raise TypeError(f"exact made no such draws: {type(state).__name__}.")
         simulator = require_likelihood(self.simulator, source, self.name)
@@ -131,7 +130,7 @@ class Exact(OfLikelihood):
         *,
         columns: tuple[int, ...] = (),
     ) -> tuple[ExactDraws, tuple[int, ...]] | None:
-        """Draws for ``theta`` with modes that the search has passed by, where a scan finds any."""
+        """Draws for ``theta`` with modes that the search has missed, where a scan finds any."""
         if not isinstance(state, ExactDraws):
             raise TypeError(f"exact made no such draws: {type(state).__name__}.")
         if not state.population.varying:

@@ -30,7 +30,7 @@ from nlme_sbi.types import Prior
 _BLOCK = 32768  # draws in a block of the objective: in much smaller ones most of the time is overhead
 _BAD = 0.25  # share of effective draws below which a mixture is refined
 _REFINEMENTS = 3  # of mixtures that stay bad
-_CURVED = 4  # draws of each individual that tell the curvature in the constants
+_CURVED = 4  # draws of each individual for the curvature in the constants
 _CURVED_ALL = 6000  # or as many as make so many over all individuals
 _DIRECT = 2_000_000  # predictions of all draws together up to which likelihoods are evaluated wherever constants go
 
@@ -158,7 +158,7 @@ class ExactDraws:
 def draw_from_mixtures(
     joint: JointDensity, laplace: LaplaceComponents, mixed: Mixtures, training: Prior, generator: torch.Generator
 ) -> ExactDraws:
-    """Draws of everybody from their mixtures."""
+    """Draws of every individual from their mixtures."""
     rows = torch.arange(len(mixed.counts), device=joint.theta.device)
     blocks = _draw_blocks(joint, mixed, rows, generator)
     draws = int(mixed.counts[0].sum())
@@ -194,8 +194,8 @@ def draws_without_variability(joint: JointDensity, training: Prior) -> ExactDraw
 
 
 def refine_bad_mixtures(state: ExactDraws, generator: torch.Generator) -> ExactDraws:
-    """Mixtures with few effective draws are refined, and their individuals drawn again where that helped; those that
-    were helped and are still bad again."""
+    """Refine mixtures with few effective draws, and draw their individuals again where that helped; repeat for those
+    that improved and are still poor."""
     to_try = torch.ones(state.individuals, dtype=torch.bool, device=state.made_for.device)
     for _ in range(_REFINEMENTS):
         before = effective_draws(state, state.made_for)
@@ -313,7 +313,7 @@ def _concatenate_predictions(blocks: tuple[ExactBlock, ...]) -> Tensor | None:
 
 
 def _rows(whole: ExactBlock, rows: Tensor) -> ExactBlock:
-    """Some individuals of a block that holds everybody; the design stays."""
+    """Some individuals of a block that holds every individual; the design stays."""
     return replace(
         whole,
         rows=rows,
@@ -328,7 +328,7 @@ def _rows(whole: ExactBlock, rows: Tensor) -> ExactBlock:
 
 
 def _with_draws(block: ExactBlock, draws: slice) -> ExactBlock:
-    """Some draws of everybody in it."""
+    """Some draws of every individual in it."""
     cut = {name: getattr(block, name)[:, draws] for name in ("phi", "log_ratio", "slopes", "log_q")}
     if block.curvatures.shape[1] == block.phi.shape[1]:
         cut["curvatures"] = block.curvatures[:, draws]

@@ -1,4 +1,4 @@
-"""The points that climb to an individual's modes, from the network's draws, the training prior and the data."""
+"""Starting points of the search for individuals' modes: from the network's draws, the training prior and the data."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from nlme_sbi.types import Observations, Simulator, TractableSimulator
 _FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from
 _MODE_STARTS = 3  # starts of Newton's method for each individual, before symmetries
 _LAST_DRAWS, _MORE_MODE_STARTS = 200, 8  # of individuals whose modes were lost
-_OUT_OF_REACH = 500.0  # log density of a mirror image below its mode at which it is given up without a look
-_TOO_LOW = 15.0  # and below which its summit is expected when it is not climbed
+_OUT_OF_REACH = 500.0  # log density of a mirror image below its mode at which it is discarded at once
+_TOO_LOW = 15.0  # and below which its expected maximum must lie for it to be discarded
 
 
 def require_likelihood(simulator: Simulator | None, source: Source, estimator: str) -> TractableSimulator:
@@ -35,7 +35,7 @@ def require_likelihood(simulator: Simulator | None, source: Source, estimator: s
     found = simulator or getattr(source, "simulator", None)
     if found is None:
         raise ValueError(
-            f"estimator {estimator}: draws do not tell the simulator; pass {estimator.capitalize()}(simulator=...)."
+            f"estimator {estimator}: draws do not name the simulator; pass {estimator.capitalize()}(simulator=...)."
         )
     if not isinstance(found, TractableSimulator):
         raise ValueError(
@@ -48,7 +48,7 @@ def require_likelihood(simulator: Simulator | None, source: Source, estimator: s
 def likelihood_of(
     simulator: TractableSimulator, population: PopulationModel, observations: Observations, theta: Tensor
 ) -> JointDensity:
-    """Likelihood times population density of everybody at ``theta``, in float64 on its device."""
+    """Likelihood times population density of every individual at ``theta``, in float64 on its device."""
     return JointDensity(simulator, population, in_double(observations, theta.device), theta.detach())
 
 
@@ -73,8 +73,8 @@ def choose_mode_starts(
     mirrored: bool = True,
     others: Float[Tensor, "I n V"] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Individual ``(B,)`` and point ``(B, V)`` of everybody's starts of a search for modes: the best point of each,
-    and the best ones among those that are far from the earlier choices.
+    """Individual ``(B,)`` and point ``(B, V)`` of every individual's starts of a search for modes: the best point of
+    each, and the best ones among those that are far from the earlier choices.
 
     To choose from there are the network's draws, their mirror images where the simulator declares parameters that may
     be exchanged (unless not ``mirrored``), the individual's own typical values, in case the network was wrong, and
@@ -103,7 +103,7 @@ def choose_mode_starts(
 def _network_draws(source: Source, observations: Observations, generator: torch.Generator) -> Float[Tensor, "I S D"]:
     if isinstance(source, PosteriorSamples):
         return equal_draws(source.phi, source.log_weights, _FIRST_DRAWS)
-    # To a network a limit is a value; that does for a beginning, and the likelihood knows better.
+    # A network takes a limit for a value, which is good enough for starting points; the likelihood does not.
     plain = replace(observations, censoring=None, lower=None, upper=None)
     found = source.sample(plain, _FIRST_DRAWS, generator)
     return equal_draws(found.phi, found.log_weights)
@@ -133,7 +133,7 @@ def add_images(joint: JointDensity, points: Float[Tensor, "I S V"]) -> Float[Ten
 def modes_with_images(
     joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]
 ) -> tuple[LaplaceComponents, Expansion]:
-    """Distinct modes that the starts lead to, and those that hopeful mirror images of them lead to."""
+    """Distinct modes that the starts lead to, and those that promising mirror images of them lead to."""
     found = distinct_modes(joint, rows, starts)
     mirrored, points = _promising_images(joint, *found)
     return found if len(mirrored) == 0 else merge_modes(joint, found, distinct_modes(joint, mirrored, points))
@@ -168,7 +168,7 @@ def _promising_images(joint: JointDensity, found: LaplaceComponents, at: Expansi
     points, top = mirrored.flatten(0, 1), at.value[:, None].expand(-1, mirrored.shape[1]).flatten()
     if len(rows) == 0:
         return rows, points
-    # The likelihood of an image is that of its mode: only the population speaks against it, and it is about quadratic.
+    # An image has the likelihood of its mode; only the population density, which is about quadratic, differs.
     near = torch.nonzero(joint.value(rows, points[:, None])[:, 0] > top - _OUT_OF_REACH)[:, 0]
     there = joint.expand(rows[near], points[near])
     promising = near[there.value + 2 * promised_gain(joint, rows[near], there) > top[near] - _TOO_LOW]
@@ -176,8 +176,8 @@ def _promising_images(joint: JointDensity, found: LaplaceComponents, at: Expansi
 
 
 def is_near(joint: JointDensity, theta: Tensor, *, constants: float = 0.01) -> bool:
-    """Whether mixtures that were made for ``theta`` still serve: what is typical of each individual has hardly moved,
-    in SDs of the population, and no constant by more than ``constants``."""
+    """Whether mixtures that were made for ``theta`` are still good proposals: no individual's typical values have moved
+    much, in SDs of the population, and no constant by more than ``constants``."""
     population, design, before = joint.population, joint.observations.design, replace(joint, theta=theta)
     moved = (joint.centres - before.centres).abs() < 0.15 * joint.scales
     wider = (joint.scales / before.scales).log().abs() < 0.15
@@ -215,8 +215,8 @@ def choose_more_mode_starts(
     observations: Observations,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """More starts for individuals whose modes were lost: many draws of the network and points around what is typical of
-    them, near and far, of which the best few."""
+    """More starts for individuals whose modes were lost: many draws of the network and points around their typical
+    values, near and far, of which the best few."""
     varying = list(joint.population.varying)
     some = of_individuals(source, missing.cpu())
     own = observations[missing.cpu()]

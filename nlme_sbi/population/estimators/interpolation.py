@@ -1,8 +1,8 @@
 r"""The exact estimator's likelihoods as functions of the constants over their whole range of uncertainty.
 
 A fit needs them near one point, where an expansion to second order serves. A posterior of theta walks several standard
-errors away, where that expansion lets draws that fit badly look good (their gradients in a noise parameter are large,
-and the mean Hessian is not theirs). Here each draw has its own polynomial of degree 4 along each constant, through its
+errors away, where that expansion overrates draws that fit badly (their gradients in a noise parameter are large, and
+the mean Hessian is not theirs). Here each draw has its own polynomial of degree 4 along each constant, through its
 exact log-likelihoods at five points, and its own mixed differences for pairs of them.
 """
 
@@ -86,7 +86,7 @@ class InterpolatedBlock:
         products = [change[:, first] * change[:, second] for first, second in _pairs(change.shape[1])]
         if products:
             found = found + torch.einsum("isp,ip->is", self.mixed, torch.stack(products, -1))
-        # Beyond the nodes a polynomial knows nothing.
+        # Beyond the nodes the polynomial is not valid.
         excess = (change.abs() - 1).clamp_min(0).square().sum(1, keepdim=True)
         return found - 1e4 * excess
 
@@ -137,7 +137,7 @@ class InterpolatedDraws:
         """Share of these thetas whose constants come near the end of the reach, for each constant."""
         design = self.exact.joint.observations.design
         centre = self.population.constants(self.exact.made_for, design)
-        # Of whoever's constants change most: covariates may make them each individual's own.
+        # Of the individuals whose constants change most: covariates may make them each individual's own.
         change = [(self.population.constants(theta, design) - centre).abs().amax(0) for theta in thetas]
         return (torch.stack(change) > 0.9 * self.reach).double().mean(0)
 

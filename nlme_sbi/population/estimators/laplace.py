@@ -3,7 +3,7 @@ r"""Laplace's approximation of the population likelihood: fast, and approximate.
 .. math:: \log p(y_i \mid \theta) \approx \log \sum_m \exp\left[ f_i(\hat v_m, \theta)
           - \tfrac12 \log\det(-\partial_v^2 f_i) + \tfrac V2 \log 2\pi \right]
 
-summed over the distinct modes of each individual, which are climbed anew at every theta. Constants are arguments of the
+summed over the distinct modes of each individual, which are found anew at every theta. Constants are arguments of the
 likelihood. Exact for models that are linear in the varying parameters with Gaussian errors; the "LAPLACE" method of
 other software, with exact second derivatives. Values compare with other Laplace fits only.
 
@@ -54,7 +54,7 @@ class Laplace(OfLikelihood):
         previous: WeightedDraws | NoDraws,
         generator: torch.Generator,
     ) -> LaplaceDraws:
-        """Everybody's modes at ``theta``: from those that were known, or from the network's draws."""
+        """Every individual's modes at ``theta``: from those that were known, or from the network's draws."""
         if isinstance(previous, LaplaceDraws) and previous.individuals == len(observations):
             joint = self._joint(source, observations, previous, theta)
             every = torch.arange(len(observations), device=theta.device)
@@ -72,7 +72,8 @@ class Laplace(OfLikelihood):
         theta: Float[Tensor, " P"],
         generator: torch.Generator,
     ) -> LaplaceDraws:
-        """Everybody's modes at ``theta``, those that were known and whatever a search from the beginning finds."""
+        """Every individual's modes at ``theta``, those that were known and whatever a search from the beginning
+        finds."""
         if not isinstance(state, LaplaceDraws):
             raise TypeError(f"laplace made no such draws: {type(state).__name__}.")
         joint = self._joint(source, observations, state, theta)
@@ -89,7 +90,7 @@ class Laplace(OfLikelihood):
         *,
         columns: tuple[int, ...] = (),
     ) -> tuple[LaplaceDraws, tuple[int, ...]] | None:
-        """Everybody's modes at ``theta`` with those that the search has passed by, where a scan finds any."""
+        """Every individual's modes at ``theta`` with those that the search has missed, where a scan finds any."""
         if not isinstance(state, LaplaceDraws):
             raise TypeError(f"laplace made no such draws: {type(state).__name__}.")
         joint = self._joint(source, observations, state, theta)
@@ -121,7 +122,7 @@ class Laplace(OfLikelihood):
         return assemble_draws(joint, source.prior, modes)
 
     def coarsen(self, individuals: int) -> Laplace:  # noqa: ARG002
-        """Itself: draws decide nothing."""
+        """Itself: its result does not depend on draws."""
         return self
 
     def improve(

@@ -31,7 +31,7 @@ _APART = 0.25  # difference of an individual's log likelihood in that check that
 
 @dataclass
 class _Last:
-    """The last evaluation: what follows at the same theta (errors, individuals, halves) need not climb again."""
+    """The last evaluation: what follows at the same theta (errors, individuals, halves) reuses its modes."""
 
     theta: Tensor | None = None
     found: Approximations | None = None
@@ -41,8 +41,8 @@ class _Last:
 class LaplaceBlock:
     """Some individuals and their modes for ``joint.theta``.
 
-    ``owners (B,)`` tells which row of the block a mode belongs to; ``place (i, M)`` lists the modes of each row, with
-    ``B`` where there are no more; ``chosen`` are those of the :data:`DRAWS` draws around them that count.
+    ``owners (B,)`` are the rows of the block that the modes belong to; ``place (i, M)`` lists the modes of each row,
+    with ``B`` where there are no more; ``chosen`` are those of the :data:`DRAWS` draws around them that count.
     """
 
     joint: JointDensity
@@ -80,7 +80,7 @@ class LaplaceBlock:
         return (mixed.means[individual, component] + spread)[:, list(self.chosen)]
 
     def log_weights(self, theta: Float[Tensor, " P"]) -> Float[Tensor, "I S"]:
-        """The individual's approximation at ``theta``, its modes climbed anew, the same for every draw."""
+        """The individual's approximation at ``theta``, its modes found anew, the same for every draw."""
         mass: Tensor = _LogMass.apply(theta, self)  # type: ignore[no-untyped-call]
         nothing = torch.full((1,), -torch.inf, dtype=mass.dtype, device=mass.device)
         total = torch.logsumexp(torch.cat([mass, nothing])[self.place], 1)
@@ -151,7 +151,7 @@ def _second_derivative(block: LaplaceBlock, theta: Tensor, cotangent: Tensor, di
 
 @dataclass(frozen=True, eq=False)
 class LaplaceDraws:
-    """Laplace's approximation of everybody, made for ``joint.theta``."""
+    """Laplace's approximation of every individual, made for ``joint.theta``."""
 
     joint: JointDensity
     training: Prior
@@ -200,7 +200,8 @@ class LaplaceDraws:
         return interleave(self.population, phi, constants[:, None].expand(-1, phi.shape[1], -1)), self.training
 
     def warnings(self, theta: Float[Tensor, " P"], ids: tuple[str, ...]) -> tuple[str, ...]:
-        """What Laplace's approximation does not tell, a rough measure of it, and where its curvature means nothing."""
+        """Warnings about the error of Laplace's approximation, a rough estimate of it, and where its curvature is
+        invalid."""
         apart, error = check_by_sampling(self, theta)
         total, noise = 2 * float(apart.sum()), 2 * float(error.square().sum().sqrt())
         warnings = [
@@ -208,7 +209,7 @@ class LaplaceDraws:
             "Its error is not known from it; it is small with many measurements an individual, and can be large with "
             "few, with skewed or flat posteriors and with a likelihood that has kinks. A rough check by importance "
             f"sampling at this estimate puts the true -2 log L {abs(total):.2g} {'below' if total > 0 else 'above'} "
-            f"(Monte-Carlo SE {noise:.1g}); estimator=exact tells it, and finds the estimates that belong to it."
+            f"(Monte-Carlo SE {noise:.1g}); estimator=exact computes it, and finds the estimates that belong to it."
         ]
         far = torch.nonzero(apart.abs() > _APART + 4 * error)[:, 0]
         if len(far) > 0:

@@ -26,7 +26,7 @@ from nlme_sbi.population.likelihood.log_joint import JointDensity, find_modes, i
 from nlme_sbi.population.objective.objective import directional_derivatives
 from nlme_sbi.types import Design
 
-_PROMISE = 1e-9  # gain in log density that the climb leaves to the last steps
+_PROMISE = 1e-9  # gain in log density that the search leaves to the last steps
 _LAST_STEPS = 2  # of Newton's method without damping; each squares what is left
 _STILL = 1e-3  # population SDs that a last step may measure; more is a kink, not a mode
 _DEPTH = 6  # how many times the memory of a plain evaluation the third derivatives take
@@ -36,7 +36,7 @@ _DEPTH = 6  # how many times the memory of a plain evaluation the third derivati
 class Approximations:
     """One Laplace approximation a piece: ``log_mass`` is its share of the likelihood, ``slopes`` its gradient.
 
-    ``sound`` tells where the curvature is that of a mode; elsewhere (kinks, ridges) it was made positive, and nothing
+    ``sound`` is where the curvature is that of a mode; elsewhere (kinks, ridges) it was made positive, and nothing
     there is exact.
     """
 

@@ -325,8 +325,8 @@ class RatioDraws:
 
 
 def _concatenate_weights(state: RatioDraws, more: PosteriorSamples) -> Float[Tensor, "I S"] | None:
-    """Weights of the draws at hand and of more of them. Each part has mean 1, because how one is normalised says
-    nothing of how the other is."""
+    """Weights of the draws at hand and of more of them. Each part has mean 1, because the normalisations of the two
+    are unrelated."""
     if state.log_weights is None and more.log_weights is None:
         return None
     like = state.phi.new_zeros((), dtype=torch.float64)
@@ -357,7 +357,7 @@ def _compute_blocks(draws: RatioDraws) -> RatioDraws:
 def _anchor(draws: RatioDraws) -> Tensor | None:
     """One draw, where the prior is a product over varying and constant parameters; None otherwise.
 
-    Told by the prior's own numbers: for a product, log p(v, s) + log p(v', s') = log p(v, s') + log p(v', s).
+    Judged by the prior's own values: for a product, log p(v, s) + log p(v', s') = log p(v, s') + log p(v', s).
     """
     if draws.mixtures is None:
         return None

@@ -1,8 +1,8 @@
-"""Maxima that the training prior rules out: looked for, and named where they are about as high, but not taken.
+"""Maxima that the training prior rules out: searched for and reported where they are about as high, but not taken.
 
 Absorption and elimination exchanged (flip-flop kinetics), or two exponentials under exchanged names, may explain the
 same data about as well, far from where anything was simulated. Such a maximum is taken where its likelihood is higher
-by more than the prior density of its typical values is lower; where not, the prior decides, and the reader is told.
+by more than the prior density of its typical values is lower; otherwise the prior decides, and a warning says so.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DRAWS = 200  # of it
 _EXCHANGES = 40  # of parameters that are looked at, at most
 _ELSEWHERE = 1.5  # of the training prior's SD, in some parameter, at which a mode is another explanation
 _MODE_STARTS = 4  # for each individual
-_TRIED = 6  # explanations that everybody is tried with, at most
+_TRIED = 6  # explanations tried for every individual, at most
 _ABOUT_AS_HIGH, _TOO_LOW = 10.0, 20.0  # log density below the single fit at which another one may be right; or may not
 
 
@@ -44,8 +44,9 @@ def find_other_explanation(
     fits: SingleFits,
     generator: torch.Generator,
 ) -> SingleFits | None:
-    """Everybody's modes under another explanation of the data, looked for in a prior that is much wider than the
-    training prior; None where no individual has one that is about as good as its fit, or not everybody has a fit.
+    """Every individual's modes under another explanation of the data, looked for in a prior that is much wider than the
+    training prior; None where no individual has one that is about as good as its fit, or not every individual has a
+    fit.
 
     Args:
         simulator: whose likelihood it is.
@@ -79,7 +80,7 @@ def find_other_explanation(
     below = torch.where(apart > _ELSEWHERE, at_best[owners] - found.at.value, torch.inf).nan_to_num(torch.inf)
     best: tuple[float, Tensor] | None = None
     for other in _choose_distant_points(found.points / scale, below):
-        # Everybody's mode that is reached from there; those who end far below stay with their own.
+        # Every individual's mode reached from there; individuals that end far below keep their own.
         like_it = find_modes(wide, rows, found.points[other].expand(len(rows), -1))
         good = (like_it.at.value > at_best - _TOO_LOW)[:, None]
         moved = torch.where(good, like_it.points, fits.phi)
@@ -124,7 +125,7 @@ def find_prior_conflict(
     population: PopulationModel, here: Float[Tensor, " P"], there: Float[Tensor, " P"], gain: float, source: Source
 ) -> tuple[str, ...]:
     """Parameters whose typical values make the training prior prefer ``here``, although the log-likelihood is higher by
-    ``gain`` at ``there``; empty where it does not, or hardly tells the two apart."""
+    ``gain`` at ``there``; empty where it does not, or hardly distinguishes the two."""
     prior = source.prior
     mean, covariance = prior.mean.to(here), prior.covariance.to(here)
     precision = torch.linalg.inv(covariance)

@@ -1,4 +1,4 @@
-"""Fitting a population model: the way that its estimator goes, variances at 0, and what a reader must know of it."""
+"""Fitting a population model: estimation, variances at 0, and warnings."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def fit_population(
 ) -> PopulationFit:
     """Maximum-likelihood estimate of a population model from draws of the individuals' posteriors.
 
-    Deterministic for a given generator state. Estimators of a likelihood climb it from several starts in a trust
-    region, with draws made anew for every theta (:mod:`nlme_sbi.population.fitting.likelihood_search`), and the
-    estimate counts as converged only when draws that were not climbed on confirm it
+    Deterministic for a given generator state. Estimators of a likelihood maximise it from several starting values in a
+    trust region, with draws made anew for every theta (:mod:`nlme_sbi.population.fitting.likelihood_search`), and the
+    estimate counts as converged only when draws that the search did not use confirm it
     (:mod:`nlme_sbi.population.objective.verification`). With the prior ratio, whose draws are fixed, starts are
-    compared on at most 1000 individuals with 500 draws, and the best is polished on everything until the Newton step
-    that is left is below 0.01 standard errors. While the Monte-Carlo error of an unknown exceeds ``accuracy`` standard
-    errors, the estimator is asked for better draws. A variance that runs to 0 is set to 0 (its parameter becomes
-    constant, which ``variance_tests`` tell) and the rest fitted again.
+    compared on at most 1000 individuals with 500 draws, and the best is refined on all data until the remaining Newton
+    step is below 0.01 standard errors. While the Monte-Carlo error of an unknown exceeds ``accuracy`` standard
+    errors, the estimator is asked for better draws. A variance estimated at 0 is held fixed at 0 (its parameter
+    becomes constant, which ``variance_tests`` report) and the rest is fitted again.
 
     Args:
         posterior_or_samples: a posterior to draw from, or draws.
@@ -80,8 +80,8 @@ def fit_population(
         estimator: :class:`Auto` when left out: :class:`Exact` where there is a likelihood, else :class:`PriorRatio`.
         parameters: the simulator's parameters; needed only with samples and an unbound specification.
         starts: how many.
-        accuracy: wished Monte-Carlo error, in standard errors.
-        progress: told how far the fit is.
+        accuracy: target Monte-Carlo error, in standard errors.
+        progress: called with how far the fit is.
 
     Raises:
         ValueError: with the remedy, where names, individuals or draws do not fit, or no start has a finite objective.
@@ -130,7 +130,8 @@ def _fit_once(
     begin: Mapping[str, float] | None = None,
     kept: tuple[str, ...] = (),
 ) -> PopulationFit:
-    """One fit, with all of its variances; the SDs of those ``kept`` are followed however small they become."""
+    """One fit, with all of its variances; SDs of the parameters in ``kept`` stay in the search however small they
+    become."""
     model = _bind(population, posterior_or_samples, parameters, observations)
     require_enough_individuals(model, len(observations))
     chosen, _ = choose_estimator(Auto() if estimator is None else estimator, posterior_or_samples)
@@ -185,13 +186,13 @@ def _bind(
         parameters = source.parameters
     if parameters is None:
         raise ValueError(
-            "Draws alone do not tell the parameters' units and transforms; pass parameters=simulator.parameters."
+            "Draws alone do not carry the parameters' units and transforms; pass parameters=simulator.parameters."
         )
     return population.bind(parameters, observations)
 
 
 def _imprecision_warnings(model: PopulationModel, optimum: Optimum, accuracy: float, shortage: str) -> tuple[str, ...]:
-    """Sentences on Monte-Carlo error above what was wished, and on missing standard errors."""
+    """Warnings about Monte-Carlo error above the target, and about missing standard errors."""
     free = model.unknowns.free
     if optimum.covariance is None:
         return (
@@ -247,13 +248,13 @@ def _result(
 
 
 def require_enough_individuals(model: PopulationModel, individuals: int) -> None:
-    """Refuse what has no maximum: variances from one individual, a full covariance from too few."""
+    """Refuse models without a maximum: variances from one individual, a full covariance from too few."""
     varying, block = len(model.varying), _largest_block(model)
     correlated = block > 1
     needed = block + 1 if correlated else 2 if _estimates_variances(model) else 1
     if individuals < needed:
         raise ValueError(
-            f"{individuals} individuals cannot tell the {'covariance' if correlated else 'variance'} of {varying} "
+            f"{individuals} individuals cannot determine the {'covariance' if correlated else 'variance'} of {varying} "
             f"varying parameters: at least {needed} are needed. Give more data, fix SDs, or keep parameters constant "
             f"(all of them: 'population.constant=[{','.join(model.parameters.names)}]', a plain regression)"
             + (", or use population.covariance=diagonal." if correlated else ".")

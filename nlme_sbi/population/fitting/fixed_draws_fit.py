@@ -1,4 +1,5 @@
-"""Fits on draws that do not depend on theta: starts, the best polished on draws that are good enough."""
+"""Fits on draws that do not depend on theta: starting values, then the best refined on draws with small enough
+Monte-Carlo error."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def fit_fixed_draws(
     accuracy: float,
     report: Report,
 ) -> Outcome:
-    """For estimators whose draws do not depend on theta: starts, the best polished on draws that are good enough."""
+    """For estimators whose draws do not depend on theta: starting values, then the best refined on draws with small
+    enough Monte-Carlo error."""
     source, observations, generator = inputs
     report(FitProgress("draws", 0, 0))
     with torch.no_grad():
@@ -76,7 +78,7 @@ def _optimise_with_enough_draws(
     accuracy: float,
     report: Report,
 ) -> tuple[WeightedDraws, Optimum, str]:
-    """The optimum on draws that are good enough, or as good as they get and why they are no better."""
+    """The optimum on enough draws, or on as many as there are, with the reason why there are no more."""
     optimum = _optimise(state, explored.best.theta, explored.information, report)
     free = state.population.unknowns.free
     while not max(optimum.worst(free)) < accuracy:
@@ -93,7 +95,7 @@ def _optimise_with_enough_draws(
 
 
 def _draw_factor(ratio: float) -> int:
-    """How many times as many draws would bring an error down by ``ratio``: a power of 2, at most 16 at once."""
+    """Factor on the number of draws that lowers a Monte-Carlo error by ``ratio``: a power of 2, at most 16."""
     return 2 ** min(4, max(1, math.ceil(2 * math.log2(ratio)))) if math.isfinite(ratio) else 2
 
 

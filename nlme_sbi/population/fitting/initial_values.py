@@ -1,4 +1,4 @@
-"""Where a fit starts: always from the draws and the training prior, never from a truth.
+"""Starting values of a fit: always from the draws and the training prior, never from a truth.
 
 Posteriors with several modes (exchangeable rates) make the moments of all draws a saddle between the labellings. The
 later starts therefore break symmetry: every individual's draws are weighted towards one anchor, a random draw of a
@@ -20,9 +20,9 @@ _LEAST_SD = 1e-3  # of the pooled SD of the draws: no start is narrower
 def starting_points(
     phi: Float[Tensor, "I S D"], prior: Prior, population: PopulationModel, *, count: int, generator: torch.Generator
 ) -> list[tuple[str, Float[Tensor, " P"]]]:
-    """Starts with a word on where each comes from.
+    """Starting values, each with a name for its source.
 
-    1. moments of all draws; values wished by the model's ``start`` take their places,
+    1. moments of all draws; values given in the model's ``start`` take their places,
     2. moments of the draws weighted by 1/prior, so that the training prior's pull is undone,
     3. moments of the individuals' posterior means,
     4. and further: draws weighted towards a random anchor.
@@ -40,7 +40,7 @@ def starting_points(
     made = [("moments of the draws", _with_given_starts(_moments(phi, equal, population, pooled), population))]
     if count > 1:
         undone = torch.softmax(-prior.log_prob(phi), 1)
-        # A few far draws must not carry everything: no draw counts more than 20 average ones.
+        # A few extreme draws must not dominate: no draw weighs more than 20 average ones.
         undone = undone.clamp_max(20 / phi.shape[1])
         weights = undone / undone.sum(1, keepdim=True)
         made.append(("draws freed from the prior", _moments(phi, weights, population, pooled)))

@@ -21,7 +21,7 @@ Pair = tuple[str, str]
 
 
 def declared_pairs(source: Source, estimator: Estimator) -> tuple[Pair, ...] | None:
-    """Pairs that the simulator declares as ``exchangeable``; None where nobody knows the simulator."""
+    """Pairs that the simulator declares as ``exchangeable``; None where the simulator is not known."""
     simulator = getattr(estimator, "simulator", None) or getattr(source, "simulator", None)
     if simulator is None:
         return None
@@ -38,21 +38,21 @@ def require_orderable(model: PopulationModel, declared: tuple[Pair, ...] | None)
         for first, second in pairwise(chain):
             if declared is None:
                 raise ValueError(
-                    f"population.ordering=[{', '.join(chain)}]: draws do not tell whether the simulator leaves {first} "
+                    f"population.ordering=[{', '.join(chain)}]: draws do not show whether the simulator leaves {first} "
                     f"and {second} exchangeable; pass the posterior, or Exact(simulator=...)."
                 )
             if (first, second) not in declared and (second, first) not in declared:
                 known = ", ".join(f"{one} and {two}" for one, two in declared) or "none"
                 raise ValueError(
                     f"population.ordering=[{', '.join(chain)}]: {first} and {second} cannot be exchanged without "
-                    f"changing the prediction, as far as the simulator tells (its exchangeable pairs: {known}). Drop "
+                    f"changing the prediction, according to the simulator (its exchangeable pairs: {known}). Drop "
                     "the ordering; an order of other parameters is a result, not a choice."
                 )
             reason = model.why_not_exchangeable(first, second) if isinstance(model, ExchangeableModel) else ""
             if reason:
                 raise ValueError(
                     f"population.ordering=[{', '.join(chain)}]: in this population model {first} and {second} cannot "
-                    f"be exchanged, because {reason}. Drop the ordering: the model itself tells them apart."
+                    f"be exchanged, because {reason}. Drop the ordering: the model itself distinguishes them."
                 )
 
 

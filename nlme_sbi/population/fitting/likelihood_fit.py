@@ -1,4 +1,4 @@
-"""Fits of a likelihood: by climbing it, or by an estimator's own search that its draws then judge."""
+"""Fits of a likelihood: by maximising it, or by an estimator's own search whose result is then checked on draws."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from nlme_sbi.population.objective.standard_errors import likelihood_error, mont
 from nlme_sbi.population.objective.verification import Verification, verify_maximum
 from nlme_sbi.population.results.restart import Restart
 
-_SCANS = 3  # for modes of individuals that a search may have passed by
+_SCANS = 3  # scans for modes of individuals that a search may have missed
 _CONTRADICTED = 0.25  # standard errors between a search's estimate and the maximum of the likelihood there
 
 
 def fit_likelihood(task: Task, *, starts: int, accuracy: float, begin: Tensor | None) -> Outcome:
-    """The maximum of a likelihood, checked on draws that it was not climbed on."""
+    """The maximum of a likelihood, checked on draws that the search did not use."""
     begin = None if begin is None else begin.to(task.generator.device)
     if isinstance(task.estimator, SelfOptimizingEstimator):
         return _fit_by_own_search(task, task.estimator, starts=starts, accuracy=accuracy, begin=begin)
     found = search_likelihood(task, starts=starts, accuracy=accuracy, begin=begin)
     restarts = found.restarts
     ordered = apply_ordering(task.population, found.point.theta)
-    if ordered is not found.point.theta:  # the climb crossed over to the labelling that was not asked for
+    if ordered is not found.point.theta:  # the search ended in the other labelling
         found = search_likelihood(task, starts=starts, accuracy=accuracy, begin=ordered)
     point, state = found.point, found.point.state
     covariance = _covariance(point)
@@ -79,7 +79,7 @@ def _fit_by_own_search(
     task.report(FitProgress("likelihood", 0, 0))
     point = task.point(found.theta)
     columns: tuple[int, ...] = ()
-    for _ in range(_SCANS):  # the likelihood of all modes judges the search, not that of those it knew
+    for _ in range(_SCANS):  # the search is judged by the likelihood over all modes, not only over those it knew
         wider = task.scan_for_modes(point, columns)
         if wider is None:
             break
@@ -111,7 +111,7 @@ def _fit_by_own_search(
 
 
 def _second_opinion(checked: Verification, point: Point) -> str:
-    """What the likelihood of draws made at a search's estimate says of it."""
+    """A sentence on a search's estimate from the likelihood on draws made there."""
     if not checked.passed:
         return checked.message()
     return (

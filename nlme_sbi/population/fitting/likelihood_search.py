@@ -1,8 +1,8 @@
-"""Maximising a likelihood that estimators with draws for one theta give: starts, the climb, the check of its end.
+"""Maximum likelihood with estimators whose draws are made for one theta: starts, search, verification.
 
-Several starts climb the likelihood itself, roughly and on a random part of many individuals; the best goes on with all
-individuals and as many draws as the wished Monte-Carlo error takes. The end is looked at again with draws, and modes of
-the individuals, that the search had no part in.
+The likelihood is first maximised from several starting values, roughly and on a random subset where there are many
+individuals; the best goes on with all individuals and as many draws as the target Monte-Carlo error takes. The result
+is verified with draws, and modes of the individuals, that the search did not use.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from nlme_sbi.population.results.restart import BEYOND, Restart
 from nlme_sbi.types import Observations, TractableSimulator
 
 STARTS_ON = 60  # individuals on whom starts are compared
-_PART = 500  # individuals on whom most of the way is gone where there are many
+_PART = 500  # size of the random subset for the first steps where there are many individuals
 _MANY = 1000  # individuals from which the last steps are taken on common draws
 _ROUGH = Limits(tolerance=0.15, errors=2.0, passes=25)
 _NEARBY = Limits(tolerance=0.3, errors=2.0, passes=25)
@@ -49,15 +49,15 @@ _PATIENCE = 4
 _SAME = 2.0  # standard errors between ends of equal likelihood that are one maximum, as roughly as they are climbed to
 _LEVEL = 0.5  # log-likelihoods this near may be equal, as roughly as they are climbed to, before Monte-Carlo error
 _DIFFERS = 3.0  # standard errors between means of parameters that are named
-_CHECKS = 6  # times that an end is looked at again, and climbed on from where that finds more
+_CHECKS = 6  # verifications of the result, and restarts of the search from there, at most
 _UNSEEN = "a scan still finds modes of individuals that the search had not seen"
 _SAFETY = 1.1  # factor on the Monte-Carlo error before it sets the number of draws
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What is fitted: an estimator, where first guesses of individuals come from, data, population model, and the
-    parameters whose SD is followed however small it becomes."""
+    """What is fitted: an estimator, the source of individuals' first guesses, data, population model, and the
+    parameters whose SD stays in the search however small it becomes."""
 
     estimator: ThetaDependentEstimator
     source: Source
@@ -81,7 +81,7 @@ class Task:
             return self.estimator.draws_at(self.source, self.observations, theta, known, self.generator)
 
     def keep(self, theta: Float[Tensor, " P"], before: WeightedDraws | None) -> WeightedDraws:
-        """The draws before where they serve for ``theta``, too; else others."""
+        """The previous draws where they are valid at ``theta``, too; else new ones."""
         with torch.no_grad():
             kept = None if before is None else self.estimator.reuse(theta, before)
         return self.draw(theta, before) if kept is None else kept
@@ -94,8 +94,8 @@ class Task:
             return self.estimator.search_modes_again(self.source, self.observations, before, theta, self.generator)
 
     def scan_for_modes(self, point: Point, columns: tuple[int, ...] = ()) -> tuple[Point, tuple[int, ...]] | None:
-        """The same point with draws that cover modes which had been passed by, and where they were found; None where a
-        scan finds none."""
+        """The same point with draws that cover modes which the search had missed, and the coordinates along which they
+        were found; None where a scan finds none."""
         with torch.no_grad():
             found = self.estimator.scan_for_modes(
                 self.source, self.observations, point.state, point.theta, self.generator, columns=columns
@@ -110,7 +110,7 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class CheckedMaximum:
-    """Where a search of the likelihood ended, with the check of its end."""
+    """Result of a likelihood search with its verification."""
 
     point: Point
     verification: Verification
@@ -126,8 +126,8 @@ def search_likelihood(
     Args:
         task: what is fitted.
         starts: how many.
-        accuracy: wished Monte-Carlo error, in standard errors.
-        begin: where to climb from, instead of starts.
+        accuracy: target Monte-Carlo error, in standard errors.
+        begin: a single starting value in place of ``starts``.
 
     Raises:
         ValueError: where the likelihood is 0 or not finite at every start.
@@ -140,7 +140,7 @@ def search_likelihood(
 
 
 def compare_starts(task: Task, *, starts: int) -> tuple[Float[Tensor, " P"], tuple[Restart, ...]]:
-    """Every start climbed roughly; the best of them under the labelling that is asked for, and how all ended.
+    """A rough search from every start; the best result under the requested labelling, and how all ended.
 
     Raises:
         ValueError: where the likelihood is 0 or not finite at every start.
@@ -189,7 +189,7 @@ def compare_starts(task: Task, *, starts: int) -> tuple[Float[Tensor, " P"], tup
 def _climb_from_other_explanation(
     part: Task, simulator: TractableSimulator, fits: SingleFits, limits: Limits
 ) -> Climb | None:
-    """Where the climb from another explanation of the same data ends; None where there is none."""
+    """The result of a search from another explanation of the same data; None where there is none."""
     other = find_other_explanation(simulator, part.source, part.observations, fits, part.generator)
     if other is None:
         return None
@@ -203,11 +203,11 @@ def _climb_from_other_explanation(
 def maximise_and_check(
     task: Task, theta: Float[Tensor, " P"], *, accuracy: float, restarts: tuple[Restart, ...]
 ) -> CheckedMaximum:
-    """From near a maximum to a checked estimate on all individuals.
+    """From near a maximum to a verified estimate on all individuals.
 
-    Most of the way is gone roughly, and on a part of many individuals. The last steps are taken with as many draws as
-    the accuracy takes; the draws of each of their points owe nothing to the step that led there, and modes of the
-    individuals are searched for from the beginning, so that the last point is checked by what it is made of.
+    The first steps are rough, and on a random subset where there are many individuals. The last ones take as many draws
+    as the accuracy needs; the draws at each point are independent of the step that led there, and modes of the
+    individuals are searched for from scratch, so that the last point's own draws verify it.
     """
     individuals = len(task.observations)
     if individuals > STARTS_ON:
@@ -217,7 +217,7 @@ def maximise_and_check(
         theta = climb_likelihood(
             rough.draw, rough.point(theta), nearby, watch=partial(_report_climb, rough)
         ).point.theta
-        if individuals > _MANY:  # to begin with everybody where no more is left than what a part cannot tell
+        if individuals > _MANY:  # all individuals begin where the subset leaves off
             near = part.point(theta)
             near, _ = part.scan_for_modes(near) or (near, ())
             theta = climb_likelihood(part.keep, near, nearby, watch=partial(_report_climb, part)).point.theta
@@ -228,17 +228,17 @@ def maximise_and_check(
     if individuals > _MANY:
         return _maximise_on_common_draws(task, start, columns, last, accuracy=accuracy, restarts=restarts)
     climb = climb_likelihood(task.search_modes_again, start, last, watch=partial(_report_climb, task))
-    if vanishing_parameters(climb.point):  # decided by a fit in which it is 0
+    if vanishing_parameters(climb.point):  # decided later by a fit in which that SD is fixed at 0
         return CheckedMaximum(climb.point, _check(task, climb), restarts)
     climb, shortage = _reduce_monte_carlo_error(task, _add_comparison_point(task, climb), last, accuracy)
     for turn in range(_CHECKS + 1):
-        # Where a scan found nothing to begin with, and the search arrived, there is nothing to be found.
+        # No second scan where the first found nothing and the search converged.
         wider = task.scan_for_modes(climb.point, columns) if columns or not climb.arrived else None
         checked = _check(task, climb, "" if wider is None else _UNSEEN)
         is_done = wider is None and (checked.passed or not climb.arrived or climb.point.left is None)
         if is_done or turn == _CHECKS:
             break
-        # A maximum of the draws that were climbed on, which others do not confirm: on from there.
+        # A maximum on the draws of the search, which others do not confirm: go on from there.
         task.report(FitProgress("check", turn, _CHECKS, climb.point.value))
         before = climb.point
         again, columns = wider or (_draw_again(task, before, checked), columns)
@@ -257,11 +257,11 @@ def _maximise_on_common_draws(
     accuracy: float,
     restarts: tuple[Restart, ...],
 ) -> CheckedMaximum:
-    """The last steps with many individuals, for whom draws are dear and the way that is left is short beside the
-    population's SDs: the same draws serve all steps, and others, made at the end, check it."""
+    """The last steps with many individuals, whose draws are expensive while the remaining distance is short beside the
+    population's SDs: all steps use the same draws, and new draws at the end verify the result."""
     shared = replace(last, errors=0.0)
     climb = climb_likelihood(task.keep, start, shared, watch=partial(_report_climb, task))
-    if vanishing_parameters(climb.point):  # decided by a fit in which it is 0
+    if vanishing_parameters(climb.point):  # decided later by a fit in which that SD is fixed at 0
         return CheckedMaximum(climb.point, _check(task, climb), restarts)
     climb, shortage = _reduce_monte_carlo_error(task, climb, shared, accuracy, draw=task.keep)
     for turn in range(_CHECKS + 1):
@@ -280,7 +280,7 @@ def _maximise_on_common_draws(
 
 
 def _draw_again(task: Task, before: Point, checked: Verification) -> Point:
-    """The same theta with more draws where many individuals have too few effective ones, else with others."""
+    """The same theta with more draws where many individuals have too few effective ones, else with new draws."""
     if too_many(checked.poor_individuals, len(task.observations)):
         with torch.no_grad():
             more = task.estimator.improve(before.state, before.theta, task.observations, task.generator, times=4)
@@ -290,7 +290,7 @@ def _draw_again(task: Task, before: Point, checked: Verification) -> Point:
 
 
 def _add_comparison_point(task: Task, climb: Climb) -> Climb:
-    """The climb with other draws at its end where it took no step, so that there is something to compare with."""
+    """The search result with new draws where no step was taken, so that there are two to compare."""
     if climb.previous is not None or not climb.arrived:
         return climb
     fresh = replace(task.point(climb.point.theta, task.search_modes_again, climb.point.state), held=climb.point.held)
@@ -298,8 +298,8 @@ def _add_comparison_point(task: Task, climb: Climb) -> Climb:
 
 
 def _check(task: Task, climb: Climb, doubt: str = "") -> Verification:
-    """The last point beside the one before, whose draws are independent of it; with a reason against it, where there is
-    one from elsewhere."""
+    """Compare the last point with the previous one, whose draws are independent of it; ``doubt`` is a reason against it
+    from elsewhere."""
     point = climb.point
     individuals = individual_estimates(point.state, point.theta)
     reason = doubt if climb.arrived or vanishing_parameters(point) else climb.reason
@@ -311,8 +311,8 @@ def _check(task: Task, climb: Climb, doubt: str = "") -> Verification:
 def _reduce_monte_carlo_error(
     task: Task, climb: Climb, last: Limits, accuracy: float, *, draw: Draw | None = None
 ) -> tuple[Climb, str]:
-    """The climb with as many draws as the wished accuracy takes, made by ``draw`` for every step, or why there are no
-    more."""
+    """Continue with as many draws as the target accuracy takes, made by ``draw`` for every step; or the reason why
+    there are no more."""
     while climb.point.covariance is not None and len(climb.point.active):
         lacking = _SAFETY * _noise(climb.point) / accuracy
         if not lacking > _SAFETY:
@@ -339,7 +339,7 @@ def _report_climb(task: Task, point: Point, passes: int) -> None:
 
 
 def _reason_to_give_up(best: Climb | None, point: Point, previous: Point | None, passes: int) -> str:
-    """Give up a start that is far below another one after some passes and does not rise fast enough to reach it."""
+    """Why to give up a start that is far below another one after some passes and rises too slowly; "" to go on."""
     if best is None or passes < _PATIENCE:
         return ""
     below = best.point.value - point.value
@@ -355,14 +355,14 @@ def _highest(ends: list[tuple[str, Climb | None]]) -> Climb | None:
     best = max(reached, key=lambda end: end.point.value, default=None)
     if best is None or best.arrived or not arrived:
         return best
-    # A climb that has not arrived may be on its way to nowhere: an arrived one goes first unless it is clearly lower.
+    # A converged result is preferred to one that has not converged unless it is clearly lower.
     other = max(arrived, key=lambda end: end.point.value)
     noise = 4 * math.hypot(best.point.error, other.point.error)
     return other if best.point.value - other.point.value < noise + _LEVEL else best
 
 
 def _compare_with_best(ends: list[tuple[str, Climb | None]], best: Climb) -> tuple[Restart, ...]:
-    """Every start's end against the best, on the likelihood that all of them climbed."""
+    """The result of every start against the best, on the same likelihood."""
     point = best.point
     table, population = point.state.population.unknowns, point.state.population
     covariance = point.covariance
@@ -375,12 +375,12 @@ def _compare_with_best(ends: list[tuple[str, Climb | None]], best: Climb) -> tup
         if end is None or not math.isfinite(end.point.value):
             found.append(Restart(start, -math.inf, math.inf, math.inf, "failed"))
             continue
-        # What runs to 0 in one of them has no distance: the likelihood is flat there.
+        # An SD that goes to 0 in one of them has no distance: the likelihood is flat there.
         shift = torch.where(end.point.held, 0.0, end.point.theta - point.theta)
         distance = float((shift.abs() / se).max())
         below = point.value - end.point.value
         level = below < _LEVEL + 4 * math.hypot(point.error, end.point.error)
-        # Roughly climbed ends lie around the maximum.
+        # Results of rough searches scatter around the maximum.
         arrived = end.arrived or bool(vanishing_parameters(end.point))
         verdict = "same" if distance < _SAME and level else "other point" if level and arrived else "lower"
         differing: tuple[str, ...] = ()
@@ -406,7 +406,7 @@ def _compare_with_best(ends: list[tuple[str, Climb | None]], best: Climb) -> tup
 
 
 def _unknowns_of_vanishing_sds(point: Point) -> Bool[Tensor, " P"]:
-    """Unknowns of parameters whose SD was on its way to 0, where rough climbs end anywhere."""
+    """Unknowns of parameters whose SD was going to 0, where rough searches end at arbitrary values."""
     table = point.state.population.unknowns
     held = (point.held & ~table.fixed.to(point.held.device)).tolist()
     vanishing = {row.parameter for row, is_held in zip(table.rows, held, strict=True) if is_held}

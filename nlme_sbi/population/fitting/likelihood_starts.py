@@ -1,8 +1,9 @@
-"""Where a search of the population likelihood starts: from single fits of the individuals, not from another objective.
+"""Starting values of the population likelihood: from fits of single individuals, not from another objective.
 
 Every individual is fitted alone under the training prior, noise parameters included: its modes, from the network's
 draws and from draws of the prior, with Laplace's covariances. What varies starts from their mean and spread, what does
-not from their mean weighted by precision, so that constants begin at what the individuals' residuals and modes say.
+not from their mean weighted by precision, so that constants start at values that the individuals' residuals and modes
+suggest.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _LEAST_SPREAD = 0.02  # of the prior's SD that an individual's own uncertainty c
 @dataclass(frozen=True, eq=False)
 class SingleFits:
     """Individuals fitted alone: ``phi (I, D)`` the highest mode, ``variance (I, D)`` about it, unconstrained; and where
-    one has another mode that is about as high, everybody's modes that are most like that one (``other``)."""
+    one has another mode that is about as high, every individual's modes that are most like that one (``other``)."""
 
     phi: Float[Tensor, "I D"]
     variance: Float[Tensor, "I D"]
@@ -42,11 +43,11 @@ class SingleFits:
 def fit_individuals_alone(
     simulator: TractableSimulator, source: Source, observations: Observations, generator: torch.Generator
 ) -> SingleFits:
-    """The highest mode of everybody under the training prior (its mean and covariance); individuals without any are
-    left out.
+    """The highest mode of every individual under the training prior (its mean and covariance); individuals without any
+    are left out.
 
     Raises:
-        NoLikelihoodError: where nobody has a mode, with all positions.
+        NoLikelihoodError: where no individual has a mode, with all positions.
     """
     prior = source.prior
     bound = GaussianPopulation().bind(simulator.parameters)
@@ -111,7 +112,7 @@ def likelihood_starts(
 
     Args:
         fits: of single individuals.
-        source: whose training prior tells what is wide.
+        source: whose training prior sets the scale.
         population: the bound model.
         count: at least 1.
         generator: chooses individuals.
@@ -133,7 +134,7 @@ def likelihood_starts(
     for turn in range(max(0, count - len(made))):
         place = order[turn % len(order)]
         if turn < len(order):
-            # What does not vary is everybody's: a few measurements of one individual may leave no residual at all.
+            # What does not vary is common to all: a few measurements of one individual may leave no residual at all.
             alone = torch.where(_varies(population, mean), fits.phi[place], mean)
             made.append(("one individual's fit", population.from_moments(alone, narrow)))
             continue

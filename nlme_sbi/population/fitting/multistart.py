@@ -1,4 +1,4 @@
-"""Comparing starts on a part of the data that is large enough for it."""
+"""Multistart on a subset of the data that is large enough to compare starts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _EXPLORED_DRAWS = 500  # with so many draws
 
 @dataclass(frozen=True, eq=False)
 class MultistartResult:
-    """Where the starts ended; ``information`` is rough, for all individuals."""
+    """Results of all starts; ``information`` is approximate, for all individuals."""
 
     best: Maximum
     restarts: tuple[Restart, ...]

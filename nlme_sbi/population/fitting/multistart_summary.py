@@ -1,4 +1,4 @@
-"""How the starts of a fit compare, and how that is said."""
+"""How the starts of a fit compare, in numbers and sentences."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def describe_starts(restarts: tuple[Restart, ...]) -> str:
     if total == 0:
         return ""
     if total == 1:
-        return "There was only one start, so nothing tells whether this is the highest maximum."
+        return "There was only one start, so whether this is the highest maximum is not known."
     counts = {name: sum(restart.verdict == name for restart in restarts) for name in ("same", "other point", "lower")}
     sentences = [f"{counts['same']} of {total} starts reached this maximum."]
     mirrored = [restart for restart in restarts if restart.exchanged]
@@ -113,7 +113,7 @@ def within_reach(restarts: tuple[Restart, ...]) -> tuple[Restart, ...]:
 
 
 def warn_of_lone_maximum(restarts: tuple[Restart, ...]) -> tuple[str, ...]:
-    """A warning where nothing confirms the maximum: no second start came there, nor to its mirror image."""
+    """A warning where no second start reached the maximum, nor its mirror image."""
     restarts = within_reach(restarts)
     agreeing = sum(restart.verdict in ("same", "other point") for restart in restarts)
     if len(restarts) > 1 and agreeing < 2:

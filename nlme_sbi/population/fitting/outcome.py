@@ -1,4 +1,4 @@
-"""What an estimator's way to the estimate ends in, whichever way it is."""
+"""The outcome of an estimation, by whichever algorithm."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class Optimum:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What an estimator's way to the estimate ends in, whichever way it is.
+    """The outcome of an estimation, by whichever algorithm.
 
     Args:
         state: draws at the estimate.
         optimum: the estimate with both kinds of error.
         restarts: how the starts ended.
-        converged: whether the estimate counts as one.
+        converged: whether the estimate counts as converged.
         message: how the fit ended.
         warnings: of the search itself.
-        verification: the check on draws that were not climbed on; None where draws are fixed.
+        verification: the check on draws that the search did not use; None where draws are fixed.
         shortage: why the Monte-Carlo error is no smaller.
     """
 

@@ -1,7 +1,7 @@
-"""What the prior ratio's answer is worth where there is a likelihood to compare it with.
+"""The prior ratio's estimate compared with the likelihood, where there is one.
 
 The network's error is in the estimate and not in its standard errors. Where the likelihood can be evaluated, its score
-at the ratio's estimate tells how far that is from the maximum, unknown by unknown.
+at the ratio's estimate shows how far each unknown is from the maximum.
 """
 
 from __future__ import annotations

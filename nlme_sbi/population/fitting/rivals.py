@@ -1,4 +1,4 @@
-"""Maxima that the starts could not tell apart: each is climbed to its end, and the highest is the estimate."""
+"""Competing maxima from multistart: each is refined to convergence, and the highest is the estimate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CLEAR = 0.05  # log-likelihood beside Monte-Carlo error that is a difference
 
 
 def choose_highest(fit: PopulationFit, climb: Callable[[Mapping[str, float]], PopulationFit]) -> PopulationFit:
-    """The fit, or a rival of it that ends higher; the restarts tell how the rivals ended.
+    """The fit, or a competing one that ends higher; the restarts record how these ended.
 
     Args:
         fit: with restarts, some of which ended elsewhere with about the same likelihood.
@@ -104,5 +104,5 @@ def _with_restarts(fit: PopulationFit, restarts: tuple[Restart, ...], before: Po
 
 
 def _restart_warnings(population: PopulationModel, restarts: tuple[Restart, ...]) -> tuple[str, ...]:
-    """What a fit warns of because of how its starts ended."""
+    """Warnings that follow from how the starts ended."""
     return *warn_of_lone_maximum(restarts), *warn_beyond_prior(population, restarts)

@@ -25,13 +25,13 @@ _NODES = (1.2, 2.8, 5.0, 8.5, 14.0)  # of a profile, in SDs, on each side
 _REACH = 4.5  # SDs of the population beyond which no component lies
 _DROP = 9.0  # log density below the mode at which a profile ends
 _NEGLIGIBLE = 12.0  # log mass below the largest at which a mode is dropped
-_SAME = 1.0  # squared distance in curvature below which two summits are one mode
+_SAME = 1.0  # squared distance in curvature below which two maxima are one mode
 _SPREAD = 0.15  # share of the draws that all components get alike
 
 
 @dataclass(frozen=True, eq=False)
 class LaplaceComponents:
-    """Components of many individuals, flat: ``rows (K,)`` tells whose each is."""
+    """Components of many individuals, flat: ``rows (K,)`` is the individual of each."""
 
     rows: Int[Tensor, " K"]
     log_mass: Float[Tensor, " K"]
@@ -144,7 +144,7 @@ def profile_components(joint: JointDensity, laplace: LaplaceComponents, at: Expa
     parts = [_lower_profiled_modes(laplace, bent.any(1))]
     for side in (1.0, -1.0):
         nodes = _profile(joint, laplace[which], at.value[which], column, side)
-        # At a kink of the likelihood curvatures mean nothing: no node counts more than its individual's modes.
+        # At a kink of the likelihood curvatures are meaningless: no node counts more than its individual's modes.
         parts.append(replace(nodes, log_mass=torch.minimum(nodes.log_mass, _largest(laplace)[nodes.rows])))
     return LaplaceComponents.concatenate(parts)
 

@@ -20,7 +20,7 @@ from nlme_sbi.types import Observations, TractableSimulator
 _NUMBERS = {"cpu": 200_000, "cuda": 50_000_000}  # predicted values in a block: a CPU's cache, a GPU's width
 _STEP = 1e-5  # of finite differences of gradients, in SDs of the population
 _FLOOR = 0.05  # least curvature that a Newton step assumes, in units of the population's
-_RACE = 12  # Newton steps after which an individual's points are compared; kinks are climbed slowly
+_RACE = 12  # Newton steps after which an individual's points are compared; convergence at kinks is slow
 _TOO_LOW = 100.0  # log density below the best at which a point is given up
 _LONGEST = 3.0  # longest Newton step, in SDs of the population
 
@@ -87,8 +87,8 @@ class JointDensity:
         simulator: whose likelihood it is.
         population: the bound model.
         observations: of all individuals, float64.
-        theta: where the population stands.
-        rough: whether only a search's first steps depend on it.
+        theta: the population unknowns.
+        rough: whether only the first steps of a search depend on it.
     """
 
     simulator: TractableSimulator
@@ -183,7 +183,7 @@ class JointDensity:
 
 @dataclass(frozen=True, eq=False)
 class Modes:
-    """Where Newton's method ended: points ``(B, V)`` and the expansion there."""
+    """Results of Newton's method: points ``(B, V)`` and the expansion there."""
 
     points: Float[Tensor, "B V"]
     at: Expansion
@@ -198,16 +198,16 @@ def find_modes(
     iterations: int = 30,
     tolerance: float = 1e-3,
 ) -> Modes:
-    """Damped Newton steps of every point at once, with curvatures made positive (saddle-free), until the gain that a
-    step promises is below ``tolerance``.
+    """Damped Newton steps of every point at once, with curvatures made positive (saddle-free), until the predicted
+    gain of a step is below ``tolerance``.
 
     Args:
-        joint: what is climbed.
+        joint: what is maximised.
         rows: individual of each point.
         points: where each starts.
         free: coordinates that may move; all when left out.
         iterations: most steps.
-        tolerance: promised gain in log density at which a point is done.
+        tolerance: predicted gain in log density at which a point has converged.
     """
     at = joint.expand(rows, points)
     damping = torch.full_like(at.value, 1e-3)
@@ -243,17 +243,17 @@ def follow_profile(
     iterations: int,
     tolerance: float,
 ) -> Modes:
-    """A few steps to the top of what is free, from points that are near it, by chord Newton: the Hessian is one from
-    nearby, and made anew only where a step with it does not rise.
+    """A few steps to the maximum over the free coordinates, from points that are near it, by chord Newton: the Hessian
+    is one from nearby, and made anew only where a step with it does not rise.
 
     Args:
-        joint: what is climbed.
+        joint: what is maximised.
         rows: individual of each point.
         points: where each starts.
         hessian: of a point nearby.
         free: coordinates that may move.
         iterations: most steps.
-        tolerance: promised gain in log density at which a point is done.
+        tolerance: predicted gain in log density at which a point has converged.
     """
     value, gradient = joint.slopes(rows, points)
     at = Expansion(value, gradient, hessian)
@@ -282,7 +282,7 @@ def follow_profile(
 
 
 def promised_gain(joint: JointDensity, rows: Int[Tensor, " B"], at: Expansion) -> Float[Tensor, " B"]:
-    """How much a Newton step from each point would gain; nan where the expansion is not finite."""
+    """Predicted gain of a Newton step from each point; NaN where the expansion is not finite."""
     step, promise = _newton_step(at, joint.scales[rows], torch.full_like(at.value, 1e-3), None)
     return torch.where(torch.isfinite(at.value) & torch.isfinite(step).all(1), promise, torch.nan)
 
@@ -297,7 +297,7 @@ def _is_competitive(rows: Tensor, value: Tensor) -> Bool[Tensor, " B"]:
 def _newton_step(
     at: Expansion, scale: Float[Tensor, "B V"], damping: Tensor, free: Tensor | None
 ) -> tuple[Float[Tensor, "B V"], Float[Tensor, " B"]]:
-    """Step and promised gain; in units of the population's SDs, in which it has unit curvature."""
+    """Step and predicted gain; in units of the population's SDs, in which it has unit curvature."""
     gradient = at.gradient * scale
     curvature = -at.hessian * scale[:, :, None] * scale[:, None]
     if free is not None:

@@ -1,10 +1,10 @@
-"""A search for modes of individuals that the climb from first guesses has passed by.
+"""A scan for modes of individuals that the search from starting points has missed.
 
 Some models have many: where a parameter is the time of an onset, there may be one between any two measurements, each so
 narrow that no draw of the others' mixtures ever falls into it. Along every coordinate, on both sides of each
 individual's best mode, the others are re-optimised from step to step as far as the population reaches; wherever that
-profile has a top, Newton's method goes on with everything free. A random part of many individuals tells whether
-it is worth the work for the rest, and along which coordinates.
+profile has a maximum, Newton's method goes on with all coordinates free. Where there are many individuals, a random
+subset shows whether the rest need it, and along which coordinates.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from nlme_sbi.population.likelihood.laplace_components import (
 from nlme_sbi.population.likelihood.log_joint import JointDensity, Modes, find_modes, follow_profile
 from nlme_sbi.population.objective.subsets import random_part
 
-_LOOKED_AT = 24  # individuals who tell whether there is anything to be found,
-_WORST = 12  # and those whom their best mode fits worst
-_MANY = 400  # individuals of whom first
+_LOOKED_AT = 24  # individuals that show whether there are modes to be found,
+_WORST = 12  # and those whose best mode fits worst
+_MANY = 400  # individuals of which first
 _PROBED = 100  # are scanned
 _STEP, _STEPS = 0.1, 24  # of a walk along a coordinate, in SDs of the population, on each side
 _NEWTON = 3  # steps that the other coordinates take at each
-_LOOSE = 0.05  # promised gain at which they stop earlier
+_LOOSE = 0.05  # predicted gain at which they stop earlier
 _RENEWED = 4  # steps after which curvatures are computed anew
 _JUMPS = (0.15, 0.3, 0.6, 1.0, 1.6, 2.4, 3.2)  # the same where nothing else moves, for what is far
 _ABYSS = 100.0  # log density below the mode at which a walk ends
 _TOPS = 4  # of each profile that are climbed from,
 _TOO_LOW = 60.0  # where they are not further than this below the mode
-_LEAST_SHARE = 0.01  # share of an individual's mass that modes must add to be news
-_NEGLIGIBLE = 0.02  # log mass, times the square root of the number of individuals, that is no news for all together
-_NEGLIGIBLE_OF_MANY = 0.2  # the same where it is told by a part of them
+_LEAST_SHARE = 0.01  # share of an individual's mass that modes must add to count
+_NEGLIGIBLE = 0.02  # log mass, times the square root of the number of individuals, that is negligible for all together
+_NEGLIGIBLE_OF_MANY = 0.2  # the same where it is estimated from a subset
 _ROUNDS = 3
 
 
@@ -49,7 +49,7 @@ Finds = tuple[Tensor, Tensor, Tensor]  # individual, place and coordinate of eve
 
 @dataclass(frozen=True, eq=False)
 class UnseenModes:
-    """What a scan has found beside the known modes.
+    """Modes that a scan has found beside the known ones.
 
     Args:
         rows: whose they are, ``(B,)``.
@@ -65,17 +65,17 @@ class UnseenModes:
 def find_unseen_modes(
     joint: JointDensity, known: LaplaceComponents, generator: torch.Generator, *, columns: tuple[int, ...] = ()
 ) -> UnseenModes | None:
-    """Modes that hold mass and are not among the known ones; None where what they hold is negligible.
+    """Modes that hold mass and are not among the known ones; None where their mass is negligible.
 
-    A random part of many individuals, and those whom their best mode fits worst, are scanned along every coordinate;
-    the others along the coordinates where that finds something.
+    Where there are many individuals, a random subset and those whose best mode fits worst are scanned along every
+    coordinate; the others along the coordinates where that finds something.
 
     Args:
-        joint: density of everybody.
-        known: modes of everybody, sorted by individual, the best first.
+        joint: density of every individual.
+        known: modes of every individual, sorted by individual, the best first.
         generator: chooses individuals and places.
-        columns: coordinates along which the others are scanned in any case; of very many, again a random part tells
-            whether it is worth it.
+        columns: coordinates along which the others are scanned in any case; of very many, again a random subset
+            shows whether to.
     """
     individuals = len(joint.observations)
     every = tuple(range(known.means.shape[1]))
@@ -96,7 +96,7 @@ def find_unseen_modes(
 
 
 def _choose_scanned(joint: JointDensity, known: LaplaceComponents, generator: torch.Generator) -> Int[Tensor, " some"]:
-    """Who is scanned along every coordinate, in the order of the data: a random part, and who is fitted worst."""
+    """Individuals scanned along every coordinate, in the order of the data: a random subset, and the worst fitted."""
     individuals = len(joint.observations)
     some = random_part(individuals, _LOOKED_AT, generator).to(known.rows.device)
     if len(some) == individuals:
@@ -117,8 +117,8 @@ def _rank_columns(found: tuple[int, ...]) -> tuple[int, ...]:
 def _scan_others(
     joint: JointDensity, known: LaplaceComponents, finds: Finds, rest: Tensor, column: int, generator: torch.Generator
 ) -> Finds:
-    """What a scan of all the others along a coordinate finds beside what is known by now; nothing where a random part
-    of them shows that it is negligible."""
+    """Finds of a scan of all the others along a coordinate beside the modes known by now; none where a random subset
+    shows that they are negligible."""
     known = _add_finds(joint, known, finds)
     probed = rest[random_part(len(rest), _PROBED, generator).to(rest.device)]
     first = _scan(joint, _modes_of(known, probed), (column,), generator)
@@ -160,7 +160,7 @@ def _modes_of(known: LaplaceComponents, individuals: Int[Tensor, " i"]) -> Lapla
 
 
 def _scan(joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...], generator: torch.Generator) -> Finds:
-    """What a few rounds of scanning find beside the known modes."""
+    """Finds of a few rounds of scanning beside the known modes."""
     found_rows, found_points, found_columns = [], [], []
     for _ in range(_ROUNDS):
         best = known[first_of_each(known.rows)]
@@ -178,7 +178,7 @@ def _scan(joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...
         found_points.append(maxima.points[better])
         found_columns.append(along[better])
         both, _ = distinct_modes(joint, *known.add_starts(found_rows[-1], found_points[-1]))
-        # Only those who had news may have more.
+        # Only individuals with finds may have more.
         known = _modes_of(both, found_rows[-1])
     if not found_rows:
         none = torch.empty(0, dtype=torch.int64, device=known.rows.device)
@@ -231,7 +231,7 @@ def _profile_maxima(
     jumped = best.means[:, None].repeat(1, len(jumps), 1)
     jumped[:, :, column] += jumps * joint.scales[best.rows, column][:, None]
     lone, which = joint.value(best.rows, jumped).max(1)
-    # A jump that lands lower has been walked over; only what is higher is another hill.
+    # A jump to a lower point is covered by the profile; only a higher one may be another mode.
     lone = torch.where(lone > top, lone, -torch.inf)
     every = torch.arange(count, device=rows.device)
     heights = torch.cat([tall.flatten(), lone])
@@ -243,7 +243,7 @@ def _profile_maxima(
 
 
 def _adds_mass(joint: JointDensity, known: LaplaceComponents, rows: Int[Tensor, " B"], maxima: Modes) -> Tensor:
-    """Which summits belong to individuals whose mass they raise by a share that counts."""
+    """Which maxima belong to individuals to whose mass they add a share that counts."""
     individuals = len(joint.observations)
     mine = _modes_of(known, torch.unique(rows))
     own = mine, joint.expand(mine.rows, mine.means)

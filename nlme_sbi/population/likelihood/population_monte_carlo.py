@@ -1,5 +1,5 @@
-"""Population Monte Carlo for the few individuals whose mixtures fit badly: kinks, bananas and corners that neither
-Laplace nor profiles describe (Cappé, Guillin, Marin and Robert 2004, J. Comput. Graph. Stat. 13:907)."""
+"""Population Monte Carlo for the few individuals whose mixtures fit badly: kinks, curved ridges and corners that
+neither Laplace nor profiles describe (Cappé, Guillin, Marin and Robert 2004, J. Comput. Graph. Stat. 13:907)."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _as_components(mixed: Mixtures) -> LaplaceComponents:
 
 
 def _resample(phi: Tensor, log_weights: Float[Tensor, "B S"], generator: torch.Generator) -> Float[Tensor, "B R V"]:
-    """Draws by weight, with no weight above that of ten average draws: one heavy draw must not be everything."""
+    """Draws by weight, with no weight above that of ten average draws: one heavy draw must not dominate."""
     weights = torch.softmax(log_weights, 1).clamp_max(10 / log_weights.shape[1])
     index = torch.multinomial(weights.to(generator.device), _RESAMPLED, replacement=True, generator=generator)
     return phi.gather(1, index.to(phi.device)[..., None].expand(-1, -1, phi.shape[2]))

@@ -1,4 +1,5 @@
-"""Covariate effects bound to data: references, levels and places in theta; what cannot be estimated is refused."""
+"""Covariate effects bound to data: references, levels and places in theta; effects that cannot be estimated are
+refused."""
 
 from __future__ import annotations
 
@@ -30,9 +31,9 @@ def bind_effects(
     """The effects with their references, levels and positions in theta, from ``first`` on.
 
     Raises:
-        ValueError: with the place in the config and the remedy: a covariate that is not there, missing for somebody,
-            constant, collinear with others on the same parameter, of another kind than its form, with values outside
-            the form's range, or with levels that too few individuals have.
+        ValueError: with the place in the config and the remedy: a covariate that is not there, missing for an
+            individual, constant, collinear with others on the same parameter, of another kind than its form, with
+            values outside the form's range, or with levels that too few individuals have.
     """
     if not settings:
         return ()
@@ -94,7 +95,7 @@ def _bind(one: EffectSettings, column: int, observations: Observations, *, posit
     if any(fixed is None for _, fixed, _ in entries) and float(spread) <= 1e-9 * float(values.abs().max()):
         raise ValueError(
             f'{one.where}: the covariate "{one.covariate}" is the same for all {len(values)} individuals, so that its '
-            "effect cannot be told from the typical value; leave it out."
+            "effect cannot be distinguished from the typical value; leave it out."
         )
     if effect.form == "linear":
         _require_positive(one, entries[0], regressors[:, 0], observations)
@@ -102,7 +103,7 @@ def _bind(one: EffectSettings, column: int, observations: Observations, *, posit
 
 
 def _values(one: EffectSettings, observations: Observations) -> Float[Tensor, " I"]:
-    """The covariate, present and finite for everybody."""
+    """The covariate, present and finite for every individual."""
     have = () if observations.design.covariates is None else observations.design.covariates.names
     if one.covariate not in have:
         listed = f"have {', '.join(have)}" if have else "have no covariates"
@@ -157,7 +158,7 @@ def _require_individuals(
         if count >= _FEWEST:
             continue
         subject = "no individual has" if count == 0 else "only one individual has"
-        why = "" if count == 0 else ", whose own deviation cannot be told from an effect"
+        why = "" if count == 0 else ", whose own deviation cannot be distinguished from an effect"
         raise ValueError(
             f'{one.where}: {subject} the level "{level}" of {one.covariate}{why}. Merge it with another level'
             + (", or drop it from data.categorical." if count == 0 else ", or choose another reference.")
@@ -214,7 +215,7 @@ def _refuse_collinear(
             continue
         if len(observations) < len(columns) + 2:
             raise ValueError(
-                f"population: {len(observations)} individuals cannot tell {len(columns)} covariate effects on "
+                f"population: {len(observations)} individuals cannot determine {len(columns)} covariate effects on "
                 f"{parameter} beside its typical value and SD; drop effects or give more data."
             )
         _require_independent(torch.stack(columns, 1), names, parameter)
@@ -229,5 +230,5 @@ def _require_independent(regressors: Float[Tensor, "I K"], names: list[str], par
     guilty = [name for name, weight in zip(names, weights, strict=True) if float(weight / weights.max()) > _SHARES]
     raise ValueError(
         f"population: the covariates {', '.join(dict.fromkeys(guilty))} on {parameter} are collinear: one follows from "
-        "the others, so their effects cannot be told apart. Keep one of them, or fix its effect."
+        "the others, so their effects cannot be separated. Keep one of them, or fix its effect."
     )

@@ -1,4 +1,4 @@
-"""What effects, correlations and individuals are called in print."""
+"""Printed labels of effects and correlations, and lists of individuals."""
 
 from __future__ import annotations
 

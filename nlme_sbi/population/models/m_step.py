@@ -65,7 +65,7 @@ def maximise_effects(
     variances: Float[Tensor, " V"],
     theta: Float[Tensor, " P"],
 ) -> tuple[Float[Tensor, " V"], Float[Tensor, " V"], Float[Tensor, " P"]]:
-    """Shifts of means and variances with those of the regressed parameters replaced, and theta with better effects.
+    """Shifts of means and variances with those of the regressed parameters replaced, and theta with maximised effects.
 
     Args:
         regressions: as :func:`regression_sums` had them.

@@ -1,4 +1,4 @@
-"""What must hold before a fit is worth starting, and what a reader must be told after it."""
+"""Requirements on draws before a fit, and warnings about them after it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from nlme_sbi.population.models.labels import _NAMED, list_ids
 from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.types import Design, Observations, Prior
 
-_FALSE_ALARMS = 0.01  # chance that anybody is named where posteriors are exact and Gaussian
+_FALSE_ALARMS = 0.01  # chance that any individual is named where posteriors are exact and Gaussian
 _TAIL = 0.025  # what lies in the tails: beyond 2.2 SD in one dimension
 _SAMPLED = 20_000  # individuals sampled from the population to see how many lie outside the prior
-_TRAINED = 100_000  # prior samples that tell where the network was trained
+_TRAINED = 100_000  # prior samples that show where the network was trained
 _MARGIN = 20.0  # below the least log density of them; about 8.5 SD in six dimensions
 _STRAY = 0.01  # share of draws outside that region that is worth a warning
 _OUTSIDE = 1e-3  # share of the population outside the prior's support that is worth a warning
 
 
 def require_matching(samples: PosteriorSamples, observations: Observations, population: PopulationModel) -> None:
-    """Draws, data and population must speak of the same parameters and individuals; draws must be finite."""
+    """Draws, data and population must have the same parameters and individuals; draws must be finite."""
     if samples.names != population.parameters.names or samples.prior.names != samples.names:
         raise ValueError(
             f"Parameters disagree: the draws have {list(samples.names)}, their prior {list(samples.prior.names)}, the "
@@ -80,7 +80,7 @@ def replace_draws_outside_prior(
 def trained_level(prior: Prior, device: torch.device) -> float:
     """Log prior density below which no simulation of a training set lies, nor anything near one.
 
-    Out there neither draws nor density of a network mean anything, and weights ``1 / p(phi)`` have no bound: one stray
+    Outside neither draws nor density of a network are meaningful, and weights ``1 / p(phi)`` have no bound: one stray
     draw, or the tail of one wide mixture, would carry the whole fit.
     """
     generator = torch.Generator(device=device).manual_seed(0)  # a property of the prior: the same every time
@@ -141,7 +141,7 @@ def warn_of_tails(distance: Float[Tensor, " I"], ids: tuple[str, ...], names: li
 
 
 def is_gaussian(prior: Prior) -> bool:
-    """Whether a prior is Gaussian, told by its density at random points around its mean."""
+    """Whether a prior is Gaussian, judged by its density at random points around its mean."""
     mean, covariance = prior.mean.double(), prior.covariance.double()
     generator = torch.Generator(device=mean.device).manual_seed(0)  # probes, not draws: the same every time
     noise = torch.randn((64, len(mean)), generator=generator, dtype=torch.float64, device=mean.device)
@@ -166,7 +166,7 @@ _REMEDY = "Train with a wider prior there, or use estimator=exact where there is
 
 
 def _wider_than_gaussian(prior: Prior, population: PopulationModel, theta: Tensor, design: Design) -> tuple[str, ...]:
-    """Largest eigenvalue of anybody's omega against the prior's covariance given the constants."""
+    """Largest eigenvalue of any individual's omega against the prior's covariance given the constants."""
     varying, constant = list(population.varying), list(population.constant)
     precision = torch.linalg.inv(prior.covariance.double().to(theta))[varying][:, varying]
     factor = torch.linalg.cholesky(precision)

@@ -44,8 +44,8 @@ _MAXIMA: tuple[ModeKind, ...] = ("climbed", "highest found")
 class IndividualModes:
     """The mode of every individual's posterior, unconstrained ``phi (I, D)``, constants at the population's value.
 
-    ``kinds`` tells for each how it was found: "climbed" is a maximum of likelihood times population density, "highest
-    found" a climb that did not settle (a kink, a ridge); without a likelihood it is the "best draw", the one of a few
+    ``kinds`` says how each was found: "climbed" is a maximum of likelihood times population density, "highest found" a
+    search that did not converge (a kink, a ridge); without a likelihood it is the "best draw", the one of a few
     draws where the network's density times p(phi | theta)/p(phi) is largest, or, for draws without a density, the
     "heaviest draw", which is no mode but the draw that the population favours most.
     """
@@ -55,7 +55,8 @@ class IndividualModes:
 
     @property
     def searched(self) -> bool:
-        """Whether a likelihood was climbed, for everybody; draws scatter about the modes that they stand for."""
+        """Whether every individual's mode is a maximum of a likelihood; draws only scatter about the modes they stand
+        for."""
         return all(kind in _MAXIMA for kind in self.kinds)
 
 

@@ -1,4 +1,4 @@
-"""What every estimator on weighted draws shares: objective, derivatives, weights and their Monte-Carlo error.
+"""Shared by all estimators on weighted draws: objective, derivatives, weights and their Monte-Carlo error.
 
 An individual's objective is ``log mean_j exp(l_ij(theta))``. Everything runs block by block of individuals, so that
 memory is bounded, and blocks side by side; derivatives are exact (autograd).
@@ -17,7 +17,7 @@ from torch import Tensor
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.population.objective.interface import DrawBlock, GivenWeights, SetsOfDraws, WeightedDraws
 
-_ROUGH = 200  # individuals that tell the scales of a search
+_ROUGH = 200  # individuals that set the scales of a search
 
 
 def _mean_log_weight(block: DrawBlock, theta: Tensor) -> Float[Tensor, " I"]:
@@ -100,7 +100,7 @@ def scores(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "I
 
 
 def rough_information(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "free free"]:
-    """Information from outer products of individuals' scores, over enough blocks to know the scales, made positive
+    """Information from outer products of individuals' scores, over enough blocks to fix the scales, made positive
     definite: coordinates for a search, not standard errors."""
     axes = _axes(state, theta)
     # Blocks may be ordered by what they hold; strides keep those that are looked at typical.

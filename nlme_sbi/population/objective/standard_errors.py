@@ -1,4 +1,4 @@
-"""How far an estimate can be trusted: sampling error from the observed information, Monte-Carlo error apart from it."""
+"""Standard errors of the estimates from the observed information, and, separately, Monte-Carlo standard errors."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def monte_carlo_error(
     bias, jackknife = unknown, None
     if all(end is not None for end in ends):
         found = [end for end in ends if end is not None]
-        # An estimate that was checked on these draws, not climbed on them, lies a little beside their maximum.
+        # An estimate that was checked on these draws, not maximised on them, lies a little beside their maximum.
         gradient = value_and_gradient(state, theta)[1][free]
         maximum = theta.index_add(0, free, covariance @ gradient)
         bias = torch.stack([end for end, _ in found]).mean(0) - maximum
@@ -141,12 +141,12 @@ def likelihood_error(
 
 
 def _bound_by_error(excess: float, error: float) -> float:
-    """What the weights tell, but no more than the error allows: evenly spread draws err less than their weights."""
+    """The value from the weights, bounded by the error: evenly spread draws err less than their weights suggest."""
     return max(-(error**2), min(excess, error**2))
 
 
 def _half_maximum(half: WeightedDraws, theta: Tensor, covariance: Tensor) -> tuple[Tensor, float] | None:
-    """Maximum on half of the draws, by steps with the whole's curvature; None where they do not settle."""
+    """Maximum on half of the draws, by steps with the whole's curvature; None where they do not converge."""
     free = half.population.unknowns.free.to(theta.device)
     se = covariance.diagonal().sqrt()
     value, gradient = value_and_gradient(half, theta)

@@ -1,4 +1,4 @@
-r"""Climbing the population likelihood itself: Newton steps in a trust region, each judged on draws made where it led.
+r"""Maximising the population likelihood: Newton steps in a trust region, each accepted or rejected on new draws.
 
 A point is a theta with draws made for it, on which the likelihood, its score (Fisher's identity) and the observed
 information (Louis' identity) are those of the real likelihood, but for Monte-Carlo error. From there a quadratic model
@@ -8,7 +8,7 @@ mean of the scores at both ends along the step, whose error is a small share of 
 region.
 
 The region is measured in the complete data's information, the curvature that the likelihood would have if every
-individual's parameters were known. One unit is what a single individual's complete data would tell: an SD of the
+individual's parameters were known. One unit is what a single individual's complete data would determine: an SD of the
 population for a mean, a factor of two for an SD, and for a constant what an individual's measurements say of it, or a
 small share of the training prior's SD where that is more. With a large damping the step is that of EM (Lange 1995),
 which rises from anywhere; with none it is Newton's.
@@ -42,13 +42,13 @@ _CLEAR = 4.0  # Monte-Carlo errors by which values differ clearly
 
 @dataclass(frozen=True, eq=False)
 class Climb:
-    """Where a climb ended.
+    """Result of a search.
 
     Args:
         point: the last accepted one.
         passes: how often draws were made.
-        arrived: whether the score vanishes there.
-        reason: why it ended, where it has not arrived.
+        arrived: whether the score vanishes there: converged.
+        reason: why it ended, where it has not converged.
         previous: the accepted point before the last one.
     """
 
@@ -61,14 +61,14 @@ class Climb:
 
 @dataclass(frozen=True)
 class Limits:
-    """When a climb ends.
+    """When a search ends.
 
     Args:
         tolerance: largest step left, in standard errors, beside Monte-Carlo error.
         errors: Monte-Carlo standard errors of the step left that are allowed beside it.
         passes: how often draws may be made.
-        kept: parameters whose SD is followed however small it becomes.
-        ends_at_zero: whether to end where an SD is on its way to 0, instead of holding it and climbing on.
+        kept: parameters whose SD stays in the search however small it becomes.
+        ends_at_zero: whether to end where an SD is on its way to 0, instead of holding it fixed and going on.
         enough: asked before every step, with the point, the one before it and the number of passes, whether to end
             there: a reason, or "".
     """
@@ -94,7 +94,7 @@ def climb_likelihood(
         draw: makes draws for a theta; may raise :class:`NoLikelihoodError`.
         start: with draws made for it.
         limits: when to end.
-        watch: told each accepted point and the number of passes.
+        watch: called with each accepted point and the number of passes.
     """
     point, radius, passes = hold_at_zero(start, limits.kept), 1.0, 1
     previous: Point | None = None
@@ -105,7 +105,7 @@ def climb_likelihood(
             return Climb(point, passes, arrived=True, previous=previous)
         reason = limits.enough(point, previous, passes)
         if limits.ends_at_zero and vanishing_parameters(point):
-            reason = "an SD runs to 0"
+            reason = "an SD goes to 0"
         if reason or passes >= limits.passes:
             return Climb(point, passes, arrived=False, reason=reason or _describe_score(point), previous=previous)
         step, promised = _proposal(point, radius)
@@ -117,7 +117,7 @@ def climb_likelihood(
         if reached is None or not gain > -_tolerated_loss(point):
             radius = _SHRINK * min(radius, length)
             rejected += 1
-            if rejected == _LUCKY:  # draws that were lucky here would let nothing else look better
+            if rejected == _LUCKY:  # by chance, the draws here may overstate the likelihood
                 previous, point, radius = point, _redraw(draw, point), 1.0
                 passes += 1
                 continue
@@ -134,7 +134,7 @@ def climb_likelihood(
 
 
 def _redraw(draw: Draw, point: Point) -> Point:
-    """The same theta with other draws."""
+    """The same theta with new draws."""
     again = _take_step(draw, point, torch.zeros_like(point.theta))
     return point if again is None else again
 
@@ -175,7 +175,7 @@ def _has_arrived(point: Point, limits: Limits) -> bool:
 
 
 def _proposal(point: Point, radius: float) -> tuple[Float[Tensor, " P"], float]:
-    """The step that promises most within the region, and what it promises."""
+    """The step with the largest predicted gain within the region, and that gain."""
     factor, unit = point.metric
     inverse = torch.linalg.inv(factor)
     information = point.among_active(point.information).nan_to_num(0.0)
@@ -211,7 +211,7 @@ def _length(point: Point, step: Float[Tensor, " P"]) -> float:
 
 
 def _take_step(draw: Draw, point: Point, step: Float[Tensor, " P"]) -> Point | None:
-    """The point at the end of a step; None where no individual's likelihood can be told there."""
+    """The point at the end of a step; None where the likelihood is not known there."""
     if not bool(torch.isfinite(step).all()):
         return None
     theta = point.theta + step
@@ -236,4 +236,4 @@ def _describe_score(point: Point) -> str:
 
 
 def _describe_stall(point: Point) -> str:
-    return f"no step raises the likelihood any more, but {_describe_score(point)}"
+    return f"no step increases the likelihood further, but {_describe_score(point)}"

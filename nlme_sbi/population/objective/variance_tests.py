@@ -29,7 +29,7 @@ from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import halves, scores, slopes_along
 
 _STEP = 1e-4  # of central differences of exact derivatives
-_LEVEL = 0.05  # one-sided p-value from which on a parameter is said to vary perhaps
+_LEVEL = 0.05  # one-sided p-value below which a parameter may vary
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class VarianceTest:
         p: one-sided.
         monte_carlo_se: of z, from finitely many draws; NaN where it is not known.
         slope: derivative of the log-likelihood in the variance, at 0.
-        estimated: whether the variance was estimated and ran to 0, rather than given as 0.
+        estimated: whether the variance was estimated at 0, rather than given as 0.
     """
 
     parameter: str
@@ -88,7 +88,8 @@ def variance_slopes(
 
 
 def _direction(state: WeightedDraws, theta: Tensor, name: str) -> Tensor | None:
-    """Unit vector of the unknown that is this constant's value for everybody; None where there is no such unknown."""
+    """Unit vector of the unknown that is this constant's value for every individual; None where there is no such
+    unknown."""
     entry = state.population.unknowns.entry(MEAN, name)
     if entry is None:
         return None
@@ -131,8 +132,8 @@ def describe_test(tests: tuple[VarianceTest, ...]) -> tuple[str, ...]:
 
 
 def sentence(test: VarianceTest) -> str:
-    """What a score test says: information for whoever chooses the model, no alarm."""
-    where = "its SD ran to 0, the boundary" if test.estimated else "given"
+    """What a score test says: information for choosing the model, no alarm."""
+    where = "its SD was estimated at 0, the boundary" if test.estimated else "given"
     begin = f"No variability of {test.parameter} ({where})"
     if math.isnan(test.z):
         return f"{begin}; no score test: too few individuals for the unknowns."

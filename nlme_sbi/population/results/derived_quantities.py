@@ -1,7 +1,7 @@
-"""From unknowns to the quantities that people read: natural values, SDs, correlations, their errors and intervals.
+"""From unknowns to reported quantities: natural values, SDs, correlations, their errors and intervals.
 
-Errors come by the delta method through the population model's own readers (``mean``, ``covariance``), so that a new
-model needs nothing here.
+Errors come by the delta method through the population model's ``mean`` and ``covariance``, so that a new model needs
+nothing here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Summary:
     """Population quantities, one entry for each of the D parameters; NaN where a quantity does not exist.
 
     ``mean`` and ``mean_se`` are on the unconstrained scale; ``natural`` with its limits on the natural one; ``sd`` is
-    the SD between individuals (0 for constants); ``*_fixed`` tells what was given. ``correlation`` and its limits are
+    the SD between individuals (0 for constants); ``*_fixed`` marks given values. ``correlation`` and its limits are
     ``(D, D)``.
     """
 

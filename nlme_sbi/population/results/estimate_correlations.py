@@ -1,4 +1,4 @@
-"""How the estimates hang together: their correlations, and the condition number that tells an ill-determined fit."""
+"""Correlations of the estimates, and the condition number that shows an ill-conditioned fit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class EstimateCorrelations:
         """For below the table, a line each."""
         condition = f"Condition number of the correlation matrix of the estimates: {self.condition_number:.3g}"
         ill = self.condition_number > ILL_CONDITIONED
-        condition += f". Above {ILL_CONDITIONED:g} the data tell some estimates only in combination." if ill else "."
+        condition += f". Above {ILL_CONDITIONED:g} some estimates are determined only in combination." if ill else "."
         pair = self.strongest()
         if pair is None:
             return (condition,)

@@ -19,9 +19,9 @@ from nlme_sbi.population.results.fit_result import PopulationFit
 from nlme_sbi.posteriors import Posterior
 from nlme_sbi.types import Observations, TractableSimulator
 
-_DRAWS = 50  # of each individual, of which the best is climbed from, or is the answer
-_TOLERANCE = 1e-5  # promised gain at which a climb ends: 0.005 posterior SDs from the top of a parabola
-_ARRIVED = 1e-3  # promised gain that may be left, 0.05 posterior SDs
+_DRAWS = 50  # of each individual; the best is the starting point, or the result
+_TOLERANCE = 1e-5  # predicted gain at which the search ends: 0.005 posterior SDs from the top of a parabola
+_ARRIVED = 1e-3  # predicted gain that may remain: 0.05 posterior SDs
 
 
 @torch.no_grad()
@@ -37,9 +37,9 @@ def individual_modes(
     Args:
         fit: the population fit.
         observations: the individuals that it was made from.
-        source: the posterior that the draws came from (where its simulator has a likelihood, that is climbed), or the
+        source: the posterior that the draws came from (where its simulator has a likelihood, that is maximised), or the
             simulator; may be left out after a fit of a likelihood.
-        generator: for the draws that climbs begin from, on the device of the fit.
+        generator: for the draws that searches start from, on the device of the fit.
 
     Raises:
         ValueError: the observations are of other individuals.
@@ -84,7 +84,7 @@ def _climb(joint: JointDensity, drawn: Float[Tensor, "I S D"], known: LaplaceCom
 
 
 def _remaining_gain(at: Expansion) -> Float[Tensor, " B"]:
-    """Gain that a Newton step still promises; infinite where the point is no maximum."""
+    """Predicted gain of a further Newton step; infinite where the point is no maximum."""
     factor, info = torch.linalg.cholesky_ex(-at.hessian.nan_to_num(0.0))
     step = torch.cholesky_solve(at.gradient.nan_to_num(torch.inf)[..., None], factor)[..., 0]
     promise = 0.5 * (step * at.gradient).sum(1)

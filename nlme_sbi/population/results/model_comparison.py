@@ -27,10 +27,10 @@ _ERRORS = 3  # Monte-Carlo SEs
 
 @dataclass(frozen=True, eq=False)
 class ComparedFit:
-    """A fit's estimates with where they come from, which is what decides whether they compare.
+    """A fit's estimates with their origin, which decides whether they can be compared.
 
     Args:
-        label: what it is called.
+        label: its name.
         estimates: of the fit.
         data: hash of the data.
         posterior: hashes of the networks that draws came from, which stand for their training prior, too.
@@ -105,7 +105,7 @@ class RatioTest:
         variances_at_zero: the others.
         p: small where the larger model is needed; with several variances at 0 an upper bound.
         law: of the statistic where the smaller model is right.
-        note: what makes the test doubtful, or nothing.
+        note: why the test is doubtful; "" where it is not.
     """
 
     smaller: str
@@ -140,7 +140,7 @@ class Contradiction:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The fits, converged ones first and best AIC first; tests of all nested pairs; what contradicts each other."""
+    """The fits, converged ones first and best AIC first; tests of all nested pairs; contradictions between fits."""
 
     fits: tuple[ComparedFit, ...]
     tests: tuple[RatioTest, ...]
@@ -213,7 +213,7 @@ def compare_models(fits: Sequence[ComparedFit]) -> Comparison:
         if small is not large and (test := _test(small, large))
     ]
     notes = [
-        f"{fit.label} has not converged: its numbers are no basis for a choice, and it is in no test."
+        f"{fit.label} has not converged: its numbers are no basis for model selection, and it is in no test."
         for fit in fits
         if not fit.estimates.converged
     ]
@@ -332,8 +332,8 @@ def _describe_likelihood(fit: ComparedFit) -> str:
 
 
 def restrictions(small: ComparedFit, large: ComparedFit) -> tuple[int, int] | None:
-    """How a model is a special case of another: constraints, and variances at 0 beside them. None where it is not,
-    or nothing is known of it."""
+    """Constraints that make a model a special case of another, and variances at 0 beside them. None where it is none,
+    or that is not known."""
     inner, outer = small.estimates, large.estimates
     if inner.population_model != outer.population_model or small.simulator != large.simulator:
         return None

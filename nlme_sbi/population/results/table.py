@@ -1,4 +1,4 @@
-"""The table that pharmacometricians and single-cell people read, as text, data frame and plain numbers."""
+"""The parameter table, as text, data frame and plain numbers."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class CorrelationRow:
 
 @dataclass(frozen=True)
 class PopulationTable:
-    """Rows, correlations, covariate effects, and the sentences that belong above and below them."""
+    """Rows, correlations, covariate effects, heading and notes."""
 
     rows: tuple[TableRow, ...]
     correlations: tuple[CorrelationRow, ...] = ()
@@ -145,7 +145,7 @@ class PopulationTable:
         return "\n".join(lines)
 
     def _shrinkage(self) -> tuple[str, ...]:
-        """What the columns of variability are."""
+        """A note on the columns of variability."""
         sources = {row.shrinkage_from for row in self.rows if row.shrinkage is not None}
         if not sources:
             return ()
@@ -309,7 +309,7 @@ def _format(value: float | None, digits: int = 4) -> str:
 
 
 def _percent(value: float | None) -> str:
-    """With one decimal, as long as that is not more than anybody reads."""
+    """With one decimal, as long as the number stays short."""
     if value is None:
         return "-"
     return f"{round(value, 1) + 0.0:.1f}" if abs(value) < 1000 else f"{value:.3g}"

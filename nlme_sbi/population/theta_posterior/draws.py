@@ -15,7 +15,7 @@ from nlme_sbi.numerics.mcmc_diagnostics import bulk_ess, split_rhat, tail_ess
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.theta_posterior.prior import ThetaPrior
 
-RHAT = 1.01  # above it chains have not met (Vehtari et al. 2021)
+RHAT = 1.01  # above it chains have not converged (Vehtari et al. 2021)
 LEAST_ESS = 400.0  # of bulk and tails, below which quantiles are not to be quoted
 _QUANTILES = (0.025, 0.5, 0.975)
 
@@ -55,7 +55,7 @@ class ThetaDraws:
         prior: that they were drawn under.
         acceptance: share of proposals that were accepted.
         evaluations: of the objective.
-        warnings: what a reader must know.
+        warnings: to be read before the draws are used.
     """
 
     population: PopulationModel
@@ -134,7 +134,7 @@ class ThetaDraws:
 @dataclass(frozen=True)
 class ChainCheck:
     """Convergence of one quantity. R-hat compares ensembles, which are independent, and their halves in time; effective
-    numbers take every walker as a chain, because only a walker's own steps follow each other."""
+    numbers take every walker as a chain, because only steps of the same walker are autocorrelated."""
 
     rhat: float
     bulk: float
@@ -151,7 +151,7 @@ class ChainCheck:
 def convergence_warnings(
     population: PopulationModel, theta: Float[Tensor, "ensembles walkers draws P"]
 ) -> tuple[str, ...]:
-    """Sentences on unknowns whose chains have not met or are worth too few draws."""
+    """Sentences on unknowns whose chains have not converged or have too few effective draws."""
     apart, poor = [], []
     for place in population.unknowns.free.tolist():
         name, check = population.unknowns.labels[place], ChainCheck.of(theta[..., place].cpu().numpy())
@@ -163,8 +163,8 @@ def convergence_warnings(
     warnings = []
     if apart:
         warnings.append(
-            f"The chains have not met: R-hat above {RHAT} for {', '.join(apart)}. These draws are not the posterior; "
-            "use more steps, or look for several maxima in the fit's restarts."
+            f"The chains have not converged: R-hat above {RHAT} for {', '.join(apart)}. These draws are not the "
+            "posterior; use more steps, or look for several maxima in the fit's restarts."
         )
     if poor:
         warnings.append(f"Fewer than {LEAST_ESS:.0f} effective draws for {', '.join(poor)}; use more steps.")

@@ -28,7 +28,8 @@ LogLikelihood = Callable[[Tensor, Tensor], Tensor]
 @dataclass(frozen=True, eq=False)
 class IndividualsOverTheta:
     """``phi (I, K, D)``, one draw for each of K draws of theta; ``support (I,)``, the share of the stored draws that
-    stays effective, on average over theta: near 0 the stored draws do not reach where theta pulls them."""
+    stays effective, on average over theta: near 0 the stored draws do not cover the individuals' posteriors at these
+        theta."""
 
     phi: Float[Tensor, "I K D"]
     support: Float[Tensor, " I"]
@@ -97,7 +98,8 @@ def _weights(
 def _stratified_uniforms(
     individuals: int, draws: int, count: int, generator: torch.Generator
 ) -> Float[Tensor, "i K c"]:
-    """Uniform numbers of which one lies in each of equal strata, in random order: every stored draw gets its turn."""
+    """Uniform numbers of which one lies in each of equal strata, in random order: so that the stored draws are used
+    evenly."""
     shape = (individuals, draws * count)
     order = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64).argsort(1)
     jitter = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
@@ -126,7 +128,7 @@ def _with_new_constants(
     moved[..., columns] = constants[:, :, None]
     values = [log_likelihood(one.flatten(1, 2), rows).to(phi).reshape(phi.shape[:3]) for one in (moved, phi)]
     change = (values[0] - values[1]).nan_to_num(-torch.inf, neginf=-torch.inf)
-    # Where no candidate is possible any one is as good as the others.
+    # Where no candidate has a likelihood above 0, all are equal.
     change = torch.where(torch.isfinite(change).any(2, keepdim=True), change, 0.0)
     uniform = torch.rand((*phi.shape[:2], 1), generator=generator, device=generator.device, dtype=torch.float64)
     index = _choose(torch.softmax(change, 2), uniform.to(phi.device)).clamp_max(count - 1)

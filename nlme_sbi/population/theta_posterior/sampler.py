@@ -4,7 +4,7 @@ The likelihood is the fit's objective on its fixed draws (common random numbers)
 function. Several ensembles of walkers are run by emcee (Foreman-Mackey et al. 2013, PASP 125:306), each from points of
 its own that are spread wider than the posterior. Most moves propose from a heavy-tailed approximation of the posterior,
 first about its mode, then with the moments of the second half of the warm-up; the others are differential evolution and
-stretches, which need no such luck.
+stretches, which do not depend on its quality.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from nlme_sbi.population.theta_posterior.prior import ThetaPrior
 
 _FREEDOM = 6.0  # degrees of freedom of the independent proposals
 _SPREAD = 1.5  # of the starting points, in posterior SDs
-_BLOCK = 50  # steps between two looks at the chains
-_SEEN = 60  # posterior draws at which the weights of the individuals are looked at
+_BLOCK = 50  # steps between convergence checks
+_SEEN = 60  # posterior draws at which the weights of the individuals are checked
 _FEW = 10.0  # effective draws below which an individual's likelihood is not known
 
 
@@ -52,7 +52,7 @@ class EnsembleSampler:
         walkers: of each ensemble; null takes twice the number of unknowns, and at least 16.
         warmup: steps of each walker that are thrown away.
         steps: most steps that are kept; fewer where ``ess`` is reached before.
-        ess: wished effective draws, bulk and tails, of every unknown.
+        ess: target effective number of draws, bulk and tails, of every unknown.
         effective: draws of the individuals are thinned to about this effective number (of the poorest 5% of them);
             more make it slower, fewer make the likelihood noisier.
     """
@@ -101,10 +101,10 @@ def sample_theta(
         theta: its estimate, where the search for the mode begins.
         prior: from :meth:`ThetaPriors.bind`.
         covariance: of the estimate, ``fit.covariance``: how far constants may go (after an exact fit).
-        generator: everything random comes from it.
+        generator: of all random numbers.
         settings: of the sampler.
         ids: of the individuals, for messages.
-        progress: told how far it is.
+        progress: called with how far it is.
 
     Raises:
         ValueError: without emcee, or for impossible settings.
@@ -146,8 +146,8 @@ def sample_theta(
 
 
 def _prepare_draws(state: WeightedDraws, theta: Tensor, covariance: Tensor | None, effective: int) -> WeightedDraws:
-    """The first draws of everybody, so many that most keep about this effective number; with likelihoods that hold
-    as far as constants may go."""
+    """The first draws of every individual, so many that most keep about this effective number; with likelihoods that
+    hold as far as constants may go."""
     surplus = float(torch.quantile(effective_draws(state, theta), 0.05)) / effective
     if surplus >= 2:
         rows = torch.arange(state.individuals, device=state.blocks[0].rows.device)
@@ -194,7 +194,7 @@ class _Target:
         pair = self.theta.expand(2, -1)
         try:
             return torch.allclose(self._all_at_once(pair), self._one_by_one(pair), rtol=1e-8, atol=1e-8)
-        except RuntimeError:  # torch's word for what it cannot batch
+        except RuntimeError:  # torch's error for operations that it cannot batch
             return False
 
     def value_and_gradient(self, theta: Tensor) -> tuple[float, Tensor]:
@@ -327,7 +327,7 @@ def _independent(mode: NDArray[np.float64], factor: NDArray[np.float64]) -> Call
 
 
 def _has_converged(chains: NDArray[np.float64], required: float) -> bool:
-    """Whether every unknown has met and is worth the wished number of draws."""
+    """Whether every unknown has converged and has the target effective number of draws."""
     found = [ChainCheck.of(column) for column in np.moveaxis(chains, 3, 0)]
     return all(check.rhat <= RHAT and min(check.bulk, check.tail) >= max(required, LEAST_ESS) for check in found)
 

@@ -1,9 +1,9 @@
 """Bootstrap over individuals: whole individuals drawn again, with the draws and proposals of the fit.
 
-A replicate weights every individual's objective by how often it was drawn and climbs from the estimate, so that no draw
-is made again and a replicate is a few evaluations. Draws are common to all replicates: their Monte-Carlo error shifts
-all alike, which is taken out again. Therefore a part of the fit's draws serves: as few as keep that error below a tenth
-of the standard errors, to whose squares it adds a hundredth.
+A replicate weights every individual's objective by how often it was drawn and maximises it from the estimate, so that
+no draw is made again and a replicate is a few evaluations. Draws are common to all replicates: their Monte-Carlo error
+shifts all alike, which is corrected. Therefore a part of the fit's draws serves: as few as keep that error below a
+tenth of the standard errors, to whose squares it adds a hundredth.
 
 Source: Efron and Tibshirani (1993), An Introduction to the Bootstrap; Rubin (1981), Ann. Stat. 9:130, for the Bayesian
 one.
@@ -43,7 +43,7 @@ class Bootstrap:
     Args:
         unknowns: names of the entries of theta.
         theta: ``(B, P)``, unconstrained; fixed entries at their values.
-        failed: replicates that ended nowhere and are left out.
+        failed: replicates that did not converge and are left out.
         weights: how individuals were drawn.
     """
 
@@ -103,7 +103,7 @@ def bootstrap(
         replicates: how many; 200 tell standard errors to 5%, intervals ask for 1000.
         weights: "multinomial", individuals drawn with replacement, or "exponential", the Bayesian bootstrap, in which
             nobody is left out.
-        progress: told how far it is.
+        progress: called with how far it is.
 
     Raises:
         ValueError: for a fit without standard errors or with no more individuals than unknowns, or too few replicates.
@@ -135,12 +135,12 @@ def bootstrap(
         if progress is not None:
             progress(FitProgress("bootstrap", done + 1, replicates))
     if len(found) < 2:
-        raise ValueError(f"{failed} of {replicates} bootstrap replicates ended nowhere; the fit is not to be trusted.")
+        raise ValueError(f"{failed} of {replicates} bootstrap replicates did not converge; do not trust this fit.")
     return Bootstrap(fit.population.unknowns.names, torch.stack(found), failed, weights)
 
 
 def _thin(fit: PopulationFit) -> WeightedDraws:
-    """A part of every individual's draws that is large enough."""
+    """A sufficient subset of every individual's draws."""
     free = fit.population.unknowns.free.to(fit.theta.device)
     error, bias = fit.monte_carlo.worst(fit.standard_errors, free)
     if not math.isfinite(error + bias):
@@ -163,7 +163,7 @@ def _multiplicity(individuals: int, weights: Weights, generator: torch.Generator
 
 
 def _replicate(fit: PopulationFit, slopes: Float[Tensor, "I free"], multiplicity: Tensor) -> Tensor | None:
-    """The estimate with these weights; None where the climb ended nowhere."""
+    """The estimate with these weights; None where the maximisation did not converge."""
     free = fit.population.unknowns.free.to(fit.theta.device)
     covariance = fit.covariance[free][:, free]
     se = covariance.diagonal().sqrt()

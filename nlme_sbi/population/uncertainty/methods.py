@@ -1,4 +1,4 @@
-"""What a finished fit's estimates are worth: intervals by the methods that are asked for."""
+"""Confidence intervals of a finished fit by the requested methods."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Assessment:
-    """How uncertainty is told.
+    """Settings of the confidence intervals.
 
     Args:
         methods: some of information, sandwich, profile, bootstrap.
@@ -131,8 +131,8 @@ def add_intervals(
 ) -> PopulationFit:
     """The fit with its :attr:`PopulationFit.intervals` by every method that was asked for.
 
-    Where the fit has no standard errors there are no intervals either, which a warning tells. With no more individuals
-    than unknowns, sandwich and bootstrap are left out, which another one tells: scores of so few add up to a singular
+    Where the fit has no standard errors there are no intervals either, and a warning says so. With no more individuals
+    than unknowns, sandwich and bootstrap are left out with a warning: scores of so few add up to a singular
     matrix, so that some interval would have the width 0.
     """
     if not bool(torch.isfinite(fit.covariance).all()):
@@ -196,8 +196,8 @@ def _warn_of_higher_profile(profiles: Sequence[Profile]) -> tuple[str, ...]:
         return ()
     worst = max(higher, key=lambda name: higher[name])
     return (
-        f"The profile of {worst} came {higher[worst]:.2g} above the maximum of the fit, which is therefore none: use "
-        "more starts.",
+        f"The profile of {worst} came {higher[worst]:.2g} above the maximum of the fit, which is therefore not the "
+        "maximum: use more starts.",
     )
 
 

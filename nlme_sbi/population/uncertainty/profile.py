@@ -1,9 +1,9 @@
-r"""Profile-likelihood intervals: how far an unknown may go, the others following, before the likelihood says no.
+r"""Profile-likelihood intervals: the range of an unknown over which the maximum over the others stays high enough.
 
 The limits solve :math:`2 (\ell(\hat\theta) - \max_{\theta_k = c} \ell(\theta)) = \chi^2_{1, level}`. The signed root of
-the left side is nearly linear in c, so a few secant steps find them. All on the fit's own draws: what finitely many
-draws do to two points is then mostly the same, and their difference is far more precise than either. Where that does
-not hold any more (the limit is far from where the draws were made), draws that serve both ends replace them.
+the left side is nearly linear in c, so a few secant steps find them. All on the fit's own draws: the Monte-Carlo errors
+of two points are then mostly the same, and their difference is far more precise than either. Where that no longer
+holds (the limit is far from where the draws were made), draws valid at both ends replace them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nlme_sbi.population.results.fit_result import PopulationFit
 
 _TOLERANCE = 0.005  # of the signed root: a limit is known to about so many standard errors
 _STEPS = 24  # of one search for a limit
-_INTERPOLATED = 4  # steps after which every other one halves the bracket: interpolation may stick to one end
+_INTERPOLATED = 4  # steps after which every other one bisects: interpolation may stick to one end
 _REACH = 12.0  # standard errors beyond which a limit counts as infinite
 _CUBIC = 0.01  # error of an estimate, in standard errors, that an expansion in the constants may leave
 _EXPANSIONS = 3
@@ -42,11 +42,11 @@ class Profile:
         estimate: where the profile has its maximum.
         limits: lower and upper; infinite where the likelihood never falls so far.
         monte_carlo_se: standard errors of both limits from finitely many draws; apart from the sampling error, which is
-            what the interval tells.
+            what the interval expresses.
         points: ``(n,)`` visited values, ascending.
         drops: ``(n,)`` twice the log-likelihood lost there.
         redrawn: how many of the two limits needed draws of their own.
-        climbed: how much higher than the fit's maximum the profile came; above 0.01 the fit had not converged.
+        climbed: how much the profile exceeds the fit's maximum; above 0.01 the fit had not converged.
     """
 
     unknown: str
@@ -266,7 +266,7 @@ def _error(start: _Point, end: _Point, slope: float, target: float) -> float:
 
 
 def _maximum_on_common_draws(fit: PopulationFit, line: _Line, end: _Point, generator: torch.Generator) -> _Point | None:
-    """The fit's maximum on draws that serve it and the far end alike; None where there is no way to such draws."""
+    """The fit's maximum on draws valid both there and at the far end; None where such draws cannot be made."""
     if fit.redraw is None or not isinstance(fit.state, MovableDraws):
         return None
     with torch.no_grad():

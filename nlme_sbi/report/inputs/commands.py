@@ -28,7 +28,7 @@ _PLAIN = re.compile(r"[A-Za-z_][\w./:-]*|-?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 @dataclass(frozen=True)
 class Command:
-    """``text`` for a shell; ``note`` is what it does not say, "" where it is complete."""
+    """``text`` for a shell; ``note`` names what it leaves out; "" where it is complete."""
 
     text: str
     note: str = ""
@@ -43,7 +43,7 @@ def command_of(run: FinishedRun, inputs: Mapping[str, str] | None = None) -> Com
 
     Returns:
         A command whose configuration was composed and compared with the run's; where that is not possible (a
-        configuration folder of one's own, keys that this version does not know) a note tells.
+        configuration folder of one's own, keys that this version does not know) a note says so.
     """
     experiment = str(run.manifest["experiment"])
     stage = str(run.manifest["stage"])
@@ -131,7 +131,7 @@ def _target(section: object) -> object:
 
 
 def _choice(stage: str, begin: Sequence[str], section: str, value: Mapping[str, Any]) -> str | None:
-    """Of the choices of a group with the wished target, the one that needs the fewest changes."""
+    """Of the choices of a group with the requested target, the one that needs the fewest changes."""
     found: dict[str, int] = {}
     for path in sorted((_CONF / section).glob("*.yaml")):
         composed = _compose(stage, [*begin, f"{section}={path.stem}"]).get(section)

@@ -95,7 +95,7 @@ class FitChecks:
 
     @property
     def shown(self) -> ShownIndividuals:
-        """Whose curves there are, with the reason of each."""
+        """The individuals with curves, and the reason of each."""
         stored = self._facts["shown"]
         reasons = tuple(reason for one in stored for reason in REASONS if reason == one["reason"])
         rows = tuple(one["row"] for one in stored)
@@ -107,7 +107,7 @@ class FitChecks:
         """``vpc`` or ``pcvpc``."""
         (finding,) = self.findings((MODEL_CHECKS[name][-1],))
         if self._facts.get("confidence") is None:
-            raise self._damage(FACTS, "it tells no confidence of the bands")
+            raise self._damage(FACTS, "it lacks the confidence of the bands")
         censored = f"{name}_censored"
         return VisualPredictiveCheck.from_frame(
             self.table(name),
@@ -134,7 +134,7 @@ class FitChecks:
         if lacking or any(len(array) != count for array in arrays.values()):
             raise self._damage(CURVES, f"it lacks curves of its {count} individuals")
         if any(arrays[name].shape[1] != len(levels) for name in ("noise_free", "with_noise") if name in arrays):
-            raise self._damage(CURVES, "its bands are not those that checks.json tells")
+            raise self._damage(CURVES, "its bands are not those of checks.json")
         bands = PredictiveBands(
             times=arrays["times"],
             probabilities=levels,

@@ -1,4 +1,4 @@
-"""A finished fit as the report sees it: its files always, and its checks where they were made or could be."""
+"""A finished fit for the report: its files, and its checks where there are any."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nlme_sbi.types import Observations
 
 @dataclass(frozen=True, eq=False)
 class ReportedFit:
-    """What is known of a fit.
+    """A fit with its checks.
 
     Args:
         run: its directory, checked.
-        estimates: what it found.
+        estimates: of the fit.
         individuals: the content of ``individuals.csv``, ids as text.
         observations: the data; None where the fit did not keep them.
         checks: of the fit against its data; None where there are none and none could be made.
@@ -34,7 +34,7 @@ class ReportedFit:
 
     @property
     def by_likelihood(self) -> bool:
-        """Whether the estimates come from the likelihood itself, the network only telling where to begin."""
+        """Whether the estimates come from the likelihood itself, the network only providing starting points."""
         return self.estimates.kind != RATIO
 
     def require_checks(self) -> tuple[FitChecks, Observations]:

@@ -1,4 +1,4 @@
-"""What a report is made of, before it is a page: sections with findings, tables and pictures."""
+"""The content of a report, before it is a page: sections with findings, tables and pictures."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Answer:
-    """One of the questions on top: what is said, how sure, by which rule, from which findings."""
+    """The answer to one of the questions on top, with its light, its rule and its findings."""
 
     name: str
     question: str

@@ -52,7 +52,7 @@ def render_all_kinds(figure: Figure, *, name: str) -> dict[str, bytes]:
 def inline_svg(svg: bytes) -> str:
     """An SVG file as an ``<svg>`` element for the page: as wide as its box, text as text, colours by the page's names.
 
-    The element is hidden from screen readers, to whom the box around it tells the alternative text.
+    The element is hidden from screen readers, to which the box around it gives the alternative text.
     """
     text = _PROLOGUE.sub("", svg.decode())
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -27,7 +27,7 @@ def save_report(
         directory: of the run.
         report: what is on the page.
         frames: further numbers, each a CSV in ``tables/``.
-        advance: is told figures that are drawn.
+        advance: called with the number of figures just drawn.
     """
     drawn: dict[str, bytes] = {}
     for picture in report.pictures:

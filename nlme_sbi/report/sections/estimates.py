@@ -1,4 +1,4 @@
-"""The population estimates: the table that the field reads, effects, correlations, intervals by every method."""
+"""The population estimates: parameter table, effects, correlations, intervals by every method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nlme_sbi.report.inputs.reported_fit import ReportedFit
 from nlme_sbi.report.page.content import Block, Cell, Picture, Section, Table, Words, interval, number
 
 _TYPICAL, _SPREAD = 30.0, 50.0  # % relative standard error of typical values and SDs that is usually accepted
-_APART = 1.5  # ratio of standard errors by two methods from which on they disagree
+_APART = 1.5  # ratio of standard errors by two methods above which they disagree
 _FEW = 30  # individuals below which the sandwich itself is too noisy to judge by
 
 
@@ -50,7 +50,7 @@ def parameter_table(rows: Sequence[TableRow]) -> Table:
     for row in rows:
         given, spread = row.status == "fixed", row.omega_status
         varies = spread in ("estimated", "fixed")
-        without = "0, at its boundary" if spread == "boundary" else "none (given)"
+        without = "0 (boundary)" if spread == "boundary" else "none (given)"
         made.append(
             (
                 Cell(row.parameter),
@@ -220,7 +220,7 @@ def interval_picture(intervals: Sequence[Interval]) -> Picture:
         f"Intervals of {len(unknowns)} unknowns by {', '.join(methods)}, in standard errors from the estimate; their "
         "limits are in the table above.",
         "Distance of each limit from the estimate on the scale of the estimation, in standard errors. Intervals "
-        "that are longer to one side, or that differ between methods, say that the normal approximation is rough.",
+        "that are longer to one side, or that differ between methods, show that the normal approximation is rough.",
         drawn=plot_intervals(intervals),
     )
 
@@ -244,13 +244,13 @@ def unknowns_table(rows: Sequence[UnknownEstimate]) -> Table:
         made,
         keys=("name", "estimate", "se", "monte_carlo_se", "monte_carlo_bias"),
         note="Typical values unconstrained (logs of positive parameters), logs of omegas, artanh of correlations. "
-        "Standard errors tell what finitely many individuals leave open; Monte-Carlo errors what finitely many draws "
-        "add to that.",
+        "Standard errors express what finitely many individuals leave open; Monte-Carlo errors what finitely many "
+        "draws add to that.",
     )
 
 
 def precision_finding(rows: Sequence[TableRow]) -> Finding:
-    """Which unknowns the data leave open."""
+    """Precision of the estimates."""
     rule = (
         f"Green: every relative standard error is at most {_TYPICAL:g}% (typical values) or {_SPREAD:g}% (SDs between "
         "individuals), as is usual in the field; amber: some are larger; red: there are no standard errors."
@@ -288,7 +288,7 @@ def _known(value: float | None) -> float:
 
 
 def _agreement(intervals: Sequence[Interval], individuals: int) -> tuple[Finding, ...]:
-    """Whether the robust errors agree with those that believe the population's shape."""
+    """Whether robust (sandwich) standard errors agree with model-based ones."""
     errors = {(row.unknown, row.method): row.se for row in intervals if row.se}
     ratios = {
         name: robust / errors[name, "information"]

@@ -1,4 +1,4 @@
-"""All individuals at once: a map to explore, flags, and the table of those that somebody should look at."""
+"""All individuals at once: a map to explore, flags, and the table of flagged ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Quantity:
 def individual_quantities(
     fit: ReportedFit, *, closeness: np.ndarray | None, others: Mapping[str, tuple[str, pd.Series]]
 ) -> list[Quantity]:
-    """Axes of the map, those first that tell how far an individual can be trusted.
+    """Axes of the map, those first that show how reliable an individual's estimates are.
 
     Args:
         fit: the fit.
@@ -65,7 +65,7 @@ def individuals_section(
     Args:
         fit: the fit.
         quantities: axes of the map, at least two.
-        flags: who is flagged, by the flag's name; boolean arrays.
+        flags: flagged individuals by the flag's name; boolean arrays.
         shown: rows whose fits are on the page; they stay on the map when it is thinned.
     """
     there = {name: marked for name, marked in flags.items() if marked.any()}

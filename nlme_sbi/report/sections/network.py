@@ -1,4 +1,4 @@
-"""What the diagnosis of the network says: calibration, and whether the data look like what it was trained on."""
+"""Results of the network's diagnosis: calibration, and whether the data resemble the training simulations."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def familiar_section(diagnosis: Diagnosis) -> Section:
 
 
 def individual_scores(diagnosis: Diagnosis) -> pd.DataFrame | None:
-    """What the diagnosis says of every individual of the data, indexed by id; None where it does not."""
+    """The diagnosis' scores of every individual of the data, indexed by id; None where there are none."""
     if diagnosis.run is None or not diagnosis.same_data or SCORES not in diagnosis.run.manifest["outputs"]:
         return None
     frame = _table(diagnosis.run, SCORES)
@@ -79,7 +79,7 @@ def individual_scores(diagnosis: Diagnosis) -> pd.DataFrame | None:
 
 
 def unlike_training(scores: pd.DataFrame) -> pd.Series:
-    """Who was named by the simulator's test of single individuals, or lies where training was thin."""
+    """Individuals named by the test of single individuals, or far from the training simulations."""
     marks = [scores[name].fillna(False).astype(bool) for name in ("named", "rare") if name in scores]
     return pd.concat(marks, axis=1).any(axis=1) if marks else pd.Series(False, index=scores.index)
 
@@ -152,7 +152,7 @@ def _data_pictures(diagnosis: Diagnosis, findings: Sequence[Finding]) -> Iterato
     named = int(scores["named"].sum())
     yield Picture(
         "outlier_score",
-        "Individuals that the simulator can hardly make",
+        "Outliers: individuals that the simulator hardly reproduces",
         f"Outlier scores of {len(scores)} individuals in order, with the limit; {named} lie above it. "
         + " ".join(one.sentence for one in findings if one.check == "misspecification_individuals"),
         "Residuals about each individual's best fit, beside what pure noise gives; above the line nothing that the "

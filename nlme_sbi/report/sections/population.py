@@ -1,4 +1,4 @@
-"""The population: profiles, random effects and their shrinkage, covariates, and who carries the estimates."""
+"""The population: profiles, random effects and their shrinkage, covariates, and influential individuals."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _profiles(fit: ReportedFit) -> Made:
 
 
 def _frame_table(name: str, caption: str, frame: pd.DataFrame) -> Table:
-    """Any small table of tests."""
+    """A small table of tests."""
     rows = tuple(
         tuple(
             number(float(value), 3) if isinstance(value, (float, np.floating)) else Cell(_word(value)) for value in row

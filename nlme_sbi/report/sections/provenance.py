@@ -32,7 +32,7 @@ class Origin:
 
 
 def origins(run: FinishedRun, *, after: tuple[str, ...] = ()) -> tuple[list[Origin], list[str]]:
-    """The run and everything that it was made from, first things first; and what is not there any more, in words.
+    """The run and everything that it was made from, first things first; and what is missing, in words.
 
     ``after`` holds the hashes of what was made from it: a manifest that names one of those, or itself, is not followed.
     """

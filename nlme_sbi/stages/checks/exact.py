@@ -31,7 +31,7 @@ def agreement_checks(subject: Subject, *, of_data: bool) -> Outcome:
     """
     posterior, settings, simulator = subject.posterior, subject.settings, subject.posterior.simulator
     if settings.exact == 0 or (of_data and not isinstance(simulator, TractableSimulator)):
-        return Outcome()  # that there is no likelihood is told once
+        return Outcome()  # the lack of a likelihood is reported once
     if not isinstance(simulator, TractableSimulator):
         raise ValueError(f"{type(simulator).__name__} has no likelihood: there is no exact posterior to compare with.")
     generator, truth = subject.generator(Stream.DIAGNOSE_AGREEMENT, of_data), None
@@ -82,7 +82,7 @@ def _compare_with_chains(
     drawn: PosteriorSamples,
     share: np.ndarray,
 ) -> Outcome:
-    """One row an individual: id, effective_share, c2st, rhat, ess; c2st is NaN where the chains have not met."""
+    """One row an individual: id, effective_share, c2st, rhat, ess; c2st is NaN where the chains have not converged."""
     generator, settings = subject.generator(Stream.DIAGNOSE_CHAINS), ChainSettings()
     with Progress(settings.warmup + settings.steps, "step", "chains") as progress:
         chains = long_chains(

@@ -1,7 +1,7 @@
-"""What is checked of a fit: the model against data sets simulated from it, its individuals' residuals and curves.
+"""Checks of a fit: the model against data sets simulated from it, its individuals' residuals and curves.
 
-Each check refuses alone. The order of the checks is part of the results: those of the model share one stream of random
-numbers.
+A check that is refused leaves the others. The order of the checks is part of the results: those of the model share one
+stream of random numbers.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class FitCheckSettings:
             example = typed("check_fit.individuals", ["1", "5"])
             raise ValueError(f"check_fit.individuals must be a list of ids such as {example}; got {given!r}.")
         if len(set(map(str, given))) != len(given):
-            raise ValueError("check_fit.individuals names somebody twice.")
+            raise ValueError("check_fit.individuals names an individual twice.")
         counts = {key: convert(section[key], int, f"check_fit.{key}") for key in ("replicates", "checked", "each")}
         for key, count in counts.items():
             if count < 1:
@@ -104,7 +104,7 @@ class FitChecks:
         checked: rows of the individuals that checks by simulation took.
         closeness: log-likelihood a measurement (nats) at every individual's posterior mean; None without a likelihood.
         shown: whose curves are shown.
-        curves: of those; None where that was refused, which a finding tells.
+        curves: of those; None where that was refused, with a finding.
         confidence: of the bands of visual predictive checks.
     """
 

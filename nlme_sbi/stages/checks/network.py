@@ -1,4 +1,4 @@
-"""What is checked of a trained network: each check gives findings, tables and figures, and refuses alone."""
+"""Checks of a trained network: each gives findings, tables and figures, and one that is refused leaves the others."""
 
 from __future__ import annotations
 

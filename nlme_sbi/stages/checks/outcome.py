@@ -1,4 +1,4 @@
-"""What a check gives: findings, tables and figures; one that refuses costs itself only."""
+"""The outcome of a check: findings, tables and figures; one that is refused leaves the others."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class New:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is predicted; ``like_the_data`` tells whether measurements belong into the same picture."""
+    """What is predicted; ``like_the_data`` is whether measurements belong into the same picture."""
 
     known: Known | None
     new: New | None
@@ -57,7 +57,8 @@ def plan_predictions(
         section: of the config: a :class:`Schedule`, a fixed grid, or the designs of a data file.
         fit: what the predictions are made from.
         individuals: of the fit.
-        new: whether new individuals are wished; "auto" leaves them out, and says so, where their design is not known.
+        new: whether new individuals are asked for; "auto" leaves them out, and says so, where their design is not
+            known.
         trust: module prefixes that the section may name.
 
     Raises:
@@ -242,7 +243,7 @@ def _rows(individuals: Who, observations: Observations) -> list[int]:
     if individuals == "all":
         return list(range(len(observations)))
     if len(set(individuals)) != len(individuals):
-        raise ValueError(f"individuals names somebody twice: {list(individuals)}.")
+        raise ValueError(f"individuals names an individual twice: {list(individuals)}.")
     rows = []
     for name in individuals:
         if name not in observations.ids:

@@ -1,4 +1,4 @@
-"""What a finished fit leaves for later stages, and how they take it up again: no pickles, everything checked."""
+"""What a finished fit stores for later stages, and how they load it: no pickles, everything checked."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class StoredFit:
         posterior: the network or networks that its draws came from; its ``simulator`` is the fit's.
         population: the bound population model.
         observations: the data, on the CPU.
-        estimates: what it found.
+        estimates: of the fit.
         device: where its tensors are, but for the data and the estimates' own.
         draws: ``(I, S, D)`` of ``p(phi | y_i, theta_hat)``, or None where the fit kept none.
         sources: of the code of others behind it, as it was and is.

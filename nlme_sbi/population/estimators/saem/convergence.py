@@ -23,13 +23,13 @@ from nlme_sbi.population.estimators.saem.complete_data import (
 from nlme_sbi.population.estimators.saem.mcmc import Acceptance, Chains, CompleteData, Kernels, sweep_chains
 from nlme_sbi.population.objective.standard_errors import covariance_from
 
-_BATCHES = 10  # of consecutive members of a sequence, whose means tell how uncertain its mean is
-_CURVED = 10  # sweeps between looks at the complete information
+_BATCHES = 10  # of consecutive members of a sequence, whose means give the standard error of its mean
+_CURVED = 10  # sweeps between evaluations of the complete information
 
 
 @dataclass(frozen=True, eq=False)
 class StationaryPoint:
-    """What chains at a fixed theta tell, over the free unknowns.
+    """Results of chains at a fixed theta, over the free unknowns.
 
     Args:
         se: standard errors of the estimates from Louis' information.

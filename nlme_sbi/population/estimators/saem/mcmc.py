@@ -85,7 +85,7 @@ class CompleteData:
 
 @dataclass(frozen=True, eq=False)
 class Chains:
-    """Where all chains are, with log-likelihood and population density there."""
+    """States of all chains, with log-likelihood and population density there."""
 
     points: Float[Tensor, "I C V"]
     likelihood: Float[Tensor, "I C"]
@@ -102,7 +102,7 @@ class Kernels:
         log_joint: ``(I,)`` log step of the walk in that shape.
         log_single: ``(I, V)`` log steps of the walks along coordinates, in SDs of that shape.
         exchanges: orders of the varying columns that exchange declared pairs.
-        target: wished share of accepted random-walk steps.
+        target: target share of accepted random-walk steps.
     """
 
     laplace: Mixtures
@@ -116,7 +116,7 @@ class Kernels:
     def around(cls, joint: JointDensity, modes: LaplaceComponents, at: Expansion, *, target: float) -> Kernels:
         """From modes sorted by individual, the best of each first, and the expansions there.
 
-        Where an individual tells little of a parameter, Laplace's component alone leaves its chains in one place.
+        Where an individual's data say little about a parameter, chains mix badly with Laplace's component alone.
         """
         individuals, size = len(joint.observations), modes.means.shape[1]
         mixed = mixtures(profile_components(joint, modes, at), individuals, _SHARES)
@@ -131,7 +131,7 @@ class Kernels:
         )
 
     def recentre(self, joint: JointDensity, modes: LaplaceComponents, at: Expansion) -> Kernels:
-        """Around other modes, with the steps that were learnt."""
+        """Proposals around other modes, with the adapted step lengths."""
         fresh = Kernels.around(joint, modes, at, target=self.target)
         return replace(fresh, log_joint=self.log_joint, log_single=self.log_single)
 
@@ -177,7 +177,7 @@ def sweep_chains(
 
     Args:
         data: likelihood of all data.
-        chains: where they are, with densities that belong to ``theta``.
+        chains: their states, with densities that belong to ``theta``.
         kernels: their proposals.
         theta: the population.
         generator: of proposals and acceptances.

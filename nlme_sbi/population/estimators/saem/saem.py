@@ -3,11 +3,11 @@ r"""SAEM, the stochastic approximation version of EM (Kuhn and Lavielle 2005), f
 Every iteration moves the chains of all individuals (:mod:`nlme_sbi.population.estimators.saem.mcmc`) and updates theta
 (:mod:`nlme_sbi.population.estimators.saem.stochastic_approximation`): first with step 1 until theta no longer drifts,
 then with steps :math:`k^{-0.7}`, over which theta is averaged (Polyak and Juditsky 1992). Chains at the average, held
-fixed, then tell whether it is a maximum and how uncertain the search leaves it
+fixed, then show whether it is a maximum and give the Monte-Carlo error of the search
 (:mod:`nlme_sbi.population.estimators.saem.convergence`).
 
-Nothing of the exact estimator's importance sampling finds theta; it only tells likelihood, information and individuals
-at the estimate, as other SAEM software does it.
+The exact estimator's importance sampling takes no part in the search; it gives likelihood, information and individuals
+at the estimate, as in other SAEM software.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ _POWER = 0.7  # of the decreasing steps
 _SETTLED = 0.25  # first part of the averaging phase that is left out of the average
 _DRIFT = 3.0  # standard errors between the halves of a window that count as drift
 _REFRESHED = (5, 15, 40, 80)  # sweeps before which proposals are placed anew, then whenever a phase begins
-_CURVED = 5  # sweeps between looks at the information of stepped entries, after the first few
+_CURVED = 5  # sweeps between evaluations of the information of stepped entries, after the first few
 _LEARNING = 0.6  # power with which the adaptation of random walks fades
-_ROUNDS = 4  # of averaging and judging
+_ROUNDS = 4  # of averaging and checking
 _WATCHED = 100  # sweeps at the average, at least
-_MARGIN = 0.9  # of the wished accuracy: standard errors are known here only from the chains
+_MARGIN = 0.9  # of the target accuracy: standard errors are known here only from the chains
 _MANY = 2000  # individuals beyond which a random part of them burns in first
 _PART = 1000
 _STUCK = 0.02  # share of accepted proposals below which chains are named
@@ -184,7 +184,7 @@ class Saem(OfLikelihood):
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """SAEM on its way: everything that the next sweep needs."""
+    """State of SAEM: everything that the next sweep needs."""
 
     settings: Saem
     data: CompleteData
@@ -290,7 +290,7 @@ class _Run:
             ahead = min(most, len(trace) + len(trace) // 2)
 
     def average_and_check(self, accuracy: float, ids: tuple[str, ...], report: Report) -> SearchResult:
-        """Averaging and judging until the average stands still and its Monte-Carlo error is small enough."""
+        """Average and check until the average is stationary and its Monte-Carlo error is small enough."""
         settings, run, allowed = self.settings, self, _MARGIN * accuracy
         fixed = self.data.population.unknowns.fixed.to(self.theta.device)
         trace: list[Tensor] = []
@@ -308,18 +308,18 @@ class _Run:
             run = replace(run, chains=chains, sweeps=run.sweeps + watched)
             se, beyond = judged.sweep_se / len(kept) ** 0.5 / judged.se, _beyond_chance(judged)
             still = float(beyond.abs().max()) < allowed
-            room = (settings.max_sweeps - run.sweeps) * 2 // 3  # a third of it for judging
+            room = (settings.max_sweeps - run.sweeps) * 2 // 3  # a third of it for the convergence check
             if (float(se.max()) < allowed and still) or not left_over or room < 2 * _WATCHED:
                 break
             if not still:
-                trace, ahead = [], min(2 * ahead, room)  # it was still on its way: forget that
+                trace, ahead = [], min(2 * ahead, room)  # it had not converged: discard these sweeps
                 continue
             needed = len(trace) * (float(se.max()) / allowed) ** 2
             ahead = min(int(1.1 * needed) + 20, len(trace) + room)
         return run.summarise(judged, len(kept), accuracy, ids)
 
     def summarise(self, judged: StationaryPoint, averaged: int, accuracy: float, ids: tuple[str, ...]) -> SearchResult:
-        """The estimate with what is known of it."""
+        """The estimate with its Monte-Carlo error, message and warnings."""
         free = self.data.population.unknowns.free.to(self.theta.device)
         se = judged.sweep_se / averaged**0.5
         relative, beyond = se / judged.se, _beyond_chance(judged)
