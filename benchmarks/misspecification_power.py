@@ -83,7 +83,7 @@ def observations_of(values: np.ndarray, posterior: AmortizedPosterior) -> Observ
 
 
 def checked(posterior: AmortizedPosterior, scenario: str, repetition: int) -> Result:
-    """What the checks say of one repetition."""
+    """Results of the checks in one repetition."""
     values, raised = cells(scenario, repetition)
     data = observations_of(values, posterior)
     generator = seeded("cpu", repetition, list(SCENARIOS).index(scenario))

@@ -186,7 +186,7 @@ class _Job:
             return None
 
     def _run_recorded(self, cfg: DictConfig, stage: Stage) -> float | None:
-        """Run the stage as a job of a sweep, whose directory then tells which run it was."""
+        """Run the stage as a job of a sweep, whose directory then records its run."""
         from nlme_sbi.runs.sweeps import record_job  # loads torch: not before a launcher has set a job's threads
 
         hydra_config = HydraConfig.get()

@@ -85,7 +85,8 @@ def role_members(role: type) -> dict[str, bool]:
 
 
 def _refuse_other_role(target: Callable[..., Any], role: type, where: str) -> None:
-    """A class of another kind is told by the methods that it lacks; what a function returns is seen afterwards."""
+    """A class of another kind is recognised by the methods that it lacks; what a function returns is seen
+    afterwards."""
     if not inspect.isclass(target):
         return
     methods = [name for name, is_method in role_members(role).items() if is_method]

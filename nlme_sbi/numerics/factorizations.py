@@ -1,4 +1,4 @@
-"""Eigenvalues and Cholesky factors of batches that hold bad matrices: a climb passes places where curvatures overflow,
+"""Eigenvalues and Cholesky factors of batches that hold bad matrices: a search passes points where curvatures overflow,
 and one bad individual must not end the fit of the others."""
 
 from __future__ import annotations

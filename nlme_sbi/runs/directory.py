@@ -371,7 +371,7 @@ def _check_config(run: RunDirectory, text: str) -> None:
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with the hash of its own content, which tells an edited one."""
+    """The manifest with the hash of its own content, which reveals an edited one."""
     content = {key: value for key, value in manifest.items() if key != "seal"}
     return {**content, "seal": sha256_of_plain(finite(content))}
 

@@ -57,7 +57,7 @@ class FinishedRun:
     def folder(self, name: str) -> Path:
         """A folder of results, all of whose files the manifest lists.
 
-        Raises ``ValueError`` where there are none, or where somebody has put a file there that no manifest covers.
+        Raises ``ValueError`` where there are none, or where there is a file that the manifest does not list.
         """
         listed = self._below(name)
         if not listed:

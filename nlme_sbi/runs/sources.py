@@ -7,7 +7,7 @@ today's.
 Looked at are the modules that ``_target_`` names, their packages, and, transitively, what they import, wherever their
 text does (at the top, in a function, by ``import_module("name")``). Modules that are loaded are also asked which
 modules, classes and functions they hold, because the name of an import may be put together when it runs. Counted are
-modules below the trusted prefixes and ``simulators``, and helpers of theirs that nobody installed (neither in
+modules below the trusted prefixes and ``simulators``, and helpers of theirs that are not installed (neither in
 ``site-packages`` nor in Python's own library). ``nlme_sbi`` itself has a version.
 
 Out of an archive the source is read where it is there, else the compiled code, as for modules without source. Of a
@@ -268,7 +268,7 @@ def _with_packages(name: object) -> list[str]:
 
 
 def _counts(spec: ModuleSpec, prefixes: Sequence[str]) -> bool:
-    """Whether a module's source is looked at: it is trusted or bundled, or nobody has installed it."""
+    """Whether a module's source is looked at: it is trusted or bundled, or not installed."""
     top = spec.name.partition(".")[0]
     if top == _OURS or top in sys.stdlib_module_names:
         return False
@@ -387,7 +387,7 @@ def _imports(content: bytes, spec: ModuleSpec) -> list[str]:
     for thing in list(held):
         kind = type(thing)  # isinstance would ask the thing itself, and some answer with a warning
         if issubclass(kind, ModuleType):
-            # A package holds every module of it that anybody has imported.
+            # A package holds every module of it that has been imported.
             names += [] if is_package and _below(thing.__name__, [spec.name]) else [thing.__name__]
         elif issubclass(kind, (type, FunctionType)):
             names.append(str(thing.__module__))

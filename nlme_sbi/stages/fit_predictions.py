@@ -69,7 +69,7 @@ def predictions_frame(
     What cannot be had is empty, and the log says why.
 
     Args:
-        fit: of these observations. IPRED is at its modes; where no likelihood was climbed to them, at the posterior
+        fit: of these observations. IPRED is at its modes; where they are not maxima of a likelihood, at the posterior
             means of the unconstrained parameters.
         observations: the data.
         simulator: of the fit.

@@ -188,7 +188,7 @@ def test_chains_stuck_apart_and_short_ones_are_told(drawn: tuple) -> None:
     apart = found.theta.clone()
     apart[:1, ..., 0] += 3 * found.theta[..., 0].std()
     said = convergence_warnings(state.population, apart)
-    assert any("have not met" in word and "uptake (" in word and "omega" not in word for word in said)
+    assert any("have not converged" in word and "uptake (" in word and "omega" not in word for word in said)
     short = convergence_warnings(state.population, found.theta[:, :4, :20])
     assert any("Fewer than 400 effective draws" in word for word in short)
 

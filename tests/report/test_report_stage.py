@@ -133,7 +133,7 @@ def test_a_fit_of_an_older_version_gives_what_it_has(root: Path) -> None:
 
 REFUSED = {
     "an unknown individual": (["check_fit.individuals=[77]"], r'^check_fit\.individuals: "77" is not in this fit'),
-    "an individual twice": (["check_fit.individuals=[1,1]"], r"^check_fit\.individuals names somebody twice"),
+    "an individual twice": (["check_fit.individuals=[1,1]"], r"^check_fit\.individuals names an individual twice"),
     "individuals that are no list": (["check_fit.individuals=all"], r"^check_fit\.individuals must be a list of ids"),
     "nobody": (["check_fit.each=0"], r"^check_fit\.each must be at least 1; got 0"),
     "a number in words": (["check_fit.replicates=many"], r"^check_fit\.replicates"),

@@ -212,7 +212,7 @@ def test_a_fit_without_a_likelihood_is_checked_by_simulation(tmp_path: Path, mon
 
 REFUSED = {
     "an unknown individual": (["check_fit.individuals=[77]"], r'^check_fit\.individuals: "77" is not in this fit'),
-    "an individual twice": (["check_fit.individuals=[1,1]"], r"^check_fit\.individuals names somebody twice"),
+    "an individual twice": (["check_fit.individuals=[1,1]"], r"^check_fit\.individuals names an individual twice"),
     "individuals that are no list": (["check_fit.individuals=all"], r"^check_fit\.individuals must be a list of ids"),
     "nobody": (["check_fit.each=0"], r"^check_fit\.each must be at least 1; got 0"),
     "a number in words": (["check_fit.replicates=many"], r"^check_fit\.replicates"),
@@ -292,7 +292,7 @@ def test_checks_of_another_fit_are_refused(root: Path) -> None:
 DAMAGED = {
     "rows that the fit does not have": ("checks.json", lambda told: {**told, "checked": [0, 12]}),
     "shown for no reason": ("checks.json", lambda told: {**told, "shown": [{"row": 1, "reason": "liked"}]}),
-    "no confidence": ("checks.json", lambda told: {**told, "confidence": None}),
+    "lacks the confidence": ("checks.json", lambda told: {**told, "confidence": None}),
     "a confidence in percent": ("checks.json", lambda told: {**told, "confidence": 95}),
     "other bands": ("checks.json", lambda told: {**told, "curve_probabilities": [0.5]}),
     "fewer curves than people": ("checks.json", lambda told: {**told, "shown": told["shown"][:3]}),

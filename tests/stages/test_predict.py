@@ -230,7 +230,7 @@ def test_the_posterior_of_theta_is_sampled_and_predicted_from(root: Path) -> Non
 
 REFUSED = {
     "an unknown id": (["individuals=[1,77]"], r'^individuals: "77" is not in this fit, which has 1, 2, 3'),
-    "an id twice": (["individuals=[1,1]"], r"^individuals names somebody twice"),
+    "an id twice": (["individuals=[1,1]"], r"^individuals names an individual twice"),
     "individuals of another kind": (["individuals=some"], r"^individuals must be all, none, or a list of ids"),
     "nobody": (["individuals=none", "new=false"], r"^Nothing is left to predict"),
     "no dose for new ones": (

@@ -82,7 +82,7 @@ def individuals_finding(tests: ResidualTests) -> Finding:
         rule=(
             f"Amber where an individual's residuals are more extreme than the most extreme ones of a whole data set of "
             f"noise are in {100 * tests.level:.3g}% of {tests.replicates} simulated ones: the chance to "
-            "name anybody wrongly."
+            "name any individual wrongly."
         ),
         numbers={
             "named": count,

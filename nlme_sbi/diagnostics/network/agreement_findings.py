@@ -94,8 +94,8 @@ def chains_finding(ids: tuple[str, ...], accuracy: Float[np.ndarray, " I"], chai
     median = float(np.median(accuracy[met]))
     each = ", ".join(f"{name} {value:.0%}" for name, value in zip(np.array(ids)[met], accuracy[met], strict=True))
     sentence = (
-        "A classifier distinguishes the network's draws from those of converged Markov chains in these shares of cases, "
-        f"where 50% is chance: {each}."
+        "A classifier distinguishes the network's draws from those of converged Markov chains in these shares of "
+        f"cases, where 50% is chance: {each}."
     )
     if not met.all():
         sentence += f" The chains of {int((~met).sum())} more have not converged and were not used."

@@ -63,7 +63,7 @@ def _width(found: Calibration, judged: tuple[Verdict, ...], tolerance: float, wh
     if within is not None:
         extent = f"within the tolerance of a factor {1 + tolerance:g}"
         if word == "undecided":
-            extent = "the intervals below are too wide to tell by how much"
+            extent = "the intervals below are too wide to say by how much"
         phrase = {
             "narrow": f"too narrow (overconfident), but {extent}: stated errors are a little too small",
             "wide": f"too wide (conservative), but {extent}: stated errors are safe and a little too large",
@@ -86,7 +86,7 @@ def _width(found: Calibration, judged: tuple[Verdict, ...], tolerance: float, wh
     rule = (
         f"Red: the interval of a dispersion lies above {1 + tolerance:g}; amber: below {1 / (1 + tolerance):.3g}, or "
         "above 1, or regions of highest density hold too few truths at 95% and are rejected; grey: the interval is too "
-        f"wide to tell. The intervals hold together with probability {1 - found.error_rate:g}."
+        f"wide to decide. The intervals hold together with probability {1 - found.error_rate:g}."
     )
     numbers: dict[str, float | int | str | None] = {
         "verdict": word,

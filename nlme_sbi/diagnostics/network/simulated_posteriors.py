@@ -87,7 +87,7 @@ def good_simulations(
 ) -> tuple[Simulations, int]:
     """``count`` simulations without those that failed, and how many these were.
 
-    The data tell which simulations failed, so leaving them out changes no posterior given data.
+    The data show which simulations failed, so leaving them out changes no posterior given data.
 
     Args:
         density: of the parameters; the training prior, or another one

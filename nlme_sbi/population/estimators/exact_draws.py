@@ -49,7 +49,7 @@ class ExactDraws:
     proposed_for: Float[Tensor, " P"]
     sets: int = 2
 
-    fitted = True  # the mixtures to the individuals, and draws are spread evenly: halves tell the error, weights do not
+    fitted = True  # the mixtures to the individuals, and draws are spread evenly: halves give the error, weights do not
 
     @property
     def population(self) -> PopulationModel:
@@ -151,7 +151,7 @@ class ExactDraws:
         return interleave(self.population, joined.phi, constants), self.training
 
     def warnings(self, theta: Float[Tensor, " P"], ids: tuple[str, ...]) -> tuple[str, ...]:  # noqa: ARG002
-        """Nothing beyond what the effective numbers of draws tell."""
+        """None beyond those of the effective numbers of draws."""
         return ()
 
 

@@ -19,7 +19,7 @@ from nlme_sbi.population.objective.subsets import of_individuals
 from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.types import Observations, Simulator, TractableSimulator
 
-_FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from
+_FIRST_DRAWS = 20  # of the network for each individual, of which the best few are starting points
 _MODE_STARTS = 3  # starts of Newton's method for each individual, before symmetries
 _LAST_DRAWS, _MORE_MODE_STARTS = 200, 8  # of individuals whose modes were lost
 _OUT_OF_REACH = 500.0  # log density of a mirror image below its mode at which it is discarded at once

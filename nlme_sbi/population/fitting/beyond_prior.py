@@ -136,8 +136,8 @@ def find_prior_conflict(
     sds = away.abs() / covariance.diagonal().sqrt()
     farther = (sds[1] - sds[0]).tolist()
     names = population.parameters.names
-    told = tuple(name for name, more in zip(names, farther, strict=True) if more > _FARTHER)
-    return told or (names[max(range(len(names)), key=lambda place: farther[place])],)
+    farthest = tuple(name for name, more in zip(names, farther, strict=True) if more > _FARTHER)
+    return farthest or (names[max(range(len(names)), key=lambda place: farther[place])],)
 
 
 def warn_beyond_prior(population: PopulationModel, restarts: tuple[Restart, ...]) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from nlme_sbi.population.objective.standard_errors import (
 from nlme_sbi.types import Observations
 
 _CONVERGED = 0.01  # largest Newton step that may be left, in standard errors
-_LABELLINGS = 2  # climbs, the second where the first ended under another labelling than the one asked for
+_LABELLINGS = 2  # maximisations, the second where the first ended under another labelling than requested
 
 
 def fit_fixed_draws(

@@ -84,8 +84,8 @@ def labelling_notes(
         reason, chain = model.why_not_exchangeable(first, second), _chain_of(model, first, second)
         if reason:
             notes.append(
-                f"{exchange} prediction, but not in this population model, because {reason}: the model itself tells "
-                "them apart."
+                f"{exchange} prediction, but not in this population model, because {reason}: the model itself "
+                "distinguishes them."
             )
         elif chain and apply_ordering(model, theta) is not theta:
             notes.append(

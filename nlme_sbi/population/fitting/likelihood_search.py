@@ -46,8 +46,8 @@ _LAST = Limits(tolerance=0.5 * TOLERANCE, errors=2.0, passes=30, ends_at_zero=Tr
 _WITHOUT_NOISE = 5e-4  # tolerance where nothing is sampled
 _TOO_LOW = 20.0  # log-likelihood below the best start at which another is given up after some passes
 _PATIENCE = 4
-_SAME = 2.0  # standard errors between ends of equal likelihood that are one maximum, as roughly as they are climbed to
-_LEVEL = 0.5  # log-likelihoods this near may be equal, as roughly as they are climbed to, before Monte-Carlo error
+_SAME = 2.0  # standard errors between ends of equal likelihood that are one maximum, after rough searches
+_LEVEL = 0.5  # log-likelihoods this near may be equal after rough searches, before Monte-Carlo error
 _DIFFERS = 3.0  # standard errors between means of parameters that are named
 _CHECKS = 6  # verifications of the result, and restarts of the search from there, at most
 _UNSEEN = "a scan still finds modes of individuals that the search had not seen"
@@ -391,13 +391,13 @@ def _compare_with_best(ends: list[tuple[str, Climb | None]], best: Climb) -> tup
                 for name, value in zip(population.parameters.names, apart.tolist(), strict=True)
                 if (place := table.entry(MEAN, name)) is not None and value / float(se[place]) > _DIFFERS
             )
-        told = torch.where(_unknowns_of_vanishing_sds(point) | _unknowns_of_vanishing_sds(end.point), math.inf, se)
+        errors = torch.where(_unknowns_of_vanishing_sds(point) | _unknowns_of_vanishing_sds(end.point), math.inf, se)
         exchanged = exchange_between(
             population,
             point.theta,
             end.point.theta,
             names=differing,
-            se=told[table.free.to(se.device)],
+            se=errors[table.free.to(se.device)],
             within=_DIFFERS,
         )
         unknowns = dict(zip(table.names, end.point.theta.tolist(), strict=True))

@@ -96,7 +96,7 @@ def describe_starts(restarts: tuple[Restart, ...]) -> str:
         sentences.append(
             f"{reached} reached the same objective (within {max(max(r.below for r in other), 0.0):.2g}) at a different "
             f"point, where {names} differ: label switching (the same population under exchanged names), or data that "
-            "hardly tell these parameters."
+            "hardly determine these parameters."
         )
     if counts["lower"]:
         lowest = max(restart.below for restart in restarts if restart.verdict == "lower")

@@ -12,7 +12,7 @@ from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.results.fit_result import PopulationFit
 from nlme_sbi.population.results.restart import Restart
 
-_TRIED = 2  # rivals that are climbed to the end, at most
+_TRIED = 2  # competing maxima that are refined, at most
 _APART = 1.0  # standard errors between rivals that are two
 _SAME = 0.3  # standard errors between ends that are one maximum
 _CLEAR = 0.05  # log-likelihood beside Monte-Carlo error that is a difference

@@ -116,20 +116,22 @@ def _values(fit: PopulationFit) -> dict[str, float]:
 def _value_variances(fit: PopulationFit) -> dict[str, float]:
     """Squared standard error of every constant's value, times the number of individuals: about the variance with
     which one individual's data determine it."""
-    told = {}
+    variances = {}
     for column in fit.population.constant:
         parameter = fit.population.parameters.names[column]
         place = fit.population.unknowns.entry(MEAN, parameter)
         if place is not None:
-            told[parameter] = len(fit.ids) * float(fit.covariance[place, place])
-    return told
+            variances[parameter] = len(fit.ids) * float(fit.covariance[place, place])
+    return variances
 
 
 def _small_variances(trial: PopulationFit, names: tuple[str, ...]) -> dict[str, float]:
     """Small log SDs that the data can just detect, to continue from; no correlations."""
-    told = _value_variances(trial)
+    variances = _value_variances(trial)
     return {
-        Unknown(LOG_SD, name).name: 0.5 * math.log(_TRACE * told[name]) for name in names if told.get(name, 0.0) > 0
+        Unknown(LOG_SD, name).name: 0.5 * math.log(_TRACE * variances[name])
+        for name in names
+        if variances.get(name, 0.0) > 0
     }
 
 

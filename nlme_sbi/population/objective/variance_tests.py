@@ -132,7 +132,7 @@ def describe_test(tests: tuple[VarianceTest, ...]) -> tuple[str, ...]:
 
 
 def sentence(test: VarianceTest) -> str:
-    """What a score test says: information for choosing the model, no alarm."""
+    """The result of a score test: information for choosing the model, no alarm."""
     where = "its SD was estimated at 0, the boundary" if test.estimated else "given"
     begin = f"No variability of {test.parameter} ({where})"
     if math.isnan(test.z):

@@ -29,7 +29,7 @@ EFFECT_HEADINGS = (
 class EffectRow:
     """One coefficient of a covariate. Numbers that do not exist are None; SEs of fixed values are 0.
 
-    ``on`` is mean or log_sd: what it shifts, on the unconstrained scale (``form`` and ``reference`` tell how).
+    ``on`` is mean or log_sd: what it shifts, on the unconstrained scale (``form`` and ``reference`` say how).
     ``level`` is that of a categorical covariate, against its reference. ``p_value`` is two-sided, of a Wald test that
     the coefficient is 0. ``ratio = exp(estimate)``, where that is a ratio of natural values: of the typical value, or
     of the SDs, for this level against the reference, or for one unit more of the covariate.

@@ -300,7 +300,7 @@ class _Ensemble:
 def _moments(
     points: NDArray[np.float64], factor: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and covariance factor of the points; the factor stays where they are too few to tell."""
+    """Mean and covariance factor of the points; the factor stays where there are too few."""
     covariance: NDArray[np.float64] = np.atleast_2d(np.cov(points.T)).astype(np.float64)
     try:
         found: NDArray[np.float64] = np.asarray(np.linalg.cholesky(covariance), dtype=np.float64)

@@ -100,9 +100,9 @@ def bootstrap(
     Args:
         fit: a converged fit.
         generator: for the draws of individuals.
-        replicates: how many; 200 tell standard errors to 5%, intervals ask for 1000.
+        replicates: how many; 200 give standard errors to 5%, intervals need 1000.
         weights: "multinomial", individuals drawn with replacement, or "exponential", the Bayesian bootstrap, in which
-            nobody is left out.
+            no individual is left out.
         progress: called with how far it is.
 
     Raises:

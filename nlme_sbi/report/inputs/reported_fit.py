@@ -47,5 +47,5 @@ class ReportedFit:
 def read_individuals(run: FinishedRun) -> pd.DataFrame:
     """``individuals.csv`` of a fit's run, ids as text; raises ``ValueError`` where it is not there."""
     frame = read_csv(run.file("individuals.csv"))
-    frame["id"] = frame["id"].fillna("nan")  # somebody may be called so
+    frame["id"] = frame["id"].fillna("nan")  # may be the id of an individual
     return frame

@@ -107,7 +107,7 @@ def parameter_table(rows: Sequence[TableRow]) -> Table:
         "exact for log-normal parameters. Intervals: observed information, transformed. %RSE: relative standard error "
         "(that of the variance is twice that of omega). "
         f"Shrinkage: 1 - SD(eta)/omega and 1 - var(eta)/omega², eta from the individuals' {source}; near 100% the data "
-        "tell little about the individuals.",
+        "say little about the individuals.",
     )
 
 

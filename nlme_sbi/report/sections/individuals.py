@@ -140,7 +140,7 @@ def _map(
 
 
 def _thin(total: int, flags: Mapping[str, np.ndarray], shown: Sequence[int]) -> np.ndarray:
-    """Everybody where they are few; else those shown, the flagged, and a random rest, the same every time."""
+    """All where they are few; else those shown, the flagged, and a random rest, the same every time."""
     if total <= _POINTS:
         return np.arange(total)
     generator = np.random.default_rng(0)

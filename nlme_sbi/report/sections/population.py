@@ -49,9 +49,9 @@ def _distributions(fit: ReportedFit) -> Made:
     if not checks.has("random_effects"):
         return findings, ()
     frame = checks.table("random_effects")
-    told = {key: value for one in findings if one.check == "shrinkage" for key, value in one.numbers.items()}
+    stored = {key: value for one in findings if one.check == "shrinkage" for key, value in one.numbers.items()}
     shrinkage = {
-        name: math.nan if told[f"shrinkage.{name}"] is None else float(told[f"shrinkage.{name}"])  # type: ignore[arg-type]
+        name: math.nan if stored[f"shrinkage.{name}"] is None else float(stored[f"shrinkage.{name}"])  # type: ignore[arg-type]
         for name in dict.fromkeys(frame["parameter"])
     }
     blocks: list[Block] = [

@@ -40,7 +40,7 @@ def save_figures(
 ) -> None:
     """Write ``individual_fits.png``, ``population.png``, ``pairs_typical.png`` and ``pairs_worst.png``.
 
-    The log tells which of them cannot be drawn and why.
+    The log says which of them cannot be drawn and why.
 
     Args:
         directory: the run's.
