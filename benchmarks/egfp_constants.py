@@ -4,8 +4,8 @@
     python benchmarks/egfp_constants.py --posterior RUN [--sheet FILE] [--saem] [--images docs/images]
 
 ``RUN`` is a train_flow run of experiment mrna_two_rate; ``FILE`` a copy of the sheet that lies elsewhere. Both fits run
-from the command line with default settings. Posteriors of single cells are narrow and have several modes here: what the
-fit says of -2 log L on draws that it was not climbed on, and of effective draws, is what counts.
+from the command line with default settings. Posteriors of single cells are narrow and have several modes here: -2 log L
+on draws that the search did not use, and effective draws, are what counts.
 """
 
 from __future__ import annotations

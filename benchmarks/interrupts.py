@@ -54,7 +54,7 @@ class Ended:
 
 
 def start(stage: str, arguments: list[str], folder: Path) -> subprocess.Popen[str]:
-    """The stage in a session of its own, so that a signal to its group reaches nobody else."""
+    """The stage in a session of its own, so that a signal to its group reaches no other process."""
     command = [sys.executable, str(ROOT / "scripts" / f"{stage}.py"), *arguments]
     return subprocess.Popen(
         command,

@@ -83,7 +83,7 @@ def observations_of(values: np.ndarray, posterior: AmortizedPosterior) -> Observ
 
 
 def checked(posterior: AmortizedPosterior, scenario: str, repetition: int) -> Result:
-    """What the checks say of one repetition."""
+    """Results of the checks in one repetition."""
     values, raised = cells(scenario, repetition)
     data = observations_of(values, posterior)
     generator = seeded("cpu", repetition, list(SCENARIOS).index(scenario))
@@ -94,7 +94,7 @@ def checked(posterior: AmortizedPosterior, scenario: str, repetition: int) -> Re
     named = found.residuals.named.numpy()
     return {
         **{check: float(light in ("amber", "red")) for check, light in lights.items()},
-        "accused": float(found.accused),
+        "accused": float(found.is_rejected),
         "named": float(named.sum()),
         "raised": float(raised.sum()),
         "raised_and_named": float((raised & named).sum()),

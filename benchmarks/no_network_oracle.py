@@ -79,7 +79,7 @@ class Study:
         return -2 * total
 
     def maximum(self, start: np.ndarray) -> tuple[np.ndarray, float]:
-        """Estimates and -2 log L, climbed to from ``start``."""
+        """Estimates and -2 log L, maximised from ``start``."""
         found = minimize(self.deviance, start, method="BFGS", options={"gtol": 1e-3})
         return found.x, float(found.fun)
 

@@ -4,8 +4,8 @@
     python benchmarks/peer_trainings.py prepare FOLDER --seed 0 --pairs 300000
 
 The budget is CPU seconds of this process, all its threads, from the first gradient step to the last; validation and
-fresh simulations count. What comes before it is told as set-up and does not count: sbi's checks of stored simulations,
-and compilation under JAX. nlme_sbi's clock starts with building the network.
+fresh simulations count. What comes before it is reported as set-up and does not count: sbi's checks of stored
+simulations, and compilation under JAX. nlme_sbi's clock starts with building the network.
 """
 
 from __future__ import annotations

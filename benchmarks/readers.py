@@ -284,7 +284,7 @@ def is_measurement(row: Mapping[str, str]) -> bool:
 
 
 def _signal_column(rows: list[dict[str, str]], there: Iterable[str], levels: Mapping[str, str]) -> str | None:
-    """The column that tells signals apart: the first that has the levels asked for, else the first with several."""
+    """The column that distinguishes signals: the first that has the levels asked for, else the first with several."""
     first = None
     for name in ("DVID", "YTYPE", "CMT"):
         if name in there:

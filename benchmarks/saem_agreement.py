@@ -5,7 +5,7 @@
 The RUNs are train_flow runs of the two experiments. Data: theophylline as it was measured; the first published two-rate
 cells; and a simulated trial of theophylline, people of the published law with the designs of the real ones, resampled.
 Differences are in standard errors of the exact fit; where parameters may be exchanged, under the nearer labelling.
-Estimator laplace is told beside them.
+Estimator laplace is reported beside them.
 """
 
 from __future__ import annotations

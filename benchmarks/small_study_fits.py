@@ -70,7 +70,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What became of a fit.
+    """Outcome of a fit.
 
     Args:
         outcome: "right"; "refused", a sentence instead of numbers; "unsettled", wrong and saying that it has not
@@ -79,7 +79,7 @@ class Judgement:
         estimate_se: largest distance of an estimate, in the oracle's standard errors.
         error_ratio: largest ratio of a standard error to the oracle's, or its inverse.
         deviance: -2 log L of the fit.
-        deviance_se: its Monte-Carlo standard error, as told.
+        deviance_se: its Monte-Carlo standard error, as reported.
         deviance_z: its distance beyond ``DEVIANCE_ALLOWED``, in these errors.
         reasons: what is not right, in words.
         seconds: wall.

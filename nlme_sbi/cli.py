@@ -26,7 +26,7 @@ import nlme_sbi
 from nlme_sbi.compute import interrupts
 from nlme_sbi.config.conversion import convert, hydra_text
 from nlme_sbi.config.hydra_errors import config_sentence
-from nlme_sbi.config.overrides import as_meant
+from nlme_sbi.config.overrides import rewrite_overrides
 from nlme_sbi.config.wording import visible
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 
 class JobFailed(Exception):
-    """A job of a sweep failed and said why."""
+    """A job of a sweep that failed, with its message."""
 
 
 def entry_point(stage: Stage | str, config_name: str, *, words: str | None = None) -> Callable[[], None]:
@@ -59,13 +59,13 @@ def entry_point(stage: Stage | str, config_name: str, *, words: str | None = Non
 
     Returns:
         A function without arguments that reads ``sys.argv`` and ends with ``SystemExit`` where something went wrong:
-        code 1 for a refusal or failure, 130 for Ctrl-C, 141 where nobody reads its help any more.
+        code 1 for a refusal or failure, 130 for Ctrl-C, 141 where the reader of its output has gone.
     """
 
     def main() -> None:
         if words is not None:
             sys.argv[1:] = _with_words(sys.argv[1:], words)
-        sys.argv[1:] = as_meant(sys.argv[1:])
+        sys.argv[1:] = rewrite_overrides(sys.argv[1:])
         _configure_logging()
         code = _run(stage, config_name)
         _flush()
@@ -102,11 +102,11 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIRECTORY), version_base="1.3"):
-            cfg = compose(config_name, overrides=as_meant(overrides), return_hydra_config=True)
+            cfg = compose(config_name, overrides=rewrite_overrides(overrides), return_hydra_config=True)
         choice = cfg.hydra.runtime.choices.get("experiment")
         with open_dict(cfg):
             del cfg["hydra"]
-        return prepared(cfg, choice)
+        return prepare_config(cfg, choice)
     except Exception as error:
         sentence = config_sentence(error)
         if sentence is None:
@@ -114,7 +114,7 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
         raise ValueError(sentence) from error
 
 
-def prepared(cfg: DictConfig, choice: str | None) -> DictConfig:
+def prepare_config(cfg: DictConfig, choice: str | None) -> DictConfig:
     """The configuration with the experiment's name filled in and the keys of every script checked.
 
     Raises:
@@ -137,12 +137,12 @@ def prepared(cfg: DictConfig, choice: str | None) -> DictConfig:
 def _run(stage: Stage | str, config_name: str) -> int:
     """Run under Hydra; the exit code."""
     if not CONFIG_DIRECTORY.is_dir():
-        _tell(f"{CONFIG_DIRECTORY} is missing; install the repository with `pip install -e .` and keep it.")
+        _print(f"{CONFIG_DIRECTORY} is missing; install the repository with `pip install -e .` and keep it.")
         return FAILED
     try:
         os.getcwd()
     except OSError:
-        _tell("The working directory is not there any more; go to one that exists (cd ~) and run the command again.")
+        _print("The working directory is not there any more; go to one that exists (cd ~) and run the command again.")
         return FAILED
     # With this, Hydra passes errors on instead of printing its own words and leaving with code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -151,7 +151,7 @@ def _run(stage: Stage | str, config_name: str) -> int:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIRECTORY), config_name=config_name)(job)()
     except BaseException as error:
         return _code_of(error)
-    if interrupts.stopped():  # something below has swallowed it
+    if interrupts.was_stopped():  # something below has swallowed it
         return INTERRUPTED
     return 0 if job.error is None else _code_of(job.error)
 
@@ -167,16 +167,16 @@ class _Job:
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         _configure_logging()  # a launcher may have started a process for this job
         try:
-            prepared(cfg, HydraConfig.get().runtime.choices.get("experiment"))
+            prepare_config(cfg, HydraConfig.get().runtime.choices.get("experiment"))
             _make_importable(cfg)
             from nlme_sbi.compute.devices import keep_freed_memory  # with torch, which --help can do without
             from nlme_sbi.runs.remedies import command_line
 
             keep_freed_memory()
-            stage = _resolved(self._stage)
+            stage = _resolve(self._stage)
             interrupts.begin_work()
             with command_line(_own_line()):
-                return self._recorded(cfg, stage) if sweep else stage(cfg)
+                return self._run_recorded(cfg, stage) if sweep else stage(cfg)
         except Exception as error:
             if sweep:  # the launcher counts failures, perhaps in another process; it needs an exception
                 overrides = " ".join(HydraConfig.get().overrides.task)
@@ -185,12 +185,12 @@ class _Job:
             self.error = error
             return None
 
-    def _recorded(self, cfg: DictConfig, stage: Stage) -> float | None:
-        """Run the stage as a job of a sweep, whose directory then tells which run it was."""
-        from nlme_sbi.runs.sweeps import recorded_job  # loads torch: not before a launcher has set a job's threads
+    def _run_recorded(self, cfg: DictConfig, stage: Stage) -> float | None:
+        """Run the stage as a job of a sweep, whose directory then records its run."""
+        from nlme_sbi.runs.sweeps import record_job  # loads torch: not before a launcher has set a job's threads
 
-        told = HydraConfig.get()
-        with recorded_job(Path(told.sweep.dir), told.job.num, list(told.overrides.task)):
+        hydra_config = HydraConfig.get()
+        with record_job(Path(hydra_config.sweep.dir), hydra_config.job.num, list(hydra_config.overrides.task)):
             return stage(cfg)
 
 
@@ -198,17 +198,17 @@ def _own_line() -> CommandLine:
     """What messages about other commands take over from this one."""
     from nlme_sbi.runs.remedies import CommandLine
 
-    told = HydraConfig.get()
+    hydra_config = HydraConfig.get()
     return CommandLine(
         config_directories=tuple(
-            source.path for source in told.runtime.config_sources if source.provider == "command-line"
+            source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"
         ),
-        overrides=tuple(told.overrides.task),
-        experiment=told.runtime.choices.get("experiment"),
+        overrides=tuple(hydra_config.overrides.task),
+        experiment=hydra_config.runtime.choices.get("experiment"),
     )
 
 
-def _resolved(stage: Stage | str) -> Stage:
+def _resolve(stage: Stage | str) -> Stage:
     if not isinstance(stage, str):
         return stage
     module, _, name = stage.partition(":")
@@ -226,12 +226,12 @@ def _make_importable(cfg: DictConfig) -> None:
 
 
 def _code_of(error: BaseException) -> int:
-    if interrupts.stopped():  # told already; whatever it became on its way here (an ImportError, for one)
+    if interrupts.was_stopped():  # reported already; whatever it became on its way here (an ImportError, for one)
         return INTERRUPTED
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else FAILED if error.code else 0
     if isinstance(error, KeyboardInterrupt):
-        _tell(interrupts.sentence())
+        _print(interrupts.sentence())
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
         return PIPE_CLOSED
@@ -245,7 +245,7 @@ def _report(error: BaseException, prefix: str = "") -> str:
     sentence = sentence_for(error)
     if sentence is None or _debug():
         traceback.print_exception(error)
-    _tell(prefix + (sentence or f"This is a bug in nlme_sbi or in your own simulator: {type(error).__name__}."))
+    _print(prefix + (sentence or f"This is a bug in nlme_sbi or in your own simulator: {type(error).__name__}."))
     return prefix + (sentence or str(error))
 
 
@@ -272,18 +272,18 @@ def _in_team() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _tell(sentence: str) -> None:
+def _print(sentence: str) -> None:
     if sys.stderr is None:  # closed by whoever started this
         return
     try:
         sys.stderr.write(visible(sentence.rstrip("\n")) + "\n")
         sys.stderr.flush()
-    except (OSError, ValueError):  # nobody reads it, or it is closed
+    except (OSError, ValueError):  # the reader has gone, or it is closed
         interrupts.silence(2)
 
 
 def _flush() -> None:
-    """Write out what is left; where nobody reads it any more, quietly, and not once more at the interpreter's end."""
+    """Write out what is left; quietly where the reader has gone, and not once more at the interpreter's end."""
     for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
         if stream is not None:
             try:
@@ -293,7 +293,7 @@ def _flush() -> None:
 
 
 class _StageResult(logging.Filter):
-    """What a stage tells as its result, apart from what is said on the way."""
+    """Messages of a stage's results, apart from those on the way."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.name.startswith("nlme_sbi.stages") and record.levelno == logging.INFO
@@ -329,7 +329,7 @@ class _Standard(logging.Handler):
             if stream is not None:
                 stream.write(self.format(record) + "\n")
                 stream.flush()
-        except BrokenPipeError:  # as with "| head": nobody reads it any more, and the work goes on
+        except BrokenPipeError:  # as with "| head": the reader has gone, and the work goes on
             interrupts.silence({"stdout": 1, "stderr": 2}[self._name])
         except Exception:
             self.handleError(record)

@@ -41,8 +41,8 @@ class PosteriorSamples:
         for name, beside in (("log_q", self.log_q), ("log_weights", self.log_weights)):
             shapes |= {} if beside is None else {name: tuple(beside.shape)}
         if len(self.names) != self.phi.shape[2] or any(shape[:2] != shapes["phi"][:2] for shape in shapes.values()):
-            told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-            raise ValueError(f"{told} and {len(self.names)} names disagree.")
+            listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise ValueError(f"{listed} and {len(self.names)} names disagree.")
         if self.log_weights is not None:
             wrong = ~(self.log_weights < torch.inf).all(1) | torch.isneginf(self.log_weights).all(1)
             if bool(wrong.any()):

@@ -2,8 +2,8 @@
 
 Torch's own threads share every single operation and wait for each other after it. With blocks that fit a cache those
 waits cost more than they bring, and on a machine that is busy with something else, where one of the threads is always
-late, a fit took three times as long as with one thread. Blocks share nothing, so nobody waits; and their results do not
-depend on how many threads there are.
+late, a fit took three times as long as with one thread. Blocks share nothing, so no thread waits; and their results do
+not depend on how many threads there are.
 """
 
 from __future__ import annotations

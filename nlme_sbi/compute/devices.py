@@ -33,7 +33,7 @@ def choose_device(name: str) -> torch.device:
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Let this process keep up to 256 MiB of freed memory; whether the C library could be told.
+    """Let this process keep up to 256 MiB of freed memory; whether the C library accepted the setting.
 
     glibc gives a freed tensor's pages back to the system, which hands them out again, zeroed, for the next tensor: a
     quarter of the time of a simulation. No result depends on it.

@@ -1,4 +1,5 @@
-"""Training on several processes, as ``torchrun`` starts them: who is first, what each works on, what all agree on.
+"""Training on several processes, as ``torchrun`` starts them: which process is first, the share of each, and what all
+agree on.
 
 Every process holds the whole network; of each batch it takes its share, and torch's DistributedDataParallel averages
 the gradients. Only the first process writes.
@@ -33,7 +34,7 @@ class Team:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that writes and tells."""
+        """Whether this process is the one that writes and reports."""
         return self.rank == 0
 
     def share_of(self, batch_size: int) -> int:
@@ -57,7 +58,7 @@ class Team:
         return float(total) / self.size
 
     def from_first(self, value: Any) -> Any:
-        """What the first process gives, for all."""
+        """The first process's value, for all."""
         if self.size == 1:
             return value
         box = [value]
@@ -69,7 +70,7 @@ ALONE = Team()
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Team]:
+def join_team(device: torch.device) -> Iterator[Team]:
     """The team that ``torchrun`` started this process for, else this process alone.
 
     Args:

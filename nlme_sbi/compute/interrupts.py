@@ -22,7 +22,7 @@ _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567
 
 
 class _Watch:
-    """What this process knows of Ctrl-C."""
+    """The state of Ctrl-C in this process."""
 
     def __init__(self) -> None:
         self.working = False
@@ -32,7 +32,7 @@ class _Watch:
         if self.stopped:
             os._exit(CODE)
         self.stopped = True
-        if os.environ.get("RANK", "0") == "0":  # beside others that torchrun has started, the first one speaks
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun has started, the first one prints
             write_to_terminal(sentence())
         if not self.working:
             os._exit(CODE)
@@ -46,7 +46,8 @@ _watch = _Watch()
 
 
 def watch() -> None:
-    """From now on, Ctrl-C is told as above. Where it is ignored (a job in a shell's background), it stays ignored."""
+    """From now on, Ctrl-C is handled as above. Where it is ignored (a job in a shell's background), it stays
+    ignored."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _watch.interrupted)
 
@@ -77,13 +78,13 @@ def end() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def stopped() -> bool:
+def was_stopped() -> bool:
     """Whether Ctrl-C was pressed, and the sentence written."""
     return _watch.stopped
 
 
 def sentence() -> str:
-    """What is said when somebody has pressed Ctrl-C."""
+    """The message after Ctrl-C."""
     return f"\nStopped. What is finished is kept; to go on, run the same command again:\n  {command()}\n"
 
 
@@ -99,7 +100,7 @@ def _quoted(word: str) -> str:
 
 
 def write_to_terminal(text: str) -> None:
-    """Write to the error output, whatever has become of it."""
+    """Write to the error output, even where it is closed."""
     try:  # noqa: SIM105 - contextlib takes longer to import than all of this
         os.write(2, text.encode(errors="replace"))
     except OSError:

@@ -32,7 +32,7 @@ class Progress:
     ) -> None:
         self._total, self._unit, self._description, self._every = total, unit, description, every
         self._initial = self._done = done
-        self._start = self._told = time.monotonic()
+        self._start = self._reported = time.monotonic()
         terminal = sys.stderr.isatty()
         self._bar = (
             tqdm(
@@ -54,11 +54,11 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
             self._bar.update(count)
-        elif time.monotonic() - self._told >= self._every:
-            self._told = time.monotonic()
-            self._tell(metrics)
+        elif time.monotonic() - self._reported >= self._every:
+            self._reported = time.monotonic()
+            self._show(metrics)
 
-    def _tell(self, metrics: dict[str, float | int]) -> None:
+    def _show(self, metrics: dict[str, float | int]) -> None:
         rate = (self._done - self._initial) / max(time.monotonic() - self._start, 1e-9)
         left = (self._total - self._done) / rate if rate else float("inf")
         shown = "".join(f", {name} {value:.4g}" for name, value in metrics.items())

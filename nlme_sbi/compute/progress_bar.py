@@ -1,4 +1,4 @@
-"""A progress bar for what tells its named stages, done and total steps and an objective."""
+"""A progress bar for work that reports named stages, done and total steps and an objective."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nlme_sbi.compute.progress import FitProgress
 class ProgressBar:
     """Shows a fit's named stages as one bar each, with the objective and a clock that runs.
 
-    A stage may have nothing to tell for minutes (all draws are made at once): its clock shows that the fit is alive.
+    A stage may have nothing to report for minutes (all draws are made at once): its clock shows that the fit is alive.
     """
 
     def __init__(self) -> None:

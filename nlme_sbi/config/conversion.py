@@ -23,7 +23,7 @@ class _Mismatch(Exception):
     """A value that an annotation does not take; caught here, never seen outside."""
 
     def __init__(self, place: str, expected: str, value: Any, hint: str = "") -> None:
-        super().__init__(f"{place} must be {expected}; got {shown(value)}.{hint}")
+        super().__init__(f"{place} must be {expected}; got {describe_value(value)}.{hint}")
 
 
 def convert(value: Any, hint: Any, place: str) -> Any:
@@ -155,7 +155,7 @@ def words(hint: Any) -> str:
     return f"{article} {name}, a section with _target_"
 
 
-def shown(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A config value with its kind, as a message shows it."""
     kinds = {bool: "true or false", int: "integer", float: "number", str: "text", list: "list", dict: "section"}
     if value is None:

@@ -85,7 +85,8 @@ def role_members(role: type) -> dict[str, bool]:
 
 
 def _refuse_other_role(target: Callable[..., Any], role: type, where: str) -> None:
-    """A class of another kind is told by the methods that it lacks; what a function returns is seen afterwards."""
+    """A class of another kind is recognised by the methods that it lacks; what a function returns is seen
+    afterwards."""
     if not inspect.isclass(target):
         return
     methods = [name for name, is_method in role_members(role).items() if is_method]
@@ -160,7 +161,7 @@ def locate(
     _refuse_foreign(path, path, allowed, where)
     if any(part.startswith("_") for part in path.split(".")):
         raise ValueError(f"{where}: {path} is private; name a public class.")
-    found = _followed(path, allowed, where)
+    found = _follow(path, allowed, where)
     if not (inspect.isclass(found) or inspect.isroutine(found)):
         raise ValueError(f"{where}: {path} is neither a class nor a function.")
     home = str(getattr(found, "__module__", None))
@@ -175,7 +176,7 @@ def locate(
     return found
 
 
-def _followed(path: str, allowed: Sequence[str], where: str) -> Any:
+def _follow(path: str, allowed: Sequence[str], where: str) -> Any:
     """The object behind a dotted path. Names are followed only inside modules that are allowed: what those have
     imported from elsewhere is not even looked at."""
     found, names = _import_longest(path, where)
@@ -229,7 +230,9 @@ def _call(target: Callable[..., Any], values: dict[str, Any], where: str, given:
         for key, parameter in inspect.signature(target).parameters.items()
     }
     name = getattr(target, "__qualname__", repr(target))
-    arguments = _checked(parameters, {key: item for key, item in values.items() if key not in given}, where, name)
+    arguments = _check_arguments(
+        parameters, {key: item for key, item in values.items() if key not in given}, where, name
+    )
     missing = [
         key
         for key, parameter in parameters.items()
@@ -255,7 +258,9 @@ def _call(target: Callable[..., Any], values: dict[str, Any], where: str, given:
         ) from error
 
 
-def _checked(parameters: dict[str, inspect.Parameter], values: dict[str, Any], where: str, name: str) -> dict[str, Any]:
+def _check_arguments(
+    parameters: dict[str, inspect.Parameter], values: dict[str, Any], where: str, name: str
+) -> dict[str, Any]:
     """Values as the callable's annotations want them; unknown, missing and mistyped ones refused by name."""
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     checked: dict[str, Any] = {}

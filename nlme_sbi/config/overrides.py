@@ -24,15 +24,15 @@ _NO_TEXT = re.compile(
 )
 
 
-def as_meant(overrides: Iterable[str]) -> list[str]:
+def rewrite_overrides(overrides: Iterable[str]) -> list[str]:
     """Each argument, rewritten where it names individuals, columns, levels or signals, or adds to an open section.
 
     Flags and everything else stay as they are; what is between quotes stays as it is, too.
     """
-    return [meant for override in overrides for meant in _meant(override)]
+    return [meant for override in overrides for meant in _rewrite(override)]
 
 
-def _meant(override: str) -> list[str]:
+def _rewrite(override: str) -> list[str]:
     found = None if override.startswith("-") else _OVERRIDE.fullmatch(override)
     if found is None:
         return [override]
@@ -75,7 +75,7 @@ def _with_quotes(value: str) -> str:
         if sign not in "[]{}," and not (sign == ":" and in_key):
             word += sign
             continue
-        pieces += [word if in_key else _quoted(word, alone=not frames), sign]
+        pieces += [word if in_key else _quote(word, alone=not frames), sign]
         word = ""
         if in_key:
             frames.pop()
@@ -85,10 +85,10 @@ def _with_quotes(value: str) -> str:
             frames.pop()
         elif sign == "," and frames and frames[-1] == "{":
             frames.append("k")
-    return "".join([*pieces, _quoted(word, alone=not frames)])
+    return "".join([*pieces, _quote(word, alone=not frames)])
 
 
-def _quoted(word: str, *, alone: bool) -> str:
+def _quote(word: str, *, alone: bool) -> str:
     text = word.strip()
     if not _NO_TEXT.fullmatch(text) or (alone and text.lower() == "null"):
         return word

@@ -32,7 +32,7 @@ class Role:
     classes: tuple[str, ...] = ()
 
     def fits(self, found: type) -> bool:
-        """Whether a class plays this part, told by where it is written and what it has, without calling it."""
+        """Whether a class plays this part, judged by where it is written and what it has, without calling it."""
         named = not self.classes or found.__name__ in self.classes
         able = all(callable(getattr(found, method, None)) for method in self.methods)
         return named and able and lies_in(found.__module__, self.homes)

@@ -1,4 +1,4 @@
-"""What a check says: one plain sentence, a traffic light, and the rule that chose it."""
+"""The finding of a check: one plain sentence, a traffic light, and the rule that chose it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Finding:
         check: its name, unique in a report, such as ``coverage``; anchors and file names are made of it.
         title: for people.
         light: green (passed), amber (a limit of the result that a reader must know), red (the result must not be used
-            like that), grey (could not be judged; the sentence tells what is missing).
+            like that), grey (could not be judged; the sentence says what is missing).
         sentence: what was found, in plain words with its numbers, and where it is not green what to do.
         rule: which numbers give which light, with the error rate of the rule where it is a test.
-        numbers: what the sentence rests on; plain numbers and strings only.
+        numbers: behind the sentence; plain numbers and strings only.
     """
 
     check: str
@@ -64,15 +64,15 @@ def worst(findings: Iterable[Finding]) -> Light:
     return max((finding.light for finding in findings), key=GRAVITY.index, default="green")
 
 
-def refused(check: str, title: str, problem: ValueError, *, what: str = "the check") -> Finding:
+def grey_finding(check: str, title: str, problem: ValueError, *, what: str = "the check") -> Finding:
     """The grey finding in place of a check or a part that could not be made, with the reason, which is logged."""
     log.warning("%s: %s", title, problem)
     return Finding(check, title, "grey", str(problem), f"Grey: {what} could not be made.")
 
 
-def attempted(check: str, title: str, make: Callable[[], Finding]) -> Finding:
+def attempt_finding(check: str, title: str, make: Callable[[], Finding]) -> Finding:
     """The finding, or a grey one with the reason where the check refuses (``ValueError``), so that the others go on."""
     try:
         return make()
     except ValueError as problem:
-        return refused(check, title, problem)
+        return grey_finding(check, title, problem)

@@ -132,7 +132,7 @@ def measurement_table(
     return frame
 
 
-def scattered(errors: PredictionErrors, rows: list[int], individuals: int) -> PredictionErrors:
+def scatter(errors: PredictionErrors, rows: list[int], individuals: int) -> PredictionErrors:
     """Errors of some individuals in the places of all, NaN for the others."""
 
     def spread(values: Tensor) -> Tensor:

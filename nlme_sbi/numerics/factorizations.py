@@ -1,4 +1,4 @@
-"""Eigenvalues and Cholesky factors of batches that hold bad matrices: a climb passes places where curvatures overflow,
+"""Eigenvalues and Cholesky factors of batches that hold bad matrices: a search passes points where curvatures overflow,
 and one bad individual must not end the fit of the others."""
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def eigh_or_diagonal(matrices: Float[Tensor, "*B V V"]) -> tuple[Float[Tensor, "
         return values, vectors
     except RuntimeError:  # LAPACK's failure: torch.linalg.LinAlgError is one
         flat = clean.reshape(-1, *clean.shape[-2:])
-        parts = [_alone(one) for one in flat]
+        parts = [_eigh_one_by_one(one) for one in flat]
         values = torch.stack([part[0] for part in parts]).reshape(clean.shape[:-1])
         return values, torch.stack([part[1] for part in parts]).reshape(clean.shape)
 
 
-def _alone(matrix: Float[Tensor, "V V"]) -> tuple[Float[Tensor, " V"], Float[Tensor, "V V"]]:
+def _eigh_one_by_one(matrix: Float[Tensor, "V V"]) -> tuple[Float[Tensor, " V"], Float[Tensor, "V V"]]:
     try:
         values, vectors = torch.linalg.eigh(matrix)
         return values, vectors

@@ -132,7 +132,7 @@ def fit_mixtures(
         components: the largest number of components tried.
         criterion: "aic", which approximates densities best: errors left by "bic" add up over individuals (with
             slightly skewed posteriors of 200 individuals, 0.3 against 0.1 standard errors of a constant); or "fixed",
-            the same number for everybody (fewer where a component would be left with almost no draws).
+            the same number for every individual (fewer where a component would be left with almost no draws).
         start: mixtures to begin with; then only EM steps are taken and no component is added or removed.
         block: draws that are worked on at once, which bounds memory.
 
@@ -158,7 +158,7 @@ def fit_mixtures(
 
     pieces = over_blocks(of_rows, torch.split(torch.arange(individuals, device=phi.device), step), phi.device)
     most = max(piece.log_weights.shape[1] for piece in pieces)
-    padded = [piece.padded(most) for piece in pieces]
+    padded = [piece.pad(most) for piece in pieces]
     return GaussianMixtures(
         torch.cat([piece.log_weights for piece in padded]),
         torch.cat([piece.means for piece in padded]),

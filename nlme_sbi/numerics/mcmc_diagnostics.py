@@ -1,4 +1,4 @@
-r"""Whether Markov chains have met, and how many independent draws they are worth.
+r"""Whether Markov chains have converged, and their effective sample sizes.
 
 Rank-normalised split R-hat and bulk and tail effective sample size: the chains are cut in half, so that one that still
 drifts disagrees with itself, and values are replaced by the normal scores of their ranks, so that heavy tails or
@@ -20,12 +20,12 @@ _TAILS = (0.05, 0.95)
 
 def split_rhat(chains: Float[np.ndarray, "chains draws"]) -> float:
     """Rank-normalised split R-hat of one quantity: the larger of that of the values (location) and that of their
-    distances from the median (scale). 1 for chains that have mixed; above 1.01 they have not met.
+    distances from the median (scale). 1 for chains that have mixed; above 1.01 they have not converged.
 
     Args:
         chains: at least 4 draws in each. NaN where a value is not finite; 1 where all are equal.
     """
-    if not np.isfinite(_checked(chains)).all():
+    if not np.isfinite(_check(chains)).all():
         return float("nan")
     if np.ptp(chains) == 0.0:
         return 1.0
@@ -36,20 +36,20 @@ def split_rhat(chains: Float[np.ndarray, "chains draws"]) -> float:
 
 def bulk_ess(chains: Float[np.ndarray, "chains draws"]) -> float:
     """Effective number of independent draws for the centre of the distribution: its mean and median."""
-    if not np.isfinite(_checked(chains)).all():
+    if not np.isfinite(_check(chains)).all():
         return float("nan")
     return _ess(_normal_scores(_split(chains)))
 
 
 def tail_ess(chains: Float[np.ndarray, "chains draws"]) -> float:
     """Effective number of independent draws for the 5% and the 95% quantile, the smaller of the two."""
-    if not np.isfinite(_checked(chains)).all():
+    if not np.isfinite(_check(chains)).all():
         return float("nan")
     halves = _split(chains)
     return min(_ess((halves <= np.quantile(halves, level)).astype(float)) for level in _TAILS)
 
 
-def _checked(chains: np.ndarray) -> np.ndarray:
+def _check(chains: np.ndarray) -> np.ndarray:
     if chains.shape[0] < 1 or chains.shape[1] < 4:
         raise ValueError(
             f"R-hat and ESS need at least one chain of 4 draws; got {chains.shape[0]} of {chains.shape[1]}."

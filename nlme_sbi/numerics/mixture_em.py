@@ -23,8 +23,8 @@ FLOOR = 1e-6  # added to the variance of every component, relative to that of th
 _ITERATIONS = 80
 _REFINING = 15  # steps when mixtures are only adapted to other draws
 _TOLERANCE = 1e-4  # in log likelihood per draw and step
-_CHECK = 5  # steps between two looks at who has converged
-_PATIENCE = 10  # looks' worth of the present gain that a mixture is credited with before it is given up
+_CHECK = 5  # steps between convergence checks
+_PATIENCE = 10  # checks' worth of the present gain that a mixture may still gain before it is given up
 _SEARCHED = 1000  # draws that the number of components is chosen from
 
 
@@ -39,7 +39,7 @@ class Components:
     def __getitem__(self, rows: Tensor) -> Components:
         return Components(self.log_weights[rows], self.means[rows], self.covariances[rows])
 
-    def padded(self, most: int) -> Components:
+    def pad(self, most: int) -> Components:
         """With components of weight 0 and the first component's shape up to ``most``."""
         more = most - self.log_weights.shape[1]
         if more == 0:
@@ -50,7 +50,7 @@ class Components:
             torch.cat([self.covariances, self.covariances[:, :1].expand(-1, more, -1, -1)], 1),
         )
 
-    def replaced(self, rows: Tensor, others: Components) -> Components:
+    def replace_rows(self, rows: Tensor, others: Components) -> Components:
         """With the mixtures at ``rows`` replaced."""
         return Components(
             self.log_weights.index_copy(0, rows, others.log_weights),
@@ -112,7 +112,7 @@ def _by_count(draws: Tensor, found: Components, size: int) -> Components:
         better = (
             _single(draws[rows], size) if count == 1 else _maximise(draws[rows], mine, size, iterations=_REFINING)[0]
         )
-        found = found.replaced(rows, better.padded(found.log_weights.shape[1]))
+        found = found.replace_rows(rows, better.pad(found.log_weights.shape[1]))
     return found
 
 
@@ -140,9 +140,9 @@ def _search(draws: Tensor, size: int, *, largest: int, price: float) -> Componen
         found, log_likelihood = _maximise(mine, begun, size, iterations=_ITERATIONS, needed=needed)
         fed = (found.log_weights.exp() * draws.shape[2]).amin(1) >= 3 * (size + 1)
         better = fed & (log_likelihood > needed)
-        best = best.padded(count)
+        best = best.pad(count)
         active, chosen = active[better], found[better]
-        best = best.replaced(active, chosen)
+        best = best.replace_rows(active, chosen)
         reached = reached.index_copy(0, active, log_likelihood[better])
         if len(active) == 0:
             break
@@ -214,7 +214,7 @@ def _maximise(
             current = _repad(current, begun[active], padding[active])
         reached = total.sum((1, 2))  # of the mixtures before the last step, which does not lower it
         gain = (reached - log_likelihood[active]) / (mine.shape[2] * _CHECK)
-        found = found.replaced(active, current)
+        found = found.replace_rows(active, current)
         log_likelihood = log_likelihood.index_copy(0, active, reached)
         going = gain > _TOLERANCE
         if needed is not None:

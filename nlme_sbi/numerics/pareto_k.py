@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 UNRELIABLE = 0.7  # shape above which a mean of weights cannot be trusted
-_LEAST = 5  # weights in the tail from which a shape can be told
+_LEAST = 5  # weights in the tail from which a shape can be estimated
 _PRIOR_WEIGHT, _PRIOR_SHAPE = 10.0, 0.5  # the weak prior of the 2024 paper: as much as ten weights at 0.5
 _PRIOR_SCALE = 3.0  # of Zhang and Stephens
 _NAMED = 5

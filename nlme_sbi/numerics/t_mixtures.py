@@ -36,7 +36,7 @@ class Mixtures:
         largest = counts.argmax(1, keepdim=True)
         return replace(self, counts=counts.scatter_add(1, largest, draws - counts.sum(1, keepdim=True)))
 
-    def updated(self, rows: Tensor, others: Mixtures) -> Mixtures:
+    def replace_rows(self, rows: Tensor, others: Mixtures) -> Mixtures:
         """With the mixtures at ``rows`` replaced."""
         most = max(self.counts.shape[1], others.counts.shape[1])
         mine, theirs = self._padded(most), others._padded(most)
@@ -72,7 +72,7 @@ class Mixtures:
         """All the randomness of :meth:`sample`: for each individual random shifts of one Sobol' sequence.
 
         Draws belong in turn to independent sets (randomised quasi-Monte Carlo, Cranley and Patterson 1976, SIAM J.
-        Numer. Anal. 13:904), whose differences tell the error that is left.
+        Numer. Anal. 13:904), whose differences give the remaining error.
         """
         shape = (len(self.means), 1, independent_sets(int(self.counts[0].sum())), self.means.shape[2] + 2)
         shift = torch.rand(shape, generator=generator, device=generator.device, dtype=self.means.dtype)
@@ -119,7 +119,7 @@ class Mixtures:
 
 def independent_sets(draws: int) -> int:
     """How many independent sets the draws of an individual are made of: two, or more where there are enough draws, so
-    that their error is well told for a handful of individuals, too."""
+    that their error is well estimated for a handful of individuals, too."""
     return _SETS if draws >= _MANY_DRAWS else 2
 
 
@@ -140,7 +140,7 @@ def gamma_3_quantile(probability: Float[Tensor, "*shape"]) -> Float[Tensor, "*sh
     normal = torch.special.ndtri(probability)
     found = 3 * (1 - 1 / 27 + normal / (3 * math.sqrt(3))).clamp_min(0.02) ** 3
     upper = probability > 0.5
-    wished = torch.where(upper, torch.log1p(-probability), probability.log())
+    target = torch.where(upper, torch.log1p(-probability), probability.log())
     for _ in range(8):
         above = 1 + found + 0.5 * found.square()
         log_density = 2 * found.log() - found - math.log(2)
@@ -149,7 +149,7 @@ def gamma_3_quantile(probability: Float[Tensor, "*shape"]) -> Float[Tensor, "*sh
         lower = torch.where(found < 0.3, _gamma_3_below(found), -torch.expm1(log_upper))
         tail = torch.where(upper, log_upper, lower.log())
         slope = torch.where(upper, -1.0, 1.0) * (log_density - tail).exp()
-        step = ((tail - wished) / (slope * found)).clamp(-1.0, 1.0)
+        step = ((tail - target) / (slope * found)).clamp(-1.0, 1.0)
         found = found * (-step).exp()
     quantile: Tensor = found
     return quantile

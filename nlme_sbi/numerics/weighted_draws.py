@@ -25,8 +25,8 @@ def systematic_places(log_weights: Float[Tensor, "I S"], count: int) -> Int[Tens
     Systematic resampling: a draw of weight w comes up ``count w`` times, rounded up or down. Always the same ones.
     """
     ends = torch.softmax(log_weights.double(), 1).cumsum(1)
-    wished = (torch.arange(count, dtype=ends.dtype, device=ends.device) + 0.5) / count
-    places = torch.searchsorted(ends.contiguous(), (wished * ends[:, -1:]).contiguous())
+    quantiles = (torch.arange(count, dtype=ends.dtype, device=ends.device) + 0.5) / count
+    places = torch.searchsorted(ends.contiguous(), (quantiles * ends[:, -1:]).contiguous())
     return places.clamp_max(log_weights.shape[1] - 1)
 
 

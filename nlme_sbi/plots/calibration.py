@@ -48,7 +48,7 @@ def plot_ranks(curves: pd.DataFrame, labels: Labels) -> Figure:
         ax.axhline(0.0, color=GREY, linewidth=0.6)
         colour, line, label = (VERMILION, "--", "leaves the band") if outside else (BLUE, "-", "stays inside")
         ax.plot(rows["level"], rows["difference"], linewidth=1.4, label=label, color=colour, linestyle=line)
-        _titled(ax, _TITLES.get(name, labels.get(name, name)))
+        _add_title(ax, _TITLES.get(name, labels.get(name, name)))
         ax.set_xlim(0, 1)
         ax.set_ylim(-reach, reach)
         if place % 4:
@@ -80,7 +80,7 @@ def plot_coverage(coverage: pd.DataFrame, labels: Labels) -> Figure:
             label = data_text(labels.get(name, name))
             ax.plot(own["nominal"], own["coverage"], linewidth=1.2, label=label, color=colour, linestyle=line)
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal")
-        _titled(ax, title)
+        _add_title(ax, title)
         ax.set_aspect("equal")
     axes[0][0].set_ylabel("share of truths inside")
     handles, texts = axes[0][2].get_legend_handles_labels()
@@ -103,13 +103,13 @@ def plot_recovery(individuals: pd.DataFrame, labels: Labels) -> Figure:
     figure, axes = panels(len(names), columns=3, row_height=2.1)
     for ax, name in zip(axes, names, strict=True):
         every = individuals[individuals["parameter"] == name]
-        rows = _thinned(every)
+        rows = _thin(every)
         ends = (float(every["truth"].min()), float(every["truth"].max()))
         middle, spread = rows["mean"], rows["sd"]
         ax.errorbar(rows["truth"], middle, spread, fmt="o", markersize=1.8, color=BLUE, ecolor=SKY, elinewidth=0.4)
         ax.plot(ends, ends, color=BLACK, linewidth=0.8)
         correlation = float(every["truth"].corr(every["mean"]))
-        _titled(ax, f"{labels.get(name, name)}, r = {correlation:.2f}")
+        _add_title(ax, f"{labels.get(name, name)}, r = {correlation:.2f}")
     figure.supxlabel("truth", fontsize=TEXT_SIZE)
     figure.supylabel("posterior mean ± SD", fontsize=TEXT_SIZE)
     return figure
@@ -125,9 +125,9 @@ def plot_scores(individuals: pd.DataFrame, labels: Labels) -> Figure:
     names = list(dict.fromkeys(individuals["parameter"]))
     figure, axes = panels(len(names), columns=3, row_height=1.9)
     for ax, name in zip(axes, names, strict=True):
-        rows = _thinned(individuals[individuals["parameter"] == name])
+        rows = _thin(individuals[individuals["parameter"] == name])
         _scores_panel(ax, rows)
-        _titled(ax, labels.get(name, name))
+        _add_title(ax, labels.get(name, name))
     figure.supxlabel("contraction: 0 nothing learned, 1 all", fontsize=TEXT_SIZE)
     figure.supylabel("(posterior mean − truth) / posterior SD", fontsize=TEXT_SIZE)
     return figure
@@ -165,11 +165,11 @@ def plot_agreement(agreement: pd.DataFrame) -> Figure:
     return figure
 
 
-def _titled(ax: Axes, title: str) -> None:
+def _add_title(ax: Axes, title: str) -> None:
     ax.set_title(data_text(title), fontsize=TEXT_SIZE)
 
 
-def _thinned(rows: pd.DataFrame) -> pd.DataFrame:
+def _thin(rows: pd.DataFrame) -> pd.DataFrame:
     if len(rows) <= _POINTS:
         return rows
     return rows.iloc[np.linspace(0, len(rows) - 1, _POINTS).round().astype(int)]

@@ -1,4 +1,4 @@
-"""What all figures share: a canvas without pyplot's global state, colours, and axis labels with units."""
+"""Shared by all figures: a canvas without pyplot's global state, colours, and axis labels with units."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def legend_above(figure: Figure, ax: Axes, *, columns: int = 4) -> None:
 def parameter_labels(parameters: ParameterSpace) -> tuple[str, ...]:
     """Axis labels of unconstrained parameters: ``log ka (1/h)``, the unit being that of the natural value."""
     prefixes = {"log": "log ", "logit": "logit ", "identity": ""}
-    return tuple(prefixes[p.transform] + labelled(p.name, p.unit) for p in parameters.parameters)
+    return tuple(prefixes[p.transform] + label_with_unit(p.name, p.unit) for p in parameters.parameters)
 
 
-def labelled(name: str, unit: str) -> str:
+def label_with_unit(name: str, unit: str) -> str:
     """``name (unit)``, or the name alone where there is no unit; both as they are, as :func:`data_text`."""
     return data_text(f"{name} ({unit})" if unit else name)
 

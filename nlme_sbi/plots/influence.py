@@ -1,4 +1,4 @@
-"""What single individuals do to the estimates."""
+"""Influence of single individuals on the estimates."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def plot_intervals(intervals: Sequence[Interval]) -> Figure:
             continue
         line = methods.index(row.method)
         height = unknowns.index(row.unknown) + 0.7 * ((line + 0.5) / len(methods) - 0.5)
-        ends = [_scaled(end, row.estimate, units[row.unknown]) for end in (row.lower, row.upper)]
+        ends = [_scale(end, row.estimate, units[row.unknown]) for end in (row.lower, row.upper)]
         colour = SERIES[line % len(SERIES)]
         low, high = ends[0] if ends[0] is not None else -_REACH, ends[1] if ends[1] is not None else _REACH
         ax.plot([low, high], [height, height], color=colour, linewidth=1.4, label=row.method)
@@ -52,7 +52,7 @@ def plot_intervals(intervals: Sequence[Interval]) -> Figure:
     return figure
 
 
-def _scaled(limit: float, estimate: float, unit: float) -> float | None:
+def _scale(limit: float, estimate: float, unit: float) -> float | None:
     if not math.isfinite(limit):
         return None
     return max(-_REACH, min(_REACH, (limit - estimate) / unit))

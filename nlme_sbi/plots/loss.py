@@ -1,4 +1,4 @@
-"""How training went."""
+"""Training history."""
 
 from __future__ import annotations
 

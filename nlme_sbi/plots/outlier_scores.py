@@ -1,4 +1,4 @@
-"""How far individuals lie from what the simulator makes."""
+"""Outlier scores of individuals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAMED = 5
 
 
 def plot_outlier_scores(scores: pd.DataFrame) -> Figure:
-    """Oddness of all individuals in order; those above the limit are marked, the first few with their names.
+    """Outlier scores of all individuals in order; those above the limit are marked, the first few with their names.
 
     Args:
         scores: indexed by id, with outlier_score, limit and named (``misspecification.csv``).
@@ -22,7 +22,7 @@ def plot_outlier_scores(scores: pd.DataFrame) -> Figure:
     named = ordered["named"].fillna(False).astype(bool).to_numpy()
     figure, axes = canvas(1, 1, width=5.0, row_height=2.6)
     ax = axes[0][0]
-    for chosen, marker, colour, label in ((~named, "o", BLUE, "as simulated ones"), (named, "D", VERMILION, "too odd")):
+    for chosen, marker, colour, label in ((~named, "o", BLUE, "not outliers"), (named, "D", VERMILION, "outliers")):
         if chosen.any():
             ax.plot(
                 places[chosen],

@@ -47,7 +47,7 @@ def plot_profiles(profiles: Sequence[ProfileCurve], errors: Mapping[str, float |
 
 
 def _smooth(points: np.ndarray, drops: np.ndarray, estimate: float) -> tuple[np.ndarray, np.ndarray]:
-    """The curve through the points. Its signed root is nearly linear, so a few points tell it."""
+    """The curve through the points. Its signed root is nearly linear, so a few points determine it."""
     roots = np.sign(points - estimate) * np.sqrt(np.maximum(drops, 0.0))
     ordered, places = np.unique(points, return_index=True)
     if len(ordered) < 2:

@@ -1,4 +1,4 @@
-"""Random effects of the individuals: their distribution, and what covariates have to do with them."""
+"""Random effects of the individuals: their distribution, and their relation to covariates."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.special import ndtri
 
-from nlme_sbi.plots.canvas import BLUE, GREY, PALE, SKY, TEXT_SIZE, VERMILION, canvas, labelled
+from nlme_sbi.plots.canvas import BLUE, GREY, PALE, SKY, TEXT_SIZE, VERMILION, canvas, label_with_unit
 from nlme_sbi.plots.density import normal_density
 
 _POINTS = 3000  # drawn; more are one mass
@@ -30,7 +30,7 @@ def plot_goodness(frame: pd.DataFrame, *, signal: str, unit: str = "", time_unit
     """
     some = _of(frame, signal)
     figure, axes = canvas(2, 2, width=6.2, row_height=2.4)
-    name = labelled(signal.replace("_", " "), unit)
+    name = label_with_unit(signal.replace("_", " "), unit)
     for ax, column, words in (
         (axes[0][0], "population_prediction", "population prediction"),
         (axes[0][1], "individual_prediction", "individual prediction"),
@@ -39,7 +39,9 @@ def plot_goodness(frame: pd.DataFrame, *, signal: str, unit: str = "", time_unit
         ends = [float(some[["value", column]].min().min()), float(some[["value", column]].max().max())]
         ax.plot(ends, ends, color=GREY, linewidth=0.9)
         _labels(ax, words, name)
-    _against(axes[1][0], some["time"], some["iwres"], labelled("time", time_unit), "individual weighted residual")
+    _against(
+        axes[1][0], some["time"], some["iwres"], label_with_unit("time", time_unit), "individual weighted residual"
+    )
     _against(axes[1][1], some["individual_prediction"], some["iwres"], "individual prediction", "")
     return figure
 
@@ -60,7 +62,7 @@ def plot_prediction_errors(frame: pd.DataFrame, *, signal: str, time_unit: str =
     figure, axes = canvas(2, 2, width=6.2, row_height=2.4)
     _quantiles(axes[0][0], errors)
     _density(axes[0][1], errors)
-    _against(axes[1][0], some["time"], some["npd"], labelled("time", time_unit), "prediction discrepancy (npd)")
+    _against(axes[1][0], some["time"], some["npd"], label_with_unit("time", time_unit), "prediction discrepancy (npd)")
     _against(axes[1][1], some["prediction"], some["npd"], "prediction", "")
     return figure
 

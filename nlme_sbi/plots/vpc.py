@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nlme_sbi.diagnostics.fit.vpc import SignalQuantiles, VisualPredictiveCheck
-from nlme_sbi.plots.canvas import BLACK, BLUE, GREY, PALE, TEXT_SIZE, VERMILION, canvas, labelled, legend_above
+from nlme_sbi.plots.canvas import BLACK, BLUE, GREY, PALE, TEXT_SIZE, VERMILION, canvas, label_with_unit, legend_above
 from nlme_sbi.types import Observations
 
 _POINTS = 2000  # measurements drawn; more are one grey mass
@@ -32,10 +32,10 @@ def plot_vpc(check: VisualPredictiveCheck, observations: Observations, *, signal
         _quantile(ax, found, place, is_middle=place == middle)
     corrected = "" if found.correction == "none" else ", prediction-corrected"
     name = found.signal.replace("_", " ")
-    ax.set_ylabel(labelled(name, observations.signal_units[signal]) + corrected, fontsize=TEXT_SIZE)
+    ax.set_ylabel(label_with_unit(name, observations.signal_units[signal]) + corrected, fontsize=TEXT_SIZE)
     if censored:
-        _censored(axes[1][0], found)
-    axes[-1][0].set_xlabel(labelled("time", observations.time_unit), fontsize=TEXT_SIZE)
+        _draw_censored(axes[1][0], found)
+    axes[-1][0].set_xlabel(label_with_unit("time", observations.time_unit), fontsize=TEXT_SIZE)
     legend_above(figure, ax, columns=3)
     return figure
 
@@ -81,7 +81,7 @@ def _points(ax: Axes, observations: Observations, signal: int) -> None:
     )
 
 
-def _censored(ax: Axes, found: SignalQuantiles) -> None:
+def _draw_censored(ax: Axes, found: SignalQuantiles) -> None:
     if found.censored is None:
         return
     observed, low, _, high = found.censored

@@ -1,1 +1,1 @@
-"""The report: one HTML file that a person reads, made of findings, tables and figures of a finished fit."""
+"""The report of a finished fit: one HTML file with findings, tables and figures."""

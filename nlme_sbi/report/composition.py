@@ -1,4 +1,4 @@
-"""The whole report of a fit: all sections, and the verdict over them. Nothing is computed from the model here."""
+"""The report of a fit: all sections and the verdict. Nothing is computed from the model here."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 import nlme_sbi
 from nlme_sbi.diagnostics.findings import Finding
-from nlme_sbi.diagnostics.fit.individual_curves import Shown, choose_individuals
+from nlme_sbi.diagnostics.fit.individual_curves import ShownIndividuals, choose_individuals
 from nlme_sbi.report.inputs.fit_checks import TABLES
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
-from nlme_sbi.report.page.content import Report, Section, attempted_section
+from nlme_sbi.report.page.content import Report, Section, attempt_section
 from nlme_sbi.report.sections.convergence import convergence_section
 from nlme_sbi.report.sections.estimates import estimates_section
 from nlme_sbi.report.sections.individual_fits import fits_section
@@ -35,35 +35,35 @@ _MODEL_CHECKS = ("random_effects", "covariates", "robust_errors")  # of the popu
 
 
 @dataclass(frozen=True, eq=False)
-class Composed:
+class ComposedReport:
     """The report and the tables that are saved beside it."""
 
     report: Report
     frames: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
 
-def composed_report(
+def compose_report(
     fit: ReportedFit,
     diagnosis: Diagnosis,
     *,
     chosen: Sequence[str] = (),
     each: int = 8,
     advance: Callable[[int], None] = lambda _: None,
-) -> Composed:
+) -> ComposedReport:
     """Assemble all report sections of a fit.
 
     Args:
         fit: the fit, with its checks where there are any.
         diagnosis: of its network.
         chosen: ids that stay on the map of all individuals where the fit was not checked; the checks name their own.
-        each: representative individuals that stay, as ``chosen``.
-        advance: is told sections that are done.
+        each: number of representative individuals that stay, as ``chosen``.
+        advance: called with the number of sections just finished.
 
     Raises:
         ValueError: for ids in ``chosen`` that the fit does not have; everything else that is refused becomes a grey
             finding in its section.
     """
-    shown = _shown(fit, chosen, each)
+    shown = _shown_rows(fit, chosen, each)
     runs = [one for one in (fit.run, None if fit.checks is None else fit.checks.run, diagnosis.run) if one is not None]
     makers: tuple[tuple[str, str, Callable[[], Section]], ...] = (
         ("estimates", "Population estimates", lambda: estimates_section(fit)),
@@ -78,23 +78,23 @@ def composed_report(
     )
     sections = []
     for anchor, title, make in makers:
-        sections.append(attempted_section(anchor, title, make))
+        sections.append(attempt_section(anchor, title, make))
         advance(1)
     report = Report(
         title=f"Population fit: {fit.run.manifest['experiment']}",
-        subtitle="What the fit says, how far it can be trusted, and where it came from.",
+        subtitle="Results, reliability and provenance of the fit.",
         facts=_facts(fit),
         answers=verdict(_by_topic(sections), by_likelihood=fit.by_likelihood),
         sections=tuple(sections),
         version=nlme_sbi.__version__,
     )
-    return Composed(report, {"individuals": fit.individuals, **_tables(fit)})
+    return ComposedReport(report, {"individuals": fit.individuals, **_tables(fit)})
 
 
-SECTIONS = 9  # that composed_report makes
+SECTIONS = 9  # that compose_report makes
 
 
-def _shown(fit: ReportedFit, chosen: Sequence[str], each: int) -> Shown:
+def _shown_rows(fit: ReportedFit, chosen: Sequence[str], each: int) -> ShownIndividuals:
     if fit.checks is not None:
         return fit.checks.shown
     ess = torch.tensor(fit.individuals["ess"].to_numpy(), dtype=torch.float64)
@@ -107,7 +107,7 @@ def _tables(fit: ReportedFit) -> dict[str, pd.DataFrame]:
     return {} if checks is None else {name: checks.table(name) for name in TABLES if checks.has(name)}
 
 
-def _individuals(fit: ReportedFit, diagnosis: Diagnosis, shown: Shown) -> Section:
+def _individuals(fit: ReportedFit, diagnosis: Diagnosis, shown: ShownIndividuals) -> Section:
     close = None if fit.checks is None else fit.checks.closeness()
     others: dict[str, tuple[str, pd.Series]] = {}
     flags = weight_flags(fit)
@@ -125,7 +125,7 @@ def _individuals(fit: ReportedFit, diagnosis: Diagnosis, shown: Shown) -> Sectio
         influence = influence_of(fit).set_index("id")["cook"]
         others["cook"] = ("influence (Cook's distance)", influence)
     except ValueError:
-        pass  # told in the section on the population
+        pass  # reported in the section on the population
     worst = np.zeros(len(fit.individuals), bool)
     worst[[row for row, reason in zip(shown.rows, shown.reasons, strict=True) if reason == "worst fit"]] = True
     if close is not None and len(fit.individuals) > 4 * worst.sum():

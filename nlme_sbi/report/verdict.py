@@ -1,4 +1,4 @@
-"""The five answers on top of the report, each made of findings by a rule that is written beside it."""
+"""The five answers on top of the report, each made from findings by a rule that is printed beside it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def verdict(findings: Mapping[Topic, Sequence[Finding]], *, by_likelihood: bool)
 
 def _answer(topic: Topic, found: tuple[Finding, ...], *, by_likelihood: bool) -> Answer:
     light = worst(found) if found else "grey"
-    sentence = _summed_up(found)
+    sentence = _summarise(found)
     failed = [one for one in found if one.light in ("amber", "red")]
     if by_likelihood and failed and all(_of_the_network(topic, one) for one in failed):
         sentence += (
@@ -64,19 +64,19 @@ def _of_the_network(topic: Topic, finding: Finding) -> bool:
     return topic == "network" or finding.check in _NETWORK_ALONE
 
 
-def _summed_up(found: tuple[Finding, ...]) -> str:
+def _summarise(found: tuple[Finding, ...]) -> str:
     """What all checks of a topic say together."""
     if not found:
         return "Nothing of this was checked."
     light = worst(found)
     gravest = next(one for one in found if one.light == light)
-    said = first_sentence(gravest.sentence)
+    sentence = first_sentence(gravest.sentence)
     if len(found) == 1:
-        return said
+        return sentence
     if light == "green":
-        return f"All {len(found)} checks passed: {_lower(said)}"
+        return f"All {len(found)} checks passed: {_lower(sentence)}"
     passed = sum(one.light == "green" for one in found)
-    return f"{passed} of {len(found)} checks passed; {_lower(said)}"
+    return f"{passed} of {len(found)} checks passed; {_lower(sentence)}"
 
 
 def _limits(findings: Mapping[Topic, Sequence[Finding]], *, by_likelihood: bool) -> Answer:
@@ -103,17 +103,19 @@ def _limits(findings: Mapping[Topic, Sequence[Finding]], *, by_likelihood: bool)
     question = "What limits the result, and what should be done next?"
     if light == "green":
         precision = next((one for _, one in weighed if one.check == "precision"), None)
-        said = "No check speaks against the result; what limits it is the number of individuals and of measurements."
+        sentence = (
+            "No check speaks against the result; what limits it is the number of individuals and of measurements."
+        )
         if precision is not None:
-            said += f" {first_sentence(precision.sentence)}"
-        return Answer("limits", question, light, "The data", said, rule)
+            sentence += f" {first_sentence(precision.sentence)}"
+        return Answer("limits", question, light, "The data", sentence, rule)
     words: Mapping[Light, str] = {"amber": "See here", "red": "Resolve this first", "grey": "Checks are missing"}
     if not gravest:
         return Answer("limits", question, "grey", words["grey"], "Nothing was checked.", rule)
-    said = gravest[0].sentence
+    sentence = gravest[0].sentence
     if len(gravest) > 1:
-        said += f" Then look at: {', '.join(_quoted(one.title) for one in gravest[1:])}."
-    return Answer("limits", question, light, words[light], said, rule, tuple(gravest))
+        sentence += f" Then look at: {', '.join(_quote(one.title) for one in gravest[1:])}."
+    return Answer("limits", question, light, words[light], sentence, rule, tuple(gravest))
 
 
 def first_sentence(text: str) -> str:
@@ -127,6 +129,6 @@ def _lower(text: str) -> str:
     return text if len(word) < 2 or word[1:] != word[1:].lower() else text[0].lower() + text[1:]
 
 
-def _quoted(title: str) -> str:
+def _quote(title: str) -> str:
     """Titles may be questions."""
     return f"\u201c{title}\u201d"

@@ -46,7 +46,7 @@ def csv_text(frame: pd.DataFrame, *, float_format: str | None = None) -> str:
         frame: columns of numbers and texts.
         float_format: such as ``%.8g``; None writes every digit.
     """
-    text: str = _changed(frame, cell_text).to_csv(index=False, float_format=float_format)
+    text: str = _map_texts(frame, cell_text).to_csv(index=False, float_format=float_format)
     return text
 
 
@@ -81,10 +81,10 @@ def read_csv(path: Path, *, texts: Sequence[str] = ("id",)) -> pd.DataFrame:
         raise ValueError(
             f"{path} is damaged: it is no table ({problem}). Run its stage again with fresh=true."
         ) from None
-    return _changed(frame, cell_value)
+    return _map_texts(frame, cell_value)
 
 
-def _changed(frame: pd.DataFrame, change: Any) -> pd.DataFrame:
+def _map_texts(frame: pd.DataFrame, change: Any) -> pd.DataFrame:
     """The frame with its texts and column names changed; columns of numbers are not looked at."""
     columns = [frame.iloc[:, place] for place in range(frame.shape[1])]
     made = [

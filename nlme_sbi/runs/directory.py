@@ -4,7 +4,7 @@
 
     outputs/<stage>/<experiment>-<hash8>/
         config.yaml      what was asked for; the hash in the directory's name is over its `config` and `inputs`
-        log/             what was said, TensorBoard, times; not a result
+        log/             messages, TensorBoard, times; not a result
         checkpoint/      what resuming needs; not a result
         ...              results
         manifest.json    written last and atomically: with it the run is finished
@@ -86,12 +86,12 @@ class RunDirectory:
     @property
     def log_directory(self) -> Path:
         """For logs and TensorBoard; its files are not results and may differ between equal runs."""
-        return _made(self.path / _LOG)
+        return _make_directory(self.path / _LOG)
 
     @property
     def checkpoint_directory(self) -> Path:
         """For what resuming needs; its files are not results."""
-        return _made(self.path / _CHECKPOINT)
+        return _make_directory(self.path / _CHECKPOINT)
 
     @property
     def seconds(self) -> float:
@@ -134,7 +134,7 @@ class RunDirectory:
             },
             "results": plain(results),
         }
-        save_json(self.path / MANIFEST, sealed(manifest))
+        save_json(self.path / MANIFEST, seal(manifest))
         self.finished = True
         self.close()
 
@@ -227,7 +227,7 @@ def open_run(
 
 
 @contextlib.contextmanager
-def opened_runs() -> Iterator[list[Path]]:
+def record_opened_runs() -> Iterator[list[Path]]:
     """Collects the directories that :func:`open_run` gives inside the ``with``: which run a stage has made or found."""
     paths: list[Path] = []
     token = _opened.set(paths)
@@ -287,8 +287,8 @@ def _claim(base: Path, *, fresh: bool) -> tuple[Path, IO[str]]:
         ) from None
     except OSError:  # a file system without locks: nothing to hold, and refusing would help nobody
         _log.warning("%s: the file system offers no locks; do not start the same command twice.", newest)
-    # A courtesy to whoever finds it locked: where the disk is full, the first result says so in a sentence. Not through
-    # the file object, whose buffer would be written once more when it is closed.
+    # A courtesy to the process that finds it locked: where the disk is full, the first result says so in a sentence.
+    # Not through the file object, whose buffer would be written once more when it is closed.
     with contextlib.suppress(OSError):
         os.ftruncate(lock.fileno(), 0)
         os.write(lock.fileno(), f"pid {os.getpid()} on {os.uname().nodename}\n".encode())
@@ -370,8 +370,8 @@ def _check_config(run: RunDirectory, text: str) -> None:
         )
 
 
-def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with the hash of its own content, which tells an edited one."""
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the hash of its own content, which reveals an edited one."""
     content = {key: value for key, value in manifest.items() if key != "seal"}
     return {**content, "seal": sha256_of_plain(finite(content))}
 
@@ -438,7 +438,7 @@ def _seconds_of_earlier_sessions(directory: Path, clock: Path) -> float:
         return 0.0  # the clock is a courtesy: a damaged one must not stop a run
 
 
-def _made(directory: Path) -> Path:
+def _make_directory(directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -136,7 +136,7 @@ def load_json(path: Path, shape: Any = None) -> Any:
         if isinstance(error, NotReadable):
             raise
         raise ValueError(f"{path} is damaged: it is not JSON ({error}). {_DAMAGED}") from error
-    _refuse_odd(value, path)
+    _refuse_foreign(value, path)
     if shape is not None:
         check(value, shape, path)
     return value
@@ -167,7 +167,7 @@ def require_regular(path: Path) -> None:
         raise NotReadable(f"{path} is no regular file, so it is not read; put the file itself there.")
 
 
-def _refuse_odd(value: Any, path: Path) -> None:
+def _refuse_foreign(value: Any, path: Path) -> None:
     """Refuse what JSON can hold, no file of ours does, and later code breaks at: deep nesting, endless integers."""
     level = [value]
     for _ in range(_DEEPEST):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nlme_sbi.runs import schema
-from nlme_sbi.runs.directory import CONFIG, MANIFEST, SCHEMA_VERSION, files_below, sealed
+from nlme_sbi.runs.directory import CONFIG, MANIFEST, SCHEMA_VERSION, files_below, seal
 from nlme_sbi.runs.files import load_json, sha256_of_file, sha256_of_plain
 from nlme_sbi.runs.order import order_of_finishing
 from nlme_sbi.runs.remedies import script_command
@@ -35,7 +35,7 @@ class FinishedRun:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What the stage told about its results."""
+        """The stage's results in numbers and words."""
         return self.manifest["results"]  # type: ignore[no-any-return]
 
     @property
@@ -57,7 +57,7 @@ class FinishedRun:
     def folder(self, name: str) -> Path:
         """A folder of results, all of whose files the manifest lists.
 
-        Raises ``ValueError`` where there are none, or where somebody has put a file there that no manifest covers.
+        Raises ``ValueError`` where there are none, or where there is a file that the manifest does not list.
         """
         listed = self._below(name)
         if not listed:
@@ -95,7 +95,7 @@ class FinishedRun:
         """A number among the results; raises ``ValueError`` where there is none of this name."""
         found = self.results.get(name)
         if isinstance(found, bool) or not isinstance(found, (int, float)):
-            raise ValueError(f"{self.path / MANIFEST} is damaged: its results tell no number {name}; {_AGAIN}")
+            raise ValueError(f"{self.path / MANIFEST} is damaged: its results hold no number {name}; {_AGAIN}")
         return float(found)
 
 
@@ -120,7 +120,7 @@ def load_run(path: str | Path, *, stage: str | None = None, verify: bool = True)
             f"{path} has schema version {version}, this nlme_sbi reads {SCHEMA_VERSION}; run its stage again, or use "
             f"the nlme_sbi that wrote it ({by})."
         )
-    if sealed(manifest)["seal"] != manifest.get("seal"):
+    if seal(manifest)["seal"] != manifest.get("seal"):
         raise ValueError(f"{path / MANIFEST} was edited after the run; {_AGAIN}")
     check(manifest, schema.MANIFEST, path / MANIFEST)
     if stage is not None and manifest["stage"] != stage:

@@ -23,7 +23,7 @@ def git_state(directory: Path | None = None) -> dict[str, Any] | None:
     where = Path(nlme_sbi.__file__).resolve().parents[1] if directory is None else directory
     commit = _git(where, "rev-parse", "HEAD")
     changes = _git(where, "status", "--porcelain", "--untracked-files=no")
-    # Files that nobody has added count where they are code; notes and outputs beside it do not.
+    # Untracked files count where they are code; notes and outputs beside it do not.
     added = _git(where, "ls-files", "--others", "--exclude-standard", "--", *_CODE)
     top = _git(where, "rev-parse", "--show-toplevel")
     # An installed copy may lie inside somebody else's repository; its commit would say nothing about this code.
@@ -35,7 +35,7 @@ def git_state(directory: Path | None = None) -> dict[str, Any] | None:
 def committed_files(paths: Iterable[Path]) -> dict[Path, str | None]:
     """For each file the commit of its checkout, None where the file is not in it as it is now.
 
-    That is so of a file that was changed, that nobody has added, that is ignored, and of one outside git.
+    That is so of a file that was changed, that is untracked or ignored, and of one outside git.
     """
     heads: dict[Path, str | None] = {}
     found: dict[Path, str | None] = {}

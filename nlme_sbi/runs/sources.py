@@ -7,7 +7,7 @@ today's.
 Looked at are the modules that ``_target_`` names, their packages, and, transitively, what they import, wherever their
 text does (at the top, in a function, by ``import_module("name")``). Modules that are loaded are also asked which
 modules, classes and functions they hold, because the name of an import may be put together when it runs. Counted are
-modules below the trusted prefixes and ``simulators``, and helpers of theirs that nobody installed (neither in
+modules below the trusted prefixes and ``simulators``, and helpers of theirs that are not installed (neither in
 ``site-packages`` nor in Python's own library). ``nlme_sbi`` itself has a version.
 
 Out of an archive the source is read where it is there, else the compiled code, as for modules without source. Of a
@@ -52,13 +52,13 @@ _imported: dict[str, tuple[ModuleSpec, str]] = {}
 class ChangedSources(ValueError):
     """A run was made with other code than there is now; ``commands`` make it again."""
 
-    def __init__(self, told: str, commands: Sequence[str] = ()) -> None:
-        super().__init__(told + " && ".join(commands))
-        self.told, self.commands = told, tuple(commands)
+    def __init__(self, text: str, commands: Sequence[str] = ()) -> None:
+        super().__init__(text + " && ".join(commands))
+        self.sentence, self.commands = text, tuple(commands)
 
     def and_then(self, command: str) -> ChangedSources:
         """The same with one more command, for what was made from that run."""
-        return ChangedSources(self.told, (*self.commands, command)) if self.commands else self
+        return ChangedSources(self.sentence, (*self.commands, command)) if self.commands else self
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def sources_of(config: Mapping[str, Any], sections: Iterable[str], *, trust: Ite
     found = {}
     for name in sections:
         targets = [target for target in _targets(config.get(name)) if _below(target, prefixes)]
-        files = _behind(targets, prefixes, name)
+        files = _modules_behind(targets, prefixes, name)
         if files:
             found[name] = files
     return found
@@ -121,7 +121,7 @@ def require_same_sources(run: FinishedRun, sections: Sequence[str], *, trust: It
     kept = run.manifest.get("sources")
     if kept is None and today:
         _log.warning(
-            "%s was made before runs kept the source of their simulators: whether it was changed since cannot be told.",
+            "%s was made before runs kept the source of their simulators: whether it was changed since is not known.",
             run.path,
         )
         return
@@ -129,13 +129,13 @@ def require_same_sources(run: FinishedRun, sections: Sequence[str], *, trust: It
     differing = sorted(name for name in {*stored, *now} if stored.get(name) != now.get(name))
     if differing:
         paths = {file.module: file.path for files in today.values() for file in files}
-        raise _changed(run, differing, paths)
+        raise _describe_changes(run, differing, paths)
 
 
 def require_unedited(run: FinishedRun, sections: Sequence[str], *, trust: Iterable[str] = ()) -> None:
     """Refuse a run one of whose files was edited; before its sections are instantiated.
 
-    An edited file may fail in ways that say nothing of the edit, so this comes first; the whole comparison is that of
+    An edited file may fail in ways that do not point to the edit, so this comes first; the whole comparison is that of
     :func:`require_same_sources`. Targets that are not trusted are not looked at: their refusal comes later.
 
     Raises:
@@ -145,7 +145,7 @@ def require_unedited(run: FinishedRun, sections: Sequence[str], *, trust: Iterab
     if all(_below(target, prefixes) for name in sections for target in _targets(run.config.get(name))):
         edited = edited_modules(run.manifest, sections)
         if edited:
-            raise _changed(run, sorted(edited), edited)
+            raise _describe_changes(run, sorted(edited), edited)
 
 
 def edited_modules(manifest: Mapping[str, Any], sections: Sequence[str] | None = None) -> dict[str, Path | None]:
@@ -164,12 +164,12 @@ def _flat(kept: Mapping[str, Mapping[str, str]], sections: Iterable[str]) -> dic
     return {module: sha256 for name in sections for module, sha256 in kept.get(name, {}).items()}
 
 
-def _changed(run: FinishedRun, differing: Sequence[str], paths: Mapping[str, Path | None]) -> ChangedSources:
+def _describe_changes(run: FinishedRun, differing: Sequence[str], paths: Mapping[str, Path | None]) -> ChangedSources:
     first = paths.get(differing[0])
     shown = differing[0] if first is None else f"{_short(first)} ({differing[0]})"
-    told = f"another {shown}" if len(differing) == 1 else f"{len(differing)} other files, first {shown}"
+    text = f"another {shown}" if len(differing) == 1 else f"{len(differing)} other files, first {shown}"
     return ChangedSources(
-        f"{run.path} was made with {told}: the code was changed since, and what the run holds does not belong to it. "
+        f"{run.path} was made with {text}: the code was changed since, and what the run holds does not belong to it. "
         "Put the code back as it was, or make the run again with the settings in its config.yaml: ",
         earlier_commands(run.manifest, run.path),
     )
@@ -199,7 +199,7 @@ def _below(name: str, prefixes: Iterable[str]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _behind(targets: Iterable[str], prefixes: Sequence[str], where: str) -> list[SourceFile]:
+def _modules_behind(targets: Iterable[str], prefixes: Sequence[str], where: str) -> list[SourceFile]:
     """The modules of some targets with all that they import, each once."""
     found: dict[str, SourceFile] = {}
     seen: set[str] = set()
@@ -268,7 +268,7 @@ def _with_packages(name: object) -> list[str]:
 
 
 def _counts(spec: ModuleSpec, prefixes: Sequence[str]) -> bool:
-    """Whether a module's source is looked at: it is trusted or bundled, or nobody has installed it."""
+    """Whether a module's source is looked at: it is trusted or bundled, or not installed."""
     top = spec.name.partition(".")[0]
     if top == _OURS or top in sys.stdlib_module_names:
         return False
@@ -382,19 +382,19 @@ def _imports(content: bytes, spec: ModuleSpec) -> list[str]:
             base = _absolute("." * node.level + (node.module or ""), package)
             names += [base, *(f"{base}.{alias.name}" for alias in node.names)] if base else []
         elif isinstance(node, ast.Call):
-            names.append(_absolute(_named(node), package))
+            names.append(_absolute(_named_imports(node), package))
     held = vars(sys.modules[spec.name]).values() if spec.name in sys.modules else ()
     for thing in list(held):
         kind = type(thing)  # isinstance would ask the thing itself, and some answer with a warning
         if issubclass(kind, ModuleType):
-            # A package holds every module of it that anybody has imported.
+            # A package holds every module of it that has been imported.
             names += [] if is_package and _below(thing.__name__, [spec.name]) else [thing.__name__]
         elif issubclass(kind, (type, FunctionType)):
             names.append(str(thing.__module__))
     return [part for name in dict.fromkeys(names) for part in _with_packages(name)]
 
 
-def _named(call: ast.Call) -> str:
+def _named_imports(call: ast.Call) -> str:
     """What ``import_module("name")`` or ``__import__("name")`` names, where it is written out."""
     function = call.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")

@@ -102,7 +102,7 @@ class StoredDesign:
                 raise ValueError(f"{directory}: {name}.npy has shape {array.shape} where {rows} rows were written.")
         if self.is_shared and self.rows > _MOST_SHARED:  # nothing on the disk holds so many
             raise ValueError(
-                f"{directory / DESCRIPTION} is damaged: it tells of {self.rows} equal rows; at most {_MOST_SHARED}."
+                f"{directory / DESCRIPTION} is damaged: it announces {self.rows} equal rows; at most {_MOST_SHARED}."
             )
         _check_numbers(directory, self._arrays, self._covariates, self._groups)
         if self._course is not None:
@@ -143,7 +143,7 @@ class StoredDesign:
 def _check_names(path: Path, description: dict[str, Any]) -> None:
     """Refuse a description whose arrays are not those of a design, or do not belong together."""
     arrays = set(description["arrays"])
-    odd = sorted(arrays - set(DESIGN_ARRAYS)) or sorted(set(description["shared"]) - arrays)
+    unknown = sorted(arrays - set(DESIGN_ARRAYS)) or sorted(set(description["shared"]) - arrays)
     events = {name for name in DESIGN_ARRAYS if name.startswith("events.")}
     lacking = [name for name in ("times", "observed") if name not in arrays]
     lacking += sorted(events - arrays - {"events.follows"}) if events & arrays else []
@@ -152,9 +152,9 @@ def _check_names(path: Path, description: dict[str, Any]) -> None:
     for name, own in (("covariates", ("covariates",)), ("groups", ("groups",)), ("time_covariates", _COURSE)):
         described = description.get(name) is not None
         lacking += [array for array in own if described and array not in arrays]
-        odd += [array for array in own if not described and array in arrays]
-    if odd or lacking:
-        reason = f"{odd[0]!r} is no array of a design" if odd else f"the array {lacking[0]} is missing"
+        unknown += [array for array in own if not described and array in arrays]
+    if unknown or lacking:
+        reason = f"{unknown[0]!r} is no array of a design" if unknown else f"the array {lacking[0]} is missing"
         raise ValueError(f"{path} does not describe a design: {reason}; run its stage again with fresh=true.")
 
 

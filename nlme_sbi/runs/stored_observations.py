@@ -45,9 +45,9 @@ def load_observations(directory: Path) -> Observations:
     """
     path = directory / _DESCRIPTION
     description = load_json(path, OBSERVATIONS)
-    odd = [name for name in description["arrays"] if name not in _OPTIONAL]
-    if odd:
-        raise ValueError(f"{path} does not describe observations: {odd[0]!r} is none of their arrays.")
+    unknown = [name for name in description["arrays"] if name not in _OPTIONAL]
+    if unknown:
+        raise ValueError(f"{path} does not describe observations: {unknown[0]!r} is none of their arrays.")
     arrays: dict[str, Any] = {}
     for name in ("values", *description["arrays"]):
         found = load_array(directory / f"{name}.npy", mmap=False)

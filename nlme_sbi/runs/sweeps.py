@@ -9,14 +9,14 @@ from typing import Any
 
 import pandas as pd
 
-from nlme_sbi.runs.directory import MANIFEST, opened_runs
+from nlme_sbi.runs.directory import MANIFEST, record_opened_runs
 from nlme_sbi.runs.files import load_json, save_json
 from nlme_sbi.runs.finished import load_run
 from nlme_sbi.runs.schema import JOB
 
 
 @contextmanager
-def recorded_job(directory: Path, number: int, overrides: Sequence[str]) -> Iterator[None]:
+def record_job(directory: Path, number: int, overrides: Sequence[str]) -> Iterator[None]:
     """Around a job of a sweep: write ``job_000.json`` with its overrides, its run and how it ended.
 
     Args:
@@ -25,7 +25,7 @@ def recorded_job(directory: Path, number: int, overrides: Sequence[str]) -> Iter
         overrides: ``KEY=VALUE`` as the sweep gives them to the job.
     """
     record: dict[str, Any] = {"overrides": list(overrides), "run": None, "ended": "interrupted"}
-    with opened_runs() as runs:
+    with record_opened_runs() as runs:
         try:
             yield
             record["ended"] = "finished"

@@ -1,4 +1,4 @@
-"""What comes after the estimates, made where it can be: a part that fails is told in a sentence and left out."""
+"""Results beside the estimates: a part that fails is reported in a sentence and left out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ log = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
 
-def attempted(what: str, make: Callable[[], Made]) -> Made | None:
-    """A part that is made; None where it fails, which is told and does not end a run whose estimates are written.
+def attempt_part(what: str, make: Callable[[], Made]) -> Made | None:
+    """Make a part; None where it fails, which is logged and does not end a run whose estimates are written.
 
     A full disk or a file that cannot be written ends it all the same: the rest would not be written either.
 

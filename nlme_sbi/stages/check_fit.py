@@ -55,7 +55,7 @@ def check_fit(cfg: DictConfig) -> None:
     fit = load_fit(upstream, device=str(device), trust=tuple(plain["trust"]))
     made = run_checks(fit, settings, seed=int(plain["seed"]), root=Path(plain["output_root"]), fresh=plain["fresh"])
     for finding in load_json(made.file(FINDINGS), schema.FINDINGS)["findings"]:
-        _tell(Finding.from_dict(finding))
+        _log_findings(Finding.from_dict(finding))
     log.info("Results: %s (findings.json, *.csv; scripts/report.py draws them)", made.path)
 
 
@@ -81,7 +81,7 @@ def run_checks(
     run = open_run(
         stage=STAGE,
         experiment=str(fit.run.manifest["experiment"]),
-        config=asked_config(settings, seed, fit.device),
+        config=requested_config(settings, seed, fit.device),
         inputs={"fit": fit.run.sha256},
         root=root,
         fresh=fresh,
@@ -99,7 +99,7 @@ def run_checks(
     return load_checks(run.path, fit.run, root)
 
 
-def asked_config(settings: FitCheckSettings, seed: int, device: torch.device) -> dict[str, Any]:
+def requested_config(settings: FitCheckSettings, seed: int, device: torch.device) -> dict[str, Any]:
     """What decides the bytes; fit and data enter by their content."""
     return {"check_fit": {**asdict(settings), "individuals": list(settings.individuals)}, "seed": seed} | {
         "device": device.type
@@ -158,7 +158,7 @@ def find_checks(
     found = finished_checks(fit, root)
     if named == "auto":
         device = choose_device(plain["device"])
-        asked = asked_config(settings, int(plain["seed"]), device)
+        asked = requested_config(settings, int(plain["seed"]), device)
         either = plain["device"] == "auto"
         found = [run for run in found if either or run.config.get("device") == device.type]
         found = [run for run in found if {**run.config, "device": device.type} == asked]
@@ -234,5 +234,5 @@ def _write(file: BinaryIO, text: str) -> None:
     file.write(text.encode())
 
 
-def _tell(finding: Finding) -> None:
+def _log_findings(finding: Finding) -> None:
     log.info("[%s] %s: %s", finding.light, finding.title, finding.sentence)

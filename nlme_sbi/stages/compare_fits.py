@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.config.conversion import convert
-from nlme_sbi.population.results.model_comparison import ComparedFit, compared_fits
+from nlme_sbi.population.results.model_comparison import ComparedFit, compare_models
 from nlme_sbi.runs import FinishedRun, csv_text, load_run, open_run, save_json, write_atomically
 from nlme_sbi.runs.files import sha256_of_plain
 from nlme_sbi.stages.shared.stored_fit import stored_estimates
@@ -36,12 +36,12 @@ def compare_fits(cfg: DictConfig) -> None:
             "outputs/fit_population/RUN outputs/fit_population/RUN"
         )
     root = Path(plain["output_root"])
-    runs = [_found(reference, root) for reference in named]
+    runs = [_find_runs(reference, root) for reference in named]
     if len({run.sha256 for run in runs}) < len(runs):
         raise ValueError("The same fit was named twice; a comparison is between different ones.")
     # Fits that were made before runs kept the source of their simulators are compared by configuration alone.
     kept = all("sources" in run.manifest for run in runs)
-    found = compared_fits([_read(run, by_source=kept) for run in runs])
+    found = compare_models([_read(run, by_source=kept) for run in runs])
     made = open_run(
         stage="compare_fits",
         experiment=runs[0].manifest["experiment"],
@@ -74,7 +74,7 @@ def compare_fits(cfg: DictConfig) -> None:
     log.info("%s\nWritten: %s (comparison.txt, comparison.csv, comparison.json)", found.text(), made.path)
 
 
-def _found(reference: str, root: Path) -> FinishedRun:
+def _find_runs(reference: str, root: Path) -> FinishedRun:
     below = root / "fit_population" / reference
     path = below if not Path(reference).exists() and below.exists() else Path(reference)
     return load_run(path, stage="fit_population")

@@ -39,7 +39,7 @@ from nlme_sbi.stages.checks.network import (
     Check,
     DiagnosisSettings,
     Subject,
-    attempted_check,
+    attempt_check,
     local_checks,
     prior_checks,
 )
@@ -109,25 +109,27 @@ def diagnose(cfg: DictConfig) -> None:
         if run.finished:
             log.info("This diagnosis is finished already: %s (fresh=true makes another)", run.path)
             made = load_run(run.path, stage="diagnose")
-            _tell([Finding.from_dict(one) for one in load_json(made.file(FINDINGS), schema.FINDINGS)["findings"]])
+            _log_findings(
+                [Finding.from_dict(one) for one in load_json(made.file(FINDINGS), schema.FINDINGS)["findings"]]
+            )
             return
         there = None if observations is None else observations.to(device)
-        outcome = diagnosed(Subject(posterior, there, settings, int(plain["seed"])))
+        outcome = run_checks(Subject(posterior, there, settings, int(plain["seed"])))
         _save(run, outcome)
-        _tell(outcome.findings)
+        _log_findings(outcome.findings)
         lights = {finding.check: finding.light for finding in outcome.findings}
         run.finish({"worst": worst(outcome.findings), "lights": lights})
     log.info("Results: %s (findings.json, *.csv, *.png, *.pdf)", run.path)
 
 
-def diagnosed(subject: Subject) -> Outcome:
+def run_checks(subject: Subject) -> Outcome:
     """All checks; one that refuses leaves a grey finding, and the others go on."""
     outcome = Outcome()
     parameters = subject.posterior.parameters
     labels = dict(zip(parameters.names, parameter_labels(parameters), strict=True))
     for check, title, make in (*_ALWAYS, *(() if subject.observations is None else _WITH_DATA)):
-        outcome = outcome.joined(attempted_check(check, title, make, subject))
-    return outcome.joined(Outcome(figures=diagnosis_figures(outcome.tables, labels)))
+        outcome = outcome.merge(attempt_check(check, title, make, subject))
+    return outcome.merge(Outcome(figures=diagnosis_figures(outcome.tables, labels)))
 
 
 def diagnosis_figures(tables: Mapping[str, pd.DataFrame], labels: Mapping[str, str]) -> dict[str, Figure]:
@@ -184,6 +186,6 @@ def _write(file: Any, content: bytes) -> None:
     file.write(content)
 
 
-def _tell(findings: list[Finding]) -> None:
+def _log_findings(findings: list[Finding]) -> None:
     for finding in findings:
         log.info("[%s] %s: %s", finding.light, finding.title, finding.sentence)

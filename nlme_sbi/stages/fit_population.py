@@ -40,7 +40,7 @@ from nlme_sbi.runs import (
     write_atomically,
 )
 from nlme_sbi.runs.stored_observations import sha256_of_observations
-from nlme_sbi.stages.attempts import attempted
+from nlme_sbi.stages.attempts import attempt_part
 from nlme_sbi.stages.fit_predictions import PredictionSettings, predictions_frame
 from nlme_sbi.stages.shared.components import part, refuse_unread_courses, with_stated_prior
 from nlme_sbi.stages.shared.fit_figures import save_figures
@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FitSettings:
-    """The sections ``fit`` and ``figures``: starting points, wished Monte-Carlo error in SE, panels of fits."""
+    """The sections ``fit`` and ``figures``: starting points, target Monte-Carlo error in SE, panels of fits."""
 
     starts: int
     accuracy: float
@@ -79,11 +79,11 @@ class FitSettings:
                 raise ValueError(f"{key} must be at least 1; got {value}.")
         if not accuracy > 0:
             raise ValueError(f"fit.accuracy must be positive; got {accuracy:g}.")
-        return cls(starts, accuracy, panels, _assessment(plain["fit"]))
+        return cls(starts, accuracy, panels, _uncertainty_settings(plain["fit"]))
 
 
-def _assessment(plain: Mapping[str, Any]) -> Assessment:
-    """How uncertainty is told; raises ``ValueError`` with the key."""
+def _uncertainty_settings(plain: Mapping[str, Any]) -> Assessment:
+    """Settings of the confidence intervals; raises ``ValueError`` with the key."""
     try:
         return Assessment(
             methods=tuple(convert(plain["uncertainty"], list[str], "fit.uncertainty")),
@@ -112,7 +112,11 @@ def fit_population(cfg: DictConfig) -> float:
     trust = tuple(plain["trust"])
     device = choose_device(plain["device"])
     upstream = find_posteriors(plain)
-    settings, wished, predicted = FitSettings.of(plain), IndividualSettings.of(plain), PredictionSettings.of(plain)
+    settings, individual_settings, predicted = (
+        FitSettings.of(plain),
+        IndividualSettings.of(plain),
+        PredictionSettings.of(plain),
+    )
     observations: Observations = part(plain["data"], Reader, where="data", trust=trust).read()
     log.info("%s", describe(observations))
     if not upstream:
@@ -169,21 +173,21 @@ def fit_population(cfg: DictConfig) -> float:
                 generator=seeded(device, seed, Stream.FIT_UNCERTAINTY),
                 progress=progress.report,
             )
-        # Nothing that comes after the estimates may cost them: they are written at once, and again with the modes.
+        # Nothing that comes after the estimates may lose them: they are written at once, and again with the modes.
         simulator = upstream[0].section("simulator") if upstream else plain["simulator"]
         _save_tables(run, fit, simulator)
         generator = seeded(device, seed, Stream.FIT_INDIVIDUALS)
-        if wished.modes:
+        if individual_settings.modes:
             search = partial(individual_modes, fit, observations, posterior, generator=generator)
-            fit = replace(fit, modes=attempted("The search for the individuals' modes", search))
+            fit = replace(fit, modes=attempt_part("The search for the individuals' modes", search))
             _save_tables(run, fit, simulator)
         log.info("\n%s", fit.table())
-        attempted("influence.csv", partial(_save_influence, run, fit))
-        save_individuals(run, fit, observations, draws=wished.draws, generator=generator)
+        attempt_part("influence.csv", partial(_save_influence, run, fit))
+        save_individuals(run, fit, observations, draws=individual_settings.draws, generator=generator)
         if predicted.table:
             noise = seeded(device, seed, Stream.FIT_PREDICTIONS)
             made = partial(predictions_frame, fit, observations, posterior.simulator, settings=predicted)
-            attempted("predictions.csv", lambda: _save_predictions(run, made(generator=noise)))
+            attempt_part("predictions.csv", lambda: _save_predictions(run, made(generator=noise)))
         save_figures(
             run.path,
             fit,
@@ -194,7 +198,7 @@ def fit_population(cfg: DictConfig) -> float:
         )
         run.finish(_results(fit))
     if not fit.converged:
-        log.warning("The fit has NOT converged: its numbers are no estimates. %s", fit.message)
+        log.warning("The fit has NOT converged: do not use its numbers as estimates. %s", fit.message)
     log.info(
         "Results: %s (table.txt, parameters.csv, individuals.csv, predictions.csv, fit.json, *.csv, *.npy, *.png)",
         run.path,

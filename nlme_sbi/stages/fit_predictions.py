@@ -21,7 +21,7 @@ from nlme_sbi.diagnostics.measurement_table import (
     IndividualPredictions,
     individual_predictions,
     measurement_table,
-    scattered,
+    scatter,
 )
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.population.objective.individuals import individual_typical
@@ -69,7 +69,7 @@ def predictions_frame(
     What cannot be had is empty, and the log says why.
 
     Args:
-        fit: of these observations. IPRED is at its modes; where no likelihood was climbed to them, at the posterior
+        fit: of these observations. IPRED is at its modes; where they are not maxima of a likelihood, at the posterior
             means of the unconstrained parameters.
         observations: the data.
         simulator: of the fit.
@@ -115,7 +115,7 @@ def _errors(
     settings: PredictionSettings,
     generator: torch.Generator,
 ) -> PredictionErrors | None:
-    """Prediction errors of all individuals or of a part; None where they are not wished or cannot be had."""
+    """Prediction errors of all individuals or of a part; None where they are not asked for or cannot be had."""
     if settings.simulations == 0:
         return None
     count = len(observations)
@@ -141,7 +141,7 @@ def _errors(
             errors.used,
             _needed(some),
         )
-    return scattered(errors, rows, count)
+    return scatter(errors, rows, count)
 
 
 def _needed(observations: Observations) -> int:

@@ -39,7 +39,7 @@ from nlme_sbi.runs import (
 from nlme_sbi.runs.remedies import override, script_command, typed
 from nlme_sbi.runs.schema import FLOATS, check_array
 from nlme_sbi.stages.shared.fit_figures import spread_rows
-from nlme_sbi.stages.shared.prediction_designs import Plan, planned
+from nlme_sbi.stages.shared.prediction_designs import Plan, plan_predictions
 from nlme_sbi.stages.shared.stored_fit import StoredFit, find_fit, load_fit
 from nlme_sbi.types import Design, Simulator
 
@@ -80,8 +80,8 @@ class PredictionSettings:
             save_draws=convert(section["save_draws"], bool, "predict.save_draws"),
             panels=panels,
             theta=convert(plain["theta"], str, "theta"),
-            individuals=_who(plain["individuals"]),
-            new=_whether(plain["new"]),
+            individuals=_read_individuals(plain["individuals"]),
+            new=_read_new(plain["new"]),
         )
 
 
@@ -113,7 +113,7 @@ def predict(cfg: DictConfig) -> None:
     upstream = find_fit(plain)
     sampled = _sampled_theta(settings.theta, upstream, plain)
     fit = load_fit(upstream, device=str(device), trust=trust)
-    plan = planned(plain["design"], fit, individuals=settings.individuals, new=settings.new, trust=trust)
+    plan = plan_predictions(plain["design"], fit, individuals=settings.individuals, new=settings.new, trust=trust)
     if plan.known is not None and fit.draws is None:
         raise ValueError(
             f"{upstream.path} kept no draws of its individuals (individuals.draws=0), so nothing can be predicted for "
@@ -136,24 +136,24 @@ def predict(cfg: DictConfig) -> None:
             load_run(run.path, stage="predict")
             return
         thetas = _thetas(fit, settings, sampled, seeded(device, int(plain["seed"]), Stream.PREDICT_THETA))
-        made, said = _predicted(fit, plan, thetas, settings, seed=int(plain["seed"]))
-        for word in said:
+        made, warnings = _predict_groups(fit, plan, thetas, settings, seed=int(plain["seed"]))
+        for word in warnings:
             log.warning(word)
         _save(run, fit, made, thetas, settings, with_data=plan.like_the_data)
-        run.finish(_results(made, settings, said))
+        run.finish(_results(made, settings, warnings))
     log.info("Results: %s (predictions.csv, *.png)", run.path)
 
 
 def _try_out(fit: StoredFit, plan: Plan) -> None:
-    """One typical individual under every design: what a simulator refuses (doses of a kind) is told before a run is
-    begun."""
+    """One typical individual under every design: what a simulator refuses (doses of a kind) is reported before a run
+    is begun."""
     for group in (plan.known, plan.new):
         if group is not None:
             phi = fit.population.mean(fit.theta).expand(len(group.design), 1, -1)
             outcomes(fit.posterior.simulator, phi, group.design, seeded(fit.device, 0, Stream.PREDICT_NOISE))
 
 
-def _who(given: Any) -> Literal["all", "none"] | tuple[str, ...]:
+def _read_individuals(given: Any) -> Literal["all", "none"] | tuple[str, ...]:
     if given in ("all", "none"):
         return given  # type: ignore[no-any-return]
     # True and 1.0 in a YAML were not typed so: which id is meant is not known.
@@ -165,7 +165,7 @@ def _who(given: Any) -> Literal["all", "none"] | tuple[str, ...]:
     )
 
 
-def _whether(given: Any) -> Literal["auto"] | bool:
+def _read_new(given: Any) -> Literal["auto"] | bool:
     if isinstance(given, bool):
         return given
     if given == "auto":
@@ -233,11 +233,11 @@ def _stored_theta(run: FinishedRun, unknowns: int) -> Float[Tensor, "n P"]:
     return torch.from_numpy(np.array(found)).double()
 
 
-def _predicted(
+def _predict_groups(
     fit: StoredFit, plan: Plan, thetas: Float[Tensor, "K P"], settings: PredictionSettings, *, seed: int
 ) -> tuple[list[Predictions], list[str]]:
-    """Both groups, and what must be said of them."""
-    said, made, simulator = [], [], fit.posterior.simulator
+    """Both groups, and warnings about them."""
+    warnings, made, simulator = [], [], fit.posterior.simulator
     noise = seeded(fit.device, seed, Stream.PREDICT_NOISE)
     if plan.known is not None and fit.draws is not None:
         found = individuals_over_theta(
@@ -249,14 +249,14 @@ def _predicted(
             log_likelihood=fit.log_likelihood(plan.known.rows),
             generator=seeded(fit.device, seed, Stream.PREDICT_KNOWN),
         )
-        said += _weakly_supported(found.support, plan.known.ids)
+        warnings += _support_warnings(found.support, plan.known.ids)
         made.append(_group("individual", plan.known.ids, plan.known.design, found.phi, simulator, settings, noise))
     if plan.new is not None:
         phi = new_individuals(fit.population, thetas, plan.new.design, seeded(fit.device, seed, Stream.PREDICT_NEW))
         made.append(_group("new individual", plan.new.ids, plan.new.design, phi, simulator, settings, noise))
     for group in made:
-        said += _failed(group)
-    return made, said
+        warnings += _failure_warnings(group)
+    return made, warnings
 
 
 def _group(
@@ -272,7 +272,7 @@ def _group(
     return Predictions(kind, ids, design, phi, bands)
 
 
-def _weakly_supported(support: Float[Tensor, " I"], ids: tuple[str, ...]) -> list[str]:
+def _support_warnings(support: Float[Tensor, " I"], ids: tuple[str, ...]) -> list[str]:
     weak = torch.nonzero(support < _LITTLE)[:, 0]
     if len(weak) == 0:
         return []
@@ -284,7 +284,7 @@ def _weakly_supported(support: Float[Tensor, " I"], ids: tuple[str, ...]) -> lis
     ]
 
 
-def _failed(group: Predictions) -> list[str]:
+def _failure_warnings(group: Predictions) -> list[str]:
     broken = torch.nonzero(group.bands.failed)[:, 0]
     if len(broken) == 0:
         return []
@@ -386,13 +386,13 @@ def _save_draws(
             save_array(run.path / "draws" / f"{name}_predictions.npy", found.noise_free)
 
 
-def _results(made: list[Predictions], settings: PredictionSettings, said: list[str]) -> dict[str, Any]:
+def _results(made: list[Predictions], settings: PredictionSettings, warnings: list[str]) -> dict[str, Any]:
     counts = {group.kind: len(group.ids) for group in made}
     return {
         "individuals": counts.get("individual", 0),
         "new_individuals": counts.get("new individual", 0),
         "draws": settings.draws,
-        "warnings": said,
+        "warnings": warnings,
     }
 
 

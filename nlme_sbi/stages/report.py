@@ -1,4 +1,4 @@
-"""The report: what a finished fit says, how far it can be trusted, and where it came from, as one HTML file.
+"""The report of a finished fit: results, reliability and provenance, as one HTML file.
 
 It reads and draws. What is computed from the model is a run of ``check_fit``, which is made here where it is missing.
 """
@@ -18,7 +18,7 @@ from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.compute.progress import Progress
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.report.arviz import to_inference_data
-from nlme_sbi.report.composition import SECTIONS, Composed, composed_report
+from nlme_sbi.report.composition import SECTIONS, ComposedReport, compose_report
 from nlme_sbi.report.inputs.fit_checks import FitChecks
 from nlme_sbi.report.inputs.reported_fit import ReportedFit, read_individuals
 from nlme_sbi.report.page.files import save_report
@@ -43,7 +43,7 @@ Lack = Literal["", "gone", "changed"]
 
 
 @dataclass(frozen=True, eq=False)
-class TakenUp:
+class LoadedFit:
     """A fit that was taken up again, or why that was refused, in a sentence and in a word."""
 
     fit: StoredFit | None
@@ -69,7 +69,7 @@ def report(cfg: DictConfig) -> None:
 
     Raises:
         ValueError: one sentence where there is no fit, or it was edited, or an individual is asked for that it does not
-            have. What cannot be computed (a posterior that is gone, a check that is refused) is told in the report.
+            have. What cannot be computed (a posterior that is gone, a check that is refused) is said in the report.
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     settings = FitCheckSettings.of(plain)
@@ -84,14 +84,14 @@ def report(cfg: DictConfig) -> None:
     inputs = {"fit": upstream}
     inputs |= {} if checks.run is None else {"checks": checks.run}
     inputs |= {} if diagnosis.run is None else {"diagnosis": diagnosis.run}
-    taken = _take_up(upstream, str(device), tuple(plain["trust"])) if with_arviz else TakenUp(None)
+    taken = _load(upstream, str(device), tuple(plain["trust"])) if with_arviz else LoadedFit(None)
     run = open_run(
         stage="report",
         experiment=str(upstream.manifest["experiment"]),
         config={
             "report": plain["report"],
             **({"device": device.type, "posterior": taken.lack or "there"} if with_arviz else {}),
-            **({"checks": checks.lack, "check_fit": _asked(settings)} if checks.run is None else {}),
+            **({"checks": checks.lack, "check_fit": _requested(settings)} if checks.run is None else {}),
         },
         inputs={name: one.sha256 for name, one in inputs.items()},
         root=root,
@@ -111,7 +111,7 @@ def report(cfg: DictConfig) -> None:
                 None if checks.run is None else FitChecks(checks.run),
                 checks.missing,
             )
-            composed = _drawn(run, fit, diagnosis, settings)
+            composed = _draw_report(run, fit, diagnosis, settings)
             if with_arviz:
                 _save_arviz(run, taken)
             for answer in composed.report.answers:
@@ -120,10 +120,12 @@ def report(cfg: DictConfig) -> None:
     log.info("Report: %s", run.path / "report.html")
 
 
-def _drawn(run: RunDirectory, fit: ReportedFit, diagnosis: Diagnosis, settings: FitCheckSettings) -> Composed:
+def _draw_report(
+    run: RunDirectory, fit: ReportedFit, diagnosis: Diagnosis, settings: FitCheckSettings
+) -> ComposedReport:
     """The report, and its files in the run."""
     with Progress(SECTIONS, "section", "sections") as progress:
-        composed = composed_report(
+        composed = compose_report(
             fit, diagnosis, chosen=settings.individuals, each=settings.each, advance=progress.update
         )
     with Progress(len(composed.report.pictures), "figure", "figures") as progress:
@@ -131,7 +133,7 @@ def _drawn(run: RunDirectory, fit: ReportedFit, diagnosis: Diagnosis, settings: 
     return composed
 
 
-def _asked(settings: FitCheckSettings) -> dict[str, Any]:
+def _requested(settings: FitCheckSettings) -> dict[str, Any]:
     return {**asdict(settings), "individuals": list(settings.individuals)}
 
 
@@ -144,7 +146,7 @@ def _checks(named: str, plain: Mapping[str, Any], fit: FinishedRun, settings: Fi
     """
     found = find_checks(named, plain, fit, settings)
     if found is None:
-        taken = _take_up(fit, str(choose_device(plain["device"])), tuple(plain["trust"]))
+        taken = _load(fit, str(choose_device(plain["device"])), tuple(plain["trust"]))
         if taken.fit is None:
             return Checks(None, taken.missing, taken.lack)
         log.info("Checks of the fit are made first; later reports of it read them.")
@@ -166,16 +168,16 @@ def _require_curves(run: FinishedRun, fit: FinishedRun, settings: FitCheckSettin
         )
 
 
-def _take_up(run: FinishedRun, device: str, trust: tuple[str, ...]) -> TakenUp:
+def _load(run: FinishedRun, device: str, trust: tuple[str, ...]) -> LoadedFit:
     try:
-        return TakenUp(load_fit(run, device=device, trust=trust))
+        return LoadedFit(load_fit(run, device=device, trust=trust))
     except ValueError as problem:
         log.warning("The report is made without what needs the posterior: %s", problem)
-        return TakenUp(None, str(problem), "changed" if isinstance(problem, ChangedSources) else "gone")
+        return LoadedFit(None, str(problem), "changed" if isinstance(problem, ChangedSources) else "gone")
 
 
-def _save_arviz(run: RunDirectory, taken: TakenUp) -> None:
-    """``draws.nc``; where it cannot be made that is told, and the report is there all the same."""
+def _save_arviz(run: RunDirectory, taken: LoadedFit) -> None:
+    """``draws.nc``; where it cannot be made that is logged, and the report is there all the same."""
     try:
         if taken.fit is None:
             raise ValueError(taken.missing)
@@ -210,7 +212,7 @@ def _diagnosis(named: str, fit: FinishedRun, root: Path) -> Diagnosis:
     if named != "latest":
         below = root / "diagnose" / named
         path = below if not Path(named).exists() and below.exists() else Path(named)
-        return _matched(load_run(path, stage="diagnose"), fit, command)
+        return _match(load_run(path, stage="diagnose"), fit, command)
     found: list[FinishedRun] = []
     for path in sorted((root / "diagnose").iterdir()) if (root / "diagnose").is_dir() else []:
         try:
@@ -223,10 +225,10 @@ def _diagnosis(named: str, fit: FinishedRun, root: Path) -> Diagnosis:
         return Diagnosis(None, f"{reason} {command}")
     # With the fit's own data before others, then the newest.
     newest = max(matching, key=lambda run: (_same_data(run, fit), str(run.manifest["created"])))
-    return _matched(load_run(newest.path, stage="diagnose"), fit, command)
+    return _match(load_run(newest.path, stage="diagnose"), fit, command)
 
 
-def _matched(run: FinishedRun, fit: FinishedRun, command: str) -> Diagnosis:
+def _match(run: FinishedRun, fit: FinishedRun, command: str) -> Diagnosis:
     if not _is_of(run, fit):
         return Diagnosis(None, f"{run.path.name} is a diagnosis of another network than this fit's. {command}")
     log.info("Diagnosis: %s", run.path)

@@ -15,7 +15,7 @@ from nlme_sbi.compute.progress_bar import ProgressBar
 from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
-from nlme_sbi.population.estimators.auto import chosen_estimator
+from nlme_sbi.population.estimators.auto import choose_estimator
 from nlme_sbi.population.estimators.interface import Estimator, EstimatorChoice, ThetaDependentEstimator
 from nlme_sbi.population.objective.interface import NoDraws, WeightedDraws
 from nlme_sbi.population.theta_posterior.draws import ThetaDraws
@@ -61,7 +61,7 @@ def sample_theta(cfg: DictConfig) -> float:
     made = instantiate(upstream.section("estimator"), trust=trust, where="estimator", roles=STORED_ROLES)
     if not isinstance(made, (Estimator, EstimatorChoice)):
         raise ValueError(f"estimator is a {type(made).__name__}, which is no Estimator; fit again with fresh=true.")
-    estimator, _ = chosen_estimator(made, fit.posterior)
+    estimator, _ = choose_estimator(made, fit.posterior)
     run = open_run(
         stage="sample_theta",
         experiment=str(upstream.manifest["experiment"]),
@@ -80,7 +80,7 @@ def sample_theta(cfg: DictConfig) -> float:
         seed = int(plain["seed"])
         with ProgressBar() as progress:
             progress.report(FitProgress("draws", 0, 0))
-            state = rebuilt_state(fit, estimator, seeded(device, seed, Stream.THETA_STATE))
+            state = rebuild_state(fit, estimator, seeded(device, seed, Stream.THETA_STATE))
             found = sampled_from_posterior(
                 state,
                 fit.theta,
@@ -91,14 +91,14 @@ def sample_theta(cfg: DictConfig) -> float:
                 ids=fit.observations.ids,
                 progress=progress.report,
             )
-        results = _saved(run, found)
+        results = _save(run, found)
         log.info("\n%s", (run.path / "table.txt").read_text())
         run.finish(results)
     log.info("Results: %s (table.txt, summary.csv, theta.csv, theta.npy)", run.path)
     return float(results["rhat"])
 
 
-def rebuilt_state(fit: StoredFit, estimator: Estimator, generator: torch.Generator) -> WeightedDraws:
+def rebuild_state(fit: StoredFit, estimator: Estimator, generator: torch.Generator) -> WeightedDraws:
     """Weighted draws as the fit's estimator makes them at its estimate: as many, but other ones."""
     source, observations = fit.posterior, fit.observations.to(fit.device)
     with torch.no_grad():
@@ -109,17 +109,17 @@ def rebuilt_state(fit: StoredFit, estimator: Estimator, generator: torch.Generat
             raise TypeError(f"estimator {estimator.name} neither prepares draws nor makes them for a theta.")
         else:
             state = prepared
-        wished = fit.estimates.draws or 0
-        while state.draws < wished:
-            better = estimator.improve(state, fit.theta, observations, generator, times=-(-wished // state.draws))
+        target = fit.estimates.draws or 0
+        while state.draws < target:
+            better = estimator.improve(state, fit.theta, observations, generator, times=-(-target // state.draws))
             if isinstance(better, str):
                 break
             state = better
     return state
 
 
-def _saved(run: RunDirectory, found: ThetaDraws) -> dict[str, Any]:
-    """Write draws, summary and table; the results that the manifest tells."""
+def _save(run: RunDirectory, found: ThetaDraws) -> dict[str, Any]:
+    """Write draws, summary and table; the results for the manifest."""
     summary = found.summary()
     texts = {
         "table.txt": found.table(),

@@ -1,4 +1,4 @@
-"""After a sweep: one table of its jobs, told and stored beside them."""
+"""After a sweep: one table of its jobs, printed and stored beside them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def sweep_table(cfg: DictConfig) -> None:
-    """Tell and write ``table.csv`` and ``table.txt`` in the sweep's directory.
+    """Print and write ``table.csv`` and ``table.txt`` in the sweep's directory.
 
     Args:
         cfg: composed configuration with ``sweep`` (a directory or latest) and ``output_root``.

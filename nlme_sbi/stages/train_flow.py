@@ -17,7 +17,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from nlme_sbi.compute.devices import choose_device
-from nlme_sbi.compute.distributed import Team, joined
+from nlme_sbi.compute.distributed import Team, join_team
 from nlme_sbi.compute.random_streams import weights_seed
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.individual_model.time_covariates import time_covariates_read
@@ -87,7 +87,7 @@ def train_flow(cfg: DictConfig) -> float:
         ValueError: one sentence for each wrong input, before training starts.
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    with joined(choose_device(plain["device"])) as team:
+    with join_team(choose_device(plain["device"])) as team:
         return _train_in_team(plain, team)
 
 

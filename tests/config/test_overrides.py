@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nlme_sbi.cli import compose_config
-from nlme_sbi.config.overrides import as_meant
+from nlme_sbi.config.overrides import rewrite_overrides
 
 TYPED = [
     "007",
@@ -76,4 +76,4 @@ def test_options_of_the_data_keep_their_texts_and_open_sections_take_keys(
     "argument", ["--cfg", "-m", "data=egfp", "individuals=choice([1],[2])", "training.steps=100", "~data.signal_units"]
 )
 def test_what_names_nothing_is_left_alone(argument: str) -> None:
-    assert as_meant([argument]) == [argument]
+    assert rewrite_overrides([argument]) == [argument]

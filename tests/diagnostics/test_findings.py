@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from nlme_sbi.diagnostics.findings import Finding, attempted, worst
+from nlme_sbi.diagnostics.findings import Finding, attempt_finding, worst
 
 
 def _finding(light: str) -> Finding:
@@ -33,7 +33,7 @@ def test_a_check_that_refuses_is_grey_with_its_reason_and_bugs_stay_bugs(caplog:
     def refuses() -> Finding:
         raise ValueError("Needs 100 simulations; got 3.")
 
-    found = attempted("sbc", "Ranks", refuses)
+    found = attempt_finding("sbc", "Ranks", refuses)
     assert (found.light, found.check) == ("grey", "sbc")
     assert "Needs 100" in found.sentence
     assert "Needs 100" in caplog.text
@@ -42,4 +42,4 @@ def test_a_check_that_refuses_is_grey_with_its_reason_and_bugs_stay_bugs(caplog:
         raise KeyError("no such thing")
 
     with pytest.raises(KeyError):
-        attempted("sbc", "Ranks", broken)
+        attempt_finding("sbc", "Ranks", broken)

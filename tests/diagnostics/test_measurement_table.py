@@ -13,7 +13,7 @@ from linear_people import MEAN, NOISE, SD, Lines, data_set, people, without
 from scipy.stats import kstest, norm
 
 from nlme_sbi.diagnostics.fit.npde import prediction_errors, prediction_errors_finding
-from nlme_sbi.diagnostics.measurement_table import COLUMNS, individual_predictions, measurement_table, scattered
+from nlme_sbi.diagnostics.measurement_table import COLUMNS, individual_predictions, measurement_table, scatter
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.individual_model.noise import Exponential, Proportional
 from nlme_sbi.parameters import Parameter, ParameterSpace
@@ -129,7 +129,7 @@ def test_columns_that_cannot_be_had_are_empty() -> None:
     assert len(frame) == 12
     phi = people(2, _seeded(2), replicates=300)
     errors = prediction_errors(Lines(), phi, data[[0, 2]], generator=_seeded(3), null=0)
-    some = measurement_table(data, None, scattered(errors, [0, 2], 3))
+    some = measurement_table(data, None, scatter(errors, [0, 2], 3))
     assert some.groupby("id")["NPDE"].count().tolist() == [4, 0, 4]
     with pytest.raises(ValueError, match="were not tested"):
         prediction_errors_finding(errors)

@@ -23,11 +23,11 @@ from scipy.optimize import least_squares
 from scipy.stats import binom, kstwo
 
 from nlme_sbi.diagnostics.data.findings import support_finding
-from nlme_sbi.diagnostics.data.map_fits import BestFits, best_fits, copies_with_the_same_fit, orthogonal
+from nlme_sbi.diagnostics.data.map_fits import BestFits, best_fits, copies_with_the_same_fit, project_out
 from nlme_sbi.diagnostics.data.misspecification import Misspecification, misspecification
 from nlme_sbi.diagnostics.data.residual_tests import residual_tests
 from nlme_sbi.diagnostics.data.summary_tests import replicate_test, support_scores
-from nlme_sbi.diagnostics.fit.replicates import replicated
+from nlme_sbi.diagnostics.fit.replicates import simulate_replicates
 from nlme_sbi.types import Censoring, Observations
 
 CELLS = 20
@@ -57,7 +57,7 @@ def test_false_alarms_are_as_rare_as_stated(kind: dict[str, float], data_sets: i
     for seed in range(data_sets):
         generator = _seeded(seed)
         checks = _checked(well_specified(CELLS, generator, **kind), generator)
-        accused += checks.accused
+        accused += checks.is_rejected
         found.append([checks.residuals.p_model, checks.residuals.p_individuals, checks.replicates.p_value])
     # Stated: at most 5%. A test that keeps it fails here once in a thousand.
     assert accused <= binom.isf(1e-3, data_sets, 0.05)
@@ -109,7 +109,7 @@ def _residuals_of_scipy(phi: np.ndarray, y: np.ndarray, sd: float, prior_sd: np.
 def test_projected_residuals_do_not_depend_on_where_the_fit_stopped() -> None:
     data = well_specified(8, _seeded(4), signals=2, missing=0.2)
     found = _fits(data)
-    left = orthogonal(found.residuals, found.directions)
+    left = project_out(found.residuals, found.directions)
     moved = found.phi + torch.tensor([0.01, -0.01, 0.0])
     size, rate, sd = moved.exp()[:, None, :].unbind(-1)
     curve = size * torch.exp(-rate * data.design.times)
@@ -117,7 +117,7 @@ def test_projected_residuals_do_not_depend_on_where_the_fit_stopped() -> None:
     residuals = torch.where(data.design.observed, residuals, 0.0).flatten(1)
     # A shift of 0.01 changes residuals by up to 0.01 size/sd = 0.4; what stays is of second order, 0.01 of that.
     assert float((residuals - found.residuals).abs().max()) > 0.1
-    assert float((orthogonal(residuals, found.directions) - left).abs().max()) < 0.01
+    assert float((project_out(residuals, found.directions) - left).abs().max()) < 0.01
 
 
 def test_copies_have_the_same_fit_and_the_same_size_of_residuals() -> None:
@@ -128,7 +128,7 @@ def test_copies_have_the_same_fit_and_the_same_size_of_residuals() -> None:
         again = _fits(replace(data, values=copies[:, place]))
         # Equal but for the curvature of the model: fits are known to 0.005, which leaves 0.005^2 times a few tens.
         torch.testing.assert_close(again.phi[:, :2], found.phi[:, :2], atol=1e-3, rtol=0)
-        sizes = [orthogonal(one.residuals * one.sd, one.directions).norm(dim=1) for one in (again, found)]
+        sizes = [project_out(one.residuals * one.sd, one.directions).norm(dim=1) for one in (again, found)]
         torch.testing.assert_close(sizes[0], sizes[1], rtol=1e-2, atol=0)
         assert float((copies[:, place] - data.values).abs().max()) > 0.02
 
@@ -139,7 +139,7 @@ def test_without_residuals_replicates_tell_simulator_and_data_apart() -> None:
     phi = individuals(40, generator)
     values = Decay().simulate(phi, observed(torch.zeros(40, 24, 1).double()).design, generator).values
     data = observed(values)
-    copies = replicated(Black(), phi[:, None].expand(-1, 9, -1), data.design, generator)
+    copies = simulate_replicates(Black(), phi[:, None].expand(-1, 9, -1), data.design, generator)
     fine = replicate_test(Features(Black()), data, copies, exact=False, generator=generator)
     assert fine.p_value > 0.01  # exact: a false alarm once in a hundred
     wrong = replace(data, values=values + 0.3 * torch.sin(TIMES.double())[None, :, None])

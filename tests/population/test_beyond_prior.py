@@ -12,7 +12,7 @@ from theophylline_quadrature import people, quadrature
 from nlme_sbi import Exact, GaussianPopulation, GaussianPrior, PopulationFit, fit_population
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior
-from nlme_sbi.population.fitting.beyond_prior import _exchanges, ruled_out
+from nlme_sbi.population.fitting.beyond_prior import _exchanges, find_prior_conflict
 from nlme_sbi.types import Observations
 from simulators.theophylline import Theophylline
 
@@ -34,7 +34,7 @@ def test_the_prior_decides_where_it_falls_by_more_than_the_likelihood_rises(
     cov = 0.01 * torch.eye(2, dtype=torch.float64)
     here = population.from_moments(torch.tensor([0.1, 0.3], dtype=torch.float64), cov)
     there = population.from_moments(torch.tensor([3.0, 0.3], dtype=torch.float64), cov)
-    assert ruled_out(population, here, there, gain, source) == expected  # the prior falls by 4.5
+    assert find_prior_conflict(population, here, there, gain, source) == expected  # the prior falls by 4.5
 
 
 def test_parameters_of_one_unit_change_places_alone_and_with_those_of_another() -> None:

@@ -18,7 +18,7 @@ from nlme_sbi.population.objective.information_criteria import likelihood_ratio_
 from nlme_sbi.population.objective.variance_tests import VarianceTest
 from nlme_sbi.population.results.effect_table import EffectRow
 from nlme_sbi.population.results.estimates import FitEstimates, LikelihoodValues, ObjectiveError, UnknownEstimate
-from nlme_sbi.population.results.model_comparison import ComparedFit, compared_fits, is_same_model, restrictions
+from nlme_sbi.population.results.model_comparison import ComparedFit, compare_models, is_same_model, restrictions
 
 
 def test_p_values_are_those_of_chi_square_and_of_its_mixtures() -> None:
@@ -86,7 +86,7 @@ CONSTANT = ["mean.a", "mean.b", "log_sd.a"]
 
 def test_the_table_has_differences_from_the_best_and_tests_of_nested_pairs() -> None:
     small, large = written("small", names=CONSTANT, deviance=108.0), written("large", deviance=100.0)
-    found = compared_fits([small, large])
+    found = compare_models([small, large])
     frame = found.frame().set_index("fit")
     assert frame.index.tolist() == ["large", "small"]
     assert frame.loc["small", "aic_difference"] == pytest.approx(8 - 2)
@@ -140,30 +140,30 @@ def test_likelihoods_of_different_things_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"A and B have likelihoods that cannot be compared: that of A is the likelihood"
     ):
-        compared_fits([exact, ratio])
+        compare_models([exact, ratio])
     with pytest.raises(ValueError, match=r"that of B is Laplace's approximation \(laplace\)\. Fit both with the same"):
-        compared_fits([exact, written("B", estimator="laplace", approximation="Laplace")])
+        compare_models([exact, written("B", estimator="laplace", approximation="Laplace")])
     with pytest.raises(ValueError, match="A and B are fits of different data"):
-        compared_fits([exact, written("B", data="other")])
+        compare_models([exact, written("B", data="other")])
     with pytest.raises(ValueError, match="C and B rest on different trained posteriors"):
-        compared_fits([written("C", posterior="other", **RATIO), ratio])
+        compare_models([written("C", posterior="other", **RATIO), ratio])
     with pytest.raises(ValueError, match="at least two fits; got 1"):
-        compared_fits([exact])
+        compare_models([exact])
     with pytest.raises(ValueError, match=r"old was made by an earlier version \(no bicc, simulator, monte_carlo"):
         written("old", bicc=None, simulator="", monte_carlo=None)
     with pytest.raises(ValueError, match="none has no finite likelihood"):
         written("none", aic=None)
     # And what may be compared: exact likelihoods from other networks, and of other simulators without tests.
-    assert len(compared_fits([exact, written("B", posterior="other", names=CONSTANT)]).tests) == 1
-    other = compared_fits([exact, written("B", simulator="other", names=CONSTANT)])
+    assert len(compare_models([exact, written("B", posterior="other", names=CONSTANT)]).tests) == 1
+    other = compare_models([exact, written("B", simulator="other", names=CONSTANT)])
     assert other.tests == ()
     assert "The simulators differ" in other.text()
-    assert "only differences mean something" in compared_fits([ratio, written("D", **RATIO, names=CONSTANT)]).text()
+    assert "only differences mean something" in compare_models([ratio, written("D", **RATIO, names=CONSTANT)]).text()
 
 
 def test_a_larger_model_that_fits_worse_is_told() -> None:
     small, large = written("small", names=CONSTANT, deviance=95.0), written("large")
-    found = compared_fits([small, large])
+    found = compare_models([small, large])
     assert "its fit has not found the highest maximum" in found.tests[0].note
     assert found.tests[0].p == 1.0
     (wrong,) = found.contradictions
@@ -175,12 +175,12 @@ def test_a_larger_model_that_fits_worse_is_told() -> None:
     assert wrong.sentence in found.text()
     assert found.frame().set_index("fit")["contradicted_by"].to_dict() == {"large": "small", "small": ""}
     # Within the error (0.5 and three of 0.28) it may.
-    assert compared_fits([written("small", names=CONSTANT, deviance=98.7), large]).contradictions == ()
+    assert compare_models([written("small", names=CONSTANT, deviance=98.7), large]).contradictions == ()
 
 
 def test_no_test_is_derived_from_a_fit_that_has_not_converged() -> None:
     small, large = written("small", names=CONSTANT, deviance=108.0), written("large", converged=False)
-    found = compared_fits([large, small])
+    found = compare_models([large, small])
     assert found.tests == ()
     assert "large has not converged: its numbers are no basis for a choice, and it is in no test." in found.notes
     assert "large (not converged)" in found.text()
@@ -190,12 +190,12 @@ def test_no_test_is_derived_from_a_fit_that_has_not_converged() -> None:
     assert frame.loc["large", "aic_difference"] == pytest.approx(-6.0)
     # Of three, the two that did are tested.
     third = written("third", names=[*NAMES, "partial_correlation.a.b"], deviance=99.0)
-    assert [(test.smaller, test.larger) for test in compared_fits([small, large, third]).tests] == [("small", "third")]
+    assert [(test.smaller, test.larger) for test in compare_models([small, large, third]).tests] == [("small", "third")]
 
 
 def test_two_estimators_that_contradict_each_other_are_called_so() -> None:
     exact, saem = written("X", deviance=100.0), written("Y", estimator="saem", deviance=109.2)
-    found = compared_fits([saem, exact])
+    found = compare_models([saem, exact])
     (wrong,) = found.contradictions
     assert wrong.sentence == (
         "Y and X are fits of the same model to the same data, but their -2 log L differ by 9.2, which is 33 "
@@ -205,22 +205,22 @@ def test_two_estimators_that_contradict_each_other_are_called_so() -> None:
     assert wrong.sentence in found.text()
     # A test that rests on the lower one is marked.
     small = written("small", names=CONSTANT, deviance=104.0)
-    notes = {(test.smaller, test.larger): test.note for test in compared_fits([saem, exact, small]).tests}
+    notes = {(test.smaller, test.larger): test.note for test in compare_models([saem, exact, small]).tests}
     assert notes["small", "X"] == ""
     assert "larger model fits worse" in notes["small", "Y"]
     lower = written("lower", names=CONSTANT, deviance=112.0)
-    notes = {(test.smaller, test.larger): test.note for test in compared_fits([saem, exact, lower]).tests}
+    notes = {(test.smaller, test.larger): test.note for test in compare_models([saem, exact, lower]).tests}
     assert notes["lower", "Y"] == "Not to be used: Y has not found its maximum, as X shows."
     # Without a Monte-Carlo error the difference is told without one.
     sure = [
         written(name, deviance=value, estimator="laplace", approximation="Laplace", monte_carlo=SURE)
         for name, value in (("X", 100.0), ("Y", 101.0))
     ]
-    assert "differ by 1, which no Monte-Carlo error explains" in compared_fits(sure).text()
+    assert "differ by 1, which no Monte-Carlo error explains" in compare_models(sure).text()
 
 
 def test_two_estimators_that_agree_are_called_so() -> None:
-    found = compared_fits([written("X", deviance=100.0), written("Y", estimator="saem", deviance=100.8)])
+    found = compare_models([written("X", deviance=100.0), written("Y", estimator="saem", deviance=100.8)])
     assert found.contradictions == ()
     assert (
         "X and Y are fits of the same model; their -2 log L agree (difference 0.8, Monte-Carlo SE 0.28)." in found.notes
@@ -229,7 +229,7 @@ def test_two_estimators_that_agree_are_called_so() -> None:
 
 def test_a_variance_at_zero_and_none_are_equal_models() -> None:
     vanished, constant = written("A", names=CONSTANT, vanished=["b"]), written("B", names=CONSTANT, deviance=100.1)
-    found = compared_fits([vanished, constant])
+    found = compare_models([vanished, constant])
     assert is_same_model(vanished, constant)
     assert found.contradictions == ()
     assert any(
@@ -238,7 +238,7 @@ def test_a_variance_at_zero_and_none_are_equal_models() -> None:
     )
     (test,) = found.tests
     assert test.p > 0.3
-    apart = compared_fits([vanished, written("B", names=CONSTANT, deviance=109.2)])
+    apart = compare_models([vanished, written("B", names=CONSTANT, deviance=109.2)])
     assert "A and B are fits of the same model to the same data" in apart.contradictions[0].sentence
     assert apart.tests[0].note == "Not to be used: B has not found its maximum, as A shows."
 
@@ -251,13 +251,13 @@ def test_other_forms_of_a_covariate_effect_are_other_models() -> None:
 
     power, linear = by_weight("power", "power", deviance=90.0), by_weight("linear", "linear", deviance=99.0)
     assert not is_same_model(power, linear)
-    found = compared_fits([power, linear, written("without", deviance=104.0)])
+    found = compare_models([power, linear, written("without", deviance=104.0)])
     assert found.contradictions == ()
     assert {(test.smaller, test.larger) for test in found.tests} == {("without", "power"), ("without", "linear")}
     larger = by_weight("larger", "linear", more=["effect.b.WT"])
     assert restrictions(power, larger) is None
     assert restrictions(linear, larger) == (1, 0)
-    assert len(compared_fits([power, by_weight("again", "power", deviance=95.0)]).contradictions) == 1
+    assert len(compare_models([power, by_weight("again", "power", deviance=95.0)]).contradictions) == 1
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_other_forms_of_a_covariate_effect_are_other_models() -> None:
 def test_other_models_contradict_nobody(change: dict[str, object]) -> None:
     base, other = written("X", deviance=100.0), written("Y", deviance=140.0, **change)
     assert not is_same_model(base, other)
-    assert compared_fits([base, other]).contradictions == ()
+    assert compare_models([base, other]).contradictions == ()
 
 
 @pytest.mark.slow
@@ -291,6 +291,6 @@ def test_criteria_of_a_fit_count_what_was_estimated() -> None:
     ]
     assert same[0].estimates.vanished == ("decay",)
     assert same[1].estimates.fixed == {Unknown("log_sd", "decay"): pytest.approx(math.log(0.2))}
-    (test,) = compared_fits(same).tests  # an SD of 0.2 is one value of those that the other fit could choose
+    (test,) = compare_models(same).tests  # an SD of 0.2 is one value of those that the other fit could choose
     assert (test.restrictions, test.variances_at_zero) == (1, 0)
     assert test.statistic == pytest.approx(2 * (fit.objective - varying.objective))

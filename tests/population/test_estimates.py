@@ -16,7 +16,7 @@ from closed_form import closed_fit, even_case
 
 from nlme_sbi.population import GaussianPopulation
 from nlme_sbi.population.results.estimates import FitEstimates, LikelihoodValues, UnknownEstimate
-from nlme_sbi.population.results.model_comparison import ComparedFit, compared_fits
+from nlme_sbi.population.results.model_comparison import ComparedFit, compare_models
 from nlme_sbi.population.results.table import TableRow
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
 from nlme_sbi.report.sections.convergence import convergence_section
@@ -168,7 +168,7 @@ def test_estimates_without_draws_compare_without_a_monte_carlo_error() -> None:
         ComparedFit(name, one, data="d", posterior="", simulator="s")
         for name, one in (("large", large), ("small", small))
     )
-    found = compared_fits([first, second])
+    found = compare_models([first, second])
     assert [fit.label for fit in found.fits] == ["large", "small"]
     (test,) = found.tests
     assert test.statistic == pytest.approx(5.5)

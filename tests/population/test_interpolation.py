@@ -17,11 +17,11 @@ from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import Exact, GaussianPopulation
 from nlme_sbi.population.estimators import exact_draws
 from nlme_sbi.population.estimators.exact_draws import ExactDraws
-from nlme_sbi.population.estimators.interpolation import InterpolatedDraws, interpolated
-from nlme_sbi.population.likelihood.log_joint import interleaved
+from nlme_sbi.population.estimators.interpolation import InterpolatedDraws, interpolate_along_constants
+from nlme_sbi.population.likelihood.log_joint import interleave
 from nlme_sbi.population.objective.objective import hessian, value_and_gradient
 from nlme_sbi.population.theta_posterior.prior import ThetaPriors
-from nlme_sbi.population.theta_posterior.sampler import EnsembleSampler, _prepared, sample_theta, support_warnings
+from nlme_sbi.population.theta_posterior.sampler import EnsembleSampler, _prepare_draws, sample_theta, support_warnings
 from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.types import Design, Observations
 
@@ -75,16 +75,16 @@ def test_likelihoods_hold_as_far_as_constants_may_go(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(exact_draws, "_DIRECT", 0)  # as where the data are many: expanded, not evaluated
     state, theta = drawn(GaussianPopulation(constant=("scale", "sigma")), 128)
     covariance = torch.diag(torch.full((4,), 0.08, dtype=DOUBLE).square())
-    far = interpolated(state, covariance)
+    far = interpolate_along_constants(state, covariance)
     assert far.reach.tolist() == pytest.approx([0.48, 0.48])
     block, plain = far.blocks[0], state.blocks[0]
     inside = plain.log_ratio > plain.log_ratio.amax(1, keepdim=True) - 10  # draws that can matter
     for change in ([0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.4, 0.0], [0.0, -0.15, -0.2, 0.0], [0.3, 0.1, 0.3, 0.2]):
         at = theta + torch.tensor(change, dtype=DOUBLE)
         constants = at[1:3].expand(len(plain.rows), plain.phi.shape[1], -1)
-        phi = interleaved(state.population, plain.phi, constants)
+        phi = interleave(state.population, plain.phi, constants)
         exact = Levels().log_likelihood(measured(), phi) - Levels().log_likelihood(
-            measured(), interleaved(state.population, plain.phi, theta[1:3].expand_as(constants))
+            measured(), interleave(state.population, plain.phi, theta[1:3].expand_as(constants))
         )
         exact = exact + plain.log_ratio + state.population.log_prob(plain.phi, at, plain.design)
         # exp(-2 u) through five points of [-0.48, 0.48] is off by 2e-4 of the sum of squares at most; products of two
@@ -95,7 +95,7 @@ def test_likelihoods_hold_as_far_as_constants_may_go(monkeypatch: pytest.MonkeyP
             assert float((plain.log_weights(at) - exact)[inside].abs().max()) > 1.0
     at = theta + torch.tensor([0.0, 0.0, 0.6, 0.0], dtype=DOUBLE)
     assert bool((block.log_weights(at) < plain.log_ratio - 50).all())  # nothing is claimed beyond
-    assert float(interpolated(state, None).reach.min()) == 1.0
+    assert float(interpolate_along_constants(state, None).reach.min()) == 1.0
     part = far.part(torch.tensor([1, 4]), slice(0, 20))
     torch.testing.assert_close(part.blocks[0].log_weights(theta), block.log_weights(theta)[[1, 4], :20])
 
@@ -140,17 +140,17 @@ def test_draws_are_asked_what_they_can_do_and_not_what_they_are() -> None:
     state, theta = drawn(GaussianPopulation(constant=("scale", "sigma")), 128)
     members = ("population", "blocks", "individuals", "draws", "fitted", "part", "half", "training_draws", "warnings")
     plain = SimpleNamespace(**{name: getattr(state, name) for name in members})
-    assert _prepared(plain, theta, None, 1000) is plain
+    assert _prepare_draws(plain, theta, None, 1000) is plain
     reached = SimpleNamespace(**vars(plain))
     able = SimpleNamespace(**vars(plain), along_constants=lambda _: reached)
-    assert _prepared(able, theta, None, 1000) is reached
-    assert isinstance(_prepared(state, theta, None, 1000), InterpolatedDraws)
+    assert _prepare_draws(able, theta, None, 1000) is reached
+    assert isinstance(_prepare_draws(state, theta, None, 1000), InterpolatedDraws)
 
 
 @pytest.mark.slow
 def test_constants_that_reach_the_end_are_told() -> None:
     state, theta = drawn(GaussianPopulation(constant=("scale", "sigma")), 64)
-    far = interpolated(state, torch.diag(torch.full((4,), 0.02, dtype=DOUBLE).square()))
+    far = interpolate_along_constants(state, torch.diag(torch.full((4,), 0.02, dtype=DOUBLE).square()))
     thetas = theta.repeat(50, 1)
     assert support_warnings(far, theta, thetas) == ()
     thetas[:10, 2] += 0.119
@@ -169,7 +169,7 @@ def test_draws_evaluate_the_likelihood_wherever_the_constants_go() -> None:
     for shift in (-1.5, 0.0, 0.7):
         moved = theta.index_add(0, torch.tensor([noise]), torch.tensor([shift], dtype=DOUBLE))
         constants = state.population.constants(moved, block.design)[:, None].expand(-1, block.phi.shape[1], -1)
-        phi = interleaved(state.population, block.phi, constants)
+        phi = interleave(state.population, block.phi, constants)
         observations = state.joint.observations
         expected = state.joint.simulator.log_likelihood(observations, phi) - block.log_q
         expected = expected + state.population.log_prob(block.phi, moved, block.design)

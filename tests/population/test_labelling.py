@@ -14,7 +14,7 @@ from nlme_sbi.individual_model.noise import Additive
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, PriorRatio, fit_population
-from nlme_sbi.population.fitting.label_switching import exchange_between, in_order, labelling_notes
+from nlme_sbi.population.fitting.label_switching import apply_ordering, exchange_between, labelling_notes
 from nlme_sbi.posteriors import PosteriorSamples
 
 DOUBLE = torch.float64
@@ -44,14 +44,14 @@ def test_an_exchange_is_the_same_density_of_exchanged_individuals(name: str) -> 
     model = SYMMETRIC[name].bind(SPACE, data)
     assert model.why_not_exchangeable("fast", "slow") == ""
     theta = random_theta(model, 1)
-    turned = model.exchanged(theta, "fast", "slow")
+    turned = model.exchange(theta, "fast", "slow")
     phi = torch.randn((len(WEIGHT), 7, 4), generator=torch.Generator().manual_seed(2), dtype=DOUBLE)
     columns = list(model.varying)
     before = model.log_prob(phi[..., columns], theta, data.design)
     after = model.log_prob(phi[..., [2, 1, 0, 3]][..., columns], turned, data.design)
     torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(model.means(turned, data.design), model.means(theta, data.design)[:, [2, 1, 0, 3]])
-    torch.testing.assert_close(model.exchanged(turned, "fast", "slow"), theta, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.exchange(turned, "fast", "slow"), theta, rtol=1e-9, atol=1e-9)
     if name != "the same fixed values":
         assert float((turned - theta).abs().max()) > 0.01
 
@@ -77,7 +77,7 @@ def test_where_the_model_tells_them_apart_it_says_why(name: str) -> None:
     model = specification.bind(SPACE, with_covariates({"weight": WEIGHT, "sex": SEX}))
     assert reason in model.why_not_exchangeable("fast", "slow")
     with pytest.raises(ValueError, match="fast and slow cannot be exchanged in this population model"):
-        model.exchanged(random_theta(model, 1), "fast", "slow")
+        model.exchange(random_theta(model, 1), "fast", "slow")
     (note,) = labelling_notes(model, (("fast", "slow"),), random_theta(model, 1))
     assert f"but not in this population model, because {model.why_not_exchangeable('fast', 'slow')}" in note
 
@@ -91,18 +91,18 @@ def test_a_chain_is_sorted_and_what_is_in_order_stays_as_it_is() -> None:
     model = GaussianPopulation(ordering=["slow", "gain", "fast"]).bind(SPACE)
     theta = random_theta(model, 3)
     theta[:3] = torch.tensor([3.0, 2.0, 1.0])
-    turned = in_order(model, theta)
+    turned = apply_ordering(model, theta)
     assert turned[:3].tolist() == [1.0, 2.0, 3.0]
     assert turned[4:7].tolist() == theta[[6, 5, 4]].tolist()  # SDs travel with their means
-    assert in_order(model, turned) is turned
+    assert apply_ordering(model, turned) is turned
     unordered = GaussianPopulation().bind(SPACE)
-    assert in_order(unordered, theta) is theta
+    assert apply_ordering(unordered, theta) is theta
 
 
 def test_a_mirror_image_is_recognised_and_another_point_is_not() -> None:
     model = GaussianPopulation(covariance="full").bind(SPACE)
     theta = random_theta(model, 4)
-    other = model.exchanged(theta, "fast", "slow")
+    other = model.exchange(theta, "fast", "slow")
     se = torch.full((len(theta),), 0.01, dtype=DOUBLE)
     names = ("fast", "gain", "slow")
     assert exchange_between(model, theta, other + 0.01, names=names, se=se, within=3.0) == ("fast", "slow")
@@ -181,7 +181,7 @@ def test_the_fit_is_presented_under_the_labelling_that_is_asked_for(high: str, l
 def test_both_labellings_are_one_maximum_exchanged() -> None:
     """Independent draws on either side agree within Monte-Carlo error: estimates, errors, likelihood, individuals."""
     first, second = fitted(("delta", "gamma")), fitted(("gamma", "delta"))
-    turned = second.population.exchanged(second.theta, "delta", "gamma")
+    turned = second.population.exchange(second.theta, "delta", "gamma")
     se = first.standard_errors
     assert bool(((first.theta - turned).abs() < 0.2 * se + 1e-9).all())
     assert first.minus_two_log_likelihood == pytest.approx(
@@ -189,7 +189,7 @@ def test_both_labellings_are_one_maximum_exchanged() -> None:
         abs=5 * 2 * (first.monte_carlo.objective_se + second.monte_carlo.objective_se) + 0.01,
     )
     jacobian = torch.autograd.functional.jacobian(
-        lambda at: second.population.exchanged(at, "delta", "gamma"), second.theta
+        lambda at: second.population.exchange(at, "delta", "gamma"), second.theta
     )
     errors = (jacobian @ second.covariance @ jacobian.T).diagonal().sqrt()
     torch.testing.assert_close(errors, se, rtol=0.1, atol=0)
@@ -209,7 +209,7 @@ def test_a_labelling_that_was_not_reached_is_not_claimed() -> None:
     model = GaussianPopulation(constant=("sigma",), ordering=["delta", "gamma"]).bind(Mirrored.parameters)
     theta = torch.tensor([1.0, 2.0, 0.0, 0.0, 0.0], dtype=DOUBLE)
     assert "did not stay" in labelling_notes(model, Mirrored.exchangeable, theta)[0]
-    assert "shown with delta > gamma" in labelling_notes(model, Mirrored.exchangeable, in_order(model, theta))[0]
+    assert "shown with delta > gamma" in labelling_notes(model, Mirrored.exchangeable, apply_ordering(model, theta))[0]
 
 
 def refused(ordering: list[str], words: str, *, known: bool = True, **settings: object) -> None:

@@ -73,7 +73,7 @@ def test_where_everything_is_linear_it_is_exact(constant: tuple[str, ...], covar
     assert fit.approximation == fit.to_dict()["approximation"] == "Laplace"
     assert "compare only with other fits of it" in text
     assert "Monte-Carlo SE" not in "".join(fit.table().heading)
-    assert any("estimator=exact tells it" in warning for warning in fit.warnings)
+    assert any("estimator=exact computes it" in warning for warning in fit.warnings)
     assert not any("is poor" in warning for warning in fit.warnings)
 
 

@@ -18,11 +18,11 @@ from nlme_sbi.numerics.factorizations import cholesky_or_diagonal, eigh_or_diago
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import Exact, GaussianPopulation, Laplace, PopulationFit, PriorRatio, Saem, fit_population
 from nlme_sbi.population.estimators.auto import Auto
-from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior, tempered
+from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior, temper_weights
 from nlme_sbi.population.fitting.likelihood_search import Task
 from nlme_sbi.population.objective.individuals import individual_estimates
 from nlme_sbi.population.objective.likelihood_point import NoLikelihoodError, Point
-from nlme_sbi.population.objective.trust_region import gained
+from nlme_sbi.population.objective.trust_region import log_likelihood_gain
 from nlme_sbi.population.objective.verification import Verification, verify_maximum
 from nlme_sbi.types import Design, Observations, Prior
 
@@ -235,7 +235,7 @@ def test_gains_are_told_by_values_where_they_are_clear_and_by_scores_where_not(
         beside[4] += shift
         exact = -0.5 * (closed_deviance(beside.numpy()) - maximum[1])
         # The trapezoidal rule errs by a share of the loss; values by their Monte-Carlo error.
-        assert gained(top, work.point(beside)) == pytest.approx(exact, rel=0.2, abs=0.003)
+        assert log_likelihood_gain(top, work.point(beside)) == pytest.approx(exact, rel=0.2, abs=0.003)
 
 
 @pytest.mark.slow
@@ -278,7 +278,7 @@ def test_guesses_without_a_network_lie_where_the_likelihood_is() -> None:
 
 def test_tempered_weights_keep_several_draws() -> None:
     value = torch.tensor([[0.0, -1e3, -2e3, -5e3, -1e4], [-torch.inf] * 5, [0.0, -0.1, -0.2, -0.1, 0.0]], dtype=DOUBLE)
-    effective = 1 / tempered(value, 2.0).square().sum(1)
+    effective = 1 / temper_weights(value, 2.0).square().sum(1)
     assert effective.tolist() == pytest.approx([2.0, 5.0, 5.0], rel=0.02)
 
 

@@ -117,8 +117,8 @@ def test_only_those_for_whom_a_scan_finds_modes_are_drawn_again(monkeypatch: pyt
     estimator = Exact(draws=64, max_draws=64)
     arguments = source, joint.observations
     everybody = torch.arange(40)
-    first = estimator._made(joint, (everybody, joint.centres.clone()), *arguments, seeded(), draws=64)
-    found = estimator.search_wider(*arguments, first, joint.theta, seeded(1))
+    first = estimator._make_draws(joint, (everybody, joint.centres.clone()), *arguments, seeded(), draws=64)
+    found = estimator.scan_for_modes(*arguments, first, joint.theta, seeded(1))
     assert found is not None
     again, columns = found
     assert 0 in columns
@@ -128,7 +128,7 @@ def test_only_those_for_whom_a_scan_finds_modes_are_drawn_again(monkeypatch: pyt
     assert int((gained == 0).sum()) > 5  # and others keep their draws
     assert len(again.modes.rows.unique()) == 40
     assert bool((again.modes.rows.diff() >= 0).all())
-    whole = estimator.look_again(*arguments, again, joint.theta, seeded(2))
+    whole = estimator.search_modes_again(*arguments, again, joint.theta, seeded(2))
     told = contributions(whole, joint.theta)
     assert float(((told - after).abs() < 0.3).double().mean()) > 0.9
 
@@ -139,18 +139,18 @@ def test_of_very_many_a_part_decides_whether_the_others_are_scanned(monkeypatch:
     known, _ = mode_scan.distinct_modes(joint, torch.arange(30), joint.centres.clone())
     monkeypatch.setattr(mode_scan, "_LOOKED_AT", 4)
     monkeypatch.setattr(mode_scan, "_WORST", 2)
-    all_of_them = mode_scan.unseen_modes(joint, known, seeded())
+    all_of_them = mode_scan.find_unseen_modes(joint, known, seeded())
     assert all_of_them is not None
     monkeypatch.setattr(mode_scan, "_MANY", 10)
     monkeypatch.setattr(mode_scan, "_PROBED", 8)
     monkeypatch.setattr(mode_scan, "_NEGLIGIBLE_OF_MANY", -1.0)
-    by_parts = mode_scan.unseen_modes(joint, known, seeded())
+    by_parts = mode_scan.find_unseen_modes(joint, known, seeded())
     assert by_parts is not None
     assert by_parts.columns == all_of_them.columns
     people = set(all_of_them.rows.tolist())
     assert len(people & set(by_parts.rows.tolist())) > 0.9 * len(people)
     monkeypatch.setattr(mode_scan, "_NEGLIGIBLE_OF_MANY", 1e9)
-    not_worth_it = mode_scan.unseen_modes(joint, known, seeded())
+    not_worth_it = mode_scan.find_unseen_modes(joint, known, seeded())
     assert not_worth_it is not None
     assert len(not_worth_it.rows.unique()) < 0.9 * len(people)
 
@@ -162,7 +162,7 @@ def test_those_who_are_fitted_worst_are_looked_at(monkeypatch: pytest.MonkeyPatc
     value = joint.value(best.rows, best.means[:, None])[:, 0]
     monkeypatch.setattr(mode_scan, "_LOOKED_AT", 5)
     monkeypatch.setattr(mode_scan, "_WORST", 3)
-    some = mode_scan._looked_at(joint, known, seeded())
+    some = mode_scan._choose_scanned(joint, known, seeded())
     assert set(best.rows[torch.argsort(value)[:3]].tolist()) <= set(some.tolist())
     assert len(some) <= 8
 

@@ -12,7 +12,7 @@ import torch
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import GaussianPopulation
 from nlme_sbi.population.results.derived_quantities import summarise
-from nlme_sbi.population.results.intervals import interval_lines, made_interval
+from nlme_sbi.population.results.intervals import interval_lines, make_interval
 from nlme_sbi.population.results.table import population_table
 
 DOUBLE = torch.float64
@@ -261,7 +261,7 @@ def test_intervals_have_errors_on_the_scale_of_their_rows(method: str) -> None:
         place = model.unknowns.names.index(unknown)
         estimate = float(theta[place])
         limits = (estimate, estimate - 0.4, estimate + 0.4)
-        row = made_interval(model, place, limits, method=method, level=0.95, se=0.2, monte_carlo_se=0.0)
+        row = make_interval(model, place, limits, method=method, level=0.95, se=0.2, monte_carlo_se=0.0)
         assert row.quantity == label
         assert row.natural == pytest.approx(change(estimate))
         assert row.natural_se == pytest.approx(0.2 * central(change, estimate), rel=1e-8)
@@ -272,7 +272,7 @@ def test_intervals_have_errors_on_the_scale_of_their_rows(method: str) -> None:
         assert line.startswith(row.quantity)
         assert f"  {row.natural_se:.3g}  " in line
     share = model.unknowns.entry("mean", "share")
-    profile = made_interval(model, share, (0.4, 0.0, 0.8), method="profile", level=0.95, se=None, monte_carlo_se=0.0)
+    profile = make_interval(model, share, (0.4, 0.0, 0.8), method="profile", level=0.95, se=None, monte_carlo_se=0.0)
     assert profile.natural_se is None
 
 

@@ -244,7 +244,7 @@ def test_draws_expanded_anew_are_exact_where_an_expansion_was_not(monkeypatch: p
     x = np.linspace(-1.0 - 10 * sd, -1.0 + 10 * sd, 200_001)
     integrands = [norm.pdf(y, np.exp(-np.exp(x)), other) * norm.pdf(x, -1.0, sd) for y in values]
     expected = torch.tensor([math.log(each.sum() * (x[1] - x[0])) for each in integrands], dtype=DOUBLE)
-    again = state.expanded_at(moved)
+    again = state.expand_about(moved)
     error = (1 / effective_draws(again, moved) - 1 / again.draws).clamp_min(1e-12).sqrt()
     assert float(error.max()) < 0.1
     assert bool(((contributions(again, moved) - expected).abs() < 4 * error + 1e-3).all())

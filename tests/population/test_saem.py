@@ -26,9 +26,9 @@ from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.numerics.t_mixtures import Mixtures
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import GaussianPopulation, Laplace, Saem, fit_population
-from nlme_sbi.population.estimators.interface import Found, SelfOptimizingEstimator, ThetaDependentEstimator
+from nlme_sbi.population.estimators.interface import SearchResult, SelfOptimizingEstimator, ThetaDependentEstimator
 from nlme_sbi.population.estimators.saem.convergence import check_stationarity, drift, mean_covariance
-from nlme_sbi.population.estimators.saem.mcmc import CompleteData, Kernels, begun, swept
+from nlme_sbi.population.estimators.saem.mcmc import CompleteData, Kernels, start_chains, sweep_chains
 from nlme_sbi.population.estimators.saem.stochastic_approximation import newton_step
 from nlme_sbi.population.likelihood.laplace_components import distinct_modes
 from nlme_sbi.population.likelihood.log_joint import JointDensity
@@ -51,7 +51,7 @@ def searched(
     start: torch.Tensor,
     *,
     accuracy: float = 0.3,
-) -> Found:
+) -> SearchResult:
     first = estimator.prepare(samples, data, model, seeded())
     return estimator.search(samples, data, start, first, seeded(), accuracy=accuracy, report=silent)
 
@@ -181,10 +181,12 @@ def chained(sweeps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Time averages of x and of x < 0 of every chain, ``(2, individuals, chains)``, and their oracles."""
     data, kernels, theta, values = square_case()
     generator = seeded(2)
-    chains = begun(data, theta, torch.full((2, 300, 1), 0.5, dtype=DOUBLE))
+    chains = start_chains(data, theta, torch.full((2, 300, 1), 0.5, dtype=DOUBLE))
     total = torch.zeros(2, 2, 300, dtype=DOUBLE)
     for turn in range(20 + sweeps):
-        chains, kernels, _ = swept(data, chains, kernels, theta, generator, turn=turn, rate=0.5 if turn < 20 else 0.0)
+        chains, kernels, _ = sweep_chains(
+            data, chains, kernels, theta, generator, turn=turn, rate=0.5 if turn < 20 else 0.0
+        )
         if turn >= 20:
             total += torch.stack([chains.points[..., 0], (chains.points[..., 0] < 0).double()]) / sweeps
     x = np.linspace(-4, 5, 20001)
@@ -292,7 +294,7 @@ def standing(case: ConjugateCase, simulator: Linear, model: PopulationModel, the
     found, at = distinct_modes(joint, every, joint.centre.expand(len(every), -1))
     data = CompleteData.of(simulator, model, case.observations, chains=4)
     kernels = Kernels.around(joint, found, at, target=0.35)
-    chains = begun(data, theta, found.means[:, None].expand(-1, 4, -1).clone())
+    chains = start_chains(data, theta, found.means[:, None].expand(-1, 4, -1).clone())
     return check_stationarity(data, chains, kernels, theta, seeded(), sweeps=60)[0]
 
 

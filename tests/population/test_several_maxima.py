@@ -16,10 +16,10 @@ from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import Exact, GaussianPopulation, Laplace, PopulationFit, fit_population
 from nlme_sbi.population.estimators.initialization import likelihood_of
 from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior
-from nlme_sbi.population.fitting.rivals import highest
+from nlme_sbi.population.fitting.rivals import choose_highest
 from nlme_sbi.population.likelihood.laplace_components import distinct_modes
 from nlme_sbi.population.likelihood.log_joint import JointDensity
-from nlme_sbi.population.likelihood.mode_scan import unseen_modes
+from nlme_sbi.population.likelihood.mode_scan import find_unseen_modes
 from nlme_sbi.population.results.restart import Restart
 from nlme_sbi.types import Design, Observations
 
@@ -80,7 +80,7 @@ def test_a_scan_finds_the_mode_that_newton_passed_by(count: int) -> None:
     known, _ = distinct_modes(joint, rows, joint.centres.clone())  # from the typical value only
     start = torch.cat([known.means[known.rows == row][0] for row in rows]).numpy()
     assert (np.abs(start - right) > 0.05).mean() > 0.3  # most are caught elsewhere
-    found = unseen_modes(joint, known, seeded())
+    found = find_unseen_modes(joint, known, seeded())
     assert found is not None
     assert found.columns == (0,)
     both, _ = distinct_modes(joint, torch.cat([known.rows, found.rows]), torch.cat([known.means, found.points]))
@@ -92,10 +92,10 @@ def test_where_everything_was_seen_a_scan_finds_nothing() -> None:
     joint, _ = waves(6, seed=2)
     right = torch.tensor(best_of_grid(joint))[:, None]
     known, _ = distinct_modes(joint, torch.arange(6), right)
-    first = unseen_modes(joint, known, seeded())
+    first = find_unseen_modes(joint, known, seeded())
     if first is not None:  # others may hold a share of the mass; once they are known, too, there is no news
         known, _ = distinct_modes(joint, torch.cat([known.rows, first.rows]), torch.cat([known.means, first.points]))
-    assert unseen_modes(joint, known, seeded(1)) is None
+    assert find_unseen_modes(joint, known, seeded(1)) is None
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_a_rival_that_ends_higher_is_the_estimate(known: PopulationFit) -> None:
         begun.append(begin["mean.level"])
         return replace(fit, theta=fit.theta + 5, objective=fit.objective + 0.4, restarts=(), message="Converged.")
 
-    found = highest(fit, climb)
+    found = choose_highest(fit, climb)
     assert begun == [3.0]
     assert found.objective == fit.objective + 0.4
     assert [one.verdict for one in found.restarts] == ["lower", "same"]
@@ -226,7 +226,9 @@ def test_a_rival_that_ends_lower_or_at_the_same_place_is_none(
     known: PopulationFit, shift: float, gain: float, verdict: str
 ) -> None:
     fit = with_rival(known)
-    found = highest(fit, lambda _: replace(fit, theta=fit.theta + shift, objective=fit.objective + gain, restarts=()))
+    found = choose_highest(
+        fit, lambda _: replace(fit, theta=fit.theta + shift, objective=fit.objective + gain, restarts=())
+    )
     assert found.objective == fit.objective
     assert [one.verdict for one in found.restarts] == ["same", verdict]
 
@@ -238,4 +240,4 @@ def test_a_rival_without_a_likelihood_is_passed_by(known: PopulationFit) -> None
     def climb(_):
         raise ValueError("The likelihood is 0.")
 
-    assert highest(fit, climb) is fit
+    assert choose_highest(fit, climb) is fit

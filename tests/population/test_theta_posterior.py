@@ -80,7 +80,7 @@ def test_correlations_follow_the_lkj_density() -> None:
 
 def test_own_priors_take_the_place_of_defaults_and_unknown_names_are_refused() -> None:
     _, prior = three_parameters(given={"log_sd.b": {"mean": -1.0, "sd": 0.3}})
-    assert prior.described()[4] == "normal(-1, 0.3)"
+    assert prior.describe()[4] == "normal(-1, 0.3)"
     theta = torch.zeros(9, dtype=DOUBLE)
     moved = theta.clone()
     moved[4] = -1.3
@@ -190,7 +190,7 @@ def test_chains_stuck_apart_and_short_ones_are_told(drawn: tuple) -> None:
     apart = found.theta.clone()
     apart[:1, ..., 0] += 3 * found.theta[..., 0].std()
     said = convergence_warnings(state.population, apart)
-    assert any("have not met" in word and "uptake (" in word and "omega" not in word for word in said)
+    assert any("have not converged" in word and "uptake (" in word and "omega" not in word for word in said)
     short = convergence_warnings(state.population, found.theta[:, :4, :20])
     assert any("Fewer than 400 effective draws" in word for word in short)
 

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from nlme_sbi.diagnostics.findings import Finding, Light
 from nlme_sbi.plots.canvas import BLACK, BLUE, canvas
-from nlme_sbi.report.page.content import Answer, Cell, Picture, Report, Section, Table, Words, attempted_section, number
-from nlme_sbi.report.page.drawing import inline_svg, saved_figure
-from nlme_sbi.report.page.html import embedded_json, page
+from nlme_sbi.report.page.content import Answer, Cell, Picture, Report, Section, Table, Words, attempt_section, number
+from nlme_sbi.report.page.drawing import inline_svg, render_figure
+from nlme_sbi.report.page.html import embed_json, page
 from nlme_sbi.report.verdict import first_sentence, verdict
 
 HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)>\u2028&'
@@ -30,7 +30,7 @@ def drawing() -> Figure:
     return figure
 
 
-SVGS = {"static": saved_figure(drawing(), "svg", name="static")}
+SVGS = {"static": render_figure(drawing(), "svg", name="static")}
 
 
 def whole(words: str) -> Report:
@@ -71,13 +71,13 @@ def test_the_page_asks_no_network_and_the_browser_forbids_it() -> None:
 
 
 def test_numbers_that_json_does_not_have_are_refused_or_null() -> None:
-    assert json.loads(embedded_json({"a": [float("inf"), 1 / 3, 2, True, None, "x"]})) == {
+    assert json.loads(embed_json({"a": [float("inf"), 1 / 3, 2, True, None, "x"]})) == {
         "a": [None, 0.33333, 2, True, None, "x"]
     }
 
 
 def test_pictures_follow_the_page_and_repeat_to_the_byte() -> None:
-    text = inline_svg(saved_figure(drawing(), "svg", name="a"))
+    text = inline_svg(render_figure(drawing(), "svg", name="a"))
     assert text.startswith("<svg ")
     assert 'aria-hidden="true"' in text.split(">")[0]
     assert not re.search(r"\s(width|height)=", text.split(">")[0])
@@ -85,9 +85,9 @@ def test_pictures_follow_the_page_and_repeat_to_the_byte() -> None:
     assert BLUE.lower() not in text.lower()
     assert "a &lt; b" in text  # text stays text, which can be found and read out
     for kind in ("png", "pdf", "svg"):
-        assert saved_figure(drawing(), kind, name="a") == saved_figure(drawing(), kind, name="a"), kind
+        assert render_figure(drawing(), kind, name="a") == render_figure(drawing(), kind, name="a"), kind
     ids = [
-        set(re.findall(r' id="([mpc][0-9a-f]{8,})"', inline_svg(saved_figure(drawing(), "svg", name=name))))
+        set(re.findall(r' id="([mpc][0-9a-f]{8,})"', inline_svg(render_figure(drawing(), "svg", name=name))))
         for name in "ab"
     ]
     assert ids[0]
@@ -108,7 +108,7 @@ def test_a_section_that_is_refused_is_a_grey_finding() -> None:
     def refused() -> Section:
         raise ValueError("The data have no covariates.")
 
-    (found,) = attempted_section("covariates", "Covariates", refused).findings
+    (found,) = attempt_section("covariates", "Covariates", refused).findings
     assert (found.light, found.sentence) == ("grey", "The data have no covariates.")
 
 

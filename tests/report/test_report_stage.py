@@ -18,10 +18,10 @@ from omegaconf import OmegaConf
 
 from nlme_sbi.cli import compose_config
 from nlme_sbi.report import composition
-from nlme_sbi.report.inputs.commands import Command, _quoted, command_of
+from nlme_sbi.report.inputs.commands import Command, _quote, command_of
 from nlme_sbi.report.page.content import Section
 from nlme_sbi.runs import FinishedRun, load_run, save_json, sha256_of_file
-from nlme_sbi.runs.directory import sealed
+from nlme_sbi.runs.directory import seal
 from nlme_sbi.stages.report import report
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -52,7 +52,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(composition, name, lambda *_, made=made, **__: made)
     monkeypatch.setattr("nlme_sbi.report.sections.provenance.command_of", lambda *_: Command("python scripts/..."))
     monkeypatch.setattr(
-        "nlme_sbi.report.page.files.drawn_figure", lambda *_, **__: {"svg": b'<svg viewBox="0 0 1 1"></svg>'}
+        "nlme_sbi.report.page.files.render_all_kinds", lambda *_, **__: {"svg": b'<svg viewBox="0 0 1 1"></svg>'}
     )
 
 
@@ -70,7 +70,7 @@ def told(run: FinishedRun) -> dict[str, dict[str, str]]:
 def reseal(run: FinishedRun, **changes: object) -> None:
     """Change a manifest as somebody would who knows how it is sealed."""
     manifest = json.loads((run.path / "manifest.json").read_text())
-    save_json(run.path / "manifest.json", sealed({**manifest, **changes}))
+    save_json(run.path / "manifest.json", seal({**manifest, **changes}))
 
 
 @pytest.mark.usefixtures("bare")
@@ -133,7 +133,7 @@ def test_a_fit_of_an_older_version_gives_what_it_has(root: Path) -> None:
 
 REFUSED = {
     "an unknown individual": (["check_fit.individuals=[77]"], r'^check_fit\.individuals: "77" is not in this fit'),
-    "an individual twice": (["check_fit.individuals=[1,1]"], r"^check_fit\.individuals names somebody twice"),
+    "an individual twice": (["check_fit.individuals=[1,1]"], r"^check_fit\.individuals names an individual twice"),
     "individuals that are no list": (["check_fit.individuals=all"], r"^check_fit\.individuals must be a list of ids"),
     "nobody": (["check_fit.each=0"], r"^check_fit\.each must be at least 1; got 0"),
     "a number in words": (["check_fit.replicates=many"], r"^check_fit\.replicates"),
@@ -169,19 +169,19 @@ def test_a_diagnosis_counts_for_its_own_network_and_data_only(root: Path) -> Non
     outputs = {"findings.json": {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}}
     inputs = fit.manifest["inputs"]
     manifest = {**fit.manifest, "stage": "diagnose", "outputs": outputs, "inputs": inputs}
-    save_json(made / "manifest.json", sealed(manifest))
+    save_json(made / "manifest.json", seal(manifest))
     answers = reported(root).results
     assert (answers["network"], answers["familiar"]) == ("green", "amber")
 
     other_data = {**inputs, "data": {"sha256": "0" * 64, "path": None}}
-    save_json(made / "manifest.json", sealed({**manifest, "inputs": other_data}))
+    save_json(made / "manifest.json", seal({**manifest, "inputs": other_data}))
     shutil.rmtree(root / "report")
     run = reported(root)
     assert (run.results["network"], run.results["familiar"]) == ("green", "grey")
     assert "made with other data than this fit" in told(run)["misspecification"]["sentence"]
 
     another = {**inputs, "posterior": {"sha256": "0" * 64, "path": None}}
-    save_json(made / "manifest.json", sealed({**manifest, "inputs": another}))
+    save_json(made / "manifest.json", seal({**manifest, "inputs": another}))
     shutil.rmtree(root / "report")
     run = reported(root)
     assert (run.results["network"], run.results["familiar"]) == ("grey", "grey")
@@ -225,7 +225,7 @@ LEAVES = st.one_of(st.none(), st.booleans(), st.integers(-(10**6), 10**6), st.fl
 @settings(max_examples=25)  # the grammar's parser takes a tenth of a second for each
 @given(st.one_of(LEAVES, st.lists(LEAVES, max_size=3)))
 def test_values_survive_the_grammar_of_overrides(value: object) -> None:
-    (parsed,) = OverridesParser.create().parse_overrides([f"key={_quoted(value)}"])
+    (parsed,) = OverridesParser.create().parse_overrides([f"key={_quote(value)}"])
     assert parsed.value() == value
 
 

@@ -44,7 +44,7 @@ def root(fitted: Path, tmp_path: Path) -> Path:
 def quick_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """How figures reach the disk takes ten times as long as the rest, and is tested elsewhere."""
     svg = b'<svg viewBox="0 0 1 1"></svg>'
-    monkeypatch.setattr("nlme_sbi.report.page.files.drawn_figure", lambda *_, **__: {"svg": svg})
+    monkeypatch.setattr("nlme_sbi.report.page.files.render_all_kinds", lambda *_, **__: {"svg": svg})
 
 
 @pytest.fixture

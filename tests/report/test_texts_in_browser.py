@@ -11,7 +11,7 @@ import pytest
 
 from nlme_sbi.plots.canvas import canvas
 from nlme_sbi.report.page.content import Picture, Report, Section
-from nlme_sbi.report.page.drawing import saved_figure
+from nlme_sbi.report.page.drawing import render_figure
 from nlme_sbi.report.page.html import page as page_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -81,7 +81,7 @@ def report_of(texts: tuple[str, ...]) -> str:
     )
     section = Section("part", texts[0], texts[1], (), pictures)
     report = Report(texts[0], texts[1], (), (), (section,), "0")
-    return page_of(report, {name: saved_figure(figure, "svg", name=name) for name in ("map", "fit")})
+    return page_of(report, {name: render_figure(figure, "svg", name=name) for name in ("map", "fit")})
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 from nlme_sbi.cli import compose_config
 from nlme_sbi.runs import load_run, open_run
-from nlme_sbi.runs.sweeps import find_sweep, recorded_job
+from nlme_sbi.runs.sweeps import find_sweep, record_job
 from nlme_sbi.stages.sweep_table import sweep_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,7 @@ def test_every_job_is_a_row_with_what_was_varied_and_its_run(tmp_path: Path, lau
 
 def test_an_interrupted_job_has_its_run_and_no_results(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with recorded_job(tmp_path / "multirun" / "1", 0, ["seed=1"]):
+        with record_job(tmp_path / "multirun" / "1", 0, ["seed=1"]):
             open_run(stage="simulate", experiment="any", config={}, inputs={}, root=tmp_path).close()
             raise KeyboardInterrupt
 

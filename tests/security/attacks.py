@@ -28,7 +28,7 @@ import numpy as np
 
 import nlme_sbi
 from nlme_sbi.runs import save_json, sha256_of_file
-from nlme_sbi.runs.directory import sealed
+from nlme_sbi.runs.directory import seal
 
 # Modules that do something when they are imported, are no use outside of Python's own tests, or need a display.
 _LEFT_OUT = {"antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "lib2to3", "__main__", "pty"}
@@ -195,7 +195,7 @@ def mutated(value: Any, chosen: random.Random) -> Any:
 def write_sealed(run: Path, manifest: Any) -> None:
     """Put a manifest into a run as an attacker would, who can make the seal as well as we."""
     try:
-        text = json.dumps(sealed(manifest) if isinstance(manifest, dict) else manifest)
+        text = json.dumps(seal(manifest) if isinstance(manifest, dict) else manifest)
     except RecursionError:
         text = '{"config": ' + "[" * 5000 + "]" * 5000 + "}"
     (run / "manifest.json").write_text(text)
@@ -207,7 +207,7 @@ def sealed_again(run: Path) -> None:
     for name, output in manifest["outputs"].items():
         if (run / name).is_file():
             output.update(sha256=sha256_of_file(run / name), bytes=(run / name).stat().st_size)
-    save_json(run / "manifest.json", sealed(manifest))
+    save_json(run / "manifest.json", seal(manifest))
 
 
 def odd_array(chosen: random.Random, array: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 
 from nlme_sbi.runs import directory as run_directory
 from nlme_sbi.runs import find_run, load_run, open_run, save_array
-from nlme_sbi.runs.directory import sealed
+from nlme_sbi.runs.directory import seal
 
 NOW = datetime.datetime.now(datetime.timezone.utc)
 
@@ -49,7 +49,7 @@ def found(root: Path) -> Path:
 
 def redated(path: Path, created: str) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(sealed({**manifest, "created": created})))
+    (path / "manifest.json").write_text(json.dumps(seal({**manifest, "created": created})))
 
 
 def test_a_clock_that_went_back_is_noticed_and_said(tmp_path: Path, clock, caplog) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from nlme_sbi.report.sections.provenance import origins
 from nlme_sbi.runs import load_array, load_run, save_array
-from nlme_sbi.runs.directory import sealed
+from nlme_sbi.runs.directory import seal
 
 sys.path.insert(0, str(Path(__file__).parent))
 from attacks import ODD, claimed_array, mutated, odd_array, outcome, sealed_again, watched, write_sealed
@@ -290,6 +290,6 @@ def test_a_seal_that_is_right_is_not_what_admits_a_run(root: Path) -> None:
     path = run_of(root, "simulate")
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["results"]["simulations_per_second"] = 1.0
-    assert sealed(manifest)["seal"] != manifest["seal"]
+    assert seal(manifest)["seal"] != manifest["seal"]
     write_sealed(path, manifest)
     assert load_run(path).number("simulations_per_second") == 1.0

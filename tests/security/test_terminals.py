@@ -44,7 +44,7 @@ def test_refusals_results_and_logs_show_them(odd: str, tmp_path: Path, capsys: p
         LongTable(tmp_path / "odd.csv").read()
     assert commands(str(refusal.value)) == []
     assert commands(quoted(odd)) == []
-    cli._tell(f"Individual {odd} is refused.")
+    cli._print(f"Individual {odd} is refused.")
     formatter = cli._Words()
     record = logging.LogRecord("nlme_sbi", logging.WARNING, "", 0, f"Individual {odd}", None, None)
     run = open_run(stage="simulate", experiment="pk", config={"seed": 1}, inputs={}, root=tmp_path)

@@ -23,7 +23,7 @@ from nlme_sbi.diagnostics.fit.vpc import visual_predictive_check
 from nlme_sbi.population.theta_posterior.individuals import new_individuals
 from nlme_sbi.report.inputs.fit_checks import FitChecks
 from nlme_sbi.runs import FinishedRun, load_run, save_json, sha256_of_file
-from nlme_sbi.runs.directory import sealed
+from nlme_sbi.runs.directory import seal
 from nlme_sbi.stages.check_fit import check_fit, find_checks
 from nlme_sbi.stages.checks.fit import FitCheckSettings
 from nlme_sbi.stages.fit_population import fit_population
@@ -208,7 +208,7 @@ def test_a_fit_without_a_likelihood_is_checked_by_simulation(tmp_path: Path, mon
 
 REFUSED = {
     "an unknown individual": (["check_fit.individuals=[77]"], r'^check_fit\.individuals: "77" is not in this fit'),
-    "an individual twice": (["check_fit.individuals=[1,1]"], r"^check_fit\.individuals names somebody twice"),
+    "an individual twice": (["check_fit.individuals=[1,1]"], r"^check_fit\.individuals names an individual twice"),
     "individuals that are no list": (["check_fit.individuals=all"], r"^check_fit\.individuals must be a list of ids"),
     "nobody": (["check_fit.each=0"], r"^check_fit\.each must be at least 1; got 0"),
     "a number in words": (["check_fit.replicates=many"], r"^check_fit\.replicates"),
@@ -277,7 +277,7 @@ def test_checks_of_another_fit_are_refused(root: Path) -> None:
     (path,) = (root / "check_fit").iterdir()
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["inputs"]["fit"]["sha256"] = "0" * 64
-    save_json(path / "manifest.json", sealed(manifest))
+    save_json(path / "manifest.json", seal(manifest))
     with pytest.raises(
         ValueError, match=r"holds checks of another fit than .* Check the fit: python scripts/check_fit"
     ):
@@ -288,7 +288,7 @@ def test_checks_of_another_fit_are_refused(root: Path) -> None:
 DAMAGED = {
     "rows that the fit does not have": ("checks.json", lambda told: {**told, "checked": [0, 12]}),
     "shown for no reason": ("checks.json", lambda told: {**told, "shown": [{"row": 1, "reason": "liked"}]}),
-    "no confidence": ("checks.json", lambda told: {**told, "confidence": None}),
+    "lacks the confidence": ("checks.json", lambda told: {**told, "confidence": None}),
     "a confidence in percent": ("checks.json", lambda told: {**told, "confidence": 95}),
     "other bands": ("checks.json", lambda told: {**told, "curve_probabilities": [0.5]}),
     "fewer curves than people": ("checks.json", lambda told: {**told, "shown": told["shown"][:3]}),
@@ -303,7 +303,7 @@ def test_what_somebody_forged_is_told_by_its_file(root: Path, case: str) -> None
     save_json(path / name, change(json.loads((path / name).read_text())))
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["outputs"][name] = {"sha256": sha256_of_file(path / name), "bytes": (path / name).stat().st_size}
-    save_json(path / "manifest.json", sealed(manifest))
+    save_json(path / "manifest.json", seal(manifest))
     checks = FitChecks(load_run(path, stage="check_fit"))
     with pytest.raises(ValueError, match="is damaged: "):
         _ = (checks.checked, checks.shown, checks.vpc("vpc"), checks.curves(), checks.findings(("vpc",)))

@@ -18,7 +18,7 @@ import nlme_sbi.stages.diagnose as diagnose_stage
 import nlme_sbi.stages.fit_population as fit_stage
 import nlme_sbi.stages.report as report_stage
 from nlme_sbi.cli import compose_config
-from nlme_sbi.report.composition import Composed
+from nlme_sbi.report.composition import ComposedReport
 from nlme_sbi.report.page.content import Report
 from nlme_sbi.runs import ChangedSources, load_run, save_json
 from nlme_sbi.stages.compare_fits import compare_fits
@@ -118,7 +118,7 @@ def without_figures(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(fit_stage, "save_figures", lambda *_, **__: None)
     patched.setattr(diagnose_stage, "diagnosis_figures", lambda *_: {})
     # What a report says where the fit cannot be taken up is tested with the report; here, whether it was.
-    patched.setattr(report_stage, "composed_report", lambda reported, *_, **__: composed(reported.missing))
+    patched.setattr(report_stage, "compose_report", lambda reported, *_, **__: composed(reported.missing))
     patched.setattr(
         report_stage,
         "save_report",
@@ -126,9 +126,9 @@ def without_figures(patched: pytest.MonkeyPatch) -> None:
     )
 
 
-def composed(missing: str) -> Composed:
+def composed(missing: str) -> ComposedReport:
     """A page without parts, which says under its title what is missing."""
-    return Composed(Report("", missing, (), (), ()))
+    return ComposedReport(Report("", missing, (), (), ()))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from nlme_sbi.individual_model.mechanistic import NumpySimulator
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.runs import FinishedRun, read_csv
-from nlme_sbi.stages.attempts import attempted
+from nlme_sbi.stages.attempts import attempt_part
 from nlme_sbi.stages.fit_population import fit_population
 from nlme_sbi.stages.simulate import simulate
 from nlme_sbi.stages.train_flow import train_flow
@@ -226,7 +226,7 @@ def test_a_full_disk_is_no_part_that_can_be_left_out() -> None:
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        attempted("Something", full)
+        attempt_part("Something", full)
 
 
 def test_prediction_errors_of_a_part_and_none_at_all(

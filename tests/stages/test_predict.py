@@ -13,7 +13,7 @@ import pytest
 
 from nlme_sbi.cli import compose_config
 from nlme_sbi.runs import FinishedRun, save_json
-from nlme_sbi.runs.directory import sealed
+from nlme_sbi.runs.directory import seal
 from nlme_sbi.stages.predict import predict
 from nlme_sbi.stages.sample_theta import sample_theta
 from nlme_sbi.stages.shared.stored_fit import load_fit
@@ -221,7 +221,7 @@ def test_the_posterior_of_theta_is_sampled_and_predicted_from(root: Path) -> Non
 
 REFUSED = {
     "an unknown id": (["individuals=[1,77]"], r'^individuals: "77" is not in this fit, which has 1, 2, 3'),
-    "an id twice": (["individuals=[1,1]"], r"^individuals names somebody twice"),
+    "an id twice": (["individuals=[1,1]"], r"^individuals names an individual twice"),
     "individuals of another kind": (["individuals=some"], r"^individuals must be all, none, or a list of ids"),
     "nobody": (["individuals=none", "new=false"], r"^Nothing is left to predict"),
     "no dose for new ones": (
@@ -266,12 +266,12 @@ def test_fits_that_cannot_be_gone_on_from_are_refused(root: Path) -> None:
     stored.unlink()
     manifest = json.loads((fit.path / "manifest.json").read_text())
     del manifest["outputs"]["individual_draws.npy"]
-    save_json(fit.path / "manifest.json", sealed(manifest))
+    save_json(fit.path / "manifest.json", seal(manifest))
     with pytest.raises(ValueError, match=r"kept no draws of its individuals .*individuals=none"):
         predicted(root)
     shutil.rmtree(fit.path / "observations")
     manifest["outputs"] = {name: told for name, told in manifest["outputs"].items() if not name.startswith("observ")}
-    save_json(fit.path / "manifest.json", sealed(manifest))
+    save_json(fit.path / "manifest.json", seal(manifest))
     with pytest.raises(ValueError, match=r"holds no data .*Run its command again"):
         predicted(root)
     (fit.path / "manifest.json").unlink()
@@ -283,13 +283,13 @@ def test_the_posterior_may_move_with_the_fit_but_not_be_another(root: Path) -> N
     run = only_run(root, "fit_population")
     manifest = json.loads((run.path / "manifest.json").read_text())
     manifest["inputs"]["posterior"]["path"] = str(root.parent / "gone")
-    save_json(run.path / "manifest.json", sealed(manifest))
+    save_json(run.path / "manifest.json", seal(manifest))
     (upstream,) = (root / "train_flow").iterdir()
     upstream.rename(root / "train_flow" / "renamed")
     assert load_fit(run.path, device="cpu").draws is not None
     other = root / "train_flow" / "renamed" / "manifest.json"
     trained = json.loads(other.read_text())
     trained["outputs"]["weights.safetensors"]["sha256"] = "0" * 64
-    save_json(other, sealed(trained))
+    save_json(other, seal(trained))
     with pytest.raises(ValueError, match=r"is not there any more, or was changed\. It was .*gone"):
         load_fit(run.path, device="cpu")

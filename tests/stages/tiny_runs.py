@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from nlme_sbi.cli import compose_config
 from nlme_sbi.runs import FinishedRun, load_run, save_json, sha256_of_file
-from nlme_sbi.runs.directory import sealed
+from nlme_sbi.runs.directory import seal
 
 ROOT = Path(__file__).resolve().parents[2]
 THEOPHYLLINE = ROOT / "data" / "theophylline" / "theophylline.csv"
@@ -161,4 +161,4 @@ def forge(run: FinishedRun, **config: object) -> None:
     for name, output in manifest["outputs"].items():
         path = run.path / name
         output.update(sha256=sha256_of_file(path), bytes=path.stat().st_size)
-    save_json(run.path / "manifest.json", sealed(manifest))
+    save_json(run.path / "manifest.json", seal(manifest))

@@ -1,4 +1,4 @@
-"""What the checks of misspecification say in plain words."""
+"""Findings of the checks of misspecification, in plain words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nlme_sbi.diagnostics.findings import Finding, Light
 _WORDS = {
     "correlation": "neighbouring ones are alike",
     "run": "ones of the same sign come in runs",
-    "farthest": "single ones stick out",
+    "farthest": "single ones are outliers",
     "waves": "they go up and down in waves",
 }
 _STRONG = 0.5  # correlation of neighbouring residuals that makes a model useless for what lies between
@@ -19,16 +19,18 @@ _NAMED = 5
 def model_finding(tests: ResidualTests) -> Finding:
     """Whether individuals have something in common that the simulator cannot make."""
     share = float(tests.named.double().mean())
-    rejected = tests.p_model <= tests.level or tests.many
-    light: Light = "green" if not rejected else "red" if tests.many or tests.correlation > _STRONG else "amber"
-    told = f"neighbouring residuals are correlated by {tests.correlation:.2f}"
+    rejected = tests.p_model <= tests.level or tests.has_many_outliers
+    light: Light = (
+        "green" if not rejected else "red" if tests.has_many_outliers or tests.correlation > _STRONG else "amber"
+    )
+    extent = f"neighbouring residuals are correlated by {tests.correlation:.2f}"
     most = _WORDS[STATISTICS[int(tests.common.argmax())]]
     if light == "green":
-        sentence = f"Residuals about the individuals' best fits look like noise (p = {tests.p_model:.2g}; {told})."
+        sentence = f"Residuals about the individuals' best fits look like noise (p = {tests.p_model:.2g}; {extent})."
     else:
         sentence = (
             f"The simulator cannot make these data: residuals about the individuals' best fits are not like noise, "
-            f"foremost because {most} (p = {tests.p_model:.2g}; {told}; {100 * share:.0f}% of the individuals are "
+            f"foremost because {most} (p = {tests.p_model:.2g}; {extent}; {100 * share:.0f}% of the individuals are "
             "outliers by themselves). Look at their fits, and change the mechanism or the noise model; posteriors of "
             "its parameters are too narrow."
         )
@@ -62,7 +64,7 @@ def individuals_finding(tests: ResidualTests) -> Finding:
         sentence = (
             f"No individual's residuals are unlike noise (the most extreme: p = {tests.p_individuals:.2g} of all)."
         )
-    elif tests.many:
+    elif tests.has_many_outliers:
         sentence = (
             f"{count} of {len(tests.ids)} individuals have data that the simulator cannot make: too many to be "
             "outliers. The model is to blame; judge single individuals once it is repaired."
@@ -80,7 +82,7 @@ def individuals_finding(tests: ResidualTests) -> Finding:
         rule=(
             f"Amber where an individual's residuals are more extreme than the most extreme ones of a whole data set of "
             f"noise are in {100 * tests.level:.3g}% of {tests.replicates} simulated ones: the chance to "
-            "name anybody wrongly."
+            "name any individual wrongly."
         ),
         numbers={
             "named": count,
@@ -106,7 +108,7 @@ def support_finding(scores: SupportScores, *, level: float = 0.05) -> Finding:
     else:
         sentence = (
             f"{count} of {total} individuals are as far from the network's training simulations as the rarest "
-            f"{100 * RARE:g}% of those are, farthest: {listed}. There the network has learned little: widen the "
+            f"{100 * RARE:g}% of those are, farthest: {listed}. The network is poorly trained there: widen the "
             "training prior towards these data, or leave these individuals out."
         )
     return Finding(

@@ -1,4 +1,4 @@
-r"""Where the likelihood of every individual is highest, and what is left of its data there.
+r"""MAP fits of every individual under the training prior, and their residuals.
 
 Residuals at a fit are not noise: the fit has followed the data in as many directions as it has parameters. In a model
 that is linear near the fit, the residuals' part orthogonal to those directions is untouched by it, and by how exactly
@@ -25,7 +25,7 @@ from nlme_sbi.types import Censoring, Design, Observations, Prior, Simulator
 _NUMBERS = 4_000_000  # predicted values at once
 _STEP = 1e-4  # of finite differences on the unconstrained scale
 _LONGEST = 2.0  # prior SDs in one step
-_SINGULAR = 1e-6  # relative singular value of a direction that the data do not tell
+_SINGULAR = 1e-6  # relative singular value of a direction that the data do not determine
 _OTHERS = 500  # fits of other individuals that may serve as starts
 
 
@@ -80,31 +80,32 @@ def best_fits(
     starts: int = 4,
     steps: int = 12,
 ) -> BestFits:
-    """Damped Fisher scoring from the best of each individual's draws, and again from elsewhere for those left odd.
+    """Damped Fisher scoring from the best of each individual's draws, and again from other starts for outliers.
 
-    Individuals whose residuals still look unlike noise try more starts: further draws, the fits of individuals whose
-    fits suit them best, and their own with exchangeable parameters exchanged. A climb that ended in a lower mode would
-    otherwise pass for data that the model cannot make.
+    Individuals whose residuals still do not look like noise get more starts: further draws, the fits of individuals
+        whose
+    fits suit them best, and their own with exchangeable parameters exchanged. A search that ended in a lower mode would
+    otherwise be taken for data that the model cannot produce.
 
     Args:
         simulator: with its noise model.
         prior: of the parameters; it decides where the data do not.
         observations: plain values, on the device of the draws.
-        draws: from an approximate posterior: where climbs begin.
-        starts: climbs of each individual.
-        steps: of the two best climbs of each individual, after a third as many of all.
+        draws: from an approximate posterior: starting points.
+        starts: of each individual.
+        steps: of the two best searches of each individual, after a third as many of all.
     """
     data = _Data.of(simulator, prior, observations)
     rows = torch.split(torch.arange(len(draws), device=draws.device), data.at_once(draws.shape[1]))
-    order = torch.cat([_ranked(data[some], draws[some]) for some in rows])
+    order = torch.cat([_rank(data[some], draws[some]) for some in rows])
     draws = draws.double()
     first = draws.gather(1, order[:, :starts, None].expand(-1, -1, draws.shape[2]))
-    found = data.found(*_climbed_all(data, first, steps))
-    odd = _odd(found, data)
-    if len(odd):
-        more = _elsewhere(data, found, odd, draws.gather(1, order[..., None].expand_as(draws)), starts)
-        again = data[odd].found(*_climbed_all(data[odd], more, 2 * steps))
-        found = _merged(found, again, odd)
+    found = data.describe_fit(*_climb_all(data, first, steps))
+    outliers = _outliers(found, data)
+    if len(outliers):
+        more = _other_starts(data, found, outliers, draws.gather(1, order[..., None].expand_as(draws)), starts)
+        again = data[outliers].describe_fit(*_climb_all(data[outliers], more, 2 * steps))
+        found = _merge(found, again, outliers)
     return found
 
 
@@ -139,8 +140,8 @@ def copies_with_the_same_fit(
         there, sd = mask[rows].flatten(1).double(), fits.sd[rows]
         shape = (len(rows), copies, there.shape[1])
         noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=mask.device) * there[:, None]
-        left = orthogonal(fits.residuals[rows], fits.directions[rows])
-        fresh = orthogonal(noise, fits.directions[rows])
+        left = project_out(fits.residuals[rows], fits.directions[rows])
+        fresh = project_out(noise, fits.directions[rows])
         wanted, had = (_size(part, mask[rows]) for part in (left[:, None], fresh))
         apart = fresh.reshape(*shape[:2], *mask.shape[1:]) * (wanted / had.clamp_min(1e-300))[:, :, None]
         measured = simulator.noise.transform(observations.values[rows].double()).flatten(1)
@@ -220,7 +221,7 @@ class _Data:
         value = torch.where(there, -0.5 * residuals.square() - log_sd, 0.0).sum(2) + self.prior.log_prob(phi)
         return value.nan_to_num(-math.inf, posinf=-math.inf, neginf=-math.inf)
 
-    def linearised(self, phi: Float[Tensor, "I m D"]) -> tuple[Tensor, Tensor, Tensor]:
+    def linearise(self, phi: Float[Tensor, "I m D"]) -> tuple[Tensor, Tensor, Tensor]:
         """Standardised residuals ``(I, m, n)`` and the slopes of prediction and log SD, ``(I, m, D, n)``, in SDs."""
         size = phi.shape[2]
         away = _STEP * torch.eye(size, dtype=phi.dtype, device=phi.device)
@@ -235,48 +236,48 @@ class _Data:
             part.nan_to_num(0.0, posinf=0.0, neginf=0.0) for part in (residuals, slopes, slopes_of_sd)
         )
 
-    def found(self, phi: Float[Tensor, "I D"], objective: Float[Tensor, " I"]) -> BestFits:
+    def describe_fit(self, phi: Float[Tensor, "I D"], objective: Float[Tensor, " I"]) -> BestFits:
         """Residuals and directions at these parameters."""
         parts = []
         for rows in torch.split(torch.arange(len(phi), device=phi.device), self.at_once(phi.shape[1] + 1)):
             some = self[rows]
-            residuals, slopes, _ = some.linearised(phi[rows, None])
+            residuals, slopes, _ = some.linearise(phi[rows, None])
             slopes = slopes[:, 0]
             _, size, basis = torch.linalg.svd(slopes, full_matrices=False)
-            told = (size > _SINGULAR * size[:, :1]) & (size > 0)
+            determined = (size > _SINGULAR * size[:, :1]) & (size > 0)
             short = slopes.shape[1] - basis.shape[1]  # fewer measurements than parameters
-            basis = torch.nn.functional.pad(basis * told[..., None], (0, 0, 0, short))
+            basis = torch.nn.functional.pad(basis * determined[..., None], (0, 0, 0, short))
             sd = some.moments(phi[rows, None])[1][:, 0].exp().nan_to_num(1.0, posinf=1.0)
             parts.append((residuals[:, 0], basis, sd))
         residuals, directions, sd = (torch.cat(part) for part in zip(*parts, strict=True))
         return BestFits(phi, objective, residuals, directions, sd)
 
 
-def _ranked(data: _Data, draws: Float[Tensor, "I S D"]) -> Int[Tensor, "I S"]:
+def _rank(data: _Data, draws: Float[Tensor, "I S D"]) -> Int[Tensor, "I S"]:
     """Places of the draws, best objective first."""
     return data.objective(draws).argsort(1, descending=True)
 
 
-def _climbed_all(data: _Data, start: Float[Tensor, "I m D"], steps: int) -> tuple[Tensor, Tensor]:
-    """The best end of the climbs from ``start``, ``(I, D)``, and the objective there, ``(I,)``."""
+def _climb_all(data: _Data, start: Float[Tensor, "I m D"], steps: int) -> tuple[Tensor, Tensor]:
+    """The best result of the searches from ``start``, ``(I, D)``, and the objective there, ``(I,)``."""
     at_once = data.at_once(start.shape[1] * (start.shape[2] + 1))
     ends = []
     for rows in torch.split(torch.arange(len(start), device=start.device), at_once):
-        phi, value = _climbed(data[rows], start[rows], steps // 3)
+        phi, value = _climb(data[rows], start[rows], steps // 3)
         best = value.topk(min(2, value.shape[1]), 1).indices
-        phi, value = _climbed(data[rows], phi.gather(1, best[..., None].expand(-1, -1, phi.shape[2])), steps)
+        phi, value = _climb(data[rows], phi.gather(1, best[..., None].expand(-1, -1, phi.shape[2])), steps)
         best = value.argmax(1, keepdim=True)
         ends.append((phi.gather(1, best[..., None].expand(-1, -1, phi.shape[2]))[:, 0], value.gather(1, best)[:, 0]))
     return torch.cat([phi for phi, _ in ends]), torch.cat([value for _, value in ends])
 
 
-def _climbed(data: _Data, phi: Float[Tensor, "I m D"], steps: int) -> tuple[Tensor, Tensor]:
-    """Where each climb is after so many steps, and the objective there, ``(I, m)``."""
+def _climb(data: _Data, phi: Float[Tensor, "I m D"], steps: int) -> tuple[Tensor, Tensor]:
+    """Each search after ``steps`` steps, and the objective there, ``(I, m)``."""
     longest = _LONGEST * data.precision.diagonal().rsqrt()
     damping = torch.full(phi.shape[:2], 1e-2, dtype=phi.dtype, device=phi.device)
     value = data.objective(phi)
     for _ in range(steps):
-        residuals, slopes, of_sd = data.linearised(phi)
+        residuals, slopes, of_sd = data.linearise(phi)
         uphill = (slopes * residuals[:, :, None]).sum(3) - (phi - data.centre) @ data.precision
         uphill += (of_sd * (residuals.square() - data.mask[:, None])[:, :, None]).sum(3)
         curvature = slopes @ slopes.transpose(2, 3) + 2 * of_sd @ of_sd.transpose(2, 3) + data.precision
@@ -290,15 +291,15 @@ def _climbed(data: _Data, phi: Float[Tensor, "I m D"], steps: int) -> tuple[Tens
     return phi, value
 
 
-def orthogonal(values: Float[Tensor, "I *m n"], directions: Float[Tensor, "I D n"]) -> Float[Tensor, "I *m n"]:
+def project_out(values: Float[Tensor, "I *m n"], directions: Float[Tensor, "I D n"]) -> Float[Tensor, "I *m n"]:
     """What of ``values`` is orthogonal to the directions of a fit."""
     flat = values.reshape(values.shape[0], -1, values.shape[-1])
     return (flat - (flat @ directions.transpose(1, 2)) @ directions).reshape(values.shape)
 
 
-def _odd(found: BestFits, data: _Data) -> Int[Tensor, " odd"]:
-    """Individuals whose residuals look unlike noise, the worst first, at most a fifth of all (or fifty)."""
-    left = orthogonal(found.residuals, found.directions).reshape(len(found.phi), -1, data.design.observed.shape[2])
+def _outliers(found: BestFits, data: _Data) -> Int[Tensor, " outliers"]:
+    """Individuals whose residuals do not look like noise, the worst first, at most a fifth of all (or fifty)."""
+    left = project_out(found.residuals, found.directions).reshape(len(found.phi), -1, data.design.observed.shape[2])
     count = data.mask.sum(1).clamp_min(2)
     unit = left / (left.square().sum((1, 2)) / count).sqrt().clamp_min(1e-300)[:, None, None]
     together = (unit[:, 1:] * unit[:, :-1]).sum((1, 2)) / count.sqrt()
@@ -309,25 +310,25 @@ def _odd(found: BestFits, data: _Data) -> Int[Tensor, " odd"]:
     return worst[outlier_score[worst] > 1]
 
 
-def _elsewhere(
-    data: _Data, found: BestFits, odd: Int[Tensor, " odd"], ranked: Float[Tensor, "I S D"], starts: int
-) -> Float[Tensor, "odd m D"]:
-    """Where outliers start again: at other draws, at others' fits, and at mirror images of where they are."""
+def _other_starts(
+    data: _Data, found: BestFits, outliers: Int[Tensor, " outliers"], ranked: Float[Tensor, "I S D"], starts: int
+) -> Float[Tensor, "outliers m D"]:
+    """New starts of outliers: other draws, other individuals' fits, and mirror images of their own."""
     others = found.phi[torch.isfinite(found.objective)][:_OTHERS]
-    begin = [ranked[odd, starts : 3 * starts], found.phi[odd, None]]
-    parts = torch.split(odd, data.at_once(max(len(others), 1)))
+    begin = [ranked[outliers, starts : 3 * starts], found.phi[outliers, None]]
+    parts = torch.split(outliers, data.at_once(max(len(others), 1)))
     if len(others):
-        fits = [others[_ranked(data[rows], others.expand(len(rows), -1, -1))[:, :starts]] for rows in parts]
+        fits = [others[_rank(data[rows], others.expand(len(rows), -1, -1))[:, :starts]] for rows in parts]
         begin.append(torch.cat(fits))
     for pair in data.simulator.exchangeable:
         first, second = data.simulator.parameters.indices(list(pair))
-        mirrored = found.phi[odd].clone()
+        mirrored = found.phi[outliers].clone()
         mirrored[:, [first, second]] = mirrored[:, [second, first]]
         begin.append(mirrored[:, None])
     return torch.cat(begin, 1)
 
 
-def _merged(found: BestFits, again: BestFits, rows: Int[Tensor, " odd"]) -> BestFits:
+def _merge(found: BestFits, again: BestFits, rows: Int[Tensor, " outliers"]) -> BestFits:
     """The better of two fits of each individual."""
     better = again.objective > found.objective[rows]
     change, taken = rows[better], torch.nonzero(better)[:, 0]

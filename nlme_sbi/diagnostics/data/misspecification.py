@@ -1,8 +1,8 @@
-"""Data that are not what a network was trained on: all checks of it, as one family of tests with one error rate.
+"""Misspecification: all checks of data against simulator and training, as one family of tests with one error rate.
 
 Three tests ask whether the simulator can make the data: what individuals have in common, single individuals, and
 individuals beside copies in the network's summaries. Each has a third of the error rate, so the chance that any of
-them accuses a simulator that made the data is at most the whole. Whether the data lie where the network was trained is
+them rejects a simulator that made the data is at most the whole. Whether the data lie where the network was trained is
 another question with an error rate of its own.
 """
 
@@ -32,8 +32,8 @@ from nlme_sbi.diagnostics.data.summary_tests import (
     replicate_test,
     support_scores,
 )
-from nlme_sbi.diagnostics.findings import Finding, attempted
-from nlme_sbi.diagnostics.fit.replicates import replicated
+from nlme_sbi.diagnostics.findings import Finding, attempt_finding
+from nlme_sbi.diagnostics.fit.replicates import simulate_replicates
 from nlme_sbi.types import Observations
 
 COPIES = 9
@@ -43,7 +43,7 @@ _TESTS = 3  # that share the error rate
 
 @dataclass(frozen=True, eq=False)
 class Misspecification:
-    """What the checks found; a check that could not be made has a grey finding and None.
+    """Results of the checks; a check that could not be made has a grey finding and None.
 
     Args:
         findings: in the order in which they are read.
@@ -58,13 +58,13 @@ class Misspecification:
     support: SupportScores | None = None
 
     @property
-    def accused(self) -> bool:
+    def is_rejected(self) -> bool:
         """Whether any of the tests says that the simulator cannot make the data."""
         judged = {"misspecification_model", "misspecification_individuals", "misspecification_replicates"}
         return any(finding.check in judged and finding.light in ("amber", "red") for finding in self.findings)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row an individual: id, with what residuals and distances say of it."""
+        """One row an individual: id, with its residual tests and distances."""
         parts = [part.to_frame().set_index("id") for part in (self.residuals, self.support) if part is not None]
         return pd.concat(parts, axis=1).reset_index() if parts else pd.DataFrame({"id": []})
 
@@ -129,7 +129,7 @@ def misspecification(
         ("misspecification_replicates", "Do individuals resemble copies of themselves?", of_replicates),
         ("misspecification_support", "Do the data lie where the network was trained?", of_support),
     ]
-    findings = [attempted(*maker) for maker in makers]
+    findings = [attempt_finding(*maker) for maker in makers]
     if residuals:
         findings.insert(1, individuals_finding(residuals[0]))
     return Misspecification(
@@ -156,4 +156,4 @@ def _copies(
             "Copies of individuals would need their limits of quantification; the prediction errors of a fit "
             "(scripts/report.py) take censored data as what they are."
         )
-    return replicated(network.simulator, draws[:, :1].expand(-1, COPIES, -1), observations.design, generator)
+    return simulate_replicates(network.simulator, draws[:, :1].expand(-1, COPIES, -1), observations.design, generator)

@@ -2,11 +2,11 @@
 
 Every statistic of every individual's residuals is compared with the same statistic of simulated noise after the same
 projection (see :mod:`nlme_sbi.diagnostics.data.map_fits`), so nothing is assumed of the population that the individuals
-come from, and the network only tells where fits begin. ``K`` simulated data sets of noise stand beside the real one;
-with all of them standardised alike, the real one is exchangeable with them where the model is right (and linear near
-the fits), and the share of them that looks worse is a p-value (Monte-Carlo tests: Barnard 1963; Besag and Clifford
-1989, Biometrika 76:633). The largest score of a data set controls the chance that any individual at all is named
-wrongly (Westfall and Young 1993).
+come from, and the network only provides starting points of the fits. ``K`` simulated data sets of noise stand beside
+the real one; with all of them standardised alike, the real one is exchangeable with them where the model is right (and
+linear near the fits), and the share of them that looks worse is a p-value (Monte-Carlo tests: Barnard 1963; Besag and
+Clifford 1989, Biometrika 76:633). The largest score of a data set controls the chance that any individual at all is
+named wrongly (Westfall and Young 1993).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nlme_sbi.diagnostics.data.map_fits import BestFits, best_fits, orthogonal, require_residuals
-from nlme_sbi.diagnostics.fit.replicates import measured_first
+from nlme_sbi.diagnostics.data.map_fits import BestFits, best_fits, project_out, require_residuals
+from nlme_sbi.diagnostics.fit.replicates import sort_measured_first
 from nlme_sbi.types import Observations, Prior, Simulator
 
 STATISTICS = ("correlation", "run", "farthest", "waves")
 _WINDOWS = (2, 4, 8, 16)
-_LEFT = 3  # dimensions that fits must leave for residuals to tell anything
+_LEFT = 3  # residual degrees of freedom that a fit must leave
 _NUMBERS = 4_000_000
 _BOUND = 3.0  # SDs that one individual may add to what all have in common
 MANY = 0.2  # share of named individuals from which the model, and not they, is to blame
@@ -66,7 +66,7 @@ class ResidualTests:
     fits: BestFits
 
     @property
-    def many(self) -> bool:
+    def has_many_outliers(self) -> bool:
         """Whether so many individuals are outliers that the model is to blame."""
         return float(self.named.double().mean()) > MANY
 
@@ -120,9 +120,9 @@ def residual_tests(
         )
     values = _all_statistics(fits, mask, generator, replicates)
     values = torch.where(judged[:, None, None], values, 0.0)
-    scores = _standardised(values)
+    scores = _standardise(values)
     outlier_score = _outlier_score(scores)
-    outlier_score[(left >= _LEFT) & ~judged, 0] = math.inf  # nothing that the simulator can do makes these data
+    outlier_score[(left >= _LEFT) & ~judged, 0] = math.inf  # the simulator cannot produce these data
     highest = outlier_score.amax(0)
     p_individuals, limit = _share_above(highest), _upper(highest[1:], level)
     named = outlier_score > limit
@@ -159,7 +159,7 @@ def _all_statistics(
         residuals = fits.residuals[rows, None]
         residuals = residuals / residuals.abs().amax(2, keepdim=True).clamp_min(1e-300)
         together = torch.cat([residuals.float(), noise * mask[rows].flatten(1)[:, None]], 1)
-        parts.append(_statistics(orthogonal(together, fits.directions[rows].float()), mask[rows]))
+        parts.append(_statistics(project_out(together, fits.directions[rows].float()), mask[rows]))
     return torch.cat(parts).double()
 
 
@@ -187,13 +187,13 @@ def _in_order(values: Float[Tensor, "I K n"], mask: Bool[Tensor, "I T C"]) -> tu
     there = mask.transpose(1, 2)
     counts = there.sum(2).to(values.dtype)
     if not bool(mask.all()):
-        order = measured_first(there, 2)
+        order = sort_measured_first(there, 2)
         apart = apart.gather(3, order[:, None].expand_as(apart))
     size = (apart.square().sum(3) / counts.clamp_min(1)[:, None]).sqrt()
     return apart / size.clamp_min(1e-30)[..., None], counts
 
 
-def _standardised(values: Float[Tensor, "I K 4"]) -> Float[Tensor, "I K 4"]:
+def _standardise(values: Float[Tensor, "I K 4"]) -> Float[Tensor, "I K 4"]:
     """In SDs about the mean, over the data and all replicates alike, which keeps them exchangeable."""
     spread = values.std(1, keepdim=True)
     return torch.where(spread > 1e-9, (values - values.mean(1, keepdim=True)) / spread.clamp_min(1e-9), 0.0)
@@ -215,7 +215,7 @@ def _in_common(scores: Float[Tensor, "I K 4"], kept: Bool[Tensor, "I K"]) -> Flo
     weight = kept.to(scores.dtype)[..., None]
     bounded = scores.clamp(-_BOUND, _BOUND)
     mean = (bounded * weight).sum(0) / weight.sum(0).clamp_min(1)
-    return _standardised(mean[None])[0]
+    return _standardise(mean[None])[0]
 
 
 def _share_above(values: Float[Tensor, " K"]) -> float:

@@ -6,7 +6,8 @@ Three questions that are easily confused, each with its own null hypothesis:
   simulations against that of fresh simulations from the training prior, which is exact for an individual drawn from
   there. Real individuals are a narrow part of the prior's; inside it their distances are ordinary.
 - **Prior**: are these individuals, as a set, a sample from the training prior? (MMD, Schmitt et al.) They are not meant
-  to be: populations are narrower than training priors, and every real data set is rejected. It is told as a distance.
+  to be: populations are narrower than training priors, and every real data set is rejected. It is reported as a
+      distance.
 - **Replicates**: does the simulator make data like each individual's own? An individual and its replicates, simulated
   from one draw :math:`\phi \sim p(\phi \mid y_i)`, are exchangeable under the model: all are made from the same
   parameters. So who is the individual and who its replicates is exchanged at random, in each individual by itself, and
@@ -202,7 +203,7 @@ def replicate_test(
     groups = torch.cat([network.summarize(some).double()[:, None], simulated], 1)
     apart = groups - groups.mean(1, keepdim=True)
     apart = (apart @ _whitening(torch.cov(apart.flatten(0, 1).T))).float()
-    found, others = _exchanged(apart, exchanges, generator)
+    found, others = _exchange(apart, exchanges, generator)
     return ReplicateTest(
         mmd=found,
         expected=float(others.mean()),
@@ -280,7 +281,7 @@ def _against_prior(data: Tensor, simulated: Tensor, generator: torch.Generator) 
     return found, float((1 + (others >= found).sum()) / 200)
 
 
-def _exchanged(apart: Float[Tensor, "I K W"], exchanges: int, generator: torch.Generator) -> tuple[float, Tensor]:
+def _exchange(apart: Float[Tensor, "I K W"], exchanges: int, generator: torch.Generator) -> tuple[float, Tensor]:
     """MMD of the first of each group against the others, and of random members in their place."""
     groups, members = apart.shape[:2]
     kernel = _kernel(apart.flatten(0, 1)).float()

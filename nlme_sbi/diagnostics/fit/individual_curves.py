@@ -1,4 +1,4 @@
-"""Fitted curves of single individuals: who is shown, the bands of the curves, how many measurements lie within."""
+"""Fitted curves of single individuals: choice of individuals, bands of the curves, share of measurements within."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from nlme_sbi.types import Observations, Simulator, TractableSimulator
 _POINTS = 120  # of a curve
 _DRAWS = 200  # of each individual; a 95% band needs no more
 _COPIES = 5
-_EVERYBODY = 24  # individuals, up to which all are shown
+_SHOW_ALL = 24  # individuals, up to which all are shown
 Reason = Literal["representative", "worst fit", "fewest effective draws", "chosen"]
 REASONS: tuple[Reason, ...] = ("chosen", "representative", "worst fit", "fewest effective draws")  # in this order
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownIndividuals:
     """Rows of the individuals that are shown, with the reason of each."""
 
     rows: tuple[int, ...]
@@ -34,9 +34,9 @@ class IndividualCurves:
     """Curves of ``n`` individuals.
 
     Args:
-        bands: of everybody's curve and of new measurements, at equally spaced times.
-        typical: ``(n, T, C)`` curve of the typical individual under everybody's design; None without a noise-free
-            prediction.
+        bands: of every individual's curve and of new measurements, at equally spaced times.
+        typical: ``(n, T, C)`` curve of the typical individual under every individual's design; None without a
+            noise-free prediction.
         within: ``(n, 2)`` of each, the measurements within the 95% band of new ones, and how many there are.
     """
 
@@ -62,8 +62,8 @@ def choose_individuals(
     *,
     chosen: Sequence[str],
     each: int,
-) -> Shown:
-    """Who is shown: those that were asked for, ``each`` representative ones, and as many of the worst.
+) -> ShownIndividuals:
+    """Choose the individuals shown: those asked for, ``each`` representative ones, and as many of the worst.
 
     Args:
         ids: of all individuals.
@@ -91,12 +91,12 @@ def choose_individuals(
             found[row] = found[row] if found.get(row) == "chosen" else "worst fit"
     for row in torch.argsort(ess)[: max(1, each // 2)].tolist():
         found.setdefault(row, "fewest effective draws")
-    if count <= _EVERYBODY:
+    if count <= _SHOW_ALL:
         for row in range(count):
             found.setdefault(row, "representative")
     position = {row: place for place, row in enumerate(order)}
     rows = sorted(found, key=lambda row: (REASONS.index(found[row]), position[row]))
-    return Shown(tuple(rows), tuple(found[row] for row in rows))
+    return ShownIndividuals(tuple(rows), tuple(found[row] for row in rows))
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def individual_curves(
         typical: each one's typical value.
         observations: of these individuals, on the device of the draws.
         generator: of the measurement noise.
-        advance: is told individuals that are done; each counts twice.
+        advance: called with the number of individuals just finished; each counts twice.
     """
     # Measurement noise is drawn anew for each copy, which smooths the outer bands; the curve's bands stay the same.
     kept = draws[:, :_DRAWS].repeat(1, _COPIES, 1)

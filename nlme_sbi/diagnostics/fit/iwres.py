@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nlme_sbi.diagnostics.findings import Finding
 from nlme_sbi.diagnostics.fit.npde import anderson_darling
-from nlme_sbi.diagnostics.fit.replicates import measured_first, measurements_frame
+from nlme_sbi.diagnostics.fit.replicates import measurements_frame, sort_measured_first
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.individual_model.noise.likelihood import bounds_of
 from nlme_sbi.individual_model.noise.model import NoiseModel
@@ -104,7 +104,7 @@ def goodness_of_fit(
         typical: unconstrained parameters of each individual's typical value.
         observations: the data, on the device of the draws.
         generator: which draw of each individual is tested; censored measurements are drawn beyond their limits.
-        advance: is told individuals that are done.
+        advance: called with the number of individuals just finished.
 
     Raises:
         ValueError: for a simulator without noise-free prediction or noise model: prediction_errors needs neither.
@@ -167,14 +167,14 @@ def _individuals(
         drawn = _residuals(simulator, observations, curve, own_sd, generator)
         return mean, _residuals(simulator, observations, mean, sd, generator), drawn
     drawn = quantile_residuals(noise, observations, curve, own, generator)
-    plain = _scaled(noise, observations.values.double(), mean, sd)
+    plain = _scale(noise, observations.values.double(), mean, sd)
     if observations.censoring is not None:
         middling = quantile_residuals(noise, observations, mean, simulator.noise_parameters(middle), generator)
         plain = torch.where(observations.censoring == int(Censoring.NONE), plain, middling)
     return mean, plain, drawn
 
 
-def _scaled(noise: NoiseModel, values: Tensor, curve: Tensor, sd: Tensor) -> Float[Tensor, "I T C"]:
+def _scale(noise: NoiseModel, values: Tensor, curve: Tensor, sd: Tensor) -> Float[Tensor, "I T C"]:
     return (noise.transform(values) - noise.transform(curve)) / sd.clamp_min(1e-300)
 
 
@@ -222,7 +222,7 @@ def _residuals(
     simulator: MechanisticSimulator, observations: Observations, curve: Tensor, sd: Tensor, generator: torch.Generator
 ) -> Float[Tensor, "I T C"]:
     """Standardised; a censored measurement gets a draw of the noise beyond its limit."""
-    plain = _scaled(simulator.noise, observations.values.double(), curve, sd)
+    plain = _scale(simulator.noise, observations.values.double(), curve, sd)
     if observations.censoring is None:
         return plain
     codes = observations.censoring
@@ -232,7 +232,7 @@ def _residuals(
         (observations.upper, (Censoring.LEFT, Censoring.INTERVAL), torch.inf),
     ):
         bounded = torch.stack([codes == int(kind) for kind in kinds]).any(0)
-        score = plain if bound is None else _scaled(simulator.noise, bound.double(), curve, sd)
+        score = plain if bound is None else _scale(simulator.noise, bound.double(), curve, sd)
         ends.append(torch.special.ndtr(torch.where(bounded, score, end)))
     share = torch.rand(plain.shape, generator=generator, dtype=plain.dtype, device=plain.device)
     drawn = torch.special.ndtri((ends[0] + share * (ends[1] - ends[0])).clamp(1e-15, 1 - 1e-15))
@@ -242,7 +242,7 @@ def _residuals(
 def _correlation(residuals: Float[Tensor, "I T C"]) -> tuple[float, int]:
     """Of what was measured of a signal one after the other, and how many pairs there are."""
     moved = residuals.transpose(1, 2).flatten(0, 1)
-    order = measured_first(~moved.isnan(), 1)
+    order = sort_measured_first(~moved.isnan(), 1)
     packed = moved.gather(1, order)
     product = packed[:, 1:] * packed[:, :-1]
     there = ~product.isnan()

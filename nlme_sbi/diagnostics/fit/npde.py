@@ -20,13 +20,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nlme_sbi.diagnostics.findings import Finding, Light
-from nlme_sbi.diagnostics.fit.replicates import measured_first, measurements_frame, replicated
+from nlme_sbi.diagnostics.fit.replicates import measurements_frame, simulate_replicates, sort_measured_first
 from nlme_sbi.types import Censoring, Observations, Simulator
 
 LEAST_REPLICATES, _LEAST_NULL = 200, 59  # 59: three tests at 5% together need p-values below 1/60
 PER_MEASUREMENT = 20  # simulated data sets for each measurement of an individual
 _NUMBERS = 8_000_000  # simulated values at once
-_RIDGE = 1e-9  # of a variance, so that measurements that tell the same can be told apart
+_RIDGE = 1e-9  # of a variance, so that redundant measurements leave a positive definite covariance
 _GROSS_MEAN, _GROSS_VARIANCE = 0.5, 2.0
 
 
@@ -85,7 +85,8 @@ def prediction_errors(
     null: int = 199,
     advance: Callable[[int], None] = lambda _: None,
 ) -> PredictionErrors:
-    """Errors of all measurements, from ``K`` simulated data sets, of which the last ``null`` only tell what to expect.
+    """Errors of all measurements, from ``K`` simulated data sets, of which the last ``null`` only give the null
+    distribution.
 
     Covariances need many more data sets than an individual has measurements: of individuals with more than a twentieth
     of ``K - null`` only so many enter, evenly spread.
@@ -96,7 +97,7 @@ def prediction_errors(
         observations: the data, on the device of ``phi``.
         generator: of the measurement noise.
         null: data sets that tests compare with; 0 for no tests.
-        advance: is told individuals that are done.
+        advance: called with the number of individuals just finished.
 
     Raises:
         ValueError: where fewer than 200 data sets remain, or simulations fail, with what is needed.
@@ -107,7 +108,7 @@ def prediction_errors(
             f"Prediction distribution errors need at least {LEAST_REPLICATES} simulated data sets and {_LEAST_NULL} "
             f"more to compare with; got {replicates} and {null}."
         )
-    some, places = _thinned(observations, max(1, replicates // PER_MEASUREMENT))
+    some, places = _thin(observations, max(1, replicates // PER_MEASUREMENT))
     step = max(1, _NUMBERS // (phi.shape[1] * some.values[0].numel()))
     blocks = torch.split(torch.arange(len(phi), device=phi.device), step)
     found = []
@@ -134,17 +135,17 @@ def prediction_errors(
     )
 
 
-def _thinned(observations: Observations, most: int) -> tuple[Observations, Int[Tensor, "I m"]]:
+def _thin(observations: Observations, most: int) -> tuple[Observations, Int[Tensor, "I m"]]:
     """At most about ``most`` measurements of each individual, at evenly spread times of its own, and their places."""
     mask = observations.design.observed
     individuals, times, signals = mask.shape
     keep = min(times, max(1, most // signals))
     there = mask.any(2)
-    order = measured_first(there, 1)
+    order = sort_measured_first(there, 1)
     count = there.sum(1, keepdim=True).clamp_min(1)
     rank = torch.arange(keep, device=mask.device).expand(individuals, -1)
-    wished = torch.where(count > keep, ((rank + 0.5) * count / keep).floor().long(), rank)
-    places = order.gather(1, wished.clamp_max(times - 1)).sort(1).values
+    rank_kept = torch.where(count > keep, ((rank + 0.5) * count / keep).floor().long(), rank)
+    places = order.gather(1, rank_kept.clamp_max(times - 1)).sort(1).values
     wide = places[..., None].expand(-1, -1, signals)
 
     def picked(values: Tensor | None) -> Tensor | None:
@@ -170,7 +171,7 @@ def _errors(
     simulator: Simulator, phi: Float[Tensor, "I K D"], observations: Observations, null: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "I M n"], Float[Tensor, "I n"], Float[Tensor, "I n"], Float[Tensor, "I n"]]:
     """Normal scores of the data (first) and of the null data sets, then prediction, npd and PWRES of the data."""
-    simulated = replicated(simulator, phi, observations.design, generator).double().flatten(2)
+    simulated = simulate_replicates(simulator, phi, observations.design, generator).double().flatten(2)
     mask = observations.design.observed.flatten(1)
     _require_finite(simulated, mask, observations)
     simulated = torch.where(mask[:, None], simulated, 0.0)
@@ -184,7 +185,7 @@ def _errors(
     floor = torch.where(size > 0, _RIDGE * size, 1.0)
     factor = torch.linalg.cholesky(covariance + torch.diag_embed(floor))
     together = torch.cat([data[:, None], fresh], 1) - mean[:, None]
-    white, white_copies = (_solved(factor, part) for part in (together, apart))
+    white, white_copies = (_solve(factor, part) for part in (together, apart))
     unknown = torch.where(mask, 0.0, torch.nan)
     npd = _scores(data[:, None] - mean[:, None], apart, generator)[:, 0]
     return (
@@ -205,7 +206,7 @@ def _require_finite(simulated: Tensor, mask: Tensor, observations: Observations)
         )
 
 
-def _solved(factor: Float[Tensor, "I n n"], values: Float[Tensor, "I K n"]) -> Float[Tensor, "I K n"]:
+def _solve(factor: Float[Tensor, "I n n"], values: Float[Tensor, "I K n"]) -> Float[Tensor, "I K n"]:
     solved: Tensor = torch.linalg.solve_triangular(factor, values.transpose(1, 2), upper=False)
     return solved.transpose(1, 2)
 
@@ -216,10 +217,10 @@ def _scores(
     """Normal scores of places among the copies; a place is random within its gap, so that none is infinite."""
     count = copies.shape[1]
     ordered = copies.transpose(1, 2).sort(2).values.contiguous()
-    sought = values.transpose(1, 2).contiguous()
-    low = torch.searchsorted(ordered, sought)
-    high = torch.searchsorted(ordered, sought, right=True)
-    where = torch.rand(sought.shape, generator=generator, dtype=sought.dtype, device=sought.device)
+    queries = values.transpose(1, 2).contiguous()
+    low = torch.searchsorted(ordered, queries)
+    high = torch.searchsorted(ordered, queries, right=True)
+    where = torch.rand(queries.shape, generator=generator, dtype=queries.dtype, device=queries.device)
     place = (low + (high - low + 1) * where) / (count + 1)
     tiny = 0.5 / (count + 1)
     scores: Tensor = torch.special.ndtri(place.clamp(tiny, 1 - tiny)).transpose(1, 2)
@@ -297,7 +298,7 @@ def prediction_errors_finding(errors: PredictionErrors, *, level: float = 0.05) 
     rejected = tests.p_value <= level
     gross = abs(tests.mean) > _GROSS_MEAN or not 1 / _GROSS_VARIANCE < tests.variance < _GROSS_VARIANCE
     light: Light = "green" if not rejected else "red" if gross else "amber"
-    told = (
+    statement = (
         f"The normalised prediction distribution errors have mean {tests.mean:.2f} and variance {tests.variance:.2f}, "
         f"where 0 and 1 are expected (p = {tests.p_mean:.2g} and {tests.p_variance:.2g}; shape: {tests.p_shape:.2g})."
     )
@@ -309,7 +310,7 @@ def prediction_errors_finding(errors: PredictionErrors, *, level: float = 0.05) 
         check="npde",
         title="Normalised prediction distribution errors",
         light=light,
-        sentence=told + (advice if rejected else ""),
+        sentence=statement + (advice if rejected else ""),
         rule=(
             f"Mean, variance and shape against simulated data sets, three times the smallest p-value: green above "
             f"{level:g}, so at most {100 * level:g}% false alarms (fewer, because parameters were estimated from the "

@@ -1,4 +1,4 @@
-"""Posterior predictive checks: would the same individuals, measured again, look like this in numbers that matter?
+"""Posterior predictive checks: summary statistics of the data against new measurements of the same individuals.
 
 Source: Gelman, Meng and Stern (1996), Stat. Sinica 6:733. Draws of parameters have seen the data that they are compared
 with, so p-values lie nearer to 0.5 than uniform ones would, and false alarms are rarer than stated (Robins, van der
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nlme_sbi.diagnostics.findings import Finding
-from nlme_sbi.diagnostics.fit.replicates import measured_first, replicated
+from nlme_sbi.diagnostics.fit.replicates import simulate_replicates, sort_measured_first
 from nlme_sbi.numerics.multiple_testing import holm
 from nlme_sbi.types import Censoring, Observations, Simulator
 
@@ -79,7 +79,7 @@ def posterior_predictive_check(
     counts: list[Tensor] = []
     for rows in torch.split(torch.arange(len(draws), device=draws.device), step):
         some = observations[rows.tolist()]
-        again = replicated(simulator, draws[rows], some.design, generator).double()
+        again = simulate_replicates(simulator, draws[rows], some.design, generator).double()
         together = torch.cat([some.values.double()[:, None], again], 1)
         found = _statistics(together, mask[rows])
         known = torch.isfinite(found)
@@ -92,7 +92,7 @@ def posterior_predictive_check(
 def _statistics(values: Float[Tensor, "I K T C"], mask: Bool[Tensor, "I T C"]) -> Float[Tensor, "I K C 5"]:
     """Of each individual's series; NaN where too little was measured."""
     there = mask.transpose(1, 2)
-    order = measured_first(there, 2)
+    order = sort_measured_first(there, 2)
     series = values.transpose(2, 3)
     packed = series.gather(3, order[:, None].expand_as(series))
     count = there.sum(2)[:, None]

@@ -1,4 +1,4 @@
-"""What a model predicts for individuals, as quantiles over draws of their parameters: numbers, no pictures."""
+"""Predictions for individuals as quantiles over draws of their parameters: numbers, no pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PredictiveBands:
     Args:
         times: ``(I, T)``.
         probabilities: the ``Q`` probabilities, increasing.
-        noise_free: ``(I, Q, T, C)`` of the prediction: what is not known of the individual's curve. None where the
+        noise_free: ``(I, Q, T, C)`` of the prediction: the uncertainty of the individual's curve. None where the
             simulator has no noise-free prediction.
         with_noise: ``(I, Q, T, C)`` of a new measurement.
         failed: ``(I,)`` number of draws whose prediction was not finite; they are left out of the quantiles.
@@ -87,7 +87,7 @@ def predictive_bands(
         design: ``I`` rows, everything observed (:func:`dense_design`).
         generator: for the measurement noise, on the device of the draws.
         probabilities: increasing.
-        advance: is told individuals that are done.
+        advance: called with the number of individuals just finished.
     """
     individuals, count = draws.shape[:2]
     levels = torch.tensor(probabilities, dtype=draws.dtype, device=draws.device)

@@ -1,8 +1,8 @@
-"""What a fit says of its individuals: distribution of the random effects, shrinkage, what covariates leave unexplained.
+"""Random effects of a fit: their distribution, shrinkage, what covariates leave unexplained.
 
 Posterior means of random effects shrink towards 0 and are no sample of the population. One draw of each individual
-from ``p(phi | y_i, theta)`` is one, where the model is right; so distributions are tested on single draws, and tests on
-several of them are joined by twice their median, which errs on the safe side. Covariates are tested on posterior means,
+from ``p(phi | y_i, theta)`` is one, where the model is right; so distributions are tested on single draws, and p-values
+of several of them are combined as twice their median, which is conservative. Covariates are tested on posterior means,
 whose expectation is 0 whatever the covariate, where the model is right.
 
 Source: Lavielle and Ribba (2016), Pharm. Res. 33:2979; Savic and Karlsson (2009), AAPS J. 11:558, on shrinkage;
@@ -195,7 +195,7 @@ def covariate_tests(effects: RandomEffects, design: Design, *, level: float = 0.
 
 
 def _one_covariate(covariates: Covariates, name: str, eta: Float[np.ndarray, " I"]) -> dict[str, object] | None:
-    """The test of one random effect against one covariate; None where the covariate tells nothing."""
+    """The test of one random effect against one covariate; None where the covariate carries no information."""
     values = covariates.column(name).double().cpu().numpy()
     known = np.isfinite(values)
     values, eta = values[known], eta[known]
@@ -293,7 +293,7 @@ def shrinkage_finding(effects: RandomEffects) -> Finding:
             "the population or regress them on covariates by eye; the fit itself is not affected."
         )
     else:
-        sentence = f"Individuals' data tell their own parameters (shrinkage: {listed})."
+        sentence = f"The individuals' data determine their own parameters (shrinkage: {listed})."
     return Finding(
         check="shrinkage",
         title="Shrinkage",

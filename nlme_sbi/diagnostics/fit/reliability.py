@@ -1,4 +1,4 @@
-"""How far the numbers of a fit can be trusted: effective draws, tails of weights, Monte-Carlo error, influence."""
+"""Reliability of a fit's numbers: effective draws, tails of weights, Monte-Carlo error, influence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SMALL, _LARGE = 0.2, 0.5  # Monte-Carlo error in standard errors: adds 2% and 1
 _MOVED = 1.0  # standard errors by which one individual may move an estimate
 _CHANCE = 0.05
 _NAMED = 5
-_OF_SPREAD = ("log_sd", "partial_correlation")  # quantities that squares of distances tell
+_OF_SPREAD = ("log_sd", "partial_correlation")  # quantities given by squared distances
 
 
 @runtime_checkable
@@ -126,12 +126,12 @@ def monte_carlo_finding(unknowns: Sequence[EstimatedUnknown]) -> Finding:
     largest = errors[worst]
     light: Light = "green" if largest <= _SMALL else "amber" if largest <= _LARGE else "red"
     size = f"{largest:.2g}" if math.isfinite(largest) else "an unknown number of"
-    told = f"Other draws or another seed would move estimates by up to {size} standard errors (worst: {worst})."
+    statement = f"Other draws or another seed would move estimates by up to {size} standard errors (worst: {worst})."
     return Finding(
         check="monte_carlo",
         title="Sensitivity to draws and seeds",
         light=light,
-        sentence=told + ("" if light == "green" else " Fit again with more draws (fit.accuracy=0.05)."),
+        sentence=statement + ("" if light == "green" else " Fit again with more draws (fit.accuracy=0.05)."),
         rule=(
             f"Monte-Carlo standard error and bias together, in standard errors of the estimate: green up to {_SMALL:g} "
             f"(adds {100 * (math.hypot(1, _SMALL) - 1):.0f}% to them), amber up to {_LARGE:g} (adds "
@@ -176,7 +176,7 @@ def chance_of_influence(individuals: int, means: int, sds: int) -> float:
 
 
 def influence_finding(influence: pd.DataFrame, unknowns: Sequence[EstimatedUnknown]) -> Finding:
-    """Whether single individuals carry an estimate.
+    """Whether single individuals dominate an estimate.
 
     Args:
         influence: the table ``influence.csv`` of a fit: id, cook, refitted and, for each unknown, ``shift.<name>``:
@@ -205,7 +205,7 @@ def influence_finding(influence: pd.DataFrame, unknowns: Sequence[EstimatedUnkno
         f"{size.max():.2g} standard errors"
     )
     if len(who) == 0:
-        sentence = f"No single individual carries an estimate: at most, {most}."
+        sentence = f"No single individual dominates an estimate: at most, {most}."
     else:
         listed = ", ".join(str(influence["id"].iloc[int(one)]) for one in who[:_NAMED])
         sentence = (

@@ -12,7 +12,7 @@ from nlme_sbi.types import Design, Observations, Simulator
 
 
 @torch.no_grad()
-def replicated(
+def simulate_replicates(
     simulator: Simulator, phi: Float[Tensor, "I K D"], design: Design, generator: torch.Generator
 ) -> Float[Tensor, "I K T C"]:
     """Measurements of ``K`` simulated individuals for each row of the design, NaN where a simulation failed."""
@@ -23,7 +23,7 @@ def replicated(
     return values.reshape(individuals, count, *values.shape[1:])
 
 
-def measured_first(there: Bool[Tensor, "*shape"], dim: int) -> Int[Tensor, "*shape"]:
+def sort_measured_first(there: Bool[Tensor, "*shape"], dim: int) -> Int[Tensor, "*shape"]:
     """Places along ``dim`` with those that are ``there`` before the others, each in their order."""
     return (~there).to(torch.int8).sort(dim=dim, stable=True).indices
 

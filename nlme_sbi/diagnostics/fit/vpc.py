@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nlme_sbi.diagnostics.findings import Finding, Light
-from nlme_sbi.diagnostics.fit.replicates import replicated
+from nlme_sbi.diagnostics.fit.replicates import simulate_replicates
 from nlme_sbi.diagnostics.fit.vpc_bins import BinPlan, Correction, bin_plan, bin_quantiles, limits_of
 from nlme_sbi.types import Censoring, Observations, Simulator, TractableSimulator
 
@@ -142,7 +142,7 @@ def visual_predictive_check(
             most 20, when left out.
         probabilities: increasing.
         confidence: of the bands.
-        advance: is told data sets that are done.
+        advance: called with the number of data sets just finished.
 
     Raises:
         ValueError: for fewer than 100 data sets, for correction of censored data, or where limits of quantification
@@ -170,7 +170,7 @@ def visual_predictive_check(
         bin_quantiles(data[:, None, :, place], plan, probabilities, floor)
         for place, (plan, floor) in enumerate(zip(plans, floors, strict=True))
     ]
-    simulated = _simulated(simulator, phi, observations, plans, floors, probabilities, generator, advance)
+    simulated = _simulate(simulator, phi, observations, plans, floors, probabilities, generator, advance)
     checks, scores = [], []
     for place, (plan, (own, share)) in enumerate(zip(plans, found, strict=True)):
         among, shares = simulated[place]
@@ -201,11 +201,14 @@ def _predictions(
     step = max(1, _NUMBERS // (phi.shape[1] * observations.values[0].numel()))
     blocks = torch.split(torch.arange(len(phi), device=phi.device), step)
     return torch.cat(
-        [replicated(simulator, phi[rows], observations.design[rows], generator).nanmedian(1).values for rows in blocks]
+        [
+            simulate_replicates(simulator, phi[rows], observations.design[rows], generator).nanmedian(1).values
+            for rows in blocks
+        ]
     )
 
 
-def _simulated(
+def _simulate(
     simulator: Simulator,
     phi: Float[Tensor, "I K D"],
     observations: Observations,
@@ -219,7 +222,7 @@ def _simulated(
     step = max(1, _NUMBERS // observations.values.numel())
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in plans]
     for some in torch.split(phi, step, dim=1):
-        values = replicated(simulator, some, observations.design, generator)
+        values = simulate_replicates(simulator, some, observations.design, generator)
         for place, (plan, floor) in enumerate(zip(plans, floors, strict=True)):
             parts[place].append(bin_quantiles(values[..., place], plan, probabilities, floor))
         advance(some.shape[1])
@@ -333,16 +336,19 @@ def vpc_finding(check: VisualPredictiveCheck, *, level: float = 0.05) -> Finding
     rejected = check.p_value <= level
     light: Light = "green" if not rejected else "red" if check.outside > 0.5 else "amber"
     kind = "prediction-corrected quantiles" if corrected else "quantiles"
-    told = (
+    statement = (
         f"{100 * check.outside:.0f}% of the data's {kind} over time lie outside the {100 * check.confidence:g}% bands "
         f"of {check.replicates} simulated data sets (p = {check.p_value:.2g})"
     )
-    advice = " The model does not describe how typical values or their spread go with time: see where they leave them."
+    advice = (
+        " The model does not describe how typical values or their spread change with time: see where the quantiles "
+        "leave their bands."
+    )
     return Finding(
         check="vpc_corrected" if corrected else "vpc",
         title="Visual predictive check" + (", prediction-corrected" if corrected else ""),
         light=light,
-        sentence=f"{told}." + (advice if rejected else ""),
+        sentence=f"{statement}." + (advice if rejected else ""),
         rule=(
             f"Green where the data's quantiles are no farther from the simulated ones (mean squared distance in SDs) "
             f"than those of a simulated data set are in {100 * level:g}% of cases, so at most {100 * level:g}% false "

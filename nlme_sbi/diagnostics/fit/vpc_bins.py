@@ -43,8 +43,8 @@ def bin_plan(
     if len(places) == 0:
         raise ValueError(f'The data have no measurements of the signal "{observations.signals[signal]}".')
     times = observations.design.times.double().flatten()[places]
-    wished = int(observed.sum(1).double().quantile(0.5)) if bins is None else bins
-    edges = _edges(times, max(1, min(wished, _MOST_BINS) if bins is None else wished))
+    target = int(observed.sum(1).double().quantile(0.5)) if bins is None else bins
+    edges = _edges(times, max(1, min(target, _MOST_BINS) if bins is None else target))
     bin_of = torch.searchsorted(edges[1:-1].contiguous(), times, right=True)
     order = bin_of.sort(stable=True).indices
     counts = torch.bincount(bin_of, minlength=len(edges) - 1)
@@ -73,8 +73,8 @@ def _edges(times: Float[Tensor, " n"], bins: int) -> Float[Tensor, " edges"]:
         middle = 0.5 * (values[1:] + values[:-1])
     else:
         share = counts.cumsum(0) / counts.sum()
-        wished = torch.arange(1, bins, dtype=share.dtype, device=share.device) / bins
-        last = torch.unique((share[None] - wished[:, None]).abs().argmin(1))  # the last time of each bin
+        target = torch.arange(1, bins, dtype=share.dtype, device=share.device) / bins
+        last = torch.unique((share[None] - target[:, None]).abs().argmin(1))  # the last time of each bin
         last = last[last < len(values) - 1]
         middle = 0.5 * (values[last] + values[last + 1])
     return torch.cat([values[:1], middle, values[-1:]])

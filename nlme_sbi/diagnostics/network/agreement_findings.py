@@ -1,4 +1,4 @@
-"""What the agreement with the exact posterior says in plain words."""
+"""Findings on the agreement with the exact posterior, in plain words."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from nlme_sbi.diagnostics.network.agreement_with_exact import Agreement
 from nlme_sbi.diagnostics.network.reference_mcmc import LARGEST_RHAT, LongChains
 from nlme_sbi.numerics.pareto_k import UNRELIABLE
 
-WISHED_SHARE = 0.1
+TARGET_SHARE = 0.1
 _FEWEST = 10
-_TOLD_APART = 0.65
+_DISTINGUISHABLE = 0.65
 
 
 def agreement_finding(found: Agreement, *, error_rate: float, where: Literal["prior", "data"]) -> Finding:
@@ -33,7 +33,7 @@ def agreement_finding(found: Agreement, *, error_rate: float, where: Literal["pr
     if count < _FEWEST:
         raise ValueError(f"The agreement needs {_FEWEST} individuals or more; there are {count}.")
     median, low = float(np.median(found.share)), float(np.quantile(found.share, 0.1))
-    below = int((found.share < WISHED_SHARE).sum())
+    below = int((found.share < TARGET_SHARE).sum())
     p_value = float(binom.sf(below - 1, count, 0.5))
     heavy = int((found.shape > UNRELIABLE).sum())
     light: Light = "amber" if p_value < error_rate else "green"
@@ -52,7 +52,7 @@ def agreement_finding(found: Agreement, *, error_rate: float, where: Literal["pr
             "or train longer; with estimator=prior_ratio take ensembles and many draws, and look at its warnings."
         )
     rule = (
-        f"Amber: the median effective share of all such individuals is below {WISHED_SHARE:.0%} (sign test, error rate "
+        f"Amber: the median effective share of all such individuals is below {TARGET_SHARE:.0%} (sign test, error rate "
         f"{error_rate:g}). Not red, because exact estimators do not rest on it."
     )
     numbers: dict[str, float | int | str | None] = {
@@ -68,15 +68,15 @@ def agreement_finding(found: Agreement, *, error_rate: float, where: Literal["pr
     return Finding(f"agreement_{where}", title, light, sentence, rule, numbers=numbers)
 
 
-def chains_finding(ids: tuple[str, ...], told: Float[np.ndarray, " I"], chains: LongChains) -> Finding:
-    """Whether a classifier tells the network's draws from those of long chains (C2ST).
+def chains_finding(ids: tuple[str, ...], accuracy: Float[np.ndarray, " I"], chains: LongChains) -> Finding:
+    """Whether a classifier distinguishes the network's draws from those of long chains (C2ST).
 
     Args:
         ids: of the individuals.
-        told: C2ST of each; NaN where the chains have not met.
+        accuracy: C2ST of each; NaN where the chains have not converged.
         chains: of these.
     """
-    met = np.isfinite(told)
+    met = np.isfinite(accuracy)
     numbers: dict[str, float | int | str | None] = {
         "individuals": len(ids),
         "converged": int(met.sum()),
@@ -84,22 +84,22 @@ def chains_finding(ids: tuple[str, ...], told: Float[np.ndarray, " I"], chains: 
         "smallest_ess": float(chains.ess.min()),
     }
     rule = (
-        f"Amber: a classifier tells the draws of the typical one apart in more than {_TOLD_APART:.0%} of cases (50%: "
-        f"not at all). Grey: the chains of no individual have met (R-hat above {LARGEST_RHAT:g})."
+        f"Amber: a classifier distinguishes the draws of the typical one in more than {_DISTINGUISHABLE:.0%} of cases "
+        f"(50%: not at all). Grey: the chains of no individual have converged (R-hat above {LARGEST_RHAT:g})."
     )
     title = "Long Markov chains of a few individuals"
     if not met.any():
-        sentence = f"The chains of none of {len(ids)} individuals have met (R-hat {chains.rhat.min():.2f} and more)."
+        sentence = f"No chains of {len(ids)} individuals have converged (R-hat {chains.rhat.min():.2f} and more)."
         return Finding("long_chains", title, "grey", sentence, rule, numbers=numbers)
-    median = float(np.median(told[met]))
-    each = ", ".join(f"{name} {value:.0%}" for name, value in zip(np.array(ids)[met], told[met], strict=True))
+    median = float(np.median(accuracy[met]))
+    each = ", ".join(f"{name} {value:.0%}" for name, value in zip(np.array(ids)[met], accuracy[met], strict=True))
     sentence = (
-        "A classifier tells the network's draws from those of converged Markov chains in these shares of cases, where "
-        f"50% is chance: {each}."
+        "A classifier distinguishes the network's draws from those of converged Markov chains in these shares of "
+        f"cases, where 50% is chance: {each}."
     )
     if not met.all():
-        sentence += f" The chains of {int((~met).sum())} more have not met and were not used."
-    light: Light = "amber" if median > _TOLD_APART else "green"
+        sentence += f" The chains of {int((~met).sum())} more have not converged and were not used."
+    light: Light = "amber" if median > _DISTINGUISHABLE else "green"
     if light == "amber":
         sentence += " Where single individuals matter, use estimator=exact or reweighted draws, not the network's own."
     return Finding("long_chains", title, light, sentence, rule, numbers={**numbers, "median_c2st": median})

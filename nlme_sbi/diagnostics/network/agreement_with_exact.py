@@ -2,7 +2,7 @@ r"""How near the draws are to the exact posterior, where the simulator has a lik
 
 With weights :math:`p(y \mid \phi)\, p(\phi) / q(\phi \mid y)` the network's draws become draws from the exact posterior
 under the training prior. How many of them stay effective, and how heavy the tail of the weights is (Pareto k-hat), says
-how near the network is for this one individual; calibration only says it on average.
+how near the network is for this one individual; calibration is a statement on average only.
 
 For simulated individuals the truth's likelihood is ranked among that of the draws: a test quantity that knows the data,
 and sees posteriors which are too wide even where all their margins are calibrated.
@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.diagnostics.network.ranks import ranked
+from nlme_sbi.diagnostics.network.ranks import rank_pools
 from nlme_sbi.numerics.pareto_k import pareto_shape
 from nlme_sbi.numerics.weighted_draws import require_densities, require_equal_weights
 from nlme_sbi.posteriors import PosteriorSamples
@@ -41,7 +41,7 @@ class Agreement:
         share: ``(I,)`` effective share of the draws.
         shape: ``(I,)`` Pareto k-hat.
         likelihood_rank: ``(I,)`` uniform rank of the truth's likelihood among that of the draws; NaN for measured
-            individuals, whose truth nobody knows.
+            individuals, whose truth is unknown.
         draws: of each individual.
     """
 
@@ -77,7 +77,7 @@ def exact_log_weights(
         simulator: with a likelihood.
         observations: on the device of the draws.
         drawn: from the network.
-        advance: told how many more individuals are done.
+        advance: called with the number of individuals just finished.
 
     Raises:
         ValueError: the draws have no density, or carry weights.
@@ -113,7 +113,7 @@ def agreement(
         drawn: from the network, for these.
         truth: parameters that made the data, with a ``generator`` for the chance in their ranks.
         generator: see ``truth``.
-        advance: told how many more individuals are done.
+        advance: called with the number of individuals just finished.
 
     Raises:
         ValueError: no draw of an individual has any likelihood; or as :func:`exact_log_weights`.
@@ -131,7 +131,7 @@ def agreement(
     if truth is not None and generator is not None:
         own = simulator.log_likelihood(observations, truth.double()[:, None])
         pool = torch.cat([own, log_likelihood], 1)[..., None]
-        ranks = ranked(pool, generator).of_truth(generator)[:, 0]
+        ranks = rank_pools(pool, generator).of_truth(generator)[:, 0]
     return Agreement(
         ids=observations.ids,
         share=(1 / weights.square().sum(1) / weights.shape[1]).cpu().numpy(),

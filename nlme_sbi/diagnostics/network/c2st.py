@@ -1,4 +1,4 @@
-"""Whether two samples come from one density: how often a classifier tells them apart (C2ST).
+"""Whether two samples come from one density: how often a classifier distinguishes them (C2ST).
 
 0.5 means that it cannot, 1 that it always does. The classifier is a small neural network that is trained on four fifths
 of both samples and judged on the rest, in turn, so that it cannot learn by heart.

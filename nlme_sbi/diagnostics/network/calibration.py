@@ -7,12 +7,12 @@ Everything here is an order of pools (:mod:`nlme_sbi.diagnostics.network.ranks`)
 - the posterior's own density: the region of highest density of level c holds it where :math:`1 - u \le c`, which is
   expected coverage;
 - the distance to a reference point: TARP. References are normal about the middle of the whole pool, twice as wide as
-  it, and distances in its SDs; the pool has the truth among its members and is not told which it is, so that references
+  it, and distances in its SDs; the truth is one of the pool's members, and which one does not enter, so that references
   depend on the data, as the theorem wants them to, and never on the truth.
 
 **The verdict.** :math:`z = \Phi^{-1}(u)` of a parameter is standard normal where the posterior is right. The mean of z
 is a bias in posterior SDs; the SD of z about that mean is how much wider than the posterior the truth spreads: above 1
-the posterior is overconfident, below 1 conservative. The two errors are thus told apart, which coverage alone cannot
+the posterior is overconfident, below 1 conservative. The two errors are thus separated, which coverage alone cannot
 do.
 
 Source: Talts et al. (2018), arXiv:1804.06788; Säilynoja, Bürkner and Vehtari (2022), Stat. Comput. 32:32; Lemos,
@@ -32,7 +32,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from nlme_sbi.diagnostics.network.ecdf_bands import evaluation_levels, share_below, uniform_band, uniformity_p_value
-from nlme_sbi.diagnostics.network.ranks import ranked
+from nlme_sbi.diagnostics.network.ranks import rank_pools
 from nlme_sbi.diagnostics.network.simulated_posteriors import PosteriorPairs
 from nlme_sbi.numerics.multiple_testing import holm
 
@@ -182,7 +182,7 @@ def calibration(
     ranks = []
     for start in range(0, len(pairs), rows):
         values, log_weights = _pool(pairs, slice(start, start + rows), generator)
-        pool = ranked(values, generator, log_weights=log_weights)
+        pool = rank_pools(values, generator, log_weights=log_weights)
         ranks.append(pool.of_truth(generator))
         null = pool.under_the_null(replicates, generator)[..., : len(pairs.names)]
         for place, level in enumerate(levels):

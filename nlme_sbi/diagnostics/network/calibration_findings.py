@@ -1,4 +1,4 @@
-"""What calibration says in plain words, and which numbers choose the light."""
+"""Findings on calibration in plain words, and the numbers that choose the light."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def calibration_findings(found: Calibration, *, tolerance: float, where: Where) 
 
     Args:
         found: ranks and tests.
-        tolerance: factor of width, bias in SDs and difference of distribution functions that are nobody's concern.
+        tolerance: factor of width, bias in SDs and difference of distribution functions that are ignored.
         where: the individuals come from the training prior, or from around the observed ones.
     """
     judged = verdicts(found, tolerance=tolerance)
@@ -54,7 +54,7 @@ def _width(found: Calibration, judged: tuple[Verdict, ...], tolerance: float, wh
     within = _within_tolerance(judged, regions) if word in ("calibrated", "undecided") else None
     if word == "undecided" and within == "wide":
         within = None
-    told = {
+    phrase = {
         "overconfident": "narrower than they may be (overconfident): stated errors are too small",
         "conservative": "wider than need be (conservative): stated errors are safe but too large",
         "undecided": "not judged: the intervals below are too wide. Raise diagnose.simulations",
@@ -63,14 +63,14 @@ def _width(found: Calibration, judged: tuple[Verdict, ...], tolerance: float, wh
     if within is not None:
         extent = f"within the tolerance of a factor {1 + tolerance:g}"
         if word == "undecided":
-            extent = "the intervals below are too wide to tell by how much"
-        told = {
+            extent = "the intervals below are too wide to say by how much"
+        phrase = {
             "narrow": f"too narrow (overconfident), but {extent}: stated errors are a little too small",
             "wide": f"too wide (conservative), but {extent}: stated errors are safe and a little too large",
         }[within]
     guilty = [verdict.name for verdict in judged if verdict.word == word and word not in ("calibrated", "undecided")]
     sentence = (
-        f"Posteriors of {len(found)} simulated individuals {_PLACES[where]} are {told}"
+        f"Posteriors of {len(found)} simulated individuals {_PLACES[where]} are {phrase}"
         f"{' (' + ', '.join(guilty) + ')' if guilty else ''}. Truths spread {_interval(together)} times as wide as "
         f"posteriors say over all parameters; {worst.name} {_interval(worst)}. Their 95% regions hold "
         f"{regions.coverage:.1%} of the truths (p = {regions.adjusted:.2g} that all regions hold their share)."
@@ -86,7 +86,7 @@ def _width(found: Calibration, judged: tuple[Verdict, ...], tolerance: float, wh
     rule = (
         f"Red: the interval of a dispersion lies above {1 + tolerance:g}; amber: below {1 / (1 + tolerance):.3g}, or "
         "above 1, or regions of highest density hold too few truths at 95% and are rejected; grey: the interval is too "
-        f"wide to tell. The intervals hold together with probability {1 - found.error_rate:g}."
+        f"wide to decide. The intervals hold together with probability {1 - found.error_rate:g}."
     )
     numbers: dict[str, float | int | str | None] = {
         "verdict": word,
@@ -130,10 +130,10 @@ def _within_tolerance(judged: tuple[Verdict, ...], regions: _Regions) -> Literal
     """Whether widths differ from the right ones for certain, though by no more than is let pass."""
     biased = any(verdict.biased for verdict in judged)
     # A bias alone leaves truths outside of regions and far out in the density; that is the other finding's.
-    told = judged[:-1] if biased else judged
-    if any(verdict.dispersion_low > 1 for verdict in told) or (regions.too_few and not biased):
+    counted = judged[:-1] if biased else judged
+    if any(verdict.dispersion_low > 1 for verdict in counted) or (regions.too_few and not biased):
         return "narrow"
-    return "wide" if any(verdict.dispersion_high < 1 for verdict in told) else None
+    return "wide" if any(verdict.dispersion_high < 1 for verdict in counted) else None
 
 
 def _interval(verdict: Verdict) -> str:
@@ -157,14 +157,14 @@ def _bias(found: Calibration, judged: tuple[Verdict, ...], tolerance: float, whe
     # Of an interval that is all on one side, the end nearer to 0.
     nearest = min(abs(worst.bias_low), abs(worst.bias_high)) if worst.bias_low * worst.bias_high > 0 else 0.0
     light: Light = "green" if not biased else "red" if nearest > _GRAVE_BIAS * tolerance else "amber"
-    told = f"{worst.name} by {worst.bias:+.2f} posterior SDs ({worst.bias_low:+.2f} to {worst.bias_high:+.2f})"
+    phrase = f"{worst.name} by {worst.bias:+.2f} posterior SDs ({worst.bias_low:+.2f} to {worst.bias_high:+.2f})"
     if biased:
         names = ", ".join(verdict.name for verdict in biased)
         sentence = (
-            f"Posteriors lie beside the truth in {names}; most: the truth exceeds its posterior in {told}. {REMEDY}."
+            f"Posteriors lie beside the truth in {names}; most: the truth exceeds its posterior in {phrase}. {REMEDY}."
         )
     else:
-        sentence = f"No parameter's posterior lies to one side of the truth; the largest difference is {told}."
+        sentence = f"No parameter's posterior lies to one side of the truth; the largest difference is {phrase}."
     rule = (
         f"Amber: the interval of a bias lies beyond {tolerance:g} posterior SDs; red: beyond "
         f"{_GRAVE_BIAS * tolerance:.2g}. The intervals hold together, and with those of the widths, with probability "
@@ -224,19 +224,20 @@ def _coverage_sentence(found: Calibration) -> str:
     frame = found.coverage_frame()
     regions = frame[frame["kind"] == DENSITY]
     shares = dict(zip(regions["nominal"].round(2), regions["coverage"], strict=True))
-    told = ", ".join(f"{level:.0%} {shares[level]:.1%}" for level in (0.5, 0.8, 0.95))
-    return f"Regions of highest density hold these shares of the truths, nominal and found: {told}"
+    phrase = ", ".join(f"{level:.0%} {shares[level]:.1%}" for level in (0.5, 0.8, 0.95))
+    return f"Regions of highest density hold these shares of the truths, nominal and found: {phrase}"
 
 
 def recovery_finding(found: Recovery) -> Finding:
-    """How well parameters come back; no light but green, because what the data do not tell no network finds."""
+    """How well parameters are recovered; no light but green, because no network recovers what the data do not
+    determine."""
     frame = found.summary_frame().set_index("parameter")
     little = [str(name) for name in frame.index[frame["contraction"] < _UNINFORMED]]
-    told = ", ".join(f"{name} {row.correlation:.2f}" for name, row in frame.iterrows())
-    sentence = f"Correlation of posterior means with the truth over the training prior: {told}."
+    phrase = ", ".join(f"{name} {row.correlation:.2f}" for name, row in frame.iterrows())
+    sentence = f"Correlation of posterior means with the truth over the training prior: {phrase}."
     if little:
-        sentence += f" The designs tell hardly anything about {', '.join(little)} (contraction below {_UNINFORMED:g})."
+        sentence += f" The designs say hardly anything about {', '.join(little)} (contraction below {_UNINFORMED:g})."
     numbers: dict[str, float | int | str | None] = {}
     for name, row in frame.iterrows():
         numbers[f"correlation_{name}"], numbers[f"contraction_{name}"] = float(row.correlation), float(row.contraction)
-    return Finding("recovery", "Recovery of parameters", "green", sentence, "Told, not judged.", numbers=numbers)
+    return Finding("recovery", "Recovery of parameters", "green", sentence, "Reported, not judged.", numbers=numbers)

@@ -13,8 +13,8 @@ prior. But then the posterior given the data is not the one under p that the net
 error rates. k may depend on network and data in any way, because it is fixed before anything is simulated; designs are
 drawn independently of the parameters. **Less sensitive than** ranks over the prior: where k is narrower than a
 posterior, k and not the network decides the width of the weighted draws, and few effective draws leave much to chance.
-Kernels are therefore twice as wide as the individuals' posteriors, and the effective share of the draws is told. **Not
-judged**: q outside the places where k has mass, such as a mode that no draw of an observed individual has found.
+Kernels are therefore twice as wide as the individuals' posteriors, and the effective share of the draws is reported.
+**Not judged**: q outside the places where k has mass, such as a mode that no draw of an observed individual has found.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Neighbourhood:
         individuals, count, parameters = draws.shape
         if count < _LEAST_DRAWS * parameters:
             raise ValueError(
-                f"{count} draws of each individual do not tell a covariance of {parameters} parameters; "
+                f"{count} draws of each individual do not determine a covariance of {parameters} parameters; "
                 f"{_LEAST_DRAWS * parameters} are needed (diagnose.draws)."
             )
         each = max(1, _MOST_KERNELS // individuals)

@@ -55,7 +55,7 @@ class RankedPool:
         return below + chance * self.weight.gather(1, chosen)[..., None]
 
 
-def ranked(
+def rank_pools(
     pool: Float[Tensor, "N P Q"], generator: torch.Generator, *, log_weights: Float[Tensor, "N P"] | None = None
 ) -> RankedPool:
     """Order every pool by every quantity; equal values in random order.

@@ -1,7 +1,7 @@
-r"""How well parameters come back: z-scores and contraction of every individual, correlation, error and bias overall.
+r"""Recovery of parameters: z-scores and contraction of every individual, correlation, error and bias overall.
 
 The posterior z-score is (posterior mean - truth)/(posterior SD), the contraction 1 - (posterior variance)/(prior
-variance): near 1 the data tell the parameter, near 0 they say nothing beyond the prior, and no network can do better.
+variance): near 1 the data determine the parameter, near 0 they add nothing to the prior, and no network can do better.
 
 Source: Betancourt (2020), Towards a principled Bayesian workflow; Schad, Betancourt and Vasishth (2021), Psychol.
 Methods 26:103.

@@ -35,7 +35,7 @@ _EFFECTIVE_STARTS = 50.0
 
 @dataclass(frozen=True)
 class ChainSettings:
-    """How long.
+    """Lengths of the chains.
 
     Args:
         ensembles: independent ones, at least 2, which are compared.
@@ -56,7 +56,7 @@ class ChainSettings:
 
 @dataclass(frozen=True, eq=False)
 class LongChains:
-    """What the chains of ``I`` individuals found.
+    """Draws of the chains of ``I`` individuals, with diagnostics.
 
     Args:
         phi: ``(I, M, D)`` draws, thinned; of all ensembles.
@@ -94,7 +94,7 @@ def long_chains(
         observations: of the few, on the device of the generator.
         generator: of everything random.
         settings: lengths.
-        advance: told how many more steps are done.
+        advance: called with the number of steps just finished.
 
     Raises:
         ValueError: for fewer walkers than twice the parameters, or an individual of whose draws none is possible.
@@ -111,7 +111,7 @@ def long_chains(
         if step >= chosen.warmup:
             kept.append(sampler.phi.clone())
             log_densities.append(sampler.log_density.clone())
-    return _judged(torch.stack(kept, -2), torch.stack(log_densities, -1), sampler.accepted / sampler.proposed)
+    return _summarise(torch.stack(kept, -2), torch.stack(log_densities, -1), sampler.accepted / sampler.proposed)
 
 
 def _pairs(simulator: TractableSimulator) -> list[tuple[int, int]]:
@@ -172,11 +172,11 @@ class _Sampler:
         log_weights, _ = exact_log_weights(self.target.simulator, self.target.observations, drawn)
         if bool(torch.isneginf(log_weights).all(1).any()):
             raise ValueError("No draw of an individual has a likelihood above 0, so that chains cannot start.")
-        weights = torch.stack([_flattened(row) for row in log_weights])
+        weights = torch.stack([_flatten(row) for row in log_weights])
         chosen = torch.multinomial(weights, count, generator=self.generator)
         starts = drawn.phi.double().gather(1, chosen[..., None].expand(-1, -1, drawn.phi.shape[2]))
         for pair in self.pairs:
-            starts = torch.where(self._uniform(starts.shape[:2])[..., None] < 0.5, _exchanged(starts, pair), starts)
+            starts = torch.where(self._uniform(starts.shape[:2])[..., None] < 0.5, _exchange(starts, pair), starts)
         return starts.reshape(len(starts), self.settings.ensembles, self.settings.walkers, -1)
 
     def _uniform(self, shape: Sequence[int]) -> Tensor:
@@ -214,23 +214,23 @@ class _Sampler:
         self._accept(every, proposal, self.target.log_q(self.phi) - log_q)
 
     def _swap(self, pair: tuple[int, int]) -> None:
-        """Half of the walkers propose the other labelling; where the prior likes both alike, all take it."""
-        proposal = _exchanged(self.phi, pair)
-        wishes = self._uniform(self.log_density.shape) < 0.5
+        """Half of the walkers propose the other labelling; where the prior is the same for both, all accept."""
+        proposal = _exchange(self.phi, pair)
+        is_proposed = self._uniform(self.log_density.shape) < 0.5
         prior = self.target.posterior.prior
         log_ratio = prior.log_prob(proposal) - prior.log_prob(self.phi)  # the likelihood does not change
-        taken = wishes & (self._uniform(self.log_density.shape).log() < log_ratio)
+        taken = is_proposed & (self._uniform(self.log_density.shape).log() < log_ratio)
         self.phi = torch.where(taken[..., None], proposal, self.phi)
         self.log_density = torch.where(taken, self.log_density + log_ratio, self.log_density)
 
 
-def _exchanged(phi: Float[Tensor, "*batch D"], pair: tuple[int, int]) -> Float[Tensor, "*batch D"]:
+def _exchange(phi: Float[Tensor, "*batch D"], pair: tuple[int, int]) -> Float[Tensor, "*batch D"]:
     order = list(range(phi.shape[-1]))
     order[pair[0]], order[pair[1]] = pair[1], pair[0]
     return phi[..., order]
 
 
-def _flattened(log_weights: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
+def _flatten(log_weights: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
     """Weights to a power at which 50 of them are effective, at most 1."""
     power = 1.0
     while True:
@@ -241,15 +241,15 @@ def _flattened(log_weights: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         power /= 1.5
 
 
-def _judged(
+def _summarise(
     phi: Float[Tensor, "I K W T D"], log_density: Float[Tensor, "I K W T"], accepted: Float[Tensor, " I"]
 ) -> LongChains:
-    """R-hat compares ensembles: their walkers follow each other and are taken in turn as one chain."""
+    """R-hat compares ensembles: the walkers of one depend on each other and are joined into one chain."""
     individuals, ensembles, walkers, steps, parameters = phi.shape
     every = torch.cat([phi, log_density[..., None]], -1).cpu().numpy()
     rhat, ess = np.zeros(individuals), np.zeros(individuals)
     for who in range(individuals):
-        # Means over walkers differ between ensembles and halves where the ensembles have not met.
+        # Means over walkers differ between ensembles and halves where the ensembles have not converged.
         chains = every[who].transpose(0, 2, 1, 3).reshape(ensembles, steps * walkers, parameters + 1)
         rhat[who] = max(split_rhat(chains[..., column]) for column in range(parameters + 1))
         single = every[who].reshape(ensembles * walkers, steps, parameters + 1)

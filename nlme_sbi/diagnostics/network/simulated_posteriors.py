@@ -1,4 +1,4 @@
-"""Simulated individuals with what a posterior says of them: what every check of calibration takes."""
+"""Simulated individuals with posterior draws: the input of every check of calibration."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def good_simulations(
 ) -> tuple[Simulations, int]:
     """``count`` simulations without those that failed, and how many these were.
 
-    The data tell which simulations failed, so leaving them out changes no posterior given data.
+    The data show which simulations failed, so leaving them out changes no posterior given data.
 
     Args:
         density: of the parameters; the training prior, or another one
@@ -138,7 +138,7 @@ def posterior_pairs(
         draws: ``S``, of each.
         generator: on the device of the posterior.
         density: what the truth was drawn from, where that was not the training prior.
-        advance: told how many more individuals are done.
+        advance: called with the number of individuals just finished.
 
     Raises:
         ValueError: the draws have no density, or carry weights; or as :class:`PosteriorPairs`.

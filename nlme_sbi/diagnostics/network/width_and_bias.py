@@ -1,4 +1,4 @@
-"""Conservative, calibrated or overconfident, biased or not: for each parameter and together, with how sure that is."""
+"""Conservative, calibrated or overconfident, biased or not: for each parameter and together, with intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scipy.stats import chi2, norm, t
 from nlme_sbi.diagnostics.network.calibration import DENSITY, POOLED, Calibration
 
 Word = Literal["conservative", "calibrated", "overconfident", "undecided"]
-_WIDEST = 0.25  # half-width of the log of the dispersion beyond which nothing is said
+_WIDEST = 0.25  # half-width of the log of the dispersion beyond which the verdict is undecided
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ def verdicts(calibration: Calibration, *, tolerance: float = 0.1) -> tuple[Verdi
     which is right to within the tolerance is called anything but calibrated.
 
     Few draws hide how far out a truth is (beyond all of 100 draws means no more than z = 2.6), so that large
-    dispersions are told too small; a dispersion of 1 is not touched by that.
+    dispersions are underestimated; a dispersion of 1 is not touched by that.
 
     Args:
         calibration: ranks.
-        tolerance: widths within a factor ``1 + tolerance`` and biases below ``tolerance`` posterior SDs are nobody's
-            concern.
+        tolerance: widths within a factor ``1 + tolerance`` and biases below ``tolerance`` posterior SDs are
+            ignored.
 
     Raises:
         ValueError: for a tolerance that is negative.

@@ -25,6 +25,6 @@ class Auto:
         return PriorRatio(), f"{type(simulator).__name__} has no likelihood"
 
 
-def chosen_estimator(estimator: Estimator | EstimatorChoice, source: Source) -> tuple[Estimator, str]:
+def choose_estimator(estimator: Estimator | EstimatorChoice, source: Source) -> tuple[Estimator, str]:
     """The estimator itself, and why it was taken where that was left open ("" where it was named)."""
     return estimator.choose(source) if isinstance(estimator, EstimatorChoice) else (estimator, "")

@@ -4,12 +4,11 @@ r"""The exact estimator: the population likelihood itself, for simulators whose 
 
 with the varying parameters v integrated by importance sampling from a heavy-tailed mixture of each individual's own
 (:mod:`nlme_sbi.population.likelihood.laplace_components`), and the constant parameters s as arguments of the
-likelihood: they are never sampled. The network only tells where to begin.
+likelihood: they are never sampled. The network only provides starting points.
 
-Draws are made anew for every theta that the search looks at, and value, score and curvature there are those of the
-likelihood itself (:mod:`nlme_sbi.population.objective.trust_region`); the end is checked on draws that nothing was
-fitted to
-(:mod:`nlme_sbi.population.objective.verification`).
+Draws are made anew for every theta of the search, and value, score and curvature there are those of the
+likelihood itself (:mod:`nlme_sbi.population.objective.trust_region`); the estimate is verified on draws that nothing
+was fitted to (:mod:`nlme_sbi.population.objective.verification`).
 """
 
 from __future__ import annotations
@@ -20,34 +19,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.estimators.exact_draws import ExactDraws, drawn, refine_bad_mixtures, without_variability
+from nlme_sbi.population.estimators.exact_draws import (
+    ExactDraws,
+    draw_from_mixtures,
+    draws_without_variability,
+    refine_bad_mixtures,
+)
 from nlme_sbi.population.estimators.initialization import (
-    first_climbers,
+    choose_mode_starts,
+    find_every_mode,
     is_near,
-    lacking,
-    last_climbers,
     likelihood_of,
-    modes_with_images,
-    require_everybody,
-    tractable,
+    require_likelihood,
 )
 from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
 from nlme_sbi.population.likelihood.laplace_components import (
-    along_profiles,
-    distinct_modes,
     mixtures,
-    with_others,
+    profile_components,
 )
-from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows
-from nlme_sbi.population.likelihood.mode_scan import unseen_modes
+from nlme_sbi.population.likelihood.log_joint import JointDensity, select_rows
+from nlme_sbi.population.likelihood.mode_scan import find_unseen_modes
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.subsets import of_individuals
 from nlme_sbi.types import Observations, Simulator
 
 _DRAWS_ALL = 100_000  # draws of all individuals together that there are to begin with,
 _PREDICTED_ALL = 10_000_000  # where they do not take more predictions than this
-_EXPANDED = 0.05  # change of constants over which expansions serve to climb
-_MANY = 400  # individuals from which only those are drawn again for whom a scan has found modes
+_EXPANDED = 0.05  # change of constants over which expansions serve the search
+_MANY = 400  # individuals above which only those are drawn again for whom a scan has found modes
 _ROUGH_ALL, _ROUGH_MOST = 10_000, 512  # the same where starts are compared
 
 
@@ -84,27 +83,25 @@ class Exact(OfLikelihood):
         generator: torch.Generator,
     ) -> ExactDraws:
         """Draws made for ``theta``: modes, mixtures, draws with their likelihoods expanded in the constants."""
-        simulator = tractable(self.simulator, source, self.name)
+        simulator = require_likelihood(self.simulator, source, self.name)
         joint = replace(likelihood_of(simulator, previous.population, observations, theta), rough=self.rough)
         individuals = len(observations)
         if not previous.population.varying:
-            return without_variability(joint, source.prior)
+            return draws_without_variability(joint, source.prior)
         known = previous if isinstance(previous, ExactDraws) and previous.individuals == individuals else None
         if known is not None and is_near(joint, known.proposed_for):
             # The mixtures still fit: draws from them, with likelihoods at the new theta.
-            state = drawn(joint, known.modes, known.mixed, source.prior, generator)
+            state = draw_from_mixtures(joint, known.modes, known.mixed, source.prior, generator)
             state = state if self.rough else refine_bad_mixtures(state, generator)
             return replace(state, proposed_for=known.proposed_for)
         draws = self._draws_of(previous, observations)
         if known is None:
-            rows, starts = first_climbers(joint, source, observations, generator)
+            starts = choose_mode_starts(joint, source, observations, generator)
         else:
-            every = torch.arange(individuals, device=theta.device)
-            rows = torch.cat([known.modes.rows, every])
-            starts = torch.cat([known.modes.means, joint.centres])
-        return self._made(joint, (rows, starts), source, observations, generator, draws=draws)
+            starts = known.modes.add_starts(torch.arange(individuals, device=theta.device), joint.centres)
+        return self._make_draws(joint, starts, source, observations, generator, draws=draws)
 
-    def look_again(
+    def search_modes_again(
         self,
         source: Source,
         observations: Observations,
@@ -112,19 +109,18 @@ class Exact(OfLikelihood):
         theta: Float[Tensor, " P"],
         generator: torch.Generator,
     ) -> ExactDraws:
-        """Draws for ``theta`` that owe nothing to the search but its modes: those, and whatever modes a search from the
-        beginning finds beside them."""
+        """Draws for ``theta`` that depend on the search only through its modes: from those, and from modes that a
+        search from scratch finds beside them."""
         if not isinstance(state, ExactDraws):
             raise TypeError(f"exact made no such draws: {type(state).__name__}.")
-        simulator = tractable(self.simulator, source, self.name)
+        simulator = require_likelihood(self.simulator, source, self.name)
         joint = likelihood_of(simulator, state.population, observations, theta)
         if not state.population.varying:
-            return without_variability(joint, source.prior)
-        rows, starts = first_climbers(joint, source, observations, generator)
-        both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, starts])
-        return self._made(joint, both, source, observations, generator, draws=state.draws)
+            return draws_without_variability(joint, source.prior)
+        starts = state.modes.add_starts(*choose_mode_starts(joint, source, observations, generator))
+        return self._make_draws(joint, starts, source, observations, generator, draws=state.draws)
 
-    def search_wider(
+    def scan_for_modes(
         self,
         source: Source,
         observations: Observations,
@@ -134,47 +130,50 @@ class Exact(OfLikelihood):
         *,
         columns: tuple[int, ...] = (),
     ) -> tuple[ExactDraws, tuple[int, ...]] | None:
-        """Draws for ``theta`` with modes that the search has passed by, where a scan finds any."""
+        """Draws for ``theta`` with modes that the search has missed, where a scan finds any."""
         if not isinstance(state, ExactDraws):
             raise TypeError(f"exact made no such draws: {type(state).__name__}.")
         if not state.population.varying:
             return None
-        joint = likelihood_of(tractable(self.simulator, source, self.name), state.population, observations, theta)
-        unseen = unseen_modes(joint, state.modes, generator, columns=columns)
+        joint = likelihood_of(
+            require_likelihood(self.simulator, source, self.name), state.population, observations, theta
+        )
+        unseen = find_unseen_modes(joint, state.modes, generator, columns=columns)
         if unseen is None:
             return None
-        both = torch.cat([state.modes.rows, unseen.rows]), torch.cat([state.modes.means, unseen.points])
+        starts = state.modes.add_starts(unseen.rows, unseen.points)
         if len(observations) > _MANY and bool((state.made_for == theta).all()):
             changed = torch.unique(unseen.rows)
-            return self._remade(state, changed, both, source, observations, generator), unseen.columns
-        made = self._made(joint, both, source, observations, generator, draws=state.draws)
+            return self._redraw_individuals(state, changed, starts, source, observations, generator), unseen.columns
+        made = self._make_draws(joint, starts, source, observations, generator, draws=state.draws)
         return made, unseen.columns
 
-    def _remade(
+    def _redraw_individuals(
         self,
         state: ExactDraws,
         changed: Tensor,
-        climbers: tuple[Tensor, Tensor],
+        starts: tuple[Tensor, Tensor],
         source: Source,
         observations: Observations,
         generator: torch.Generator,
     ) -> ExactDraws:
-        """The same draws, but those of the ``changed`` individuals made anew from where the climbers begin."""
-        rows, starts = climbers
+        """The same draws, but those of the ``changed`` individuals made anew from these starts of a search for
+        modes."""
+        rows, points = starts
         place = torch.full((state.individuals,), -1, dtype=torch.int64, device=rows.device)
         place[changed] = torch.arange(len(changed), device=rows.device)
         mine = place[rows] >= 0
-        made = self._made(
-            replace(state.joint, observations=chosen_rows(state.joint.observations, changed)),
-            (place[rows[mine]], starts[mine]),
+        made = self._make_draws(
+            replace(state.joint, observations=select_rows(state.joint.observations, changed)),
+            (place[rows[mine]], points[mine]),
             of_individuals(source, changed.cpu()),
             observations[changed.cpu()],
             generator,
             draws=state.draws,
         )
-        modes = state.modes.updated(replace(made.modes, rows=changed[made.modes.rows]))
+        modes = state.modes.replace_rows(replace(made.modes, rows=changed[made.modes.rows]))
         blocks = tuple(replace(block, rows=changed[block.rows]) for block in made.blocks)
-        return replace(state.replaced(changed, made.mixed, blocks), modes=modes)
+        return replace(state.replace_rows(changed, made.mixed, blocks), modes=modes)
 
     def reuse(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> ExactDraws | None:
         """The same draws where ``theta`` is so near that they serve as well; their likelihoods at other constants are
@@ -184,30 +183,25 @@ class Exact(OfLikelihood):
         there = replace(state.joint, theta=theta.detach())
         return state if is_near(there, state.made_for, constants=_EXPANDED) else None
 
-    def _made(
+    def _make_draws(
         self,
         joint: JointDensity,
-        climbers: tuple[Tensor, Tensor],
+        starts: tuple[Tensor, Tensor],
         source: Source,
         observations: Observations,
         generator: torch.Generator,
         *,
         draws: int,
     ) -> ExactDraws:
-        """Modes from where the climbers begin, mixtures on them, draws."""
+        """Modes from these starts, mixtures on them, draws."""
         individuals = len(observations)
-        laplace, at = modes_with_images(joint, *climbers)
-        missing = lacking(laplace.rows, individuals)
-        if len(missing):
-            more = last_climbers(joint, missing, source, observations, generator)
-            laplace, at = with_others(joint, (laplace, at), distinct_modes(joint, *more))
-        require_everybody(laplace.rows, observations)
+        laplace, at = find_every_mode(joint, starts, source, observations, generator)
         if self.rough:  # heavy tails around the modes serve to compare starts
-            return drawn(joint, laplace, mixtures(laplace, individuals, draws), source.prior, generator)
-        mixed = mixtures(along_profiles(joint, laplace, at), individuals, draws)
-        return refine_bad_mixtures(drawn(joint, laplace, mixed, source.prior, generator), generator)
+            return draw_from_mixtures(joint, laplace, mixtures(laplace, individuals, draws), source.prior, generator)
+        mixed = mixtures(profile_components(joint, laplace, at), individuals, draws)
+        return refine_bad_mixtures(draw_from_mixtures(joint, laplace, mixed, source.prior, generator), generator)
 
-    def roughly(self, individuals: int) -> Exact:
+    def coarsen(self, individuals: int) -> Exact:
         """The same with as few draws, and as little care for each individual, as comparing starts takes."""
         draws = max(self.draws, min(_ROUGH_MOST, self.max_draws, _ROUGH_ALL // individuals))
         return replace(self, draws=draws, rough=True)
@@ -228,7 +222,7 @@ class Exact(OfLikelihood):
             return f"max_draws={self.max_draws} is reached"
         draws = min(times * state.draws, self.max_draws)
         joint = replace(state.joint, theta=theta.detach())
-        more = drawn(joint, state.modes, state.mixed.with_draws(draws), state.training, generator)
+        more = draw_from_mixtures(joint, state.modes, state.mixed.with_draws(draws), state.training, generator)
         return refine_bad_mixtures(replace(more, proposed_for=state.proposed_for), generator)
 
     def _draws_of(self, previous: WeightedDraws | NoDraws, observations: Observations) -> int:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, is_noise_alone
-from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows, interleaved
+from nlme_sbi.population.likelihood.log_joint import JointDensity, interleave, select_rows
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.types import Design
 
@@ -117,14 +117,14 @@ def first_order(
 ) -> tuple[Float[Tensor, "I n"], Float[Tensor, "I n W"]]:
     """Log-likelihood of each draw and its gradient in the constants, a few draws at once; from the ``prediction`` where
     there is one."""
-    observations = chosen_rows(joint.observations, rows)
+    observations = select_rows(joint.observations, rows)
     predicted = joint.observations.values.shape[1] * joint.observations.values.shape[2] * len(rows)
     values, slopes = [], []
     for place in torch.split(torch.arange(phi.shape[1]), max(1, _PREDICTED // predicted)):
         some = phi[:, place]
         with torch.set_grad_enabled(constants.shape[1] > 0):
             leaf = constants[:, None].expand(-1, len(place), -1).clone().requires_grad_(constants.shape[1] > 0)
-            parameters = interleaved(joint.population, some, leaf)
+            parameters = interleave(joint.population, some, leaf)
             if prediction is None or not isinstance(joint.simulator, MechanisticSimulator):
                 value = joint.simulator.log_likelihood(observations, parameters)
             else:
@@ -144,7 +144,7 @@ def lasting_prediction(
     design = joint.observations.design[rows]
 
     def predict(values: Tensor) -> Tensor:
-        parameters = interleaved(joint.population, phi, values[:, None].expand(-1, phi.shape[1], -1))
+        parameters = interleave(joint.population, phi, values[:, None].expand(-1, phi.shape[1], -1))
         return joint.simulator.predict(parameters, design)
 
     found = predict(constants)

@@ -18,9 +18,9 @@ from torch import Tensor
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.numerics.t_mixtures import Mixtures, independent_sets
 from nlme_sbi.population.estimators.exact_block import ExactBlock, first_order, lasting_prediction, second_order
-from nlme_sbi.population.estimators.interpolation import interpolated
+from nlme_sbi.population.estimators.interpolation import interpolate_along_constants
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents
-from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows, interleaved
+from nlme_sbi.population.likelihood.log_joint import JointDensity, interleave, select_rows
 from nlme_sbi.population.likelihood.population_monte_carlo import refine_mixtures
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import WeightedDraws
@@ -30,7 +30,7 @@ from nlme_sbi.types import Prior
 _BLOCK = 32768  # draws in a block of the objective: in much smaller ones most of the time is overhead
 _BAD = 0.25  # share of effective draws below which a mixture is refined
 _REFINEMENTS = 3  # of mixtures that stay bad
-_CURVED = 4  # draws of each individual that tell the curvature in the constants
+_CURVED = 4  # draws of each individual for the curvature in the constants
 _CURVED_ALL = 6000  # or as many as make so many over all individuals
 _DIRECT = 2_000_000  # predictions of all draws together up to which likelihoods are evaluated wherever constants go
 
@@ -49,7 +49,7 @@ class ExactDraws:
     proposed_for: Float[Tensor, " P"]
     sets: int = 2
 
-    fitted = True  # the mixtures to the individuals, and draws are spread evenly: halves tell the error, weights do not
+    fitted = True  # the mixtures to the individuals, and draws are spread evenly: halves give the error, weights do not
 
     @property
     def population(self) -> PopulationModel:
@@ -68,9 +68,9 @@ class ExactDraws:
 
     def part(self, individuals: Tensor, draws: slice) -> ExactDraws:
         """Some individuals with some of their draws."""
-        observations = chosen_rows(self.joint.observations, individuals)
+        observations = select_rows(self.joint.observations, individuals)
         joint = replace(self.joint, observations=observations)
-        some = _rows(_joined(self.blocks), individuals)
+        some = _rows(_concatenate(self.blocks), individuals)
         cut = replace(
             _with_draws(some, draws), design=observations.design, likelihood=joint if self.is_direct else None
         )
@@ -85,9 +85,9 @@ class ExactDraws:
             sets=self.sets if cut.phi.shape[1] == self.draws else 2,
         )
 
-    def replaced(self, rows: Tensor, mixed: Mixtures, blocks: tuple[ExactBlock, ...]) -> ExactDraws:
+    def replace_rows(self, rows: Tensor, mixed: Mixtures, blocks: tuple[ExactBlock, ...]) -> ExactDraws:
         """With other mixtures and draws of some individuals."""
-        given, whole = _joined(blocks), _joined(self.blocks)
+        given, whole = _concatenate(blocks), _concatenate(self.blocks)
         if given.curvatures.shape[1] > whole.curvatures.shape[1]:  # of few individuals every draw has its own
             given = _with_mean_curvatures(given, self.made_for)
         changed = {
@@ -98,7 +98,7 @@ class ExactDraws:
         if whole.prediction is not None and given.prediction is not None:
             prediction = whole.prediction.index_copy(0, rows, given.prediction)
         whole = replace(whole, design=self.joint.observations.design, prediction=prediction, **changed)
-        return replace(self, blocks=_in_blocks(whole), mixed=self.mixed.updated(rows, mixed))
+        return replace(self, blocks=_in_blocks(whole), mixed=self.mixed.replace_rows(rows, mixed))
 
     def half(self, which: int) -> ExactDraws:
         """Every other draw."""
@@ -112,7 +112,7 @@ class ExactDraws:
         blocks = tuple(_with_draws(block, slice(first, None, step)) for block in self.blocks)
         return replace(self, blocks=blocks, draws=blocks[0].phi.shape[1], sets=2)
 
-    def expanded_at(self, theta: Float[Tensor, " P"]) -> ExactDraws:
+    def expand_about(self, theta: Float[Tensor, " P"]) -> ExactDraws:
         """The same draws, their likelihoods expanded about the constants at ``theta``, where values and gradients then
         are exact; the curvatures stay."""
         if not self.population.constant:
@@ -137,36 +137,36 @@ class ExactDraws:
         """Fresh draws from these and the other's mixtures alike, as many as both have together: for comparing two theta
         on common draws that serve both. Likelihoods are expanded about this one's constants."""
         mixed = self.mixed.beside(other.mixed)
-        return drawn(self.joint, self.modes, mixed, self.training, generator)
+        return draw_from_mixtures(self.joint, self.modes, mixed, self.training, generator)
 
     def along_constants(self, covariance: Float[Tensor, "P P"] | None) -> WeightedDraws:
         """The same draws with likelihoods that hold within six standard errors of the constants; see
-        :func:`nlme_sbi.population.estimators.interpolation.interpolated`."""
-        return interpolated(self, covariance)
+        :func:`nlme_sbi.population.estimators.interpolation.interpolate_along_constants`."""
+        return interpolate_along_constants(self, covariance)
 
     def training_draws(self) -> tuple[Tensor, Prior]:
         """Draws of all parameters, constants at their values."""
-        joined = _joined(self.blocks)
+        joined = _concatenate(self.blocks)
         constants = joined.constants[:, None].expand(-1, joined.phi.shape[1], -1)
-        return interleaved(self.population, joined.phi, constants), self.training
+        return interleave(self.population, joined.phi, constants), self.training
 
     def warnings(self, theta: Float[Tensor, " P"], ids: tuple[str, ...]) -> tuple[str, ...]:  # noqa: ARG002
-        """Nothing beyond what the effective numbers of draws tell."""
+        """None beyond those of the effective numbers of draws."""
         return ()
 
 
-def drawn(
+def draw_from_mixtures(
     joint: JointDensity, laplace: LaplaceComponents, mixed: Mixtures, training: Prior, generator: torch.Generator
 ) -> ExactDraws:
-    """Draws of everybody from their mixtures."""
+    """Draws of every individual from their mixtures."""
     rows = torch.arange(len(mixed.counts), device=joint.theta.device)
-    blocks = _drawn_blocks(joint, mixed, rows, generator)
+    blocks = _draw_blocks(joint, mixed, rows, generator)
     draws = int(mixed.counts[0].sum())
     sets = independent_sets(draws)
     return ExactDraws(joint, laplace, mixed, training, blocks, len(rows), draws, joint.theta, sets)
 
 
-def without_variability(joint: JointDensity, training: Prior) -> ExactDraws:
+def draws_without_variability(joint: JointDensity, training: Prior) -> ExactDraws:
     """The likelihood of a population in which nothing varies: there is nothing to integrate, and two equal draws of no
     parameters stand for that."""
     individuals, like = len(joint.observations), joint.theta
@@ -188,33 +188,33 @@ def without_variability(joint: JointDensity, training: Prior) -> ExactDraws:
         curvatures=second_order(joint, rows, phi[:, :1], constants, slopes[:, :1]),
         constants=constants,
         log_q=torch.zeros_like(value),
-        likelihood=joint if _is_small(joint, 2) else None,
+        likelihood=joint if _is_cheap(joint, 2) else None,
     )
     return ExactDraws(joint, modes, mixed, training, _in_blocks(whole), individuals, 2, like)
 
 
 def refine_bad_mixtures(state: ExactDraws, generator: torch.Generator) -> ExactDraws:
-    """Mixtures with few effective draws are refined, and their individuals drawn again where that helped; those that
-    were helped and are still bad again."""
-    worth_trying = torch.ones(state.individuals, dtype=torch.bool, device=state.made_for.device)
+    """Refine mixtures with few effective draws, and draw their individuals again where that helped; repeat for those
+    that improved and are still poor."""
+    to_try = torch.ones(state.individuals, dtype=torch.bool, device=state.made_for.device)
     for _ in range(_REFINEMENTS):
         before = effective_draws(state, state.made_for)
-        bad = torch.nonzero((before < _BAD * state.draws) & worth_trying)[:, 0]
+        bad = torch.nonzero((before < _BAD * state.draws) & to_try)[:, 0]
         if len(bad) == 0:
             break
         better = refine_mixtures(state.joint, state.mixed[bad], bad, state.draws, generator)
-        trial = state.replaced(bad, better, _drawn_blocks(state.joint, better, bad, generator))
+        trial = state.replace_rows(bad, better, _draw_blocks(state.joint, better, bad, generator))
         helped = effective_draws(trial, state.made_for)[bad] > before[bad]
         if not bool(helped.any()):
             break
         chosen = bad[helped]
-        worth_trying = torch.zeros_like(worth_trying).index_fill(0, chosen, True)
-        kept = _rows(_joined(trial.blocks), chosen)
-        state = state.replaced(chosen, better[torch.nonzero(helped)[:, 0]], (kept,))
+        to_try = torch.zeros_like(to_try).index_fill(0, chosen, True)
+        kept = _rows(_concatenate(trial.blocks), chosen)
+        state = state.replace_rows(chosen, better[torch.nonzero(helped)[:, 0]], (kept,))
     return state
 
 
-def _drawn_blocks(
+def _draw_blocks(
     joint: JointDensity, mixed: Mixtures, rows: Tensor, generator: torch.Generator
 ) -> tuple[ExactBlock, ...]:
     """Draws of the individuals at ``rows`` from their mixtures, block by block."""
@@ -232,7 +232,7 @@ def _block(joint: JointDensity, rows: Tensor, mixed: Mixtures, shifts: Tensor, o
     phi, log_q = mixed.draws_at(shifts)
     design = joint.observations.design[rows]
     constants = joint.population.constants(joint.theta, design).detach()
-    is_small = _is_small(joint, phi.shape[1])
+    is_small = _is_cheap(joint, phi.shape[1])
     prediction = lasting_prediction(joint, rows, phi, constants) if is_small else None
     log_likelihood, slopes = first_order(joint, rows, phi, constants, prediction)
     log_ratio = torch.where(torch.isfinite(log_likelihood), log_likelihood - log_q, -torch.inf)
@@ -246,7 +246,7 @@ def _block(joint: JointDensity, rows: Tensor, mixed: Mixtures, shifts: Tensor, o
     else:
         log_weights = log_ratio + joint.population.log_prob(phi, joint.theta, design)
         count = _CURVED if joint.rough else max(_CURVED, _CURVED_ALL // len(joint.observations))
-        few = _systematic(torch.softmax(log_weights, 1), order, count)[..., None]
+        few = _resample_systematically(torch.softmax(log_weights, 1), order, count)[..., None]
         chosen, base = (
             phi.gather(1, few.expand(-1, -1, phi.shape[2])),
             slopes.gather(1, few.expand(-1, -1, slopes.shape[2])),
@@ -268,18 +268,18 @@ def _block(joint: JointDensity, rows: Tensor, mixed: Mixtures, shifts: Tensor, o
     )
 
 
-def _is_small(joint: JointDensity, draws: int) -> bool:
+def _is_cheap(joint: JointDensity, draws: int) -> bool:
     """Whether all draws' likelihoods cost little enough to be evaluated at every theta."""
     values = joint.observations.values
     return draws * values.numel() <= _DIRECT
 
 
-def _systematic(weights: Float[Tensor, "I S"], order: Tensor, count: int) -> Tensor:
+def _resample_systematically(weights: Float[Tensor, "I S"], order: Tensor, count: int) -> Tensor:
     """Systematic resampling of ``count`` draws in a random order."""
     shuffled = weights.gather(1, order)
     ends = shuffled.cumsum(1)
-    wished = (torch.arange(count, dtype=weights.dtype, device=weights.device) + 0.5) / count
-    place = torch.searchsorted(ends.contiguous(), wished.expand(len(weights), -1).contiguous())
+    quantiles = (torch.arange(count, dtype=weights.dtype, device=weights.device) + 0.5) / count
+    place = torch.searchsorted(ends.contiguous(), quantiles.expand(len(weights), -1).contiguous())
     return order.gather(1, place.clamp_max(weights.shape[1] - 1))
 
 
@@ -289,7 +289,7 @@ def _with_mean_curvatures(block: ExactBlock, theta: Float[Tensor, " P"]) -> Exac
     return replace(block, curvatures=torch.einsum("is,iswu->iwu", weights, block.curvatures)[:, None])
 
 
-def _joined(blocks: tuple[ExactBlock, ...]) -> ExactBlock:
+def _concatenate(blocks: tuple[ExactBlock, ...]) -> ExactBlock:
     """All blocks as one; they are in the order of the data. The design stays that of the first block."""
     if len(blocks) == 1:
         return blocks[0]
@@ -302,18 +302,18 @@ def _joined(blocks: tuple[ExactBlock, ...]) -> ExactBlock:
         curvatures=torch.cat([block.curvatures for block in blocks]),
         constants=torch.cat([block.constants for block in blocks]),
         log_q=torch.cat([block.log_q for block in blocks]),
-        prediction=_joined_predictions(blocks),
+        prediction=_concatenate_predictions(blocks),
     )
 
 
-def _joined_predictions(blocks: tuple[ExactBlock, ...]) -> Tensor | None:
+def _concatenate_predictions(blocks: tuple[ExactBlock, ...]) -> Tensor | None:
     """Of all blocks; None where one has none."""
     parts = [block.prediction for block in blocks if block.prediction is not None]
     return torch.cat(parts) if len(parts) == len(blocks) else None
 
 
 def _rows(whole: ExactBlock, rows: Tensor) -> ExactBlock:
-    """Some individuals of a block that holds everybody; the design stays."""
+    """Some individuals of a block that holds every individual; the design stays."""
     return replace(
         whole,
         rows=rows,
@@ -328,7 +328,7 @@ def _rows(whole: ExactBlock, rows: Tensor) -> ExactBlock:
 
 
 def _with_draws(block: ExactBlock, draws: slice) -> ExactBlock:
-    """Some draws of everybody in it."""
+    """Some draws of every individual in it."""
     cut = {name: getattr(block, name)[:, draws] for name in ("phi", "log_ratio", "slopes", "log_q")}
     if block.curvatures.shape[1] == block.phi.shape[1]:
         cut["curvatures"] = block.curvatures[:, draws]

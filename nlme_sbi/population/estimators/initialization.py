@@ -1,4 +1,4 @@
-"""The points that climb to an individual's modes, from the network's draws, the training prior and the data."""
+"""Starting points of the search for individuals' modes: from the network's draws, the training prior and the data."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nlme_sbi.numerics.weighted_draws import equal_draws
-from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_modes, with_others
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_modes, merge_modes
 from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, promised_gain
 from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.population.models.labels import named
+from nlme_sbi.population.models.labels import list_ids
 from nlme_sbi.population.objective.interface import Source
 from nlme_sbi.population.objective.likelihood_point import NoLikelihoodError
 from nlme_sbi.population.objective.subsets import of_individuals
 from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.types import Observations, Simulator, TractableSimulator
 
-_FIRST_DRAWS = 20  # of the network for each individual, of which the best few are climbed from
-_CLIMBERS = 3  # starts of Newton's method for each individual, before symmetries
-_LAST_DRAWS, _LAST_CLIMBERS = 200, 8  # of individuals whose modes were lost
-_OUT_OF_REACH = 500.0  # log density of a mirror image below its mode at which it is given up without a look
-_HOPELESS = 15.0  # and below which its summit is expected when it is not climbed
+_FIRST_DRAWS = 20  # of the network for each individual, of which the best few are starting points
+_MODE_STARTS = 3  # starts of Newton's method for each individual, before symmetries
+_LAST_DRAWS, _MORE_MODE_STARTS = 200, 8  # of individuals whose modes were lost
+_OUT_OF_REACH = 500.0  # log density of a mirror image below its mode at which it is discarded at once
+_TOO_LOW = 15.0  # and below which its expected maximum must lie for it to be discarded
 
 
-def tractable(simulator: Simulator | None, source: Source, estimator: str) -> TractableSimulator:
+def require_likelihood(simulator: Simulator | None, source: Source, estimator: str) -> TractableSimulator:
     """The simulator whose likelihood it is: the given one, else the posterior's own.
 
     Raises:
@@ -35,7 +35,7 @@ def tractable(simulator: Simulator | None, source: Source, estimator: str) -> Tr
     found = simulator or getattr(source, "simulator", None)
     if found is None:
         raise ValueError(
-            f"estimator {estimator}: draws do not tell the simulator; pass {estimator.capitalize()}(simulator=...)."
+            f"estimator {estimator}: draws do not name the simulator; pass {estimator.capitalize()}(simulator=...)."
         )
     if not isinstance(found, TractableSimulator):
         raise ValueError(
@@ -48,7 +48,7 @@ def tractable(simulator: Simulator | None, source: Source, estimator: str) -> Tr
 def likelihood_of(
     simulator: TractableSimulator, population: PopulationModel, observations: Observations, theta: Tensor
 ) -> JointDensity:
-    """Likelihood times population density of everybody at ``theta``, in float64 on its device."""
+    """Likelihood times population density of every individual at ``theta``, in float64 on its device."""
     return JointDensity(simulator, population, in_double(observations, theta.device), theta.detach())
 
 
@@ -64,7 +64,7 @@ def in_double(observations: Observations, device: torch.device) -> Observations:
     )
 
 
-def first_climbers(
+def choose_mode_starts(
     joint: JointDensity,
     source: Source,
     observations: Observations,
@@ -73,8 +73,8 @@ def first_climbers(
     mirrored: bool = True,
     others: Float[Tensor, "I n V"] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Individual ``(B,)`` and point ``(B, V)`` of everybody's starts of a search for modes: the best point of each,
-    and the best ones among those that are far from the earlier choices.
+    """Individual ``(B,)`` and point ``(B, V)`` of every individual's starts of a search for modes: the best point of
+    each, and the best ones among those that are far from the earlier choices.
 
     To choose from there are the network's draws, their mirror images where the simulator declares parameters that may
     be exchanged (unless not ``mirrored``), the individual's own typical values, in case the network was wrong, and
@@ -86,13 +86,13 @@ def first_climbers(
     spread = varying.std(1, keepdim=True).clamp_min(1e-6 * joint.scales[:, None])
     pool = [varying, joint.centres[:, None]]
     if mirrored:
-        pool[0] = with_images(joint, varying)
+        pool[0] = add_images(joint, varying)
     if others is not None:
         pool.append(others)
     points = torch.cat(pool, 1)
     value = joint.value(every, points)
     chosen = []
-    for _ in range(min(_CLIMBERS, points.shape[1])):
+    for _ in range(min(_MODE_STARTS, points.shape[1])):
         best = value.argmax(1)
         chosen.append(points[every, best])
         distance = ((points - chosen[-1][:, None]) / spread).norm(dim=2)
@@ -103,13 +103,13 @@ def first_climbers(
 def _network_draws(source: Source, observations: Observations, generator: torch.Generator) -> Float[Tensor, "I S D"]:
     if isinstance(source, PosteriorSamples):
         return equal_draws(source.phi, source.log_weights, _FIRST_DRAWS)
-    # To a network a limit is a value; that does for a beginning, and the likelihood knows better.
+    # A network takes a limit for a value, which is good enough for starting points; the likelihood does not.
     plain = replace(observations, censoring=None, lower=None, upper=None)
     found = source.sample(plain, _FIRST_DRAWS, generator)
     return equal_draws(found.phi, found.log_weights)
 
 
-def images(simulator: TractableSimulator, population: PopulationModel) -> list[list[int]]:
+def exchanged_columns(simulator: TractableSimulator, population: PopulationModel) -> list[list[int]]:
     """For each pair that the simulator declares exchangeable: the varying columns with the two exchanged."""
     found = []
     for first, second in getattr(simulator, "exchangeable", ()):
@@ -123,9 +123,9 @@ def images(simulator: TractableSimulator, population: PopulationModel) -> list[l
     return found
 
 
-def with_images(joint: JointDensity, points: Float[Tensor, "I S V"]) -> Float[Tensor, "I more V"]:
+def add_images(joint: JointDensity, points: Float[Tensor, "I S V"]) -> Float[Tensor, "I more V"]:
     """The points and, for every pair of parameters that may be exchanged, their mirror images."""
-    for order in images(joint.simulator, joint.population):
+    for order in exchanged_columns(joint.simulator, joint.population):
         points = torch.cat([points, points[..., order]], 1)
     return points
 
@@ -133,29 +133,51 @@ def with_images(joint: JointDensity, points: Float[Tensor, "I S V"]) -> Float[Te
 def modes_with_images(
     joint: JointDensity, rows: Int[Tensor, " B"], starts: Float[Tensor, "B V"]
 ) -> tuple[LaplaceComponents, Expansion]:
-    """Distinct modes that the starts lead to, and those that hopeful mirror images of them lead to."""
+    """Distinct modes that the starts lead to, and those that promising mirror images of them lead to."""
     found = distinct_modes(joint, rows, starts)
-    mirrored, points = _hopeful_images(joint, *found)
-    return found if len(mirrored) == 0 else with_others(joint, found, distinct_modes(joint, mirrored, points))
+    mirrored, points = _promising_images(joint, *found)
+    return found if len(mirrored) == 0 else merge_modes(joint, found, distinct_modes(joint, mirrored, points))
 
 
-def _hopeful_images(joint: JointDensity, found: LaplaceComponents, at: Expansion) -> tuple[Tensor, Tensor]:
+def find_every_mode(
+    joint: JointDensity,
+    starts: tuple[Tensor, Tensor],
+    source: Source,
+    observations: Observations,
+    generator: torch.Generator,
+) -> tuple[LaplaceComponents, Expansion]:
+    """Distinct modes that the ``starts`` (rows ``(B,)`` and points ``(B, V)``) lead to, with their mirror images; more
+    starts for individuals without any.
+
+    Raises:
+        NoLikelihoodError: where an individual has none even so.
+    """
+    found = modes_with_images(joint, *starts)
+    missing = individuals_without_rows(found[0].rows, len(observations))
+    if len(missing):
+        more = choose_more_mode_starts(joint, missing, source, observations, generator)
+        found = merge_modes(joint, found, distinct_modes(joint, *more))
+    require_every_individual(found[0].rows, observations)
+    return found
+
+
+def _promising_images(joint: JointDensity, found: LaplaceComponents, at: Expansion) -> tuple[Tensor, Tensor]:
     """Mirror images of modes that are not so low that the population rules them out."""
-    mirrored = with_images(joint, found.means[:, None])[:, 1:]
+    mirrored = add_images(joint, found.means[:, None])[:, 1:]
     rows = found.rows[:, None].expand(-1, mirrored.shape[1]).flatten()
     points, top = mirrored.flatten(0, 1), at.value[:, None].expand(-1, mirrored.shape[1]).flatten()
     if len(rows) == 0:
         return rows, points
-    # The likelihood of an image is that of its mode: only the population speaks against it, and it is about quadratic.
-    worth = torch.nonzero(joint.value(rows, points[:, None])[:, 0] > top - _OUT_OF_REACH)[:, 0]
-    there = joint.expand(rows[worth], points[worth])
-    hopeful = worth[there.value + 2 * promised_gain(joint, rows[worth], there) > top[worth] - _HOPELESS]
-    return rows[hopeful], points[hopeful]
+    # An image has the likelihood of its mode; only the population density, which is about quadratic, differs.
+    near = torch.nonzero(joint.value(rows, points[:, None])[:, 0] > top - _OUT_OF_REACH)[:, 0]
+    there = joint.expand(rows[near], points[near])
+    promising = near[there.value + 2 * promised_gain(joint, rows[near], there) > top[near] - _TOO_LOW]
+    return rows[promising], points[promising]
 
 
 def is_near(joint: JointDensity, theta: Tensor, *, constants: float = 0.01) -> bool:
-    """Whether mixtures that were made for ``theta`` still serve: what is typical of each individual has hardly moved,
-    in SDs of the population, and no constant by more than ``constants``."""
+    """Whether mixtures that were made for ``theta`` are still good proposals: no individual's typical values have moved
+    much, in SDs of the population, and no constant by more than ``constants``."""
     population, design, before = joint.population, joint.observations.design, replace(joint, theta=theta)
     moved = (joint.centres - before.centres).abs() < 0.15 * joint.scales
     wider = (joint.scales / before.scales).log().abs() < 0.15
@@ -163,38 +185,38 @@ def is_near(joint: JointDensity, theta: Tensor, *, constants: float = 0.01) -> b
     return bool(moved.all()) and bool(wider.all()) and bool((change.abs() < constants).all())
 
 
-def require_everybody(rows: Tensor, observations: Observations) -> None:
+def require_every_individual(rows: Tensor, observations: Observations) -> None:
     """Raise for individuals for whom no search found a point with a likelihood above 0.
 
     Raises:
         NoLikelihoodError: with their positions; a search may go elsewhere, or refuse the data where nowhere is better.
     """
-    missing = lacking(rows, len(observations))
+    missing = individuals_without_rows(rows, len(observations))
     if len(missing):
         raise NoLikelihoodError(
             f"The likelihood of {len(missing)} of {len(observations)} individuals is 0 or not finite wherever the "
-            f"search looked; first: {named(observations.ids, missing)}. Check their data, and whether the model can "
+            f"search looked; first: {list_ids(observations.ids, missing)}. Check their data, and whether the model can "
             "produce them (a proportional error around a prediction of 0 cannot).",
             missing,
         )
 
 
-def lacking(rows: Int[Tensor, " B"], individuals: int) -> Int[Tensor, " missing"]:
+def individuals_without_rows(rows: Int[Tensor, " B"], individuals: int) -> Int[Tensor, " missing"]:
     """Positions of the individuals that own none of the rows."""
     there = torch.zeros(individuals, dtype=torch.bool, device=rows.device)
     there[rows] = True
     return torch.nonzero(~there)[:, 0]
 
 
-def last_climbers(
+def choose_more_mode_starts(
     joint: JointDensity,
     missing: Int[Tensor, " m"],
     source: Source,
     observations: Observations,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """More starts for individuals whose modes were lost: many draws of the network and points around what is typical of
-    them, near and far, of which the best few."""
+    """More starts for individuals whose modes were lost: many draws of the network and points around their typical
+    values, near and far, of which the best few."""
     varying = list(joint.population.varying)
     some = of_individuals(source, missing.cpu())
     own = observations[missing.cpu()]
@@ -207,6 +229,6 @@ def last_climbers(
     around = centres[:, None] + reach[:, None] * scales[:, None] * noise
     points = torch.cat([pool, around], 1)
     value = joint.value(missing, points)
-    best = value.topk(min(_LAST_CLIMBERS, points.shape[1]), 1).indices
+    best = value.topk(min(_MORE_MODE_STARTS, points.shape[1]), 1).indices
     chosen = points.gather(1, best[..., None].expand(-1, -1, points.shape[2]))
     return missing.repeat_interleave(chosen.shape[1]), chosen.flatten(0, 1)

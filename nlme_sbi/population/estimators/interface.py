@@ -1,4 +1,4 @@
-"""What an estimator is to the fit: Protocols, and what they hand over."""
+"""Protocols of estimators, and what they return to the fit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nlme_sbi.types import Observations
 class Estimator(Protocol):
     """A way to the population likelihood.
 
-    ``absolute`` tells whether the objective is log p(y | theta) itself; otherwise it is a ratio to the evidence under
+    ``absolute`` is whether the objective is log p(y | theta) itself; otherwise it is a ratio to the evidence under
     the training prior, and no absolute -2 log L exists.
     """
 
@@ -70,14 +70,14 @@ class ThetaDependentEstimator(Estimator, Protocol):
         previous: WeightedDraws | NoDraws,
         generator: torch.Generator,
     ) -> WeightedDraws:
-        """Draws of all individuals made for ``theta``; ``previous`` is what the search had before, or only tells the
-        population model.
+        """Draws of all individuals made for ``theta``; ``previous`` are the draws of the search so far, or only
+        the population model.
 
         Raises:
             NoLikelihoodError: where no draw of some individual has a likelihood above 0.
         """
 
-    def look_again(
+    def search_modes_again(
         self,
         source: Source,
         observations: Observations,
@@ -85,9 +85,9 @@ class ThetaDependentEstimator(Estimator, Protocol):
         theta: Tensor,
         generator: torch.Generator,
     ) -> WeightedDraws:
-        """Draws made for ``theta`` that owe nothing to ``state`` but its modes: others are searched for, too."""
+        """Draws made for ``theta`` that depend on ``state`` only through its modes; others are searched for, too."""
 
-    def search_wider(
+    def scan_for_modes(
         self,
         source: Source,
         observations: Observations,
@@ -97,13 +97,14 @@ class ThetaDependentEstimator(Estimator, Protocol):
         *,
         columns: tuple[int, ...] = (),
     ) -> tuple[WeightedDraws, tuple[int, ...]] | None:
-        """Draws made for ``theta`` where a scan finds modes of individuals that the search has passed by, and the
-        coordinates of what varies along which it did; else None. Along ``columns`` everybody is scanned in any case."""
+        """Draws made for ``theta`` where a scan finds modes of individuals that the search has missed, and the
+        coordinates along which it did; else None. Along ``columns`` every individual is scanned in any
+        case."""
 
     def reuse(self, theta: Tensor, state: WeightedDraws) -> WeightedDraws | None:
-        """The same draws, if they serve for ``theta`` as well; None where they must be made anew."""
+        """The same draws, if they are valid at ``theta`` as well; None where they must be made anew."""
 
-    def roughly(self, individuals: int) -> ThetaDependentEstimator:
+    def coarsen(self, individuals: int) -> ThetaDependentEstimator:
         """The same estimator with as few draws as comparing starts on so many individuals takes."""
 
 
@@ -133,30 +134,30 @@ class LocalDraws(WeightedDraws, Protocol):
 class BoundedDraws(WeightedDraws, Protocol):
     """Draws whose likelihoods are known within a range of the constants only."""
 
-    def beyond(self, thetas: Tensor) -> Tensor:
+    def share_beyond_range(self, thetas: Tensor) -> Tensor:
         """Share of ``thetas (K, P)`` whose constants come near the end of that range, for each constant."""
 
 
 @runtime_checkable
 class EstimatorChoice(Protocol):
-    """What stands for an estimator until it is known what draws are made from."""
+    """A placeholder for an estimator until the source of the draws is known."""
 
     def choose(self, source: Source) -> tuple[Estimator, str]:
         """The estimator, and the reason in words."""
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """Where an estimator's own search ended.
+class SearchResult:
+    """Result of an estimator's own search.
 
     Args:
         theta: ``(P,)`` the estimate.
-        monte_carlo_se: ``(P,)`` what the search's randomness does to it, 0 where fixed.
-        left: ``(P,)`` how far the search sees itself from where it was going: estimate minus optimum, 0 where fixed.
-        converged: whether the search may end there, by its own judgement.
+        monte_carlo_se: ``(P,)`` Monte-Carlo standard error from the search's randomness, 0 where fixed.
+        left: ``(P,)`` remaining distance by the search's own estimate: estimate minus optimum, 0 where fixed.
+        converged: whether the search converged, by its own criterion.
         message: how it ended, in words.
         shortage: why its Monte-Carlo error is no smaller.
-        warnings: what a reader must know of the search.
+        warnings: about the search.
     """
 
     theta: Float[Tensor, " P"]
@@ -170,7 +171,7 @@ class Found:
 
 @runtime_checkable
 class SelfOptimizingEstimator(ThetaDependentEstimator, Protocol):
-    """An estimator that finds theta by itself; its draws at that theta then tell everything else.
+    """An estimator with a search of its own; all else comes from draws at its estimate.
 
     The fit takes the estimate as it is: likelihood, information, individuals and table come from
     :meth:`ThetaDependentEstimator.draws_at` at it, the estimate's own Monte-Carlo error from the search.
@@ -186,17 +187,17 @@ class SelfOptimizingEstimator(ThetaDependentEstimator, Protocol):
         *,
         accuracy: float,
         report: Report,
-    ) -> Found:
+    ) -> SearchResult:
         """From a start to the estimate.
 
         Args:
             source: the posterior or draws, for first guesses of individuals.
             observations: all data.
-            theta: where the comparison of starts ended.
+            theta: the result of comparing starts.
             previous: draws that it had, or only the population model.
             generator: of everything random.
-            accuracy: wished Monte-Carlo error, in standard errors.
-            report: told how far it is.
+            accuracy: target Monte-Carlo error, in standard errors.
+            report: called with how far it is.
         """
 
 
@@ -209,5 +210,5 @@ class Redraw:
     observations: Observations
 
     def __call__(self, theta: Tensor, previous: WeightedDraws, generator: torch.Generator) -> WeightedDraws:
-        """Draws made for ``theta``; ``previous`` is what was there before."""
+        """Draws made for ``theta``; ``previous`` are those before."""
         return self.estimator.draws_at(self.source, self.observations, theta, previous, generator)

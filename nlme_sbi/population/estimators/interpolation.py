@@ -1,8 +1,8 @@
 r"""The exact estimator's likelihoods as functions of the constants over their whole range of uncertainty.
 
 A fit needs them near one point, where an expansion to second order serves. A posterior of theta walks several standard
-errors away, where that expansion lets draws that fit badly look good (their gradients in a noise parameter are large,
-and the mean Hessian is not theirs). Here each draw has its own polynomial of degree 4 along each constant, through its
+errors away, where that expansion overrates draws that fit badly (their gradients in a noise parameter are large, and
+the mean Hessian is not theirs). Here each draw has its own polynomial of degree 4 along each constant, through its
 exact log-likelihoods at five points, and its own mixed differences for pairs of them.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.population.estimators.exact_block import ExactBlock
-from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows, interleaved
+from nlme_sbi.population.likelihood.log_joint import JointDensity, interleave, select_rows
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.types import Design, Prior
@@ -86,7 +86,7 @@ class InterpolatedBlock:
         products = [change[:, first] * change[:, second] for first, second in _pairs(change.shape[1])]
         if products:
             found = found + torch.einsum("isp,ip->is", self.mixed, torch.stack(products, -1))
-        # Beyond the nodes a polynomial knows nothing.
+        # Beyond the nodes the polynomial is not valid.
         excess = (change.abs() - 1).clamp_min(0).square().sum(1, keepdim=True)
         return found - 1e4 * excess
 
@@ -119,11 +119,11 @@ class InterpolatedDraws:
 
     def part(self, individuals: Tensor, draws: slice) -> InterpolatedDraws:
         """Some individuals with some of their draws."""
-        return _interpolated(self.exact.part(individuals, draws), self.reach)
+        return _interpolate(self.exact.part(individuals, draws), self.reach)
 
     def half(self, which: int) -> InterpolatedDraws:
         """Every other draw."""
-        return _interpolated(self.exact.half(which), self.reach)
+        return _interpolate(self.exact.half(which), self.reach)
 
     def training_draws(self) -> tuple[Tensor, Prior]:
         """As those of the exact draws."""
@@ -133,24 +133,24 @@ class InterpolatedDraws:
         """As those of the exact draws."""
         return self.exact.warnings(theta, ids)
 
-    def beyond(self, thetas: Float[Tensor, "K P"]) -> Float[Tensor, " W"]:
+    def share_beyond_range(self, thetas: Float[Tensor, "K P"]) -> Float[Tensor, " W"]:
         """Share of these thetas whose constants come near the end of the reach, for each constant."""
         design = self.exact.joint.observations.design
         centre = self.population.constants(self.exact.made_for, design)
-        # Of whoever's constants change most: covariates may make them each individual's own.
+        # Of the individuals whose constants change most: covariates may make them each individual's own.
         change = [(self.population.constants(theta, design) - centre).abs().amax(0) for theta in thetas]
         return (torch.stack(change) > 0.9 * self.reach).double().mean(0)
 
 
 @torch.no_grad()
-def interpolated(exact: ExpandedDraws, covariance: Float[Tensor, "P P"] | None) -> InterpolatedDraws:
+def interpolate_along_constants(exact: ExpandedDraws, covariance: Float[Tensor, "P P"] | None) -> InterpolatedDraws:
     """Draws whose likelihoods hold within six standard errors of the constants.
 
     Args:
         exact: made for the estimate; with at least one constant.
         covariance: of the estimates; where it is None or NaN, the reach is 1 on the unconstrained scale.
     """
-    return _interpolated(exact, _reach(exact, covariance))
+    return _interpolate(exact, _reach(exact, covariance))
 
 
 def _reach(exact: ExpandedDraws, covariance: Float[Tensor, "P P"] | None) -> Float[Tensor, " W"]:
@@ -168,7 +168,7 @@ def _reach(exact: ExpandedDraws, covariance: Float[Tensor, "P P"] | None) -> Flo
     return (_ERRORS * found).clamp(_LEAST, _MOST)
 
 
-def _interpolated(exact: ExpandedDraws, reach: Float[Tensor, " W"]) -> InterpolatedDraws:
+def _interpolate(exact: ExpandedDraws, reach: Float[Tensor, " W"]) -> InterpolatedDraws:
     blocks = over_blocks(lambda block: _block(exact, block, reach), exact.blocks, reach.device)
     return InterpolatedDraws(exact, reach, tuple(blocks))
 
@@ -177,11 +177,11 @@ def _interpolated(exact: ExpandedDraws, reach: Float[Tensor, " W"]) -> Interpola
 def _block(exact: ExpandedDraws, block: ExactBlock, reach: Float[Tensor, " W"]) -> InterpolatedBlock:
     width = len(reach)
     axes = torch.diag(reach)
-    observations = chosen_rows(exact.joint.observations, block.rows)
+    observations = select_rows(exact.joint.observations, block.rows)
 
     def change(shift: Tensor) -> Float[Tensor, "i S"]:
         constants = (block.constants + shift)[:, None].expand(-1, block.phi.shape[1], -1)
-        value = exact.joint.simulator.log_likelihood(observations, interleaved(block.population, block.phi, constants))
+        value = exact.joint.simulator.log_likelihood(observations, interleave(block.population, block.phi, constants))
         return (value - base).nan_to_num(_IMPOSSIBLE, neginf=_IMPOSSIBLE).clamp_min(_IMPOSSIBLE)
 
     base = torch.zeros((), dtype=reach.dtype, device=reach.device)

@@ -3,7 +3,7 @@ r"""Laplace's approximation of the population likelihood: fast, and approximate.
 .. math:: \log p(y_i \mid \theta) \approx \log \sum_m \exp\left[ f_i(\hat v_m, \theta)
           - \tfrac12 \log\det(-\partial_v^2 f_i) + \tfrac V2 \log 2\pi \right]
 
-summed over the distinct modes of each individual, which are climbed anew at every theta. Constants are arguments of the
+summed over the distinct modes of each individual, which are found anew at every theta. Constants are arguments of the
 likelihood. Exact for models that are linear in the varying parameters with Gaussian errors; the "LAPLACE" method of
 other software, with exact second derivatives. Values compare with other Laplace fits only.
 
@@ -19,19 +19,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.estimators.initialization import (
-    first_climbers,
-    lacking,
-    last_climbers,
+    choose_mode_starts,
+    find_every_mode,
     likelihood_of,
-    modes_with_images,
-    require_everybody,
-    tractable,
+    require_likelihood,
 )
-from nlme_sbi.population.estimators.laplace_draws import LaplaceDraws, assembled
+from nlme_sbi.population.estimators.laplace_draws import LaplaceDraws, assemble_draws
 from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
-from nlme_sbi.population.likelihood.laplace_components import distinct_modes, with_others
 from nlme_sbi.population.likelihood.log_joint import JointDensity
-from nlme_sbi.population.likelihood.mode_scan import unseen_modes
+from nlme_sbi.population.likelihood.mode_scan import find_unseen_modes
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.types import Observations, Simulator
 
@@ -58,20 +54,17 @@ class Laplace(OfLikelihood):
         previous: WeightedDraws | NoDraws,
         generator: torch.Generator,
     ) -> LaplaceDraws:
-        """Everybody's modes at ``theta``: from those that were known, or from the network's draws."""
+        """Every individual's modes at ``theta``: from those that were known, or from the network's draws."""
         if isinstance(previous, LaplaceDraws) and previous.individuals == len(observations):
             joint = self._joint(source, observations, previous, theta)
             every = torch.arange(len(observations), device=theta.device)
-            rows = torch.cat([previous.modes.rows, every])
-            return self._made(
-                joint, (rows, torch.cat([previous.modes.means, joint.centres])), source, observations, generator
-            )
+            starts = previous.modes.add_starts(every, joint.centres)
+            return self._make_draws(joint, starts, source, observations, generator)
         joint = self._joint(source, observations, previous, theta)
-        return self._made(
-            joint, first_climbers(joint, source, observations, generator), source, observations, generator
-        )
+        starts = choose_mode_starts(joint, source, observations, generator)
+        return self._make_draws(joint, starts, source, observations, generator)
 
-    def look_again(
+    def search_modes_again(
         self,
         source: Source,
         observations: Observations,
@@ -79,15 +72,15 @@ class Laplace(OfLikelihood):
         theta: Float[Tensor, " P"],
         generator: torch.Generator,
     ) -> LaplaceDraws:
-        """Everybody's modes at ``theta``, those that were known and whatever a search from the beginning finds."""
+        """Every individual's modes at ``theta``, those that were known and whatever a search from the beginning
+        finds."""
         if not isinstance(state, LaplaceDraws):
             raise TypeError(f"laplace made no such draws: {type(state).__name__}.")
         joint = self._joint(source, observations, state, theta)
-        rows, starts = first_climbers(joint, source, observations, generator)
-        both = torch.cat([state.modes.rows, rows]), torch.cat([state.modes.means, starts])
-        return self._made(joint, both, source, observations, generator)
+        starts = state.modes.add_starts(*choose_mode_starts(joint, source, observations, generator))
+        return self._make_draws(joint, starts, source, observations, generator)
 
-    def search_wider(
+    def scan_for_modes(
         self,
         source: Source,
         observations: Observations,
@@ -97,16 +90,15 @@ class Laplace(OfLikelihood):
         *,
         columns: tuple[int, ...] = (),
     ) -> tuple[LaplaceDraws, tuple[int, ...]] | None:
-        """Everybody's modes at ``theta`` with those that the search has passed by, where a scan finds any."""
+        """Every individual's modes at ``theta`` with those that the search has missed, where a scan finds any."""
         if not isinstance(state, LaplaceDraws):
             raise TypeError(f"laplace made no such draws: {type(state).__name__}.")
         joint = self._joint(source, observations, state, theta)
-        unseen = unseen_modes(joint, state.modes, generator, columns=columns)
+        unseen = find_unseen_modes(joint, state.modes, generator, columns=columns)
         if unseen is None:
             return None
-        both = torch.cat([state.modes.rows, unseen.rows]), torch.cat([state.modes.means, unseen.points])
-        made = self._made(joint, both, source, observations, generator)
-        return made, unseen.columns
+        starts = state.modes.add_starts(unseen.rows, unseen.points)
+        return self._make_draws(joint, starts, source, observations, generator), unseen.columns
 
     def _joint(
         self, source: Source, observations: Observations, previous: WeightedDraws | NoDraws, theta: Float[Tensor, " P"]
@@ -115,27 +107,22 @@ class Laplace(OfLikelihood):
             raise ValueError(
                 "estimator laplace integrates over parameters that vary, and here none does: use estimator=exact."
             )
-        simulator = tractable(self.simulator, source, self.name)
+        simulator = require_likelihood(self.simulator, source, self.name)
         return likelihood_of(simulator, previous.population, observations, theta)
 
-    def _made(
+    def _make_draws(
         self,
         joint: JointDensity,
-        climbers: tuple[Tensor, Tensor],
+        starts: tuple[Tensor, Tensor],
         source: Source,
         observations: Observations,
         generator: torch.Generator,
     ) -> LaplaceDraws:
-        found = modes_with_images(joint, *climbers)
-        missing = lacking(found[0].rows, len(observations))
-        if len(missing):
-            more = last_climbers(joint, missing, source, observations, generator)
-            found = with_others(joint, found, distinct_modes(joint, *more))
-        require_everybody(found[0].rows, observations)
-        return assembled(joint, source.prior, found[0])
+        modes, _ = find_every_mode(joint, starts, source, observations, generator)
+        return assemble_draws(joint, source.prior, modes)
 
-    def roughly(self, individuals: int) -> Laplace:  # noqa: ARG002
-        """Itself: draws decide nothing."""
+    def coarsen(self, individuals: int) -> Laplace:  # noqa: ARG002
+        """Itself: its result does not depend on draws."""
         return self
 
     def improve(

@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nlme_sbi.population.estimators.laplace_terms import Approximations, approximations, at_theta
-from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct, mixtures
-from nlme_sbi.population.likelihood.log_joint import JointDensity, interleaved
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_positions, mixtures
+from nlme_sbi.population.likelihood.log_joint import JointDensity, interleave
 from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.population.models.labels import named
+from nlme_sbi.population.models.labels import list_ids
 from nlme_sbi.types import Design, Prior
 
 DRAWS = 256  # of the normal components of each individual
@@ -31,7 +31,7 @@ _APART = 0.25  # difference of an individual's log likelihood in that check that
 
 @dataclass
 class _Last:
-    """The last evaluation: what follows at the same theta (errors, individuals, halves) need not climb again."""
+    """The last evaluation: what follows at the same theta (errors, individuals, halves) reuses its modes."""
 
     theta: Tensor | None = None
     found: Approximations | None = None
@@ -41,8 +41,8 @@ class _Last:
 class LaplaceBlock:
     """Some individuals and their modes for ``joint.theta``.
 
-    ``owners (B,)`` tells which row of the block a mode belongs to; ``place (i, M)`` lists the modes of each row, with
-    ``B`` where there are no more; ``chosen`` are those of the :data:`DRAWS` draws around them that count.
+    ``owners (B,)`` are the rows of the block that the modes belong to; ``place (i, M)`` lists the modes of each row,
+    with ``B`` where there are no more; ``chosen`` are those of the :data:`DRAWS` draws around them that count.
     """
 
     joint: JointDensity
@@ -74,13 +74,13 @@ class LaplaceBlock:
         every = torch.arange(DRAWS, device=ends.device)
         component = torch.searchsorted(ends, every.expand(len(ends), -1).contiguous(), right=True)
         rank = every - (ends - mixed.counts).gather(1, component)
-        normal = _standard(found.points.shape[1]).to(found.points)[rank]
+        normal = _standard_normal_draws(found.points.shape[1]).to(found.points)[rank]
         individual = torch.arange(len(ends), device=ends.device)[:, None]
         spread = (mixed.factors[individual, component] @ normal[..., None])[..., 0]
         return (mixed.means[individual, component] + spread)[:, list(self.chosen)]
 
     def log_weights(self, theta: Float[Tensor, " P"]) -> Float[Tensor, "I S"]:
-        """The individual's approximation at ``theta``, its modes climbed anew, the same for every draw."""
+        """The individual's approximation at ``theta``, its modes found anew, the same for every draw."""
         mass: Tensor = _LogMass.apply(theta, self)  # type: ignore[no-untyped-call]
         nothing = torch.full((1,), -torch.inf, dtype=mass.dtype, device=mass.device)
         total = torch.logsumexp(torch.cat([mass, nothing])[self.place], 1)
@@ -93,7 +93,7 @@ class LaplaceBlock:
         found = approximations(at_theta(self.joint, theta), self.modes.rows, self.modes.means)
         pieces = LaplaceComponents(self.modes.rows, found.log_mass, found.points, found.covariances)
         once = torch.zeros_like(found.log_mass, dtype=torch.bool)
-        once[distinct(pieces, negligible=torch.inf)] = True
+        once[distinct_positions(pieces, negligible=torch.inf)] = True
         found = replace(found, log_mass=torch.where(once, found.log_mass, -torch.inf))
         self.last.theta, self.last.found = theta.detach().clone(), found
         return found
@@ -129,13 +129,13 @@ class _Slope(torch.autograd.Function):
         theta, cotangent = (saved.detach() for saved in ctx.saved_tensors)
         in_theta = in_cotangent = None
         if ctx.needs_input_grad[0]:
-            in_theta = _bend(ctx.block, theta, cotangent, direction.detach())
+            in_theta = _second_derivative(ctx.block, theta, cotangent, direction.detach())
         if ctx.needs_input_grad[1]:
             in_cotangent = ctx.block.at(theta).slopes @ direction
         return in_theta, in_cotangent, None
 
 
-def _bend(block: LaplaceBlock, theta: Tensor, cotangent: Tensor, direction: Tensor) -> Float[Tensor, " P"]:
+def _second_derivative(block: LaplaceBlock, theta: Tensor, cotangent: Tensor, direction: Tensor) -> Float[Tensor, " P"]:
     """Second derivative of ``cotangent . log_mass`` along a direction."""
     length = direction.abs().max()
     if not bool(length > 0):
@@ -151,7 +151,7 @@ def _bend(block: LaplaceBlock, theta: Tensor, cotangent: Tensor, direction: Tens
 
 @dataclass(frozen=True, eq=False)
 class LaplaceDraws:
-    """Laplace's approximation of everybody, made for ``joint.theta``."""
+    """Laplace's approximation of every individual, made for ``joint.theta``."""
 
     joint: JointDensity
     training: Prior
@@ -182,7 +182,7 @@ class LaplaceDraws:
         kept = self.modes[position[self.modes.rows] >= 0]
         kept = replace(kept, rows=position[kept.rows])
         joint = replace(self.joint, observations=self.joint.observations[individuals])
-        some = assembled(joint, self.training, kept[torch.argsort(kept.rows, stable=True)])
+        some = assemble_draws(joint, self.training, kept[torch.argsort(kept.rows, stable=True)])
         return some.with_draws(self.blocks[0].chosen[draws])
 
     def half(self, which: int) -> LaplaceDraws:
@@ -197,42 +197,43 @@ class LaplaceDraws:
         """Draws of all parameters, constants at their values."""
         phi = torch.cat([block.varying() for block in self.blocks])
         constants = self.population.constants(self.joint.theta, self.joint.observations.design)
-        return interleaved(self.population, phi, constants[:, None].expand(-1, phi.shape[1], -1)), self.training
+        return interleave(self.population, phi, constants[:, None].expand(-1, phi.shape[1], -1)), self.training
 
     def warnings(self, theta: Float[Tensor, " P"], ids: tuple[str, ...]) -> tuple[str, ...]:
-        """What Laplace's approximation does not tell, a rough measure of it, and where its curvature means nothing."""
-        apart, error = checked_by_sampling(self, theta)
+        """Warnings about the error of Laplace's approximation, a rough estimate of it, and where its curvature is
+        invalid."""
+        apart, error = check_by_sampling(self, theta)
         total, noise = 2 * float(apart.sum()), 2 * float(error.square().sum().sqrt())
-        said = [
+        warnings = [
             "Estimates and -2 log L are those of Laplace's approximation (the mode and curvature of each individual). "
             "Its error is not known from it; it is small with many measurements an individual, and can be large with "
             "few, with skewed or flat posteriors and with a likelihood that has kinks. A rough check by importance "
             f"sampling at this estimate puts the true -2 log L {abs(total):.2g} {'below' if total > 0 else 'above'} "
-            f"(Monte-Carlo SE {noise:.1g}); estimator=exact tells it, and finds the estimates that belong to it."
+            f"(Monte-Carlo SE {noise:.1g}); estimator=exact computes it, and finds the estimates that belong to it."
         ]
         far = torch.nonzero(apart.abs() > _APART + 4 * error)[:, 0]
         if len(far) > 0:
             far = far[torch.argsort(apart[far].abs(), descending=True)]
-            said.append(
+            warnings.append(
                 f"Laplace's approximation is poor (log likelihood off by more than {_APART:g}) for {len(far)} of "
-                f"{self.individuals} individuals, worst first: {named(ids, far)}."
+                f"{self.individuals} individuals, worst first: {list_ids(ids, far)}."
             )
         blunt = torch.zeros(self.individuals, dtype=torch.bool, device=theta.device)
         for block in self.blocks:
             blunt[block.modes.rows[~block.at(theta).sound]] = True
         if bool(blunt.any()):
-            said.append(
+            warnings.append(
                 f"The most likely point of {int(blunt.sum())} of {self.individuals} individuals has no curvature of a "
-                f"mode (a kink or a ridge): {named(ids, torch.nonzero(blunt)[:, 0])}. Laplace's approximation means "
+                f"mode (a kink or a ridge): {list_ids(ids, torch.nonzero(blunt)[:, 0])}. Laplace's approximation means "
                 "nothing there."
             )
-        return tuple(said)
+        return tuple(warnings)
 
 
-def assembled(joint: JointDensity, training: Prior, modes: LaplaceComponents) -> LaplaceDraws:
+def assemble_draws(joint: JointDensity, training: Prior, modes: LaplaceComponents) -> LaplaceDraws:
     """The state of a fit from modes that are sorted by individual, for ``joint.theta``."""
-    everybody = torch.arange(len(joint.observations), device=joint.theta.device)
-    blocks = tuple(_block(joint, modes, rows) for rows in torch.split(everybody, _BLOCK))
+    every = torch.arange(len(joint.observations), device=joint.theta.device)
+    blocks = tuple(_block(joint, modes, rows) for rows in torch.split(every, _BLOCK))
     return LaplaceDraws(joint, training, modes, blocks)
 
 
@@ -246,7 +247,7 @@ def _block(joint: JointDensity, modes: LaplaceComponents, rows: Tensor) -> Lapla
     return LaplaceBlock(joint, rows, mine, owners, place, tuple(range(DRAWS)))
 
 
-def _standard(size: int) -> Float[Tensor, "S V"]:
+def _standard_normal_draws(size: int) -> Float[Tensor, "S V"]:
     """Normal draws whose mean is exactly 0 and whose covariance is exactly the identity; the same every time."""
     generator = torch.Generator().manual_seed(0)
     half = torch.randn((DRAWS // 2, size), generator=generator, dtype=torch.float64)
@@ -256,7 +257,7 @@ def _standard(size: int) -> Float[Tensor, "S V"]:
     return found
 
 
-def checked_by_sampling(
+def check_by_sampling(
     state: LaplaceDraws, theta: Float[Tensor, " P"]
 ) -> tuple[Float[Tensor, " I"], Float[Tensor, " I"]]:
     """Log likelihood of every individual by importance sampling around its modes, minus Laplace's; and its SE.

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.population.likelihood.laplace_components import covariance_of
-from nlme_sbi.population.likelihood.log_joint import JointDensity, chosen_rows, find_modes, interleaved
-from nlme_sbi.population.objective.objective import along
+from nlme_sbi.population.likelihood.log_joint import JointDensity, find_modes, interleave, select_rows
+from nlme_sbi.population.objective.objective import directional_derivatives
 from nlme_sbi.types import Design
 
-_PROMISE = 1e-9  # gain in log density that the climb leaves to the last steps
+_PROMISE = 1e-9  # gain in log density that the search leaves to the last steps
 _LAST_STEPS = 2  # of Newton's method without damping; each squares what is left
 _STILL = 1e-3  # population SDs that a last step may measure; more is a kink, not a mode
 _DEPTH = 6  # how many times the memory of a plain evaluation the third derivatives take
@@ -36,7 +36,7 @@ _DEPTH = 6  # how many times the memory of a plain evaluation the third derivati
 class Approximations:
     """One Laplace approximation a piece: ``log_mass`` is its share of the likelihood, ``slopes`` its gradient.
 
-    ``sound`` tells where the curvature is that of a mode; elsewhere (kinks, ridges) it was made positive, and nothing
+    ``sound`` is where the curvature is that of a mode; elsewhere (kinks, ridges) it was made positive, and nothing
     there is exact.
     """
 
@@ -82,12 +82,12 @@ def _exact_modes(joint: JointDensity, rows: Tensor, starts: Tensor, *, near: boo
 def _of_block(joint: JointDensity, rows: Tensor, points: Tensor) -> Approximations:
     """Some pieces, whose third derivatives fit into memory together."""
     population, theta = joint.population, joint.theta
-    observations = chosen_rows(joint.observations, rows)
+    observations = select_rows(joint.observations, rows)
     design = observations.design
     constants = population.constants(theta, design).detach()
     with torch.enable_grad():
         leaves = points.detach().clone().requires_grad_(True), constants.clone().requires_grad_(True)
-        phi = interleaved(population, leaves[0][:, None], leaves[1][:, None])
+        phi = interleave(population, leaves[0][:, None], leaves[1][:, None])
         likelihood = joint.simulator.log_likelihood(observations, phi)[:, 0]
         data = _derivatives(likelihood, leaves[0])
         prior = _Prior(joint, design).at(leaves[0], theta)
@@ -108,7 +108,7 @@ def _of_block(joint: JointDensity, rows: Tensor, points: Tensor) -> Approximatio
         points=points,
         covariances=covariance,
         log_mass=(likelihood + prior.value).detach() + log_volume,
-        slopes=along(reader.surrogate, theta, axes).T,
+        slopes=directional_derivatives(reader.surrogate, theta, axes).T,
         sound=sound,
     )
 

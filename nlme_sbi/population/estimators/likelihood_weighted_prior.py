@@ -1,7 +1,7 @@
 """First guesses of individuals without a network: draws of the training prior, weighted by the likelihood.
 
-Estimators of a likelihood only need to know where to begin; their own draws come from each individual's modes. With a
-handful of measurements an individual, a few thousand draws of the prior hold good beginnings for everybody.
+Estimators of a likelihood only need starting points; their own draws come from each individual's modes. With a
+handful of measurements an individual, a few thousand draws of the prior hold good starting points for every individual.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.types import CheckingSimulator, Observations, Prior, TractableSimulator
 from nlme_sbi.units import check_units
 
-_POOL, _LEAST_POOL = 4000, 400  # draws of the prior that are looked at for everybody
+_POOL, _LEAST_POOL = 4000, 400  # draws of the prior that are evaluated for every individual
 _PREDICTED = 40_000_000  # predictions beyond which the pool is smaller
 _BLOCK = 500_000  # predictions that are worked on at once
 _KEPT = 64  # draws that are kept of each individual
@@ -29,7 +29,8 @@ _EFFECTIVE = 16.0  # effective draws that weights are tempered to: several guess
 class LikelihoodWeightedPrior:
     """What ``posterior=none`` means: nothing is trained, and searches begin from draws of the prior that fit the data.
 
-    Its draws are guesses, not draws of the posterior: weights are tempered until several draws of everybody count, and
+    Its draws are guesses, not draws of the posterior: weights are tempered until several draws of every individual
+        count, and
     there is no density. Only estimators of a likelihood take it.
 
     Args:
@@ -99,13 +100,13 @@ class LikelihoodWeightedPrior:
         for some in torch.split(torch.arange(len(data), device=self.device), rows):
             phi = pool.double().expand(len(some), -1, -1)
             value = self.simulator.log_likelihood(data[some], phi)
-            weights = tempered(torch.where(torch.isfinite(value), value, -torch.inf), _EFFECTIVE)
+            weights = temper_weights(torch.where(torch.isfinite(value), value, -torch.inf), _EFFECTIVE)
             order = torch.rand(weights.shape, generator=generator, device=generator.device).to(weights) * 1e-12
             found.append(pool[(weights + order).topk(min(_KEPT, size), 1).indices])
         return torch.cat(found)
 
 
-def tempered(log_likelihood: Float[Tensor, "I S"], effective: float) -> Float[Tensor, "I S"]:
+def temper_weights(log_likelihood: Float[Tensor, "I S"], effective: float) -> Float[Tensor, "I S"]:
     """Weights by a power of the likelihood, at most 1, at which about so many draws of each individual count; equal
     ones where no draw has any likelihood."""
     some = torch.isfinite(log_likelihood).any(1, keepdim=True)

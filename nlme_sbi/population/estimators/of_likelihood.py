@@ -1,11 +1,11 @@
-"""What estimators of a likelihood that makes its draws for one theta have in common."""
+"""Shared by estimators of a likelihood whose draws are made for one theta."""
 
 from __future__ import annotations
 
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from nlme_sbi.population.estimators.initialization import tractable
+from nlme_sbi.population.estimators.initialization import require_likelihood
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.objective import contributions
@@ -13,7 +13,7 @@ from nlme_sbi.types import Observations, Simulator
 
 
 class OfLikelihood:
-    """A likelihood that weighted draws for one theta tell; subclasses make the draws."""
+    """A likelihood estimated from weighted draws made for one theta; subclasses make the draws."""
 
     simulator: Simulator | None
     name: str
@@ -30,13 +30,13 @@ class OfLikelihood:
         Raises:
             ValueError: where the simulator has no likelihood.
         """
-        tractable(self.simulator, source, self.name)
+        require_likelihood(self.simulator, source, self.name)
         return NoDraws(population)
 
     def objective(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> Float[Tensor, " I"]:
-        """``log p(y_i | theta)`` of every individual, as the draws tell it."""
+        """``log p(y_i | theta)`` of every individual, from the draws."""
         return contributions(state, theta)
 
     def reuse(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> WeightedDraws | None:  # noqa: ARG002
-        """Nothing: the draws are a theta's own."""
+        """None: draws are valid at one theta only."""
         return None

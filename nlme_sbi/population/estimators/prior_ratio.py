@@ -136,7 +136,7 @@ class PriorRatio:
             phi=torch.cat([state.phi, more.phi.to(state.phi)], 1),
             log_q=None,
             prior=more.prior,
-            log_weights=_joined_weights(state, more),
+            log_weights=_concatenate_weights(state, more),
         )
         return self._assembled(joined, state.source, observations, state.population, generator)
 
@@ -149,7 +149,9 @@ class PriorRatio:
         generator: torch.Generator,
     ) -> RatioDraws:
         checks.require_matching(samples, observations, population)
-        phi, log_weights = checks.inside_prior(samples, observations.ids, generator, max_outside=self.max_outside)
+        phi, log_weights = checks.replace_draws_outside_prior(
+            samples, observations.ids, generator, max_outside=self.max_outside
+        )
         mixtures = None
         if population.constant:
             mixtures = fit_mixtures(equal_draws(phi, log_weights), self.components, criterion=self.criterion)
@@ -158,7 +160,7 @@ class PriorRatio:
             phi.shape[0] * phi.shape[1] * (len(population.varying) + 1 + _conditional_numbers(mixtures, population))
         )
         wide = numbers * 8 <= 0.5 * self.memory * _GIB
-        return _assemble(
+        return _compute_blocks(
             RatioDraws(
                 population=population,
                 blocks=(),
@@ -220,7 +222,7 @@ class RatioBlock:
         values = self.population.constants(theta, self.design)
         log_conditional = self.conditional.log_prob(values)
         if self.anchor is None:
-            at = _interleaved(self.population, phi, values[:, None].expand(-1, phi.shape[1], -1))
+            at = _interleave(self.population, phi, values[:, None].expand(-1, phi.shape[1], -1))
             log_prior = self.prior.log_prob(at)
         else:
             constant = list(self.population.constant)
@@ -272,7 +274,7 @@ class RatioDraws:
         """Some individuals with some of their draws; mixtures as they were fitted to all draws."""
         phi = self.phi[individuals][:, draws]
         mixtures = None if self.mixtures is None else self.mixtures[individuals]
-        return _assemble(
+        return _compute_blocks(
             replace(
                 self,
                 individuals=phi.shape[0],
@@ -294,26 +296,26 @@ class RatioDraws:
     def half(self, which: int) -> RatioDraws:
         """Every other draw, with the mixtures adapted to these."""
         phi, mixtures = self.phi[:, which::2], self.mixtures
-        everybody = torch.arange(self.individuals, device=phi.device)
-        log_weights = self._weights_of(everybody, slice(which, None, 2))
+        every = torch.arange(self.individuals, device=phi.device)
+        log_weights = self._weights_of(every, slice(which, None, 2))
         if mixtures is not None:
             drawn = equal_draws(phi, log_weights)
             mixtures = fit_mixtures(drawn, mixtures.log_weights.shape[1], start=mixtures)
-        return _assemble(replace(self, draws=phi.shape[1], phi=phi, log_weights=log_weights, mixtures=mixtures))
+        return _compute_blocks(replace(self, draws=phi.shape[1], phi=phi, log_weights=log_weights, mixtures=mixtures))
 
     def warnings(self, theta: Float[Tensor, " P"], ids: tuple[str, ...]) -> tuple[str, ...]:
         """Constants in the tails of some individuals, and a population that outgrows the prior."""
         log_prior = torch.cat([self.prior.log_prob(phi.double()) for phi in torch.split(self.phi, 256)])
         stray = (log_prior < self.level).double()
         counted = stray if self.log_weights is None else stray * self.log_weights.exp()
-        found = checks.stray_draws(counted.mean(1), ids)
-        found += checks.outgrown(self.prior, self.population, theta, self.design)
+        found = checks.warn_of_stray_draws(counted.mean(1), ids)
+        found += checks.warn_of_narrow_prior(self.prior, self.population, theta, self.design)
         if self.mixtures is not None:
             constant = list(self.population.constant)
             values = self.population.constants(theta, self.design)
             distances = self.mixtures.marginal(constant).distance(values)
             names = [self.population.parameters.names[place] for place in constant]
-            found += checks.in_tails(distances, ids, names)
+            found += checks.warn_of_tails(distances, ids, names)
             found += (
                 f"{', '.join(names)}: a value common to all is where {len(ids)} densities of the sampler, multiplied, "
                 "peak. A network's errors in its tails add up there and are in no standard error: compare with a fit "
@@ -322,9 +324,9 @@ class RatioDraws:
         return found
 
 
-def _joined_weights(state: RatioDraws, more: PosteriorSamples) -> Float[Tensor, "I S"] | None:
-    """Weights of the draws at hand and of more of them. Each part has mean 1, because how one is normalised says
-    nothing of how the other is."""
+def _concatenate_weights(state: RatioDraws, more: PosteriorSamples) -> Float[Tensor, "I S"] | None:
+    """Weights of the draws at hand and of more of them. Each part has mean 1, because the normalisations of the two
+    are unrelated."""
     if state.log_weights is None and more.log_weights is None:
         return None
     like = state.phi.new_zeros((), dtype=torch.float64)
@@ -340,7 +342,7 @@ def _conditional_numbers(mixtures: GaussianMixtures | None, population: Populati
     return float(mixtures.components.double().mean()) * (1 + len(population.constant))
 
 
-def _assemble(draws: RatioDraws) -> RatioDraws:
+def _compute_blocks(draws: RatioDraws) -> RatioDraws:
     """Compute the blocks of draws that have none yet."""
     order = torch.arange(draws.individuals, device=draws.phi.device)
     if draws.mixtures is not None:
@@ -355,7 +357,7 @@ def _assemble(draws: RatioDraws) -> RatioDraws:
 def _anchor(draws: RatioDraws) -> Tensor | None:
     """One draw, where the prior is a product over varying and constant parameters; None otherwise.
 
-    Told by the prior's own numbers: for a product, log p(v, s) + log p(v', s') = log p(v, s') + log p(v', s).
+    Judged by the prior's own values: for a product, log p(v, s) + log p(v', s') = log p(v, s') + log p(v', s).
     """
     if draws.mixtures is None:
         return None
@@ -404,7 +406,7 @@ def _block(draws: RatioDraws, rows: Tensor, anchor: Tensor | None) -> RatioBlock
     )
 
 
-def _interleaved(population: PopulationModel, varying: Tensor, constant: Tensor) -> Tensor:
+def _interleave(population: PopulationModel, varying: Tensor, constant: Tensor) -> Tensor:
     """Columns of varying and constant parameters in the order of phi."""
     order = [*population.varying, *population.constant]
     together = torch.cat([varying, constant], -1)

@@ -1,1 +1,1 @@
-"""From starting values to a checked estimate: multistart, the climb, variances at 0, label switching."""
+"""From starting values to a verified estimate: multistart, the search, variances at 0, label switching."""

@@ -1,8 +1,8 @@
-"""Maxima that the training prior rules out: looked for, and named where they are about as high, but not taken.
+"""Maxima that the training prior rules out: searched for and reported where they are about as high, but not taken.
 
 Absorption and elimination exchanged (flip-flop kinetics), or two exponentials under exchanged names, may explain the
 same data about as well, far from where anything was simulated. Such a maximum is taken where its likelihood is higher
-by more than the prior density of its typical values is lower; where not, the prior decides, and the reader is told.
+by more than the prior density of its typical values is lower; otherwise the prior decides, and a warning says so.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ _WIDE = 3.0  # times the training prior's SD, in which other explanations of the
 _DRAWS = 200  # of it
 _EXCHANGES = 40  # of parameters that are looked at, at most
 _ELSEWHERE = 1.5  # of the training prior's SD, in some parameter, at which a mode is another explanation
-_CLIMBERS = 4  # for each individual
-_TRIED = 6  # explanations that everybody is tried with, at most
-_ABOUT_AS_HIGH, _HOPELESS = 10.0, 20.0  # log density below the single fit at which another one may be right; or may not
+_MODE_STARTS = 4  # for each individual
+_TRIED = 6  # explanations tried for every individual, at most
+_ABOUT_AS_HIGH, _TOO_LOW = 10.0, 20.0  # log density below the single fit at which another one may be right; or may not
 
 
 @torch.no_grad()
-def explain_otherwise(
+def find_other_explanation(
     simulator: TractableSimulator,
     source: Source,
     observations: Observations,
     fits: SingleFits,
     generator: torch.Generator,
 ) -> SingleFits | None:
-    """Everybody's modes under another explanation of the data, looked for in a prior that is much wider than the
-    training prior; None where no individual has one that is about as good as its fit, or not everybody has a fit.
+    """Every individual's modes under another explanation of the data, looked for in a prior that is much wider than the
+    training prior; None where no individual has one that is about as good as its fit, or not every individual has a
+    fit.
 
     Args:
         simulator: whose likelihood it is.
@@ -68,30 +69,30 @@ def explain_otherwise(
     drawn = (centre + _WIDE * (prior.sample(_DRAWS, generator).to(theta) - centre)).expand(len(rows), -1, -1)
     points = torch.cat([drawn, *(fits.phi[:, None, order] for order in _exchanges(simulator.parameters))], 1)
     value, chosen = wide.value(rows, points), fits.phi[:, None]
-    for _ in range(_CLIMBERS):
+    for _ in range(_MODE_STARTS):
         near = ((points[:, :, None] - chosen[:, None]) / scale).abs().amax(3).amin(2) < _ELSEWHERE
         value = torch.where(near, -torch.inf, value)
         top = value.argmax(1)[:, None, None].expand(-1, 1, points.shape[2])
         chosen = torch.cat([chosen, points.gather(1, top)], 1)
-    owners = rows.repeat_interleave(_CLIMBERS)
+    owners = rows.repeat_interleave(_MODE_STARTS)
     found = find_modes(wide, owners, chosen[:, 1:].flatten(0, 1))
     apart = ((found.points - fits.phi[owners]) / scale).abs().amax(1)
     below = torch.where(apart > _ELSEWHERE, at_best[owners] - found.at.value, torch.inf).nan_to_num(torch.inf)
     best: tuple[float, Tensor] | None = None
-    for other in _apart_from_each_other(found.points / scale, below):
-        # Everybody's mode that is reached from there; those who end far below stay with their own.
+    for other in _choose_distant_points(found.points / scale, below):
+        # Every individual's mode reached from there; individuals that end far below keep their own.
         like_it = find_modes(wide, rows, found.points[other].expand(len(rows), -1))
-        good = (like_it.at.value > at_best - _HOPELESS)[:, None]
+        good = (like_it.at.value > at_best - _TOO_LOW)[:, None]
         moved = torch.where(good, like_it.points, fits.phi)
         if float((((moved - fits.phi) / scale).abs().amax(1) > _ELSEWHERE).double().mean()) < 0.5:
             continue
-        total = float(torch.maximum(like_it.at.value.nan_to_num(-torch.inf), at_best - _HOPELESS).sum())
+        total = float(torch.maximum(like_it.at.value.nan_to_num(-torch.inf), at_best - _TOO_LOW).sum())
         if best is None or total > best[0]:
             best = total, moved
     return None if best is None else replace(fits, phi=best[1], other=None)
 
 
-def _apart_from_each_other(points: Float[Tensor, "B D"], below: Float[Tensor, " B"]) -> list[int]:
+def _choose_distant_points(points: Float[Tensor, "B D"], below: Float[Tensor, " B"]) -> list[int]:
     """Positions of a few points that are far from each other, those that are least below a fit first."""
     chosen: list[int] = []
     for place in torch.argsort(below).tolist():
@@ -120,11 +121,11 @@ def _exchanges(parameters: ParameterSpace) -> list[list[int]]:
     return found
 
 
-def ruled_out(
+def find_prior_conflict(
     population: PopulationModel, here: Float[Tensor, " P"], there: Float[Tensor, " P"], gain: float, source: Source
 ) -> tuple[str, ...]:
     """Parameters whose typical values make the training prior prefer ``here``, although the log-likelihood is higher by
-    ``gain`` at ``there``; empty where it does not, or hardly tells the two apart."""
+    ``gain`` at ``there``; empty where it does not, or hardly distinguishes the two."""
     prior = source.prior
     mean, covariance = prior.mean.to(here), prior.covariance.to(here)
     precision = torch.linalg.inv(covariance)
@@ -135,13 +136,13 @@ def ruled_out(
     sds = away.abs() / covariance.diagonal().sqrt()
     farther = (sds[1] - sds[0]).tolist()
     names = population.parameters.names
-    told = tuple(name for name, more in zip(names, farther, strict=True) if more > _FARTHER)
-    return told or (names[max(range(len(names)), key=lambda place: farther[place])],)
+    farthest = tuple(name for name, more in zip(names, farther, strict=True) if more > _FARTHER)
+    return farthest or (names[max(range(len(names)), key=lambda place: farther[place])],)
 
 
 def warn_beyond_prior(population: PopulationModel, restarts: tuple[Restart, ...]) -> tuple[str, ...]:
     """A warning for each maximum that the training prior rules out: where it is and how high."""
-    parameters, said = population.parameters, []
+    parameters, warnings = population.parameters, []
     for restart in restarts:
         if restart.verdict != BEYOND:
             continue
@@ -153,12 +154,12 @@ def warn_beyond_prior(population: PopulationModel, restarts: tuple[Restart, ...]
             for name in restart.differing
         )
         level = f"higher by about {-2 * restart.below:.2g} in -2 log L" if restart.below < -_LEVEL else "about as high"
-        said.append(
+        warnings.append(
             f"Another maximum of the likelihood, {level}, lies far from the training prior (typical {places}), which "
             f"decides against it. If it may be what is meant, move or widen the prior of {in_words(restart.differing)} "
             "(prior.parameters) and run again from there."
         )
-    return tuple(said)
+    return tuple(warnings)
 
 
 def _unit(unit: str) -> str:

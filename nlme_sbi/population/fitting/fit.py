@@ -1,4 +1,4 @@
-"""Fitting a population model: the way that its estimator goes, variances at 0, and what a reader must know of it."""
+"""Fitting a population model: estimation, variances at 0, and warnings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from nlme_sbi.compute.progress import Report, discard
 from nlme_sbi.numerics.pareto_k import heavy_tails
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.population.estimators.auto import Auto, chosen_estimator
+from nlme_sbi.population.estimators.auto import Auto, choose_estimator
 from nlme_sbi.population.estimators.interface import (
     Estimator,
     EstimatorChoice,
@@ -28,14 +28,14 @@ from nlme_sbi.population.fitting.label_switching import declared_pairs, labellin
 from nlme_sbi.population.fitting.likelihood_fit import fit_likelihood
 from nlme_sbi.population.fitting.likelihood_search import STARTS_ON, Task
 from nlme_sbi.population.fitting.multistart_summary import (
-    degenerate,
     describe_starts,
-    few_individuals,
+    warn_of_few_individuals,
     warn_of_lone_maximum,
+    warn_of_singular_covariance,
 )
 from nlme_sbi.population.fitting.outcome import Optimum, Outcome
 from nlme_sbi.population.fitting.ratio_check import compare_with_likelihood
-from nlme_sbi.population.fitting.rivals import highest
+from nlme_sbi.population.fitting.rivals import choose_highest
 from nlme_sbi.population.fitting.zero_variances import fix_zero_variances
 from nlme_sbi.population.models.interface import PopulationModel, PopulationSpecification
 from nlme_sbi.population.objective import draw_checks as checks
@@ -63,14 +63,14 @@ def fit_population(
 ) -> PopulationFit:
     """Maximum-likelihood estimate of a population model from draws of the individuals' posteriors.
 
-    Deterministic for a given generator state. Estimators of a likelihood climb it from several starts in a trust
-    region, with draws made anew for every theta (:mod:`nlme_sbi.population.fitting.likelihood_search`), and the
-    estimate counts as converged only when draws that were not climbed on confirm it
+    Deterministic for a given generator state. Estimators of a likelihood maximise it from several starting values in a
+    trust region, with draws made anew for every theta (:mod:`nlme_sbi.population.fitting.likelihood_search`), and the
+    estimate counts as converged only when draws that the search did not use confirm it
     (:mod:`nlme_sbi.population.objective.verification`). With the prior ratio, whose draws are fixed, starts are
-    compared on at most 1000 individuals with 500 draws, and the best is polished on everything until the Newton step
-    that is left is below 0.01 standard errors. While the Monte-Carlo error of an unknown exceeds ``accuracy`` standard
-    errors, the estimator is asked for better draws. A variance that runs to 0 is set to 0 (its parameter becomes
-    constant, which ``variance_tests`` tell) and the rest fitted again.
+    compared on at most 1000 individuals with 500 draws, and the best is refined on all data until the remaining Newton
+    step is below 0.01 standard errors. While the Monte-Carlo error of an unknown exceeds ``accuracy`` standard
+    errors, the estimator is asked for better draws. A variance estimated at 0 is held fixed at 0 (its parameter
+    becomes constant, which ``variance_tests`` report) and the rest is fitted again.
 
     Args:
         posterior_or_samples: a posterior to draw from, or draws.
@@ -80,8 +80,8 @@ def fit_population(
         estimator: :class:`Auto` when left out: :class:`Exact` where there is a likelihood, else :class:`PriorRatio`.
         parameters: the simulator's parameters; needed only with samples and an unbound specification.
         starts: how many.
-        accuracy: wished Monte-Carlo error, in standard errors.
-        progress: told how far the fit is.
+        accuracy: target Monte-Carlo error, in standard errors.
+        progress: called with how far the fit is.
 
     Raises:
         ValueError: with the remedy, where names, individuals or draws do not fit, or no start has a finite objective.
@@ -89,7 +89,7 @@ def fit_population(
     if starts < 1 or accuracy <= 0:
         raise ValueError(f"starts must be at least 1 and accuracy above 0; got {starts} and {accuracy}.")
     fitted = partial(
-        _fitted,
+        _fit_once,
         posterior_or_samples,
         observations,
         generator=generator,
@@ -108,7 +108,7 @@ def fit_population(
     fit = settle(fitted(population))
     were_all_there = len(observations) <= STARTS_ON  # otherwise starts are compared on some individuals only
     if fit.verification is not None and were_all_there and not isinstance(estimator, SelfOptimizingEstimator):
-        fit = highest(fit, lambda begin: settle(fitted(population, begin=begin)))
+        fit = choose_highest(fit, lambda begin: settle(fitted(population, begin=begin)))
     if not fit.converged:
         logger.warning(fit.message)
     for warning in fit.warnings:
@@ -116,7 +116,7 @@ def fit_population(
     return fit
 
 
-def _fitted(
+def _fit_once(
     posterior_or_samples: Source,
     observations: Observations,
     population: PopulationSpecification | PopulationModel,
@@ -130,41 +130,42 @@ def _fitted(
     begin: Mapping[str, float] | None = None,
     kept: tuple[str, ...] = (),
 ) -> PopulationFit:
-    """One fit, with all of its variances; the SDs of those ``kept`` are followed however small they become."""
-    model = _bound(population, posterior_or_samples, parameters, observations)
-    require_enough(model, len(observations))
-    chosen, _ = chosen_estimator(Auto() if estimator is None else estimator, posterior_or_samples)
+    """One fit, with all of its variances; SDs of the parameters in ``kept`` stay in the search however small they
+    become."""
+    model = _bind(population, posterior_or_samples, parameters, observations)
+    require_enough_individuals(model, len(observations))
+    chosen, _ = choose_estimator(Auto() if estimator is None else estimator, posterior_or_samples)
     declared = declared_pairs(posterior_or_samples, chosen)
     require_orderable(model, declared)
-    say = progress or discard
+    report = progress or discard
     if isinstance(chosen, ThetaDependentEstimator):
-        task = Task(chosen, posterior_or_samples, observations, model, generator, say, kept)
-        outcome = fit_likelihood(task, starts=starts, accuracy=accuracy, begin=_named(begin, model))
+        task = Task(chosen, posterior_or_samples, observations, model, generator, report, kept)
+        outcome = fit_likelihood(task, starts=starts, accuracy=accuracy, begin=_theta_from_values(begin, model))
     else:
         inputs = (posterior_or_samples, observations, generator)
-        outcome = fit_fixed_draws(chosen, model, inputs, starts=starts, accuracy=accuracy, say=say)
-        theta = outcome.optimum.summit.theta
+        outcome = fit_fixed_draws(chosen, model, inputs, starts=starts, accuracy=accuracy, report=report)
+        theta = outcome.optimum.maximum.theta
         likelihood = compare_with_likelihood(posterior_or_samples, observations, model, theta, generator)
         outcome = replace(outcome, warnings=(*outcome.warnings, *likelihood))
-    state, theta = outcome.state, outcome.optimum.summit.theta
+    state, theta = outcome.state, outcome.optimum.maximum.theta
     individuals = individual_estimates(state, theta)
-    said = (
-        *few_individuals(model, len(observations)),
+    warnings = (
+        *warn_of_few_individuals(model, len(observations)),
         *warn_of_lone_maximum(outcome.restarts),
         *warn_beyond_prior(model, outcome.restarts),
-        *_imprecise(model, outcome.optimum, accuracy, outcome.shortage),
-        *degenerate(model, theta),
-        *checks.low_effective_draws(individuals.ess, state.draws, observations.ids),
+        *_imprecision_warnings(model, outcome.optimum, accuracy, outcome.shortage),
+        *warn_of_singular_covariance(model, theta),
+        *checks.warn_of_few_effective_draws(individuals.ess, state.draws, observations.ids),
         *state.warnings(theta, observations.ids),
         *outcome.warnings,
         *heavy_tails(individuals.pareto_k, observations.ids),
     )
-    fit = _result(outcome, individuals, chosen=chosen, observations=observations, said=said)
+    fit = _result(outcome, individuals, chosen=chosen, observations=observations, warnings=warnings)
     redraw = Redraw(chosen, posterior_or_samples, observations) if isinstance(chosen, ThetaDependentEstimator) else None
     return replace(fit, labelling=labelling_notes(model, declared, theta), redraw=redraw)
 
 
-def _named(begin: Mapping[str, float] | None, model: PopulationModel) -> Tensor | None:
+def _theta_from_values(begin: Mapping[str, float] | None, model: PopulationModel) -> Tensor | None:
     """Theta from values by name; None where one of the free unknowns has none."""
     names, table = model.unknowns.names, model.unknowns
     if begin is None or any(names[place] not in begin for place in table.free.tolist()):
@@ -173,7 +174,7 @@ def _named(begin: Mapping[str, float] | None, model: PopulationModel) -> Tensor 
     return torch.where(table.fixed, table.starts, given)
 
 
-def _bound(
+def _bind(
     population: PopulationSpecification | PopulationModel,
     source: Source,
     parameters: ParameterSpace | None,
@@ -185,13 +186,13 @@ def _bound(
         parameters = source.parameters
     if parameters is None:
         raise ValueError(
-            "Draws alone do not tell the parameters' units and transforms; pass parameters=simulator.parameters."
+            "Draws alone do not carry the parameters' units and transforms; pass parameters=simulator.parameters."
         )
     return population.bind(parameters, observations)
 
 
-def _imprecise(model: PopulationModel, optimum: Optimum, accuracy: float, shortage: str) -> tuple[str, ...]:
-    """Sentences on Monte-Carlo error above what was wished, and on missing standard errors."""
+def _imprecision_warnings(model: PopulationModel, optimum: Optimum, accuracy: float, shortage: str) -> tuple[str, ...]:
+    """Warnings about Monte-Carlo error above the target, and about missing standard errors."""
     free = model.unknowns.free
     if optimum.covariance is None:
         return (
@@ -216,10 +217,10 @@ def _result(
     *,
     chosen: Estimator,
     observations: Observations,
-    said: tuple[str, ...],
+    warnings: tuple[str, ...],
 ) -> PopulationFit:
     state, optimum = outcome.state, outcome.optimum
-    theta, free = optimum.summit.theta, state.population.unknowns.free.to(optimum.summit.theta.device)
+    theta, free = optimum.maximum.theta, state.population.unknowns.free.to(optimum.maximum.theta.device)
     covariance = torch.zeros((len(theta), len(theta)), dtype=theta.dtype, device=theta.device)
     known = optimum.covariance if optimum.covariance is not None else torch.full((len(free), len(free)), math.nan)
     covariance[free[:, None], free] = known.to(covariance)
@@ -230,14 +231,14 @@ def _result(
         absolute=chosen.absolute,
         theta=theta,
         covariance=covariance,
-        objective=optimum.summit.objective,
+        objective=optimum.maximum.objective,
         monte_carlo=optimum.error,
         individuals=individuals,
         draws=state.draws,
         restarts=outcome.restarts,
         converged=outcome.converged,
         message=f"{outcome.message} {describe_starts(outcome.restarts)}".strip(),
-        warnings=said,
+        warnings=warnings,
         measurements=int(observations.uncensored.sum()),
         state=state,
         approximation=chosen.approximation,
@@ -246,14 +247,14 @@ def _result(
     )
 
 
-def require_enough(model: PopulationModel, individuals: int) -> None:
-    """Refuse what has no maximum: variances from one individual, a full covariance from too few."""
+def require_enough_individuals(model: PopulationModel, individuals: int) -> None:
+    """Refuse models without a maximum: variances from one individual, a full covariance from too few."""
     varying, block = len(model.varying), _largest_block(model)
     correlated = block > 1
     needed = block + 1 if correlated else 2 if _estimates_variances(model) else 1
     if individuals < needed:
         raise ValueError(
-            f"{individuals} individuals cannot tell the {'covariance' if correlated else 'variance'} of {varying} "
+            f"{individuals} individuals cannot determine the {'covariance' if correlated else 'variance'} of {varying} "
             f"varying parameters: at least {needed} are needed. Give more data, fix SDs, or keep parameters constant "
             f"(all of them: 'population.constant=[{','.join(model.parameters.names)}]', a plain regression)"
             + (", or use population.covariance=diagonal." if correlated else ".")
@@ -262,15 +263,15 @@ def require_enough(model: PopulationModel, individuals: int) -> None:
 
 def _largest_block(model: PopulationModel) -> int:
     """The most parameters that one is correlated with, itself included, read off the model at an arbitrary theta."""
-    return int((model.covariance(_anywhere(model)) != 0).sum(1).max())
+    return int((model.covariance(_arbitrary_theta(model)) != 0).sum(1).max())
 
 
 def _estimates_variances(model: PopulationModel) -> bool:
     """Whether a variance between individuals moves with an unknown that is estimated, by the model's derivatives."""
-    slopes = torch.func.jacfwd(lambda theta: model.covariance(theta).diagonal())(_anywhere(model))
+    slopes = torch.func.jacfwd(lambda theta: model.covariance(theta).diagonal())(_arbitrary_theta(model))
     return bool((slopes[:, model.unknowns.free] != 0).any())
 
 
-def _anywhere(model: PopulationModel) -> Tensor:
+def _arbitrary_theta(model: PopulationModel) -> Tensor:
     """A theta at which nothing is 0 by chance."""
     return torch.full((len(model.unknowns),), 0.1, dtype=torch.float64)

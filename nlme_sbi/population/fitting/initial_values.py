@@ -1,4 +1,4 @@
-"""Where a fit starts: always from the draws and the training prior, never from a truth.
+"""Starting values of a fit: always from the draws and the training prior, never from a truth.
 
 Posteriors with several modes (exchangeable rates) make the moments of all draws a saddle between the labellings. The
 later starts therefore break symmetry: every individual's draws are weighted towards one anchor, a random draw of a
@@ -20,9 +20,9 @@ _LEAST_SD = 1e-3  # of the pooled SD of the draws: no start is narrower
 def starting_points(
     phi: Float[Tensor, "I S D"], prior: Prior, population: PopulationModel, *, count: int, generator: torch.Generator
 ) -> list[tuple[str, Float[Tensor, " P"]]]:
-    """Starts with a word on where each comes from.
+    """Starting values, each with a name for its source.
 
-    1. moments of all draws; values wished by the model's ``start`` take their places,
+    1. moments of all draws; values given in the model's ``start`` take their places,
     2. moments of the draws weighted by 1/prior, so that the training prior's pull is undone,
     3. moments of the individuals' posterior means,
     4. and further: draws weighted towards a random anchor.
@@ -37,10 +37,10 @@ def starting_points(
     phi = phi.double()
     equal = torch.full(phi.shape[:2], 1 / phi.shape[1], dtype=phi.dtype, device=phi.device)
     pooled = phi.flatten(0, 1).std(0)
-    made = [("moments of the draws", _wished(_moments(phi, equal, population, pooled), population))]
+    made = [("moments of the draws", _with_given_starts(_moments(phi, equal, population, pooled), population))]
     if count > 1:
         undone = torch.softmax(-prior.log_prob(phi), 1)
-        # A few far draws must not carry everything: no draw counts more than 20 average ones.
+        # A few extreme draws must not dominate: no draw weighs more than 20 average ones.
         undone = undone.clamp_max(20 / phi.shape[1])
         weights = undone / undone.sum(1, keepdim=True)
         made.append(("draws freed from the prior", _moments(phi, weights, population, pooled)))
@@ -71,12 +71,14 @@ def _moments(phi: Tensor, weights: Tensor, population: PopulationModel, pooled: 
     if population.constant:
         constant = list(population.constant)
         mean = mean.index_copy(
-            0, torch.tensor(constant, dtype=torch.int64, device=mean.device), _common(phi[..., constant], weights)
+            0,
+            torch.tensor(constant, dtype=torch.int64, device=mean.device),
+            _precision_weighted_mean(phi[..., constant], weights),
         )
     return population.from_moments(mean, covariance)
 
 
-def _common(phi: Float[Tensor, "I S W"], weights: Float[Tensor, "I S"]) -> Float[Tensor, " W"]:
+def _precision_weighted_mean(phi: Float[Tensor, "I S W"], weights: Float[Tensor, "I S"]) -> Float[Tensor, " W"]:
     """Mean of the individuals' means, each weighted by its precision (per parameter)."""
     means = (weights[..., None] * phi).sum(1)
     variances = (weights[..., None] * (phi - means[:, None]).square()).sum(1)
@@ -85,6 +87,6 @@ def _common(phi: Float[Tensor, "I S W"], weights: Float[Tensor, "I S"]) -> Float
     return (means / variances).sum(0) / (1 / variances).sum(0)
 
 
-def _wished(theta: Tensor, population: PopulationModel) -> Tensor:
-    wished = population.unknowns.starts.to(theta)
-    return torch.where(torch.isnan(wished), theta, wished)
+def _with_given_starts(theta: Tensor, population: PopulationModel) -> Tensor:
+    given = population.unknowns.starts.to(theta)
+    return torch.where(torch.isnan(given), theta, given)

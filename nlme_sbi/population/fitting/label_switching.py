@@ -21,7 +21,7 @@ Pair = tuple[str, str]
 
 
 def declared_pairs(source: Source, estimator: Estimator) -> tuple[Pair, ...] | None:
-    """Pairs that the simulator declares as ``exchangeable``; None where nobody knows the simulator."""
+    """Pairs that the simulator declares as ``exchangeable``; None where the simulator is not known."""
     simulator = getattr(estimator, "simulator", None) or getattr(source, "simulator", None)
     if simulator is None:
         return None
@@ -38,25 +38,25 @@ def require_orderable(model: PopulationModel, declared: tuple[Pair, ...] | None)
         for first, second in pairwise(chain):
             if declared is None:
                 raise ValueError(
-                    f"population.ordering=[{', '.join(chain)}]: draws do not tell whether the simulator leaves {first} "
+                    f"population.ordering=[{', '.join(chain)}]: draws do not show whether the simulator leaves {first} "
                     f"and {second} exchangeable; pass the posterior, or Exact(simulator=...)."
                 )
             if (first, second) not in declared and (second, first) not in declared:
                 known = ", ".join(f"{one} and {two}" for one, two in declared) or "none"
                 raise ValueError(
                     f"population.ordering=[{', '.join(chain)}]: {first} and {second} cannot be exchanged without "
-                    f"changing the prediction, as far as the simulator tells (its exchangeable pairs: {known}). Drop "
+                    f"changing the prediction, according to the simulator (its exchangeable pairs: {known}). Drop "
                     "the ordering; an order of other parameters is a result, not a choice."
                 )
             reason = model.why_not_exchangeable(first, second) if isinstance(model, ExchangeableModel) else ""
             if reason:
                 raise ValueError(
                     f"population.ordering=[{', '.join(chain)}]: in this population model {first} and {second} cannot "
-                    f"be exchanged, because {reason}. Drop the ordering: the model itself tells them apart."
+                    f"be exchanged, because {reason}. Drop the ordering: the model itself distinguishes them."
                 )
 
 
-def in_order(model: PopulationModel, theta: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+def apply_ordering(model: PopulationModel, theta: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
     """Theta under the labelling that the model's ordering asks for; the same object where it is that already."""
     if not isinstance(model, ExchangeableModel):
         return theta
@@ -66,7 +66,7 @@ def in_order(model: PopulationModel, theta: Float[Tensor, " P"]) -> Float[Tensor
                 places = [model.parameters.index(name) for name in (first, second)]
                 typical = model.mean(theta)[places]
                 if float(typical[0]) < float(typical[1]):
-                    theta = model.exchanged(theta, first, second)
+                    theta = model.exchange(theta, first, second)
     return theta
 
 
@@ -74,35 +74,35 @@ def labelling_notes(
     model: PopulationModel, declared: tuple[Pair, ...] | None, theta: Float[Tensor, " P"]
 ) -> tuple[str, ...]:
     """A sentence on each exchangeable pair: whether labels are a choice in this model, and which ``theta`` shows."""
-    said = []
+    notes = []
     for first, second in declared or ():
         # A line of a table that begins with a parameter's name is its row.
         exchange = f"Labels: {first} and {second} can be exchanged without changing the"
         if not isinstance(model, ExchangeableModel):
-            said.append(f"{exchange} prediction; these estimates may show one of two equivalent labellings.")
+            notes.append(f"{exchange} prediction; these estimates may show one of two equivalent labellings.")
             continue
         reason, chain = model.why_not_exchangeable(first, second), _chain_of(model, first, second)
         if reason:
-            said.append(
-                f"{exchange} prediction, but not in this population model, because {reason}: the model itself tells "
-                "them apart."
+            notes.append(
+                f"{exchange} prediction, but not in this population model, because {reason}: the model itself "
+                "distinguishes them."
             )
-        elif chain and in_order(model, theta) is not theta:
-            said.append(
+        elif chain and apply_ordering(model, theta) is not theta:
+            notes.append(
                 f"{exchange} likelihood; the fit did not stay under the labelling asked for (population.ordering): "
                 "this is the other one. Typical values may be equal within their errors."
             )
         elif chain:
             high, low = (first, second) if chain.index(first) < chain.index(second) else (second, first)
-            said.append(
+            notes.append(
                 f"{exchange} likelihood; shown with {high} > {low} for the typical individual (population.ordering)."
             )
         else:
-            said.append(
+            notes.append(
                 f"{exchange} likelihood; these estimates show one of two equivalent labellings. "
                 f"population.ordering=[{first},{second}] makes the choice unique."
             )
-    return tuple(said)
+    return tuple(notes)
 
 
 def exchange_between(
@@ -121,7 +121,7 @@ def exchange_between(
     for first, second in combinations(names, 2):
         if model.why_not_exchangeable(first, second):
             continue
-        apart = (model.exchanged(other, first, second) - theta)[free].abs() / se
+        apart = (model.exchange(other, first, second) - theta)[free].abs() / se
         if bool(torch.isfinite(apart).all()) and float(apart.max()) < within:
             return (first, second)
     return ()

@@ -1,4 +1,4 @@
-"""Fits of a likelihood: by climbing it, or by an estimator's own search that its draws then judge."""
+"""Fits of a likelihood: by maximising it, or by an estimator's own search whose result is then checked on draws."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ from torch import Tensor
 
 from nlme_sbi.compute.progress import FitProgress
 from nlme_sbi.population.estimators.interface import Estimator, SelfOptimizingEstimator
-from nlme_sbi.population.fitting.label_switching import in_order
+from nlme_sbi.population.fitting.label_switching import apply_ordering
 from nlme_sbi.population.fitting.likelihood_search import Task, compare_starts, search_likelihood
 from nlme_sbi.population.fitting.outcome import Optimum, Outcome
 from nlme_sbi.population.objective.individuals import individual_estimates
 from nlme_sbi.population.objective.interface import NoDraws
 from nlme_sbi.population.objective.likelihood_point import Point
-from nlme_sbi.population.objective.optimization import Summit
+from nlme_sbi.population.objective.optimization import Maximum
 from nlme_sbi.population.objective.standard_errors import likelihood_error, monte_carlo_error
 from nlme_sbi.population.objective.verification import Verification, verify_maximum
 from nlme_sbi.population.results.restart import Restart
 
-_SCANS = 3  # for modes of individuals that a search may have passed by
+_SCANS = 3  # scans for modes of individuals that a search may have missed
 _CONTRADICTED = 0.25  # standard errors between a search's estimate and the maximum of the likelihood there
 
 
 def fit_likelihood(task: Task, *, starts: int, accuracy: float, begin: Tensor | None) -> Outcome:
-    """The maximum of a likelihood, checked on draws that it was not climbed on."""
+    """The maximum of a likelihood, checked on draws that the search did not use."""
     begin = None if begin is None else begin.to(task.generator.device)
     if isinstance(task.estimator, SelfOptimizingEstimator):
-        return _searched(task, task.estimator, starts=starts, accuracy=accuracy, begin=begin)
+        return _fit_by_own_search(task, task.estimator, starts=starts, accuracy=accuracy, begin=begin)
     found = search_likelihood(task, starts=starts, accuracy=accuracy, begin=begin)
     restarts = found.restarts
-    wished = in_order(task.population, found.point.theta)
-    if wished is not found.point.theta:  # the climb crossed over to the labelling that was not asked for
-        found = search_likelihood(task, starts=starts, accuracy=accuracy, begin=wished)
+    ordered = apply_ordering(task.population, found.point.theta)
+    if ordered is not found.point.theta:  # the search ended in the other labelling
+        found = search_likelihood(task, starts=starts, accuracy=accuracy, begin=ordered)
     point, state = found.point, found.point.state
     covariance = _covariance(point)
     task.report(FitProgress("Monte-Carlo error", 0, 0, point.value))
     error = monte_carlo_error(state, point.theta, covariance, point.value)
     optimum = Optimum(
-        Summit(point.theta, point.value, 1, found.verification.score), point.information, covariance, error
+        Maximum(point.theta, point.value, 1, found.verification.score), point.information, covariance, error
     )
     return Outcome(
         state=state,
@@ -60,7 +60,7 @@ def _likelihood_name(estimator: Estimator) -> str:
     return f"-2 log L ({estimator.approximation})" if estimator.approximation else "-2 log L"
 
 
-def _searched(
+def _fit_by_own_search(
     task: Task, chosen: SelfOptimizingEstimator, *, starts: int, accuracy: float, begin: Tensor | None
 ) -> Outcome:
     """The estimator's own estimate, as it is, with likelihood, information and check from draws made for it."""
@@ -79,8 +79,8 @@ def _searched(
     task.report(FitProgress("likelihood", 0, 0))
     point = task.point(found.theta)
     columns: tuple[int, ...] = ()
-    for _ in range(_SCANS):  # the likelihood of all modes judges the search, not that of those it knew
-        wider = task.wider(point, columns)
+    for _ in range(_SCANS):  # the search is judged by the likelihood over all modes, not only over those it knew
+        wider = task.scan_for_modes(point, columns)
         if wider is None:
             break
         point, columns = wider
@@ -96,11 +96,11 @@ def _searched(
     )
     covariance = _covariance(point)
     error = likelihood_error(point.state, found.theta, se=found.monte_carlo_se, bias=found.left)
-    summit = Summit(found.theta, point.value, 1, checked.score)
+    maximum = Maximum(found.theta, point.value, 1, checked.score)
     own = f"{found.message} " if checked.passed or not found.converged else ""
     return Outcome(
         state=point.state,
-        optimum=Optimum(summit, point.information, covariance, error),
+        optimum=Optimum(maximum, point.information, covariance, error),
         restarts=restarts,
         converged=checked.passed,
         message=f"{own}{_second_opinion(checked, point)}".strip(),
@@ -111,7 +111,7 @@ def _searched(
 
 
 def _second_opinion(checked: Verification, point: Point) -> str:
-    """What the likelihood of draws made at a search's estimate says of it."""
+    """A sentence on a search's estimate from the likelihood on draws made there."""
     if not checked.passed:
         return checked.message()
     return (

@@ -1,8 +1,9 @@
-"""Where a search of the population likelihood starts: from single fits of the individuals, not from another objective.
+"""Starting values of the population likelihood: from fits of single individuals, not from another objective.
 
 Every individual is fitted alone under the training prior, noise parameters included: its modes, from the network's
 draws and from draws of the prior, with Laplace's covariances. What varies starts from their mean and spread, what does
-not from their mean weighted by precision, so that constants begin at what the individuals' residuals and modes say.
+not from their mean weighted by precision, so that constants start at values that the individuals' residuals and modes
+suggest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.estimators.initialization import first_climbers, likelihood_of
+from nlme_sbi.population.estimators.initialization import choose_mode_starts, likelihood_of
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_modes, first_of_each
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.models.specification import GaussianPopulation
@@ -31,7 +32,7 @@ _LEAST_SPREAD = 0.02  # of the prior's SD that an individual's own uncertainty c
 @dataclass(frozen=True, eq=False)
 class SingleFits:
     """Individuals fitted alone: ``phi (I, D)`` the highest mode, ``variance (I, D)`` about it, unconstrained; and where
-    one has another mode that is about as high, everybody's modes that are most like that one (``other``)."""
+    one has another mode that is about as high, every individual's modes that are most like that one (``other``)."""
 
     phi: Float[Tensor, "I D"]
     variance: Float[Tensor, "I D"]
@@ -42,11 +43,11 @@ class SingleFits:
 def fit_individuals_alone(
     simulator: TractableSimulator, source: Source, observations: Observations, generator: torch.Generator
 ) -> SingleFits:
-    """The highest mode of everybody under the training prior (its mean and covariance); individuals without any are
-    left out.
+    """The highest mode of every individual under the training prior (its mean and covariance); individuals without any
+    are left out.
 
     Raises:
-        NoLikelihoodError: where nobody has a mode, with all positions.
+        NoLikelihoodError: where no individual has a mode, with all positions.
     """
     prior = source.prior
     bound = GaussianPopulation().bind(simulator.parameters)
@@ -54,7 +55,7 @@ def fit_individuals_alone(
     joint = likelihood_of(simulator, bound, observations, theta)
     drawn = prior.sample(_PRIOR_DRAWS, generator).to(theta)
     others = drawn.expand(len(observations), -1, -1)
-    rows, points = first_climbers(joint, source, observations, generator, others=others)
+    rows, points = choose_mode_starts(joint, source, observations, generator, others=others)
     found, _ = distinct_modes(joint, rows, points)
     if len(found.rows) == 0:
         raise NoLikelihoodError(
@@ -64,29 +65,29 @@ def fit_individuals_alone(
             torch.arange(len(observations)),
         )
     best = found[first_of_each(found.rows)]  # sorted, the best of each individual first
-    fits = SingleFits(best.means, best.covariances.diagonal(dim1=1, dim2=2), _others(found, joint.scale))
+    fits = SingleFits(best.means, best.covariances.diagonal(dim1=1, dim2=2), _other_modes(found, joint.scale))
     for pair in getattr(simulator, "exchangeable", ()):
-        fits = _labelled(fits, *simulator.parameters.indices(pair))
+        fits = _align_labels(fits, *simulator.parameters.indices(pair))
     return fits
 
 
-def _others(found: LaplaceComponents, scale: Float[Tensor, " D"]) -> SingleFits | None:
+def _other_modes(found: LaplaceComponents, scale: Float[Tensor, " D"]) -> SingleFits | None:
     """What a population would be in which the runner-up is right, where that is clearest: two explanations of the same
     data, such as two exponentials under exchanged names, are two maxima of the likelihood to be compared."""
     first = first_of_each(found.rows)
-    people, place = torch.unique_consecutive(found.rows, return_inverse=True)
+    individuals, place = torch.unique_consecutive(found.rows, return_inverse=True)
     below = (found.log_mass[first][place] - found.log_mass).index_fill(0, first, torch.inf)
     runner_up = int(below.argmin())
     if not float(below[runner_up]) < _ABOUT_AS_HIGH:
         return None
     distance = ((found.means - found.means[runner_up]) / scale).square().sum(1)
-    nearest = torch.full((len(people),), torch.inf, dtype=distance.dtype, device=distance.device)
+    nearest = torch.full((len(individuals),), torch.inf, dtype=distance.dtype, device=distance.device)
     nearest = nearest.scatter_reduce(0, place, distance, "amin")
     chosen = torch.nonzero(distance == nearest[place])[:, 0]
     return SingleFits(found.means[chosen], found.covariances[chosen].diagonal(dim1=1, dim2=2))
 
 
-def _labelled(fits: SingleFits, one: int, two: int) -> SingleFits:
+def _align_labels(fits: SingleFits, one: int, two: int) -> SingleFits:
     """The same fits with the larger value of two exchangeable parameters first: which of an individual's mirror images
     was found is chance, and a mixture of both labels is no population to start from."""
     swap = (fits.phi[:, one] < fits.phi[:, two])[:, None]
@@ -95,7 +96,7 @@ def _labelled(fits: SingleFits, one: int, two: int) -> SingleFits:
     return SingleFits(
         torch.where(swap, fits.phi[:, order], fits.phi),
         torch.where(swap, fits.variance[:, order], fits.variance),
-        None if fits.other is None else _labelled(fits.other, one, two),
+        None if fits.other is None else _align_labels(fits.other, one, two),
     )
 
 
@@ -111,13 +112,13 @@ def likelihood_starts(
 
     Args:
         fits: of single individuals.
-        source: whose training prior tells what is wide.
+        source: whose training prior sets the scale.
         population: the bound model.
         count: at least 1.
         generator: chooses individuals.
     """
     prior_mean, prior_sd = source.prior.mean.to(fits.phi), source.prior.covariance.diagonal().sqrt().to(fits.phi)
-    mean, sd = _pooled(fits, population, prior_sd)
+    mean, sd = _pool(fits, population, prior_sd)
     given = population.unknowns.starts.to(fits.phi)
     base = population.from_moments(mean, torch.diag(sd.square()))
     is_given = not bool(torch.isnan(given[population.unknowns.free.to(given.device)]).all())
@@ -133,7 +134,7 @@ def likelihood_starts(
     for turn in range(max(0, count - len(made))):
         place = order[turn % len(order)]
         if turn < len(order):
-            # What does not vary is everybody's: a few measurements of one individual may leave no residual at all.
+            # What does not vary is common to all: a few measurements of one individual may leave no residual at all.
             alone = torch.where(_varies(population, mean), fits.phi[place], mean)
             made.append(("one individual's fit", population.from_moments(alone, narrow)))
             continue
@@ -144,11 +145,11 @@ def likelihood_starts(
 
 def start_from(fits: SingleFits, source: Source, population: PopulationModel) -> Float[Tensor, " P"]:
     """Theta with the mean and the spread of single fits."""
-    mean, sd = _pooled(fits, population, source.prior.covariance.diagonal().sqrt().to(fits.phi))
+    mean, sd = _pool(fits, population, source.prior.covariance.diagonal().sqrt().to(fits.phi))
     return population.from_moments(mean, torch.diag(sd.square()))
 
 
-def _pooled(
+def _pool(
     fits: SingleFits, population: PopulationModel, prior_sd: Float[Tensor, " D"]
 ) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
     """Mean and SD of the population as single fits have them; constants by precision."""

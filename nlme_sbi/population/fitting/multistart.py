@@ -1,4 +1,4 @@
-"""Comparing starts on a part of the data that is large enough for it."""
+"""Multistart on a subset of the data that is large enough to compare starts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.fitting.initial_values import starting_points
-from nlme_sbi.population.fitting.label_switching import in_order
+from nlme_sbi.population.fitting.label_switching import apply_ordering
 from nlme_sbi.population.fitting.multistart_summary import compare_ends
-from nlme_sbi.population.models.labels import named
+from nlme_sbi.population.models.labels import list_ids
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import contributions, rough_information
-from nlme_sbi.population.objective.optimization import Summit, rise
+from nlme_sbi.population.objective.optimization import Maximum, maximise
 from nlme_sbi.population.objective.subsets import random_part
 from nlme_sbi.population.results.restart import Restart
 
@@ -25,38 +25,38 @@ _EXPLORED_DRAWS = 500  # with so many draws
 
 
 @dataclass(frozen=True, eq=False)
-class Explored:
-    """Where the starts ended; ``information`` is rough, for all individuals."""
+class MultistartResult:
+    """Results of all starts; ``information`` is approximate, for all individuals."""
 
-    best: Summit
+    best: Maximum
     restarts: tuple[Restart, ...]
     information: Float[Tensor, "free free"]
 
 
-def explore(
-    state: WeightedDraws, ids: tuple[str, ...], generator: torch.Generator, *, starts: int, say: Report
-) -> Explored:
+def run_multistart(
+    state: WeightedDraws, ids: tuple[str, ...], generator: torch.Generator, *, starts: int, report: Report
+) -> MultistartResult:
     """Run every start on a part of the data that is large enough to compare them; the best is shown under the labelling
     that the population model asks for."""
     part = _part(state, generator)
     phi, prior = part.training_draws()
-    ends: list[tuple[str, Summit | None]] = []
+    ends: list[tuple[str, Maximum | None]] = []
     points = starting_points(phi, prior, state.population, count=starts, generator=generator)
     for done, (name, theta) in enumerate(points):
-        say(FitProgress("starts", done, len(points), _highest(ends)))
+        report(FitProgress("starts", done, len(points), _highest(ends)))
         finite = bool(torch.isfinite(contributions(part, theta)).all())
-        end = rise(part, theta) if finite else None
+        end = maximise(part, theta) if finite else None
         ends.append((name, end if end is not None and math.isfinite(end.objective) else None))
     reached = [end for _, end in ends if end is not None]
     if not reached:
-        raise ValueError(_nowhere(part, points[0][1], ids))
+        raise ValueError(_describe_failure(part, points[0][1], ids))
     best = max(reached, key=lambda end: end.objective)
     information = rough_information(part, best.theta)
     restarts = compare_ends(ends, best, part, torch.linalg.inv(information))
-    theta = in_order(state.population, best.theta)
+    theta = apply_ordering(state.population, best.theta)
     if theta is not best.theta:
         best, information = replace(best, theta=theta), rough_information(part, theta)
-    return Explored(best, restarts, information * (state.individuals / part.individuals))
+    return MultistartResult(best, restarts, information * (state.individuals / part.individuals))
 
 
 def _part(state: WeightedDraws, generator: torch.Generator) -> WeightedDraws:
@@ -67,13 +67,13 @@ def _part(state: WeightedDraws, generator: torch.Generator) -> WeightedDraws:
     return state.part(chosen, slice(0, stride * _EXPLORED_DRAWS, stride))
 
 
-def _highest(ends: list[tuple[str, Summit | None]]) -> float | None:
+def _highest(ends: list[tuple[str, Maximum | None]]) -> float | None:
     return max((end.objective for _, end in ends if end is not None), default=None)
 
 
-def _nowhere(state: WeightedDraws, theta: Tensor, ids: tuple[str, ...]) -> str:
+def _describe_failure(state: WeightedDraws, theta: Tensor, ids: tuple[str, ...]) -> str:
     broken = torch.nonzero(~torch.isfinite(contributions(state, theta)))[:, 0]
-    names = f" First: {named(ids, broken)}." if len(ids) == state.individuals else ""
+    names = f" First: {list_ids(ids, broken)}." if len(ids) == state.individuals else ""
     return (
         f"The objective is not finite at any start, for {len(broken)} of {state.individuals} individuals.{names} "
         "A fixed or constant value may lie outside the training prior, or the draws are degenerate."

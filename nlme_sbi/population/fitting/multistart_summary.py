@@ -1,4 +1,4 @@
-"""How the starts of a fit compare, and how that is said."""
+"""How the starts of a fit compare, in numbers and sentences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nlme_sbi.population.fitting.label_switching import exchange_between
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import log_mean_error
-from nlme_sbi.population.objective.optimization import Summit
+from nlme_sbi.population.objective.optimization import Maximum
 from nlme_sbi.population.results.restart import BEYOND, Restart
 
 _SAME = 0.1  # largest distance of one and the same optimum, in standard errors
@@ -22,8 +22,8 @@ _DIFFERS = 3.0  # standard errors between the means of a parameter that is named
 
 
 def compare_ends(
-    ends: list[tuple[str, Summit | None]],
-    best: Summit,
+    ends: list[tuple[str, Maximum | None]],
+    best: Maximum,
     state: WeightedDraws,
     covariance: Float[Tensor, "free free"],
 ) -> tuple[Restart, ...]:
@@ -51,7 +51,7 @@ def compare_ends(
         level = _LEVEL + 4 * math.sqrt(noise + _monte_carlo_variance(state, end.theta))
         elsewhere = "other point" if below < level else "lower"
         verdict = "same" if distance < _SAME else elsewhere
-        differing = _differing(state, end.theta, best.theta, covariance) if verdict == "other point" else ()
+        differing = _differing_parameters(state, end.theta, best.theta, covariance) if verdict == "other point" else ()
         exchanged = exchange_between(state.population, best.theta, end.theta, names=differing, se=se, within=_DIFFERS)
         found.append(Restart(start, end.objective, below, distance, verdict, differing, exchanged))
     return tuple(found)
@@ -61,7 +61,7 @@ def _monte_carlo_variance(state: WeightedDraws, theta: Tensor) -> float:
     return float(log_mean_error(state, theta)[0].sum())
 
 
-def _differing(state: WeightedDraws, theta: Tensor, best: Tensor, covariance: Tensor) -> tuple[str, ...]:
+def _differing_parameters(state: WeightedDraws, theta: Tensor, best: Tensor, covariance: Tensor) -> tuple[str, ...]:
     population = state.population
     free = population.unknowns.free.to(theta.device)
     slopes = torch.func.jacfwd(population.mean)(best)[:, free]
@@ -79,13 +79,13 @@ def describe_starts(restarts: tuple[Restart, ...]) -> str:
     if total == 0:
         return ""
     if total == 1:
-        return "There was only one start, so nothing tells whether this is the highest maximum."
+        return "There was only one start, so whether this is the highest maximum is not known."
     counts = {name: sum(restart.verdict == name for restart in restarts) for name in ("same", "other point", "lower")}
-    said = [f"{counts['same']} of {total} starts reached this maximum."]
+    sentences = [f"{counts['same']} of {total} starts reached this maximum."]
     mirrored = [restart for restart in restarts if restart.exchanged]
     for pair in dict.fromkeys(restart.exchanged for restart in mirrored):
         count = sum(restart.exchanged == pair for restart in mirrored)
-        said.append(
+        sentences.append(
             f"{count} reached its mirror image, in which {pair[0]} and {pair[1]} are exchanged: label switching, the "
             "same population under exchanged names."
         )
@@ -93,18 +93,18 @@ def describe_starts(restarts: tuple[Restart, ...]) -> str:
     if other:
         names = ", ".join(dict.fromkeys(name for restart in other for name in restart.differing)) or "several unknowns"
         reached = "Another start" if len(other) == 1 else f"{len(other)} other starts"
-        said.append(
+        sentences.append(
             f"{reached} reached the same objective (within {max(max(r.below for r in other), 0.0):.2g}) at a different "
             f"point, where {names} differ: label switching (the same population under exchanged names), or data that "
-            "hardly tell these parameters."
+            "hardly determine these parameters."
         )
     if counts["lower"]:
         lowest = max(restart.below for restart in restarts if restart.verdict == "lower")
-        said.append(f"{counts['lower']} ended lower, by up to {lowest:.2g}.")
-    gone = sum(restart.verdict == "failed" for restart in restarts)
-    if gone:
-        said.append(f"{gone} had no finite objective.")
-    return " ".join(said)
+        sentences.append(f"{counts['lower']} ended lower, by up to {lowest:.2g}.")
+    failed = sum(restart.verdict == "failed" for restart in restarts)
+    if failed:
+        sentences.append(f"{failed} had no finite objective.")
+    return " ".join(sentences)
 
 
 def within_reach(restarts: tuple[Restart, ...]) -> tuple[Restart, ...]:
@@ -113,7 +113,7 @@ def within_reach(restarts: tuple[Restart, ...]) -> tuple[Restart, ...]:
 
 
 def warn_of_lone_maximum(restarts: tuple[Restart, ...]) -> tuple[str, ...]:
-    """A warning where nothing confirms the maximum: no second start came there, nor to its mirror image."""
+    """A warning where no second start reached the maximum, nor its mirror image."""
     restarts = within_reach(restarts)
     agreeing = sum(restart.verdict in ("same", "other point") for restart in restarts)
     if len(restarts) > 1 and agreeing < 2:
@@ -124,7 +124,7 @@ def warn_of_lone_maximum(restarts: tuple[Restart, ...]) -> tuple[str, ...]:
     return ()
 
 
-def few_individuals(model: PopulationModel, individuals: int) -> tuple[str, ...]:
+def warn_of_few_individuals(model: PopulationModel, individuals: int) -> tuple[str, ...]:
     """A sentence where there are fewer individuals than unknowns."""
     unknowns = len(model.unknowns.free)
     if individuals >= unknowns:
@@ -135,7 +135,7 @@ def few_individuals(model: PopulationModel, individuals: int) -> tuple[str, ...]
     )
 
 
-def degenerate(model: PopulationModel, theta: Float[Tensor, " P"]) -> tuple[str, ...]:
+def warn_of_singular_covariance(model: PopulationModel, theta: Float[Tensor, " P"]) -> tuple[str, ...]:
     """A sentence on a covariance between individuals that has become singular."""
     varying = list(model.varying)
     omega = model.covariance(theta)[varying][:, varying]

@@ -1,4 +1,4 @@
-"""What an estimator's way to the estimate ends in, whichever way it is."""
+"""The outcome of an estimation, by whichever algorithm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.objective.interface import WeightedDraws
-from nlme_sbi.population.objective.optimization import Summit
+from nlme_sbi.population.objective.optimization import Maximum
 from nlme_sbi.population.objective.standard_errors import MonteCarloError
 from nlme_sbi.population.objective.verification import Verification
 from nlme_sbi.population.results.restart import Restart
@@ -20,7 +20,7 @@ from nlme_sbi.population.results.restart import Restart
 class Optimum:
     """The optimum on all draws with both kinds of error; ``covariance`` is over the free unknowns."""
 
-    summit: Summit
+    maximum: Maximum
     information: Float[Tensor, "free free"]
     covariance: Float[Tensor, "free free"] | None
     error: MonteCarloError
@@ -29,22 +29,22 @@ class Optimum:
         """Largest Monte-Carlo SE and bias in standard errors; infinite where there are none."""
         if self.covariance is None:
             return math.inf, math.inf
-        se = torch.ones_like(self.summit.theta).index_copy(0, free, self.covariance.diagonal().sqrt())
+        se = torch.ones_like(self.maximum.theta).index_copy(0, free, self.covariance.diagonal().sqrt())
         return self.error.worst(se, free)
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What an estimator's way to the estimate ends in, whichever way it is.
+    """The outcome of an estimation, by whichever algorithm.
 
     Args:
         state: draws at the estimate.
         optimum: the estimate with both kinds of error.
         restarts: how the starts ended.
-        converged: whether the estimate counts as one.
+        converged: whether the estimate counts as converged.
         message: how the fit ended.
         warnings: of the search itself.
-        verification: the check on draws that were not climbed on; None where draws are fixed.
+        verification: the check on draws that the search did not use; None where draws are fixed.
         shortage: why the Monte-Carlo error is no smaller.
     """
 

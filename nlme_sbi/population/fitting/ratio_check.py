@@ -1,7 +1,7 @@
-"""What the prior ratio's answer is worth where there is a likelihood to compare it with.
+"""The prior ratio's estimate compared with the likelihood, where there is one.
 
 The network's error is in the estimate and not in its standard errors. Where the likelihood can be evaluated, its score
-at the ratio's estimate tells how far that is from the maximum, unknown by unknown.
+at the ratio's estimate shows how far each unknown is from the maximum.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def compare_with_likelihood(
         return ()
     if len(observations) > _LOOKED_AT:
         return (f"{_HERE} The intervals above do not hold the network's error.",)
-    estimator = Exact().roughly(len(observations))
+    estimator = Exact().coarsen(len(observations))
     task = Task(estimator, source, observations, population, generator, discard)
     try:
         point = task.point(theta)

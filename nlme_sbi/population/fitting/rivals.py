@@ -1,4 +1,4 @@
-"""Maxima that the starts could not tell apart: each is climbed to its end, and the highest is the estimate."""
+"""Competing maxima from multistart: each is refined to convergence, and the highest is the estimate."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.results.fit_result import PopulationFit
 from nlme_sbi.population.results.restart import Restart
 
-_TRIED = 2  # rivals that are climbed to the end, at most
+_TRIED = 2  # competing maxima that are refined, at most
 _APART = 1.0  # standard errors between rivals that are two
 _SAME = 0.3  # standard errors between ends that are one maximum
 _CLEAR = 0.05  # log-likelihood beside Monte-Carlo error that is a difference
 
 
-def highest(fit: PopulationFit, climb: Callable[[Mapping[str, float]], PopulationFit]) -> PopulationFit:
-    """The fit, or a rival of it that ends higher; the restarts tell how the rivals ended.
+def choose_highest(fit: PopulationFit, climb: Callable[[Mapping[str, float]], PopulationFit]) -> PopulationFit:
+    """The fit, or a competing one that ends higher; the restarts record how these ended.
 
     Args:
         fit: with restarts, some of which ended elsewhere with about the same likelihood.
         climb: fits the same from values of the unknowns by name.
     """
-    for place in _rivals(fit):
+    for place in _find_rivals(fit):
         try:
             rival = climb(fit.restarts[place].unknowns)
         except ValueError:  # the likelihood is 0 on the way there
@@ -35,15 +35,17 @@ def highest(fit: PopulationFit, climb: Callable[[Mapping[str, float]], Populatio
         if rival.converged != fit.converged:
             needed = -noise if rival.converged else noise + _CLEAR
         if gain > needed and not (fit.converged and _distance(fit, rival) < _SAME):
-            fit = _with_restarts(rival, _displaced(fit.restarts, place, gain), fit)
+            fit = _with_restarts(rival, _compare_with_new_best(fit.restarts, place, gain), fit)
         else:
-            judged = _judged(fit.restarts[place], fit, rival, -gain, is_lower=gain < -noise - _CLEAR)
+            judged = _update_verdict(fit.restarts[place], fit, rival, -gain, is_lower=gain < -noise - _CLEAR)
             restarts = tuple(judged if other == place else one for other, one in enumerate(fit.restarts))
             fit = _with_restarts(fit, restarts, fit)
     return fit
 
 
-def _judged(entry: Restart, fit: PopulationFit, rival: PopulationFit, below: float, *, is_lower: bool) -> Restart:
+def _update_verdict(
+    entry: Restart, fit: PopulationFit, rival: PopulationFit, below: float, *, is_lower: bool
+) -> Restart:
     """The restart after its end is known."""
     if is_lower:
         return replace(entry, below=below, verdict="lower", differing=())
@@ -61,7 +63,7 @@ def _distance(fit: PopulationFit, rival: PopulationFit) -> float:
     return float(moved[fit.population.unknowns.free].max())
 
 
-def _rivals(fit: PopulationFit) -> list[int]:
+def _find_rivals(fit: PopulationFit) -> list[int]:
     """Positions of restarts that ended elsewhere on about the same level, each place once."""
     found: list[int] = []
     for place, restart in enumerate(fit.restarts):
@@ -74,7 +76,7 @@ def _rivals(fit: PopulationFit) -> list[int]:
     return found[:_TRIED]
 
 
-def _displaced(restarts: tuple[Restart, ...], place: int, gain: float) -> tuple[Restart, ...]:
+def _compare_with_new_best(restarts: tuple[Restart, ...], place: int, gain: float) -> tuple[Restart, ...]:
     """The restarts against another best one, that of ``place``, which is ``gain`` above the one before."""
     winner = restarts[place]
 
@@ -91,16 +93,16 @@ def _displaced(restarts: tuple[Restart, ...], place: int, gain: float) -> tuple[
 def _with_restarts(fit: PopulationFit, restarts: tuple[Restart, ...], before: PopulationFit) -> PopulationFit:
     """The fit with these restarts, in its message and warnings, too."""
     message = fit.message.removesuffix(describe_starts(fit.restarts)).strip()
-    outdated = [said for one in (fit, before) for said in _of_restarts(one.population, one.restarts)]
-    kept = tuple(said for said in fit.warnings if said not in outdated)
+    outdated = [warning for one in (fit, before) for warning in _restart_warnings(one.population, one.restarts)]
+    kept = tuple(warning for warning in fit.warnings if warning not in outdated)
     return replace(
         fit,
         restarts=restarts,
         message=f"{message} {describe_starts(restarts)}".strip(),
-        warnings=(*_of_restarts(fit.population, restarts), *kept),
+        warnings=(*_restart_warnings(fit.population, restarts), *kept),
     )
 
 
-def _of_restarts(population: PopulationModel, restarts: tuple[Restart, ...]) -> tuple[str, ...]:
-    """What a fit warns of because of how its starts ended."""
+def _restart_warnings(population: PopulationModel, restarts: tuple[Restart, ...]) -> tuple[str, ...]:
+    """Warnings that follow from how the starts ended."""
     return *warn_of_lone_maximum(restarts), *warn_beyond_prior(population, restarts)

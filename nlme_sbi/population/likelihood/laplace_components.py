@@ -25,13 +25,13 @@ _NODES = (1.2, 2.8, 5.0, 8.5, 14.0)  # of a profile, in SDs, on each side
 _REACH = 4.5  # SDs of the population beyond which no component lies
 _DROP = 9.0  # log density below the mode at which a profile ends
 _NEGLIGIBLE = 12.0  # log mass below the largest at which a mode is dropped
-_SAME = 1.0  # squared distance in curvature below which two summits are one mode
+_SAME = 1.0  # squared distance in curvature below which two maxima are one mode
 _SPREAD = 0.15  # share of the draws that all components get alike
 
 
 @dataclass(frozen=True, eq=False)
 class LaplaceComponents:
-    """Components of many individuals, flat: ``rows (K,)`` tells whose each is."""
+    """Components of many individuals, flat: ``rows (K,)`` is the individual of each."""
 
     rows: Int[Tensor, " K"]
     log_mass: Float[Tensor, " K"]
@@ -39,7 +39,7 @@ class LaplaceComponents:
     covariances: Float[Tensor, "K V V"]
 
     @classmethod
-    def joined(cls, parts: list[LaplaceComponents]) -> LaplaceComponents:
+    def concatenate(cls, parts: list[LaplaceComponents]) -> LaplaceComponents:
         """All of them."""
         return cls(
             torch.cat([part.rows for part in parts]),
@@ -48,11 +48,16 @@ class LaplaceComponents:
             torch.cat([part.covariances for part in parts]),
         )
 
-    def updated(self, others: LaplaceComponents) -> LaplaceComponents:
+    def replace_rows(self, others: LaplaceComponents) -> LaplaceComponents:
         """With all components of the others' individuals replaced by theirs; sorted by individual."""
         kept = self[torch.nonzero(~torch.isin(self.rows, others.rows))[:, 0]]
-        together = self.joined([kept, others])
+        together = self.concatenate([kept, others])
         return together[torch.argsort(together.rows, stable=True)]
+
+    def add_starts(self, rows: Int[Tensor, " B"], points: Float[Tensor, "B V"]) -> tuple[Tensor, Tensor]:
+        """Individuals ``(K + B,)`` and points ``(K + B, V)`` to start a search for modes from: these modes, then more
+        points."""
+        return torch.cat([self.rows, rows]), torch.cat([self.means, points])
 
     def __getitem__(self, chosen: Tensor) -> LaplaceComponents:
         return LaplaceComponents(self.rows[chosen], self.log_mass[chosen], self.means[chosen], self.covariances[chosen])
@@ -79,18 +84,18 @@ def distinct_modes(
 ) -> tuple[LaplaceComponents, Expansion]:
     """Distinct modes of every individual, best first, with their Laplace approximations."""
     found: Modes = find_modes(joint, rows, starts)
-    return sorted_out(joint, rows, found.points, found.at)
+    return sort_modes(joint, rows, found.points, found.at)
 
 
-def with_others(
+def merge_modes(
     joint: JointDensity, known: tuple[LaplaceComponents, Expansion], others: tuple[LaplaceComponents, Expansion]
 ) -> tuple[LaplaceComponents, Expansion]:
     """Modes of two searches together, each once."""
-    both = LaplaceComponents.joined([known[0], others[0]])
-    return sorted_out(joint, both.rows, both.means, Expansion.joined([known[1], others[1]]))
+    both = LaplaceComponents.concatenate([known[0], others[0]])
+    return sort_modes(joint, both.rows, both.means, Expansion.concatenate([known[1], others[1]]))
 
 
-def sorted_out(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion) -> tuple[LaplaceComponents, Expansion]:
+def sort_modes(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion) -> tuple[LaplaceComponents, Expansion]:
     """Modes in the order of the individuals, best first, without those that are near a better one or negligible."""
     finite = torch.isfinite(at.value) & torch.isfinite(at.hessian).flatten(1).all(1)
     place = torch.nonzero(finite)[:, 0]
@@ -98,11 +103,11 @@ def sorted_out(joint: JointDensity, rows: Tensor, points: Tensor, at: Expansion)
     place = place[torch.argsort(rows[place], stable=True)]
     covariances = covariance_of(-at.hessian[place], joint.scales[rows[place]])
     pieces = LaplaceComponents(rows[place], at.value[place] + _log_volume(covariances), points[place], covariances)
-    kept = distinct(pieces)
+    kept = distinct_positions(pieces)
     return pieces[kept], at[place[kept]]
 
 
-def distinct(pieces: LaplaceComponents, *, negligible: float = _NEGLIGIBLE) -> Int[Tensor, " kept"]:
+def distinct_positions(pieces: LaplaceComponents, *, negligible: float = _NEGLIGIBLE) -> Int[Tensor, " kept"]:
     """Positions of pieces that are neither near an earlier one of the same individual nor ``negligible`` nats below
     its largest.
 
@@ -130,18 +135,18 @@ def first_of_each(rows: Int[Tensor, " K"]) -> Int[Tensor, " i"]:
     return torch.nonzero(torch.cat([rows.new_ones(1), rows.diff()]) > 0)[:, 0]
 
 
-def along_profiles(joint: JointDensity, laplace: LaplaceComponents, at: Expansion) -> LaplaceComponents:
+def profile_components(joint: JointDensity, laplace: LaplaceComponents, at: Expansion) -> LaplaceComponents:
     """Components along every coordinate of every mode in which the log density is no parabola."""
-    bent = _bent(joint, laplace, at)
+    bent = _find_bent_profiles(joint, laplace, at)
     which, column = torch.nonzero(bent).unbind(1)
     if len(which) == 0:
         return laplace
-    parts = [_lowered(laplace, bent.any(1))]
+    parts = [_lower_profiled_modes(laplace, bent.any(1))]
     for side in (1.0, -1.0):
         nodes = _profile(joint, laplace[which], at.value[which], column, side)
-        # At a kink of the likelihood curvatures mean nothing: no node counts more than its individual's modes.
+        # At a kink of the likelihood curvatures are meaningless: no node counts more than its individual's modes.
         parts.append(replace(nodes, log_mass=torch.minimum(nodes.log_mass, _largest(laplace)[nodes.rows])))
-    return LaplaceComponents.joined(parts)
+    return LaplaceComponents.concatenate(parts)
 
 
 def _largest(pieces: LaplaceComponents) -> Float[Tensor, " I"]:
@@ -150,13 +155,13 @@ def _largest(pieces: LaplaceComponents) -> Float[Tensor, " I"]:
     return best.scatter_reduce(0, pieces.rows, pieces.log_mass, "amax")
 
 
-def _lowered(laplace: LaplaceComponents, bent: Tensor) -> LaplaceComponents:
+def _lower_profiled_modes(laplace: LaplaceComponents, bent: Tensor) -> LaplaceComponents:
     """A mode whose profile has components of its own needs fewer draws."""
     log_mass = torch.where(bent, laplace.log_mass - math.log(2), laplace.log_mass)
     return LaplaceComponents(laplace.rows, log_mass, laplace.means, laplace.covariances)
 
 
-def _bent(joint: JointDensity, laplace: LaplaceComponents, at: Expansion) -> Bool[Tensor, "B V"]:
+def _find_bent_profiles(joint: JointDensity, laplace: LaplaceComponents, at: Expansion) -> Bool[Tensor, "B V"]:
     """Where a point ``_PROBE`` SDs along a coordinate, the others following linearly, departs from the parabola; only
     modes that hold a share of the mass worth the work."""
     sd = laplace.covariances.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -201,7 +206,7 @@ def _profile(
         slope = slope.index_copy(0, active, tangent)
         before = before.index_copy(0, active, offset[active])
         active = active[good]
-    return LaplaceComponents.joined(parts)
+    return LaplaceComponents.concatenate(parts)
 
 
 def _node(
@@ -255,18 +260,18 @@ def mixtures(
     means[pieces.rows, place] = pieces.means
     factors = torch.eye(size, dtype=dtype, device=device).expand(*shape, -1, -1).clone()
     factors[pieces.rows, place] = math.sqrt(inflation) * cholesky_or_diagonal(pieces.covariances)
-    return Mixtures(_allotted(log_mass, draws, spread), means, factors)
+    return Mixtures(_allot(log_mass, draws, spread), means, factors)
 
 
-def _allotted(log_mass: Float[Tensor, "I K"], draws: int, spread: float) -> Int[Tensor, "I K"]:
+def _allot(log_mass: Float[Tensor, "I K"], draws: int, spread: float) -> Int[Tensor, "I K"]:
     """Whole numbers of draws that add up, by largest remainders above one each."""
     there = torch.isfinite(log_mass)
     share = torch.softmax(log_mass, 1)
     share = (1 - spread) * share + spread * there / there.sum(1, keepdim=True)
     left = draws - there.sum(1, keepdim=True)
-    wished = share * left
-    counts = wished.floor()
-    remainder = torch.where(there, wished - counts, -1.0)
+    ideal = share * left
+    counts = ideal.floor()
+    remainder = torch.where(there, ideal - counts, -1.0)
     missing = (left - counts.sum(1, keepdim=True)).round()
     rank = remainder.argsort(1, descending=True).argsort(1)
     counts = counts + (rank < missing) + there

@@ -20,12 +20,12 @@ from nlme_sbi.types import Observations, TractableSimulator
 _NUMBERS = {"cpu": 200_000, "cuda": 50_000_000}  # predicted values in a block: a CPU's cache, a GPU's width
 _STEP = 1e-5  # of finite differences of gradients, in SDs of the population
 _FLOOR = 0.05  # least curvature that a Newton step assumes, in units of the population's
-_RACE = 12  # Newton steps after which an individual's points are compared; kinks are climbed slowly
-_HOPELESS = 100.0  # log density below the best at which a point is given up
+_RACE = 12  # Newton steps after which an individual's points are compared; convergence at kinks is slow
+_TOO_LOW = 100.0  # log density below the best at which a point is given up
 _LONGEST = 3.0  # longest Newton step, in SDs of the population
 
 
-def chosen_rows(observations: Observations, rows: Int[Tensor, " B"]) -> Observations:
+def select_rows(observations: Observations, rows: Int[Tensor, " B"]) -> Observations:
     """Rows of the observations; a row may come several times (its id then stands for nothing)."""
     selected = [None if part is None else part[rows] for part in _optional(observations)]
     return replace(
@@ -43,7 +43,7 @@ def _optional(observations: Observations) -> tuple[Tensor | None, Tensor | None,
     return observations.censoring, observations.lower, observations.upper
 
 
-def interleaved(population: PopulationModel, varying: Tensor, constant: Tensor) -> Tensor:
+def interleave(population: PopulationModel, varying: Tensor, constant: Tensor) -> Tensor:
     """Columns of varying and constant parameters in the order of phi."""
     order = [*population.varying, *population.constant]
     together = torch.cat([varying, constant], -1)
@@ -62,7 +62,7 @@ class Expansion:
         return Expansion(self.value[rows], self.gradient[rows], self.hessian[rows])
 
     @classmethod
-    def joined(cls, parts: list[Expansion]) -> Expansion:
+    def concatenate(cls, parts: list[Expansion]) -> Expansion:
         """All of them."""
         return cls(
             torch.cat([part.value for part in parts]),
@@ -70,7 +70,7 @@ class Expansion:
             torch.cat([part.hessian for part in parts]),
         )
 
-    def updated(self, rows: Tensor, others: Expansion) -> Expansion:
+    def replace_rows(self, rows: Tensor, others: Expansion) -> Expansion:
         """With the points at ``rows`` replaced."""
         return Expansion(
             self.value.index_copy(0, rows, others.value),
@@ -87,8 +87,8 @@ class JointDensity:
         simulator: whose likelihood it is.
         population: the bound model.
         observations: of all individuals, float64.
-        theta: where the population stands.
-        rough: whether only a search's first steps depend on it.
+        theta: the population unknowns.
+        rough: whether only the first steps of a search depend on it.
     """
 
     simulator: TractableSimulator
@@ -174,16 +174,16 @@ class JointDensity:
         return torch.cat([value for value, _ in parts]), torch.cat([gradient for _, gradient in parts])
 
     def _log_prob(self, rows: Tensor, points: Float[Tensor, "B n V"]) -> Float[Tensor, "B n"]:
-        observations = chosen_rows(self.observations, rows)
+        observations = select_rows(self.observations, rows)
         constants = self.population.constants(self.theta, observations.design)
-        phi = interleaved(self.population, points, constants[:, None].expand(-1, points.shape[1], -1))
+        phi = interleave(self.population, points, constants[:, None].expand(-1, points.shape[1], -1))
         prior = self.population.log_prob(points, self.theta, observations.design)
         return self.simulator.log_likelihood(observations, phi) + prior
 
 
 @dataclass(frozen=True, eq=False)
 class Modes:
-    """Where Newton's method ended: points ``(B, V)`` and the expansion there."""
+    """Results of Newton's method: points ``(B, V)`` and the expansion there."""
 
     points: Float[Tensor, "B V"]
     at: Expansion
@@ -198,23 +198,23 @@ def find_modes(
     iterations: int = 30,
     tolerance: float = 1e-3,
 ) -> Modes:
-    """Damped Newton steps of every point at once, with curvatures made positive (saddle-free), until the gain that a
-    step promises is below ``tolerance``.
+    """Damped Newton steps of every point at once, with curvatures made positive (saddle-free), until the predicted
+    gain of a step is below ``tolerance``.
 
     Args:
-        joint: what is climbed.
+        joint: what is maximised.
         rows: individual of each point.
         points: where each starts.
         free: coordinates that may move; all when left out.
         iterations: most steps.
-        tolerance: promised gain in log density at which a point is done.
+        tolerance: predicted gain in log density at which a point has converged.
     """
     at = joint.expand(rows, points)
     damping = torch.full_like(at.value, 1e-3)
     active = torch.arange(len(rows), device=rows.device)
     for done in range(iterations):
         if done == _RACE:
-            active = active[_in_the_race(rows, at.value)[active]]
+            active = active[_is_competitive(rows, at.value)[active]]
         scale = joint.scales[rows[active]]
         step, promise = _newton_step(at[active], scale, damping[active], None if free is None else free[active])
         going = (promise > tolerance) & (damping[active] < 1e8)
@@ -226,7 +226,7 @@ def find_modes(
         better = (found.value >= at.value[active]) & torch.isfinite(found.hessian).flatten(1).all(1)
         winners = active[better]
         points = points.index_copy(0, winners, proposed[better])
-        at = at.updated(winners, found[better])
+        at = at.replace_rows(winners, found[better])
         damping[winners] *= 0.1
         losers = active[~better]
         damping[losers] = 10 * damping[losers].clamp_min(0.1)
@@ -243,17 +243,17 @@ def follow_profile(
     iterations: int,
     tolerance: float,
 ) -> Modes:
-    """A few steps to the top of what is free, from points that are near it, by chord Newton: the Hessian is one from
-    nearby, and made anew only where a step with it does not rise.
+    """A few steps to the maximum over the free coordinates, from points that are near it, by chord Newton: the Hessian
+    is one from nearby, and made anew only where a step with it does not rise.
 
     Args:
-        joint: what is climbed.
+        joint: what is maximised.
         rows: individual of each point.
         points: where each starts.
         hessian: of a point nearby.
         free: coordinates that may move.
         iterations: most steps.
-        tolerance: promised gain in log density at which a point is done.
+        tolerance: predicted gain in log density at which a point has converged.
     """
     value, gradient = joint.slopes(rows, points)
     at = Expansion(value, gradient, hessian)
@@ -272,32 +272,32 @@ def follow_profile(
         better = (risen >= at.value[active]) & torch.isfinite(slope).all(1)
         winners, losers = active[better], active[~better]
         points = points.index_copy(0, winners, proposed[better])
-        at = at.updated(winners, Expansion(risen[better], slope[better], at.hessian[winners]))
+        at = at.replace_rows(winners, Expansion(risen[better], slope[better], at.hessian[winners]))
         renewed = losers[stale[losers]]
         if len(renewed):
-            at = at.updated(renewed, joint.expand(rows[renewed], points[renewed]))
+            at = at.replace_rows(renewed, joint.expand(rows[renewed], points[renewed]))
             stale[renewed] = False
         damping[losers[~stale[losers]]] *= 10
     return Modes(points, at)
 
 
 def promised_gain(joint: JointDensity, rows: Int[Tensor, " B"], at: Expansion) -> Float[Tensor, " B"]:
-    """How much a Newton step from each point would gain; nan where the expansion is not finite."""
+    """Predicted gain of a Newton step from each point; NaN where the expansion is not finite."""
     step, promise = _newton_step(at, joint.scales[rows], torch.full_like(at.value, 1e-3), None)
     return torch.where(torch.isfinite(at.value) & torch.isfinite(step).all(1), promise, torch.nan)
 
 
-def _in_the_race(rows: Tensor, value: Tensor) -> Bool[Tensor, " B"]:
+def _is_competitive(rows: Tensor, value: Tensor) -> Bool[Tensor, " B"]:
     """Points that are not hopelessly below the best of their individual."""
     best = torch.full((int(rows.max()) + 1,), -torch.inf, dtype=value.dtype, device=value.device)
     best = best.scatter_reduce(0, rows, value.nan_to_num(-torch.inf), "amax")
-    return value > best[rows] - _HOPELESS
+    return value > best[rows] - _TOO_LOW
 
 
 def _newton_step(
     at: Expansion, scale: Float[Tensor, "B V"], damping: Tensor, free: Tensor | None
 ) -> tuple[Float[Tensor, "B V"], Float[Tensor, " B"]]:
-    """Step and promised gain; in units of the population's SDs, in which it has unit curvature."""
+    """Step and predicted gain; in units of the population's SDs, in which it has unit curvature."""
     gradient = at.gradient * scale
     curvature = -at.hessian * scale[:, :, None] * scale[:, None]
     if free is not None:

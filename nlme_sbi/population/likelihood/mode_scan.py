@@ -1,10 +1,10 @@
-"""A search for modes of individuals that the climb from first guesses has passed by.
+"""A scan for modes of individuals that the search from starting points has missed.
 
 Some models have many: where a parameter is the time of an onset, there may be one between any two measurements, each so
 narrow that no draw of the others' mixtures ever falls into it. Along every coordinate, on both sides of each
 individual's best mode, the others are re-optimised from step to step as far as the population reaches; wherever that
-profile has a top, Newton's method goes on with everything free. A random part of many individuals tells whether
-it is worth the work for the rest, and along which coordinates.
+profile has a maximum, Newton's method goes on with all coordinates free. Where there are many individuals, a random
+subset shows whether the rest need it, and along which coordinates.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from nlme_sbi.population.likelihood.laplace_components import (
     LaplaceComponents,
     distinct_modes,
     first_of_each,
-    sorted_out,
-    with_others,
+    merge_modes,
+    sort_modes,
 )
 from nlme_sbi.population.likelihood.log_joint import JointDensity, Modes, find_modes, follow_profile
 from nlme_sbi.population.objective.subsets import random_part
 
-_LOOKED_AT = 24  # individuals who tell whether there is anything to be found,
-_WORST = 12  # and those whom their best mode fits worst
-_MANY = 400  # individuals of whom first
+_LOOKED_AT = 24  # individuals that show whether there are modes to be found,
+_WORST = 12  # and those whose best mode fits worst
+_MANY = 400  # individuals of which first
 _PROBED = 100  # are scanned
 _STEP, _STEPS = 0.1, 24  # of a walk along a coordinate, in SDs of the population, on each side
 _NEWTON = 3  # steps that the other coordinates take at each
-_LOOSE = 0.05  # promised gain at which they stop earlier
+_LOOSE = 0.05  # predicted gain at which they stop earlier
 _RENEWED = 4  # steps after which curvatures are computed anew
 _JUMPS = (0.15, 0.3, 0.6, 1.0, 1.6, 2.4, 3.2)  # the same where nothing else moves, for what is far
 _ABYSS = 100.0  # log density below the mode at which a walk ends
-_TOPS = 4  # of each profile that are climbed from,
-_HOPELESS = 60.0  # where they are not further than this below the mode
-_WORTH = 0.01  # share of an individual's mass that modes must add to be news
-_NEGLIGIBLE = 0.02  # log mass, times the square root of the number of individuals, that is no news for all together
-_NEGLIGIBLE_OF_MANY = 0.2  # the same where it is told by a part of them
+_TOPS = 4  # of each profile that are starting points,
+_TOO_LOW = 60.0  # where they are not further than this below the mode
+_LEAST_SHARE = 0.01  # share of an individual's mass that modes must add to count
+_NEGLIGIBLE = 0.02  # log mass, times the square root of the number of individuals, that is negligible for all together
+_NEGLIGIBLE_OF_MANY = 0.2  # the same where it is estimated from a subset
 _ROUNDS = 3
 
 
-News = tuple[Tensor, Tensor, Tensor]  # individual, place and coordinate of every find
+Finds = tuple[Tensor, Tensor, Tensor]  # individual, place and coordinate of every find
 
 
 @dataclass(frozen=True, eq=False)
 class UnseenModes:
-    """What a scan has found beside the known modes.
+    """Modes that a scan has found beside the known ones.
 
     Args:
         rows: whose they are, ``(B,)``.
@@ -62,44 +62,44 @@ class UnseenModes:
     columns: tuple[int, ...]
 
 
-def unseen_modes(
+def find_unseen_modes(
     joint: JointDensity, known: LaplaceComponents, generator: torch.Generator, *, columns: tuple[int, ...] = ()
 ) -> UnseenModes | None:
-    """Modes that hold mass and are not among the known ones; None where what they hold is negligible.
+    """Modes that hold mass and are not among the known ones; None where their mass is negligible.
 
-    A random part of many individuals, and those whom their best mode fits worst, are scanned along every coordinate;
-    the others along the coordinates where that finds something.
+    Where there are many individuals, a random subset and those whose best mode fits worst are scanned along every
+    coordinate; the others along the coordinates where that finds something.
 
     Args:
-        joint: density of everybody.
-        known: modes of everybody, sorted by individual, the best first.
+        joint: density of every individual.
+        known: modes of every individual, sorted by individual, the best first.
         generator: chooses individuals and places.
-        columns: coordinates along which the others are scanned in any case; of very many, again a random part tells
-            whether it is worth it.
+        columns: coordinates along which the others are scanned in any case; of very many, again a random subset
+            shows whether to.
     """
-    everybody = len(joint.observations)
+    individuals = len(joint.observations)
     every = tuple(range(known.means.shape[1]))
-    some = _looked_at(joint, known, generator)
-    news = _news(joint, _of(known, some), every, generator)
-    fruitful = _most_fruitful((*news[2].tolist(), *columns))
-    others = torch.ones(everybody, dtype=torch.bool, device=some.device).index_fill(0, some, False)
+    some = _choose_scanned(joint, known, generator)
+    finds = _scan(joint, _modes_of(known, some), every, generator)
+    fruitful = _rank_columns((*finds[2].tolist(), *columns))
+    others = torch.ones(individuals, dtype=torch.bool, device=some.device).index_fill(0, some, False)
     rest = torch.nonzero(others)[:, 0]
     if len(rest) > _MANY:
         for column in fruitful:
-            news = _joined(news, _news_of_many(joint, known, news, rest, column, generator))
+            finds = _concatenate(finds, _scan_others(joint, known, finds, rest, column, generator))
     elif len(rest) and fruitful:
-        news = _joined(news, _news(joint, _of(known, rest), tuple(sorted(fruitful)), generator))
-    rows, points, _ = news
-    if len(rows) == 0 or not _gain(joint, known, rows, points) > _NEGLIGIBLE * math.sqrt(everybody):
+        finds = _concatenate(finds, _scan(joint, _modes_of(known, rest), tuple(sorted(fruitful)), generator))
+    rows, points, _ = finds
+    if len(rows) == 0 or not _gain(joint, known, rows, points) > _NEGLIGIBLE * math.sqrt(individuals):
         return None
     return UnseenModes(rows, points, tuple(sorted(fruitful)))
 
 
-def _looked_at(joint: JointDensity, known: LaplaceComponents, generator: torch.Generator) -> Int[Tensor, " some"]:
-    """Who is scanned along every coordinate, in the order of the data: a random part, and who is fitted worst."""
-    everybody = len(joint.observations)
-    some = random_part(everybody, _LOOKED_AT, generator).to(known.rows.device)
-    if len(some) == everybody:
+def _choose_scanned(joint: JointDensity, known: LaplaceComponents, generator: torch.Generator) -> Int[Tensor, " some"]:
+    """Individuals scanned along every coordinate, in the order of the data: a random subset, and the worst fitted."""
+    individuals = len(joint.observations)
+    some = random_part(individuals, _LOOKED_AT, generator).to(known.rows.device)
+    if len(some) == individuals:
         return some
     best = known[first_of_each(known.rows)]
     value = joint.value(best.rows, best.means[:, None])[:, 0]
@@ -109,85 +109,84 @@ def _looked_at(joint: JointDensity, known: LaplaceComponents, generator: torch.G
     return together
 
 
-def _most_fruitful(found: tuple[int, ...]) -> tuple[int, ...]:
+def _rank_columns(found: tuple[int, ...]) -> tuple[int, ...]:
     """Coordinates, those with most finds first."""
     return tuple(sorted(set(found), key=lambda column: (-found.count(column), column)))
 
 
-def _news_of_many(
-    joint: JointDensity, known: LaplaceComponents, news: News, rest: Tensor, column: int, generator: torch.Generator
-) -> News:
-    """What a scan of all the others along a coordinate finds beside what is known by now; nothing where a random part
-    of them shows that it is negligible."""
-    known = _with_news(joint, known, news)
+def _scan_others(
+    joint: JointDensity, known: LaplaceComponents, finds: Finds, rest: Tensor, column: int, generator: torch.Generator
+) -> Finds:
+    """Finds of a scan of all the others along a coordinate beside the modes known by now; none where a random subset
+    shows that they are negligible."""
+    known = _add_finds(joint, known, finds)
     probed = rest[random_part(len(rest), _PROBED, generator).to(rest.device)]
-    first = _news(joint, _of(known, probed), (column,), generator)
+    first = _scan(joint, _modes_of(known, probed), (column,), generator)
     expected = 0.0 if len(first[0]) == 0 else _gain(joint, known, first[0], first[1]) * len(rest) / len(probed)
     if expected <= _NEGLIGIBLE_OF_MANY * math.sqrt(len(rest)):
         return first
     left = rest[~torch.isin(rest, probed)]
-    return _joined(first, _news(joint, _of(known, left), (column,), generator))
+    return _concatenate(first, _scan(joint, _modes_of(known, left), (column,), generator))
 
 
-def _with_news(joint: JointDensity, known: LaplaceComponents, news: News) -> LaplaceComponents:
+def _add_finds(joint: JointDensity, known: LaplaceComponents, finds: Finds) -> LaplaceComponents:
     """The known modes and those that were found, sorted by individual, the best first."""
-    rows, points, _ = news
-    return known if len(rows) == 0 else known.updated(_of_the_found(joint, known, rows, points))
+    rows, points, _ = finds
+    return known if len(rows) == 0 else known.replace_rows(_modes_with_finds(joint, known, rows, points))
 
 
-def _joined(first: News, second: News) -> News:
+def _concatenate(first: Finds, second: Finds) -> Finds:
     rows, points, columns = (torch.cat(parts) for parts in zip(first, second, strict=True))
     return rows, points, columns
 
 
 def _gain(joint: JointDensity, known: LaplaceComponents, rows: Tensor, points: Tensor) -> float:
     """Log mass that points add to the known modes of their individuals, over all of these."""
-    everybody = len(joint.observations)
-    both = _of_the_found(joint, known, rows, points)
-    gained = (_mass(both, everybody) - _mass(_of(known, rows), everybody))[torch.unique(rows)]
+    individuals = len(joint.observations)
+    both = _modes_with_finds(joint, known, rows, points)
+    gained = (_mass(both, individuals) - _mass(_modes_of(known, rows), individuals))[torch.unique(rows)]
     return float(gained.clamp_min(0).sum())
 
 
-def _of_the_found(joint: JointDensity, known: LaplaceComponents, rows: Tensor, points: Tensor) -> LaplaceComponents:
+def _modes_with_finds(joint: JointDensity, known: LaplaceComponents, rows: Tensor, points: Tensor) -> LaplaceComponents:
     """All modes of the individuals for whom points were found."""
-    mine = _of(known, rows)
-    both, _ = distinct_modes(joint, torch.cat([mine.rows, rows]), torch.cat([mine.means, points]))
+    mine = _modes_of(known, rows)
+    both, _ = distinct_modes(joint, *mine.add_starts(rows, points))
     return both
 
 
-def _of(known: LaplaceComponents, individuals: Int[Tensor, " i"]) -> LaplaceComponents:
+def _modes_of(known: LaplaceComponents, individuals: Int[Tensor, " i"]) -> LaplaceComponents:
     return known[torch.nonzero(torch.isin(known.rows, individuals))[:, 0]]
 
 
-def _news(joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...], generator: torch.Generator) -> News:
-    """What a few rounds of scanning find beside the known modes."""
+def _scan(joint: JointDensity, known: LaplaceComponents, columns: tuple[int, ...], generator: torch.Generator) -> Finds:
+    """Finds of a few rounds of scanning beside the known modes."""
     found_rows, found_points, found_columns = [], [], []
     for _ in range(_ROUNDS):
         best = known[first_of_each(known.rows)]
-        starts = [_tops(joint, best, column, generator) for column in columns]
+        starts = [_profile_maxima(joint, best, column, generator) for column in columns]
         rows = torch.cat([row for row, _ in starts])
         points = torch.cat([point for _, point in starts])
         along = torch.cat([torch.full_like(row, c) for (row, _), c in zip(starts, columns, strict=True)])
         if len(rows) == 0:
             break
-        summits = find_modes(joint, rows, points)
-        better = _adds_mass(joint, known, rows, summits)
+        maxima = find_modes(joint, rows, points)
+        better = _adds_mass(joint, known, rows, maxima)
         if not bool(better.any()):
             break
         found_rows.append(rows[better])
-        found_points.append(summits.points[better])
+        found_points.append(maxima.points[better])
         found_columns.append(along[better])
-        there = torch.cat([known.rows, found_rows[-1]]), torch.cat([known.means, found_points[-1]])
-        both, _ = distinct_modes(joint, *there)
-        # Only those who had news may have more.
-        known = _of(both, found_rows[-1])
+        both, _ = distinct_modes(joint, *known.add_starts(found_rows[-1], found_points[-1]))
+        # Only individuals with finds may have more.
+        known = _modes_of(both, found_rows[-1])
     if not found_rows:
         none = torch.empty(0, dtype=torch.int64, device=known.rows.device)
         return none, known.means[:0], none
     return torch.cat(found_rows), torch.cat(found_points), torch.cat(found_columns)
 
 
-def _tops(
+def _profile_maxima(
     joint: JointDensity, best: LaplaceComponents, column: int, generator: torch.Generator
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, "B V"]]:
     """Where the profile along a coordinate is higher than beside it, on both sides of each individual's best mode, and
@@ -232,30 +231,30 @@ def _tops(
     jumped = best.means[:, None].repeat(1, len(jumps), 1)
     jumped[:, :, column] += jumps * joint.scales[best.rows, column][:, None]
     lone, which = joint.value(best.rows, jumped).max(1)
-    # A jump that lands lower has been walked over; only what is higher is another hill.
+    # A jump to a lower point is covered by the profile; only a higher one may be another mode.
     lone = torch.where(lone > top, lone, -torch.inf)
     every = torch.arange(count, device=rows.device)
     heights = torch.cat([tall.flatten(), lone])
     owners = torch.cat([rows.repeat_interleave(tall.shape[1]), best.rows])
     places = torch.cat([walked.flatten(0, 1), jumped[every, which]])
-    floor = torch.cat([top.repeat(2).repeat_interleave(tall.shape[1]), top]) - _HOPELESS
-    worth = torch.nonzero(heights > floor)[:, 0]
-    return owners[worth], places[worth]
+    floor = torch.cat([top.repeat(2).repeat_interleave(tall.shape[1]), top]) - _TOO_LOW
+    high = torch.nonzero(heights > floor)[:, 0]
+    return owners[high], places[high]
 
 
-def _adds_mass(joint: JointDensity, known: LaplaceComponents, rows: Int[Tensor, " B"], summits: Modes) -> Tensor:
-    """Which summits belong to individuals whose mass they raise by a share that counts."""
-    everybody = len(joint.observations)
-    mine = _of(known, torch.unique(rows))
+def _adds_mass(joint: JointDensity, known: LaplaceComponents, rows: Int[Tensor, " B"], maxima: Modes) -> Tensor:
+    """Which maxima belong to individuals to whose mass they add a share that counts."""
+    individuals = len(joint.observations)
+    mine = _modes_of(known, torch.unique(rows))
     own = mine, joint.expand(mine.rows, mine.means)
-    both, _ = with_others(joint, own, sorted_out(joint, rows, summits.points, summits.at))
-    news: Tensor = (_mass(both, everybody) - _mass(mine, everybody))[rows] > _WORTH
-    return news
+    both, _ = merge_modes(joint, own, sort_modes(joint, rows, maxima.points, maxima.at))
+    adds_mass: Tensor = (_mass(both, individuals) - _mass(mine, individuals))[rows] > _LEAST_SHARE
+    return adds_mass
 
 
-def _mass(pieces: LaplaceComponents, everybody: int) -> Float[Tensor, " I"]:
+def _mass(pieces: LaplaceComponents, individuals: int) -> Float[Tensor, " I"]:
     """Log mass of each individual's modes; -inf for those who have none among them."""
-    highest = torch.full((everybody,), -torch.inf, dtype=pieces.log_mass.dtype, device=pieces.rows.device)
+    highest = torch.full((individuals,), -torch.inf, dtype=pieces.log_mass.dtype, device=pieces.rows.device)
     highest = highest.scatter_reduce(0, pieces.rows, pieces.log_mass, "amax")
     shares = (pieces.log_mass - highest[pieces.rows]).exp()
     return highest + torch.zeros_like(highest).index_add(0, pieces.rows, shares).log()

@@ -1,5 +1,5 @@
-"""Population Monte Carlo for the few individuals whose mixtures fit badly: kinks, bananas and corners that neither
-Laplace nor profiles describe (Cappé, Guillin, Marin and Robert 2004, J. Comput. Graph. Stat. 13:907)."""
+"""Population Monte Carlo for the few individuals whose mixtures fit badly: kinks, curved ridges and corners that
+neither Laplace nor profiles describe (Cappé, Guillin, Marin and Robert 2004, J. Comput. Graph. Stat. 13:907)."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def refine_mixtures(
         draws: how many the new mixtures shall hold.
         generator: of the draws.
     """
-    old = _as_pieces(mixed)
+    old = _as_components(mixed)
     for _ in range(_PASSES):
         phi, log_q = mixed.with_draws(_TRIED).sample(generator)
         log_weights = joint.value(rows, phi) - log_q
-        chosen = _resampled(phi, log_weights, generator)
+        chosen = _resample(phi, log_weights, generator)
         # A little noise keeps copies of one heavy draw from being taken for a mode without width.
         noise = torch.randn(chosen.shape, generator=generator, device=generator.device, dtype=chosen.dtype)
         spread = chosen.std(1, keepdim=True).clamp_min(1e-3 * joint.scales[rows][:, None])
@@ -49,7 +49,7 @@ def refine_mixtures(
             fitted.covariances[owner, component],
         )
         shares = torch.log(torch.tensor([_NEW, 1 - _NEW], dtype=phi.dtype, device=phi.device))
-        both = LaplaceComponents.joined(
+        both = LaplaceComponents.concatenate(
             [
                 LaplaceComponents(new.rows, new.log_mass + shares[0], new.means, new.covariances),
                 LaplaceComponents(old.rows, old.log_mass + shares[1], old.means, old.covariances),
@@ -59,7 +59,7 @@ def refine_mixtures(
     return mixed
 
 
-def _as_pieces(mixed: Mixtures) -> LaplaceComponents:
+def _as_components(mixed: Mixtures) -> LaplaceComponents:
     """Components with their shares of the draws as masses."""
     owner, component = torch.nonzero(mixed.counts > 0).unbind(1)
     share = mixed.counts.double() / mixed.counts.sum(1, keepdim=True)
@@ -67,8 +67,8 @@ def _as_pieces(mixed: Mixtures) -> LaplaceComponents:
     return LaplaceComponents(owner, share[owner, component].log(), mixed.means[owner, component], factors @ factors.mT)
 
 
-def _resampled(phi: Tensor, log_weights: Float[Tensor, "B S"], generator: torch.Generator) -> Float[Tensor, "B R V"]:
-    """Draws by weight, with no weight above that of ten average draws: one heavy draw must not be everything."""
+def _resample(phi: Tensor, log_weights: Float[Tensor, "B S"], generator: torch.Generator) -> Float[Tensor, "B R V"]:
+    """Draws by weight, with no weight above that of ten average draws: one heavy draw must not dominate."""
     weights = torch.softmax(log_weights, 1).clamp_max(10 / log_weights.shape[1])
     index = torch.multinomial(weights.to(generator.device), _RESAMPLED, replacement=True, generator=generator)
     return phi.gather(1, index.to(phi.device)[..., None].expand(-1, -1, phi.shape[2]))

@@ -1,4 +1,5 @@
-"""Covariate effects bound to data: references, levels and places in theta; what cannot be estimated is refused."""
+"""Covariate effects bound to data: references, levels and places in theta; effects that cannot be estimated are
+refused."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.models.covariates import CovariateEffect, EffectSettings, column_of, nearest
-from nlme_sbi.population.models.labels import named
+from nlme_sbi.population.models.labels import list_ids
 from nlme_sbi.types import Observations
 
 _DEPENDENT = 1e-6  # singular value of standardised regressors, relative to the largest, below which they are collinear
@@ -19,7 +20,7 @@ _SHARES = 0.1  # entry of the dependent combination, relative to its largest, th
 _FEWEST = 2  # individuals of a level
 
 
-def bound_effects(
+def bind_effects(
     settings: Sequence[EffectSettings],
     parameters: ParameterSpace,
     observations: Observations | None,
@@ -30,9 +31,9 @@ def bound_effects(
     """The effects with their references, levels and positions in theta, from ``first`` on.
 
     Raises:
-        ValueError: with the place in the config and the remedy: a covariate that is not there, missing for somebody,
-            constant, collinear with others on the same parameter, of another kind than its form, with values outside
-            the form's range, or with levels that too few individuals have.
+        ValueError: with the place in the config and the remedy: a covariate that is not there, missing for an
+            individual, constant, collinear with others on the same parameter, of another kind than its form, with
+            values outside the form's range, or with levels that too few individuals have.
     """
     if not settings:
         return ()
@@ -51,7 +52,7 @@ def bound_effects(
                 f"{one.where}: linear would leave the range of {one.parameter}, a logit parameter; use exponential, "
                 "which shifts the logit."
             )
-        effect = _bound(one, column, observations, position=first)
+        effect = _bind(one, column, observations, position=first)
         first += effect.count
         found.append(effect)
     _refuse_collinear(settings, found, observations)
@@ -76,7 +77,7 @@ def coefficients(one: EffectSettings, effect: CovariateEffect) -> list[tuple[str
     ]
 
 
-def _bound(one: EffectSettings, column: int, observations: Observations, *, position: int) -> CovariateEffect:
+def _bind(one: EffectSettings, column: int, observations: Observations, *, position: int) -> CovariateEffect:
     values = _values(one, observations)
     levels = _levels(one, observations)
     if one.form == "categorical":
@@ -94,7 +95,7 @@ def _bound(one: EffectSettings, column: int, observations: Observations, *, posi
     if any(fixed is None for _, fixed, _ in entries) and float(spread) <= 1e-9 * float(values.abs().max()):
         raise ValueError(
             f'{one.where}: the covariate "{one.covariate}" is the same for all {len(values)} individuals, so that its '
-            "effect cannot be told from the typical value; leave it out."
+            "effect cannot be distinguished from the typical value; leave it out."
         )
     if effect.form == "linear":
         _require_positive(one, entries[0], regressors[:, 0], observations)
@@ -102,7 +103,7 @@ def _bound(one: EffectSettings, column: int, observations: Observations, *, posi
 
 
 def _values(one: EffectSettings, observations: Observations) -> Float[Tensor, " I"]:
-    """The covariate, present and finite for everybody."""
+    """The covariate, present and finite for every individual."""
     have = () if observations.design.covariates is None else observations.design.covariates.names
     if one.covariate not in have:
         course = observations.design.time_covariates
@@ -125,7 +126,7 @@ def _values(one: EffectSettings, observations: Observations) -> Float[Tensor, " 
     if len(missing):
         raise ValueError(
             f'{one.where}: the covariate "{one.covariate}" is missing for {len(missing)} of {len(values)} individuals: '
-            f"{named(observations.ids, missing)}. Fill it in, or leave out the individuals or the effect."
+            f"{list_ids(observations.ids, missing)}. Fill it in, or leave out the individuals or the effect."
         )
     return values
 
@@ -166,10 +167,10 @@ def _require_individuals(
         count = int((values == names.index(level)).sum())
         if count >= _FEWEST:
             continue
-        said = "no individual has" if count == 0 else "only one individual has"
-        why = "" if count == 0 else ", whose own deviation cannot be told from an effect"
+        subject = "no individual has" if count == 0 else "only one individual has"
+        why = "" if count == 0 else ", whose own deviation cannot be distinguished from an effect"
         raise ValueError(
-            f'{one.where}: {said} the level "{level}" of {one.covariate}{why}. Merge it with another level'
+            f'{one.where}: {subject} the level "{level}" of {one.covariate}{why}. Merge it with another level'
             + (", or drop it from data.categorical." if count == 0 else ", or choose another reference.")
         )
 
@@ -185,7 +186,7 @@ def _require_range(
     if len(bad):
         raise ValueError(
             f'{one.where}: power takes log(x / reference), but the covariate "{one.covariate}" is not positive for '
-            f"{len(bad)} of {len(values)} individuals: {named(observations.ids, bad)}. Use exponential or linear."
+            f"{len(bad)} of {len(values)} individuals: {list_ids(observations.ids, bad)}. Use exponential or linear."
         )
 
 
@@ -201,7 +202,7 @@ def _require_positive(
     if len(bad):
         raise ValueError(
             f"{one.where}: with the slope {slope:g} the factor 1 + slope (x - reference) is not positive for "
-            f"{len(bad)} individuals: {named(observations.ids, bad)}. Give a smaller slope, or use exponential."
+            f"{len(bad)} individuals: {list_ids(observations.ids, bad)}. Give a smaller slope, or use exponential."
         )
 
 
@@ -224,7 +225,7 @@ def _refuse_collinear(
             continue
         if len(observations) < len(columns) + 2:
             raise ValueError(
-                f"population: {len(observations)} individuals cannot tell {len(columns)} covariate effects on "
+                f"population: {len(observations)} individuals cannot determine {len(columns)} covariate effects on "
                 f"{parameter} beside its typical value and SD; drop effects or give more data."
             )
         _require_independent(torch.stack(columns, 1), names, parameter)
@@ -239,5 +240,5 @@ def _require_independent(regressors: Float[Tensor, "I K"], names: list[str], par
     guilty = [name for name, weight in zip(names, weights, strict=True) if float(weight / weights.max()) > _SHARES]
     raise ValueError(
         f"population: the covariates {', '.join(dict.fromkeys(guilty))} on {parameter} are collinear: one follows from "
-        "the others, so their effects cannot be told apart. Keep one of them, or fix its effect."
+        "the others, so their effects cannot be separated. Keep one of them, or fix its effect."
     )

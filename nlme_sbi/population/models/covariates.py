@@ -1,4 +1,4 @@
-r"""Covariates in population models: what a config says of an effect, and what an effect does to every individual.
+r"""Covariates in population models: effects as a config gives them, and how they shift every individual.
 
 With :math:`\beta` the typical value on the unconstrained scale, *x* the covariate and *b* the effect:
 
@@ -15,7 +15,7 @@ Identity and logit parameters are shifted on their own unconstrained scale by po
 logit parameters *b* is a log odds ratio). ``linear`` multiplies the natural value of an identity parameter by
 :math:`1 + b (x - \mathrm{reference})`, before the other forms shift it; logit parameters have no such form. A log SD
 takes effects as a log parameter does. Where :math:`1 + b (x - \mathrm{reference})` is not positive for an individual,
-the value is not a number, and a fit steps back.
+the value is NaN, and a fit rejects the step.
 """
 
 from __future__ import annotations
@@ -199,10 +199,10 @@ class CovariateEffect:
         values = column_of(design, self.covariate).double()
         return ((values / self.reference).log() if self.form == "power" else values - self.reference)[:, None]
 
-    def shifted(
+    def shift(
         self, value: Float[Tensor, " I"], theta: Float[Tensor, " P"], regressors: Float[Tensor, "I count"], *, log: bool
     ) -> Float[Tensor, " I"]:
-        """``value`` with the effect; ``log`` tells whether it is the log of what ``linear`` multiplies."""
+        """``value`` with the effect; ``log`` is whether it is the log of what ``linear`` multiplies."""
         change = regressors.to(theta) @ self.coefficients(theta)
         if self.form != "linear":
             return value + change
@@ -242,7 +242,7 @@ def individual_means(
     # What multiplies comes before what shifts; for logs the order makes no difference.
     for effect in sorted((e for e in effects if e.on == "mean"), key=lambda e: e.form != "linear"):
         log = parameters.parameters[effect.column].transform == "log"
-        columns[effect.column] = effect.shifted(columns[effect.column], theta, effect.regressors(design), log=log)
+        columns[effect.column] = effect.shift(columns[effect.column], theta, effect.regressors(design), log=log)
     return torch.stack(columns, 1)
 
 
@@ -253,15 +253,15 @@ def log_sd_shifts(
     columns = [torch.zeros(len(design), dtype=theta.dtype, device=theta.device)] * len(parameters)
     for effect in effects:
         if effect.on == "log_sd":
-            columns[effect.column] = effect.shifted(columns[effect.column], theta, effect.regressors(design), log=True)
+            columns[effect.column] = effect.shift(columns[effect.column], theta, effect.regressors(design), log=True)
     return torch.stack(columns, 1)
 
 
 def average_change(
     effects: Sequence[CovariateEffect], on: Target, base: Float[Tensor, " D"], theta: Float[Tensor, " P"]
 ) -> Float[Tensor, " D"]:
-    """``base`` less about what the effects add to it on average over the individuals of the data: where a moment of
-    all individuals puts the typical one."""
+    """``base`` less about what the effects add to it on average over the individuals of the data: the typical
+    individual's value from a moment over all individuals."""
     for effect in effects:
         if effect.on == on:
             average = torch.tensor(effect.average, dtype=theta.dtype, device=theta.device)

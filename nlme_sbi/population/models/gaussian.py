@@ -13,7 +13,7 @@ from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.models.correlation import cholesky_from_partial, partial_from_correlation
 from nlme_sbi.population.models.covariates import CovariateEffect, average_change, individual_means, log_sd_shifts
 from nlme_sbi.population.models.interface import ParameterTable
-from nlme_sbi.population.models.m_step import Regression, improved, regression_sums
+from nlme_sbi.population.models.m_step import Regression, maximise_effects, regression_sums
 from nlme_sbi.types import Design
 
 
@@ -87,12 +87,12 @@ class BoundGaussian:
     def from_moments(self, mean: Float[Tensor, " D"], covariance: Float[Tensor, "D D"]) -> Float[Tensor, " P"]:
         """Theta with this mean and (for the varying parameters) this covariance, averaged over the individuals that the
         model was bound for; effects at their starts; fixed entries keep their values."""
-        wished = self.unknowns.starts.to(mean).nan_to_num(0.0)
+        starts = self.unknowns.starts.to(mean).nan_to_num(0.0)
         sd = covariance.diagonal().sqrt()
-        mean = average_change(self.effects, "mean", mean, wished)
+        mean = average_change(self.effects, "mean", mean, starts)
         # A constant's log SD is no number and stays out of what follows.
-        ratio = average_change(self.effects, "log_sd", torch.zeros_like(sd), wished).exp()
-        return self._assembled(mean, covariance * ratio[:, None] * ratio, wished[self._first_effect :])
+        ratio = average_change(self.effects, "log_sd", torch.zeros_like(sd), starts).exp()
+        return self._assembled(mean, covariance * ratio[:, None] * ratio, starts[self._first_effect :])
 
     def statistics(
         self,
@@ -130,7 +130,7 @@ class BoundGaussian:
         regressions = self._regressions()
         if regressions:
             sums = (individuals, second.diagonal(), statistics[1 + size + size * size :])
-            shift, variances, theta = improved(regressions, sums, shift, scatter.diagonal(), theta)
+            shift, variances, theta = maximise_effects(regressions, sums, shift, scatter.diagonal(), theta)
             scatter = scatter - torch.diag(scatter.diagonal()) + torch.diag(variances)
         mean = theta[:count].index_add(0, columns, shift)
         covariance = torch.zeros((count, count), dtype=theta.dtype, device=theta.device)
@@ -172,7 +172,7 @@ class BoundGaussian:
             return f"{first} and {second} are on different scales"
         if (one in self.constant) != (two in self.constant):
             return f"{first if one in self.constant else second} is constant and the other one varies"
-        if _described(self._effects_on(one)) != _described(self._effects_on(two)):
+        if _comparable(self._effects_on(one)) != _comparable(self._effects_on(two)):
             return "they have different covariates"
         swapped = self._exchanged_positions(one, two)
         fixed = self.unknowns.fixed
@@ -183,7 +183,7 @@ class BoundGaussian:
             return "they are correlated with different parameters"
         return ""
 
-    def exchanged(self, theta: Float[Tensor, " P"], first: str, second: str) -> Float[Tensor, " P"]:
+    def exchange(self, theta: Float[Tensor, " P"], first: str, second: str) -> Float[Tensor, " P"]:
         """Theta of the same population under exchanged names.
 
         Raises:
@@ -296,7 +296,7 @@ class BoundGaussian:
         return places
 
 
-def _described(effects: list[CovariateEffect]) -> list[tuple[object, ...]]:
+def _comparable(effects: list[CovariateEffect]) -> list[tuple[object, ...]]:
     return [
         (effect.on, effect.covariate, effect.form, effect.levels, 0.0 if effect.levels else effect.reference)
         for effect in effects

@@ -1,4 +1,4 @@
-"""What population models, estimators and their draws must offer each other; the fit knows nothing else of them.
+"""Protocols between population models, estimators and their draws; the fit relies on nothing else.
 
 Further letters in shapes: ``V`` parameters that vary between individuals, ``W`` parameters that do not, ``P`` unknowns.
 Population unknowns ``theta`` are always one flat, unconstrained float64 vector ``(P,)``, fixed entries included.
@@ -21,7 +21,7 @@ from nlme_sbi.types import Design, Observations
 
 Transform = Literal["identity", "log", "partial_correlation"]
 
-# Quantities that theta holds in the models of this package; a model of one's own may have others.
+# Quantities that theta holds in the models of this package; user-defined models may have others.
 MEAN, LOG_SD, PARTIAL_CORRELATION = "mean", "log_sd", "partial_correlation"
 EFFECT, LOG_SD_EFFECT = "effect", "log_sd_effect"
 EFFECTS = (EFFECT, LOG_SD_EFFECT)
@@ -33,7 +33,7 @@ class Unknown:
 
     Args:
         quantity: "mean" or "log_sd" of an individual parameter, "partial_correlation" of two, "effect" (of a covariate
-            on a typical value), "log_sd_effect", or a word of a model of one's own.
+            on a typical value), "log_sd_effect", or a word of a user-defined model.
         parameter: that it belongs to; "" where it belongs to none. Of a correlation the one that comes first.
         other: the second parameter of a correlation, the covariate of an effect; "" for the others.
         level: of a categorical covariate; "" otherwise.
@@ -46,7 +46,7 @@ class Unknown:
 
     @property
     def name(self) -> str:
-        """As files and error messages call it: ``log_sd.ka``, ``effect.CL.sex.male``. To be read, not to be parsed."""
+        """As files and error messages call it: ``log_sd.ka``, ``effect.CL.sex.male``. For display, not for parsing."""
         return ".".join(part for part in (self.quantity, self.parameter, self.other, self.level) if part)
 
 
@@ -55,7 +55,7 @@ class EffectForm:
     """How a coefficient of a covariate acts, for tables.
 
     Args:
-        form: power, exponential, linear, categorical, or what a model of one's own calls it.
+        form: power, exponential, linear, categorical, or the name in a user-defined model.
         reference: where the effect is nothing, a number or a level in words.
         ratio: whether ``exp(coefficient)`` is a ratio of natural values (of SDs), for a level or for one unit.
     """
@@ -72,7 +72,7 @@ class ParameterTable:
     Args:
         rows: what each entry is.
         transforms: how an entry of theta relates to the quantity that it stands for.
-        starts: ``(P,)`` float64; the given value for fixed entries, a wished start, or NaN: taken from the draws.
+        starts: ``(P,)`` float64; the given value for fixed entries, a given start, or NaN: taken from the draws.
         fixed: ``(P,)`` True where the value is given and not estimated.
         effects: forms of the coefficients of covariates, by place.
     """
@@ -200,16 +200,16 @@ class CovariateModel(PopulationModel, Protocol):
 
 @runtime_checkable
 class ExchangeableModel(PopulationModel, Protocol):
-    """A population model that knows what it becomes when two parameters exchange their names."""
+    """A population model that can exchange the labels of two parameters."""
 
     @property
     def ordering(self) -> tuple[tuple[str, ...], ...]:
-        """Chains of names whose typical values shall decrease in what is presented."""
+        """Chains of names whose typical values decrease in the reported labelling."""
 
     def why_not_exchangeable(self, first: str, second: str) -> str:
         """Why the exchange does not leave the model as it was, in words; empty where it does."""
 
-    def exchanged(self, theta: Tensor, first: str, second: str) -> Tensor:
+    def exchange(self, theta: Tensor, first: str, second: str) -> Tensor:
         """Theta of the same population under exchanged names."""
 
 
@@ -238,7 +238,7 @@ class PopulationSpecification(Protocol):
 
 @runtime_checkable
 class VariabilitySpecification(PopulationSpecification, Protocol):
-    """A specification in which parameters can be made constant: where a variance vanishes, that is what is fitted."""
+    """A specification in which parameters can be made constant: fitted where a variance is estimated at 0."""
 
     def without_variability(self, name: str) -> PopulationSpecification:
         """The same with this parameter constant."""

@@ -1,4 +1,4 @@
-"""What effects, correlations and individuals are called in print."""
+"""Printed labels of effects and correlations, and lists of individuals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def correlation_label(first: str, second: str, given: tuple[str, ...] = ()) -> s
     return f"corr({first}, {second}{' | ' + ', '.join(given) if given else ''})"
 
 
-def named(ids: tuple[str, ...], chosen: Tensor) -> str:
+def list_ids(ids: tuple[str, ...], chosen: Tensor) -> str:
     """Ids of the chosen positions, the first few of them."""
     places = [int(place) for place in chosen]
     listed = ", ".join(ids[place] for place in places[:_NAMED])

@@ -58,14 +58,14 @@ def regression_sums(
     return found
 
 
-def improved(
+def maximise_effects(
     regressions: Sequence[Regression],
     sums: tuple[Tensor, Tensor, Tensor],
     shift: Float[Tensor, " V"],
     variances: Float[Tensor, " V"],
     theta: Float[Tensor, " P"],
 ) -> tuple[Float[Tensor, " V"], Float[Tensor, " V"], Float[Tensor, " P"]]:
-    """Shifts of means and variances with those of the regressed parameters replaced, and theta with better effects.
+    """Shifts of means and variances with those of the regressed parameters replaced, and theta with maximised effects.
 
     Args:
         regressions: as :func:`regression_sums` had them.

@@ -1,4 +1,4 @@
-"""Population models: how individual parameters are distributed between individuals, as a config says it."""
+"""Specifications of population models: the distribution of individual parameters, as a config gives it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from nlme_sbi.config.wording import in_words
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.models.correlation import partial_from_correlation
-from nlme_sbi.population.models.covariate_checks import bound_effects, coefficients
+from nlme_sbi.population.models.covariate_checks import bind_effects, coefficients
 from nlme_sbi.population.models.covariates import CovariateEffect, EffectSettings, Section, nearest, read_settings
 from nlme_sbi.population.models.gaussian import BoundGaussian
 from nlme_sbi.population.models.interface import (
@@ -44,7 +44,7 @@ class GaussianPopulation:
 
     Args:
         covariance: "diagonal"; "full" with correlations between all varying parameters; or blocks, a list of lists of
-            names: parameters are correlated within a block, and those that are in none with nobody.
+            names: parameters are correlated within a block, and those that are in none with no other.
         constant: parameters that do not vary between individuals (their SD is exactly 0).
         fixed: values that are given, not estimated: ``{"mean": {name: natural value}, "sd": {name: SD}}``. A mean is
             given as the natural value of the typical individual (in the parameter's unit), an SD on the unconstrained
@@ -57,7 +57,7 @@ class GaussianPopulation:
             or, for categorical covariates, a level (the first when left out). ``fixed`` and ``start`` are the
             coefficient, or coefficients by level. Parameters that do not vary take effects, too.
         log_sd_covariates: effects on the logs of the SDs, written in the same way.
-        ordering: names of exchangeable parameters; their typical values decrease in this order in what a fit presents.
+        ordering: names of exchangeable parameters; their typical values decrease in this order in the reported fit.
             A list, or several lists. It chooses between equivalent labellings and changes no likelihood.
     """
 
@@ -86,7 +86,7 @@ class GaussianPopulation:
         self._chains()
 
     def without_variability(self, name: str) -> GaussianPopulation:
-        """The same with this parameter constant, too; what its SD alone could have is dropped."""
+        """The same with this parameter constant, too; settings of its SD are dropped."""
         blocks = self.covariance
         if not isinstance(blocks, str):
             blocks = [[other for other in block if other != name] for block in blocks]
@@ -104,7 +104,7 @@ class GaussianPopulation:
 
         Raises:
             ValueError: for a name that the simulator or the data do not have, a value out of its range, a constant that
-                is given a positive SD, or for effects that these data cannot tell.
+                is given a positive SD, or for effects that these data cannot identify.
         """
         sds = {name: _positive(name, value, "fixed") for name, value in _numbers(self.fixed, "fixed", "sd").items()}
         zero = {name for name, value in sds.items() if value == 0.0}
@@ -130,7 +130,7 @@ class GaussianPopulation:
             start=(_unconstrained(parameters, _numbers(self.start, "start", "mean"), "start"), started),
         )
         settings = self._effects()
-        effects = bound_effects(settings, parameters, observations, constant=tuple(sorted(constant)), first=len(table))
+        effects = bind_effects(settings, parameters, observations, constant=tuple(sorted(constant)), first=len(table))
         chains = self._chains()
         for chain in chains:
             parameters.indices(chain)

@@ -1,1 +1,2 @@
-"""The objective on weighted draws with its derivatives and errors, and what is told of individuals and variances."""
+"""The objective on weighted draws with its derivatives and errors, and estimates of individuals and tests of
+variances."""

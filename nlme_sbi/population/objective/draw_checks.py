@@ -1,4 +1,4 @@
-"""What must hold before a fit is worth starting, and what a reader must be told after it."""
+"""Requirements on draws before a fit, and warnings about them after it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 from nlme_sbi.numerics.weighted_draws import mean_one
 from nlme_sbi.population.models.interface import PopulationModel, covariances_of, means_of
-from nlme_sbi.population.models.labels import _NAMED, named
+from nlme_sbi.population.models.labels import _NAMED, list_ids
 from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.types import Design, Observations, Prior
 
-_FALSE_ALARMS = 0.01  # chance that anybody is named where posteriors are exact and Gaussian
+_FALSE_ALARMS = 0.01  # chance that any individual is named where posteriors are exact and Gaussian
 _TAIL = 0.025  # what lies in the tails: beyond 2.2 SD in one dimension
 _SAMPLED = 20_000  # individuals sampled from the population to see how many lie outside the prior
-_TRAINED = 100_000  # prior samples that tell where the network was trained
+_TRAINED = 100_000  # prior samples that show where the network was trained
 _MARGIN = 20.0  # below the least log density of them; about 8.5 SD in six dimensions
 _STRAY = 0.01  # share of draws outside that region that is worth a warning
 _OUTSIDE = 1e-3  # share of the population outside the prior's support that is worth a warning
 
 
 def require_matching(samples: PosteriorSamples, observations: Observations, population: PopulationModel) -> None:
-    """Draws, data and population must speak of the same parameters and individuals; draws must be finite."""
+    """Draws, data and population must have the same parameters and individuals; draws must be finite."""
     if samples.names != population.parameters.names or samples.prior.names != samples.names:
         raise ValueError(
             f"Parameters disagree: the draws have {list(samples.names)}, their prior {list(samples.prior.names)}, the "
@@ -38,11 +38,11 @@ def require_matching(samples: PosteriorSamples, observations: Observations, popu
         rows = torch.nonzero(broken.any(1))[:, 0]
         raise ValueError(
             f"{int(broken.sum())} of {broken.numel()} posterior draws are not finite; individuals: "
-            f"{named(observations.ids, rows)}. The posterior does not cover these data; check them, or train again."
+            f"{list_ids(observations.ids, rows)}. The posterior does not cover these data; check them, or train again."
         )
 
 
-def inside_prior(
+def replace_draws_outside_prior(
     samples: PosteriorSamples, ids: tuple[str, ...], generator: torch.Generator, *, max_outside: float
 ) -> tuple[Float[Tensor, "I S D"], Float[Tensor, "I S"] | None]:
     """The draws, with the tolerated few that lie outside the prior replaced by others of the same individual, and their
@@ -62,9 +62,9 @@ def inside_prior(
     if len(rows) > 0:
         raise ValueError(
             f"The training prior has no density at {int(outside.sum())} of {outside.numel()} draws (up to "
-            f"{100 * float(share.max()):.2g}% of an individual's); individuals: {named(ids, rows)}. Train with a prior "
-            "that covers them, have the posterior reject such draws, or let "
-            "estimator.max_outside tolerate this share."
+            f"{100 * float(share.max()):.2g}% of an individual's); individuals: {list_ids(ids, rows)}. Train with a "
+            "prior that covers them, have the posterior reject such draws, or let estimator.max_outside tolerate this "
+            "share."
         )
     # A random inside draw takes the place of each one outside: the posterior restricted to the prior's support.
     weights = (~outside).double() if log_weights is None else (~outside) * log_weights.exp()
@@ -80,14 +80,14 @@ def inside_prior(
 def trained_level(prior: Prior, device: torch.device) -> float:
     """Log prior density below which no simulation of a training set lies, nor anything near one.
 
-    Out there neither draws nor density of a network mean anything, and weights ``1 / p(phi)`` have no bound: one stray
+    Outside neither draws nor density of a network are meaningful, and weights ``1 / p(phi)`` have no bound: one stray
     draw, or the tail of one wide mixture, would carry the whole fit.
     """
     generator = torch.Generator(device=device).manual_seed(0)  # a property of the prior: the same every time
     return float(prior.log_prob(prior.sample(_TRAINED, generator).double()).min()) - _MARGIN
 
 
-def stray_draws(stray: Float[Tensor, " I"], ids: tuple[str, ...]) -> tuple[str, ...]:
+def warn_of_stray_draws(stray: Float[Tensor, " I"], ids: tuple[str, ...]) -> tuple[str, ...]:
     """A sentence where more than 1% of the draws (share by individual) lie where the network was never trained."""
     share = float(stray.mean())
     if share <= _STRAY:
@@ -95,12 +95,12 @@ def stray_draws(stray: Float[Tensor, " I"], ids: tuple[str, ...]) -> tuple[str, 
     worst = torch.argsort(stray, descending=True)[: int((stray > _STRAY).sum())]
     return (
         f"{100 * share:.2g}% of the draws lie so far outside the training prior that no simulation was ever near; they "
-        f"count as impossible. Individuals, worst first: {named(ids, worst)}. The network is not trained well enough "
-        "for these data: train longer, or with a prior that covers them.",
+        f"count as impossible. Individuals, worst first: {list_ids(ids, worst)}. The network is not trained well "
+        "enough for these data: train longer, or with a prior that covers them.",
     )
 
 
-def low_effective_draws(effective: Float[Tensor, " I"], draws: int, ids: tuple[str, ...]) -> tuple[str, ...]:
+def warn_of_few_effective_draws(effective: Float[Tensor, " I"], draws: int, ids: tuple[str, ...]) -> tuple[str, ...]:
     """A sentence on individuals whose weights rest on fewer than 50 draws (an eighth where there are few) or 1%."""
     floor = max(min(50.0, 0.125 * draws), 0.01 * draws)
     low = torch.nonzero(effective < floor)[:, 0]
@@ -115,7 +115,7 @@ def low_effective_draws(effective: Float[Tensor, " I"], draws: int, ids: tuple[s
     )
 
 
-def in_tails(distance: Float[Tensor, " I"], ids: tuple[str, ...], names: list[str]) -> tuple[str, ...]:
+def warn_of_tails(distance: Float[Tensor, " I"], ids: tuple[str, ...], names: list[str]) -> tuple[str, ...]:
     """A sentence on individuals in whose tails the constants lie: one far out, or more of them than chance allows.
 
     A sampler's density is least reliable in its tails, and every individual's enters the common value as a factor.
@@ -141,7 +141,7 @@ def in_tails(distance: Float[Tensor, " I"], ids: tuple[str, ...], names: list[st
 
 
 def is_gaussian(prior: Prior) -> bool:
-    """Whether a prior is Gaussian, told by its density at random points around its mean."""
+    """Whether a prior is Gaussian, judged by its density at random points around its mean."""
     mean, covariance = prior.mean.double(), prior.covariance.double()
     generator = torch.Generator(device=mean.device).manual_seed(0)  # probes, not draws: the same every time
     noise = torch.randn((64, len(mean)), generator=generator, dtype=torch.float64, device=mean.device)
@@ -151,7 +151,9 @@ def is_gaussian(prior: Prior) -> bool:
     return bool(((prior.log_prob(points) - expected).abs() < 1e-6 * (1 + expected.abs())).all())
 
 
-def outgrown(prior: Prior, population: PopulationModel, theta: Float[Tensor, " P"], design: Design) -> tuple[str, ...]:
+def warn_of_narrow_prior(
+    prior: Prior, population: PopulationModel, theta: Float[Tensor, " P"], design: Design
+) -> tuple[str, ...]:
     """Sentences on a population that the prior does not cover: the ratio's weights then have no bound."""
     if is_gaussian(prior):
         return _wider_than_gaussian(prior, population, theta, design) + _far_from_prior(
@@ -164,11 +166,11 @@ _REMEDY = "Train with a wider prior there, or use estimator=exact where there is
 
 
 def _wider_than_gaussian(prior: Prior, population: PopulationModel, theta: Tensor, design: Design) -> tuple[str, ...]:
-    """Largest eigenvalue of anybody's omega against the prior's covariance given the constants."""
+    """Largest eigenvalue of any individual's omega against the prior's covariance given the constants."""
     varying, constant = list(population.varying), list(population.constant)
     precision = torch.linalg.inv(prior.covariance.double().to(theta))[varying][:, varying]
     factor = torch.linalg.cholesky(precision)
-    omega = _different(covariances_of(population, theta.detach(), design))[:, varying][:, :, varying]
+    omega = _without_copies(covariances_of(population, theta.detach(), design))[:, varying][:, :, varying]
     every, directions = torch.linalg.eigh(factor.T @ omega @ factor)
     widest = int(every[:, -1].argmax())
     values, vectors = every[widest], directions[widest]
@@ -189,7 +191,7 @@ def _wider_than_gaussian(prior: Prior, population: PopulationModel, theta: Tenso
     )
 
 
-def _different(covariances: Float[Tensor, "I D D"]) -> Float[Tensor, "J D D"]:
+def _without_copies(covariances: Float[Tensor, "I D D"]) -> Float[Tensor, "J D D"]:
     """One of them where all are one and the same in memory."""
     return covariances[:1] if covariances.stride(0) == 0 else covariances
 

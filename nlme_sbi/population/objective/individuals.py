@@ -44,8 +44,8 @@ _MAXIMA: tuple[ModeKind, ...] = ("climbed", "highest found")
 class IndividualModes:
     """The mode of every individual's posterior, unconstrained ``phi (I, D)``, constants at the population's value.
 
-    ``kinds`` tells for each how it was found: "climbed" is a maximum of likelihood times population density, "highest
-    found" a climb that did not settle (a kink, a ridge); without a likelihood it is the "best draw", the one of a few
+    ``kinds`` says how each was found: "climbed" is a maximum of likelihood times population density, "highest found" a
+    search that did not converge (a kink, a ridge); without a likelihood it is the "best draw", the one of a few
     draws where the network's density times p(phi | theta)/p(phi) is largest, or, for draws without a density, the
     "heaviest draw", which is no mode but the draw that the population favours most.
     """
@@ -55,7 +55,8 @@ class IndividualModes:
 
     @property
     def searched(self) -> bool:
-        """Whether a likelihood was climbed, for everybody; draws scatter about the modes that they stand for."""
+        """Whether every individual's mode is a maximum of a likelihood; draws only scatter about the modes they stand
+        for."""
         return all(kind in _MAXIMA for kind in self.kinds)
 
 
@@ -152,7 +153,7 @@ def individuals_table(
     plain = parameters.to_natural(found.mean)
     natural_modes = None if modes is None else parameters.to_natural(modes.phi)
     for place, name in enumerate(parameters.names):
-        told = {
+        quantities = {
             "": plain,
             ".mean": found.mean,
             ".sd": found.sd,
@@ -165,7 +166,7 @@ def individuals_table(
             ".natural_mode": natural_modes,
         }
         columns |= {
-            f"{name}{key}": values[:, place].cpu().numpy() for key, values in told.items() if values is not None
+            f"{name}{key}": values[:, place].cpu().numpy() for key, values in quantities.items() if values is not None
         }
     columns["ess"] = found.ess.cpu().numpy()
     if found.pareto_k is not None:
@@ -176,7 +177,7 @@ def individuals_table(
 
 
 @torch.no_grad()
-def resampled_draws(
+def resample_draws(
     state: WeightedDraws, theta: Float[Tensor, " P"], count: int, generator: torch.Generator
 ) -> Float[Tensor, "I count D"]:
     """Draws from ``p(phi | y_i, theta)`` by resampling with the weights; constants at the population's value."""
@@ -184,13 +185,13 @@ def resampled_draws(
     drawn = torch.zeros((state.individuals, count, size), dtype=theta.dtype, device=theta.device)
     columns = torch.tensor(state.population.varying, dtype=torch.int64, device=theta.device)
     for block in state.blocks:
-        drawn[block.rows[:, None, None], torch.arange(count, device=theta.device)[:, None], columns] = _resampled(
+        drawn[block.rows[:, None, None], torch.arange(count, device=theta.device)[:, None], columns] = _resample(
             block, theta, count, generator
         )
     return _with_constants(state, theta, drawn)
 
 
-def _resampled(block: DrawBlock, theta: Tensor, count: int, generator: torch.Generator) -> Float[Tensor, "I count V"]:
+def _resample(block: DrawBlock, theta: Tensor, count: int, generator: torch.Generator) -> Float[Tensor, "I count V"]:
     weights = torch.softmax(block.log_weights(theta), 1).to(generator.device)
     index = torch.multinomial(weights, count, replacement=True, generator=generator).to(theta.device)
     phi = block.varying()

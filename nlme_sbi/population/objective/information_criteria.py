@@ -11,13 +11,13 @@ from torch import Tensor
 
 from nlme_sbi.population.objective.interface import WeightedDraws
 
-_SEEN = 2  # draws of each individual that tell which unknowns a density depends on
+_SEEN = 2  # draws of each individual that show which unknowns a density depends on
 
 
 def corrected_bic(deviance: float, state: WeightedDraws, theta: Float[Tensor, " P"], *, measurements: int) -> float:
     """BICc as Monolix defines it: unknowns of parameters that vary cost log(individuals), all others log(measurements).
 
-    The more individuals there are, the more is known of both; measurements within an individual tell only of the
+    The more individuals there are, the more is known of both; measurements within an individual inform only the
     latter, which are the values of parameters without variability, of their covariates and of the error model.
 
     Args:
@@ -35,7 +35,7 @@ def corrected_bic(deviance: float, state: WeightedDraws, theta: Float[Tensor, " 
 
 
 def random_unknowns(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Bool[Tensor, " P"]:
-    """Which unknowns the density of the varying parameters depends on: told by its derivatives at some draws."""
+    """Which unknowns the density of the varying parameters depends on: judged by its derivatives at some draws."""
     found = torch.zeros_like(theta, dtype=torch.bool)
     with torch.enable_grad():
         for block in state.blocks:

@@ -76,7 +76,7 @@ class WeightedDraws(Protocol):
         """Every other draw, with everything that was fitted to the draws refitted: for the jackknife."""
 
     def warnings(self, theta: Tensor, ids: tuple[str, ...]) -> tuple[str, ...]:
-        """What a reader must know of these draws at ``theta``, beyond their effective number."""
+        """Warnings about these draws at ``theta``, beyond their effective number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class NoDraws:
 
 @runtime_checkable
 class SetsOfDraws(WeightedDraws, Protocol):
-    """Draws that were made in several independent sets, whose differences tell their Monte-Carlo error."""
+    """Draws that were made in several independent sets, whose differences give their Monte-Carlo error."""
 
     def independent(self) -> tuple[WeightedDraws, ...]:
         """Each set alone."""
@@ -106,8 +106,8 @@ class MovableDraws(WeightedDraws, Protocol):
     def is_direct(self) -> bool:
         """Whether nothing is expanded, because likelihoods are evaluated wherever the constants go."""
 
-    def expanded_at(self, theta: Tensor) -> WeightedDraws:
+    def expand_about(self, theta: Tensor) -> WeightedDraws:
         """The same draws expanded about the constants at ``theta``."""
 
     def joint_draws(self, other: Any, generator: torch.Generator) -> WeightedDraws:
-        """Fresh draws that serve the theta of these and that of the other draws alike."""
+        """Fresh draws valid at the theta of these and at that of the other draws."""

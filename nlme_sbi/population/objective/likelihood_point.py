@@ -1,4 +1,4 @@
-"""A theta with draws made for it, and what they tell of the likelihood there."""
+"""A theta with draws made for it, and the likelihood, score and information from them."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class NoLikelihoodError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A theta with draws made for it, and what they tell there.
+    """A theta with draws made for it, and the likelihood, score and information from them.
 
     Args:
         theta: ``(P,)``.
         state: the draws.
         value: log-likelihood.
         gradient: ``(P,)`` the score; 0 where fixed.
-        held: ``(P,)`` unknowns that do not move: fixed ones, and those of variances on their way to 0.
+        held: ``(P,)`` unknowns that do not move: fixed ones, and SDs held on their way to 0.
     """
 
     theta: Float[Tensor, " P"]
@@ -58,7 +58,7 @@ class Point:
 
     @classmethod
     def at(cls, theta: Float[Tensor, " P"], state: WeightedDraws, held: Bool[Tensor, " P"]) -> Point:
-        """What the draws tell at ``theta``."""
+        """Evaluate likelihood and score on ``state`` at ``theta``."""
         value, gradient = value_and_gradient(state, theta)
         return cls(theta, state, value, gradient, held)
 
@@ -74,7 +74,7 @@ class Point:
 
     @property
     def labels(self) -> list[str]:
-        """What people call the unknowns that move."""
+        """Printed names of the unknowns that move."""
         population = self.state.population
         return [population.unknowns.labels[place] for place in self.active.tolist()]
 
@@ -137,8 +137,8 @@ class Point:
 
 
 def _least_units(point: Point) -> Float[Tensor, " active"]:
-    """A share of the training prior's SD for values of constants, which many measurements of an individual tell so
-    sharply that their own unit is no distance; nothing for the others."""
+    """A share of the training prior's SD for values of constants, which many measurements of an individual determine so
+    precisely that their own unit is too short; 0 for the others."""
     population = point.state.population
     if not population.constant:
         return torch.zeros_like(point.theta)[point.active]

@@ -1,4 +1,4 @@
-"""What every estimator on weighted draws shares: objective, derivatives, weights and their Monte-Carlo error.
+"""Shared by all estimators on weighted draws: objective, derivatives, weights and their Monte-Carlo error.
 
 An individual's objective is ``log mean_j exp(l_ij(theta))``. Everything runs block by block of individuals, so that
 memory is bounded, and blocks side by side; derivatives are exact (autograd).
@@ -17,7 +17,7 @@ from torch import Tensor
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.population.objective.interface import DrawBlock, GivenWeights, SetsOfDraws, WeightedDraws
 
-_ROUGH = 200  # individuals that tell the scales of a search
+_ROUGH = 200  # individuals that set the scales of a search
 
 
 def _mean_log_weight(block: DrawBlock, theta: Tensor) -> Float[Tensor, " I"]:
@@ -65,7 +65,7 @@ def _in_rows(state: WeightedDraws, theta: Tensor, parts: list[Tensor]) -> Tensor
     return result
 
 
-def along(function: Callable[[Tensor], Tensor], theta: Tensor, directions: Tensor) -> Tensor:
+def directional_derivatives(function: Callable[[Tensor], Tensor], theta: Tensor, directions: Tensor) -> Tensor:
     """Derivatives of ``function`` along each row of ``directions``, stacked first.
 
     By two reverse passes: the first is linear in its cotangent, and the derivative along a direction is the slope of
@@ -92,20 +92,24 @@ def scores(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "I
     axes = _axes(state, theta)
     with torch.no_grad():
         parts = over_blocks(
-            lambda block: along(partial(_mean_log_weight, block), theta, axes).T, state.blocks, theta.device
+            lambda block: directional_derivatives(partial(_mean_log_weight, block), theta, axes).T,
+            state.blocks,
+            theta.device,
         )
     return _in_rows(state, theta, parts)
 
 
 def rough_information(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "free free"]:
-    """Information from outer products of individuals' scores, over enough blocks to know the scales, made positive
+    """Information from outer products of individuals' scores, over enough blocks to fix the scales, made positive
     definite: coordinates for a search, not standard errors."""
     axes = _axes(state, theta)
     # Blocks may be ordered by what they hold; strides keep those that are looked at typical.
     stride = max(1, state.individuals // _ROUGH)
     with torch.no_grad():
         parts = over_blocks(
-            lambda block: along(partial(_mean_log_weight, block), theta, axes), state.blocks[::stride], theta.device
+            lambda block: directional_derivatives(partial(_mean_log_weight, block), theta, axes),
+            state.blocks[::stride],
+            theta.device,
         )
     slopes = torch.cat(parts, 1)
     total = slopes @ slopes.T * (state.individuals / slopes.shape[1])
@@ -162,15 +166,17 @@ def slopes_along(
     """Derivative of every individual's objective along each of the directions, fixed unknowns included."""
     with torch.no_grad():
         parts = over_blocks(
-            lambda block: along(partial(_mean_log_weight, block), theta, directions).T, state.blocks, theta.device
+            lambda block: directional_derivatives(partial(_mean_log_weight, block), theta, directions).T,
+            state.blocks,
+            theta.device,
         )
     return _in_rows(state, theta, parts)
 
 
 def halves(state: WeightedDraws) -> tuple[WeightedDraws, WeightedDraws]:
     """Every other draw, nothing refitted."""
-    everybody = torch.arange(state.individuals, device=state.blocks[0].rows.device)
-    return state.part(everybody, slice(0, None, 2)), state.part(everybody, slice(1, None, 2))
+    every = torch.arange(state.individuals, device=state.blocks[0].rows.device)
+    return state.part(every, slice(0, None, 2)), state.part(every, slice(1, None, 2))
 
 
 def independent_sets(state: WeightedDraws) -> tuple[WeightedDraws, ...]:
@@ -241,7 +247,7 @@ def score_variance(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Te
     axes = _axes(state, theta)
 
     def of_block(block: DrawBlock) -> Tensor:
-        slopes = along(block.log_weights, theta, axes)  # (free, i, S)
+        slopes = directional_derivatives(block.log_weights, theta, axes)  # (free, i, S)
         weights = torch.softmax(block.log_weights(theta), 1)
         deviations = weights * (slopes - (weights * slopes).sum(2, keepdim=True))
         flat = deviations.flatten(1)

@@ -1,4 +1,4 @@
-"""Climbing the population likelihood: EM for the long way, L-BFGS and Newton steps for the last digits."""
+"""Maximising the population likelihood: EM for the first steps, L-BFGS and Newton steps for the last digits."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import expected_statistics, hessian, rough_information, value_and_gradient
 
 EM_STEPS = 30
-EVALUATIONS = 200  # of objective and gradient in one L-BFGS climb
+EVALUATIONS = 200  # of objective and gradient in one L-BFGS run
 NEWTON_STEPS = 5
 _EM_TOLERANCE = 0.1  # in the summed objective
 NOWHERE = 1e30  # stands for minus infinity in a line search
 
 
 @dataclass(frozen=True, eq=False)
-class Summit:
-    """Where a climb ended. ``step`` is the largest Newton step left, in standard errors; None before it is judged."""
+class Maximum:
+    """Result of a maximisation. ``step`` is the largest remaining Newton step, in standard errors; None before it is
+    computed."""
 
     theta: Float[Tensor, " P"]
     objective: float
@@ -37,8 +38,8 @@ class Summit:
 def expectation_maximisation(state: WeightedDraws, theta: Float[Tensor, " P"], *, steps: int = EM_STEPS) -> Tensor:
     """EM with the model's closed-form M-step, as far as it has one; constants stay where they are.
 
-    Stops when a step gains less than 0.1 in the summed objective, or lowers it: EM is slow near the summit, and what
-    follows is not.
+    Stops when a step gains less than 0.1 in the summed objective, or lowers it: EM is slow near the maximum, and the
+    steps that follow are not.
     """
     best, objective = theta, -math.inf
     for _ in range(steps):
@@ -50,7 +51,7 @@ def expectation_maximisation(state: WeightedDraws, theta: Float[Tensor, " P"], *
             return best
         try:
             theta = state.population.m_step(statistics, theta)
-        except ValueError:  # a singular covariance on the way: the climb goes on from where EM was
+        except ValueError:  # a singular covariance on the way: go on from where EM was
             return best
     return best
 
@@ -65,7 +66,7 @@ def lbfgs(
     watch: Callable[[float], None] | None = None,
     free: Tensor | None = None,
     multiplicity: Float[Tensor, " I"] | None = None,
-) -> Summit:
+) -> Maximum:
     """L-BFGS with exact gradients in coordinates in which the objective is about a unit sphere.
 
     Args:
@@ -73,9 +74,9 @@ def lbfgs(
         theta: where to begin.
         information: (approximate) information matrix of the free unknowns; its inverse sets the coordinates, so that
             ``tolerance`` on the gradient is in units of standard errors.
-        tolerance: largest gradient component at which the climb ends.
+        tolerance: largest gradient component at which it ends.
         evaluations: most evaluations of objective and gradient.
-        watch: told the objective at each evaluation.
+        watch: called with the objective at each evaluation.
         free: positions of the unknowns that may move, which ``information`` is about; all free ones when left out.
         multiplicity: how often each individual counts; once when left out.
     """
@@ -99,15 +100,15 @@ def lbfgs(
 
     options = {"maxfun": evaluations, "maxiter": evaluations, "gtol": tolerance, "ftol": 1e-14, "maxcor": 20}
     found = minimize(downhill, np.zeros(len(free)), jac=True, method="L-BFGS-B", options=options)
-    return Summit(place(found.x), -float(found.fun), count)
+    return Maximum(place(found.x), -float(found.fun), count)
 
 
 def newton(
     state: WeightedDraws, theta: Float[Tensor, " P"], *, tolerance: float = 1e-3
-) -> tuple[Summit, Float[Tensor, "free free"]]:
-    """Damped Newton steps with the exact Hessian; the summit and the negative Hessian there.
+) -> tuple[Maximum, Float[Tensor, "free free"]]:
+    """Damped Newton steps with the exact Hessian; the maximum and the negative Hessian there.
 
-    A Hessian that is not negative definite ends the steps: the caller judges what that means.
+    A Hessian that is not negative definite ends the steps; the caller decides what that means.
     """
     free = state.population.unknowns.free.to(theta.device)
     objective, gradient = value_and_gradient(state, theta)
@@ -115,22 +116,22 @@ def newton(
     for used in range(1, NEWTON_STEPS + 2):
         factor, info = torch.linalg.cholesky_ex(information)
         if int(info) != 0 or not bool(torch.isfinite(information).all()):
-            return Summit(theta, objective, used), information
+            return Maximum(theta, objective, used), information
         step = torch.cholesky_solve(gradient[free, None], factor)[:, 0]
         se = torch.cholesky_inverse(factor).diagonal().sqrt()
         size = float((step.abs() / se).max())
         if size < tolerance or used > NEWTON_STEPS:
             break
-        moved = _backtracked(state, theta, (step, free), objective)
+        moved = _backtrack(state, theta, (step, free), objective)
         if moved is None:
             break
         theta, objective, gradient = moved
         if size > 0.05:  # a smaller step leaves the Hessian as it was to about that relative error
             information = -hessian(state, theta)
-    return Summit(theta, objective, used, size), information
+    return Maximum(theta, objective, used, size), information
 
 
-def _backtracked(
+def _backtrack(
     state: WeightedDraws, theta: Tensor, direction: tuple[Tensor, Tensor], objective: float
 ) -> tuple[Tensor, float, Tensor] | None:
     step, free = direction
@@ -142,7 +143,7 @@ def _backtracked(
     return None
 
 
-def rise(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Summit:
-    """From a start to its summit: EM, then L-BFGS."""
+def maximise(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Maximum:
+    """From a start to its maximum: EM, then L-BFGS."""
     theta = expectation_maximisation(state, theta)
     return lbfgs(state, theta, rough_information(state, theta), tolerance=0.02)

@@ -1,4 +1,4 @@
-"""How far an estimate can be trusted: sampling error from the observed information, Monte-Carlo error apart from it."""
+"""Standard errors of the estimates from the observed information, and, separately, Monte-Carlo standard errors."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def monte_carlo_error(
     halves = [state.half(which) for which in (0, 1)]
     if state.fitted:
         objective_se, spread = float(objective_error(state, theta).norm()), score_error(state, theta)
-        excess = _bounded(excess, objective_se)
+        excess = _bound_by_error(excess, objective_se)
     else:
         spread = score_variance(state, theta)
     spreads = (covariance @ spread @ covariance).diagonal().clamp_min(0)
@@ -114,10 +114,10 @@ def monte_carlo_error(
     bias, jackknife = unknown, None
     if all(end is not None for end in ends):
         found = [end for end in ends if end is not None]
-        # An estimate that was checked on these draws, not climbed on them, lies a little beside their maximum.
+        # An estimate that was checked on these draws, not maximised on them, lies a little beside their maximum.
         gradient = value_and_gradient(state, theta)[1][free]
-        summit = theta.index_add(0, free, covariance @ gradient)
-        bias = torch.stack([end for end, _ in found]).mean(0) - summit
+        maximum = theta.index_add(0, free, covariance @ gradient)
+        bias = torch.stack([end for end, _ in found]).mean(0) - maximum
         jackknife = sum(value for _, value in found) / 2 - objective - 0.5 * float(gradient @ covariance @ gradient)
     return MonteCarloError(
         objective_se=objective_se,
@@ -136,17 +136,17 @@ def likelihood_error(
     objective_se = math.sqrt(variance)
     if state.fitted:
         objective_se = float(objective_error(state, theta).norm())
-        excess = _bounded(excess, objective_se)
+        excess = _bound_by_error(excess, objective_se)
     return MonteCarloError(objective_se, -0.5 * excess, None, se, bias)
 
 
-def _bounded(excess: float, error: float) -> float:
-    """What the weights tell, but no more than the error allows: evenly spread draws err less than their weights."""
+def _bound_by_error(excess: float, error: float) -> float:
+    """The value from the weights, bounded by the error: evenly spread draws err less than their weights suggest."""
     return max(-(error**2), min(excess, error**2))
 
 
 def _half_maximum(half: WeightedDraws, theta: Tensor, covariance: Tensor) -> tuple[Tensor, float] | None:
-    """Maximum on half of the draws, by steps with the whole's curvature; None where they do not settle."""
+    """Maximum on half of the draws, by steps with the whole's curvature; None where they do not converge."""
     free = half.population.unknowns.free.to(theta.device)
     se = covariance.diagonal().sqrt()
     value, gradient = value_and_gradient(half, theta)

@@ -1,4 +1,4 @@
-"""A random part of many individuals, and what belongs to it."""
+"""Random subsets of individuals, with their draws."""
 
 from __future__ import annotations
 

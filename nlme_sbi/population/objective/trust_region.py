@@ -1,4 +1,4 @@
-r"""Climbing the population likelihood itself: Newton steps in a trust region, each judged on draws made where it led.
+r"""Maximising the population likelihood: Newton steps in a trust region, each accepted or rejected on new draws.
 
 A point is a theta with draws made for it, on which the likelihood, its score (Fisher's identity) and the observed
 information (Louis' identity) are those of the real likelihood, but for Monte-Carlo error. From there a quadratic model
@@ -8,7 +8,7 @@ mean of the scores at both ends along the step, whose error is a small share of 
 region.
 
 The region is measured in the complete data's information, the curvature that the likelihood would have if every
-individual's parameters were known. One unit is what a single individual's complete data would tell: an SD of the
+individual's parameters were known. One unit is what a single individual's complete data would determine: an SD of the
 population for a mean, a factor of two for an SD, and for a constant what an individual's measurements say of it, or a
 small share of the training prior's SD where that is more. With a large damping the step is that of EM (Lange 1995),
 which rises from anywhere; with none it is Newton's.
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nlme_sbi.numerics.factorizations import eigh_or_diagonal
 from nlme_sbi.population.objective.likelihood_point import Draw, NoLikelihoodError, Point
-from nlme_sbi.population.objective.vanishing_sds import held_at_zero, leap, vanishing
+from nlme_sbi.population.objective.vanishing_sds import extend_step, hold_at_zero, vanishing_parameters
 
 _LEAST_CURVATURE = 0.003  # of the likelihood's curvature, as a share of the complete data's, that a step assumes
 _SHRINK, _GROW, _WIDEST = 0.35, 2.0, 64.0
@@ -42,13 +42,13 @@ _CLEAR = 4.0  # Monte-Carlo errors by which values differ clearly
 
 @dataclass(frozen=True, eq=False)
 class Climb:
-    """Where a climb ended.
+    """Result of a search.
 
     Args:
         point: the last accepted one.
         passes: how often draws were made.
-        arrived: whether the score vanishes there.
-        reason: why it ended, where it has not arrived.
+        arrived: whether the score vanishes there: converged.
+        reason: why it ended, where it has not converged.
         previous: the accepted point before the last one.
     """
 
@@ -61,14 +61,14 @@ class Climb:
 
 @dataclass(frozen=True)
 class Limits:
-    """When a climb ends.
+    """When a search ends.
 
     Args:
         tolerance: largest step left, in standard errors, beside Monte-Carlo error.
         errors: Monte-Carlo standard errors of the step left that are allowed beside it.
         passes: how often draws may be made.
-        kept: parameters whose SD is followed however small it becomes.
-        ends_at_zero: whether to end where an SD is on its way to 0, instead of holding it and climbing on.
+        kept: parameters whose SD stays in the search however small it becomes.
+        ends_at_zero: whether to end where an SD is on its way to 0, instead of holding it fixed and going on.
         enough: asked before every step, with the point, the one before it and the number of passes, whether to end
             there: a reason, or "".
     """
@@ -94,52 +94,52 @@ def climb_likelihood(
         draw: makes draws for a theta; may raise :class:`NoLikelihoodError`.
         start: with draws made for it.
         limits: when to end.
-        watch: told each accepted point and the number of passes.
+        watch: called with each accepted point and the number of passes.
     """
-    point, radius, passes = held_at_zero(start, limits.kept), 1.0, 1
+    point, radius, passes = hold_at_zero(start, limits.kept), 1.0, 1
     previous: Point | None = None
     rejected = 0
     watch(point, passes)
     while True:
         if _has_arrived(point, limits):
             return Climb(point, passes, arrived=True, previous=previous)
-        said = limits.enough(point, previous, passes)
-        if limits.ends_at_zero and vanishing(point):
-            said = "an SD runs to 0"
-        if said or passes >= limits.passes:
-            return Climb(point, passes, arrived=False, reason=said or _left_words(point), previous=previous)
+        reason = limits.enough(point, previous, passes)
+        if limits.ends_at_zero and vanishing_parameters(point):
+            reason = "an SD goes to 0"
+        if reason or passes >= limits.passes:
+            return Climb(point, passes, arrived=False, reason=reason or _describe_score(point), previous=previous)
         step, promised = _proposal(point, radius)
-        step = leap(point, step, limits.kept)
+        step = extend_step(point, step, limits.kept)
         length = _length(point, step)
-        reached = _reached(draw, point, step)
+        reached = _take_step(draw, point, step)
         passes += 1
-        gain = -math.inf if reached is None else gained(point, reached)
-        if reached is None or not gain > -_tolerated(point):
+        gain = -math.inf if reached is None else log_likelihood_gain(point, reached)
+        if reached is None or not gain > -_tolerated_loss(point):
             radius = _SHRINK * min(radius, length)
             rejected += 1
-            if rejected == _LUCKY:  # draws that were lucky here would let nothing else look better
-                previous, point, radius = point, _made_again(draw, point), 1.0
+            if rejected == _LUCKY:  # by chance, the draws here may overstate the likelihood
+                previous, point, radius = point, _redraw(draw, point), 1.0
                 passes += 1
                 continue
             if radius < _NARROWEST:
-                return Climb(point, passes, arrived=False, reason=_stuck_words(point), previous=previous)
+                return Climb(point, passes, arrived=False, reason=_describe_stall(point), previous=previous)
             continue
         if gain < _POOR * promised:
             radius = max(_SHRINK * min(radius, length), _NARROWEST)
         elif gain > _GOOD * promised and length > 0.8 * radius:
             radius = min(_GROW * radius, _WIDEST)
         rejected = 0
-        previous, point = point, held_at_zero(reached, limits.kept)
+        previous, point = point, hold_at_zero(reached, limits.kept)
         watch(point, passes)
 
 
-def _made_again(draw: Draw, point: Point) -> Point:
-    """The same theta with other draws."""
-    again = _reached(draw, point, torch.zeros_like(point.theta))
+def _redraw(draw: Draw, point: Point) -> Point:
+    """The same theta with new draws."""
+    again = _take_step(draw, point, torch.zeros_like(point.theta))
     return point if again is None else again
 
 
-def gained(before: Point, after: Point) -> float:
+def log_likelihood_gain(before: Point, after: Point) -> float:
     """How much the log-likelihood has risen between two points with draws of their own.
 
     The difference of the values where their Monte-Carlo errors are small beside it; otherwise the trapezoidal rule on
@@ -156,7 +156,7 @@ def gained(before: Point, after: Point) -> float:
     return apart if abs(apart - along) > _CLEAR * error + 0.5 * abs(along) else along
 
 
-def _tolerated(point: Point) -> float:
+def _tolerated_loss(point: Point) -> float:
     """Loss that an accepted step may show: next to nothing, but where the step is small beside the standard errors, so
     that its gain is within what finitely many draws leave."""
     near = point.left is not None and len(point.left) > 0 and float(point.left.abs().max()) < _NEAR
@@ -175,7 +175,7 @@ def _has_arrived(point: Point, limits: Limits) -> bool:
 
 
 def _proposal(point: Point, radius: float) -> tuple[Float[Tensor, " P"], float]:
-    """The step that promises most within the region, and what it promises."""
+    """The step with the largest predicted gain within the region, and that gain."""
     factor, unit = point.metric
     inverse = torch.linalg.inv(factor)
     information = point.among_active(point.information).nan_to_num(0.0)
@@ -210,8 +210,8 @@ def _length(point: Point, step: Float[Tensor, " P"]) -> float:
     return float((step[point.active].abs() / unit).max()) if len(unit) else 0.0
 
 
-def _reached(draw: Draw, point: Point, step: Float[Tensor, " P"]) -> Point | None:
-    """The point at the end of a step; None where no individual's likelihood can be told there."""
+def _take_step(draw: Draw, point: Point, step: Float[Tensor, " P"]) -> Point | None:
+    """The point at the end of a step; None where the likelihood is not known there."""
     if not bool(torch.isfinite(step).all()):
         return None
     theta = point.theta + step
@@ -224,7 +224,7 @@ def _reached(draw: Draw, point: Point, step: Float[Tensor, " P"]) -> Point | Non
     return found if found.is_finite else None
 
 
-def _left_words(point: Point) -> str:
+def _describe_score(point: Point) -> str:
     if point.left is None:
         return "the observed information is not positive definite: some unknown is not identified by these data"
     names = point.labels
@@ -235,5 +235,5 @@ def _left_words(point: Point) -> str:
     )
 
 
-def _stuck_words(point: Point) -> str:
-    return f"no step raises the likelihood any more, but {_left_words(point)}"
+def _describe_stall(point: Point) -> str:
+    return f"no step increases the likelihood further, but {_describe_score(point)}"

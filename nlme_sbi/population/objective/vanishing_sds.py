@@ -14,8 +14,8 @@ from nlme_sbi.population.objective.likelihood_point import Point
 from nlme_sbi.population.objective.objective import score_error
 
 _VANISHED = 0.96  # share of the population's variance that individuals leave open, from which it may be 0
-_FLAT = 0.02  # gain that is left on the way of a variance to 0 at which it is not followed any further
-_UNTOLD = 2.0  # Monte-Carlo errors within which the slope of a variance is not told
+_FLAT = 0.02  # remaining gain on the way of a variance to 0 at which it is held
+_WITHIN_NOISE = 2.0  # Monte-Carlo errors within which the slope of a variance is not known
 _LEAPING, _LANDING = 0.8, 0.98  # such shares from which an SD on its way to 0 is lowered at once, and to which
 _LONGEST_LEAP = 1.5  # logarithm by which it is lowered at most
 
@@ -38,10 +38,10 @@ def _shrinkages(point: Point) -> Float[Tensor, " V"]:
     return open_share
 
 
-def leap(point: Point, step: Float[Tensor, " P"], kept: tuple[str, ...]) -> Float[Tensor, " P"]:
-    """The step with SDs that run to 0 lowered faster: near 0 the likelihood is flat on the logarithmic scale, and
-    Newton's steps there never end. Not further than to where the individuals still tell a trace of them: beyond that
-    nothing is gained, and Monte-Carlo error is all that is left."""
+def extend_step(point: Point, step: Float[Tensor, " P"], kept: tuple[str, ...]) -> Float[Tensor, " P"]:
+    """The step with SDs that go to 0 lowered faster: near 0 the likelihood is flat on the logarithmic scale, and Newton
+    steps there never end. Not further than where the data can still detect them: beyond that nothing is gained, and
+    only Monte-Carlo error remains."""
     falling = [one for one in _log_sds(point) if float(step[one[1]]) < -0.2 and one[2] not in kept]
     if not falling:
         return step
@@ -56,10 +56,10 @@ def leap(point: Point, step: Float[Tensor, " P"], kept: tuple[str, ...]) -> Floa
     return step
 
 
-def held_at_zero(point: Point, kept: tuple[str, ...]) -> Point:
-    """The point with those SDs held that are as good as 0: individuals tell next to nothing of them, and the likelihood
-    would gain next to nothing on the way to 0, as far as the draws can tell. Whether they are 0 is decided afterwards,
-    by a fit in which they are."""
+def hold_at_zero(point: Point, kept: tuple[str, ...]) -> Point:
+    """The point with SDs held that are practically 0: the data say next to nothing about them, and the likelihood would
+    gain next to nothing on the way to 0, within Monte-Carlo error. Whether they are 0 is decided afterwards, by a fit
+    in which they are fixed at 0."""
     suspects = [(place, entry, name) for place, entry, name in _log_sds(point) if name not in kept]
     if not suspects:
         return point
@@ -72,7 +72,7 @@ def held_at_zero(point: Point, kept: tuple[str, ...]) -> Point:
     noise = score_error(point.state, point.theta).diagonal().sqrt()
     held = point.held.clone()
     for _, entry, parameter in suspects:
-        slope, error = float(point.gradient[entry]), _UNTOLD * float(noise[free.index(entry)])
+        slope, error = float(point.gradient[entry]), _WITHIN_NOISE * float(noise[free.index(entry)])
         # Linear in the variance: what is left is half of the slope in the logarithm of the SD.
         if slope < error and -0.5 * slope < _FLAT + 0.5 * error:
             held[entry] = True
@@ -82,7 +82,7 @@ def held_at_zero(point: Point, kept: tuple[str, ...]) -> Point:
     return point if bool((held == point.held).all()) else replace(point, held=held)
 
 
-def vanishing(point: Point) -> tuple[str, ...]:
+def vanishing_parameters(point: Point) -> tuple[str, ...]:
     """Parameters whose SD is held on its way to 0."""
     table = point.state.population.unknowns
     return tuple(

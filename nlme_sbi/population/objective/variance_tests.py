@@ -29,7 +29,7 @@ from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import halves, scores, slopes_along
 
 _STEP = 1e-4  # of central differences of exact derivatives
-_LEVEL = 0.05  # one-sided p-value from which on a parameter is said to vary perhaps
+_LEVEL = 0.05  # one-sided p-value below which a parameter may vary
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class VarianceTest:
         p: one-sided.
         monte_carlo_se: of z, from finitely many draws; NaN where it is not known.
         slope: derivative of the log-likelihood in the variance, at 0.
-        estimated: whether the variance was estimated and ran to 0, rather than given as 0.
+        estimated: whether the variance was estimated at 0, rather than given as 0.
     """
 
     parameter: str
@@ -72,7 +72,7 @@ def variance_tests(state: WeightedDraws, theta: Float[Tensor, " P"]) -> tuple[Va
         if slopes is None:
             slopes = scores(state, theta)
         gain = variance_slopes(state, theta, direction)
-        found.append(_tested(name, gain, slopes, _noise(state, theta, direction)))
+        found.append(_test(name, gain, slopes, _noise(state, theta, direction)))
     return tuple(found)
 
 
@@ -88,7 +88,8 @@ def variance_slopes(
 
 
 def _direction(state: WeightedDraws, theta: Tensor, name: str) -> Tensor | None:
-    """Unit vector of the unknown that is this constant's value for everybody; None where there is no such unknown."""
+    """Unit vector of the unknown that is this constant's value for every individual; None where there is no such
+    unknown."""
     entry = state.population.unknowns.entry(MEAN, name)
     if entry is None:
         return None
@@ -102,7 +103,7 @@ def _direction(state: WeightedDraws, theta: Tensor, name: str) -> Tensor | None:
     return direction if bool((change - expected).abs().max() < 1e-8) else None
 
 
-def _tested(name: str, gain: Float[Tensor, " I"], slopes: Float[Tensor, "I free"], noise: float) -> VarianceTest:
+def _test(name: str, gain: Float[Tensor, " I"], slopes: Float[Tensor, "I free"], noise: float) -> VarianceTest:
     individuals = len(slopes)
     scale = slopes.square().mean(0).sqrt().clamp_min(1e-300)
     design = torch.cat([torch.ones_like(slopes[:, :1]), slopes / scale], 1)
@@ -131,11 +132,11 @@ def describe_test(tests: tuple[VarianceTest, ...]) -> tuple[str, ...]:
 
 
 def sentence(test: VarianceTest) -> str:
-    """What a score test says: information for whoever chooses the model, no alarm."""
-    where = "its SD ran to 0, the boundary" if test.estimated else "given"
-    said = f"No variability of {test.parameter} ({where})"
+    """The result of a score test: information for choosing the model, no alarm."""
+    where = "its SD was estimated at 0, the boundary" if test.estimated else "given"
+    begin = f"No variability of {test.parameter} ({where})"
     if math.isnan(test.z):
-        return f"{said}; no score test: too few individuals for the unknowns."
+        return f"{begin}; no score test: too few individuals for the unknowns."
     error = "" if math.isnan(test.monte_carlo_se) else f" (Monte-Carlo SE {test.monte_carlo_se:.2g})"
     verdict = "it may vary" if test.p < _LEVEL else "no sign that it varies"
-    return f"{said}; score test: z = {test.z:.2f}{error}, one-sided p = {test.p:.2g}: {verdict}."
+    return f"{begin}; score test: z = {test.z:.2f}{error}, one-sided p = {test.p:.2g}: {verdict}."

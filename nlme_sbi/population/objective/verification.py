@@ -1,6 +1,6 @@
-"""Whether an estimate is the maximum that it is reported as, judged on draws that it was not climbed on.
+"""Whether an estimate is the maximum that it is reported as, judged on draws that the search did not use.
 
-What fails here is not converged, whatever the search thought of itself.
+An estimate that fails here has not converged, whatever the search concluded.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.numerics.pareto_k import UNRELIABLE
-from nlme_sbi.population.models.labels import named
+from nlme_sbi.population.models.labels import list_ids
 from nlme_sbi.population.objective.individuals import IndividualEstimates
 from nlme_sbi.population.objective.likelihood_point import Point
-from nlme_sbi.population.objective.vanishing_sds import vanishing
+from nlme_sbi.population.objective.vanishing_sds import vanishing_parameters
 
 TOLERANCE = 0.02  # largest score that may be left, in standard errors, beside its Monte-Carlo error
 ERRORS = 3.0  # Monte-Carlo standard errors of the score that are allowed beside it
 _REPEATED = 4.0  # the same for the likelihood on other draws
 _ROUNDING = 0.01  # of -2 log L, beside that
-_IMPRECISE = 0.3  # Monte-Carlo standard error, in standard errors, at which an estimate is no estimate yet
+_IMPRECISE = 0.3  # Monte-Carlo standard error, in standard errors, at which an estimate is too noisy
 _FEW = 20.0  # effective draws below which an individual's likelihood is not known
 _TOLERATED = 0.01  # share of the individuals for whom it may be so
 
@@ -39,7 +39,7 @@ class Verification:
         repeated: -2 log L on other, independent draws; None where there were none.
         repeated_error: Monte-Carlo standard error of their difference.
         poor_individuals: how many have too few effective draws or weights with heavy tails.
-        vanishing: parameters whose SD runs to 0.
+        vanishing: parameters whose SD goes to 0.
         failures: why the estimate does not count as converged, in words; empty where it does.
     """
 
@@ -62,19 +62,19 @@ class Verification:
         """How the fit ended, in a sentence or two."""
         if self.failures:
             return "NOT converged: " + "; ".join(self.failures) + "."
-        said = "Converged: on draws that were not climbed on, "
+        message = "Converged: on draws that the search did not use, "
         if self.unknown:
-            said += (
+            message += (
                 f"the score points {self.score:.2g} standard errors away at most ({self.unknown}, Monte-Carlo SE "
                 f"{self.score_error:.1g})"
             )
         if self.repeated is not None and self.repeated_error is not None:
-            said += ", and " if self.unknown else ""
-            said += (
+            message += ", and " if self.unknown else ""
+            message += (
                 f"{likelihood} is {self.deviance:.3f}, on others {self.repeated:.3f} (Monte-Carlo SE of the difference "
                 f"{self.repeated_error:.1g})"
             )
-        return said + "."
+        return message + "."
 
 
 def verify_maximum(
@@ -90,30 +90,30 @@ def verify_maximum(
     """Check an estimate.
 
     Args:
-        point: the estimate with draws that it was not climbed on.
+        point: the estimate with draws that the search did not use.
         before: the same theta, or one next to it, with other draws.
         individuals: given the estimate, with effective draws and tails of their weights.
         draws: of each.
         ids: of the individuals.
-        reason: why the search itself did not end where it wanted to, or "".
+        reason: why the search itself did not converge, or "".
         tolerance: largest score that may be left.
     """
     failures = [reason] if reason else []
     score, error, unknown = _score(point, failures, tolerance)
-    repeated, repeated_error = _repeated(point, before, failures)
-    poor = _poor(individuals, draws)
+    repeated, repeated_error = _repeat_deviance(point, before, failures)
+    poor = _has_poor_weights(individuals, draws)
     count = int(poor.sum())
     if too_many(count, len(poor)):
         worst = torch.nonzero(poor)[:, 0]
         worst = worst[torch.argsort(individuals.ess[worst])]
         failures.append(
             f"{count} of {len(poor)} individuals have fewer than {min(_FEW, 0.5 * draws):g} effective draws or weights "
-            f"with heavy tails ({named(ids, worst)}), so that their likelihood is not known (raise "
+            f"with heavy tails ({list_ids(ids, worst)}), so that their likelihood is not known (raise "
             "estimator.max_draws)"
         )
     failures.extend(
-        f"the SD of {parameter} runs to 0 (make it constant: population.constant=[{parameter},...])"
-        for parameter in vanishing(point)
+        f"the SD of {parameter} goes to 0 (make it constant: population.constant=[{parameter},...])"
+        for parameter in vanishing_parameters(point)
     )
     if not math.isfinite(point.value):
         failures.append("the likelihood at the estimate is not finite")
@@ -125,7 +125,7 @@ def verify_maximum(
         repeated=repeated,
         repeated_error=repeated_error,
         poor_individuals=count,
-        vanishing=vanishing(point),
+        vanishing=vanishing_parameters(point),
         failures=tuple(failures),
     )
 
@@ -136,7 +136,7 @@ def too_many(poor: int, individuals: int) -> bool:
 
 
 def _score(point: Point, failures: list[str], tolerance: float) -> tuple[float, float, str]:
-    """The largest component of what is left, its error and its name; complaints go to ``failures``."""
+    """The largest component of what is left, its error and its name; problems are added to ``failures``."""
     if len(point.active) == 0:
         return 0.0, 0.0, ""
     if point.left is None:
@@ -151,8 +151,8 @@ def _score(point: Point, failures: list[str], tolerance: float) -> tuple[float, 
     worst = int(excess.argmax())
     if float(excess[worst]) > tolerance and not failures:
         failures.append(
-            f"on draws that were not climbed on, the score points {float(point.left.abs()[worst]):.2g} standard errors "
-            f"away in {names[worst]} (Monte-Carlo SE {float(point.left_error[worst]):.1g})"
+            f"on draws that the search did not use, the score points {float(point.left.abs()[worst]):.2g} standard "
+            f"errors away in {names[worst]} (Monte-Carlo SE {float(point.left_error[worst]):.1g})"
         )
     noisiest = int(point.left_error.argmax())
     if not float(point.left_error[noisiest]) < _IMPRECISE:
@@ -164,8 +164,9 @@ def _score(point: Point, failures: list[str], tolerance: float) -> tuple[float, 
     return float(point.left.abs()[largest]), float(point.left_error[largest]), names[largest]
 
 
-def _repeated(point: Point, before: Point | None, failures: list[str]) -> tuple[float | None, float | None]:
-    """-2 log L on other draws, brought to the same theta by the scores at both, and the error of the difference."""
+def _repeat_deviance(point: Point, before: Point | None, failures: list[str]) -> tuple[float | None, float | None]:
+    """-2 log L on other draws, extrapolated to the same theta by the scores at both, and the error of the
+    difference."""
     if before is None:
         return None, None
     step = point.theta - before.theta
@@ -180,7 +181,7 @@ def _repeated(point: Point, before: Point | None, failures: list[str]) -> tuple[
     return -2 * expected, error
 
 
-def _poor(individuals: IndividualEstimates, draws: int) -> Float[Tensor, " I"]:
+def _has_poor_weights(individuals: IndividualEstimates, draws: int) -> Float[Tensor, " I"]:
     poor = individuals.ess < min(_FEW, 0.5 * draws)
     if individuals.pareto_k is not None:
         poor = poor | (individuals.pareto_k > UNRELIABLE)

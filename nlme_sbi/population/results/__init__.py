@@ -1,1 +1,1 @@
-"""What a fit gives: estimates, tables, intervals, comparisons, most probable individual parameters."""
+"""Results of a fit: estimates, tables, intervals, comparisons, most probable individual parameters."""

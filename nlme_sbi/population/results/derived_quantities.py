@@ -1,7 +1,7 @@
-"""From unknowns to the quantities that people read: natural values, SDs, correlations, their errors and intervals.
+"""From unknowns to reported quantities: natural values, SDs, correlations, their errors and intervals.
 
-Errors come by the delta method through the population model's own readers (``mean``, ``covariance``), so that a new
-model needs nothing here.
+Errors come by the delta method through the population model's ``mean`` and ``covariance``, so that a new model needs
+nothing here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Summary:
     """Population quantities, one entry for each of the D parameters; NaN where a quantity does not exist.
 
     ``mean`` and ``mean_se`` are on the unconstrained scale; ``natural`` with its limits on the natural one; ``sd`` is
-    the SD between individuals (0 for constants); ``*_fixed`` tells what was given. ``correlation`` and its limits are
+    the SD between individuals (0 for constants); ``*_fixed`` marks given values. ``correlation`` and its limits are
     ``(D, D)``.
     """
 
@@ -57,13 +57,13 @@ def summarise(population: PopulationModel, theta: Float[Tensor, " P"], covarianc
     """
     free = population.unknowns.free.to(theta.device)
     uncertain = covariance[free][:, free]
-    mean, mean_se, mean_fixed = _propagated(population.mean, theta, uncertain, free)
+    mean, mean_se, mean_fixed = _propagate(population.mean, theta, uncertain, free)
     varying = torch.tensor(population.varying, dtype=torch.int64, device=theta.device)
 
     def log_sd(at: Tensor) -> Tensor:
         return 0.5 * population.covariance(at).diagonal()[varying].log()
 
-    value, log_se, fixed = _propagated(log_sd, theta, uncertain, free)
+    value, log_se, fixed = _propagate(log_sd, theta, uncertain, free)
     spread = NORMAL_95 * log_se
     sd_varying = value.exp()
     limits = torch.stack([(value - spread).exp(), (value + spread).exp()])
@@ -87,7 +87,7 @@ def summarise(population: PopulationModel, theta: Float[Tensor, " P"], covarianc
     )
 
 
-def _propagated(function: object, theta: Tensor, covariance: Tensor, free: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _propagate(function: object, theta: Tensor, covariance: Tensor, free: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Value, delta-method SE, and whether it depends on no free unknown."""
     if not callable(function):
         raise TypeError("A reader of the population model is a function of theta.")
@@ -117,7 +117,7 @@ def _correlations(population: PopulationModel, theta: Tensor, covariance: Tensor
 
     if len(rows) == 0:
         return {"correlation": empty, "correlation_se": empty, "correlation_limits": empty.expand(2, -1, -1)}
-    value, se, structural = _propagated(fisher, theta, covariance, free)
+    value, se, structural = _propagate(fisher, theta, covariance, free)
     value = torch.where(structural & (value == 0), torch.nan, value)  # not in the model, not an estimate of 0
     shift = NORMAL_95 * se
 

@@ -29,7 +29,7 @@ EFFECT_HEADINGS = (
 class EffectRow:
     """One coefficient of a covariate. Numbers that do not exist are None; SEs of fixed values are 0.
 
-    ``on`` is mean or log_sd: what it shifts, on the unconstrained scale (``form`` and ``reference`` tell how).
+    ``on`` is mean or log_sd: what it shifts, on the unconstrained scale (``form`` and ``reference`` say how).
     ``level`` is that of a categorical covariate, against its reference. ``p_value`` is two-sided, of a Wald test that
     the coefficient is 0. ``ratio = exp(estimate)``, where that is a ratio of natural values: of the typical value, or
     of the SDs, for this level against the reference, or for one unit more of the covariate.
@@ -106,8 +106,8 @@ def effect_cells(row: EffectRow) -> tuple[str, ...]:
         effect_label(row.parameter, row.covariate, row.level, on_log_sd=row.on == "log_sd"),
         row.form + against,
         f"{row.estimate:.4g}",
-        "fixed" if given else _written(row.se),
-        _written(row.rse_percent),
+        "fixed" if given else _format(row.se),
+        _format(row.rse_percent),
         "-" if given else _interval(row.lower, row.upper),
         "-" if row.p_value is None else ("<0.0001" if row.p_value < 1e-4 else f"{row.p_value:.4f}"),
         ratio,
@@ -122,7 +122,7 @@ def effects_frame(rows: tuple[EffectRow, ...]) -> pd.DataFrame:
     return frame
 
 
-def _written(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 

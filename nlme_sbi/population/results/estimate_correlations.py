@@ -1,4 +1,4 @@
-"""How the estimates hang together: their correlations, and the condition number that tells an ill-determined fit."""
+"""Correlations of the estimates, and the condition number that shows an ill-conditioned fit."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class EstimateCorrelations:
 
     def sentences(self) -> tuple[str, ...]:
         """For below the table, a line each."""
-        said = f"Condition number of the correlation matrix of the estimates: {self.condition_number:.3g}"
+        condition = f"Condition number of the correlation matrix of the estimates: {self.condition_number:.3g}"
         ill = self.condition_number > ILL_CONDITIONED
-        said += f". Above {ILL_CONDITIONED:g} the data tell some estimates only in combination." if ill else "."
+        condition += f". Above {ILL_CONDITIONED:g} some estimates are determined only in combination." if ill else "."
         pair = self.strongest()
         if pair is None:
-            return (said,)
-        return said, f"Strongest correlation of two estimates: {pair[2]:.2f} ({pair[0]} with {pair[1]})."
+            return (condition,)
+        return condition, f"Strongest correlation of two estimates: {pair[2]:.2f} ({pair[0]} with {pair[1]})."
 
 
 def estimate_correlations(labels: Sequence[str], covariance: Float[Tensor, "free free"]) -> EstimateCorrelations | None:

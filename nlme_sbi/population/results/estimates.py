@@ -1,7 +1,7 @@
 """The estimates of a population fit: what ``fit.json`` holds, and all that tables, comparisons and reports read.
 
-Apart from them are the draws, and whatever else only an estimator needs to go on. Estimates that come from no draws, or
-from an estimator without a Monte-Carlo error, are estimates all the same: those fields are then None.
+Draws, and whatever else an estimator needs to continue, are kept apart. Estimates that come from no draws, or
+from an estimator without a Monte-Carlo error, have None in those fields.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class UnknownEstimate:
 
     @property
     def unknown(self) -> Unknown:
-        """What it is, to be compared with entries of other fits."""
+        """Its identity, to be compared with entries of other fits."""
         return Unknown(self.quantity, self.parameter, self.other, self.level)
 
     @property
@@ -72,7 +72,7 @@ class UnknownEstimate:
 
 @dataclass(frozen=True)
 class LikelihoodValues:
-    """What the data say of the model as a whole; None where the estimator does not give it.
+    """Likelihood and information criteria; None where the estimator does not give them.
 
     Args:
         log_likelihood_ratio: to the evidence under the training prior, where that is all an estimator knows.
@@ -93,7 +93,7 @@ class LikelihoodValues:
 
 @dataclass(frozen=True)
 class ObjectiveError:
-    """What finitely many draws do to the objective: its standard error, its bias, and that bias by jackknife (None
+    """Monte-Carlo error of the objective: its standard error, its bias, and that bias by jackknife (None
     where a half of the draws found no maximum)."""
 
     objective_se: float
@@ -117,7 +117,7 @@ class FitEstimates:
     Args:
         estimator: its name.
         individuals: how many.
-        population_model: class of the population model; "" where an old fit does not tell it.
+        population_model: class of the population model; "" where an old fit does not hold it.
         unknowns: the entries of theta, in their order.
         covariance: ``(P, P)`` of the estimates, float64 on the CPU; zero for fixed unknowns, NaN where not known.
         likelihood: log-likelihood and criteria.
@@ -127,7 +127,7 @@ class FitEstimates:
         correlations: rows of the table of correlations between individuals.
         approximation: what the likelihood is approximated by ("Laplace"); "" where it is not.
         draws: of each individual; None where the estimates come from no draws.
-        measurements: number of values in the data; None where an old fit does not tell it.
+        measurements: number of values in the data; None where an old fit does not hold it.
         monte_carlo: error of the objective that comes from finitely many draws; None where nothing was drawn.
         ess: effective draws; None where nothing was weighted.
         intervals: by all methods that were asked for.
@@ -136,8 +136,8 @@ class FitEstimates:
         restarts: where every start ended.
         verification: the check of a likelihood's maximum; None where there was none.
         message: how the fit ended, in words.
-        labelling: which parameters can be exchanged, and how that was settled, in words.
-        warnings: what a reader must know before using the numbers.
+        labelling: which parameters can be exchanged, and which labelling is shown, in words.
+        warnings: to be read before the numbers are used.
         simulator: section of the configuration that names it, in a fit of a run; None elsewhere.
 
     Raises:
@@ -217,7 +217,7 @@ class FitEstimates:
 
     @property
     def objective(self) -> float:
-        """What was maximised, before the correction for bias: log L or the log likelihood ratio."""
+        """The maximised objective, before the correction for bias: log L or the log likelihood ratio."""
         if self.likelihood.log_likelihood_ratio is not None:
             return self.likelihood.log_likelihood_ratio
         deviance = self.likelihood.minus_two_log_likelihood
@@ -248,7 +248,7 @@ class FitEstimates:
         who = f"{self.individuals} individuals, estimator {self.estimator}"
         what = "log likelihood ratio to the training prior" if self.kind == RATIO else "log L"
         deviance, ofv = self.likelihood.minus_two_log_likelihood, self.likelihood.objective_function_value
-        said = "not available with this estimator"
+        shown = "not available with this estimator"
         if self.approximation and deviance is not None and ofv is not None:
             label = f"{self.approximation}'s approximation; compare only with other fits of it"
             return (
@@ -259,13 +259,13 @@ class FitEstimates:
         error = self.monte_carlo
         if deviance is not None and ofv is not None:
             corrected = f" (Monte-Carlo SE {2 * error.objective_se:.2g}, corrected for bias)" if error else ""
-            said = f"{deviance:.2f}{corrected}, OFV {ofv:.2f}"
+            shown = f"{deviance:.2f}{corrected}, OFV {ofv:.2f}"
         if self.draws is not None:
             who += f", {self.draws} draws each"
         if self.ess is not None:
             who += f" (effective: median {self.ess.median:.0f}, smallest {self.ess.smallest:.0f})"
         chance = f" (Monte-Carlo SE {error.objective_se:.2f}, bias {error.objective_bias:.2f})" if error else ""
-        return who, f"{what}: {self.objective:.2f}{chance}", f"-2 log L: {said}"
+        return who, f"{what}: {self.objective:.2f}{chance}", f"-2 log L: {shown}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers, ready for JSON; None where there is no number."""
@@ -301,8 +301,8 @@ class FitEstimates:
     def from_dict(cls, plain: Mapping[str, Any]) -> FitEstimates:
         """The estimates that :meth:`to_dict` made this of, also after JSON.
 
-        Numbers that can be told from the others (of estimated unknowns, the condition number) are not read. Fits of
-        earlier versions lack some keys and give what they have.
+        Numbers that follow from the others (number of estimated unknowns, condition number) are not read. Fits of
+        earlier versions lack some keys; those fields stay empty.
 
         Raises:
             ValueError: where something is missing or no number, with its place, as in ``unknowns[0].estimate must be

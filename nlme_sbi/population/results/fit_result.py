@@ -1,4 +1,4 @@
-"""What a population fit returns: estimates with the draws that they rest on."""
+"""The result of a population fit: estimates with the draws that they rest on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nlme_sbi.population.objective.individuals import (
     IndividualModes,
     individual_typical,
     individuals_table,
-    resampled_draws,
+    resample_draws,
 )
 from nlme_sbi.population.objective.information_criteria import corrected_bic
 from nlme_sbi.population.objective.interface import WeightedDraws
@@ -40,9 +40,9 @@ from nlme_sbi.population.results.table import PopulationTable, number, populatio
 
 @dataclass(frozen=True, eq=False)
 class PopulationFit:
-    """Estimates of a population model with the draws and closures that an estimator goes on from.
+    """Estimates of a population model with the draws and closures that an estimator continues from.
 
-    What is stored and shown of it are its :attr:`estimates`.
+    Its :attr:`estimates` are stored and printed.
 
     Args:
         population: the bound model; ``population.unknowns.names`` names the entries of ``theta``.
@@ -55,21 +55,21 @@ class PopulationFit:
         covariance: ``(P, P)`` of the estimates (inverse observed information); zero for fixed unknowns, NaN where the
             information was not positive definite.
         objective: at the optimum, summed over individuals.
-        monte_carlo: what finitely many draws do to objective and estimates; apart from sampling error.
+        monte_carlo: Monte-Carlo errors of objective and estimates; apart from sampling error.
         individuals: the individuals given the fit.
         draws: for each individual.
         restarts: where every start ended.
-        converged: whether the optimum is one within tolerance.
+        converged: whether the optimum is a maximum within tolerance.
         message: how the fit ended, in words.
-        warnings: what a reader must know before using the numbers.
+        warnings: to be read before the numbers are used.
         measurements: number of values in the data; bounds of censored ones do not count.
         state: the weighted draws, for predictions and plots.
         variance_tests: whether parameters without variability vary after all.
         intervals: by all methods that were asked for; see :mod:`nlme_sbi.population.results.intervals`.
         profiles: likelihood profiles, where they were asked for.
         redraw: makes draws for another theta; None where draws do not depend on it.
-        labelling: which parameters can be exchanged, and how that was settled, in words.
-        verification: the check of a likelihood's maximum on draws that it was not climbed on.
+        labelling: which parameters can be exchanged, and which labelling is shown, in words.
+        verification: the check of a likelihood's maximum on draws that the search did not use.
         modes: of the individuals, where they were searched
             (:func:`nlme_sbi.population.results.individual_map.individual_modes`).
     """
@@ -166,9 +166,9 @@ class PopulationFit:
 
     @property
     def estimates(self) -> FitEstimates:
-        """What is stored, and all that tables, comparisons and reports read: without the draws.
+        """All that is stored, and that tables, comparisons and reports read: without the draws.
 
-        Shrinkage in its table is that of the modes, where a likelihood was climbed to them, else that of the posterior
+        Shrinkage in its table is that of the modes, where these are maxima of a likelihood, else that of the posterior
         means.
         """
         vanished = tuple(test.parameter for test in self.variance_tests if test.estimated)
@@ -249,7 +249,7 @@ class PopulationFit:
         """One row an individual; columns as in :func:`nlme_sbi.population.objective.individuals.individuals_table`.
 
         Args:
-            ids: only these, in this order; everybody when left out.
+            ids: only these, in this order; every individual when left out.
         """
         typical, _ = individual_typical(self.state, self.theta)
         frame = individuals_table(self.population.parameters, self.ids, self.individuals, typical, self.modes)
@@ -269,4 +269,4 @@ def individual_draws(fit: PopulationFit, count: int, generator: torch.Generator)
         count: draws for each individual; more than its effective number only repeats draws.
         generator: for the resampling.
     """
-    return resampled_draws(fit.state, fit.theta, count, generator)
+    return resample_draws(fit.state, fit.theta, count, generator)

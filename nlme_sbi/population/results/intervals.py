@@ -64,7 +64,7 @@ class ProfileCurve:
     drops: tuple[float, ...]
 
 
-def made_interval(
+def make_interval(
     population: PopulationModel,
     place: int,
     limits: tuple[float, float, float],

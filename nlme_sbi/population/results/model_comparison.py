@@ -27,10 +27,10 @@ _ERRORS = 3  # Monte-Carlo SEs
 
 @dataclass(frozen=True, eq=False)
 class ComparedFit:
-    """A fit's estimates with where they come from, which is what decides whether they compare.
+    """A fit's estimates with their origin, which decides whether they can be compared.
 
     Args:
-        label: what it is called.
+        label: its name.
         estimates: of the fit.
         data: hash of the data.
         posterior: hashes of the networks that draws came from, which stand for their training prior, too.
@@ -105,7 +105,7 @@ class RatioTest:
         variances_at_zero: the others.
         p: small where the larger model is needed; with several variances at 0 an upper bound.
         law: of the statistic where the smaller model is right.
-        note: what makes the test doubtful, or nothing.
+        note: why the test is doubtful; "" where it is not.
     """
 
     smaller: str
@@ -140,7 +140,7 @@ class Contradiction:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The fits, converged ones first and best AIC first; tests of all nested pairs; what contradicts each other."""
+    """The fits, converged ones first and best AIC first; tests of all nested pairs; contradictions between fits."""
 
     fits: tuple[ComparedFit, ...]
     tests: tuple[RatioTest, ...]
@@ -194,7 +194,7 @@ def _with_difference(name: str, fit: ComparedFit, best: Mapping[str, float]) -> 
     return {name: value, f"{name}_difference": value - best[name]}
 
 
-def compared_fits(fits: Sequence[ComparedFit]) -> Comparison:
+def compare_models(fits: Sequence[ComparedFit]) -> Comparison:
     """Compare fits of the same data.
 
     Raises:
@@ -207,13 +207,13 @@ def compared_fits(fits: Sequence[ComparedFit]) -> Comparison:
     missed = {one.lower: one.higher for one in contradictions}
     sound = [fit for fit in fits if fit.estimates.converged]
     tests = [
-        _doubted(test, missed)
+        _note_doubts(test, missed)
         for small in sound
         for large in sound
-        if small is not large and (test := _tested(small, large))
+        if small is not large and (test := _test(small, large))
     ]
     notes = [
-        f"{fit.label} has not converged: its numbers are no basis for a choice, and it is in no test."
+        f"{fit.label} has not converged: its numbers are no basis for model selection, and it is in no test."
         for fit in fits
         if not fit.estimates.converged
     ]
@@ -293,7 +293,7 @@ def _agreements(fits: Sequence[ComparedFit]) -> list[str]:
     return found
 
 
-def _doubted(test: RatioTest, missed: Mapping[str, str]) -> RatioTest:
+def _note_doubts(test: RatioTest, missed: Mapping[str, str]) -> RatioTest:
     """The test, with a note where one of its fits has missed its maximum."""
     notes = [test.note] if test.note else []
     notes += [
@@ -312,8 +312,8 @@ def _require_comparable(fits: Sequence[ComparedFit]) -> None:
             raise ValueError(f"{pair} are fits of different data; likelihoods compare models of the same data only.")
         if first.estimates.kind != other.estimates.kind:
             raise ValueError(
-                f"{pair} have likelihoods that cannot be compared: {_described(first)}, {_described(other)}. Fit both "
-                "with the same estimator."
+                f"{pair} have likelihoods that cannot be compared: {_describe_likelihood(first)}, "
+                f"{_describe_likelihood(other)}. Fit both with the same estimator."
             )
         if first.estimates.kind == RATIO and first.posterior != other.posterior:
             raise ValueError(
@@ -323,7 +323,7 @@ def _require_comparable(fits: Sequence[ComparedFit]) -> None:
             )
 
 
-def _described(fit: ComparedFit) -> str:
+def _describe_likelihood(fit: ComparedFit) -> str:
     if fit.estimates.kind == RATIO:
         return f"that of {fit.label} is a ratio to the evidence under the training prior ({fit.estimates.estimator})"
     if fit.estimates.kind == ABSOLUTE:
@@ -332,8 +332,8 @@ def _described(fit: ComparedFit) -> str:
 
 
 def restrictions(small: ComparedFit, large: ComparedFit) -> tuple[int, int] | None:
-    """How a model is a special case of another: constraints, and variances at 0 beside them. None where it is not,
-    or nothing is known of it."""
+    """Constraints that make a model a special case of another, and variances at 0 beside them. None where it is none,
+    or that is not known."""
     inner, outer = small.estimates, large.estimates
     if inner.population_model != outer.population_model or small.simulator != large.simulator:
         return None
@@ -355,7 +355,7 @@ def _same(value: float, other: float | None) -> bool:
     return other is not None and abs(value - other) <= _EQUAL * max(1.0, abs(value))
 
 
-def _tested(small: ComparedFit, large: ComparedFit) -> RatioTest | None:
+def _test(small: ComparedFit, large: ComparedFit) -> RatioTest | None:
     found = restrictions(small, large)
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""The table that pharmacometricians and single-cell people read, as text, data frame and plain numbers."""
+"""The parameter table, as text, data frame and plain numbers."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class CorrelationRow:
 
 @dataclass(frozen=True)
 class PopulationTable:
-    """Rows, correlations, covariate effects, and the sentences that belong above and below them."""
+    """Rows, correlations, covariate effects, heading and notes."""
 
     rows: tuple[TableRow, ...]
     correlations: tuple[CorrelationRow, ...] = ()
@@ -130,22 +130,22 @@ class PopulationTable:
     def text(self) -> str:
         """Aligned columns for a terminal: typical values, variability, covariate effects, correlations, sentences."""
         lines = [*self.heading, ""] if self.heading else []
-        lines += _aligned([_TYPICAL, *(_typical_cells(row) for row in self.rows)])
+        lines += _align([_TYPICAL, *(_typical_cells(row) for row in self.rows)])
         # What is left out of a wide table follows from the rest, or is in the files.
         spread = [_SPREAD, *(_spread_cells(row) for row in self.rows)]
-        lines += ["", *_aligned(spread, spare=("variance", "SE", "[95% CI]"))]
+        lines += ["", *_align(spread, spare=("variance", "SE", "[95% CI]"))]
         if self.effects:
             effects = [EFFECT_HEADINGS, *(effect_cells(row) for row in self.effects)]
-            lines += ["", *_aligned(effects, spare=("%RSE", "[95% CI]", "form"))]
+            lines += ["", *_align(effects, spare=("%RSE", "[95% CI]", "form"))]
         if self.correlations:
-            lines += ["", *_aligned([_CORRELATION, *(_correlation_cells(row) for row in self.correlations)])]
+            lines += ["", *_align([_CORRELATION, *(_correlation_cells(row) for row in self.correlations)])]
         below = [*self._shrinkage(), *(() if self.estimates is None else self.estimates.sentences())]
         lines += ["", *below] if below else []
         lines += ["", *self.notes] if self.notes else []
         return "\n".join(lines)
 
     def _shrinkage(self) -> tuple[str, ...]:
-        """What the columns of variability are."""
+        """A note on the columns of variability."""
         sources = {row.shrinkage_from for row in self.rows if row.shrinkage is not None}
         if not sources:
             return ()
@@ -304,12 +304,12 @@ def _scale(parameter: Parameter) -> str:
     return parameter.unit
 
 
-def _written(value: float | None, digits: int = 4) -> str:
+def _format(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}g}"
 
 
 def _percent(value: float | None) -> str:
-    """With one decimal, as long as that is not more than anybody reads."""
+    """With one decimal, as long as the number stays short."""
     if value is None:
         return "-"
     return f"{round(value, 1) + 0.0:.1f}" if abs(value) < 1000 else f"{value:.3g}"
@@ -320,11 +320,11 @@ def _interval(lower: float | None, upper: float | None, digits: int = 4) -> str:
 
 
 def _typical_cells(row: TableRow) -> tuple[str, ...]:
-    name = (row.parameter, row.unit or "-", _written(row.natural))
+    name = (row.parameter, row.unit or "-", _format(row.natural))
     if row.status == "fixed":
         return (*name, "fixed", "-", "-")
     interval = _interval(row.natural_lower, row.natural_upper)
-    return (*name, _written(row.natural_se, 3), _percent(row.rse_percent), interval)
+    return (*name, _format(row.natural_se, 3), _percent(row.rse_percent), interval)
 
 
 def _spread_cells(row: TableRow) -> tuple[str, ...]:
@@ -334,7 +334,7 @@ def _spread_cells(row: TableRow) -> tuple[str, ...]:
         return (name, row.scale or "-", how, *["-"] * 7)
     fixed = row.omega_status == "fixed"
     errors = (
-        _written(row.omega_se, 3),
+        _format(row.omega_se, 3),
         _percent(row.omega_rse_percent),
         _interval(row.omega_lower, row.omega_upper, 3),
     )
@@ -342,9 +342,9 @@ def _spread_cells(row: TableRow) -> tuple[str, ...]:
     return (
         name,
         row.scale or "-",
-        _written(row.omega),
+        _format(row.omega),
         *(("fixed", "-", "-") if fixed else errors),
-        _written(row.omega_variance),
+        _format(row.omega_variance),
         _percent(row.cv_percent),
         *(_percent(value) for value in shrinkage),
     )
@@ -353,14 +353,14 @@ def _spread_cells(row: TableRow) -> tuple[str, ...]:
 def _correlation_cells(row: CorrelationRow) -> tuple[str, ...]:
     interval = _interval(row.lower, row.upper)
     label = correlation_label(row.first, row.second)
-    return (label, _written(row.correlation, 3), _written(row.se, 3), interval)
+    return (label, _format(row.correlation, 3), _format(row.se, 3), interval)
 
 
-def _aligned(cells: list[tuple[str, ...]], *, spare: tuple[str, ...] = ()) -> list[str]:
+def _align(cells: list[tuple[str, ...]], *, spare: tuple[str, ...] = ()) -> list[str]:
     """Lines of aligned columns, a rule below the headings; ``spare`` columns go first where a page is too narrow."""
     widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
     if spare and sum(widths) + 2 * (len(widths) - 1) > _WIDTH:
         place = cells[0].index(spare[0])
-        return _aligned([row[:place] + row[place + 1 :] for row in cells], spare=spare[1:])
+        return _align([row[:place] + row[place + 1 :] for row in cells], spare=spare[1:])
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return [lines[0], "-" * max(len(line) for line in lines), *lines[1:]]

@@ -15,7 +15,7 @@ from nlme_sbi.numerics.mcmc_diagnostics import bulk_ess, split_rhat, tail_ess
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.theta_posterior.prior import ThetaPrior
 
-RHAT = 1.01  # above it chains have not met (Vehtari et al. 2021)
+RHAT = 1.01  # above it chains have not converged (Vehtari et al. 2021)
 LEAST_ESS = 400.0  # of bulk and tails, below which quantiles are not to be quoted
 _QUANTILES = (0.025, 0.5, 0.975)
 
@@ -55,7 +55,7 @@ class ThetaDraws:
         prior: that they were drawn under.
         acceptance: share of proposals that were accepted.
         evaluations: of the objective.
-        warnings: what a reader must know.
+        warnings: to be read before the draws are used.
     """
 
     population: PopulationModel
@@ -76,9 +76,9 @@ class ThetaDraws:
         estimate, posterior mean, SD, median and 95% interval, R-hat, bulk and tail ESS, prior."""
         names, transform = self.population.unknowns.names, self._quantities
         free = self.population.unknowns.free.tolist()
-        said = dict(zip(free, self.prior.described(), strict=True))
+        priors = dict(zip(free, self.prior.describe(), strict=True))
         rows = [
-            _row(names[place], "", float(self.estimate[place]), self.theta[..., place]) | {"prior": said[place]}
+            _row(names[place], "", float(self.estimate[place]), self.theta[..., place]) | {"prior": priors[place]}
             for place in free
         ]
         labels, units = self._labels()
@@ -134,7 +134,7 @@ class ThetaDraws:
 @dataclass(frozen=True)
 class ChainCheck:
     """Convergence of one quantity. R-hat compares ensembles, which are independent, and their halves in time; effective
-    numbers take every walker as a chain, because only a walker's own steps follow each other."""
+    numbers take every walker as a chain, because only steps of the same walker are autocorrelated."""
 
     rhat: float
     bulk: float
@@ -151,24 +151,24 @@ class ChainCheck:
 def convergence_warnings(
     population: PopulationModel, theta: Float[Tensor, "ensembles walkers draws P"]
 ) -> tuple[str, ...]:
-    """Sentences on unknowns whose chains have not met or are worth too few draws."""
+    """Sentences on unknowns whose chains have not converged or have too few effective draws."""
     apart, poor = [], []
     for place in population.unknowns.free.tolist():
         name, check = population.unknowns.labels[place], ChainCheck.of(theta[..., place].cpu().numpy())
-        worth = min(check.bulk, check.tail)
+        ess = min(check.bulk, check.tail)
         if not check.rhat <= RHAT:
             apart.append(f"{name} ({check.rhat:.3g})")
-        if not worth >= LEAST_ESS:
-            poor.append(f"{name} ({worth:.0f})")
-    said = []
+        if not ess >= LEAST_ESS:
+            poor.append(f"{name} ({ess:.0f})")
+    warnings = []
     if apart:
-        said.append(
-            f"The chains have not met: R-hat above {RHAT} for {', '.join(apart)}. These draws are not the posterior; "
-            "use more steps, or look for several maxima in the fit's restarts."
+        warnings.append(
+            f"The chains have not converged: R-hat above {RHAT} for {', '.join(apart)}. These draws are not the "
+            "posterior; use more steps, or look for several maxima in the fit's restarts."
         )
     if poor:
-        said.append(f"Fewer than {LEAST_ESS:.0f} effective draws for {', '.join(poor)}; use more steps.")
-    return tuple(said)
+        warnings.append(f"Fewer than {LEAST_ESS:.0f} effective draws for {', '.join(poor)}; use more steps.")
+    return tuple(warnings)
 
 
 def _row(name: str, unit: str, estimate: float, draws: Float[Tensor, "ensembles walkers draws"]) -> dict[str, object]:

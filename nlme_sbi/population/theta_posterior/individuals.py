@@ -28,7 +28,8 @@ LogLikelihood = Callable[[Tensor, Tensor], Tensor]
 @dataclass(frozen=True, eq=False)
 class IndividualsOverTheta:
     """``phi (I, K, D)``, one draw for each of K draws of theta; ``support (I,)``, the share of the stored draws that
-    stays effective, on average over theta: near 0 the stored draws do not reach where theta pulls them."""
+    stays effective, on average over theta: near 0 the stored draws do not cover the individuals' posteriors at these
+        theta."""
 
     phi: Float[Tensor, "I K D"]
     support: Float[Tensor, " I"]
@@ -67,7 +68,7 @@ def individuals_over_theta(
         support = (1 / weights.square().sum(2)).mean(1) / stored
         moved = any(not torch.equal(before, one) for one in after)
         count = _CANDIDATES if moved else 1
-        index = _chosen(weights, _stratified(len(rows), len(thetas), count, generator).to(draws.device))
+        index = _choose(weights, _stratified_uniforms(len(rows), len(thetas), count, generator).to(draws.device))
         phi = draws[rows].gather(1, index.flatten(1)[..., None].expand(-1, -1, draws.shape[2]))
         phi = phi.reshape(len(rows), len(thetas), count, -1)
         if moved:
@@ -94,15 +95,18 @@ def _weights(
     return torch.softmax(log_weights, 2)
 
 
-def _stratified(individuals: int, draws: int, count: int, generator: torch.Generator) -> Float[Tensor, "i K c"]:
-    """Uniform numbers of which one lies in each of equal strata, in random order: every stored draw gets its turn."""
+def _stratified_uniforms(
+    individuals: int, draws: int, count: int, generator: torch.Generator
+) -> Float[Tensor, "i K c"]:
+    """Uniform numbers of which one lies in each of equal strata, in random order: so that the stored draws are used
+    evenly."""
     shape = (individuals, draws * count)
     order = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64).argsort(1)
     jitter = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
     return ((order + jitter) / shape[1]).reshape(individuals, draws, count)
 
 
-def _chosen(weights: Float[Tensor, "i K S"], uniform: Float[Tensor, "i K c"]) -> Int[Tensor, "i K c"]:
+def _choose(weights: Float[Tensor, "i K S"], uniform: Float[Tensor, "i K c"]) -> Int[Tensor, "i K c"]:
     """Positions of the draws in which the uniform numbers fall."""
     ends = weights.cumsum(2)
     return torch.searchsorted(ends.contiguous(), (uniform * ends[..., -1:]).contiguous()).clamp_max(
@@ -124,8 +128,8 @@ def _with_new_constants(
     moved[..., columns] = constants[:, :, None]
     values = [log_likelihood(one.flatten(1, 2), rows).to(phi).reshape(phi.shape[:3]) for one in (moved, phi)]
     change = (values[0] - values[1]).nan_to_num(-torch.inf, neginf=-torch.inf)
-    # Where no candidate is possible any one is as good as the others.
+    # Where no candidate has a likelihood above 0, all are equal.
     change = torch.where(torch.isfinite(change).any(2, keepdim=True), change, 0.0)
     uniform = torch.rand((*phi.shape[:2], 1), generator=generator, device=generator.device, dtype=torch.float64)
-    index = _chosen(torch.softmax(change, 2), uniform.to(phi.device)).clamp_max(count - 1)
+    index = _choose(torch.softmax(change, 2), uniform.to(phi.device)).clamp_max(count - 1)
     return moved.gather(2, index[..., None].expand(-1, -1, -1, phi.shape[3]))

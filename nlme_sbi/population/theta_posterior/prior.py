@@ -97,7 +97,7 @@ class ThetaPriors:
             elif row.quantity == LOG_SD:
                 entries.append(_Entry("half-normal", 0.0, self.sd_scale * sd[row.parameter]))
             elif row.quantity == PARTIAL_CORRELATION:
-                entries.append(_Entry("LKJ", 0.0, self.correlation_shape + 0.5 * _unconditioned(unknowns, row)))
+                entries.append(_Entry("LKJ", 0.0, self.correlation_shape + 0.5 * _count_unconditioned(unknowns, row)))
             else:
                 entries.append(_Entry("normal", 0.0, float(self.effect_sd)))
         return ThetaPrior(unknowns.free, tuple(entries), float(self.correlation_shape))
@@ -111,7 +111,7 @@ class _Entry:
     centre: float
     scale: float
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """In words."""
         if self.kind == "normal":
             return f"normal({self.centre:.4g}, {self.scale:.4g})"
@@ -136,9 +136,9 @@ class ThetaPrior:
             total = total + _log_density(theta[..., place], entry)
         return total
 
-    def described(self) -> tuple[str, ...]:
+    def describe(self) -> tuple[str, ...]:
         """Each prior in words, in the order of the estimated unknowns."""
-        return tuple(f"LKJ({self.shape:.4g})" if entry.kind == "LKJ" else entry.described() for entry in self.entries)
+        return tuple(f"LKJ({self.shape:.4g})" if entry.kind == "LKJ" else entry.describe() for entry in self.entries)
 
 
 def _log_density(value: Tensor, entry: _Entry) -> Tensor:
@@ -155,7 +155,7 @@ def _log_density(value: Tensor, entry: _Entry) -> Tensor:
     return -2 * entry.scale * log_cosh - constant
 
 
-def _unconditioned(table: ParameterTable, pair: Unknown) -> int:
+def _count_unconditioned(table: ParameterTable, pair: Unknown) -> int:
     """``d - 2 - k`` of a partial correlation: variables of its block that are neither of the pair nor conditioned on,
     which are those that come before the pair's first."""
     pairs = [table.rows[place] for place in table.entries(PARTIAL_CORRELATION)]

@@ -4,7 +4,7 @@ The likelihood is the fit's objective on its fixed draws (common random numbers)
 function. Several ensembles of walkers are run by emcee (Foreman-Mackey et al. 2013, PASP 125:306), each from points of
 its own that are spread wider than the posterior. Most moves propose from a heavy-tailed approximation of the posterior,
 first about its mode, then with the moments of the second half of the warm-up; the others are differential evolution and
-stretches, which need no such luck.
+stretches, which do not depend on its quality.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from nlme_sbi.population.theta_posterior.prior import ThetaPrior
 
 _FREEDOM = 6.0  # degrees of freedom of the independent proposals
 _SPREAD = 1.5  # of the starting points, in posterior SDs
-_BLOCK = 50  # steps between two looks at the chains
-_SEEN = 60  # posterior draws at which the weights of the individuals are looked at
+_BLOCK = 50  # steps between convergence checks
+_SEEN = 60  # posterior draws at which the weights of the individuals are checked
 _FEW = 10.0  # effective draws below which an individual's likelihood is not known
 
 
@@ -52,7 +52,7 @@ class EnsembleSampler:
         walkers: of each ensemble; null takes twice the number of unknowns, and at least 16.
         warmup: steps of each walker that are thrown away.
         steps: most steps that are kept; fewer where ``ess`` is reached before.
-        ess: wished effective draws, bulk and tails, of every unknown.
+        ess: target effective number of draws, bulk and tails, of every unknown.
         effective: draws of the individuals are thinned to about this effective number (of the poorest 5% of them);
             more make it slower, fewer make the likelihood noisier.
     """
@@ -101,32 +101,32 @@ def sample_theta(
         theta: its estimate, where the search for the mode begins.
         prior: from :meth:`ThetaPriors.bind`.
         covariance: of the estimate, ``fit.covariance``: how far constants may go (after an exact fit).
-        generator: everything random comes from it.
+        generator: of all random numbers.
         settings: of the sampler.
         ids: of the individuals, for messages.
-        progress: told how far it is.
+        progress: called with how far it is.
 
     Raises:
         ValueError: without emcee, or for impossible settings.
     """
     settings = settings or EnsembleSampler()
-    target = _Target(_prepared(state, theta, covariance, settings.effective), theta, prior)
+    target = _Target(_prepare_draws(state, theta, covariance, settings.effective), theta, prior)
     walkers = settings.walkers_for(len(target.free))
     mode, factor = _approximation(target)
     seeds = torch.randint(2**31 - 1, (settings.ensembles,), generator=generator, device=generator.device).tolist()
-    ensembles = [_Ensemble.begun(target, mode, factor, walkers=walkers, seed=seed) for seed in seeds]
-    say = progress or _silent
+    ensembles = [_Ensemble.start(target, mode, factor, walkers=walkers, seed=seed) for seed in seeds]
+    report = progress or _silent
     total = settings.warmup + settings.steps
-    say(FitProgress("posterior of theta", 0, total))
+    report(FitProgress("posterior of theta", 0, total))
     warm = np.concatenate([ensemble.advance(settings.warmup) for ensemble in ensembles])[:, settings.warmup // 2 :]
     for ensemble in ensembles:
         ensemble.propose(*_moments(warm.reshape(-1, len(mode)), factor))
-    say(FitProgress("posterior of theta", settings.warmup, total))
+    report(FitProgress("posterior of theta", settings.warmup, total))
     kept: list[NDArray[np.float64]] = []
     while len(kept) * _BLOCK < settings.steps:
         kept.append(np.stack([ensemble.advance(_BLOCK) for ensemble in ensembles]))
-        say(FitProgress("posterior of theta", settings.warmup + len(kept) * _BLOCK, total))
-        if _enough(np.concatenate(kept, axis=2), float(settings.ess)):
+        report(FitProgress("posterior of theta", settings.warmup + len(kept) * _BLOCK, total))
+        if _has_converged(np.concatenate(kept, axis=2), float(settings.ess)):
             break
     chains = torch.as_tensor(np.concatenate(kept, axis=2), dtype=theta.dtype, device=theta.device)
     drawn = theta.expand(*chains.shape[:3], -1).clone()
@@ -145,9 +145,9 @@ def sample_theta(
     )
 
 
-def _prepared(state: WeightedDraws, theta: Tensor, covariance: Tensor | None, effective: int) -> WeightedDraws:
-    """The first draws of everybody, so many that most keep about this effective number; with likelihoods that hold
-    as far as constants may go."""
+def _prepare_draws(state: WeightedDraws, theta: Tensor, covariance: Tensor | None, effective: int) -> WeightedDraws:
+    """The first draws of every individual, so many that most keep about this effective number; with likelihoods that
+    hold as far as constants may go."""
     surplus = float(torch.quantile(effective_draws(state, theta), 0.05)) / effective
     if surplus >= 2:
         rows = torch.arange(state.individuals, device=state.blocks[0].rows.device)
@@ -194,10 +194,10 @@ class _Target:
         pair = self.theta.expand(2, -1)
         try:
             return torch.allclose(self._all_at_once(pair), self._one_by_one(pair), rtol=1e-8, atol=1e-8)
-        except RuntimeError:  # torch's word for what it cannot batch
+        except RuntimeError:  # torch's error for operations that it cannot batch
             return False
 
-    def uphill(self, theta: Tensor) -> tuple[float, Tensor]:
+    def value_and_gradient(self, theta: Tensor) -> tuple[float, Tensor]:
         """Log posterior and its gradient in the free unknowns."""
         value, gradient = value_and_gradient(self.state, theta)
         with torch.enable_grad():
@@ -227,7 +227,7 @@ def _approximation(target: _Target) -> tuple[NDArray[np.float64], NDArray[np.flo
 
     def downhill(inner: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         moved = start.index_add(0, target.free, scale @ torch.as_tensor(inner, dtype=start.dtype).to(start))
-        value, gradient = target.uphill(moved)
+        value, gradient = target.value_and_gradient(moved)
         slopes = (scale.T @ gradient).cpu().numpy()
         if not (math.isfinite(value) and np.isfinite(slopes).all()):
             return 1e30, np.zeros_like(slopes)
@@ -248,7 +248,7 @@ class _Ensemble:
         self._moved: list[float] = []
 
     @classmethod
-    def begun(
+    def start(
         cls, target: _Target, mode: NDArray[np.float64], factor: NDArray[np.float64], *, walkers: int, seed: int
     ) -> _Ensemble:
         """Walkers spread wider than the posterior, each where it is finite."""
@@ -300,7 +300,7 @@ class _Ensemble:
 def _moments(
     points: NDArray[np.float64], factor: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and covariance factor of the points; the factor stays where they are too few to tell."""
+    """Mean and covariance factor of the points; the factor stays where there are too few."""
     covariance: NDArray[np.float64] = np.atleast_2d(np.cov(points.T)).astype(np.float64)
     try:
         found: NDArray[np.float64] = np.asarray(np.linalg.cholesky(covariance), dtype=np.float64)
@@ -326,10 +326,10 @@ def _independent(mode: NDArray[np.float64], factor: NDArray[np.float64]) -> Call
     return propose
 
 
-def _enough(chains: NDArray[np.float64], wished: float) -> bool:
-    """Whether every unknown has met and is worth the wished number of draws."""
+def _has_converged(chains: NDArray[np.float64], required: float) -> bool:
+    """Whether every unknown has converged and has the target effective number of draws."""
     found = [ChainCheck.of(column) for column in np.moveaxis(chains, 3, 0)]
-    return all(check.rhat <= RHAT and min(check.bulk, check.tail) >= max(wished, LEAST_ESS) for check in found)
+    return all(check.rhat <= RHAT and min(check.bulk, check.tail) >= max(required, LEAST_ESS) for check in found)
 
 
 @torch.no_grad()
@@ -351,18 +351,18 @@ def support_warnings(
     effective = torch.stack([effective_draws(state, drawn[place]) for place in places])
     few = min(_FEW, 0.1 * state.draws)
     collapsed = (effective < few).double().mean(0) - (effective_draws(state, theta) < few).double()
-    said: list[str] = []
+    warnings: list[str] = []
     if bool((collapsed > 0.05).any()):
         lost = torch.nonzero(collapsed > 0.05)[:, 0]
         worst = int(collapsed.argmax())
         name = str(worst) if ids is None else ids[worst]
-        said.append(
+        warnings.append(
             f"The fixed draws do not support the spread of theta: {len(lost)} of {state.individuals} individuals have "
             f"fewer than {few:g} effective draws at more than 5% of the posterior draws; worst: {name} "
             f"({100 * float(collapsed[worst]):.0f}%). Use more draws (estimator.draws, sampler.effective) or narrower "
             "priors."
         )
-    return (*said, *_beyond_expansion(state, drawn))
+    return (*warnings, *_beyond_expansion(state, drawn))
 
 
 def _beyond_expansion(state: WeightedDraws, drawn: Tensor) -> tuple[str, ...]:
@@ -370,7 +370,7 @@ def _beyond_expansion(state: WeightedDraws, drawn: Tensor) -> tuple[str, ...]:
     if not isinstance(state, BoundedDraws):
         return ()
     names = [state.population.parameters.names[column] for column in state.population.constant]
-    far = [name for name, share in zip(names, state.beyond(drawn).tolist(), strict=True) if share > 0.002]
+    far = [name for name, share in zip(names, state.share_beyond_range(drawn).tolist(), strict=True) if share > 0.002]
     if not far:
         return ()
     return (

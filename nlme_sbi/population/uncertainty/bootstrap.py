@@ -1,9 +1,9 @@
 """Bootstrap over individuals: whole individuals drawn again, with the draws and proposals of the fit.
 
-A replicate weights every individual's objective by how often it was drawn and climbs from the estimate, so that no draw
-is made again and a replicate is a few evaluations. Draws are common to all replicates: their Monte-Carlo error shifts
-all alike, which is taken out again. Therefore a part of the fit's draws serves: as few as keep that error below a tenth
-of the standard errors, to whose squares it adds a hundredth.
+A replicate weights every individual's objective by how often it was drawn and maximises it from the estimate, so that
+no draw is made again and a replicate is a few evaluations. Draws are common to all replicates: their Monte-Carlo error
+shifts all alike, which is corrected. Therefore a part of the fit's draws serves: as few as keep that error below a
+tenth of the standard errors, to whose squares it adds a hundredth.
 
 Source: Efron and Tibshirani (1993), An Introduction to the Bootstrap; Rubin (1981), Ann. Stat. 9:130, for the Bayesian
 one.
@@ -25,7 +25,7 @@ from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import scores, value_and_gradient
 from nlme_sbi.population.objective.optimization import NOWHERE, lbfgs
 from nlme_sbi.population.results.fit_result import PopulationFit
-from nlme_sbi.population.uncertainty.profile import expanded
+from nlme_sbi.population.uncertainty.profile import expand_constants
 
 Weights = Literal["multinomial", "exponential"]
 _EVALUATIONS = 60
@@ -43,7 +43,7 @@ class Bootstrap:
     Args:
         unknowns: names of the entries of theta.
         theta: ``(B, P)``, unconstrained; fixed entries at their values.
-        failed: replicates that ended nowhere and are left out.
+        failed: replicates that did not converge and are left out.
         weights: how individuals were drawn.
     """
 
@@ -100,10 +100,10 @@ def bootstrap(
     Args:
         fit: a converged fit.
         generator: for the draws of individuals.
-        replicates: how many; 200 tell standard errors to 5%, intervals ask for 1000.
+        replicates: how many; 200 give standard errors to 5%, intervals need 1000.
         weights: "multinomial", individuals drawn with replacement, or "exponential", the Bayesian bootstrap, in which
-            nobody is left out.
-        progress: told how far it is.
+            no individual is left out.
+        progress: called with how far it is.
 
     Raises:
         ValueError: for a fit without standard errors or with no more individuals than unknowns, or too few replicates.
@@ -119,7 +119,7 @@ def bootstrap(
             f"A bootstrap needs more individuals than unknowns; there are {len(fit.ids)} individuals for "
             f"{fit.estimated} unknowns."
         )
-    thin = _thinned(fit)
+    thin = _thin(fit)
     free = fit.population.unknowns.free.to(fit.theta.device)
     information = torch.linalg.inv(fit.covariance[free][:, free])
     centre = lbfgs(thin, fit.theta, information, tolerance=_TOLERANCE / 4).theta
@@ -135,12 +135,12 @@ def bootstrap(
         if progress is not None:
             progress(FitProgress("bootstrap", done + 1, replicates))
     if len(found) < 2:
-        raise ValueError(f"{failed} of {replicates} bootstrap replicates ended nowhere; the fit is not to be trusted.")
+        raise ValueError(f"{failed} of {replicates} bootstrap replicates did not converge; do not trust this fit.")
     return Bootstrap(fit.population.unknowns.names, torch.stack(found), failed, weights)
 
 
-def _thinned(fit: PopulationFit) -> WeightedDraws:
-    """A part of every individual's draws that is large enough."""
+def _thin(fit: PopulationFit) -> WeightedDraws:
+    """A sufficient subset of every individual's draws."""
     free = fit.population.unknowns.free.to(fit.theta.device)
     error, bias = fit.monte_carlo.worst(fit.standard_errors, free)
     if not math.isfinite(error + bias):
@@ -149,8 +149,8 @@ def _thinned(fit: PopulationFit) -> WeightedDraws:
     allowed = min((_NOISE / max(error, 1e-6)) ** 2, _NOISE / max(bias, 1e-6), fit.state.draws / _FEWEST)
     if allowed < 2:
         return fit.state
-    everybody = torch.arange(fit.state.individuals, device=fit.theta.device)
-    return fit.state.part(everybody, slice(0, None, int(allowed)))
+    every = torch.arange(fit.state.individuals, device=fit.theta.device)
+    return fit.state.part(every, slice(0, None, int(allowed)))
 
 
 def _multiplicity(individuals: int, weights: Weights, generator: torch.Generator) -> Float[Tensor, " I"]:
@@ -163,7 +163,7 @@ def _multiplicity(individuals: int, weights: Weights, generator: torch.Generator
 
 
 def _replicate(fit: PopulationFit, slopes: Float[Tensor, "I free"], multiplicity: Tensor) -> Tensor | None:
-    """The estimate with these weights; None where the climb ended nowhere."""
+    """The estimate with these weights; None where the maximisation did not converge."""
     free = fit.population.unknowns.free.to(fit.theta.device)
     covariance = fit.covariance[free][:, free]
     se = covariance.diagonal().sqrt()
@@ -175,14 +175,14 @@ def _replicate(fit: PopulationFit, slopes: Float[Tensor, "I free"], multiplicity
         theta = fit.theta
     information = torch.linalg.inv(covariance)
     for done in range(_EXPANSIONS):
-        moved = expanded(state, theta, fit.standard_errors)
+        moved = expand_constants(state, theta, fit.standard_errors)
         if moved is None and done > 0:
             break
         state = state if moved is None else moved
-        summit = lbfgs(
+        maximum = lbfgs(
             state, theta, information, tolerance=_TOLERANCE, evaluations=_EVALUATIONS, multiplicity=multiplicity
         )
-        if abs(summit.objective) >= NOWHERE:
+        if abs(maximum.objective) >= NOWHERE:
             return None
-        theta = summit.theta
+        theta = maximum.theta
     return theta

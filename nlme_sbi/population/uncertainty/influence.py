@@ -1,9 +1,9 @@
-r"""What leaving out a single individual does to the estimates, without fitting again.
+r"""Influence of leaving out single individuals on the estimates, without fitting again.
 
 The estimate maximises :math:`\sum_j l_j(\theta)`; without individual i one Newton step from it is
 :math:`-(H - H_i)^{-1} g_i`, with the score :math:`g_i = \nabla l_i` and the information :math:`H`. The share
 :math:`H_i` of one individual is taken as its average, :math:`H/n`, which makes the step exact for a mean of known
-individuals. Where a step is long, the others' likelihood is climbed to its maximum instead, on the same draws, whose
+individuals. Where a step is long, the others' likelihood is maximised instead, on the same draws, whose
 weights follow theta.
 
 Source: Cook (1986), J. R. Stat. Soc. B 48:133; Pregibon (1981), Ann. Stat. 9:705, for one-step deletion.
@@ -37,7 +37,7 @@ class Influence:
         shifts: ``(I, free)`` the estimate without the individual minus the estimate, in standard errors.
         cook: ``(I,)`` squared length of the shift in the information, over the number of unknowns (Cook's distance).
         objective: ``(I,)`` the individual's own contribution to the fit's objective.
-        refitted: ``(I,)`` whether the others' likelihood was climbed, rather than one step taken.
+        refitted: ``(I,)`` whether the others' likelihood was maximised, rather than one step taken.
     """
 
     ids: tuple[str, ...]
@@ -119,7 +119,7 @@ def _without(
     *,
     start: Float[Tensor, " free"],
 ) -> Float[Tensor, " free"] | None:
-    """Shift to the maximum of the others' likelihood; None where the climb does not settle."""
+    """Shift to the maximum of the others' likelihood; None where the maximisation does not converge."""
     others = torch.ones(state.individuals, dtype=theta.dtype, device=theta.device)
     others[row] = 0.0
     se = covariance.diagonal().sqrt()

@@ -1,4 +1,4 @@
-"""What a finished fit's estimates are worth: intervals by the methods that are asked for."""
+"""Confidence intervals of a finished fit by the requested methods."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.objective.standard_errors import sandwich
 from nlme_sbi.population.results.fit_result import PopulationFit
-from nlme_sbi.population.results.intervals import Interval, ProfileCurve, made_interval, natural_values
+from nlme_sbi.population.results.intervals import Interval, ProfileCurve, make_interval, natural_values
 from nlme_sbi.population.uncertainty.bootstrap import Bootstrap, Weights, bootstrap
 from nlme_sbi.population.uncertainty.profile import Profile, profile_interval
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Assessment:
-    """How uncertainty is told.
+    """Settings of the confidence intervals.
 
     Args:
         methods: some of information, sandwich, profile, bootstrap.
@@ -87,7 +87,7 @@ def wald_intervals(
     for place in fit.population.unknowns.free.tolist():
         estimate, se = float(fit.theta[place]), float(errors[place])
         limits = (estimate, estimate - width * se, estimate + width * se)
-        found.append(_made(fit, place, limits, method=method, level=level, se=se, noise=0.0))
+        found.append(_make_interval(fit, place, limits, method=method, level=level, se=se, noise=0.0))
     return tuple(found)
 
 
@@ -95,7 +95,7 @@ def profile_rows(fit: PopulationFit, profiles: Sequence[Profile]) -> tuple[Inter
     """Profiles as intervals; their Monte-Carlo error is the larger one of the two limits."""
     names = fit.population.unknowns.names
     return tuple(
-        _made(
+        _make_interval(
             fit,
             names.index(profile.unknown),
             (profile.estimate, *profile.limits),
@@ -112,7 +112,7 @@ def bootstrap_rows(fit: PopulationFit, found: Bootstrap, *, level: float = 0.95)
     """Percentile intervals of the bootstrap."""
     limits, errors, noise = found.interval(level), found.standard_errors, found.limit_error(level)
     return tuple(
-        _made(
+        _make_interval(
             fit,
             place,
             (float(fit.theta[place]), float(limits[0, place]), float(limits[1, place])),
@@ -131,8 +131,8 @@ def add_intervals(
 ) -> PopulationFit:
     """The fit with its :attr:`PopulationFit.intervals` by every method that was asked for.
 
-    Where the fit has no standard errors there are no intervals either, which a warning tells. With no more individuals
-    than unknowns, sandwich and bootstrap are left out, which another one tells: scores of so few add up to a singular
+    Where the fit has no standard errors there are no intervals either, and a warning says so. With no more individuals
+    than unknowns, sandwich and bootstrap are left out with a warning: scores of so few add up to a singular
     matrix, so that some interval would have the width 0.
     """
     if not bool(torch.isfinite(fit.covariance).all()):
@@ -144,12 +144,12 @@ def add_intervals(
         found += wald_intervals(fit, level=settings.level)
     if "sandwich" in methods:
         found += wald_intervals(fit, sandwich_covariance(fit), method="sandwich", level=settings.level)
-    warnings: list[str] = _left_out(fit, [method for method in settings.methods if method not in methods])
+    warnings: list[str] = _omission_warning(fit, [method for method in settings.methods if method not in methods])
     profiles: tuple[Profile, ...] = ()
     if "profile" in methods:
         profiles = _profiles(fit, settings, generator, progress)
         found += profile_rows(fit, profiles)
-        warnings += _climbed(profiles)
+        warnings += _warn_of_higher_profile(profiles)
     if "bootstrap" in methods:
         replicates = bootstrap(
             fit, generator=generator, replicates=settings.replicates, weights=settings.weights, progress=progress
@@ -162,7 +162,7 @@ def add_intervals(
     return replace(fit, intervals=tuple(found), profiles=_curves(profiles), warnings=(*fit.warnings, *warnings))
 
 
-def _left_out(fit: PopulationFit, methods: Sequence[str]) -> list[str]:
+def _omission_warning(fit: PopulationFit, methods: Sequence[str]) -> list[str]:
     if not methods:
         return []
     return [
@@ -190,18 +190,18 @@ def _profiles(
     return tuple(found)
 
 
-def _climbed(profiles: Sequence[Profile]) -> tuple[str, ...]:
+def _warn_of_higher_profile(profiles: Sequence[Profile]) -> tuple[str, ...]:
     higher = {profile.unknown: profile.climbed for profile in profiles if profile.climbed > 0.05}
     if not higher:
         return ()
     worst = max(higher, key=lambda name: higher[name])
     return (
-        f"The profile of {worst} came {higher[worst]:.2g} above the maximum of the fit, which is therefore none: use "
-        "more starts.",
+        f"The profile of {worst} came {higher[worst]:.2g} above the maximum of the fit, which is therefore not the "
+        "maximum: use more starts.",
     )
 
 
-def _made(
+def _make_interval(
     fit: PopulationFit,
     place: int,
     limits: tuple[float, float, float],
@@ -214,7 +214,7 @@ def _made(
 ) -> Interval:
     """A row whose Monte-Carlo error joins that of the estimate, which moves both limits, and the method's own."""
     own = float(fit.monte_carlo.se[place])
-    return made_interval(
+    return make_interval(
         fit.population,
         place,
         limits,

@@ -1,9 +1,9 @@
-r"""Profile-likelihood intervals: how far an unknown may go, the others following, before the likelihood says no.
+r"""Profile-likelihood intervals: the range of an unknown over which the maximum over the others stays high enough.
 
 The limits solve :math:`2 (\ell(\hat\theta) - \max_{\theta_k = c} \ell(\theta)) = \chi^2_{1, level}`. The signed root of
-the left side is nearly linear in c, so a few secant steps find them. All on the fit's own draws: what finitely many
-draws do to two points is then mostly the same, and their difference is far more precise than either. Where that does
-not hold any more (the limit is far from where the draws were made), draws that serve both ends replace them.
+the left side is nearly linear in c, so a few secant steps find them. All on the fit's own draws: the Monte-Carlo errors
+of two points are then mostly the same, and their difference is far more precise than either. Where that no longer
+holds (the limit is far from where the draws were made), draws valid at both ends replace them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nlme_sbi.population.results.fit_result import PopulationFit
 
 _TOLERANCE = 0.005  # of the signed root: a limit is known to about so many standard errors
 _STEPS = 24  # of one search for a limit
-_INTERPOLATED = 4  # steps after which every other one halves the bracket: interpolation may stick to one end
+_INTERPOLATED = 4  # steps after which every other one bisects: interpolation may stick to one end
 _REACH = 12.0  # standard errors beyond which a limit counts as infinite
 _CUBIC = 0.01  # error of an estimate, in standard errors, that an expansion in the constants may leave
 _EXPANSIONS = 3
@@ -42,11 +42,11 @@ class Profile:
         estimate: where the profile has its maximum.
         limits: lower and upper; infinite where the likelihood never falls so far.
         monte_carlo_se: standard errors of both limits from finitely many draws; apart from the sampling error, which is
-            what the interval tells.
+            what the interval expresses.
         points: ``(n,)`` visited values, ascending.
         drops: ``(n,)`` twice the log-likelihood lost there.
         redrawn: how many of the two limits needed draws of their own.
-        climbed: how much higher than the fit's maximum the profile came; above 0.01 the fit had not converged.
+        climbed: how much the profile exceeds the fit's maximum; above 0.01 the fit had not converged.
     """
 
     unknown: str
@@ -112,7 +112,7 @@ def profile_interval(
         found, slope = _limit(line, start, side, target)
         error = _error(start, found[-1], slope, target)
         if math.isfinite(slope) and error > _IMPRECISE and generator is not None:
-            fresh = _served(fit, line, found[-1], generator)
+            fresh = _maximum_on_common_draws(fit, line, found[-1], generator)
             if fresh is not None:
                 found, slope = _limit(line, fresh, side, target)
                 start, error, redrawn = fresh, _error(fresh, found[-1], slope, target), redrawn + 1
@@ -194,21 +194,21 @@ def _limit(line: _Line, start: _Point, side: float, target: float) -> tuple[list
     return points[1:], math.inf if roots[-1] < target - 0.1 else slope
 
 
-def _sorted(points: list[_Point], roots: list[float]) -> list[tuple[float, float]]:
+def _sort_points(points: list[_Point], roots: list[float]) -> list[tuple[float, float]]:
     return sorted((abs(point.offset), root) for point, root in zip(points, roots, strict=True))
 
 
 def _slope(points: list[_Point], roots: list[float], target: float) -> float:
     """Of the root, between the two points whose roots are nearest to the target."""
-    near = sorted(_sorted(points, roots), key=lambda pair: abs(pair[1] - target))[:2]
+    near = sorted(_sort_points(points, roots), key=lambda pair: abs(pair[1] - target))[:2]
     (first, low), (second, high) = sorted(near)
     return max((high - low) / max(second - first, 1e-12), 1e-3)
 
 
 def _next_offset(points: list[_Point], roots: list[float], target: float, *, halve: bool) -> float:
     """Linear interpolation between the nearest points on both sides of the target (or halfway), or further out."""
-    below = max((pair for pair in _sorted(points, roots) if pair[1] < target), default=(0.0, 0.0))
-    above = [pair for pair in _sorted(points, roots) if pair[1] >= target and pair[0] > below[0]]
+    below = max((pair for pair in _sort_points(points, roots) if pair[1] < target), default=(0.0, 0.0))
+    above = [pair for pair in _sort_points(points, roots) if pair[1] >= target and pair[0] > below[0]]
     if above:
         beyond = above[0]
         share = 0.5 if halve else (target - below[1]) / (beyond[1] - below[1])
@@ -225,16 +225,16 @@ def _constrained(line: _Line, guess: _Point) -> _Point:
         if not math.isfinite(value):
             return _Point(guess.offset, theta, -NOWHERE, state)
         if len(line.others) > 0:
-            summit = lbfgs(state, theta, line.information, tolerance=0.01, free=line.others)
-            theta, value = summit.theta, summit.objective
-        moved = expanded(state, theta, line.se)
+            maximum = lbfgs(state, theta, line.information, tolerance=0.01, free=line.others)
+            theta, value = maximum.theta, maximum.objective
+        moved = expand_constants(state, theta, line.se)
         if moved is None:
             break
         state = moved
     return _Point(guess.offset, theta, value, state)
 
 
-def expanded(state: WeightedDraws, theta: Float[Tensor, " P"], se: Float[Tensor, " P"]) -> WeightedDraws | None:
+def expand_constants(state: WeightedDraws, theta: Float[Tensor, " P"], se: Float[Tensor, " P"]) -> WeightedDraws | None:
     """The draws with likelihoods expanded about the constants at ``theta``; None where they were already near enough,
     or nothing was expanded.
 
@@ -250,7 +250,7 @@ def expanded(state: WeightedDraws, theta: Float[Tensor, " P"], se: Float[Tensor,
     places = [state.population.unknowns.entry(MEAN, name) for name in names]
     errors = torch.stack([torch.zeros_like(se[0]) if place is None else se[place] for place in places])
     allowed = torch.minimum((_CUBIC * errors).sqrt(), errors)
-    return None if bool((shift.amax(0) <= allowed).all()) else state.expanded_at(theta)
+    return None if bool((shift.amax(0) <= allowed).all()) else state.expand_about(theta)
 
 
 def _error(start: _Point, end: _Point, slope: float, target: float) -> float:
@@ -265,8 +265,8 @@ def _error(start: _Point, end: _Point, slope: float, target: float) -> float:
     return math.hypot(noise, bias) / (target * slope)
 
 
-def _served(fit: PopulationFit, line: _Line, end: _Point, generator: torch.Generator) -> _Point | None:
-    """The fit's maximum on draws that serve it and the far end alike; None where there is no way to such draws."""
+def _maximum_on_common_draws(fit: PopulationFit, line: _Line, end: _Point, generator: torch.Generator) -> _Point | None:
+    """The fit's maximum on draws valid both there and at the far end; None where such draws cannot be made."""
     if fit.redraw is None or not isinstance(fit.state, MovableDraws):
         return None
     with torch.no_grad():
@@ -274,5 +274,5 @@ def _served(fit: PopulationFit, line: _Line, end: _Point, generator: torch.Gener
         state = fit.state.joint_draws(far, generator)
     free = fit.population.unknowns.free.to(fit.theta.device)
     information = torch.linalg.inv(fit.covariance[free][:, free])
-    summit = lbfgs(state, fit.theta, information, tolerance=0.01)
-    return _Point(float((summit.theta - fit.theta)[line.place]) / line.unit, summit.theta, summit.objective, state)
+    maximum = lbfgs(state, fit.theta, information, tolerance=0.01)
+    return _Point(float((maximum.theta - fit.theta)[line.place]) / line.unit, maximum.theta, maximum.objective, state)

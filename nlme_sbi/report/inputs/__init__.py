@@ -1,1 +1,1 @@
-"""What the report reads."""
+"""Inputs of the report."""

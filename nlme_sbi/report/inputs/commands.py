@@ -28,7 +28,7 @@ _PLAIN = re.compile(r"[A-Za-z_][\w./:-]*|-?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 @dataclass(frozen=True)
 class Command:
-    """``text`` for a shell; ``note`` is what it does not say, "" where it is complete."""
+    """``text`` for a shell; ``note`` names what it leaves out; "" where it is complete."""
 
     text: str
     note: str = ""
@@ -43,13 +43,13 @@ def command_of(run: FinishedRun, inputs: Mapping[str, str] | None = None) -> Com
 
     Returns:
         A command whose configuration was composed and compared with the run's; where that is not possible (a
-        configuration folder of one's own, keys that this version does not know) a note tells.
+        configuration folder of one's own, keys that this version does not know) a note says so.
     """
     experiment = str(run.manifest["experiment"])
     stage = str(run.manifest["stage"])
     begin = [f"experiment={experiment}"]
-    given = [f"{key}={_quoted(value)}" for key, value in (inputs or {}).items()]
-    wanted = _asked(run)
+    given = [f"{key}={_quote(value)}" for key, value in (inputs or {}).items()]
+    wanted = _requested_sections(run)
     if not (_CONF / "experiment" / f"{experiment}.yaml").is_file() or not (_CONF / f"{stage}.yaml").is_file():
         note = (
             f"The experiment {experiment} is none of conf/; add --config-dir with its folder, and compare config.yaml."
@@ -57,7 +57,7 @@ def command_of(run: FinishedRun, inputs: Mapping[str, str] | None = None) -> Com
         return Command(_line(run, [*begin, *given]), note)
     try:
         found = _overrides(stage, begin, wanted)
-        left = _differing(wanted, _composed(stage, [*begin, *found]))
+        left = _differing_keys(wanted, _compose(stage, [*begin, *found]))
     except (HydraException, OmegaConfBaseException) as problem:
         note = (
             f"Its configuration cannot be composed by this version ({str(problem).splitlines()[0]}); see config.yaml."
@@ -67,7 +67,7 @@ def command_of(run: FinishedRun, inputs: Mapping[str, str] | None = None) -> Com
     return Command(_line(run, [*begin, *given, *found]), note)
 
 
-def _asked(run: FinishedRun) -> dict[str, Any]:
+def _requested_sections(run: FinishedRun) -> dict[str, Any]:
     """The sections of a run's configuration that a command would give."""
     skipped: Sequence[str] = _DERIVED
     if "simulations" in run.manifest["inputs"]:
@@ -82,7 +82,7 @@ def _line(run: FinishedRun, overrides: Sequence[str]) -> str:
     return shlex.join([*begin, f"scripts/{run.manifest['stage']}.py", *overrides, *online])
 
 
-def _composed(stage: str, overrides: Sequence[str], *, resolve: bool = True) -> dict[str, Any]:
+def _compose(stage: str, overrides: Sequence[str], *, resolve: bool = True) -> dict[str, Any]:
     # A script is itself inside Hydra, which composes one configuration at a time; what it holds is put back.
     ours = GlobalHydra.instance()
     held, ours.hydra = ours.hydra, None
@@ -95,7 +95,7 @@ def _composed(stage: str, overrides: Sequence[str], *, resolve: bool = True) -> 
 
 
 def _overrides(stage: str, begin: Sequence[str], wanted: Mapping[str, Any]) -> list[str]:
-    base = _composed(stage, begin)
+    base = _compose(stage, begin)
     choices: list[str] = []
     for section, value in wanted.items():
         if _target(value) != _target(base.get(section)) and (_CONF / section).is_dir():
@@ -103,15 +103,15 @@ def _overrides(stage: str, begin: Sequence[str], wanted: Mapping[str, Any]) -> l
             if choice is not None:
                 choices.append(f"{section}={choice}")
     if choices:
-        base = _composed(stage, [*begin, *choices])
+        base = _compose(stage, [*begin, *choices])
     changes = list(_changes(wanted, base, ()))
     if not changes:
         return choices
-    raw = _composed(stage, [*begin, *choices], resolve=False)
-    return [*choices, *dict.fromkeys(_redirected(change, raw) for change in changes)]
+    raw = _compose(stage, [*begin, *choices], resolve=False)
+    return [*choices, *dict.fromkeys(_redirect(change, raw) for change in changes)]
 
 
-def _redirected(change: str, raw: Mapping[str, Any]) -> str:
+def _redirect(change: str, raw: Mapping[str, Any]) -> str:
     """The same change where the value stands: a section may be a reference to another one (``design.data`` is
     ``${data}``)."""
     sign = change[0] if change[0] in "+~" else ""
@@ -122,7 +122,7 @@ def _redirected(change: str, raw: Mapping[str, Any]) -> str:
         node = node.get(key) if isinstance(node, Mapping) else None
         found = _REFERENCE.fullmatch(node) if isinstance(node, str) else None
         if found is not None:
-            return _redirected(f"{sign}{'.'.join([found.group(1), *keys[place + 1 :]])}{equals}{value}", raw)
+            return _redirect(f"{sign}{'.'.join([found.group(1), *keys[place + 1 :]])}{equals}{value}", raw)
     return change
 
 
@@ -131,10 +131,10 @@ def _target(section: object) -> object:
 
 
 def _choice(stage: str, begin: Sequence[str], section: str, value: Mapping[str, Any]) -> str | None:
-    """Of the choices of a group with the wished target, the one that needs the fewest changes."""
+    """Of the choices of a group with the requested target, the one that needs the fewest changes."""
     found: dict[str, int] = {}
     for path in sorted((_CONF / section).glob("*.yaml")):
-        composed = _composed(stage, [*begin, f"{section}={path.stem}"]).get(section)
+        composed = _compose(stage, [*begin, f"{section}={path.stem}"]).get(section)
         if _target(composed) == _target(value) and isinstance(composed, Mapping):
             found[path.stem] = len(list(_changes(value, composed, (section,))))
     return min(found, key=lambda name: found[name]) if found else None
@@ -146,30 +146,30 @@ def _changes(wanted: Mapping[str, Any], base: Mapping[str, Any], place: tuple[st
         here = (*place, str(key))
         path = ".".join(here)
         if key not in base:
-            yield f"+{path}={_quoted(value)}"
+            yield f"+{path}={_quote(value)}"
         elif isinstance(value, Mapping) and isinstance(base[key], Mapping):
             yield from _changes(value, base[key], here)
         elif value != base[key]:
-            yield f"{path}={_quoted(value)}"
+            yield f"{path}={_quote(value)}"
     for key in base:
         if key not in wanted and len(place) > 1:
             yield f"~{'.'.join((*place, str(key)))}"
 
 
-def _differing(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> set[str]:
+def _differing_keys(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> set[str]:
     return {change.lstrip("+~").split("=")[0] for change in _changes(wanted, found, ())}
 
 
-def _quoted(value: Any) -> str:
+def _quote(value: Any) -> str:
     """A value in the grammar of Hydra's overrides."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{_quoted(str(key))}:{_quoted(inner)}" for key, inner in value.items()) + "}"
+        return "{" + ",".join(f"{_quote(str(key))}:{_quote(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(_quoted(inner) for inner in value) + "]"
+        return "[" + ",".join(_quote(inner) for inner in value) + "]"
     text = str(value)
     reserved = text.lower() in ("null", "true", "false", "nan", "inf")
     if _PLAIN.fullmatch(text) and not reserved and not text[0].isdigit():

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.diagnostics.findings import Finding
-from nlme_sbi.diagnostics.fit.individual_curves import REASONS, IndividualCurves, Shown
+from nlme_sbi.diagnostics.fit.individual_curves import REASONS, IndividualCurves, ShownIndividuals
 from nlme_sbi.diagnostics.fit.predictive_bands import PredictiveBands
 from nlme_sbi.diagnostics.fit.vpc import VisualPredictiveCheck
 from nlme_sbi.runs import FinishedRun, load_array, load_json, read_csv, schema
@@ -50,8 +50,8 @@ class FitChecks:
 
     @cached_property
     def _findings(self) -> tuple[Finding, ...]:
-        told = load_json(self.run.file(FINDINGS), schema.FINDINGS)
-        return tuple(Finding.from_dict(one) for one in told["findings"])
+        stored = load_json(self.run.file(FINDINGS), schema.FINDINGS)
+        return tuple(Finding.from_dict(one) for one in stored["findings"])
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class FitChecks:
         """Rows of the individuals that checks by simulation took."""
         rows = tuple(self._facts["checked"])
         if any(row >= self.individuals for row in rows):
-            raise self._damaged(FACTS, "it names rows that the fit does not have")
+            raise self._damage(FACTS, "it names rows that the fit does not have")
         return rows
 
     @property
@@ -94,20 +94,20 @@ class FitChecks:
         return self._facts["transforms"]  # type: ignore[no-any-return]
 
     @property
-    def shown(self) -> Shown:
-        """Whose curves there are, with the reason of each."""
-        told = self._facts["shown"]
-        reasons = tuple(reason for one in told for reason in REASONS if reason == one["reason"])
-        rows = tuple(one["row"] for one in told)
+    def shown(self) -> ShownIndividuals:
+        """The individuals with curves, and the reason of each."""
+        stored = self._facts["shown"]
+        reasons = tuple(reason for one in stored for reason in REASONS if reason == one["reason"])
+        rows = tuple(one["row"] for one in stored)
         if len(reasons) != len(rows) or any(row >= self.individuals for row in rows):
-            raise self._damaged(FACTS, "it shows individuals for no reason, or some that the fit does not have")
-        return Shown(rows, reasons)
+            raise self._damage(FACTS, "it shows individuals for no reason, or some that the fit does not have")
+        return ShownIndividuals(rows, reasons)
 
     def vpc(self, name: str) -> VisualPredictiveCheck:
         """``vpc`` or ``pcvpc``."""
         (finding,) = self.findings((MODEL_CHECKS[name][-1],))
         if self._facts.get("confidence") is None:
-            raise self._damaged(FACTS, "it tells no confidence of the bands")
+            raise self._damage(FACTS, "it lacks the confidence of the bands")
         censored = f"{name}_censored"
         return VisualPredictiveCheck.from_frame(
             self.table(name),
@@ -122,7 +122,7 @@ class FitChecks:
         """Log-likelihood a measurement (nats) at every individual's posterior mean; None where there is none."""
         frame = read_csv(self.run.file(INDIVIDUALS))
         if len(frame) != self.individuals:
-            raise self._damaged(INDIVIDUALS, f"it has {len(frame)} rows for {self.individuals} individuals")
+            raise self._damage(INDIVIDUALS, f"it has {len(frame)} rows for {self.individuals} individuals")
         return frame[CLOSENESS].to_numpy(float) if CLOSENESS in frame else None
 
     def curves(self) -> IndividualCurves:
@@ -132,9 +132,9 @@ class FitChecks:
         arrays = {name: self._array(name) for name in names if self.run.has(f"{CURVES}/{name}.npy")}
         lacking = {"times", "with_noise", "failed", "within"} - set(arrays)
         if lacking or any(len(array) != count for array in arrays.values()):
-            raise self._damaged(CURVES, f"it lacks curves of its {count} individuals")
+            raise self._damage(CURVES, f"it lacks curves of its {count} individuals")
         if any(arrays[name].shape[1] != len(levels) for name in ("noise_free", "with_noise") if name in arrays):
-            raise self._damaged(CURVES, "its bands are not those that checks.json tells")
+            raise self._damage(CURVES, "its bands are not those of checks.json")
         bands = PredictiveBands(
             times=arrays["times"],
             probabilities=levels,
@@ -150,7 +150,7 @@ class FitChecks:
         schema.check_array(found, *schema.CURVE_ARRAYS[name], path)
         return torch.from_numpy(np.array(found))
 
-    def _damaged(self, name: str, reason: str) -> ValueError:
+    def _damage(self, name: str, reason: str) -> ValueError:
         return ValueError(f"{self.run.path / name} is damaged: {reason}. Run check_fit again with fresh=true.")
 
 

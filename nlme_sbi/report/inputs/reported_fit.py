@@ -1,4 +1,4 @@
-"""A finished fit as the report sees it: its files always, and its checks where they were made or could be."""
+"""A finished fit for the report: its files, and its checks where there are any."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nlme_sbi.types import Observations
 
 @dataclass(frozen=True, eq=False)
 class ReportedFit:
-    """What is known of a fit.
+    """A fit with its checks.
 
     Args:
         run: its directory, checked.
-        estimates: what it found.
+        estimates: of the fit.
         individuals: the content of ``individuals.csv``, ids as text.
         observations: the data; None where the fit did not keep them.
         checks: of the fit against its data; None where there are none and none could be made.
@@ -34,10 +34,10 @@ class ReportedFit:
 
     @property
     def by_likelihood(self) -> bool:
-        """Whether the estimates come from the likelihood itself, the network only telling where to begin."""
+        """Whether the estimates come from the likelihood itself, the network only providing starting points."""
         return self.estimates.kind != RATIO
 
-    def checked(self) -> tuple[FitChecks, Observations]:
+    def require_checks(self) -> tuple[FitChecks, Observations]:
         """The checks and the data; raises ``ValueError`` with the reason where there are none."""
         if self.checks is None or self.observations is None:
             raise ValueError(self.missing or "The fit was not checked.")
@@ -47,5 +47,5 @@ class ReportedFit:
 def read_individuals(run: FinishedRun) -> pd.DataFrame:
     """``individuals.csv`` of a fit's run, ids as text; raises ``ValueError`` where it is not there."""
     frame = read_csv(run.file("individuals.csv"))
-    frame["id"] = frame["id"].fillna("nan")  # somebody may be called so
+    frame["id"] = frame["id"].fillna("nan")  # may be the id of an individual
     return frame

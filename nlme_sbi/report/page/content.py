@@ -1,4 +1,4 @@
-"""What a report is made of, before it is a page: sections with findings, tables and pictures."""
+"""The content of a report, before it is a page: sections with findings, tables and pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from nlme_sbi.diagnostics.findings import Finding, Light, refused, worst
+from nlme_sbi.diagnostics.findings import Finding, Light, grey_finding, worst
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Answer:
-    """One of the questions on top: what is said, how sure, by which rule, from which findings."""
+    """The answer to one of the questions on top, with its light, its rule and its findings."""
 
     name: str
     question: str
@@ -175,22 +175,22 @@ def _sentence(problem: Exception) -> ValueError:
     return ValueError(f"What the run holds for this is damaged or incomplete ({type(problem).__name__}: {problem}).")
 
 
-def attempted_section(anchor: str, title: str, make: Callable[[], Section]) -> Section:
+def attempt_section(anchor: str, title: str, make: Callable[[], Section]) -> Section:
     """The section, or one with a grey finding where it is refused (``ValueError``), so that the rest is still made."""
     try:
         return make()
     except _REFUSALS as problem:
-        return Section(anchor, title, findings=(refused(anchor, title, _sentence(problem), what="this part"),))
+        return Section(anchor, title, findings=(grey_finding(anchor, title, _sentence(problem), what="this part"),))
 
 
-def attempted_blocks(
+def attempt_blocks(
     check: str, title: str, make: Callable[[], tuple[Sequence[Finding], Sequence[Block]]]
 ) -> tuple[tuple[Finding, ...], tuple[Block, ...]]:
     """Findings and blocks of one check, or a grey finding where it is refused (``ValueError``)."""
     try:
         findings, blocks = make()
     except _REFUSALS as problem:
-        return (refused(check, title, _sentence(problem)),), ()
+        return (grey_finding(check, title, _sentence(problem)),), ()
     return tuple(findings), tuple(blocks)
 
 

@@ -32,7 +32,7 @@ _HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
 _PROLOGUE = re.compile(r"^.*?(?=<svg )", re.DOTALL)
 
 
-def saved_figure(figure: Figure, kind: str, *, name: str) -> bytes:
+def render_figure(figure: Figure, kind: str, *, name: str) -> bytes:
     """The bytes of a figure as ``png``, ``pdf`` or ``svg``: the same bytes every time, no dates, ids by ``name``."""
     held = io.BytesIO()
     dates: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
@@ -42,17 +42,17 @@ def saved_figure(figure: Figure, kind: str, *, name: str) -> bytes:
     return held.getvalue()
 
 
-def drawn_figure(figure: Figure, *, name: str) -> dict[str, bytes]:
+def render_all_kinds(figure: Figure, *, name: str) -> dict[str, bytes]:
     """A figure in all :data:`KINDS`. Its layout is worked out once, which takes longer than drawing it."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    return {kind: saved_figure(figure, kind, name=name) for kind in KINDS}
+    return {kind: render_figure(figure, kind, name=name) for kind in KINDS}
 
 
 def inline_svg(svg: bytes) -> str:
     """An SVG file as an ``<svg>`` element for the page: as wide as its box, text as text, colours by the page's names.
 
-    The element is hidden from screen readers, to whom the box around it tells the alternative text.
+    The element is hidden from screen readers, to which the box around it gives the alternative text.
     """
     text = _PROLOGUE.sub("", svg.decode())
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

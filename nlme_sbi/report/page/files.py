@@ -9,7 +9,7 @@ from typing import BinaryIO
 import pandas as pd
 
 from nlme_sbi.report.page.content import Report
-from nlme_sbi.report.page.drawing import drawn_figure
+from nlme_sbi.report.page.drawing import render_all_kinds
 from nlme_sbi.report.page.html import page
 from nlme_sbi.runs import csv_text, records_text, save_json, write_atomically
 
@@ -27,12 +27,12 @@ def save_report(
         directory: of the run.
         report: what is on the page.
         frames: further numbers, each a CSV in ``tables/``.
-        advance: is told figures that are drawn.
+        advance: called with the number of figures just drawn.
     """
     drawn: dict[str, bytes] = {}
     for picture in report.pictures:
         if picture.drawn is not None:
-            for kind, content in drawn_figure(picture.drawn, name=picture.name).items():
+            for kind, content in render_all_kinds(picture.drawn, name=picture.name).items():
                 write_atomically(directory / "figures" / f"{picture.name}.{kind}", _writer(content))
                 drawn |= {picture.name: content} if kind == "svg" else {}
         elif picture.png is not None:

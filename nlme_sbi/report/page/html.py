@@ -54,7 +54,7 @@ def page(report: Report, drawn: Mapping[str, bytes]) -> str:
         report=report,
         css=assets["report.css"],
         script=assets["report.js"],
-        figures=embedded_json(figures),
+        figures=embed_json(figures),
         figures_there=bool(figures),
         plotly=Markup(get_plotlyjs() if figures else ""),
     )
@@ -64,23 +64,23 @@ def _asset(loader: Any, environment: Environment, name: str) -> str:
     return str(loader.get_source(environment, name)[0])
 
 
-def embedded_json(value: Mapping[str, Any]) -> Markup:
+def embed_json(value: Mapping[str, Any]) -> Markup:
     """JSON that may stand inside ``<script>``: nothing in it can end the element; coordinates to five digits."""
-    text = json.dumps(shortened(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(shorten_numbers(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(text)
 
 
-def shortened(value: Any) -> Any:
+def shorten_numbers(value: Any) -> Any:
     """The same data with numbers to five significant digits, and None for those that are not finite."""
     if isinstance(value, bool) or value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, float):
         return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): shortened(inner) for key, inner in value.items()}
-    return [shortened(inner) for inner in value]
+        return {str(key): shorten_numbers(inner) for key, inner in value.items()}
+    return [shorten_numbers(inner) for inner in value]
 
 
 def _data_uri(png: bytes) -> str:

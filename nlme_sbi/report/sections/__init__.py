@@ -1,1 +1,1 @@
-"""What the report says, a file a section."""
+"""The sections of the report, a file each."""

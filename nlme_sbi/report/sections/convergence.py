@@ -1,4 +1,4 @@
-"""Whether the fit has found its optimum, and what finitely many draws do to it."""
+"""Convergence of the fit, and Monte-Carlo error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from nlme_sbi.diagnostics.findings import Finding, attempted
+from nlme_sbi.diagnostics.findings import Finding, attempt_finding
 from nlme_sbi.diagnostics.fit.reliability import monte_carlo_finding, weights_finding
 from nlme_sbi.numerics.pareto_k import UNRELIABLE
 from nlme_sbi.population.results.estimates import FitEstimates
@@ -16,7 +16,7 @@ from nlme_sbi.population.results.restart import BEYOND, Restart
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
 from nlme_sbi.report.page.content import Block, Cell, Section, Table, Words, number
 
-LEAST_DRAWS = 50.0  # effective, below which an individual is flagged to be looked at
+LEAST_DRAWS = 50.0  # effective draws below which an individual is flagged
 
 
 def convergence_section(fit: ReportedFit) -> Section:
@@ -30,11 +30,11 @@ def convergence_section(fit: ReportedFit) -> Section:
     return Section(
         "convergence",
         "Convergence and Monte-Carlo error",
-        lead="Whether the search ended at the highest maximum, and how much of the result is chance of the draws.",
+        lead="Whether the search ended at the highest maximum, and how much of the result is Monte-Carlo error.",
         findings=(
             convergence_finding(estimates),
-            attempted("monte_carlo", "Sensitivity to draws and seeds", lambda: _sensitivity(estimates)),
-            attempted("weights", "Effective draws of the individuals", lambda: _weights(fit)),
+            attempt_finding("monte_carlo", "Sensitivity to draws and seeds", lambda: _sensitivity(estimates)),
+            attempt_finding("weights", "Effective draws of the individuals", lambda: _weights(fit)),
             warnings_finding(estimates.warnings),
         ),
         blocks=tuple(blocks),
@@ -42,24 +42,24 @@ def convergence_section(fit: ReportedFit) -> Section:
 
 
 def _sensitivity(estimates: FitEstimates) -> Finding:
-    """What other draws would change; nothing is known of it where the estimate is no maximum.
+    """Sensitivity to draws and seeds; not defined where the estimate is no maximum.
 
     Raises:
         ValueError: for a fit that has not converged, or whose estimates come from no draws.
     """
     if not estimates.converged:
-        raise ValueError("The fit has not converged: other draws or another seed may lead anywhere.")
+        raise ValueError("The fit has not converged, so sensitivity to draws and seeds is not defined.")
     if estimates.draws is None:
-        raise ValueError("The estimates come from no draws, so there are no others that could change them.")
+        raise ValueError("The estimates come from no draws, so there are no other draws that could change them.")
     return monte_carlo_finding(estimates.unknowns)
 
 
 def convergence_finding(estimates: FitEstimates) -> Finding:
     """From the restarts' verdicts and the search's own."""
     rule = (
-        "Green: the search converged (where there is a likelihood: draws that were not climbed on confirm the maximum) "
-        "and at least two starts ended at this maximum, or at the same one under exchanged names; amber: only one "
-        "start did, or another point is as good; red: the search did not converge, or that check failed."
+        "Green: the search converged (where there is a likelihood: draws that the search did not use confirm the "
+        "maximum) and at least two starts ended at this maximum, or at the same one under exchanged names; amber: only "
+        "one start did, or another point is as good; red: the search did not converge, or that check failed."
     )
     # Ends that the training prior rules out are warnings of the fit.
     restarts = [one for one in estimates.restarts if one.verdict != BEYOND]
@@ -72,32 +72,32 @@ def convergence_finding(estimates: FitEstimates) -> Finding:
         sizes = {"score": checked.score, "score_error": checked.score_error}
         numbers |= {name: size for name, size in sizes.items() if math.isfinite(size)} | {"unknown": checked.unknown}
     if not estimates.converged:
-        said = f"The search did not converge: {estimates.message or 'no reason was stored'}"
-        return Finding("convergence", title, "red", said, rule, numbers)
+        sentence = f"The search did not converge: {estimates.message or 'no reason was stored'}"
+        return Finding("convergence", title, "red", sentence, rule, numbers)
     if other:
-        said = (
+        sentence = (
             f"The search converged, but {len(other)} of {len(restarts)} starts ended at another point that is as good: "
-            "the data do not tell the two apart. Look at which parameters differ, and fix or order one of them."
+            "the data do not distinguish the two. Look at which parameters differ, and fix or order one of them."
         )
-        return Finding("convergence", title, "amber", said, rule, numbers)
+        return Finding("convergence", title, "amber", sentence, rule, numbers)
     if len(same) < 2:
-        said = (
+        sentence = (
             f"The search converged, but only {len(same)} of {len(restarts)} starts confirms this maximum. Use more "
             "starts (fit.starts=10)."
         )
-        return Finding("convergence", title, "amber", said, rule, numbers)
-    said = f"The search converged, and {len(same)} of {len(restarts)} starts reached this maximum."
-    return Finding("convergence", title, "green", said, rule, numbers)
+        return Finding("convergence", title, "amber", sentence, rule, numbers)
+    sentence = f"The search converged, and {len(same)} of {len(restarts)} starts reached this maximum."
+    return Finding("convergence", title, "green", sentence, rule, numbers)
 
 
 def _weights(fit: ReportedFit) -> Finding:
     """Of importance weights; an approximation has none."""
     title, estimates = "Effective draws of the individuals", fit.estimates
     if not estimates.is_weighted or estimates.draws is None:
-        said = "The estimates come from no draws, so nothing was weighted."
+        sentence = "The estimates come from no draws, so nothing was weighted."
         if estimates.approximation:
-            said = f"{estimates.approximation}'s approximation uses no draws, so nothing was weighted."
-        return Finding("weights", title, "green", said, "Green: there are no weights.")
+            sentence = f"{estimates.approximation}'s approximation uses no draws, so nothing was weighted."
+        return Finding("weights", title, "green", sentence, "Green: there are no weights.")
     frame = fit.individuals
     shapes = torch.tensor(frame["pareto_k"].to_numpy(float)) if "pareto_k" in frame else None
     ess = torch.tensor(frame["ess"].to_numpy(float))
@@ -105,7 +105,7 @@ def _weights(fit: ReportedFit) -> Finding:
 
 
 def weak_individuals(draws: int, individuals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """Who has too few effective draws of so many, and whose weights are heavy-tailed."""
+    """Individuals with too few effective draws of ``draws``, and those whose weights are heavy-tailed."""
     least = min(LEAST_DRAWS, 0.125 * draws)
     few = individuals["ess"] < least
     heavy = individuals["pareto_k"] > UNRELIABLE if "pareto_k" in individuals else few & False
@@ -113,12 +113,12 @@ def weak_individuals(draws: int, individuals: pd.DataFrame) -> tuple[pd.Series, 
 
 
 def warnings_finding(warnings: Sequence[str]) -> Finding:
-    """What the fit itself warned of."""
+    """Warnings of the fit itself."""
     rule = "Green: the fit gave no warnings; amber: it did."
     if not warnings:
         return Finding("fit_warnings", "Warnings of the fit", "green", "The fit gave no warnings.", rule)
-    said = " ".join(warnings)
-    return Finding("fit_warnings", "Warnings of the fit", "amber", said, rule, {"warnings": len(warnings)})
+    sentence = " ".join(warnings)
+    return Finding("fit_warnings", "Warnings of the fit", "amber", sentence, rule, {"warnings": len(warnings)})
 
 
 def restart_table(restarts: Sequence[Restart]) -> Table:

@@ -1,4 +1,4 @@
-"""The population estimates: the table that the field reads, effects, correlations, intervals by every method."""
+"""The population estimates: parameter table, effects, correlations, intervals by every method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nlme_sbi.report.inputs.reported_fit import ReportedFit
 from nlme_sbi.report.page.content import Block, Cell, Picture, Section, Table, Words, interval, number
 
 _TYPICAL, _SPREAD = 30.0, 50.0  # % relative standard error of typical values and SDs that is usually accepted
-_APART = 1.5  # ratio of standard errors by two methods from which on they disagree
+_APART = 1.5  # ratio of standard errors by two methods above which they disagree
 _FEW = 30  # individuals below which the sandwich itself is too noisy to judge by
 
 
@@ -50,7 +50,7 @@ def parameter_table(rows: Sequence[TableRow]) -> Table:
     for row in rows:
         given, spread = row.status == "fixed", row.omega_status
         varies = spread in ("estimated", "fixed")
-        without = "0, at its boundary" if spread == "boundary" else "none (given)"
+        without = "0 (boundary)" if spread == "boundary" else "none (given)"
         made.append(
             (
                 Cell(row.parameter),
@@ -107,7 +107,7 @@ def parameter_table(rows: Sequence[TableRow]) -> Table:
         "exact for log-normal parameters. Intervals: observed information, transformed. %RSE: relative standard error "
         "(that of the variance is twice that of omega). "
         f"Shrinkage: 1 - SD(eta)/omega and 1 - var(eta)/omega², eta from the individuals' {source}; near 100% the data "
-        "tell little about the individuals.",
+        "say little about the individuals.",
     )
 
 
@@ -220,7 +220,7 @@ def interval_picture(intervals: Sequence[Interval]) -> Picture:
         f"Intervals of {len(unknowns)} unknowns by {', '.join(methods)}, in standard errors from the estimate; their "
         "limits are in the table above.",
         "Distance of each limit from the estimate on the scale of the estimation, in standard errors. Intervals "
-        "that are longer to one side, or that differ between methods, say that the normal approximation is rough.",
+        "that are longer to one side, or that differ between methods, show that the normal approximation is rough.",
         drawn=plot_intervals(intervals),
     )
 
@@ -244,13 +244,13 @@ def unknowns_table(rows: Sequence[UnknownEstimate]) -> Table:
         made,
         keys=("name", "estimate", "se", "monte_carlo_se", "monte_carlo_bias"),
         note="Typical values unconstrained (logs of positive parameters), logs of omegas, artanh of correlations. "
-        "Standard errors tell what finitely many individuals leave open; Monte-Carlo errors what finitely many draws "
-        "add to that.",
+        "Standard errors express what finitely many individuals leave open; Monte-Carlo errors what finitely many "
+        "draws add to that.",
     )
 
 
 def precision_finding(rows: Sequence[TableRow]) -> Finding:
-    """Which unknowns the data leave open."""
+    """Precision of the estimates."""
     rule = (
         f"Green: every relative standard error is at most {_TYPICAL:g}% (typical values) or {_SPREAD:g}% (SDs between "
         "individuals), as is usual in the field; amber: some are larger; red: there are no standard errors."
@@ -263,11 +263,13 @@ def precision_finding(rows: Sequence[TableRow]) -> Finding:
     wide = [name for name, value in typical.items() if value > _TYPICAL]
     wide += [name for name, value in spread.items() if value > _SPREAD]
     worst = max(errors, key=lambda name: errors[name])
-    said = f"The least precise estimate is {worst}, with a relative standard error of {errors[worst]:.3g}%."
+    sentence = f"The least precise estimate is {worst}, with a relative standard error of {errors[worst]:.3g}%."
     if wide:
-        said += f" {len(wide)} of {len(errors)} lie above the usual limits ({', '.join(wide)}); more individuals help."
+        sentence += (
+            f" {len(wide)} of {len(errors)} lie above the usual limits ({', '.join(wide)}); more individuals help."
+        )
     numbers: dict[str, float | int | str | None] = {"largest_rse_percent": errors[worst], "beyond_limits": len(wide)}
-    return Finding("precision", "Precision of the estimates", "amber" if wide else "green", said, rule, numbers)
+    return Finding("precision", "Precision of the estimates", "amber" if wide else "green", sentence, rule, numbers)
 
 
 def _relative_errors(rows: Sequence[TableRow]) -> tuple[dict[str, float], dict[str, float]]:
@@ -286,7 +288,7 @@ def _known(value: float | None) -> float:
 
 
 def _agreement(intervals: Sequence[Interval], individuals: int) -> tuple[Finding, ...]:
-    """Whether the robust errors agree with those that believe the population's shape."""
+    """Whether robust (sandwich) standard errors agree with model-based ones."""
     errors = {(row.unknown, row.method): row.se for row in intervals if row.se}
     ratios = {
         name: robust / errors[name, "information"]
@@ -301,14 +303,14 @@ def _agreement(intervals: Sequence[Interval], individuals: int) -> tuple[Finding
         f"amber: they differ by more, so the population's shape is doubtful. Judged from {_FEW} individuals on; with "
         "fewer the sandwich is itself too noisy."
     )
-    said = f"Robust standard errors are {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times the others"
+    sentence = f"Robust standard errors are {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times the others"
     label = next(row.quantity for row in intervals if row.unknown == name)
     far = max(ratios[name], 1 / ratios[name]) > _APART
     numbers: dict[str, float | int | str | None] = {"unknown": name, "ratio": ratios[name], "individuals": individuals}
-    said += (
+    sentence += (
         f", farthest apart for {label}: the individuals are not distributed as the model says; report the robust "
         "errors."
         if far
         else ": nothing speaks against the population's shape."
     )
-    return (Finding("robust_errors", "Robust standard errors", "amber" if far else "green", said, rule, numbers),)
+    return (Finding("robust_errors", "Robust standard errors", "amber" if far else "green", sentence, rule, numbers),)

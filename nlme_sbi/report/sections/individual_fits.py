@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlme_sbi.diagnostics.fit.individual_curves import IndividualCurves, Reason, Shown
+from nlme_sbi.diagnostics.fit.individual_curves import IndividualCurves, Reason, ShownIndividuals
 from nlme_sbi.diagnostics.fit.predictive_bands import PredictiveBands
-from nlme_sbi.plots.canvas import labelled
+from nlme_sbi.plots.canvas import label_with_unit
 from nlme_sbi.plots.individual_fits import plot_individual_fits
 from nlme_sbi.plots.predictions import plot_predictions
 from nlme_sbi.report.inputs.fit_checks import CURVE_CHECKS
@@ -33,7 +33,7 @@ def fits_section(fit: ReportedFit) -> Section:
     Raises:
         ValueError: where the fit was not checked, with the reason.
     """
-    checks, observations = fit.checked()
+    checks, observations = fit.require_checks()
     findings = checks.findings(CURVE_CHECKS)
     title = "Individual fits"
     if findings:  # they were refused
@@ -50,9 +50,9 @@ def fits_section(fit: ReportedFit) -> Section:
     )
 
 
-def _viewer(shown: Shown, some: Observations, curves: IndividualCurves) -> Picture:
+def _viewer(shown: ShownIndividuals, some: Observations, curves: IndividualCurves) -> Picture:
     bands, within = curves.bands, curves.within.tolist()
-    people = [
+    entries = [
         {
             "id": some.ids[place],
             "why": f"{reason}; {inside} of {measured} measurements lie within the 95% band of new ones.",
@@ -69,19 +69,19 @@ def _viewer(shown: Shown, some: Observations, curves: IndividualCurves) -> Pictu
     return Picture(
         "individual_fit",
         "Fits of single individuals",
-        people[0]["alt"] if people else "No individual is shown.",  # type: ignore[arg-type]
+        entries[0]["alt"] if entries else "No individual is shown.",  # type: ignore[arg-type]
         "Choose an individual; drag to zoom, double-click to go back. Blue: what is not known of the individual's "
         "curve (95%) and its median; orange: where 95% of new measurements would lie; dashed: the typical "
         "individual under the same design.",
         interactive={
             "kind": "fits",
             "tall": True,
-            "time": labelled("time", some.time_unit),
+            "time": label_with_unit("time", some.time_unit),
             "signals": [
-                {"label": labelled(name.replace("_", " "), unit)}
+                {"label": label_with_unit(name.replace("_", " "), unit)}
                 for name, unit in zip(some.signals, some.signal_units, strict=True)
             ],
-            "people": people,
+            "people": entries,
             "groups": [group for group in groups if group["places"]],
         },
     )
@@ -104,11 +104,11 @@ def _lines(
         "new_low": line(bands.with_noise, 0),
         "new_high": line(bands.with_noise, -1),
         "typical": line(typical),
-        "data": _measured(some, place, signal),
+        "data": _measurement_series(some, place, signal),
     }
 
 
-def _measured(some: Observations, place: int, signal: int) -> list[dict[str, Any]]:
+def _measurement_series(some: Observations, place: int, signal: int) -> list[dict[str, Any]]:
     """Plain values, and bounds of censored ones with their own symbols."""
     seen = some.design.observed[place, :, signal]
     codes = torch.zeros_like(seen, dtype=torch.int64) if some.censoring is None else some.censoring[place, :, signal]
@@ -130,7 +130,7 @@ def _measured(some: Observations, place: int, signal: int) -> list[dict[str, Any
     return found
 
 
-def _panels(shown: Shown, some: Observations, bands: PredictiveBands, signal: int) -> Picture:
+def _panels(shown: ShownIndividuals, some: Observations, bands: PredictiveBands, signal: int) -> Picture:
     """Representative ones (and chosen), then the worst."""
     worst = [place for place, reason in enumerate(shown.reasons) if reason == "worst fit"]
     rest = [place for place in range(len(shown.rows)) if place not in worst]
@@ -146,12 +146,12 @@ def _panels(shown: Shown, some: Observations, bands: PredictiveBands, signal: in
     else:
         drawn = plot_individual_fits(some, bands, rows=chosen, signal=signal)
     name = some.signals[signal]
-    told = f"the last {len(worst)} are the worst fitted" if worst else "from the most effective draws to the fewest"
+    order = f"the last {len(worst)} are the worst fitted" if worst else "from the most effective draws to the fewest"
     return Picture(
         "individual_fits" if len(some.signals) == 1 else f"individual_fits_{signal + 1}",
         "Individual fits" if len(some.signals) == 1 else f"Individual fits, {name}",
         f"{len(chosen)} small panels, one an individual ({', '.join(some.ids[place] for place in chosen)}): "
-        f"measurements, median curve, its 50% and 95% bands, and a 95% band of new measurements; {told}.",
-        f"Measurements and fits of {len(chosen)} individuals; {told}.",
+        f"measurements, median curve, its 50% and 95% bands, and a 95% band of new measurements; {order}.",
+        f"Measurements and fits of {len(chosen)} individuals; {order}.",
         drawn=drawn,
     )

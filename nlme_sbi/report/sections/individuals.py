@@ -1,4 +1,4 @@
-"""All individuals at once: a map to explore, flags, and the table of those that somebody should look at."""
+"""All individuals at once: a map to explore, flags, and the table of flagged ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from nlme_sbi.plots.canvas import labelled
+from nlme_sbi.plots.canvas import label_with_unit
 from nlme_sbi.plots.individual_map import plot_individual_map
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
 from nlme_sbi.report.page.content import Block, Cell, Picture, Section, Table, number
@@ -31,7 +31,7 @@ class Quantity:
 def individual_quantities(
     fit: ReportedFit, *, closeness: np.ndarray | None, others: Mapping[str, tuple[str, pd.Series]]
 ) -> list[Quantity]:
-    """Axes of the map, those first that tell how far an individual can be trusted.
+    """Axes of the map, those first that show how reliable an individual's estimates are.
 
     Args:
         fit: the fit.
@@ -53,7 +53,7 @@ def individual_quantities(
         name = row.parameter
         if name in frame and frame[name].nunique() > 1:
             log = transforms.get(name) == "log"
-            found.append(Quantity(name, labelled(name, row.unit), frame[name].to_numpy(float), log=log))
+            found.append(Quantity(name, label_with_unit(name, row.unit), frame[name].to_numpy(float), log=log))
     return found
 
 
@@ -65,7 +65,7 @@ def individuals_section(
     Args:
         fit: the fit.
         quantities: axes of the map, at least two.
-        flags: who is flagged, by the flag's name; boolean arrays.
+        flags: flagged individuals by the flag's name; boolean arrays.
         shown: rows whose fits are on the page; they stay on the map when it is thinned.
     """
     there = {name: marked for name, marked in flags.items() if marked.any()}
@@ -96,19 +96,19 @@ def _map(
     fit: ReportedFit, quantities: Sequence[Quantity], flags: Mapping[str, np.ndarray], shown: Sequence[int]
 ) -> Picture:
     total = len(fit.individuals)
-    rows = _thinned(total, flags, shown)
+    rows = _thin(total, flags, shown)
     place = {row: position for position, row in enumerate(rows.tolist())}
     ids = list(fit.individuals["id"])
     start = (0, 1)
     flagged = np.any(list(flags.values()), axis=0) if flags else np.zeros(total, bool)
     first, second = quantities[start[0]], quantities[start[1]]
-    told = "; ".join(f"{name}: {int(marked.sum())}" for name, marked in flags.items()) or "none is flagged"
+    summary = "; ".join(f"{name}: {int(marked.sum())}" for name, marked in flags.items()) or "none is flagged"
     return Picture(
         "individuals",
         "All individuals",
-        f"Scatter plot of {second.label} against {first.label} of {total} individuals; {told}. The menus choose other "
-        "numbers; the table below and individuals.csv hold them all.",
-        f"One point an individual; flagged ones are diamonds ({told})."
+        f"Scatter plot of {second.label} against {first.label} of {total} individuals; {summary}. The menus choose "
+        "other numbers; the table below and individuals.csv hold them all.",
+        f"One point an individual; flagged ones are diamonds ({summary})."
         + (
             f" {len(rows)} of {total} are drawn: all flagged ones as far as they fit, and a random part of the others."
             if len(rows) < total
@@ -139,8 +139,8 @@ def _map(
     )
 
 
-def _thinned(total: int, flags: Mapping[str, np.ndarray], shown: Sequence[int]) -> np.ndarray:
-    """Everybody where they are few; else those shown, the flagged, and a random rest, the same every time."""
+def _thin(total: int, flags: Mapping[str, np.ndarray], shown: Sequence[int]) -> np.ndarray:
+    """All where they are few; else those shown, the flagged, and a random rest, the same every time."""
     if total <= _POINTS:
         return np.arange(total)
     generator = np.random.default_rng(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from nlme_sbi.plots.canvas import labelled
+from nlme_sbi.plots.canvas import label_with_unit
 from nlme_sbi.plots.residuals import plot_measurements
 from nlme_sbi.report.page.content import Picture
 from nlme_sbi.types import Observations
@@ -57,7 +57,7 @@ def measurement_explorer(frame: pd.DataFrame, observations: Observations) -> Pic
             "total": len(frame),
             "axes": [
                 {
-                    "label": labelled(words, units.get(column, "")),
+                    "label": label_with_unit(words, units.get(column, "")),
                     "log": False,
                     "values": some[column].astype(float).tolist(),
                 }

@@ -10,7 +10,7 @@ from nlme_sbi.plots.residuals import plot_goodness, plot_prediction_errors
 from nlme_sbi.plots.vpc import plot_vpc
 from nlme_sbi.report.inputs.fit_checks import MODEL_CHECKS, FitChecks
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
-from nlme_sbi.report.page.content import Block, Picture, Section, attempted_blocks
+from nlme_sbi.report.page.content import Block, Picture, Section, attempt_blocks
 from nlme_sbi.report.sections.measurement_map import measurement_explorer
 from nlme_sbi.types import Observations
 
@@ -23,16 +23,16 @@ def model_section(fit: ReportedFit) -> Section:
     Raises:
         ValueError: where the fit was not checked, with the reason.
     """
-    checks, data = fit.checked()
+    checks, data = fit.require_checks()
     rows = list(checks.checked)
     checked = data[rows]
     several = f" Made with {len(rows)} of the {len(data)} individuals, evenly spread." if len(rows) < len(data) else ""
     parts = (
         (checks.findings(MODEL_CHECKS["model"]), ()),
-        attempted_blocks("vpc", "Visual predictive check", lambda: _vpc(checks, checked, "vpc")),
-        attempted_blocks("pcvpc", "Prediction-corrected VPC", lambda: _vpc(checks, checked, "pcvpc")),
-        attempted_blocks("prediction_errors", "Prediction errors (npde)", lambda: _prediction_errors(checks, checked)),
-        attempted_blocks("goodness", "Residuals of the individuals", lambda: _goodness(checks, checked)),
+        attempt_blocks("vpc", "Visual predictive check", lambda: _vpc(checks, checked, "vpc")),
+        attempt_blocks("pcvpc", "Prediction-corrected VPC", lambda: _vpc(checks, checked, "pcvpc")),
+        attempt_blocks("prediction_errors", "Prediction errors (npde)", lambda: _prediction_errors(checks, checked)),
+        attempt_blocks("goodness", "Residuals of the individuals", lambda: _goodness(checks, checked)),
     )
     return Section(
         "model",
@@ -52,7 +52,7 @@ def _vpc(checks: FitChecks, observations: Observations, name: str) -> Made:
 
 
 def _vpc_pictures(
-    check: VisualPredictiveCheck, observations: Observations, name: str, title: str, said: str
+    check: VisualPredictiveCheck, observations: Observations, name: str, title: str, sentence: str
 ) -> tuple[Picture, ...]:
     several = len(check.signals) > 1
     levels = ", ".join(f"{100 * level:g}%" for level in check.probabilities)
@@ -63,7 +63,7 @@ def _vpc_pictures(
             f"{name}_{place + 1}" if several else name,
             f"{title}, {found.signal}" if several else title,
             f"{levels} quantiles of the measurements in {len(found.times)} bins of time, on the bands that simulated "
-            f"data sets give. {said}",
+            f"data sets give. {sentence}",
             f"Lines: {levels} quantiles of the data; bands: where {100 * check.confidence:g}% of the quantiles of "
             f"{check.replicates} simulated data sets lie; diamonds: outside.{corrected}",
             drawn=plot_vpc(check, observations, signal=place),

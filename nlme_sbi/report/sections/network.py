@@ -1,4 +1,4 @@
-"""What the diagnosis of the network says: calibration, and whether the data look like what it was trained on."""
+"""Results of the network's diagnosis: calibration, and whether the data resemble the training simulations."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Diagnosis:
         """Everything that was found; raises ``ValueError`` where the file is damaged."""
         if self.run is None:
             return ()
-        told = load_json(self.run.file(FINDINGS), schema.FINDINGS)
-        return tuple(Finding.from_dict(one) for one in told["findings"])
+        stored = load_json(self.run.file(FINDINGS), schema.FINDINGS)
+        return tuple(Finding.from_dict(one) for one in stored["findings"])
 
 
 def network_section(diagnosis: Diagnosis) -> Section:
@@ -58,11 +58,11 @@ def familiar_section(diagnosis: Diagnosis) -> Section:
         return Section("misspecification", title, lead, (_missing("misspecification", "Familiar data", diagnosis),))
     findings = tuple(one for one in diagnosis.findings() if _about_data(one.check))
     if not diagnosis.same_data:
-        said = (
+        sentence = (
             "The diagnosis was made with other data than this fit, or without data. Run python scripts/diagnose.py "
             "fit=RUN, which takes the data of the fit, then this report again."
         )
-        findings = (Finding("misspecification", "Familiar data", "grey", said, "Grey: not the data of the fit."),)
+        findings = (Finding("misspecification", "Familiar data", "grey", sentence, "Grey: not the data of the fit."),)
         return Section("misspecification", title, lead, findings)
     if not findings:
         missing = Diagnosis(None, "The diagnosis has no check of the data.")
@@ -71,7 +71,7 @@ def familiar_section(diagnosis: Diagnosis) -> Section:
 
 
 def individual_scores(diagnosis: Diagnosis) -> pd.DataFrame | None:
-    """What the diagnosis says of every individual of the data, indexed by id; None where it does not."""
+    """The diagnosis' scores of every individual of the data, indexed by id; None where there are none."""
     if diagnosis.run is None or not diagnosis.same_data or SCORES not in diagnosis.run.manifest["outputs"]:
         return None
     frame = _table(diagnosis.run, SCORES)
@@ -79,7 +79,7 @@ def individual_scores(diagnosis: Diagnosis) -> pd.DataFrame | None:
 
 
 def unlike_training(scores: pd.DataFrame) -> pd.Series:
-    """Who was named by the simulator's test of single individuals, or lies where training was thin."""
+    """Individuals named by the test of single individuals, or far from the training simulations."""
     marks = [scores[name].fillna(False).astype(bool) for name in ("named", "rare") if name in scores]
     return pd.concat(marks, axis=1).any(axis=1) if marks else pd.Series(False, index=scores.index)
 
@@ -94,18 +94,18 @@ def _missing(check: str, title: str, diagnosis: Diagnosis) -> Finding:
 
 def _calibration_pictures(run: FinishedRun, findings: Sequence[Finding]) -> Iterator[Picture]:
     """Drawn from the tables of the diagnosis; a table that it does not have is left out."""
-    for where, beginning, whom in (
+    for where, prefix, whom in (
         ("prior", "calibration", "individuals simulated from the training prior"),
         ("local", "local", "individuals simulated like those of the data"),
     ):
-        said = {one.check: one.sentence for one in findings}
+        sentences = {one.check: one.sentence for one in findings}
         ranks, coverage = _of(run, "calibration_curves.csv", where), _of(run, "coverage.csv", where)
         if ranks is not None:
             yield Picture(
                 f"ranks_{where}",
                 f"Ranks of the truth, {whom}",
                 f"Difference between the distribution of ranks and the diagonal for each parameter, with bands. "
-                f"{said.get(f'{beginning}_ranks', '')}",
+                f"{sentences.get(f'{prefix}_ranks', '')}",
                 "Simulation-based calibration: where the network is right, the line stays inside the band.",
                 drawn=plot_ranks(ranks, {}),
             )
@@ -114,21 +114,21 @@ def _calibration_pictures(run: FinishedRun, findings: Sequence[Finding]) -> Iter
                 f"coverage_{where}",
                 f"Coverage, {whom}",
                 f"Share of truths inside regions of each level, beside the diagonal. "
-                f"{said.get(f'{beginning}_coverage', '')}",
+                f"{sentences.get(f'{prefix}_coverage', '')}",
                 "Above the diagonal posteriors are wider than they need be, below it too narrow.",
                 drawn=plot_coverage(coverage, {}),
             )
     yield from _further_pictures(run, {one.check: one.sentence for one in findings})
 
 
-def _further_pictures(run: FinishedRun, said: Mapping[str, str]) -> Iterator[Picture]:
+def _further_pictures(run: FinishedRun, sentences: Mapping[str, str]) -> Iterator[Picture]:
     recovered, agreement = _of(run, "recovery_individuals.csv"), _of(run, "agreement.csv")
     if recovered is not None:
         yield Picture(
             "recovery",
             "Recovery of parameters",
             f"Posterior mean and SD against the truth of simulated individuals, a panel a parameter. "
-            f"{said.get('recovery', '')}",
+            f"{sentences.get('recovery', '')}",
             "What the data of one individual say: points on the line are known exactly; a flat cloud means that they "
             "say nothing.",
             drawn=plot_recovery(recovered, {}),
@@ -138,7 +138,7 @@ def _further_pictures(run: FinishedRun, said: Mapping[str, str]) -> Iterator[Pic
             "agreement",
             "Agreement with the exact posterior",
             f"Distribution over individuals of the effective share of the network's draws and of Pareto k-hat. "
-            f"{said.get('agreement_data', said.get('agreement_prior', ''))}",
+            f"{sentences.get('agreement_data', sentences.get('agreement_prior', ''))}",
             "Left: the share of draws that remains when they are weighted to the exact posterior; right: heavy "
             "tails of these weights, to the right of the line.",
             drawn=plot_agreement(agreement),
@@ -152,7 +152,7 @@ def _data_pictures(diagnosis: Diagnosis, findings: Sequence[Finding]) -> Iterato
     named = int(scores["named"].sum())
     yield Picture(
         "outlier_score",
-        "Individuals that the simulator can hardly make",
+        "Outliers: individuals that the simulator hardly reproduces",
         f"Outlier scores of {len(scores)} individuals in order, with the limit; {named} lie above it. "
         + " ".join(one.sentence for one in findings if one.check == "misspecification_individuals"),
         "Residuals about each individual's best fit, beside what pure noise gives; above the line nothing that the "

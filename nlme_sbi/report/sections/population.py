@@ -1,4 +1,4 @@
-"""The population: profiles, random effects and their shrinkage, covariates, and who carries the estimates."""
+"""The population: profiles, random effects and their shrinkage, covariates, and influential individuals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nlme_sbi.plots.profiles import plot_profiles
 from nlme_sbi.plots.random_effects import plot_effects_against_covariates, plot_random_effects
 from nlme_sbi.report.inputs.fit_checks import POPULATION_CHECKS
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
-from nlme_sbi.report.page.content import Block, Cell, Picture, Section, Table, attempted_blocks, number
+from nlme_sbi.report.page.content import Block, Cell, Picture, Section, Table, attempt_blocks, number
 from nlme_sbi.runs import read_csv
 from nlme_sbi.types import Design
 
@@ -27,12 +27,12 @@ INFLUENCE = "influence.csv"
 def population_section(fit: ReportedFit) -> Section:
     """All checks of the population; each that is refused becomes a grey finding."""
     parts = [
-        attempted_blocks("random_effects", "Random effects", lambda: _distributions(fit)),
-        attempted_blocks("covariates", "Random effects against covariates", lambda: _covariates(fit)),
-        attempted_blocks("influence", "Influence of single individuals", lambda: _influence(fit)),
+        attempt_blocks("random_effects", "Random effects", lambda: _distributions(fit)),
+        attempt_blocks("covariates", "Random effects against covariates", lambda: _covariates(fit)),
+        attempt_blocks("influence", "Influence of single individuals", lambda: _influence(fit)),
     ]
     if fit.estimates.profiles:
-        parts.append(attempted_blocks("profiles", "Likelihood profiles", lambda: _profiles(fit)))
+        parts.append(attempt_blocks("profiles", "Likelihood profiles", lambda: _profiles(fit)))
     return Section(
         "population",
         "Population",
@@ -44,14 +44,14 @@ def population_section(fit: ReportedFit) -> Section:
 
 
 def _distributions(fit: ReportedFit) -> Made:
-    checks, _ = fit.checked()
+    checks, _ = fit.require_checks()
     findings = checks.findings(POPULATION_CHECKS["random_effects"])
     if not checks.has("random_effects"):
         return findings, ()
     frame = checks.table("random_effects")
-    told = {key: value for one in findings if one.check == "shrinkage" for key, value in one.numbers.items()}
+    stored = {key: value for one in findings if one.check == "shrinkage" for key, value in one.numbers.items()}
     shrinkage = {
-        name: math.nan if told[f"shrinkage.{name}"] is None else float(told[f"shrinkage.{name}"])  # type: ignore[arg-type]
+        name: math.nan if stored[f"shrinkage.{name}"] is None else float(stored[f"shrinkage.{name}"])  # type: ignore[arg-type]
         for name in dict.fromkeys(frame["parameter"])
     }
     blocks: list[Block] = [
@@ -72,7 +72,7 @@ def _distributions(fit: ReportedFit) -> Made:
 
 
 def _covariates(fit: ReportedFit) -> Made:
-    checks, observations = fit.checked()
+    checks, observations = fit.require_checks()
     findings = checks.findings(POPULATION_CHECKS["covariates"])
     if not checks.has("covariate_tests"):
         return findings, ()
@@ -165,7 +165,7 @@ def _profiles(fit: ReportedFit) -> Made:
 
 
 def _frame_table(name: str, caption: str, frame: pd.DataFrame) -> Table:
-    """Any small table of tests."""
+    """A small table of tests."""
     rows = tuple(
         tuple(
             number(float(value), 3) if isinstance(value, (float, np.floating)) else Cell(_word(value)) for value in row

@@ -32,7 +32,7 @@ class Origin:
 
 
 def origins(run: FinishedRun, *, after: tuple[str, ...] = ()) -> tuple[list[Origin], list[str]]:
-    """The run and everything that it was made from, first things first; and what is not there any more, in words.
+    """The run and everything that it was made from, first things first; and what is missing, in words.
 
     ``after`` holds the hashes of what was made from it: a manifest that names one of those, or itself, is not followed.
     """
@@ -44,7 +44,7 @@ def origins(run: FinishedRun, *, after: tuple[str, ...] = ()) -> tuple[list[Orig
         if key not in _STAGE_OF:
             continue
         circle = entry["sha256"] in (*after, run.sha256)
-        upstream = None if circle else _located(run, entry, _STAGE_OF[key])
+        upstream = None if circle else _locate(run, entry, _STAGE_OF[key])
         if upstream is None:
             where = entry.get("path") or f"hash {entry['sha256'][:12]}"
             lost.append(f"the run of {_STAGE_OF[key]} that {run.path.name} was made from ({where})")
@@ -57,7 +57,7 @@ def origins(run: FinishedRun, *, after: tuple[str, ...] = ()) -> tuple[list[Orig
     return [*found, Origin(run, inputs)], lost
 
 
-def _located(run: FinishedRun, entry: Mapping[str, Any], stage: str) -> FinishedRun | None:
+def _locate(run: FinishedRun, entry: Mapping[str, Any], stage: str) -> FinishedRun | None:
     """By its hash: where it lay, else beside the run in the same output root."""
     beside = run.path.parent.parent / stage
     places = [] if entry.get("path") is None else [Path(entry["path"])]
@@ -107,30 +107,32 @@ def _finding(chain: Sequence[Origin], lost: Sequence[str]) -> Finding:
     states = [one.run.manifest.get("git") for one in chain]
     dirty = [one.run.path.name for one, state in zip(chain, states, strict=True) if state and state.get("dirty")]
     light: Light = "green"
-    said = f"All {len(chain)} runs behind this report are there, and made from committed code."
+    sentence = f"All {len(chain)} runs behind this report are there, and made from committed code."
     if lost or not all(states):
         light = "grey"
         outside = [one.run.path.name for one, state in zip(chain, states, strict=True) if not state]
         parts = [f"Not found any more: {', '.join(lost)}."] if lost else []
         parts += [f"Made outside a git checkout: {', '.join(outside)}."] if outside else []
-        said = " ".join(parts)
+        sentence = " ".join(parts)
     if dirty:
         light = "amber"
-        said = f"Made from code with uncommitted changes: {', '.join(dirty)}; commit and run again before publishing."
-        said += f" Not found any more: {', '.join(lost)}." if lost else ""
-    return Finding("provenance", title, light, said, rule, {"runs": len(chain), "missing": len(lost)})
+        sentence = (
+            f"Made from code with uncommitted changes: {', '.join(dirty)}; commit and run again before publishing."
+        )
+        sentence += f" Not found any more: {', '.join(lost)}." if lost else ""
+    return Finding("provenance", title, light, sentence, rule, {"runs": len(chain), "missing": len(lost)})
 
 
 def _table(chain: Sequence[Origin]) -> Table:
     """A column a run."""
-    told = [_told(one.run) for one in chain]
-    rows = tuple((Cell(name), *(Cell(column[name]) for column in told)) for name in told[0])
+    facts = [_run_facts(one.run) for one in chain]
+    rows = tuple((Cell(name), *(Cell(column[name]) for column in facts)) for name in facts[0])
     headings = ("", *(str(one.run.manifest["stage"]) for one in chain))
     note = "Hashes are SHA-256, shortened; each run's manifest.json has them whole, with every file and every version."
     return Table("runs", "Runs behind this report", headings, rows, note=note)
 
 
-def _told(run: FinishedRun) -> dict[str, str]:
+def _run_facts(run: FinishedRun) -> dict[str, str]:
     manifest = run.manifest
     git, versions = manifest.get("git") or {}, manifest.get("versions") or {}
     machine = manifest.get("machine") or {}
@@ -151,7 +153,7 @@ def _told(run: FinishedRun) -> dict[str, str]:
     }
 
 
-def _named(one: Origin, chain: Sequence[Origin]) -> Mapping[str, str]:
+def _named_runs(one: Origin, chain: Sequence[Origin]) -> Mapping[str, str]:
     """The runs that a command names; a diagnosis of a fit's network and data names the fit, which brings both."""
     data = one.run.manifest["inputs"].get("data")
     if one.run.manifest["stage"] != "diagnose" or data is None:
@@ -166,14 +168,14 @@ def _named(one: Origin, chain: Sequence[Origin]) -> Mapping[str, str]:
 def _commands(chain: Sequence[Origin]) -> list[Block]:
     lines, notes = [], []
     for one in chain:
-        command = command_of(one.run, _named(one, chain))
+        command = command_of(one.run, _named_runs(one, chain))
         lines.append(command.text)
         if command.note:
             notes.append(f"{one.run.manifest['stage']}: {command.note}")
     blocks: list[Block] = [Words("\n".join(lines), code=True, heading="Commands that make all of it again")]
-    said = (
+    sentence = (
         "Runs are named by the hash of their configuration and inputs, so the same commands give the same names. "
         "The path of a data file is not part of a run (only its content is): add data.path=FILE where it is not the "
         "experiment's own."
     )
-    return [*blocks, Words(" ".join([said, *notes]))]
+    return [*blocks, Words(" ".join([sentence, *notes]))]

@@ -16,7 +16,7 @@ from nlme_sbi.diagnostics.network.c2st import c2st
 from nlme_sbi.diagnostics.network.reference_mcmc import ChainSettings, long_chains
 from nlme_sbi.diagnostics.network.simulated_posteriors import good_simulations, observations_of
 from nlme_sbi.posteriors import PosteriorSamples
-from nlme_sbi.stages.checks.network import Subject, attempted_check
+from nlme_sbi.stages.checks.network import Subject, attempt_check
 from nlme_sbi.stages.checks.outcome import Outcome
 from nlme_sbi.types import Observations, TractableSimulator
 
@@ -31,7 +31,7 @@ def agreement_checks(subject: Subject, *, of_data: bool) -> Outcome:
     """
     posterior, settings, simulator = subject.posterior, subject.settings, subject.posterior.simulator
     if settings.exact == 0 or (of_data and not isinstance(simulator, TractableSimulator)):
-        return Outcome()  # that there is no likelihood is told once
+        return Outcome()  # the lack of a likelihood is reported once
     if not isinstance(simulator, TractableSimulator):
         raise ValueError(f"{type(simulator).__name__} has no likelihood: there is no exact posterior to compare with.")
     generator, truth = subject.generator(Stream.DIAGNOSE_AGREEMENT, of_data), None
@@ -45,8 +45,8 @@ def agreement_checks(subject: Subject, *, of_data: bool) -> Outcome:
         found = agreement(simulator, observations, drawn, truth=truth, generator=generator, advance=progress.update)
     where: Literal["prior", "data"] = "data" if of_data else "prior"
     outcome = Outcome(tables={"agreement": found.frame().assign(where=where)})
-    outcome = outcome.joined(
-        attempted_check(
+    outcome = outcome.merge(
+        attempt_check(
             f"agreement_{where}",
             "Agreement with the exact posterior",
             lambda _: Outcome([agreement_finding(found, error_rate=settings.error_rate, where=where)]),
@@ -55,44 +55,50 @@ def agreement_checks(subject: Subject, *, of_data: bool) -> Outcome:
     )
     if settings.chains == 0 or of_data == (subject.observations is None):
         return outcome
-    chosen = chosen_by_share(found, settings.chains)
+    chosen = choose_by_share(found, settings.chains)
     few = drawn[chosen]
     made_of = observations[chosen]
-    return outcome.joined(
-        attempted_check(
+    return outcome.merge(
+        attempt_check(
             "long_chains",
             CHAINS_TITLE,
-            lambda given: _compared_with_chains(given, simulator, made_of, few, found.share[chosen]),
+            lambda given: _compare_with_chains(given, simulator, made_of, few, found.share[chosen]),
             subject,
         )
     )
 
 
-def chosen_by_share(found: Agreement, count: int) -> list[int]:
+def choose_by_share(found: Agreement, count: int) -> list[int]:
     """Individuals from the one with most effective draws to the one with fewest, evenly."""
     order = np.argsort(-found.share)
     places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
     return [int(order[place]) for place in places]
 
 
-def _compared_with_chains(
+def _compare_with_chains(
     subject: Subject,
     simulator: TractableSimulator,
     observations: Observations,
     drawn: PosteriorSamples,
     share: np.ndarray,
 ) -> Outcome:
-    """One row an individual: id, effective_share, c2st, rhat, ess; c2st is NaN where the chains have not met."""
+    """One row an individual: id, effective_share, c2st, rhat, ess; c2st is NaN where the chains have not converged."""
     generator, settings = subject.generator(Stream.DIAGNOSE_CHAINS), ChainSettings()
     with Progress(settings.warmup + settings.steps, "step", "chains") as progress:
         chains = long_chains(
             subject.posterior, simulator, observations, generator=generator, settings=settings, advance=progress.update
         )
-    told = np.full(len(observations), np.nan)
+    accuracy = np.full(len(observations), np.nan)
     size = min(_DRAWS_TO_TELL_APART, drawn.phi.shape[1])
     for who in np.flatnonzero(chains.converged):
         picked = torch.randperm(chains.phi.shape[1], generator=generator, device=chains.phi.device)[:size]
-        told[who] = c2st(drawn.phi[int(who), :size], chains.phi[int(who), picked], generator)
-    columns = {"id": observations.ids, "effective_share": share, "c2st": told, "rhat": chains.rhat, "ess": chains.ess}
-    finding = chains_finding(observations.ids, told, chains)
+        accuracy[who] = c2st(drawn.phi[int(who), :size], chains.phi[int(who), picked], generator)
+    columns = {
+        "id": observations.ids,
+        "effective_share": share,
+        "c2st": accuracy,
+        "rhat": chains.rhat,
+        "ess": chains.ess,
+    }
+    finding = chains_finding(observations.ids, accuracy, chains)
     return Outcome([finding], {"chains": pd.DataFrame({**columns, "accepted": chains.accepted})})

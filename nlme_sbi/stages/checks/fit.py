@@ -1,7 +1,7 @@
-"""What is checked of a fit: the model against data sets simulated from it, its individuals' residuals and curves.
+"""Checks of a fit: the model against data sets simulated from it, its individuals' residuals and curves.
 
-Each check refuses alone. The order of the checks is part of the results: those of the model share one stream of random
-numbers.
+A check that is refused leaves the others. The order of the checks is part of the results: those of the model share one
+stream of random numbers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ from torch import Tensor
 from nlme_sbi.compute.progress import Progress
 from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.config.conversion import convert
-from nlme_sbi.diagnostics.findings import refused
-from nlme_sbi.diagnostics.fit.individual_curves import IndividualCurves, Shown, choose_individuals, individual_curves
+from nlme_sbi.diagnostics.findings import grey_finding
+from nlme_sbi.diagnostics.fit.individual_curves import (
+    IndividualCurves,
+    ShownIndividuals,
+    choose_individuals,
+    individual_curves,
+)
 from nlme_sbi.diagnostics.fit.iwres import goodness_finding, goodness_of_fit
 from nlme_sbi.diagnostics.fit.npde import prediction_errors, prediction_errors_finding
 from nlme_sbi.diagnostics.fit.random_effects import (
@@ -61,7 +66,7 @@ class FitCheckSettings:
             example = typed("check_fit.individuals", ["1", "5"])
             raise ValueError(f"check_fit.individuals must be a list of ids such as {example}; got {given!r}.")
         if len(set(map(str, given))) != len(given):
-            raise ValueError("check_fit.individuals names somebody twice.")
+            raise ValueError("check_fit.individuals names an individual twice.")
         counts = {key: convert(section[key], int, f"check_fit.{key}") for key in ("replicates", "checked", "each")}
         for key, count in counts.items():
             if count < 1:
@@ -99,14 +104,14 @@ class FitChecks:
         checked: rows of the individuals that checks by simulation took.
         closeness: log-likelihood a measurement (nats) at every individual's posterior mean; None without a likelihood.
         shown: whose curves are shown.
-        curves: of those; None where that was refused, which a finding tells.
+        curves: of those; None where that was refused, with a finding.
         confidence: of the bands of visual predictive checks.
     """
 
     outcome: Outcome
     checked: list[int]
     closeness: Float[Tensor, " I"] | None
-    shown: Shown
+    shown: ShownIndividuals
     curves: IndividualCurves | None
     confidence: float | None
 
@@ -145,12 +150,12 @@ def check_stored_fit(subject: FitSubject) -> FitChecks:
     )
     rows = checked_rows(len(subject.fit.observations), subject.settings.checked)
     plain, model = _model_checks(subject, rows)
-    outcome = model.joined(_population_checks(subject))
+    outcome = model.merge(_population_checks(subject))
     curves: IndividualCurves | None = None
     try:
         curves = _curves(subject, shown)
     except ValueError as problem:
-        outcome = outcome.joined(Outcome([refused("fits", "Individual fits", problem, what="this part")]))
+        outcome = outcome.merge(Outcome([grey_finding("fits", "Individual fits", problem, what="this part")]))
     return FitChecks(outcome, rows, closeness, shown, curves, None if plain is None else plain.confidence)
 
 
@@ -192,12 +197,12 @@ def _model_checks(subject: FitSubject, rows: list[int]) -> tuple[VisualPredictiv
     try:
         among = _replicates(subject, rows, generator)
     except ValueError as problem:
-        return None, Outcome([refused("model", "Model against data", problem, what="this part")])
+        return None, Outcome([grey_finding("model", "Model against data", problem, what="this part")])
     plain, outcome = _vpc(subject, among, generator)
-    outcome = outcome.joined(
+    outcome = outcome.merge(
         attempt("prediction_errors", "Prediction errors (npde)", lambda: _npde(subject, among, generator))
     )
-    outcome = outcome.joined(
+    outcome = outcome.merge(
         attempt("goodness", "Residuals of the individuals", lambda: _residuals(subject, among, generator))
     )
     return plain, outcome
@@ -214,10 +219,10 @@ def _vpc(
                 simulator, among.phi, among.observations, generator=generator, advance=progress.update
             )
     except ValueError as problem:
-        return None, Outcome([refused("vpc", "Visual predictive check", problem)])
+        return None, Outcome([grey_finding("vpc", "Visual predictive check", problem)])
     outcome = _vpc_outcome(plain, "vpc")
     corrected = attempt("pcvpc", "Prediction-corrected VPC", lambda: _corrected_vpc(subject, among, generator))
-    return plain, outcome.joined(corrected)
+    return plain, outcome.merge(corrected)
 
 
 def _corrected_vpc(subject: FitSubject, among: Replicates, generator: torch.Generator) -> Outcome:
@@ -271,13 +276,13 @@ def _population_checks(subject: FitSubject) -> Outcome:
         effects = _random_effects(subject)
     except ValueError as problem:
         titles = {"random_effects": "Random effects", "covariates": "Random effects against covariates"}
-        return Outcome([refused(check, title, problem) for check, title in titles.items()])
+        return Outcome([grey_finding(check, title, problem) for check, title in titles.items()])
     tested = attempt("random_effects", "Distribution of the random effects", lambda: _distributions(effects))
-    outcome = tested.joined(Outcome([shrinkage_finding(effects)], {"random_effects": effects.to_frame()}))
+    outcome = tested.merge(Outcome([shrinkage_finding(effects)], {"random_effects": effects.to_frame()}))
     design = subject.fit.observations.design
     if design.covariates is None:  # then there is nothing to check, which is no gap
         return outcome
-    return outcome.joined(
+    return outcome.merge(
         attempt("covariates", "Random effects against covariates", lambda: _covariates(subject.fit, effects))
     )
 
@@ -306,7 +311,7 @@ def _covariates(fit: StoredFit, effects: RandomEffects) -> Outcome:
     return Outcome([covariate_finding(tests)], {"covariate_tests": tests.table})
 
 
-def _curves(subject: FitSubject, shown: Shown) -> IndividualCurves:
+def _curves(subject: FitSubject, shown: ShownIndividuals) -> IndividualCurves:
     fit, rows = subject.fit, list(shown.rows)
     draws = fit.kept_draws()
     some = fit.observations[rows].to(fit.device)

@@ -1,4 +1,4 @@
-"""What is checked of a trained network: each check gives findings, tables and figures, and refuses alone."""
+"""Checks of a trained network: each gives findings, tables and figures, and one that is refused leaves the others."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Subject:
 Check = Callable[[Subject], Outcome]
 
 
-def attempted_check(check: str, title: str, make: Check, subject: Subject) -> Outcome:
+def attempt_check(check: str, title: str, make: Check, subject: Subject) -> Outcome:
     """What a check gives, or a grey finding where it refuses, so that the others go on."""
     return attempt(check, title, lambda: make(subject))
 
@@ -111,7 +111,7 @@ def prior_checks(subject: Subject) -> Outcome:
     back = recovery(pairs, posterior.prior)
     judged = _calibration_outcome(found, settings, "prior")
     tables = {"recovery": back.summary_frame(), "recovery_individuals": back.individuals_frame()}
-    return judged.joined(Outcome([recovery_finding(back)], tables))
+    return judged.merge(Outcome([recovery_finding(back)], tables))
 
 
 def local_checks(subject: Subject) -> Outcome:

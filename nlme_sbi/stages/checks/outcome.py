@@ -1,4 +1,4 @@
-"""What a check gives: findings, tables and figures; one that refuses costs itself only."""
+"""The outcome of a check: findings, tables and figures; one that is refused leaves the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from matplotlib.figure import Figure
 
-from nlme_sbi.diagnostics.findings import Finding, refused
+from nlme_sbi.diagnostics.findings import Finding, grey_finding
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +19,7 @@ class Outcome:
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     figures: dict[str, Figure] = field(default_factory=dict)
 
-    def joined(self, other: Outcome) -> Outcome:
+    def merge(self, other: Outcome) -> Outcome:
         """Both; tables of one name are put one below the other."""
         tables = dict(self.tables)
         for name, frame in other.tables.items():
@@ -32,4 +32,4 @@ def attempt(check: str, title: str, make: Callable[[], Outcome]) -> Outcome:
     try:
         return make()
     except ValueError as problem:
-        return Outcome([refused(check, title, problem)])
+        return Outcome([grey_finding(check, title, problem)])

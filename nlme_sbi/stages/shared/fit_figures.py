@@ -19,7 +19,7 @@ from nlme_sbi.plots.population import plot_population
 from nlme_sbi.population.objective.individuals import individual_typical
 from nlme_sbi.population.results.fit_result import PopulationFit
 from nlme_sbi.runs import write_atomically
-from nlme_sbi.stages.attempts import attempted
+from nlme_sbi.stages.attempts import attempt_part
 from nlme_sbi.stages.shared.trained_posterior import AnyPosterior
 from nlme_sbi.types import Observations, TractableSimulator
 
@@ -40,7 +40,7 @@ def save_figures(
 ) -> None:
     """Write ``individual_fits.png``, ``population.png``, ``pairs_typical.png`` and ``pairs_worst.png``.
 
-    The log tells which of them cannot be drawn and why.
+    The log says which of them cannot be drawn and why.
 
     Args:
         directory: the run's.
@@ -72,7 +72,7 @@ def save_figures(
     typical, worst = int(ranked[len(ranked) // 2]), int(ranked[0])
     if isinstance(simulator, TractableSimulator):
         fits = partial(_fits, observations[shown], drawn[shown], simulator, generator)
-        attempted("individual_fits.png", partial(_save, directory / "individual_fits.png", fits))
+        attempt_part("individual_fits.png", partial(_save, directory / "individual_fits.png", fits))
     else:
         log.info("No individual fits: the simulator has no noise-free prediction.")
     for file, made in (
@@ -80,7 +80,7 @@ def save_figures(
         ("pairs_typical.png", partial(pairs, typical)),
         ("pairs_worst.png", partial(pairs, worst)),
     ):
-        attempted(file, partial(_save, directory / file, made))
+        attempt_part(file, partial(_save, directory / file, made))
 
 
 def spread_rows(count: int, wanted: int) -> list[int]:

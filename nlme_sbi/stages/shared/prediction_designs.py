@@ -42,14 +42,14 @@ class New:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is predicted; ``like_the_data`` tells whether measurements belong into the same picture."""
+    """What is predicted; ``like_the_data`` is whether measurements belong into the same picture."""
 
     known: Known | None
     new: New | None
     like_the_data: bool
 
 
-def planned(
+def plan_predictions(
     section: Any, fit: StoredFit, *, individuals: Who, new: Literal["auto"] | bool, trust: tuple[str, ...]
 ) -> Plan:
     """Read the section ``design`` and lay out what is predicted, on the device of the fit.
@@ -58,7 +58,8 @@ def planned(
         section: of the config: a :class:`Schedule`, a fixed grid, or the designs of a data file.
         fit: what the predictions are made from.
         individuals: of the fit.
-        new: whether new individuals are wished; "auto" leaves them out, and says so, where their design is not known.
+        new: whether new individuals are asked for; "auto" leaves them out, and says so, where their design is not
+            known.
         trust: module prefixes that the section may name.
 
     Raises:
@@ -68,7 +69,7 @@ def planned(
     if isinstance(source, DesignsOfData):
         plan = _of_data(source, fit, individuals, new)
     else:
-        plan = _scheduled(_schedule(source), fit, individuals, new)
+        plan = _plan_schedule(_schedule(source), fit, individuals, new)
     if plan.known is None and plan.new is None:
         raise ValueError("Nothing is left to predict: individuals=none and no new ones. Ask for one of them.")
     return plan
@@ -85,7 +86,7 @@ def _schedule(source: Any) -> Schedule:
     )
 
 
-def _scheduled(schedule: Schedule, fit: StoredFit, individuals: Who, new: Literal["auto"] | bool) -> Plan:
+def _plan_schedule(schedule: Schedule, fit: StoredFit, individuals: Who, new: Literal["auto"] | bool) -> Plan:
     observations = fit.observations
     rows = _rows(individuals, observations)
     simulator = fit.posterior.simulator
@@ -93,7 +94,9 @@ def _scheduled(schedule: Schedule, fit: StoredFit, individuals: Who, new: Litera
     if rows:
         design = schedule.for_known(observations[rows].design).to(fit.device)
         known = Known(tuple(observations.ids[row] for row in rows), rows, design)
-    made: Design | str = schedule.for_new(observations.design, needed(fit), takes_doses=simulator.takes_doses)
+    made: Design | str = schedule.for_new(
+        observations.design, required_covariates(fit), takes_doses=simulator.takes_doses
+    )
     along = time_covariates_read(simulator)
     if along:
         made = (
@@ -107,18 +110,18 @@ def _scheduled(schedule: Schedule, fit: StoredFit, individuals: Who, new: Litera
     )
 
 
-def needed(fit: StoredFit) -> tuple[str, ...]:
+def required_covariates(fit: StoredFit) -> tuple[str, ...]:
     """Covariates that simulator and population model depend on."""
     table = fit.population.unknowns
     of_effects = [table.rows[place].other for place in table.entries(*EFFECTS)]
     return tuple(dict.fromkeys([*fit.posterior.simulator.covariates, *of_effects]))
 
 
-def _new(found: Design | str, wished: Literal["auto"] | bool, fit: StoredFit) -> New | None:
-    if wished is False:
+def _new(found: Design | str, requested: Literal["auto"] | bool, fit: StoredFit) -> New | None:
+    if requested is False:
         return None
     if isinstance(found, str):
-        if wished is True:
+        if requested is True:
             raise ValueError(f"New individuals cannot be predicted: {found}.")
         log.info("New individuals are left out: %s.", found)
         return None
@@ -132,7 +135,7 @@ def _of_data(source: DesignsOfData, fit: StoredFit, individuals: Who, new: Liter
     for note in data.notes:
         log.info("%s", note)
     _check_units(data, simulator, observations.time_unit)
-    chosen = _chosen(data, observations, individuals)
+    chosen = _choose_ids(data, observations, individuals)
     known = None
     if chosen:
         rows = [observations.ids.index(name) for name in chosen]
@@ -143,7 +146,7 @@ def _of_data(source: DesignsOfData, fit: StoredFit, individuals: Who, new: Liter
     made = None
     if new is not False:
         course = data.design.time_covariates
-        lacking = [name for name in needed(fit) if name not in _names(data.design)]
+        lacking = [name for name in required_covariates(fit) if name not in _names(data.design)]
         lacking += [name for name in time_covariates_read(simulator) if course is None or name not in course.names]
         if lacking and new is True:
             raise ValueError(f"The design's data lack the covariates {lacking}; name them in data.covariates.")
@@ -152,7 +155,7 @@ def _of_data(source: DesignsOfData, fit: StoredFit, individuals: Who, new: Liter
         else:
             made = New(data.ids, _complete(data.design).to(fit.device))
     if individuals == "all":
-        _tell_strangers(data.ids, observations.ids, predicted=made is not None)
+        _report_unknown_ids(data.ids, observations.ids, predicted=made is not None)
     return Plan(known, made, like_the_data=False)
 
 
@@ -178,7 +181,7 @@ def _check_units(data: PlannedDesigns, simulator: Simulator, time_unit: str) -> 
         check_unit(f'The plan\'s covariate "{name}" is', given, wanted, option="covariate", name=name)
 
 
-def _chosen(data: PlannedDesigns, observations: Observations, individuals: Who) -> list[str]:
+def _choose_ids(data: PlannedDesigns, observations: Observations, individuals: Who) -> list[str]:
     """Ids of the fit that have a design in the plan and are asked for; refuses those that differ in form only."""
     if individuals == "none":
         return []
@@ -203,7 +206,7 @@ def _chosen(data: PlannedDesigns, observations: Observations, individuals: Who) 
     return chosen
 
 
-def _tell_strangers(ids: tuple[str, ...], there: tuple[str, ...], *, predicted: bool) -> None:
+def _report_unknown_ids(ids: tuple[str, ...], there: tuple[str, ...], *, predicted: bool) -> None:
     """Name the plan's ids that the fit does not have."""
     strangers = tuple(name for name in ids if name not in set(there))
     if strangers:
@@ -256,7 +259,7 @@ def _rows(individuals: Who, observations: Observations) -> list[int]:
     if individuals == "all":
         return list(range(len(observations)))
     if len(set(individuals)) != len(individuals):
-        raise ValueError(f"individuals names somebody twice: {list(individuals)}.")
+        raise ValueError(f"individuals names an individual twice: {list(individuals)}.")
     rows = []
     for name in individuals:
         if name not in observations.ids:

@@ -1,4 +1,5 @@
-"""Whether data lie where the prior predicts them: units off by powers of ten are said before anything is fitted."""
+"""Whether data lie where the prior predicts them: a warning of units off by powers of ten, before anything is
+fitted."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from nlme_sbi.types import Observations, Prior, TractableSimulator
 
 _INDIVIDUALS, _DRAWS = 30, 400
 _TAIL = 0.01  # of the prior's predictions beyond each limit
-_FACTOR = 5.0  # beyond those limits from which on it is said
+_FACTOR = 5.0  # beyond those limits above which there is a warning
 _POSITIVE = 0.9  # share of measurements that are positive, below which a signal has no orders of magnitude
 
 

@@ -1,4 +1,4 @@
-"""What a finished fit leaves for later stages, and how they take it up again: no pickles, everything checked."""
+"""What a finished fit stores for later stages, and how they load it: no pickles, everything checked."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class StoredFit:
         posterior: the network or networks that its draws came from; its ``simulator`` is the fit's.
         population: the bound population model.
         observations: the data, on the CPU.
-        estimates: what it found.
+        estimates: of the fit.
         device: where its tensors are, but for the data and the estimates' own.
         draws: ``(I, S, D)`` of ``p(phi | y_i, theta_hat)``, or None where the fit kept none.
         sources: of the code of others behind it, as it was and is.
@@ -286,10 +286,10 @@ def posterior_runs(fit: FinishedRun) -> list[FinishedRun]:
     """The runs that a fit's draws came from, found again by their hashes; raises ``ValueError`` where one is gone."""
     inputs = fit.manifest["inputs"]
     names = [name for name in inputs if name == "posterior" or name.startswith("posterior_")]
-    return [_located(fit, inputs[name]) for name in names]
+    return [_locate(fit, inputs[name]) for name in names]
 
 
-def _located(fit: FinishedRun, entry: Mapping[str, Any]) -> FinishedRun:
+def _locate(fit: FinishedRun, entry: Mapping[str, Any]) -> FinishedRun:
     """The posterior's run: where it lay, else beside the fit in the same output root; recognised by its hash."""
     beside = fit.path.parent.parent / "train_flow"
     recorded = None if entry.get("path") is None else Path(entry["path"])
@@ -302,9 +302,9 @@ def _located(fit: FinishedRun, entry: Mapping[str, Any]) -> FinishedRun:
             continue
         if found.sha256 == entry["sha256"]:
             return load_run(path, stage="train_flow")
-    told = "" if recorded is None else f" It was {recorded}."
+    hint = "" if recorded is None else f" It was {recorded}."
     raise ValueError(
-        f"The posterior that {fit.path} was made from is not there any more, or was changed.{told} Put it back below "
+        f"The posterior that {fit.path} was made from is not there any more, or was changed.{hint} Put it back below "
         f"{beside}, or fit again with another posterior."
     )
 

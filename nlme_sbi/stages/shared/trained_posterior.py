@@ -33,7 +33,7 @@ def find_posteriors(plain: Mapping[str, Any]) -> list[FinishedRun]:
     named = plain["posterior"]
     if named == NOTHING_TRAINED:
         return []
-    runs = [_found(str(reference), plain) for reference in (named if isinstance(named, list) else [named])]
+    runs = [_find(str(reference), plain) for reference in (named if isinstance(named, list) else [named])]
     if not runs:
         raise ValueError(
             f"{typed('posterior', [])} names no run; give posterior=RUN, posterior=latest or "
@@ -89,7 +89,7 @@ def posterior_sources(runs: list[FinishedRun], trust: tuple[str, ...]) -> Source
     return found
 
 
-def _found(reference: str, plain: Mapping[str, Any]) -> FinishedRun:
+def _find(reference: str, plain: Mapping[str, Any]) -> FinishedRun:
     run = find_run(
         reference,
         stage="train_flow",

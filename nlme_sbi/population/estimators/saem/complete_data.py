@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nlme_sbi.population.estimators.saem.mcmc import CompleteData
-from nlme_sbi.population.objective.objective import along
+from nlme_sbi.population.objective.objective import directional_derivatives
 
 _STEP = 1e-4  # of finite differences of exact slopes in the constants
 
@@ -24,7 +24,7 @@ def constants_jacobian(
     if len(entries) == 0 or not data.population.constant:
         return torch.zeros((len(entries), len(design), len(data.population.constant))).to(theta)
     axes = torch.eye(len(theta), dtype=theta.dtype, device=theta.device)[entries]
-    return along(lambda at: data.population.constants(at, design), theta, axes)
+    return directional_derivatives(lambda at: data.population.constants(at, design), theta, axes)
 
 
 def population_scores(
@@ -32,7 +32,9 @@ def population_scores(
 ) -> Float[Tensor, "E I C"]:
     """Slopes of every chain's population density."""
     axes = torch.eye(len(theta), dtype=theta.dtype, device=theta.device)[entries]
-    return along(lambda at: data.population.log_prob(points, at, data.observations.design), theta, axes)
+    return directional_derivatives(
+        lambda at: data.population.log_prob(points, at, data.observations.design), theta, axes
+    )
 
 
 def population_information(

@@ -20,16 +20,16 @@ from nlme_sbi.population.estimators.saem.complete_data import (
     population_information,
     population_scores,
 )
-from nlme_sbi.population.estimators.saem.mcmc import Acceptance, Chains, CompleteData, Kernels, swept
+from nlme_sbi.population.estimators.saem.mcmc import Acceptance, Chains, CompleteData, Kernels, sweep_chains
 from nlme_sbi.population.objective.standard_errors import covariance_from
 
-_BATCHES = 10  # of consecutive members of a sequence, whose means tell how uncertain its mean is
-_CURVED = 10  # sweeps between looks at the complete information
+_BATCHES = 10  # of consecutive members of a sequence, whose means give the standard error of its mean
+_CURVED = 10  # sweeps between evaluations of the complete information
 
 
 @dataclass(frozen=True, eq=False)
 class StationaryPoint:
-    """What chains at a fixed theta tell, over the free unknowns.
+    """Results of chains at a fixed theta, over the free unknowns.
 
     Args:
         se: standard errors of the estimates from Louis' information.
@@ -65,7 +65,7 @@ def check_stationarity(
     totals, informations, accepted = [], [], []
     individuals, squares = torch.zeros((len(free), len(constants))).to(theta), torch.zeros((len(free),) * 2).to(theta)
     for turn in range(sweeps):
-        chains, kernels, shares = swept(data, chains, kernels, theta, generator, turn=turn, rate=0.0)
+        chains, kernels, shares = sweep_chains(data, chains, kernels, theta, generator, turn=turn, rate=0.0)
         accepted.append(shares)
         slopes = data.with_slopes(chains.points, constants)[1]
         scores = population_scores(data, chains.points, theta, free) + torch.einsum("eiw,icw->eic", jacobian, slopes)
@@ -108,7 +108,8 @@ def _shares(accepted: list[Acceptance], *, exchangeable: bool) -> dict[str, floa
     if exchangeable:
         names["exchange"] = "exchanges"
     return {
-        said: float(torch.stack([getattr(shares, name) for shares in accepted]).mean()) for name, said in names.items()
+        label: float(torch.stack([getattr(shares, name) for shares in accepted]).mean())
+        for name, label in names.items()
     }
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.numerics.t_mixtures import Mixtures
-from nlme_sbi.population.estimators.initialization import images
-from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, along_profiles, mixtures
-from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, chosen_rows, interleaved
+from nlme_sbi.population.estimators.initialization import exchanged_columns
+from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, mixtures, profile_components
+from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, interleave, select_rows
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.types import Observations, TractableSimulator
 
@@ -46,7 +46,7 @@ class CompleteData:
         width = max(1, _NUMBERS.get(values.device.type, _NUMBERS["cuda"]) // (chains * values[0].numel()))
         ends = [*range(0, len(observations), width), len(observations)]
         every = torch.arange(len(observations), device=values.device)
-        parts = tuple((slice(start, end), chosen_rows(observations, every[start:end])) for start, end in pairwise(ends))
+        parts = tuple((slice(start, end), select_rows(observations, every[start:end])) for start, end in pairwise(ends))
         return cls(simulator, population, observations, parts)
 
     def log_likelihood(self, points: Float[Tensor, "I C V"], constants: Float[Tensor, "I W"]) -> Float[Tensor, "I C"]:
@@ -78,14 +78,14 @@ class CompleteData:
     def _value(self, part: tuple[slice, Observations], points: Tensor, constants: Tensor) -> Tensor:
         rows, observations = part
         varying = points[rows]
-        phi = interleaved(self.population, varying, constants.expand(*varying.shape[:2], -1))
+        phi = interleave(self.population, varying, constants.expand(*varying.shape[:2], -1))
         found = self.simulator.log_likelihood(observations, phi)
         return torch.where(torch.isfinite(found), found, -torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
 class Chains:
-    """Where all chains are, with log-likelihood and population density there."""
+    """States of all chains, with log-likelihood and population density there."""
 
     points: Float[Tensor, "I C V"]
     likelihood: Float[Tensor, "I C"]
@@ -102,7 +102,7 @@ class Kernels:
         log_joint: ``(I,)`` log step of the walk in that shape.
         log_single: ``(I, V)`` log steps of the walks along coordinates, in SDs of that shape.
         exchanges: orders of the varying columns that exchange declared pairs.
-        target: wished share of accepted random-walk steps.
+        target: target share of accepted random-walk steps.
     """
 
     laplace: Mixtures
@@ -116,22 +116,22 @@ class Kernels:
     def around(cls, joint: JointDensity, modes: LaplaceComponents, at: Expansion, *, target: float) -> Kernels:
         """From modes sorted by individual, the best of each first, and the expansions there.
 
-        Where an individual tells little of a parameter, Laplace's component alone leaves its chains in one place.
+        Where an individual's data say little about a parameter, chains mix badly with Laplace's component alone.
         """
         individuals, size = len(joint.observations), modes.means.shape[1]
-        mixed = mixtures(along_profiles(joint, modes, at), individuals, _SHARES)
+        mixed = mixtures(profile_components(joint, modes, at), individuals, _SHARES)
         ones = torch.ones(individuals, dtype=modes.means.dtype, device=modes.means.device)
         return cls(
             laplace=mixed,
             shape=mixtures(modes, individuals, 1).factors[:, 0],
             log_joint=(2.4 / size**0.5 * ones).log(),
             log_single=(2.4 * ones).log()[:, None].expand(-1, size).clone(),
-            exchanges=tuple(tuple(order) for order in images(joint.simulator, joint.population)),
+            exchanges=tuple(tuple(order) for order in exchanged_columns(joint.simulator, joint.population)),
             target=target,
         )
 
-    def moved_to(self, joint: JointDensity, modes: LaplaceComponents, at: Expansion) -> Kernels:
-        """Around other modes, with the steps that were learnt."""
+    def recentre(self, joint: JointDensity, modes: LaplaceComponents, at: Expansion) -> Kernels:
+        """Proposals around other modes, with the adapted step lengths."""
         fresh = Kernels.around(joint, modes, at, target=self.target)
         return replace(fresh, log_joint=self.log_joint, log_single=self.log_single)
 
@@ -151,19 +151,19 @@ class Acceptance:
         return torch.stack([self.independence, self.joint, self.single]).mean(0)
 
 
-def begun(data: CompleteData, theta: Float[Tensor, " P"], points: Float[Tensor, "I C V"]) -> Chains:
+def start_chains(data: CompleteData, theta: Float[Tensor, " P"], points: Float[Tensor, "I C V"]) -> Chains:
     """Chains at ``points``."""
     constants = data.population.constants(theta, data.observations.design)
-    return Chains(points, data.log_likelihood(points, constants), prior_of(data, points, theta))
+    return Chains(points, data.log_likelihood(points, constants), population_density(data, points, theta))
 
 
-def prior_of(data: CompleteData, points: Tensor, theta: Tensor) -> Float[Tensor, "I C"]:
+def population_density(data: CompleteData, points: Tensor, theta: Tensor) -> Float[Tensor, "I C"]:
     """Population density of all chains."""
     with torch.no_grad():
         return data.population.log_prob(points, theta, data.observations.design)
 
 
-def swept(
+def sweep_chains(
     data: CompleteData,
     chains: Chains,
     kernels: Kernels,
@@ -177,7 +177,7 @@ def swept(
 
     Args:
         data: likelihood of all data.
-        chains: where they are, with densities that belong to ``theta``.
+        chains: their states, with densities that belong to ``theta``.
         kernels: their proposals.
         theta: the population.
         generator: of proposals and acceptances.
@@ -185,8 +185,8 @@ def swept(
         rate: how much steps adapt; 0 leaves them.
     """
     constants = data.population.constants(theta, data.observations.design)
-    move = _mover(data, theta, constants, generator)
-    proposed = independent(kernels.laplace, chains.points.shape[1], generator)
+    move = _acceptance_step(data, theta, constants, generator)
+    proposed = draw_points(kernels.laplace, chains.points.shape[1], generator)
     log_q = kernels.laplace.log_prob(chains.points) - kernels.laplace.log_prob(proposed)
     chains, independence = move(chains, proposed, log_q)
     exchange = torch.zeros_like(independence[:, 0], dtype=chains.prior.dtype)
@@ -211,7 +211,7 @@ def swept(
     return chains, kernels, Acceptance(shares[0], exchange, shares[1], shares[2])
 
 
-def independent(mixed: Mixtures, chains: int, generator: torch.Generator) -> Float[Tensor, "I C V"]:
+def draw_points(mixed: Mixtures, chains: int, generator: torch.Generator) -> Float[Tensor, "I C V"]:
     """Independent draws of the mixtures, one for each chain."""
     component = torch.multinomial(
         mixed.counts.double().to(generator.device), chains, replacement=True, generator=generator
@@ -222,14 +222,14 @@ def independent(mixed: Mixtures, chains: int, generator: torch.Generator) -> Flo
     return mixed.means[every, component] + (mixed.factors[every, component] @ standard[..., None])[..., 0]
 
 
-def _mover(
+def _acceptance_step(
     data: CompleteData, theta: Tensor, constants: Tensor, generator: torch.Generator
 ) -> Callable[[Chains, Tensor, Tensor], tuple[Chains, Bool[Tensor, "I C"]]]:
     """Metropolis-Hastings: proposals and the log ratio of proposal densities (back over forth) -> accepted ones."""
 
     def move(chains: Chains, proposed: Tensor, log_q: Tensor) -> tuple[Chains, Tensor]:
         likelihood = data.log_likelihood(proposed, constants)
-        prior = prior_of(data, proposed, theta)
+        prior = population_density(data, proposed, theta)
         gain = likelihood + prior - chains.likelihood - chains.prior + log_q
         chance = torch.rand(gain.shape, generator=generator, device=generator.device, dtype=gain.dtype)
         accepted = chance.log().to(gain.device) < gain  # false where the gain is NaN

@@ -3,11 +3,11 @@ r"""SAEM, the stochastic approximation version of EM (Kuhn and Lavielle 2005), f
 Every iteration moves the chains of all individuals (:mod:`nlme_sbi.population.estimators.saem.mcmc`) and updates theta
 (:mod:`nlme_sbi.population.estimators.saem.stochastic_approximation`): first with step 1 until theta no longer drifts,
 then with steps :math:`k^{-0.7}`, over which theta is averaged (Polyak and Juditsky 1992). Chains at the average, held
-fixed, then tell whether it is a maximum and how uncertain the search leaves it
+fixed, then show whether it is a maximum and give the Monte-Carlo error of the search
 (:mod:`nlme_sbi.population.estimators.saem.convergence`).
 
-Nothing of the exact estimator's importance sampling finds theta; it only tells likelihood, information and individuals
-at the estimate, as other SAEM software does it.
+The exact estimator's importance sampling takes no part in the search; it gives likelihood, information and individuals
+at the estimate, as in other SAEM software.
 """
 
 from __future__ import annotations
@@ -20,16 +20,28 @@ from torch import Tensor
 
 from nlme_sbi.compute.progress import FitProgress, Report
 from nlme_sbi.population.estimators.exact import Exact
-from nlme_sbi.population.estimators.initialization import first_climbers, likelihood_of, require_everybody, tractable
-from nlme_sbi.population.estimators.interface import Found
+from nlme_sbi.population.estimators.initialization import (
+    choose_mode_starts,
+    likelihood_of,
+    require_every_individual,
+    require_likelihood,
+)
+from nlme_sbi.population.estimators.interface import SearchResult
 from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
 from nlme_sbi.population.estimators.saem.convergence import StationaryPoint, check_stationarity, drift
-from nlme_sbi.population.estimators.saem.mcmc import Chains, CompleteData, Kernels, begun, prior_of, swept
-from nlme_sbi.population.estimators.saem.stochastic_approximation import Recursion, updated
+from nlme_sbi.population.estimators.saem.mcmc import (
+    Chains,
+    CompleteData,
+    Kernels,
+    population_density,
+    start_chains,
+    sweep_chains,
+)
+from nlme_sbi.population.estimators.saem.stochastic_approximation import Recursion, update_theta
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_modes, mixtures
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.models.interface import PopulationModel
-from nlme_sbi.population.models.labels import named
+from nlme_sbi.population.models.labels import list_ids
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.subsets import of_individuals, random_part
 from nlme_sbi.types import Observations, Simulator, TractableSimulator
@@ -39,11 +51,11 @@ _POWER = 0.7  # of the decreasing steps
 _SETTLED = 0.25  # first part of the averaging phase that is left out of the average
 _DRIFT = 3.0  # standard errors between the halves of a window that count as drift
 _REFRESHED = (5, 15, 40, 80)  # sweeps before which proposals are placed anew, then whenever a phase begins
-_CURVED = 5  # sweeps between looks at the information of stepped entries, after the first few
+_CURVED = 5  # sweeps between evaluations of the information of stepped entries, after the first few
 _LEARNING = 0.6  # power with which the adaptation of random walks fades
-_ROUNDS = 4  # of averaging and judging
+_ROUNDS = 4  # of averaging and checking
 _WATCHED = 100  # sweeps at the average, at least
-_MARGIN = 0.9  # of the wished accuracy: standard errors are known here only from the chains
+_MARGIN = 0.9  # of the target accuracy: standard errors are known here only from the chains
 _MANY = 2000  # individuals beyond which a random part of them burns in first
 _PART = 1000
 _STUCK = 0.02  # share of accepted proposals below which chains are named
@@ -103,7 +115,7 @@ class Saem(OfLikelihood):
         """Importance sampling at ``theta``, as the exact estimator does it."""
         return self._sampling.draws_at(source, observations, theta, previous, generator)
 
-    def look_again(
+    def search_modes_again(
         self,
         source: Source,
         observations: Observations,
@@ -112,9 +124,9 @@ class Saem(OfLikelihood):
         generator: torch.Generator,
     ) -> WeightedDraws:
         """Importance sampling at ``theta`` with modes searched for from the beginning, as in the exact estimator."""
-        return self._sampling.look_again(source, observations, state, theta, generator)
+        return self._sampling.search_modes_again(source, observations, state, theta, generator)
 
-    def search_wider(
+    def scan_for_modes(
         self,
         source: Source,
         observations: Observations,
@@ -125,15 +137,15 @@ class Saem(OfLikelihood):
         columns: tuple[int, ...] = (),
     ) -> tuple[WeightedDraws, tuple[int, ...]] | None:
         """The same with modes that a scan finds, where it finds any."""
-        return self._sampling.search_wider(source, observations, state, theta, generator, columns=columns)
+        return self._sampling.scan_for_modes(source, observations, state, theta, generator, columns=columns)
 
     def reuse(self, theta: Float[Tensor, " P"], state: WeightedDraws) -> WeightedDraws | None:
         """Importance sampling's draws where they serve for ``theta`` as well."""
         return self._sampling.reuse(theta, state)
 
-    def roughly(self, individuals: int) -> Exact:
+    def coarsen(self, individuals: int) -> Exact:
         """The exact estimator with few draws: starts are compared on the likelihood."""
-        return self._sampling.roughly(individuals)
+        return self._sampling.coarsen(individuals)
 
     def improve(
         self,
@@ -157,22 +169,22 @@ class Saem(OfLikelihood):
         *,
         accuracy: float,
         report: Report,
-    ) -> Found:
+    ) -> SearchResult:
         """SAEM from ``theta``, until its Monte-Carlo error is below ``accuracy`` standard errors."""
-        simulator = tractable(self.simulator, source, self.name)
+        simulator = require_likelihood(self.simulator, source, self.name)
         population = previous.population
         if len(observations) > _MANY:
             rows = random_part(len(observations), _PART, generator)
             some = (of_individuals(source, rows), observations[rows], population, theta)
-            first = _Run.begun(self, simulator, some, generator)
+            first = _Run.start(self, simulator, some, generator)
             theta = first.burn_in(report).theta
-        run = _Run.begun(self, simulator, (source, observations, population, theta), generator)
-        return run.burn_in(report).to_the_end(accuracy, observations.ids, report)
+        run = _Run.start(self, simulator, (source, observations, population, theta), generator)
+        return run.burn_in(report).average_and_check(accuracy, observations.ids, report)
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """SAEM on its way: everything that the next sweep needs."""
+    """State of SAEM: everything that the next sweep needs."""
 
     settings: Saem
     data: CompleteData
@@ -184,10 +196,10 @@ class _Run:
     theta: Float[Tensor, " P"]
     generator: torch.Generator
     sweeps: int = 0
-    said: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @classmethod
-    def begun(
+    def start(
         cls,
         settings: Saem,
         simulator: TractableSimulator,
@@ -198,22 +210,22 @@ class _Run:
         source, observations, population, theta = inputs
         joint = likelihood_of(simulator, population, observations, theta)
         with torch.no_grad():
-            rows, starts = first_climbers(joint, source, observations, generator, mirrored=False)
+            rows, starts = choose_mode_starts(joint, source, observations, generator, mirrored=False)
             found, at = distinct_modes(joint, rows, starts)
-            require_everybody(found.rows, observations)
+            require_every_individual(found.rows, observations)
             kernels = Kernels.around(joint, found, at, target=settings.acceptance)
         count = settings.chains or max(1, -(-_CHAINS_ALL // len(observations)))
         data = CompleteData.of(simulator, population, joint.observations, chains=count)
         best = mixtures(found, len(observations), 1).means.expand(-1, count, -1)
-        chains = begun(data, theta, best.clone())
+        chains = start_chains(data, theta, best.clone())
         return cls(
-            settings, data, joint, found, chains, kernels, Recursion.begun(data, chains, theta), theta, generator
+            settings, data, joint, found, chains, kernels, Recursion.start(data, chains, theta), theta, generator
         )
 
-    def swept(self, step: float | None) -> _Run:
+    def sweep(self, step: float | None) -> _Run:
         """One sweep, and with a step one update of theta."""
         turn = self.sweeps
-        chains, kernels, _ = swept(
+        chains, kernels, _ = sweep_chains(
             self.data,
             self.chains,
             self.kernels,
@@ -226,18 +238,18 @@ class _Run:
         if step is None:
             return run
         curved = turn < _REFRESHED[1] or turn % _CURVED == 0
-        recursion, theta = updated(self.recursion, self.data, chains, self.theta, step=step, curved=curved)
+        recursion, theta = update_theta(self.recursion, self.data, chains, self.theta, step=step, curved=curved)
         return replace(run.at(theta), recursion=recursion)
 
     def at(self, theta: Tensor) -> _Run:
         """The same chains under another theta."""
-        chains = replace(self.chains, prior=prior_of(self.data, self.chains.points, theta))
+        chains = replace(self.chains, prior=population_density(self.data, self.chains.points, theta))
         if self.data.population.constant:
             constants = self.data.population.constants(theta, self.data.observations.design)
             chains = replace(chains, likelihood=self.data.log_likelihood(chains.points, constants))
         return replace(self, theta=theta, chains=chains)
 
-    def refreshed(self) -> _Run:
+    def refresh_proposals(self) -> _Run:
         """Proposals around the modes that lie near the chains now."""
         individuals = len(self.chains.points)
         joint = replace(self.joint, theta=self.theta)
@@ -248,7 +260,7 @@ class _Run:
             found, at = distinct_modes(joint, rows, points)
             if len(torch.unique(found.rows)) < individuals:
                 return self
-            kernels = self.kernels.moved_to(joint, found, at)
+            kernels = self.kernels.recentre(joint, found, at)
         return replace(self, joint=joint, modes=found, kernels=kernels)
 
     def burn_in(self, report: Report) -> _Run:
@@ -260,8 +272,8 @@ class _Run:
         ahead = settings.burn_in
         while True:
             if len(trace) in _REFRESHED:
-                run = run.refreshed()
-            run = run.swept(1.0)
+                run = run.refresh_proposals()
+            run = run.sweep(1.0)
             trace.append(run.theta[free])
             report(FitProgress("SAEM, step 1", len(trace), ahead))
             if len(trace) < ahead:
@@ -269,24 +281,24 @@ class _Run:
             window = torch.stack(trace[len(trace) // 2 :])
             largest = float(drift(window).abs().max())
             if largest < _DRIFT:
-                return run.refreshed()
+                return run.refresh_proposals()
             if len(trace) >= most:
                 place = int(free[int(drift(window).abs().argmax())])
                 name = self.data.population.unknowns.labels[place]
-                said = f"After {len(trace)} sweeps with step 1 {name} still drifted; the start may be far off."
-                return replace(run.refreshed(), said=(*run.said, said))
+                warning = f"After {len(trace)} sweeps with step 1 {name} still drifted; the start may be far off."
+                return replace(run.refresh_proposals(), warnings=(*run.warnings, warning))
             ahead = min(most, len(trace) + len(trace) // 2)
 
-    def to_the_end(self, accuracy: float, ids: tuple[str, ...], report: Report) -> Found:
-        """Averaging and judging until the average stands still and its Monte-Carlo error is small enough."""
-        settings, run, wished = self.settings, self, _MARGIN * accuracy
+    def average_and_check(self, accuracy: float, ids: tuple[str, ...], report: Report) -> SearchResult:
+        """Average and check until the average is stationary and its Monte-Carlo error is small enough."""
+        settings, run, allowed = self.settings, self, _MARGIN * accuracy
         fixed = self.data.population.unknowns.fixed.to(self.theta.device)
         trace: list[Tensor] = []
         ahead = settings.averaging
         for left_over in reversed(range(_ROUNDS)):
             watched = max(_WATCHED, (ahead - len(trace)) // 2)
             while len(trace) < ahead:
-                run = run.swept((len(trace) + 1) ** -_POWER)
+                run = run.sweep((len(trace) + 1) ** -_POWER)
                 trace.append(run.theta)
                 report(FitProgress("SAEM, averaging", len(trace), ahead))
             kept = trace[int(_SETTLED * len(trace)) :]
@@ -295,19 +307,19 @@ class _Run:
             judged, chains = check_stationarity(run.data, run.chains, run.kernels, mean, run.generator, sweeps=watched)
             run = replace(run, chains=chains, sweeps=run.sweeps + watched)
             se, beyond = judged.sweep_se / len(kept) ** 0.5 / judged.se, _beyond_chance(judged)
-            still = float(beyond.abs().max()) < wished
-            room = (settings.max_sweeps - run.sweeps) * 2 // 3  # a third of it for judging
-            if (float(se.max()) < wished and still) or not left_over or room < 2 * _WATCHED:
+            still = float(beyond.abs().max()) < allowed
+            room = (settings.max_sweeps - run.sweeps) * 2 // 3  # a third of it for the convergence check
+            if (float(se.max()) < allowed and still) or not left_over or room < 2 * _WATCHED:
                 break
             if not still:
-                trace, ahead = [], min(2 * ahead, room)  # it was still on its way: forget that
+                trace, ahead = [], min(2 * ahead, room)  # it had not converged: discard these sweeps
                 continue
-            needed = len(trace) * (float(se.max()) / wished) ** 2
+            needed = len(trace) * (float(se.max()) / allowed) ** 2
             ahead = min(int(1.1 * needed) + 20, len(trace) + room)
-        return run.found(judged, len(kept), accuracy, ids)
+        return run.summarise(judged, len(kept), accuracy, ids)
 
-    def found(self, judged: StationaryPoint, averaged: int, accuracy: float, ids: tuple[str, ...]) -> Found:
-        """The estimate with what is known of it."""
+    def summarise(self, judged: StationaryPoint, averaged: int, accuracy: float, ids: tuple[str, ...]) -> SearchResult:
+        """The estimate with its Monte-Carlo error, message and warnings."""
         free = self.data.population.unknowns.free.to(self.theta.device)
         se = judged.sweep_se / averaged**0.5
         relative, beyond = se / judged.se, _beyond_chance(judged)
@@ -322,22 +334,22 @@ class _Run:
         )
         zero = torch.zeros_like(self.theta)
         stuck = torch.nonzero(judged.moved < _STUCK)[:, 0]
-        said = self.said
+        warnings = self.warnings
         if len(stuck) > 0:
-            said = (
-                *said,
+            warnings = (
+                *warnings,
                 f"The chains of {len(stuck)} of {len(ids)} individuals hardly move (fewer than {100 * _STUCK:.0f}% of "
-                f"their proposals are accepted): {named(ids, stuck)}. SAEM may have missed a part of their "
+                f"their proposals are accepted): {list_ids(ids, stuck)}. SAEM may have missed a part of their "
                 "posteriors; compare with estimator=exact.",
             )
-        return Found(
+        return SearchResult(
             theta=self.theta,
             monte_carlo_se=zero.index_copy(0, free, se),
             left=zero.index_copy(0, free, beyond * judged.se),
             converged=converged,
             message=message,
             shortage=f"SAEM ended after {self.sweeps} sweeps (estimator.max_sweeps={self.settings.max_sweeps})",
-            warnings=said,
+            warnings=warnings,
         )
 
 

@@ -1,4 +1,4 @@
-r"""The stochastic approximation of SAEM: what is remembered of earlier sweeps, and the M-step from it.
+r"""The stochastic approximation of SAEM: averaged statistics, and the M-step from them.
 
 .. math:: S_k = S_{k-1} + \gamma_k \left( s(v_k) - S_{k-1} \right), \qquad \theta_k = M(S_k)
 
@@ -30,12 +30,12 @@ from nlme_sbi.population.estimators.saem.mcmc import Chains, CompleteData
 
 _FLOOR = 0.02  # least eigenvalue of a scaled information that a step assumes
 _LONGEST = 3.0  # longest step, in SDs that one individual's complete data would leave
-_LOOKED = 200  # individuals that tell which entries constants depend on
+_LOOKED = 200  # individuals that show which entries constants depend on
 
 
 @dataclass(frozen=True, eq=False)
 class Recursion:
-    """What is remembered.
+    """Stochastic approximations of earlier sweeps.
 
     Args:
         closed: whether the population model's M-step has a closed form.
@@ -52,8 +52,8 @@ class Recursion:
     information: Float[Tensor, "E E"] | None = None
 
     @classmethod
-    def begun(cls, data: CompleteData, chains: Chains, theta: Float[Tensor, " P"]) -> Recursion:
-        """Nothing remembered yet."""
+    def start(cls, data: CompleteData, chains: Chains, theta: Float[Tensor, " P"]) -> Recursion:
+        """Before the first sweep."""
         closed = _statistics(data, chains, theta) is not None
         free = data.population.unknowns.free.to(theta.device)
         if not closed:
@@ -63,7 +63,7 @@ class Recursion:
         return cls(closed, free[touched], theta)
 
 
-def updated(
+def update_theta(
     recursion: Recursion,
     data: CompleteData,
     chains: Chains,
@@ -72,24 +72,26 @@ def updated(
     step: float,
     curved: bool,
 ) -> tuple[Recursion, Float[Tensor, " P"]]:
-    """Memory and theta after a sweep.
+    """Stochastic approximation and theta after a sweep.
 
     Args:
-        recursion: what is remembered.
+        recursion: from earlier sweeps.
         data: likelihood of all data.
         chains: after the sweep at ``theta``.
         theta: the population before.
-        step: :math:`\\gamma`; 1 forgets everything.
-        curved: whether the information of stepped entries is looked at anew.
+        step: :math:`\\gamma`; 1 discards earlier sweeps.
+        curved: whether the information of stepped entries is evaluated anew.
     """
-    recursion, moved = _stepped(recursion, data, chains, theta, step=step, curved=curved)
+    recursion, moved = _gradient_step(recursion, data, chains, theta, step=step, curved=curved)
     if not recursion.closed:
         return recursion, moved
     if step == 1.0:
         recursion = replace(recursion, reference=theta, statistics=None)
     fresh = _statistics(data, chains, recursion.reference)
     if fresh is None:
-        raise RuntimeError("A population model's statistics have come and gone; that is a bug in the model.")
+        raise RuntimeError(
+            "A population model returned statistics in some sweeps and None in others; that is a bug in the model."
+        )
     old = recursion.statistics
     statistics = fresh if old is None else old + step * (fresh - old)
     given = recursion.reference.index_copy(0, recursion.stepped, moved[recursion.stepped])
@@ -101,7 +103,7 @@ def _statistics(data: CompleteData, chains: Chains, reference: Tensor) -> Tensor
     return data.population.statistics(weights, chains.points, reference, data.observations.design)
 
 
-def _stepped(
+def _gradient_step(
     recursion: Recursion, data: CompleteData, chains: Chains, theta: Tensor, *, step: float, curved: bool
 ) -> tuple[Recursion, Tensor]:
     """A gradient step of the entries without closed form."""
