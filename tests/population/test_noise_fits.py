@@ -96,6 +96,7 @@ def test_fits_of_counts_are_those_of_quadrature(overdispersed: bool, individuals
     places = [fit.population.unknowns.entry(*entry) for entry in entries]
     assert len(fit.theta) == (3 if overdispersed else 2)
     at = fit.theta[places].numpy()
+    assert fit.objective_function_value == fit.minus_two_log_likelihood  # counts have no constant to leave out
     # Four Monte-Carlo standard errors of -2 log L, twice those of log L.
     assert abs(fit.minus_two_log_likelihood - objective(at)) < 4 * 2 * fit.monte_carlo.objective_se + 1e-3
     best = minimize(objective, at, method="Nelder-Mead", options={"xatol": 1e-4, "fatol": 1e-6})

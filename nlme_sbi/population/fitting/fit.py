@@ -160,7 +160,8 @@ def _fit_once(
         *outcome.warnings,
         *heavy_tails(individuals.pareto_k, observations.ids),
     )
-    fit = _result(outcome, individuals, chosen=chosen, observations=observations, warnings=warnings)
+    with_constant = _gaussian_measurements(chosen, posterior_or_samples, observations)
+    fit = _result(outcome, individuals, with_constant, chosen=chosen, observations=observations, warnings=warnings)
     redraw = Redraw(chosen, posterior_or_samples, observations) if isinstance(chosen, ThetaDependentEstimator) else None
     return replace(fit, labelling=labelling_notes(model, declared, theta), redraw=redraw)
 
@@ -214,6 +215,7 @@ def _imprecision_warnings(model: PopulationModel, optimum: Optimum, accuracy: fl
 def _result(
     outcome: Outcome,
     individuals: IndividualEstimates,
+    gaussian_measurements: int,
     *,
     chosen: Estimator,
     observations: Observations,
@@ -240,11 +242,20 @@ def _result(
         message=f"{outcome.message} {describe_starts(outcome.restarts)}".strip(),
         warnings=warnings,
         measurements=int(observations.uncensored.sum()),
+        gaussian_measurements=gaussian_measurements,
         state=state,
         approximation=chosen.approximation,
         variance_tests=variance_tests(state, theta),
         verification=outcome.verification,
     )
+
+
+def _gaussian_measurements(chosen: Estimator, source: Source, observations: Observations) -> int:
+    """How many measurements have a normal density, whose constant the OFV leaves out; counts and Student's t have none."""
+    simulator = getattr(chosen, "simulator", None) or getattr(source, "simulator", None)
+    noise = getattr(simulator, "noise", None)
+    numbers = enumerate(observations.uncensored.sum((0, 1)).tolist())
+    return sum(number for signal, number in numbers if noise is None or noise.of_signal(signal).is_gaussian)
 
 
 def require_enough_individuals(model: PopulationModel, individuals: int) -> None:

@@ -63,6 +63,7 @@ class PopulationFit:
         message: how the fit ended, in words.
         warnings: to be read before the numbers are used.
         measurements: number of values in the data; bounds of censored ones do not count.
+        gaussian_measurements: those of them whose residual error is normal.
         state: the weighted draws, for predictions and plots.
         variance_tests: whether parameters without variability vary after all.
         intervals: by all methods that were asked for; see :mod:`nlme_sbi.population.results.intervals`.
@@ -89,6 +90,7 @@ class PopulationFit:
     message: str
     warnings: tuple[str, ...]
     measurements: int
+    gaussian_measurements: int
     state: WeightedDraws = field(repr=False)
     labelling: tuple[str, ...] = ()
     approximation: str = ""
@@ -129,9 +131,10 @@ class PopulationFit:
 
     @property
     def objective_function_value(self) -> float | None:
-        """-2 log L without the constant n log 2 pi of the n measurements, as other software prints it (OFV)."""
+        """-2 log L without the constant n log 2 pi of the n measurements with normal residual error, as other software
+        prints it (OFV); counts and Student's t have no such constant."""
         deviance = self.minus_two_log_likelihood
-        return None if deviance is None else deviance - self.measurements * math.log(2 * math.pi)
+        return None if deviance is None else deviance - self.gaussian_measurements * math.log(2 * math.pi)
 
     @property
     def estimated(self) -> int:
