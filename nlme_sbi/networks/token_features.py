@@ -185,12 +185,12 @@ class TokenFeatures(nn.Module):
             _Column(_log(tokens.rate), dose & (tokens.rate > 0)),
             _Column(self._elapsed(tokens.interval), dose & (tokens.steady_state > 0)),
             _Column(self._elapsed(tokens.time - time), tokens.present & known),
-            _Column(self.clock_rate(tokens.time - time), tokens.present & known),
+            _Column(self._share_of_range(tokens.time - time), tokens.present & known),
             _Column(_log(last.float()), tokens.present & known & (last > 0)),
             _Column(_log(total.float()), tokens.present & (total > 0)),
         ]
 
-    def clock_rate(self, time: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+    def _share_of_range(self, time: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         """Time linearly, as a share of the range of training times."""
         return time.float() / (self.clock.knots[-1] - self.clock.knots[0])
 
