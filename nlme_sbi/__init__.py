@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nlme_sbi.individual_model.dosing.single_bolus import single_bolus
     from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel, times_for
     from nlme_sbi.individual_model.noise import (
+        AboveZero,
         Additive,
         Binomial,
         BoxCox,
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AboveZero",
     "Additive",
     "AffineCouplingFlow",
     "AmortizedPosterior",
@@ -194,6 +196,7 @@ _ROOMS = {
         "times_for",
     ),
     "individual_model.noise": (
+        "AboveZero",
         "Additive",
         "Binomial",
         "BoxCox",

@@ -23,6 +23,7 @@ from nlme_sbi.individual_model.dosing.linear_equations import LinearSolver
 from nlme_sbi.individual_model.dosing.typical_scales import typical_scales
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
 from nlme_sbi.individual_model.noise import (
+    AboveZero,
     Additive,
     Combined1,
     Combined2,
@@ -60,6 +61,7 @@ Noise = Literal[
     "student_t_proportional",
     "student_t_exponential",
 ]
+Censoring = Literal["M3", "M4"]
 _HEAVY = "student_t"
 _LONGEST_CHAIN = 20
 _DEGREES = 4.0  # what robust regression commonly takes: few data tell the degrees of freedom
@@ -102,6 +104,8 @@ class Compartments(MechanisticSimulator):
         noise: "additive", "proportional", "combined1", "combined2", "power" or "exponential"; "student_t",
             "student_t_proportional" and "student_t_exponential" are additive, proportional and exponential noise with
             the tails of Student's t with 4 degrees of freedom, ``sigma`` or ``cv`` being its scale.
+        censoring: "M3", or "M4": concentrations are above 0, which what is below a limit is known to be, too; for
+            noise that is Gaussian as it stands.
         concentration_scale: what amount over volume is multiplied by, 1000 for mg, L and ng/mL.
         signal: name of the measured concentration.
         signal_unit: its unit.
@@ -126,6 +130,7 @@ class Compartments(MechanisticSimulator):
         lag: bool = False,
         bioavailability: bool = False,
         noise: Noise = "additive",
+        censoring: Censoring = "M3",
         concentration_scale: float = 1.0,
         signal: str = "concentration",
         signal_unit: str = "mg/L",
@@ -152,6 +157,8 @@ class Compartments(MechanisticSimulator):
         self.signals, self.signal_units = (signal,), (signal_unit,)
         self.time_unit, self.dose_unit = time_unit, dose_unit
         self.noise, own = _noise(noise, signal_unit)
+        if censoring == "M4":
+            self.noise = above_zero(self.noise, noise)
         kinetics = self._kinetics(volume_unit)
         allowed = [each.name for each in kinetics if each.name not in _OF_DOSES]
         self.time_effects = read_time_effects(time_covariates or {}, (*kinetics, *own), allowed)
@@ -345,7 +352,7 @@ class Compartments(MechanisticSimulator):
         return {name: found[name] for name in self.parameters.names}
 
     def _plausible_sigma(self, middle: float) -> float:
-        error = self.noise.error if isinstance(self.noise, StudentT) else self.noise
+        error = self.noise.error if isinstance(self.noise, (StudentT, AboveZero)) else self.noise
         if isinstance(error, Exponential):
             return 0.2
         # A tenth of a concentration in the middle, also by a power of one half.
@@ -375,6 +382,17 @@ def _check_transit(events: Events, ids: Sequence[str] | None) -> None:
 def _absorbed_only(natural: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
     """A parameter of doses into the absorption compartment."""
     return {1: natural[name]} if name in natural else {}
+
+
+def above_zero(error: NoiseModel, name: str) -> NoiseModel:
+    """The error given that values are positive; raises ``ValueError`` for one that is no plain Gaussian."""
+    if isinstance(error, (StudentT, Exponential)):
+        why = "is positive by itself" if isinstance(error, Exponential) else "is not Gaussian"
+        raise ValueError(
+            f"simulator.censoring=M4 is for errors that are Gaussian as they stand, and noise={name} {why}; take "
+            "simulator.censoring=M3, or additive, proportional, combined1, combined2 or power noise."
+        )
+    return AboveZero(error)
 
 
 def _noise(name: Noise, unit: str) -> tuple[NoiseModel, list[Parameter]]:

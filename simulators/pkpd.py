@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nlme_sbi.individual_model.dosing.typical_scales import typical_scales
 from nlme_sbi.individual_model.mechanistic import OdeModel
-from nlme_sbi.individual_model.noise import Additive, Combined2, NoiseModel, Proportional
+from nlme_sbi.individual_model.noise import AboveZero, Additive, BySignal, Combined2, NoiseModel, Proportional
 from nlme_sbi.individual_model.solver_names import SolverName
 from nlme_sbi.individual_model.solvers import Solver
 from nlme_sbi.individual_model.time_covariates import (
@@ -67,6 +67,7 @@ class PkPd(OdeModel):
         absorption: "none" or "first_order".
         elimination: "linear" or "michaelis_menten".
         noise: "additive", "proportional" or "combined2", for each signal.
+        censoring: "M3", or "M4": concentrations are above 0, which what is below a limit is known to be, too.
         concentration_scale: what amount over volume is multiplied by, 1000 for mg, L and ng/mL.
         concentration_unit: of the first signal.
         effect_unit: of the second signal.
@@ -89,6 +90,7 @@ class PkPd(OdeModel):
         absorption: Literal["none", "first_order"] = "first_order",
         elimination: Literal["linear", "michaelis_menten"] = "linear",
         noise: Literal["additive", "proportional", "combined2"] = "proportional",
+        censoring: Literal["M3", "M4"] = "M3",
         concentration_scale: float = 1.0,
         concentration_unit: str = "mg/L",
         effect_unit: str = "",
@@ -110,6 +112,9 @@ class PkPd(OdeModel):
         self.signals = ("concentration",) if effect == "none" else ("concentration", "effect")
         self.signal_units = units[: len(self.signals)]
         self.noise, own = _noise(noise, self.signals, self.signal_units)
+        if censoring == "M4":
+            each = [_noise(noise, (signal,), ("",))[0] for signal in self.signals]
+            self.noise = BySignal((AboveZero(each[0]), *each[1:]))
         flow = f"{volume_unit}/{time_unit}"
         kinetics = self._kinetics(flow, volume_unit, concentration_unit)
         plain = (*kinetics, *self._dynamics())

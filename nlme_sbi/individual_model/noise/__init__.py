@@ -1,12 +1,13 @@
 """Observation models: how a measurement scatters around the noise-free prediction, and what censoring leaves of it.
 
 :class:`Additive`, :class:`Proportional`, :class:`Combined1`, :class:`Combined2`, :class:`Power`, :class:`Exponential`
-and :class:`BoxCox` are Gaussian after a monotone map: ``h(y) = h(f) + sd(f) eps``. :class:`StudentT` gives one of them
-heavy tails; :class:`Poisson`, :class:`NegativeBinomial` and :class:`Binomial` are for counts; :class:`BySignal` puts
-them together. Their parameters are entries of ``phi``, given by name and used on their natural scale; a tuple of names
-gives each signal its own.
+and :class:`BoxCox` are Gaussian after a monotone map: ``h(y) = h(f) + sd(f) eps``. :class:`AboveZero` cuts one of them
+at 0 (M4), :class:`StudentT` gives one heavy tails; :class:`Poisson`, :class:`NegativeBinomial` and :class:`Binomial`
+are for counts; :class:`BySignal` puts them together. Their parameters are entries of ``phi``, given by name and used on
+their natural scale; a tuple of names gives each signal its own.
 """
 
+from nlme_sbi.individual_model.noise.above_zero import AboveZero
 from nlme_sbi.individual_model.noise.by_signal import BySignal
 from nlme_sbi.individual_model.noise.counts import Binomial, CountModel, NegativeBinomial, Poisson
 from nlme_sbi.individual_model.noise.gaussian import (
@@ -23,6 +24,7 @@ from nlme_sbi.individual_model.noise.model import NoiseModel
 from nlme_sbi.individual_model.noise.student import StudentT
 
 __all__ = [
+    "AboveZero",
     "Additive",
     "Binomial",
     "BoxCox",

@@ -118,8 +118,7 @@ def _values(one: EffectSettings, observations: Observations) -> Float[Tensor, " 
         listed = f"have {', '.join(have)}" if have else "have no covariates"
         raise ValueError(
             f'{one.where}: there is no covariate "{one.covariate}"; the data {listed}. Name the column in '
-            f"data.covariates; where it changes in time, its first value counts with data.covariate_value=first."
-            f"{nearest(one.covariate, have)}"
+            f"data.covariates; it must not change in time.{nearest(one.covariate, have)}"
         )
     values = column_of(observations.design, one.covariate).double()
     missing = torch.nonzero(~torch.isfinite(values))[:, 0]
