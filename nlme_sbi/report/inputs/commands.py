@@ -12,7 +12,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import nlme_sbi
@@ -82,20 +82,28 @@ def _line(run: FinishedRun, overrides: Sequence[str]) -> str:
     return shlex.join([*begin, f"scripts/{run.manifest['stage']}.py", *overrides, *online])
 
 
-def _composed(stage: str, overrides: Sequence[str], *, resolve: bool = True) -> dict[str, Any]:
+def _composed(stage: str, overrides: Sequence[str]) -> dict[str, Any]:
+    return _plain(_composition(stage, overrides))
+
+
+def _plain(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
+    return OmegaConf.to_container(cfg, resolve=resolve, throw_on_missing=False)  # type: ignore[return-value]
+
+
+def _composition(stage: str, overrides: Sequence[str]) -> DictConfig:
     # A script is itself inside Hydra, which composes one configuration at a time; what it holds is put back.
     ours = GlobalHydra.instance()
     held, ours.hydra = ours.hydra, None
     try:
         with initialize_config_dir(str(_CONF), version_base="1.3"):
-            cfg = compose(stage, overrides=list(overrides))
+            return compose(stage, overrides=list(overrides))
     finally:
         ours.hydra = held
-    return OmegaConf.to_container(cfg, resolve=resolve, throw_on_missing=False)  # type: ignore[return-value]
 
 
 def _overrides(stage: str, begin: Sequence[str], wanted: Mapping[str, Any]) -> list[str]:
-    base = _composed(stage, begin)
+    composition = _composition(stage, begin)  # which takes long: a fifth of a second
+    base = _plain(composition)
     choices: list[str] = []
     for section, value in wanted.items():
         if _target(value) != _target(base.get(section)) and (_CONF / section).is_dir():
@@ -103,11 +111,12 @@ def _overrides(stage: str, begin: Sequence[str], wanted: Mapping[str, Any]) -> l
             if choice is not None:
                 choices.append(f"{section}={choice}")
     if choices:
-        base = _composed(stage, [*begin, *choices])
+        composition = _composition(stage, [*begin, *choices])
+        base = _plain(composition)
     changes = list(_changes(wanted, base, ()))
     if not changes:
         return choices
-    raw = _composed(stage, [*begin, *choices], resolve=False)
+    raw = _plain(composition, resolve=False)
     return [*choices, *dict.fromkeys(_redirected(change, raw) for change in changes)]
 
 
