@@ -46,6 +46,7 @@ def in_process(monkeypatch, stage, *arguments: str) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_help_reads_well_and_does_not_wait_for_torch(capsys, monkeypatch) -> None:
     assert in_process(monkeypatch, "no.such.module:stage", "--help") == 0
     text = capsys.readouterr().out
@@ -67,6 +68,7 @@ def test_a_stage_gets_its_config_and_a_success_is_zero(monkeypatch) -> None:
     assert "hydra" not in seen[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "code", "told", "traceback"),
     [
@@ -148,6 +150,7 @@ def composed(tmp_path: Path, *overrides: str) -> DictConfig:
     return cli.compose_config("simulate", [*small, *overrides])
 
 
+@pytest.mark.slow
 def test_simulate_makes_a_run_that_later_stages_can_read(tmp_path: Path, device: torch.device) -> None:
     rate = simulate(composed(tmp_path, f"device={device.type}"))
     assert rate > 0

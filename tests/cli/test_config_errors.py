@@ -77,6 +77,7 @@ def test_errors_that_a_user_can_mend_are_sentences_and_bugs_are_not() -> None:
         assert sentence_for(error) == "data.path has no value; give it as data.path=..."  # noqa: PT017
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_experiment_composes_in_every_script(stage: str) -> None:
     experiments = sorted(path.stem for path in (CONFIG_DIRECTORY / "experiment").glob("*.yaml"))
@@ -88,6 +89,7 @@ def test_every_experiment_composes_in_every_script(stage: str) -> None:
         OmegaConf.to_container(cfg, resolve=True)
 
 
+@pytest.mark.slow
 def test_the_default_experiment_and_a_name_of_ones_own() -> None:
     assert compose_config("simulate").experiment.name == "mrna_two_rate"
     cfg = compose_config("simulate", ["experiment=theophylline", "experiment.name=wide", "prior.parameters.V.sd=2"])

@@ -44,6 +44,7 @@ def observations() -> Observations:
     return Observations(tuple("abcde"), part.values, part.design, ("one", "two"), ("", ""), "h")
 
 
+@pytest.mark.slow
 def test_the_density_is_the_mean_of_the_members_densities(observations: Observations) -> None:
     ensemble = PosteriorEnsemble((member(-2.0), member(0.0), member(3.0)))
     assert isinstance(ensemble, Posterior)

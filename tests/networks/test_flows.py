@@ -73,6 +73,7 @@ def test_an_untrained_flow_is_the_standard_normal(name: str, dimension: int) -> 
     torch.testing.assert_close(flow.log_prob(z, torch.randn(20, CONTEXT)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLOWS)
 def test_one_parameter_has_a_density_that_integrates_to_one_and_draws_that_follow_it(name: str) -> None:
     flow = random_flow(name, 1)
@@ -111,6 +112,7 @@ def test_the_mixture_is_the_one_that_torch_computes(dimension: int) -> None:
     assert float(error.detach().abs().max()) < 4.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLOWS)
 @pytest.mark.parametrize("dimension", [1, 2, 6])
 def test_rows_of_one_individual_share_its_summary(name: str, dimension: int) -> None:
@@ -196,6 +198,7 @@ def test_narrow_and_bimodal_targets_are_learned(name: str, target: object, limit
     assert divergence_after_training(FLOWS[name].build(2, CONTEXT), target) < limit
 
 
+@pytest.mark.slow
 def test_one_gaussian_does_not_pass_as_two_modes() -> None:
     torch.manual_seed(0)
     one = GaussianMixtureFlow(hidden=16, components=1).build(2, CONTEXT)
@@ -203,6 +206,7 @@ def test_one_gaussian_does_not_pass_as_two_modes() -> None:
     assert divergence_after_training(one, two_modes) == pytest.approx(1.273, abs=0.05)
 
 
+@pytest.mark.slow
 def test_the_bound_on_the_scale_is_what_recovers_it() -> None:
     """The same training with nflows' own scale, at most 1.001, ends near the prior: the check can fail."""
     torch.manual_seed(0)

@@ -53,6 +53,7 @@ def observations() -> Observations:
     return Observations(tuple(map(str, range(60))), values, design, ("one", "two"), ("", ""), "h")
 
 
+@pytest.mark.slow
 def test_draws_have_the_moments_of_the_exact_posterior(
     trained: AmortizedPosterior, observations: Observations, generator: torch.Generator
 ) -> None:
@@ -63,6 +64,7 @@ def test_draws_have_the_moments_of_the_exact_posterior(
     assert abs(float((draws.phi.std(1) / sd).mean()) - 1) < 0.1
 
 
+@pytest.mark.slow
 def test_mean_log_density_comes_near_the_exact_entropy(trained: AmortizedPosterior, observations: Observations) -> None:
     generator = torch.Generator().manual_seed(1)
     mean, sd = LinearGaussian.posterior(observations.values)
@@ -73,6 +75,7 @@ def test_mean_log_density_comes_near_the_exact_entropy(trained: AmortizedPosteri
     assert -0.02 < float(gap.mean()) < 0.1
 
 
+@pytest.mark.slow
 def test_densities_told_while_sampling_are_those_computed_afterwards(
     trained: AmortizedPosterior, observations: Observations, generator: torch.Generator
 ) -> None:
@@ -110,6 +113,7 @@ def test_draws_and_densities_do_not_depend_on_the_memory(
     torch.testing.assert_close(found.log_q, expected.log_q, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_network_works_within_its_memory(trained: AmortizedPosterior, observations: Observations) -> None:
     with LargestTensor() as watched:
         replace(trained, memory=2**15).sample(observations, 50, torch.Generator().manual_seed(4))
@@ -120,6 +124,7 @@ def test_the_network_works_within_its_memory(trained: AmortizedPosterior, observ
     assert watched.largest > 60 * 50 * 2 * 4
 
 
+@pytest.mark.slow
 def test_many_draws_of_one_individual_are_worked_on_in_pieces(
     trained: AmortizedPosterior, observations: Observations
 ) -> None:
@@ -129,11 +134,13 @@ def test_many_draws_of_one_individual_are_worked_on_in_pieces(
     assert float(((draws.phi.mean(1) - mean) / sd).abs().max()) < 0.5
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_draws(trained: AmortizedPosterior, observations: Observations) -> None:
     first, second = (trained.sample(observations, 5, torch.Generator().manual_seed(4)).phi for _ in range(2))
     assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_what_the_network_was_not_trained_for_is_refused(
     trained: AmortizedPosterior, observations: Observations, generator: torch.Generator
 ) -> None:
@@ -148,6 +155,7 @@ def test_what_the_network_was_not_trained_for_is_refused(
         trained.sample(observations, 0, generator)
 
 
+@pytest.mark.slow
 def test_weights_of_another_network_or_a_damaged_file_are_refused(trained: AmortizedPosterior, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     weights = dict(trained.network.state_dict())

@@ -12,6 +12,7 @@ import pytest
 import nlme_sbi.stages.checks.fit as checks_of_fits
 import nlme_sbi.stages.report as report_stage
 from nlme_sbi.cli import compose_config
+from nlme_sbi.report.inputs.commands import Command
 from nlme_sbi.runs import FinishedRun, load_run
 from nlme_sbi.stages.check_fit import check_fit
 from nlme_sbi.stages.report import report
@@ -24,7 +25,7 @@ from tiny_runs import bytes_of, only_run
 
 pytestmark = pytest.mark.slow
 
-SMALL = ["check_fit.replicates=260", "check_fit.each=1"]
+SMALL = ["check_fit.replicates=420", "check_fit.each=1"]
 COMPUTED = ("visual_predictive_check", "prediction_errors", "goodness_of_fit", "random_effects", "individual_curves")
 
 
@@ -42,9 +43,11 @@ def root(fitted: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How figures reach the disk takes ten times as long as the rest, and is tested elsewhere."""
+    """How figures reach the disk, and commands, which are composed again and again, take ten times as long as the
+    rest, and are tested elsewhere."""
     svg = b'<svg viewBox="0 0 1 1"></svg>'
     monkeypatch.setattr("nlme_sbi.report.page.files.render_all_kinds", lambda *_, **__: {"svg": svg})
+    monkeypatch.setattr("nlme_sbi.report.sections.provenance.command_of", lambda *_: Command("python scripts/..."))
 
 
 @pytest.fixture

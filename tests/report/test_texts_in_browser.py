@@ -110,12 +110,14 @@ def hovered(page: Page, place: int) -> str:
     return " ".join(words_of(page, "[data-figure=map] .hovertext text"))
 
 
+@pytest.mark.slow
 def test_axes_and_legends_say_what_the_data_are_called(shown: Page) -> None:
     titles = words_of(shown, "[data-figure=map] .g-xtitle, [data-figure=map] .g-ytitle")
     assert titles == list(TEXTS[:2])
     assert words_of(shown, "[data-figure=fit] .g-xtitle, [data-figure=fit] .g-ytitle") == list(TEXTS[2:4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", range(len(TEXTS)))
 def test_a_label_says_an_id_as_it_is(shown: Page, place: int) -> None:
     said = hovered(shown, place)
@@ -123,6 +125,7 @@ def test_a_label_says_an_id_as_it_is(shown: Page, place: int) -> None:
     assert f"flagged: {TEXTS[place]}" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", range(len(TEXTS)))
 def test_a_legend_says_an_id_as_it_is(shown: Page, place: int) -> None:
     shown.evaluate(
@@ -136,6 +139,7 @@ def test_a_legend_says_an_id_as_it_is(shown: Page, place: int) -> None:
     assert words_of(shown, "[data-figure=fit] .legendtext")[-2:] == [TEXTS[place]] * 2
 
 
+@pytest.mark.slow
 def test_nothing_became_a_link_an_image_or_a_program(shown: Page) -> None:
     links = "[...document.querySelectorAll('a')].map((one) => one.href?.baseVal ?? one.href)"
     assert not [link for link in shown.evaluate(links) if "example.org" in link]

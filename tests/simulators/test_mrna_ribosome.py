@@ -84,6 +84,7 @@ def _exact(phi: np.ndarray, times: np.ndarray) -> np.ndarray:
     return np.log(offset) + np.log1p(protein)
 
 
+@pytest.mark.slow
 def test_predictions_over_the_prior_agree_with_an_independent_solver(generator: torch.Generator) -> None:
     phi = _prior().sample(40, generator).double()
     exact = np.stack([_exact(cell, GRID.double().numpy()) for cell in phi.numpy()])
@@ -97,6 +98,7 @@ def test_predictions_over_the_prior_agree_with_an_independent_solver(generator: 
     assert float(np.abs(sharp[..., 0].numpy() - exact).max()) < 5e-5
 
 
+@pytest.mark.slow
 def test_single_precision_is_solved_in_double(generator: torch.Generator) -> None:
     phi = _prior().sample(30, generator)
     found = MrnaRibosome().predict(phi, Design.regular(GRID, 30))
@@ -106,6 +108,7 @@ def test_single_precision_is_solved_in_double(generator: torch.Generator) -> Non
     torch.testing.assert_close(found.double(), wide, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_enzyme_and_with_ribosomes_in_excess_it_is_the_two_rate_model() -> None:
     """c follows m at once: m + c decays with rate 0 and c = 1 - m share K; protein then is Bateman's with rate 0."""
     natural = torch.tensor([1e-12, 1.0, 1e-6, 3.0, 5.0, 5e6, 1.0, 0.2, 0.5, 2.0, 0.1], dtype=torch.float64)
@@ -120,6 +123,7 @@ def test_without_enzyme_and_with_ribosomes_in_excess_it_is_the_two_rate_model() 
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_before_the_onset_there_is_only_the_background() -> None:
     phi = torch.zeros((1, 11), dtype=torch.float64)
     phi[0, 8], phi[0, 9] = math.log(10.0), 1.7
@@ -146,6 +150,7 @@ def test_the_jacobian_is_that_of_the_right_hand_side(generator: torch.Generator)
         torch.testing.assert_close(by_hand, exact, rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_likelihood_agree_with_differences(generator: torch.Generator) -> None:
     model = MrnaRibosome(Rosenbrock(1e-6, 1e-6, method="rodas5p"))
     phi = torch.tensor([[-0.5, -0.5, -0.2, 8.0, 0.6, 1.7, -2.0, -3.0, 0.3, 2.0, -2.0]], dtype=torch.float64)

@@ -89,6 +89,7 @@ def test_swapping_the_rates_changes_nothing(generator: torch.Generator) -> None:
     assert torch.equal(MrnaTwoRate().predict(phi, design), MrnaTwoRate().predict(mirror, design))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_and_hessians_of_the_likelihood_are_finite_everywhere(
     dtype: torch.dtype, generator: torch.Generator
@@ -108,6 +109,7 @@ def test_gradients_and_hessians_of_the_likelihood_are_finite_everywhere(
         assert torch.isfinite(torch.autograd.functional.hessian(value, phi[row])).all()
 
 
+@pytest.mark.slow
 def test_gradients_agree_with_differences(generator: torch.Generator) -> None:
     phi = torch.tensor([[-0.7, -3.0, 6.0, -0.2, 2.0, -3.4], [-1.0, -1.0, 5.0, 0.0, 0.0, -1.0]], dtype=torch.float64)
     simulator = MrnaTwoRate()

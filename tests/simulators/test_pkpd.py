@@ -83,6 +83,7 @@ def reference(effect: str, elimination: str, compartments: int) -> np.ndarray:
     return np.stack([level, p["E0"] + p["Emax"] * acting / (p["EC50"] + acting)], axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elimination", ["linear", "michaelis_menten"])
 @pytest.mark.parametrize(
     ("effect", "compartments"), [*((one, 1) for one in TURNOVER), ("direct", 2), ("effect_compartment", 2)]
@@ -93,6 +94,7 @@ def test_concentration_and_effect_agree_with_scipy(effect: Any, compartments: in
     np.testing.assert_allclose(predicted(model, NATURAL, two_doses()), expected, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_an_effect_it_is_the_linear_model() -> None:
     design = two_doses()
     one = replace(design, observed=design.observed[..., :1])
@@ -101,6 +103,7 @@ def test_without_an_effect_it_is_the_linear_model() -> None:
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_reset_returns_the_response_to_its_baseline() -> None:
     design = two_doses()
     assert design.events is not None

@@ -251,7 +251,7 @@ def _result(
 
 
 def _gaussian_measurements(chosen: Estimator, source: Source, observations: Observations) -> int:
-    """How many measurements have a normal density, whose constant the OFV leaves out; counts and Student's t have none."""
+    """Number of measurements with a normal density, whose constant the OFV leaves out (not counts, not Student's t)."""
     simulator = getattr(chosen, "simulator", None) or getattr(source, "simulator", None)
     noise = getattr(simulator, "noise", None)
     numbers = enumerate(observations.uncensored.sum((0, 1)).tolist())

@@ -12,7 +12,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import nlme_sbi
@@ -57,7 +57,7 @@ def command_of(run: FinishedRun, inputs: Mapping[str, str] | None = None) -> Com
         return Command(_line(run, [*begin, *given]), note)
     try:
         found = _overrides(stage, begin, wanted)
-        left = _differing_keys(wanted, _compose(stage, [*begin, *found]))
+        left = _differing_keys(wanted, _compose_plain(stage, [*begin, *found]))
     except (HydraException, OmegaConfBaseException) as problem:
         note = (
             f"Its configuration cannot be composed by this version ({str(problem).splitlines()[0]}); see config.yaml."
@@ -82,20 +82,28 @@ def _line(run: FinishedRun, overrides: Sequence[str]) -> str:
     return shlex.join([*begin, f"scripts/{run.manifest['stage']}.py", *overrides, *online])
 
 
-def _compose(stage: str, overrides: Sequence[str], *, resolve: bool = True) -> dict[str, Any]:
+def _compose_plain(stage: str, overrides: Sequence[str]) -> dict[str, Any]:
+    return _to_plain(_compose(stage, overrides))
+
+
+def _to_plain(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
+    return OmegaConf.to_container(cfg, resolve=resolve, throw_on_missing=False)  # type: ignore[return-value]
+
+
+def _compose(stage: str, overrides: Sequence[str]) -> DictConfig:
     # A script is itself inside Hydra, which composes one configuration at a time; what it holds is put back.
     ours = GlobalHydra.instance()
     held, ours.hydra = ours.hydra, None
     try:
         with initialize_config_dir(str(_CONF), version_base="1.3"):
-            cfg = compose(stage, overrides=list(overrides))
+            return compose(stage, overrides=list(overrides))
     finally:
         ours.hydra = held
-    return OmegaConf.to_container(cfg, resolve=resolve, throw_on_missing=False)  # type: ignore[return-value]
 
 
 def _overrides(stage: str, begin: Sequence[str], wanted: Mapping[str, Any]) -> list[str]:
-    base = _compose(stage, begin)
+    composition = _compose(stage, begin)  # which takes long: a fifth of a second
+    base = _to_plain(composition)
     choices: list[str] = []
     for section, value in wanted.items():
         if _target(value) != _target(base.get(section)) and (_CONF / section).is_dir():
@@ -103,11 +111,12 @@ def _overrides(stage: str, begin: Sequence[str], wanted: Mapping[str, Any]) -> l
             if choice is not None:
                 choices.append(f"{section}={choice}")
     if choices:
-        base = _compose(stage, [*begin, *choices])
+        composition = _compose(stage, [*begin, *choices])
+        base = _to_plain(composition)
     changes = list(_changes(wanted, base, ()))
     if not changes:
         return choices
-    raw = _compose(stage, [*begin, *choices], resolve=False)
+    raw = _to_plain(composition, resolve=False)
     return [*choices, *dict.fromkeys(_redirect(change, raw) for change in changes)]
 
 
@@ -134,7 +143,7 @@ def _choice(stage: str, begin: Sequence[str], section: str, value: Mapping[str, 
     """Of the choices of a group with the requested target, the one that needs the fewest changes."""
     found: dict[str, int] = {}
     for path in sorted((_CONF / section).glob("*.yaml")):
-        composed = _compose(stage, [*begin, f"{section}={path.stem}"]).get(section)
+        composed = _compose_plain(stage, [*begin, f"{section}={path.stem}"]).get(section)
         if _target(composed) == _target(value) and isinstance(composed, Mapping):
             found[path.stem] = len(list(_changes(value, composed, (section,))))
     return min(found, key=lambda name: found[name]) if found else None
