@@ -6,8 +6,8 @@ Every population has new individuals from a known law (MODELS: the exact estimat
 times of the twelve real individuals, over and over. Intervals of the means, the log SDs and the residual's log SD;
 profiles and the bootstrap (200 replicates) on the first ``--few`` populations. Each population is a line of ``--rows``;
 the same command goes on where it was stopped (remove that file after a change of the code). ``RUN`` is a train_flow run
-of experiment theophylline, which only tells where fits begin. A coverage p from n populations has the standard error
-sqrt(p (1 - p) / n).
+of experiment theophylline, which only provides starting points of fits. A coverage p from n populations has the
+standard error sqrt(p (1 - p) / n).
 """
 
 from __future__ import annotations

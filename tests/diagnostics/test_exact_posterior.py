@@ -163,7 +163,7 @@ def test_chains_that_have_not_met_are_not_used(generator: torch.Generator) -> No
     assert apart.converged.tolist() == [False, True]
     finding = chains_finding(("a", "b"), np.array([np.nan, 0.5]), apart)
     assert finding.light == "green"
-    assert "1 more have not met" in finding.sentence
+    assert "1 more have not converged" in finding.sentence
     assert chains_finding(("a", "b"), np.array([np.nan, np.nan]), apart).light == "grey"
     made, _ = good_simulations(PRIOR, GRID, SIMULATOR, 1, generator)
     many = ParameterSpace(tuple(Parameter(f"p{place}") for place in range(8)))

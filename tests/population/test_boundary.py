@@ -133,7 +133,9 @@ def test_a_variance_whose_maximum_is_at_zero_is_reported_as_zero() -> None:
         assert fit.estimated == 3
         row = fit.table().rows[1]
         assert (row.omega, row.omega_status) == (0.0, "boundary")
-        assert "No variability of decay (its SD ran to 0, the boundary); score test: z = -" in fit.table().text()
+        assert (
+            "No variability of decay (its SD was estimated at 0, the boundary); score test: z = -" in fit.table().text()
+        )
         assert fit.converged
     assert set(verdicts) == {True, False}
 

@@ -182,7 +182,7 @@ def test_no_test_is_derived_from_a_fit_that_has_not_converged() -> None:
     small, large = written("small", names=CONSTANT, deviance=108.0), written("large", converged=False)
     found = compare_models([large, small])
     assert found.tests == ()
-    assert "large has not converged: its numbers are no basis for a choice, and it is in no test." in found.notes
+    assert "large has not converged: its numbers are no basis for model selection, and it is in no test." in found.notes
     assert "large (not converged)" in found.text()
     frame = found.frame().set_index("fit")
     assert frame.index.tolist() == ["small", "large"]  # what is no basis for a choice is not the best

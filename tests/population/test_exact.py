@@ -242,7 +242,7 @@ def test_a_simulator_without_likelihood_is_refused_with_the_remedy() -> None:
     samples, model = case.samples(50, seed=1), GaussianPopulation().bind(case.parameters)
     with pytest.raises(ValueError, match=r"exact needs a likelihood, and Opaque has none.*prior_ratio"):
         Exact(simulator=Opaque()).prepare(samples, case.observations, model, seeded())
-    with pytest.raises(ValueError, match=r"draws do not tell the simulator; pass Exact\(simulator="):
+    with pytest.raises(ValueError, match=r"draws do not name the simulator; pass Exact\(simulator="):
         Exact().prepare(samples, case.observations, model, seeded())
 
 

@@ -229,4 +229,4 @@ def refused(ordering: list[str], words: str, *, known: bool = True, **settings: 
 def test_an_ordering_that_would_change_something_is_refused() -> None:
     refused(["delta", "sigma"], r"delta and sigma cannot be exchanged.*its exchangeable pairs: delta and gamma\)")
     refused(["delta", "gamma"], r"because gamma is constant and the other one varies\. Drop", constant=["gamma"])
-    refused(["delta", "gamma"], r"draws do not tell whether the simulator leaves delta and gamma exch", known=False)
+    refused(["delta", "gamma"], r"draws do not show whether the simulator leaves delta and gamma exch", known=False)

@@ -386,7 +386,7 @@ def test_a_new_population_model_is_one_class() -> None:
 @pytest.mark.parametrize(
     ("individuals", "population", "words"),
     [
-        (1, GaussianPopulation(), "1 individuals cannot tell the variance of 3 varying parameters"),
+        (1, GaussianPopulation(), "1 individuals cannot determine the variance of 3 varying parameters"),
         (3, GaussianPopulation(covariance="full"), r"at least 4 are needed.*covariance=diagonal"),
     ],
 )

@@ -57,12 +57,12 @@ IMPOSSIBLE = {
     "too many effects": (
         {"covariates": {"rate": {"weight": POWER, "race": "categorical", "sex": "categorical", "age": POWER}}},
         {"age": [30.0, 44.0, 51.0, 23.0, 68.0, 70.0]},
-        r"6 individuals cannot tell 5 covariate effects on rate beside its typical value and SD",
+        r"6 individuals cannot determine 5 covariate effects on rate beside its typical value and SD",
     ),
     "a level of one individual": (
         {"covariates": {"rate": {"race": "categorical"}}},
         {"race": ["a", "b", "a", "a", "c", "c"]},
-        r'only one individual has the level "b" of race, whose own deviation cannot be told',
+        r'only one individual has the level "b" of race, whose own deviation cannot be distinguished',
     ),
     "a reference of one individual": (
         {"covariates": {"rate": {"race": {"form": "categorical", "reference": "b"}}}},
@@ -247,6 +247,6 @@ def test_individuals_must_suffice_for_the_largest_block() -> None:
             starts=1,
         )
 
-    with pytest.raises(ValueError, match=r"3 individuals cannot tell the covariance.*at least 4 are needed"):
+    with pytest.raises(ValueError, match=r"3 individuals cannot determine the covariance.*at least 4 are needed"):
         fitted([list(names)])
     fitted([["uptake", "decay"]])

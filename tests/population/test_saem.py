@@ -365,5 +365,5 @@ def test_a_simulator_without_likelihood_is_refused_with_the_remedy() -> None:
     samples, model = case.samples(50, seed=1), GaussianPopulation().bind(case.parameters)
     with pytest.raises(ValueError, match=r"saem needs a likelihood, and Opaque has none.*prior_ratio"):
         Saem(simulator=Opaque()).prepare(samples, case.observations, model, seeded())
-    with pytest.raises(ValueError, match=r"draws do not tell the simulator; pass Saem\(simulator="):
+    with pytest.raises(ValueError, match=r"draws do not name the simulator; pass Saem\(simulator="):
         Saem().prepare(samples, case.observations, model, seeded())
