@@ -161,6 +161,7 @@ def test_protocols_are_checked_by_what_they_ask_for() -> None:
         instantiate(section | {"source": names["optimiser"]}, trust=[HERE])
 
 
+@pytest.mark.slow
 @given(st.one_of(st.integers(), st.floats(), st.text(), st.booleans(), st.none(), st.lists(st.integers())))
 def test_any_value_is_converted_to_the_type_or_refused(value) -> None:
     for hint, kind in ((int, int), (float, float), (bool, bool), (str, str), (tuple[int, ...], tuple)):

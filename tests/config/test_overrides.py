@@ -28,6 +28,7 @@ TYPED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TYPED)
 def test_an_id_is_the_text_that_was_typed(text: str) -> None:
     # Oracle: the characters between the brackets.

@@ -40,6 +40,7 @@ def alike(one: Design, row: int, other: Design, place: int) -> bool:
     return bool(((times - own).abs() <= slack).all() & ((given - taken).abs() <= slack).all())
 
 
+@pytest.mark.slow
 def test_coverage_agrees_with_a_loop_over_all_pairs(generator: torch.Generator) -> None:
     pool = random_pool(60, generator)
     source = ResampledDesigns(pool)
@@ -184,6 +185,7 @@ def test_a_regular_pool_is_one_row_and_fast() -> None:
     assert time.process_time() - begin < 5  # 0.1 s measured
 
 
+@pytest.mark.slow
 def test_a_large_irregular_data_set_covers_itself_quickly(generator: torch.Generator) -> None:
     pool = RandomTimes(0.0, 30.0, 5, 15).sample(100_000, generator)
     begin = time.process_time()

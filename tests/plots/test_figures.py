@@ -59,6 +59,7 @@ def _history() -> pd.DataFrame:
     )
 
 
+@pytest.mark.slow
 def test_history_shows_both_losses_the_best_step_and_the_learning_rate() -> None:
     history = _history()
     history.loc[5, "validation_loss"] = np.nan
@@ -101,6 +102,7 @@ def _two_modes(generator: torch.Generator) -> torch.Tensor:
     return draws
 
 
+@pytest.mark.slow
 def test_pairs_show_every_pair_once_with_truth_and_prior(generator: torch.Generator) -> None:
     draws = _two_modes(generator)
     prior = GaussianPrior({name: {"mean": 0.0, "sd": 3.0} for name in "abc"})
@@ -135,6 +137,7 @@ def _closed_parts(path: object) -> list:  # matplotlib keeps all contours of one
     return [type(path)(polygon) for polygon in path.to_polygons(closed_only=True) if len(polygon) > 2]
 
 
+@pytest.mark.slow
 def test_several_sets_of_draws_are_told_apart(generator: torch.Generator) -> None:
     draws = [torch.randn((200, 2), generator=generator) for _ in range(2)]
     figure = plot_pairs(draws, ["a", "b"], labels=["network", "exact"])
@@ -188,6 +191,7 @@ def _fits(individuals: int = 5, points: int = 4) -> tuple[Observations, Predicti
     return observations, bands
 
 
+@pytest.mark.slow
 def test_fits_show_the_measurements_the_median_and_both_bands() -> None:
     observations, bands = _fits()
     figure = plot_individual_fits(observations, bands, rows=[0, 3])
@@ -234,6 +238,7 @@ def test_many_points_lie_under_the_curve() -> None:
     assert order["measured"] < order["median"]
 
 
+@pytest.mark.slow
 def test_the_first_twelve_are_shown_and_strange_rows_refused() -> None:
     observations, bands = _fits(individuals=15)
     assert len(plot_individual_fits(observations, bands).axes) == 12
@@ -246,6 +251,7 @@ def test_the_first_twelve_are_shown_and_strange_rows_refused() -> None:
 # -- population --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_population_shows_density_pooled_draws_individuals_and_constants(generator: torch.Generator) -> None:
     individuals, count = 80, 200
     centres = torch.tensor([1.0, -2.0, 0.5])

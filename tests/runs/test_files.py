@@ -74,6 +74,7 @@ def test_a_directory_that_cannot_be_made_becomes_a_sentence(tmp_path: Path) -> N
 KINDS = st.sampled_from([np.float32, np.float64, np.int64, np.bool_, np.uint8])
 
 
+@pytest.mark.slow
 @given(hnp.arrays(dtype=KINDS, shape=hnp.array_shapes(min_dims=0, max_dims=4, min_side=0)))
 def test_arrays_come_back_as_they_were(tmp_path_factory, array) -> None:
     path = tmp_path_factory.mktemp("arrays") / "array.npy"

@@ -166,6 +166,7 @@ def test_an_archive_and_code_without_source_count(folder: Path, tmp_path: Path, 
     assert hashes_of(found("own_bare.Model", ("own_bare",))) == hashes_of(before)
 
 
+@pytest.mark.slow
 def test_an_installed_library_counts_by_what_pip_recorded() -> None:
     got = sources_of({"part": {"_target_": "packaging.version.Version"}}, ["part"], trust=["packaging"])
     assert {"packaging.version", "distribution packaging"} <= modules(got)

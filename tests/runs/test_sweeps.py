@@ -88,6 +88,7 @@ def test_an_interrupted_job_has_its_run_and_no_results(tmp_path: Path) -> None:
     assert list(pd.read_csv(directory / "table.csv").columns) == ["ended", "run"]
 
 
+@pytest.mark.slow
 def test_without_a_sweep_the_remedy_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^There is no sweep under .*multirun; make one with -m, for example python"):
         sweep_table(compose_config("sweep_table", [f"output_root={tmp_path}"]))

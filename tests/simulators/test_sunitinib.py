@@ -51,6 +51,7 @@ def exact(weight: float) -> np.ndarray:
     return np.log(np.maximum(states[:, 1:3] / [v2, v3], 1e-3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [45.0, 70.0, 110.0])
 def test_log_concentrations_agree_with_matrix_exponentials(weight: float) -> None:
     model = Sunitinib(DormandPrince5(1e-7, 1e-7))

@@ -120,6 +120,7 @@ def _most_likely(observations: Observations, beta: Tensor, omega: Tensor, sigma:
     return torch.stack(modes), torch.stack(curvatures)
 
 
+@pytest.mark.slow
 def test_population_likelihood_at_the_published_estimate_is_the_published_one() -> None:
     """-2 log L of all 132 observations at the exact maximum-likelihood estimate: 360.7009 (additive error)."""
     observations = _subjects()

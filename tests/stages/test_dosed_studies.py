@@ -49,6 +49,7 @@ def test_theophylline_by_words_has_the_numbers_of_quadrature(tmp_path: Path, mon
     assert list(prior["parameters"]) == ["ka", "CL", "V", "sigma"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "overrides", "message"),
     [

@@ -98,6 +98,7 @@ def through_a_shell(text: str, shell: str, folder: Path) -> list[str]:
     return done.stdout.split("\0")[:-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*MESSAGES, "theta of another fit"])
 def test_remedies_can_be_typed_as_they_are_printed(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -131,6 +132,7 @@ HARD = (
 )
 
 
+@pytest.mark.slow
 def test_any_text_survives_shell_and_grammar(tmp_path: Path) -> None:
     overrides = [override(f"+word{place}", value) for place, value in enumerate(HARD)]
     for shell in filter(shutil.which, ("sh", "bash", "zsh")):

@@ -68,6 +68,7 @@ def untrained() -> nn.Module:
 SOURCE = Measured(points(64, 1), points(50, 2))
 
 
+@pytest.mark.slow
 def test_a_regression_ends_at_least_squares() -> None:
     network = untrained()
     result = train(network, SOURCE, SETTINGS, loss=squares, progress=False)
@@ -84,6 +85,7 @@ def test_a_regression_ends_at_least_squares() -> None:
     assert result.history[-1]["train_loss"] == pytest.approx(float(residuals.square().mean()), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_it_is_resumed_like_any_other(tmp_path: Path) -> None:
     expected = train(untrained(), SOURCE, SETTINGS, loss=squares, progress=False)
     calls = iter(range(1000))
@@ -119,6 +121,7 @@ class Largest:
         return found
 
 
+@pytest.mark.slow
 def test_a_loss_has_its_own_word_on_held_out_rows() -> None:
     assert isinstance(Largest(), HeldOutLoss)
     network = untrained()

@@ -78,6 +78,7 @@ def test_a_resumed_training_ends_with_the_bytes_of_an_undisturbed_one(tmp_path: 
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 def test_training_runs_on_every_device(device: torch.device) -> None:
     source = replace(pairs(), device=device)
     network = fresh_network(device)
@@ -124,6 +125,7 @@ def test_the_learning_rate_is_halved_on_plateaus_and_only_there(tmp_path: Path) 
     assert again.history == result.history
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_best_weights(tmp_path: Path) -> None:
     checkpoint = tmp_path / "training.pt"
     with pytest.raises(TrainingError, match=r"nan at step 25; the best weights so far \(step 20\) are in"):
@@ -282,6 +284,7 @@ class Moments:
         return MomentNetwork(shape.signals, 8)
 
 
+@pytest.mark.slow
 def test_a_summary_of_ones_own_is_trained_like_ours() -> None:
     network, _ = initial_network(
         pairs().pilot(200), SIMULATOR, PRIOR, summary=Moments(), flow=AffineCouplingFlow(hidden=16), seed=3
