@@ -38,9 +38,6 @@ class EventKind(IntEnum):
     RESET_DOSE = 4
 
 
-BETWEEN_RECORDS = ("previous", "next", "linear")
-
-
 class Censoring(IntEnum):
     """What is known of a measurement: its value, or only a bound (``lower``/``upper``)."""
 
@@ -166,6 +163,9 @@ class Covariates:
         return _selected(self, rows, len(self))
 
 
+BETWEEN_RECORDS = ("previous", "next", "linear")
+
+
 @dataclass(frozen=True, eq=False)
 class TimeCovariates:
     """Numeric covariates that change in time: records of every individual, and what holds between them.
@@ -186,10 +186,8 @@ class TimeCovariates:
     def __post_init__(self) -> None:
         wanted, fitting = (*self.times.shape, len(set(self.names))), len(self.between) == len(self.names) > 0
         if tuple(self.values.shape) != wanted or not fitting or not set(self.between) <= set(BETWEEN_RECORDS):
-            raise ValueError(
-                f"Covariates in time need a column and one of {', '.join(BETWEEN_RECORDS)} for each different name: "
-                f"{self.names}, {self.between}, times {tuple(self.times.shape)}, values {tuple(self.values.shape)}."
-            )
+            given = f"{self.names}, {self.between}, times {tuple(self.times.shape)}, values {tuple(self.values.shape)}"
+            raise ValueError(f"Each covariate in time needs a name, a column, one of {BETWEEN_RECORDS}; got {given}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,11 +217,9 @@ class Design:
         times: ``(I, T)``, in the data set's time unit, finite and non-decreasing in each row; a row with fewer times
             is padded with its last time and ``observed`` False. One grid for all may be an expanded view.
         observed: ``(I, T, C)``, True where a signal was measured.
-        covariates: constant in time, or None.
-        groups: grouping variables, or None.
+        covariates, groups: constant in time, and grouping variables, or None.
         occasion: ``(I, T)`` codes, or None.
-        events, time_covariates: dose records, covariates that change in time, or None.
-        limits: what is not told of values, or None where every value is. Of data, ``Observations.censoring`` tells it.
+        events, time_covariates, limits: dose records, covariates that change in time, limits of hidden values, or None.
     """
 
     times: Float[Tensor, "I T"]

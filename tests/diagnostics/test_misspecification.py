@@ -175,9 +175,10 @@ def test_support_accepts_what_comes_from_the_prior_and_what_lies_inside_it_but_n
 
 def test_what_cannot_be_judged_is_grey_with_the_reason_and_the_rest_is_made() -> None:
     data = well_specified(10, _seeded(7))
-    codes = torch.zeros(data.values.shape, dtype=torch.int64)
-    codes[0, 0] = int(Censoring.LEFT)
-    censored = replace(data, censoring=codes, upper=torch.ones_like(data.values))
+    # A limit of quantification just above the lowest value: nothing else lies below it.
+    limit = torch.full_like(data.values, float(data.values.flatten().sort().values[:2].mean()))
+    codes = torch.where(data.values < limit, int(Censoring.LEFT), int(Censoring.NONE))
+    censored = replace(data, values=torch.maximum(data.values, limit), censoring=codes, upper=limit)
     found = _checked(censored, _seeded(0))
     assert _lights(found) == {"model": "grey", "replicates": "grey", "support": "green"}
     assert "1 measurements are censored" in found.findings[0].sentence
