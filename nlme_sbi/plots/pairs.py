@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, map_coordinates
 from torch import Tensor
 
+from nlme_sbi.numerics.grid_densities import smoothed_density
 from nlme_sbi.plots.canvas import BLACK, GREY, SERIES, TEXT_SIZE, canvas, data_text, legend_above, require_names
-from nlme_sbi.plots.density import smoothed_density
 from nlme_sbi.types import Prior
 
 Draws = Float[Tensor, "_ D"]  # sets of draws to compare may have different sizes

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from nlme_sbi.numerics.grid_densities import normal_density, smoothed_density
 from nlme_sbi.plots.canvas import BLUE, GREY, PALE, TEXT_SIZE, VERMILION, legend_above, panels, require_names
-from nlme_sbi.plots.density import normal_density, smoothed_density
 
 Column = np.ndarray
 _CURVES = 60  # individuals drawn; more are one grey mass

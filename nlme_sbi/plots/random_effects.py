@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nlme_sbi.numerics.grid_densities import normal_density
 from nlme_sbi.plots.canvas import BLACK, BLUE, GREY, PALE, SKY, TEXT_SIZE, VERMILION, data_text, legend_above, panels
-from nlme_sbi.plots.density import normal_density
 
 _PANELS = 12
 

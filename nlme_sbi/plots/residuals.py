@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.special import ndtri
 
+from nlme_sbi.numerics.grid_densities import normal_density
 from nlme_sbi.plots.canvas import BLUE, GREY, PALE, SKY, TEXT_SIZE, VERMILION, canvas, label_with_unit
-from nlme_sbi.plots.density import normal_density
 
 _POINTS = 3000  # drawn; more are one mass
 _CLOUD = "#2f8fcb"  # seen on white and on black: what is rasterised cannot follow the colours of a page

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import gaussian_kde, norm
 
-from nlme_sbi.plots.density import normal_density, smoothed_density
+from nlme_sbi.numerics.grid_densities import normal_density, smoothed_density
 
 
 @pytest.mark.parametrize("size", [3, 40, 2000])
