@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import shutil
@@ -49,7 +50,7 @@ def other_theta(monkeypatch: pytest.MonkeyPatch) -> str:
     other = SimpleNamespace(path=Path("other"), input=lambda name: {"fit": "other"}[name])
     monkeypatch.setattr(predict_stage, "find_run", lambda *_, **__: other)
     fit = SimpleNamespace(path=FIT.path, manifest=FIT.manifest, sha256="mine")
-    return told(lambda: predict_stage._sampled_theta.__wrapped__("latest", fit, PLAIN))
+    return told(lambda: inspect.unwrap(predict_stage._sampled_theta)("latest", fit, PLAIN))
 
 
 def settings(stage: str, *overrides: str) -> dict:
