@@ -12,6 +12,7 @@ from nlme_sbi.individual_model.noise import (
     AboveZero,
     Additive,
     BoxCox,
+    BySignal,
     Combined2,
     Exponential,
     Poisson,
@@ -140,3 +141,11 @@ def test_simulators_take_it_by_a_word() -> None:
     before, after = (one.noise.log_prob(values, prediction, parameters)[0, 0] for one in (plain, cut))
     # The effect may be of either sign; only concentrations are above 0.
     np.testing.assert_allclose(after - before, [-stats.norm.logcdf(0.8), 0.0], atol=1e-12)
+
+
+def test_an_ofv_leaves_out_the_same_constant_as_without_the_cut() -> None:
+    error = Additive(sd="sd")
+    assert AboveZero(error).has_normal_constant
+    assert BySignal((error, AboveZero(error))).of_signal(1).has_normal_constant
+    assert not StudentT(error, degrees_of_freedom=4.0).has_normal_constant
+    assert not Poisson().has_normal_constant

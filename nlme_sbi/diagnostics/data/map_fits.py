@@ -82,10 +82,9 @@ def best_fits(
 ) -> BestFits:
     """Damped Fisher scoring from the best of each individual's draws, and again from other starts for outliers.
 
-    Individuals whose residuals still do not look like noise get more starts: further draws, the fits of individuals
-        whose
-    fits suit them best, and their own with exchangeable parameters exchanged. A search that ended in a lower mode would
-    otherwise be taken for data that the model cannot produce.
+    Individuals whose residuals still do not look like noise get more starts: further draws, those fits of other
+    individuals that suit them best, and their own with exchangeable parameters exchanged. A search that ended in a
+    lower mode would otherwise be taken for data that the model cannot produce.
 
     Args:
         simulator: with its noise model.

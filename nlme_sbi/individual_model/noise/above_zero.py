@@ -50,6 +50,10 @@ class AboveZero(NoiseModel):
         return False
 
     @property
+    def has_normal_constant(self) -> bool:
+        return True
+
+    @property
     def domain(self) -> str:
         """What values can be."""
         return "positive numbers"

@@ -31,6 +31,11 @@ class NoiseModel(ABC):
         return True
 
     @property
+    def has_normal_constant(self) -> bool:
+        """Whether a log density holds the normal distribution's -log(2 pi) / 2, which an OFV leaves out."""
+        return self.is_gaussian
+
+    @property
     def is_count(self) -> bool:
         """Whether values are whole numbers, of which one has a probability of its own."""
         return False

@@ -30,8 +30,7 @@ class LikelihoodWeightedPrior:
     """What ``posterior=none`` means: nothing is trained, and searches begin from draws of the prior that fit the data.
 
     Its draws are guesses, not draws of the posterior: weights are tempered until several draws of every individual
-        count, and
-    there is no density. Only estimators of a likelihood take it.
+    count, and there is no density. Only estimators of a likelihood take it.
 
     Args:
         simulator: with a likelihood.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nlme_sbi.compute.progress import Report, discard
+from nlme_sbi.individual_model.noise import NoiseModel
 from nlme_sbi.numerics.pareto_k import heavy_tails
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.estimators.auto import Auto, choose_estimator
@@ -253,9 +254,10 @@ def _result(
 def _gaussian_measurements(chosen: Estimator, source: Source, observations: Observations) -> int:
     """Number of measurements with a normal density, whose constant the OFV leaves out (not counts, not Student's t)."""
     simulator = getattr(chosen, "simulator", None) or getattr(source, "simulator", None)
-    noise = getattr(simulator, "noise", None)
-    numbers = enumerate(observations.uncensored.sum((0, 1)).tolist())
-    return sum(number for signal, number in numbers if noise is None or noise.of_signal(signal).is_gaussian)
+    noise, numbers = getattr(simulator, "noise", None), observations.uncensored.sum((0, 1)).tolist()
+    if not isinstance(noise, NoiseModel):  # a simulator's own likelihood says nothing of it
+        return sum(numbers)
+    return sum(number for signal, number in enumerate(numbers) if noise.of_signal(signal).has_normal_constant)
 
 
 def require_enough_individuals(model: PopulationModel, individuals: int) -> None:
