@@ -8,7 +8,8 @@ designs, estimator exact. Part c: eight people whose fits once began where every
 
 Right is what ``tests/oracles`` finds: quadrature with as many nodes as it takes, checked by importance sampling, in
 NumPy and without a line of the package. A fit is right where every estimate is within 0.05 of its standard error,
--2 log L within 4 Monte-Carlo standard errors + 0.01, and the same variances are 0. Simulated studies whose likelihood
+-2 log L within 4 Monte-Carlo standard errors + 0.01, and the same variances are 0 (where some variance is better than
+none by less than that, both answers are right). Simulated studies whose likelihood
 has no maximum (a residual part that runs to 0) are replaced by the next number, and counted.
 
 Fits run through the stages of the command line, with default settings, in worker processes of one thread. What is

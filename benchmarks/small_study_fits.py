@@ -227,8 +227,9 @@ def _unfinished(error: Exception, seconds: float) -> Judgement:
 
 
 def judge(fit: Mapping[str, Any], case: Case, answer: Answer, seconds: float) -> Judgement:
-    """Compare ``fit.json`` with the oracle: with each of the optima that are equally good, and the nearest counts. A
-    maximum that only the prior rules out must be named by the fit."""
+    """Compare ``fit.json`` with the oracle: with the best optimum and those whose -2 log L differs from it by less
+    than is asked of the fit's own, and the nearest counts; -2 log L is compared with the best one. A maximum that only
+    the prior rules out must be named by the fit."""
     right = answer.right
     found = {entry["name"]: entry for entry in fit["unknowns"]}
     zero = {test["parameter"] for test in fit["variance_tests"] if test["estimated"]}
@@ -237,8 +238,9 @@ def judge(fit: Mapping[str, Any], case: Case, answer: Answer, seconds: float) ->
     deviance = _number(fit["minus_two_log_likelihood"])
     deviance_se = 2 * _number(fit["monte_carlo"]["objective_se"])
     judged = [
-        _compared(found, zero, deviance, deviance_se, optimum, optimum_zero=set(optimum.at_zero))
+        _compared(found, zero, (deviance, deviance_se, right.best.deviance), optimum)
         for optimum in (right.best, *right.ties)
+        if optimum.deviance <= right.best.deviance + _deviance_allowed(deviance_se)
     ]
     reasons, distance, ratio, z = min(judged, key=lambda one: (len(one[0]), one[1]))
     if answer.ruled_out is not None and not any(one["verdict"] == "beyond the prior" for one in fit["restarts"]):
@@ -251,18 +253,17 @@ def judge(fit: Mapping[str, Any], case: Case, answer: Answer, seconds: float) ->
 def _compared(
     found: Mapping[str, Mapping[str, Any]],
     zero: set[str],
-    deviance: float,
-    deviance_se: float,
+    deviances: tuple[float, float, float],
     optimum: Optimum,
-    *,
-    optimum_zero: set[str],
 ) -> tuple[tuple[str, ...], float, float, float]:
-    """What is not right, the largest distance in SE, the worst ratio of errors, and the deviance's z."""
-    reasons = []
-    gap = abs(deviance - optimum.deviance)
+    """What is not right, the largest distance in SE, the worst ratio of errors, and the deviance's z; ``deviances`` are
+    the fit's -2 log L, its Monte-Carlo standard error, and the right one."""
+    reasons, optimum_zero = [], set(optimum.at_zero)
+    deviance, deviance_se, right = deviances
+    gap = abs(deviance - right)
     z = max(0.0, gap - DEVIANCE_ALLOWED) / max(deviance_se, 1e-12) if gap > DEVIANCE_ALLOWED else 0.0
-    if not gap <= DEVIANCE_SE_ALLOWED * deviance_se + DEVIANCE_ALLOWED:
-        reasons.append(f"-2 log L {deviance:.4f} (told SE {deviance_se:.2g}), right {optimum.deviance:.4f}")
+    if not gap <= _deviance_allowed(deviance_se):
+        reasons.append(f"-2 log L {deviance:.4f} (reported SE {deviance_se:.2g}), right {right:.4f}")
     for name in sorted(zero ^ optimum_zero):
         said = "0" if name in zero else f"{np.exp(_number(found[f'log_sd.{name}']['estimate'])):.3g}"
         reasons.append(f"SD of {name} {said}, right {'0' if name in optimum_zero else 'above 0'}")
@@ -280,6 +281,10 @@ def _compared(
         one = told / se if told > 0 else float("inf")
         ratio = max(ratio, one, 1 / one) if np.isfinite(one) else float("inf")
     return tuple(reasons), distance, ratio, z
+
+
+def _deviance_allowed(se: float) -> float:
+    return DEVIANCE_SE_ALLOWED * se + DEVIANCE_ALLOWED
 
 
 def _number(value: Any) -> float:

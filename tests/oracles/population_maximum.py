@@ -28,6 +28,7 @@ from scipy.optimize import minimize
 STABLE = 0.002
 # Two optima whose -2 log L differ by less are both right answers.
 TIE = 0.01
+NEAR = 0.05
 _FIRST_NODES = {1: 21, 2: 11, 3: 7, 4: 5, 5: 5}
 _MOST_NODES = {1: 321, 2: 161, 3: 81, 4: 33, 5: 17}
 _LOWEST_LOG_SD = -5.0
@@ -61,7 +62,7 @@ class Maximum:
 
     Args:
         best: the highest optimum.
-        ties: optima elsewhere whose -2 log L is at most ``TIE`` higher.
+        ties: optima elsewhere whose -2 log L is at most ``NEAR`` higher.
         checked: -2 log L at the best by importance sampling.
         checked_se: its standard error.
         problems: reasons why there is no maximum that can be judged by; empty where all is well.
@@ -126,7 +127,7 @@ def maximum(population: Population, starts: Sequence[np.ndarray], *, sampling: i
     optima = sorted(optima, key=lambda found: found.deviance)
     best = optima[0]
     # Of two that are the same to the tolerance, the one with fewer variances is the simpler way to say it.
-    ties = tuple(other for other in optima[1:] if other.deviance < best.deviance + TIE and _apart(best, other) > 0.02)
+    ties = tuple(other for other in optima[1:] if other.deviance < best.deviance + NEAR and _apart(best, other) > 0.02)
     lasting = [problem for problem in problems if problem.startswith(f"[{best.deviance:.3f}]")]
     reduced, theta = _reduced(population, best)
     if reduced.varying:
@@ -264,11 +265,14 @@ def _settled(population: Population, theta: np.ndarray, problems: list[str]) -> 
             raised = _raised(population, whole, place)
             if raised is None:
                 found.append(whole)
-            elif inner is None:
+                continue
+            better = inner
+            if better is None:
                 end, _ = _climbed(population, raised)
-                again = _polished(population, end, problems)
-                if again is not None:
-                    found.append(again)
+                better = _polished(population, end, problems)
+            # Some variance may be better than none by next to nothing.
+            if better is not None:
+                found += [better, whole]
     return found
 
 
@@ -298,7 +302,7 @@ def _raised(population: Population, whole: Optimum, place: int) -> np.ndarray | 
     which = len(names) + reduced.varying.index(place)
     values = dict(zip(whole.unknowns, whole.theta, strict=True))
     theta = np.array([values[name] for name in reduced.unknowns])
-    for size in (0.02, 0.05, 0.1, 0.2):
+    for size in (0.003, 0.006, 0.01, 0.02, 0.05, 0.1, 0.2):
         theta[which] = np.log(size * population.model.scale[place])
         nodes = min(2 * _FIRST_NODES[len(reduced.varying)] - 1, _MOST_NODES[len(reduced.varying)])
         if surface.at(theta, max(nodes, 9), gradient=False).deviance < whole.deviance - STABLE:

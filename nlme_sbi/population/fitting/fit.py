@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nlme_sbi.compute.progress import Report, discard
 from nlme_sbi.individual_model.noise import NoiseModel
+from nlme_sbi.numerics.jacobians import jacobian
 from nlme_sbi.numerics.pareto_k import heavy_tails
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.estimators.auto import Auto, choose_estimator
@@ -281,7 +282,7 @@ def _largest_block(model: PopulationModel) -> int:
 
 def _estimates_variances(model: PopulationModel) -> bool:
     """Whether a variance between individuals moves with an unknown that is estimated, by the model's derivatives."""
-    slopes = torch.func.jacfwd(lambda theta: model.covariance(theta).diagonal())(_arbitrary_theta(model))
+    slopes = jacobian(lambda theta: model.covariance(theta).diagonal(), _arbitrary_theta(model))
     return bool((slopes[:, model.unknowns.free] != 0).any())
 
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.numerics.jacobians import jacobian
 from nlme_sbi.population.fitting.label_switching import exchange_between
 from nlme_sbi.population.models.interface import PopulationModel
 from nlme_sbi.population.objective.interface import WeightedDraws
@@ -64,7 +65,7 @@ def _monte_carlo_variance(state: WeightedDraws, theta: Tensor) -> float:
 def _differing_parameters(state: WeightedDraws, theta: Tensor, best: Tensor, covariance: Tensor) -> tuple[str, ...]:
     population = state.population
     free = population.unknowns.free.to(theta.device)
-    slopes = torch.func.jacfwd(population.mean)(best)[:, free]
+    slopes = jacobian(population.mean, best)[:, free]
     se = torch.einsum("dp,pq,dq->d", slopes, covariance, slopes).clamp_min(1e-300).sqrt()
     apart = (population.mean(theta) - population.mean(best)).abs() / se
     return tuple(

@@ -75,7 +75,7 @@ def directional_derivatives(function: Callable[[Tensor], Tensor], theta: Tensor,
         leaf = theta.detach().clone().requires_grad_(True)
         value = function(leaf)
         cotangent = torch.zeros_like(value, requires_grad=True)
-        (pulled,) = torch.autograd.grad(value, leaf, cotangent, create_graph=True)
+        (pulled,) = torch.autograd.grad((value * cotangent).sum(), leaf, create_graph=True)
         return torch.stack(
             [torch.autograd.grad(pulled @ direction, cotangent, retain_graph=True)[0] for direction in directions]
         )

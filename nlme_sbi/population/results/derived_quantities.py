@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nlme_sbi.numerics.jacobians import jacobian
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.models.interface import PopulationModel
 
@@ -91,7 +92,7 @@ def _propagate(function: object, theta: Tensor, covariance: Tensor, free: Tensor
     """Value, delta-method SE, and whether it depends on no free unknown."""
     if not callable(function):
         raise TypeError("A reader of the population model is a function of theta.")
-    slopes = torch.func.jacfwd(function)(theta)[..., free]
+    slopes = jacobian(function, theta)[..., free]
     untouched = (slopes.abs() < 1e-12).all(-1)  # of quantities of order 1: what rounding leaves
     se = torch.einsum("...p,pq,...q->...", slopes, covariance, slopes).clamp_min(0).sqrt()
     return function(theta).detach(), torch.where(untouched, 0.0, se).detach(), untouched
@@ -99,8 +100,7 @@ def _propagate(function: object, theta: Tensor, covariance: Tensor, free: Tensor
 
 def _slopes(parameters: ParameterSpace, mean: Tensor) -> Tensor:
     """``|d natural / d unconstrained|`` of each parameter."""
-    slope: Tensor = torch.func.jacfwd(parameters.to_natural)(mean).diagonal()
-    return slope.abs()
+    return jacobian(parameters.to_natural, mean).diagonal().abs()
 
 
 def _correlations(population: PopulationModel, theta: Tensor, covariance: Tensor, varying: Tensor) -> dict[str, Tensor]:

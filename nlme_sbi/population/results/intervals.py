@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.numerics.jacobians import jacobian
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.models.interface import MEAN, PopulationModel
 
@@ -84,7 +85,7 @@ def make_interval(
     values = torch.tensor(limits, dtype=torch.float64)
     natural = natural_values(population, place, values).tolist()
     if se is not None and natural_se is None:
-        slope = torch.func.jacfwd(lambda at: natural_values(population, place, at))(values[:1])
+        slope = jacobian(lambda at: natural_values(population, place, at), values[:1])
         natural_se = abs(float(slope)) * se
     return Interval(
         unknown=population.unknowns.names[place],
