@@ -1,4 +1,4 @@
-"""Shared by all figures: a canvas without pyplot's global state, colours, and axis labels with units."""
+"""Shared by all figures: a canvas without pyplot's global state, its PNG file, colours, and axis labels with units."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import math
 import re
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
+from matplotlib import image
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nlme_sbi.parameters import ParameterSpace
@@ -34,6 +37,19 @@ def canvas(
         ax.yaxis.label.set_fontsize(TEXT_SIZE)
         ax.title.set_fontsize(TEXT_SIZE)
     return figure, axes
+
+
+def save_png(figure: Figure, file: Any, *, dpi: float = 150) -> None:
+    """Write a PNG file: the bytes of ``figure.savefig``, which draws everything once more to know its layout."""
+    figure.set_dpi(dpi)
+    drawn = FigureCanvasAgg(figure)
+    drawn.draw()
+    image.imsave(file, drawn.buffer_rgba(), format="png", origin="upper", dpi=dpi)
+
+
+def set_panel_title(ax: Axes, title: str) -> None:
+    """A short title just above a panel; at a place of its own, which Matplotlib need not look for among the ticks."""
+    ax.set_title(title, fontsize=TEXT_SIZE, pad=2, y=1.0)
 
 
 def panels(count: int, *, columns: int = 4, row_height: float = 1.7) -> tuple[Figure, list[Axes]]:

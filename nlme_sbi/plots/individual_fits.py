@@ -11,7 +11,18 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nlme_sbi.diagnostics.fit.predictive_bands import PredictiveBands
-from nlme_sbi.plots.canvas import BLACK, BLUE, GREY, ORANGE, TEXT_SIZE, data_text, label_with_unit, legend_above, panels
+from nlme_sbi.plots.canvas import (
+    BLACK,
+    BLUE,
+    GREY,
+    ORANGE,
+    TEXT_SIZE,
+    data_text,
+    label_with_unit,
+    legend_above,
+    panels,
+    set_panel_title,
+)
 from nlme_sbi.types import Censoring, Observations
 
 
@@ -39,7 +50,7 @@ def plot_individual_fits(
         _bands(ax, bands, row, signal)
         _measurements(ax, observations, row, signal)
         name = data_text(observations.ids[row])
-        ax.set_title(f"individual {name}" if name.isdigit() else name, fontsize=TEXT_SIZE, pad=2)
+        set_panel_title(ax, f"individual {name}" if name.isdigit() else name)
     figure.supxlabel(label_with_unit("time", observations.time_unit), fontsize=TEXT_SIZE)
     measured = observations.signals[signal].replace("_", " ")
     figure.supylabel(label_with_unit(measured, observations.signal_units[signal]), fontsize=TEXT_SIZE)

@@ -11,7 +11,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nlme_sbi.diagnostics.fit.predictive_bands import PredictiveBands
-from nlme_sbi.plots.canvas import BLACK, BLUE, ORANGE, TEXT_SIZE, data_text, label_with_unit, legend_above, panels
+from nlme_sbi.plots.canvas import (
+    BLACK,
+    BLUE,
+    ORANGE,
+    TEXT_SIZE,
+    data_text,
+    label_with_unit,
+    legend_above,
+    panels,
+    set_panel_title,
+)
 from nlme_sbi.types import Observations
 
 
@@ -61,7 +71,7 @@ def plot_predictions(
             seen = data.design.observed[row, :, signal].cpu().numpy()
             times, values = (_plain(one)[seen] for one in (data.design.times[row], data.values[row, :, signal]))
             ax.plot(times, values, ".", color=BLACK, markersize=3.0, zorder=3, label="measured")
-        ax.set_title(data_text(title), fontsize=TEXT_SIZE, pad=2)
+        set_panel_title(ax, data_text(title))
     figure.supxlabel(label_with_unit("time", names.time_unit), fontsize=TEXT_SIZE)
     name = names.signals[signal].replace("_", " ")
     figure.supylabel(label_with_unit(name, names.signal_units[signal]), fontsize=TEXT_SIZE)

@@ -10,7 +10,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nlme_sbi.numerics.grid_densities import normal_density
-from nlme_sbi.plots.canvas import BLACK, BLUE, GREY, PALE, SKY, TEXT_SIZE, VERMILION, data_text, legend_above, panels
+from nlme_sbi.plots.canvas import (
+    BLACK,
+    BLUE,
+    GREY,
+    PALE,
+    SKY,
+    TEXT_SIZE,
+    VERMILION,
+    data_text,
+    legend_above,
+    panels,
+    set_panel_title,
+)
 
 _PANELS = 12
 
@@ -42,7 +54,7 @@ def plot_random_effects(frame: pd.DataFrame, shrinkage: Mapping[str, float]) -> 
         )
         places = np.linspace(-reach, reach, 200)
         ax.plot(places, normal_density(places, 0.0, 1.0), color=BLUE, linewidth=1.5, label="population")
-        ax.set_title(f"{data_text(name)}: shrinkage {100 * shrinkage[name]:.0f}%", fontsize=TEXT_SIZE, pad=2)
+        set_panel_title(ax, f"{data_text(name)}: shrinkage {100 * shrinkage[name]:.0f}%")
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
     figure.supxlabel("random effect, in SDs of the population", fontsize=TEXT_SIZE)

@@ -20,6 +20,7 @@ from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.diagnostics.fit.predictive_bands import PredictiveBands, outcomes, predictive_bands
+from nlme_sbi.plots.canvas import save_png
 from nlme_sbi.plots.predictions import plot_predictions
 from nlme_sbi.population.theta_posterior.draws import normal_theta
 from nlme_sbi.population.theta_posterior.individuals import individuals_over_theta, new_individuals
@@ -329,7 +330,7 @@ def _save(
         titles = [group.ids[row] if group.kind == "individual" else f"new: {group.ids[row]}" for row in shown]
         figure = plot_predictions(_some(group.bands, shown), titles, simulator, data=data)
         path = run.path / f"{names[group.kind]}.png"
-        write_atomically(path, lambda file, figure=figure: figure.savefig(file, format="png", dpi=150))  # type: ignore[misc]
+        write_atomically(path, lambda file, figure=figure: save_png(figure, file))  # type: ignore[misc]
 
 
 def _some(bands: PredictiveBands, rows: list[int]) -> PredictiveBands:

@@ -25,6 +25,7 @@ from nlme_sbi.networks.densities import FlowSettings
 from nlme_sbi.networks.posterior import PosteriorNetwork, initial_network
 from nlme_sbi.networks.stored_weights import description_of
 from nlme_sbi.networks.summaries import DataShape, SummarySettings
+from nlme_sbi.plots.canvas import save_png
 from nlme_sbi.plots.loss import plot_history
 from nlme_sbi.runs import (
     FinishedRun,
@@ -304,7 +305,7 @@ def _save(run: RunDirectory, network: PosteriorNetwork, shape: DataShape, result
     history = pd.DataFrame(result.history).astype({"step": int})
     write_atomically(run.path / "history.csv", lambda file: _write(file, csv_text(history).encode()))
     figure = plot_history(history)
-    write_atomically(run.path / "loss.png", lambda file: figure.savefig(file, dpi=150))
+    write_atomically(run.path / "loss.png", lambda file: save_png(figure, file))
 
 
 def _write(file: Any, content: bytes) -> None:

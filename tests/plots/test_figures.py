@@ -17,7 +17,15 @@ from matplotlib.patches import StepPatch
 from nlme_sbi.diagnostics.fit.predictive_bands import PROBABILITIES, PredictiveBands
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.plots.canvas import SERIES, data_text, panels, parameter_labels
+from nlme_sbi.plots.canvas import (
+    SERIES,
+    data_text,
+    legend_above,
+    panels,
+    parameter_labels,
+    save_png,
+    set_panel_title,
+)
 from nlme_sbi.plots.individual_fits import plot_individual_fits
 from nlme_sbi.plots.influence import plot_influence
 from nlme_sbi.plots.loss import plot_history
@@ -340,3 +348,18 @@ def test_what_is_infinite_cannot_be_drawn_and_says_so(generator: torch.Generator
     draws = torch.randn((4, 50, 2), generator=generator).double()
     with pytest.raises(ValueError, match=r"not finite for b\b"):
         plot_population(("a", "b"), torch.tensor([0.0, math.inf]), torch.eye(2), draws)
+
+
+def test_png_has_the_bytes_of_savefig() -> None:
+    def make() -> Figure:
+        figure, axes = panels(5)
+        for number, ax in enumerate(axes):
+            ax.plot([0.0, 1.0, 2.0], [0.0, 10.0**number, 1.0], label="curve")
+            set_panel_title(ax, f"panel {number}")
+        legend_above(figure, axes[0])
+        return figure
+
+    ours, theirs = io.BytesIO(), io.BytesIO()
+    save_png(make(), ours)
+    make().savefig(theirs, format="png", dpi=150)
+    assert ours.getvalue() == theirs.getvalue()

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from nlme_sbi.diagnostics.fit.predictive_bands import dense_design, predictive_bands
 from nlme_sbi.numerics.weighted_draws import equal_draws
-from nlme_sbi.plots.canvas import parameter_labels
+from nlme_sbi.plots.canvas import parameter_labels, save_png
 from nlme_sbi.plots.individual_fits import plot_individual_fits
 from nlme_sbi.plots.pairs import plot_pairs
 from nlme_sbi.plots.population import plot_population
@@ -97,4 +97,4 @@ def _fits(
 
 def _save(path: Path, make: Callable[[], Figure]) -> None:
     figure = make()
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    write_atomically(path, lambda file: save_png(figure, file))
