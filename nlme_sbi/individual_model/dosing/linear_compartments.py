@@ -268,10 +268,11 @@ def _quotient(dose: Dose, rate: Tensor, absorption: Tensor) -> Tensor:
 
 
 def _can_be_stepped(doses: ReceivedDoses, central: int) -> bool:
-    """Whether everything happens at times that the data give, and nothing is infused into an absorption compartment."""
+    """Whether everything happens at times that the data give, nothing is infused into an absorption compartment, and
+    steady states are those of boluses."""
     written = doses.written
-    slow = written.given & (written.rate != 0) & (written.compartment != central)
-    return doses.as_recorded and not bool(((written.given & (written.steady_state > 0)) | slow).any())
+    slow = written.given & (written.rate != 0) & ((written.compartment != central) | (written.steady_state > 0))
+    return doses.as_recorded and not bool(slow.any())
 
 
 def _stepped(
@@ -293,10 +294,7 @@ def _stepped(
             if steps.is_infused:
                 state = state - inflow * torch.expm1(-rates * elapsed) / rates
             if absorption is not None:
-                gap = (absorption - rates).abs()
-                slower = torch.minimum(absorption, rates)
-                entered = elapsed * torch.exp(log_expm1_ratio(gap * elapsed) - slower * elapsed)
-                state = state + weights * absorption * depot * entered
+                state = state + weights * absorption * depot * _entered(absorption, rates, elapsed)
                 depot = depot * torch.exp(-absorption * elapsed)
         if steps.clears[place]:
             kept = ~steps.clear[:, place].reshape(-1, *ones, 1)
@@ -306,13 +304,38 @@ def _stepped(
             amount = amounts.gather(-1, column)
             bolus, speed = (one[:, place].reshape(-1, *ones, 1) for one in (steps.bolus, steps.speed))
             direct = steps.direct[:, place].reshape(-1, *ones, 1)
-            state = state + bolus * direct * amount * weights
-            depot = depot + bolus * (1 - direct) * amount
+            at_once, absorbed = bolus * direct * amount * weights, bolus * (1 - direct) * amount
+            if steps.repeats[place]:
+                interval = steps.interval[:, place].reshape(-1, *ones, 1)
+                at_once, absorbed = _repeated(at_once, absorbed, interval, rates, weights, absorption)
+            state, depot = state + at_once, depot + absorbed
             inflow = inflow + speed * amount * weights if steps.is_infused else inflow
         found.append(state.sum(-1))
     every = torch.stack(found, dim=-1)
     places = steps.measured.reshape(-1, *ones, times.shape[-1]).expand(times.shape)
     return every.gather(-1, places)
+
+
+def _entered(absorption: Tensor, rates: Tensor, elapsed: Tensor) -> Tensor:
+    """What a unit amount that is absorbed leaves after ``elapsed`` for each exponential, over the absorption rate."""
+    gap = (absorption - rates).abs()
+    slower = torch.minimum(absorption, rates)
+    return elapsed * torch.exp(log_expm1_ratio(gap * elapsed) - slower * elapsed)
+
+
+def _repeated(
+    at_once: Tensor, absorbed: Tensor, interval: Tensor, rates: Tensor, weights: Tensor, absorption: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What a bolus and its predecessors, one every ``interval``, have left in the exponentials and in the absorption
+    compartment at its time; ``interval`` 0 is a bolus without predecessors."""
+    steady = interval > 0
+    every = torch.where(steady, interval, 1.0)
+    kept = torch.where(steady, -1 / torch.expm1(-rates * every), 1.0)
+    if absorption is None:
+        return at_once * kept, absorbed
+    absorbed = absorbed * torch.where(steady, -1 / torch.expm1(-absorption * every), 1.0)
+    before = weights * absorption * absorbed * _entered(absorption, rates, every)
+    return (at_once + torch.where(steady, before, 0.0)) * kept, absorbed
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,10 +348,12 @@ class _Steps:
     speed: Tensor  # change of the inflow for each unit of the amount
     direct: Tensor  # 1 into the central compartment, 0 into the absorption
     clear: Tensor
+    interval: Tensor  # between a bolus and its predecessors in a steady state, 0 without
     measured: Tensor
     moves: list[bool]
     clears: list[bool]
     changes: list[bool]
+    repeats: list[bool]
     is_infused: bool
 
     @classmethod
@@ -371,6 +396,8 @@ class _Steps:
         elapsed = torch.diff(when, dim=1, prepend=when[:, :1])
         bolus = in_order(no_reset, (written.given & (written.rate == 0)).to(times), no_dose, no_time)
         speed = in_order(no_reset, per_amount, -per_amount * ended.to(times), no_time)
+        steady = written.given & (written.steady_state > 0)
+        interval = in_order(no_reset, torch.where(steady, written.interval, 0.0), no_dose, no_time)
         clear = in_order(torch.isfinite(written.forgets), no_dose.bool(), no_dose.bool(), no_time.bool())
         return cls(
             elapsed=elapsed,
@@ -379,9 +406,11 @@ class _Steps:
             speed=speed,
             direct=in_order(no_reset, here, here, no_time),
             clear=clear,
+            interval=interval,
             measured=torch.argsort(order, dim=1)[:, -measured.shape[1] :],
             moves=(elapsed > 0).any(0).tolist(),
             clears=clear.any(0).tolist(),
             changes=((bolus != 0) | (speed != 0)).any(0).tolist(),
+            repeats=(interval > 0).any(0).tolist(),
             is_infused=bool(infused.any()),
         )

@@ -173,6 +173,8 @@ def test_stepping_from_event_to_event_is_adding_up_responses(absorption: str, mo
             row["rate"] = rng.choice([0.0, 5.0, 40.0])
         if number == 5:
             row["kind"] = int(EventKind.RESET_DOSE)
+        if number in (3, 7):  # what was there is forgotten, and not
+            row |= {"rate": 0.0, "steady_state": 1 if number == 3 else 2, "interval": rng.uniform(4, 15)}
         rows.append(row)
     times = sorted([rng.uniform(0, 90) for _ in range(12)] + [rows[0]["time"], rows[1]["time"]])
     design = design_of(rows, times)
