@@ -202,15 +202,19 @@ class AffineCouplingFlow:
 
     def build(self, dimension: int, context: int) -> ConditionalFlow:
         """A fresh flow over ``dimension`` parameters given a summary of width ``context``."""
-
-        def conditioner(inputs: int, outputs: int) -> nn.Module:
-            return Conditioner(inputs, outputs, context=context, hidden=self.hidden, layers=self.layers)
-
+        conditioner = _conditioners(self, context)
         couplings = [
             BoundedAffineCoupling(mask, conditioner, log_scale_bound=self.log_scale_bound)
             for mask in coupling_masks(dimension, self.couplings)
         ]
         return ConditionalFlow(CompositeTransform(couplings), dimension)
+
+
+def _conditioners(settings: AffineCouplingFlow | SplineCouplingFlow, context: int) -> MakeConditioner:
+    """Constructor of the conditioners of couplings, by numbers of inputs and outputs."""
+    return lambda inputs, outputs: Conditioner(
+        inputs, outputs, context=context, hidden=settings.hidden, layers=settings.layers
+    )
 
 
 def _spline_shape(settings: SplineCouplingFlow | SplineAutoregressiveFlow) -> SplineShape:
@@ -245,10 +249,7 @@ class SplineCouplingFlow:
 
     def build(self, dimension: int, context: int) -> ConditionalFlow:
         """A fresh flow over ``dimension`` parameters given a summary of width ``context``."""
-
-        def conditioner(inputs: int, outputs: int) -> nn.Module:
-            return Conditioner(inputs, outputs, context=context, hidden=self.hidden, layers=self.layers)
-
+        conditioner = _conditioners(self, context)
         shape = _spline_shape(self)
         couplings = [SplineCoupling(mask, conditioner, shape) for mask in coupling_masks(dimension, self.couplings)]
         return ConditionalFlow(CompositeTransform(couplings), dimension)

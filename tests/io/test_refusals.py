@@ -117,7 +117,7 @@ EVENT_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("ID,TIME,DV,AMT,EVID,ADDL,II\n1,0,.,9,1,2,-12\n1,1,2,0,0,0,0\n", {}, r"intervals are negative; first at row 2"),
     ("ID,TIME,DV,AMT,EVID,SS\n1,0,.,9,1,1\n1,1,2,0,0,0\n", {}, r"steady state \(SS\) without an interval \(II\)"),
     ("ID,TIME,DV,AMT,EVID,SS,II\n1,0,.,9,1,3,12\n1,1,2,0,0,0,0\n", {}, r"neither 0, 1 nor 2; first at row 2"),
-    ("ID,TIME,DV,AMT,EVID,CMT\n1,0,.,9,1,gut\n1,1,2,0,0,2\n", {}, r"by a name that has no number .*\{gut: 1\}"),
+    ("ID,TIME,DV,AMT,EVID,CMT\n1,0,.,9,1,gut\n1,1,2,0,0,2\n", {}, r"into a compartment without a number .*\{gut: 1\}"),
     ("ID,TIME,DV,AMT,EVID,CMT,ADM\n1,0,.,9,1,1,2\n1,1,2,0,0,1,1\n", {}, r"another compartment by ADM .*row 2"),
     ("ID,TIME,DV,AMT,EVID,CMT\n1,0,.,9,1,1\n1,1,2,0,0,2\n1,2,2,0,0,3\n", {}, r"measure another signal \(CMT\).* row 4"),
     ("ID,TIME,DV,AMT,EVID,DVID\n1,0,.,9,1,1\n1,1,2,0,0,1\n1,2,2,0,0,2\n", {}, r"measure another signal \(DVID\)"),
@@ -127,7 +127,7 @@ WIDE_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("time\n1\n", {}, "has one column"),
     ("t,a,b\n0,1,2\n1,x,2\n", {}, r'1 of 4 values are not numbers; first at row 3, column "a": "x"'),
     ("0,1,2\n1,1,y\n", {}, r'1 of 4 values are not numbers; first at row 2, column 3: "y"'),
-    ("6OO,7.2,7.1\n1200,7,7\n", {}, r'row 1 starts with "6OO", as a header would, but goes on with fractions'),
+    ("6OO,7.2,7.1\n1200,7,7\n", {}, r'row 1 starts with "6OO", like a header, but continues with fractions'),
     ("0,a,b\n1,1,2\n", {}, r'2 of 4 values are not numbers; first at row 1, column 2: "a"'),
     ("t,a,a\n0,1,2\n", {}, r'1 of 2 individuals repeat the name of another column: "a"'),
     ("t,a,\n0,1,2\n", {}, r"1 of 2 individuals have no name in the header; first: column 3"),
@@ -179,8 +179,8 @@ def test_wide_sheets(tmp_path: Path, content: str, options: dict[str, Any], patt
         ("cells.xlsx", b"PK\x03\x04....", "cannot be read as an Excel workbook"),
         ("cells.xls", b"\xd0\xcf\x11\xe0", "old .xls format"),
         ("cells.dat", b"id,time,value\na,0,1\n", r'extension "\.dat" is not one of \.csv, \.tsv, \.xlsx, \.xlsm'),
-        ("cells.csv.gz", b"id,time,value\na,0,1\n", "not a whole gzip file"),
-        ("cells.csv.gz", gzip.compress(b"id,time,value\n" * 99, mtime=0)[:-9], "not a whole gzip file"),
+        ("cells.csv.gz", b"id,time,value\na,0,1\n", "not a complete gzip file"),
+        ("cells.csv.gz", gzip.compress(b"id,time,value\n" * 99, mtime=0)[:-9], "not a complete gzip file"),
     ],
 )
 def test_files_that_are_not_what_they_say(tmp_path: Path, name: str, content: bytes, pattern: str) -> None:
