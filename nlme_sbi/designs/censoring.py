@@ -45,7 +45,7 @@ def limits_to_censoring(observations: Observations) -> Observations:
     hidden = limits.hide(observations.values) & observations.design.observed
     return replace(
         observations,
-        values=torch.where(hidden, limits.told.to(observations.values.dtype), observations.values),
+        values=torch.where(hidden, limits.substitute.to(observations.values.dtype), observations.values),
         design=replace(observations.design, limits=None),
         censoring=torch.where(hidden, censoring_codes(limits), int(Censoring.NONE)),
         lower=torch.where(hidden & torch.isfinite(limits.lower), limits.lower, 0.0),

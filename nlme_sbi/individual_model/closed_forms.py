@@ -51,7 +51,7 @@ class _LogExpm1Ratio(torch.autograd.Function):
 
 
 def _slope_in_place(x: Tensor) -> Tensor:
-    """:func:`_slope` where no further derivative is asked for: a third of the memory traffic."""
+    """:func:`_slope` where no further derivative is needed, with a third of the memory traffic."""
     square = x * x
     series = torch.full_like(x, _SERIES[-1])
     for coefficient in reversed(_SERIES[:-1]):

@@ -227,7 +227,7 @@ class Stretch:
 
 @dataclass(frozen=True, eq=False)
 class _Line:
-    """Records ``(I, V)`` and values ``(I, V, K)`` in the dtype of the times that are asked for."""
+    """Records ``(I, V)`` and values ``(I, V, K)``, in the dtype of the times at which they are needed."""
 
     records: Tensor
     values: Tensor

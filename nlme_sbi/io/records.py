@@ -155,7 +155,7 @@ def make_observations(
         covariates: one row an individual.
         events: one row an individual.
         time_covariates: one row an individual.
-        told: further fields of :class:`Observations`: units, notes.
+        fields: further fields of :class:`Observations`: units, notes.
 
     Raises:
         ValueError: individuals without any observation; repeated measurements that ``scales.replicates`` refuses; a

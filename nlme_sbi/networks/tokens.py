@@ -120,7 +120,7 @@ def _measurements(values: Float[Tensor, "B T C"], design: Design) -> dict[str, T
     if design.limits is not None:
         limits, hidden = design.limits, design.limits.hide(values)
         kind = torch.where(hidden, censoring_codes(limits), kind)
-        upper = torch.where(hidden, limits.told.to(values.dtype), values)
+        upper = torch.where(hidden, limits.substitute.to(values.dtype), values)
         both = hidden & (kind == int(Censoring.INTERVAL))
         lower = torch.where(both, limits.lower.to(values.dtype), upper)
     count = torch.arange(shape[2], device=values.device).expand(shape)

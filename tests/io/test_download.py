@@ -202,7 +202,7 @@ def test_flipped_bits_in_the_archive_are_refused(server: Server, compression: in
 def test_without_a_network_the_way_by_hand_is_told(server: Server) -> None:
     for address, reason in (("http://127.0.0.1:9/code.zip", "refused"), ("http://nowhere.invalid/code.zip", ".")):
         with pytest.raises(
-            OSError, match=rf"{address} could not be read \(.*{reason}.*\)\. Or get {server.url} by other"
+            OSError, match=rf"{address} could not be read \(.*{reason}.*\)\. Or download {server.url} by other"
         ):
             download(module.PUBLISHED[0], url=address)
     with pytest.raises(ValueError, match=r'^"file:///etc/passwd" is not an http or https address\.$'):
@@ -235,7 +235,10 @@ def test_two_downloads_at_once_are_refused(server: Server) -> None:
             r"^These data are not downloaded: their file is data/theophylline/theophylline\.csv\. To",
         ),
         (["data=long_table"], r"^These data are not downloaded: their file is yours\. To download: data=egfp\.$"),
-        (["data.path=cached:cells.csv"], r"^cached:cells\.csv is no published file that can be downloaded; those are"),
+        (
+            ["data.path=cached:cells.csv"],
+            r"^cached:cells\.csv is not a published file that can be downloaded; those are",
+        ),
         (["url=3"], r"^url must be text"),
         (["data=egpf"], r'^data has no choice "egpf"; .* Did you mean egfp\?$'),
     ],

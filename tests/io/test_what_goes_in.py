@@ -71,7 +71,7 @@ def test_the_slow_checker_rejects_a_reader_that_ignores_a_column() -> None:
 
 
 ASKING = [
-    ("RATE", ["0", "10", "0", "0", "0"], r"are no doses and have a RATE.*; first at row 3"),
+    ("RATE", ["0", "10", "0", "0", "0"], r"are not doses but have a RATE.*; first at row 3"),
     ("rate", ["-3", "0", "0", "0", "0"], r"neither -1 .*; first at row 2"),
     ("DUR", ["2", ".", ".", ".", "."], r"infusions \(DUR\).* data\.columns\.tinf"),
     ("TINF", ["-0.5", "", "", "", ""], r"durations are negative"),
@@ -221,7 +221,7 @@ def test_ids_in_several_forms_are_named_together(tmp_path: Path) -> None:
 def test_long_tables_say_that_rows_of_an_individual_were_joined(tmp_path: Path) -> None:
     observations = LongTable(write(tmp_path, "id,time,value\na,0,1\nb,0,2\na,1,3\nb,1,4\nc,0,5\n")).read()
     assert contents(observations)["a", 1.0, "value"] == 3.0
-    assert observations.notes == ("rows of 2 individuals do not stand together; they are joined by the id",)
+    assert observations.notes == ("rows of 2 individuals are not adjacent; they are combined by the id",)
 
 
 def test_rows_that_return_to_an_individual_are_refused_in_event_tables(tmp_path: Path) -> None:
