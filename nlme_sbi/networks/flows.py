@@ -201,7 +201,7 @@ class AffineCouplingFlow:
         require_positive(self, "couplings", "hidden", "layers", "log_scale_bound")
 
     def build(self, dimension: int, context: int) -> ConditionalFlow:
-        """A fresh flow over ``dimension`` parameters given a summary of width ``context``."""
+        """A new flow over ``dimension`` parameters given a summary of width ``context``."""
         conditioner = _conditioners(self, context)
         couplings = [
             BoundedAffineCoupling(mask, conditioner, log_scale_bound=self.log_scale_bound)
@@ -248,7 +248,7 @@ class SplineCouplingFlow:
         _spline_shape(self)
 
     def build(self, dimension: int, context: int) -> ConditionalFlow:
-        """A fresh flow over ``dimension`` parameters given a summary of width ``context``."""
+        """A new flow over ``dimension`` parameters given a summary of width ``context``."""
         conditioner = _conditioners(self, context)
         shape = _spline_shape(self)
         couplings = [SplineCoupling(mask, conditioner, shape) for mask in coupling_masks(dimension, self.couplings)]
@@ -281,7 +281,7 @@ class SplineAutoregressiveFlow:
         _spline_shape(self)
 
     def build(self, dimension: int, context: int) -> ConditionalFlow:
-        """A fresh flow over ``dimension`` parameters given a summary of width ``context``."""
+        """A new flow over ``dimension`` parameters given a summary of width ``context``."""
         shape = _spline_shape(self)
         chain: list[nn.Module] = []
         for _ in range(self.transforms):
