@@ -69,7 +69,7 @@ REFUSED = {
     "one point": ({"points": 1}, "design.points must be at least 2; got 1."),
     "no amount": ({"dose": 0}, "design.dose needs a positive amount; got 0.0."),
     "a dose without amount": ({"dose": [{"time": 1}]}, "design.dose[0] needs a positive amount; got none."),
-    "a dose with a typo": ({"dose": [{"amout": 1}]}, "design.dose[0].amout is not known"),
+    "a dose with a typo": ({"dose": [{"amout": 1}]}, "design.dose[0].amout is unknown"),
     "half a compartment": (
         {"dose": [{"amount": 1, "compartment": 1.5}]},
         "design.dose[0].compartment must be a whole number; got 1.5.",
