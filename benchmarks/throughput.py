@@ -28,7 +28,7 @@ from record import ROOT, write_result
 from nlme_sbi.compute.devices import keep_freed_memory
 from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.config.instantiate import instantiate
-from nlme_sbi.networks.posterior import AmortizedPosterior, initial_network
+from nlme_sbi.networks.posterior import AmortizedPosterior, initialize_network
 from nlme_sbi.simulation.shards import simulate_batch
 from nlme_sbi.types import Observations
 
@@ -78,7 +78,7 @@ def drawing(flow: str, threads: int) -> tuple[float, float, float]:
     parts = configuration(flow)
     simulator, prior, designs = parts["simulator"], parts["prior"], parts["design"]
     some = simulate_batch(prior, designs, simulator, INDIVIDUALS, seeded("cpu", 1))
-    network, _ = initial_network(some, simulator, prior, summary=parts["summary"], flow=parts["flow"], seed=0)
+    network, _ = initialize_network(some, simulator, prior, summary=parts["summary"], flow=parts["flow"], seed=0)
     observations = Observations(
         tuple(map(str, range(INDIVIDUALS))), some.values, some.design, simulator.signals, simulator.signal_units, "h"
     )

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 
 from nlme_sbi.compute.random_streams import weights_seed
 from nlme_sbi.config.instantiate import instantiate
-from nlme_sbi.networks.posterior import PosteriorNetwork, initial_network
+from nlme_sbi.networks.posterior import PosteriorNetwork, initialize_network
 from nlme_sbi.training.loop import TrainingSettings, train
 from nlme_sbi.training.pairs import OnlinePairs
 
@@ -55,7 +55,7 @@ def configuration(overrides: list[str]) -> dict[str, object]:
 
 
 def fresh(parts: dict[str, object], source: OnlinePairs, seed: int) -> PosteriorNetwork:
-    network, _ = initial_network(
+    network, _ = initialize_network(
         source.pilot(parts["training"].pilot_size),
         parts["simulator"],
         parts["prior"],

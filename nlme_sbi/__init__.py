@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         profile_interval,
         sandwich_covariance,
     )
+    from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior
     from nlme_sbi.population.results.individual_map import individual_modes
     from nlme_sbi.population.theta_posterior.draws import normal_theta
     from nlme_sbi.population.theta_posterior.individuals import new_individuals
@@ -113,6 +114,7 @@ __all__ = [
     "GridSummary",
     "Laplace",
     "Leaping",
+    "LikelihoodWeightedPrior",
     "Limits",
     "LongTable",
     "MechanisticSimulator",
@@ -273,6 +275,7 @@ _ROOMS = {
         "profile_interval",
         "sandwich_covariance",
     ),
+    "population.estimators.likelihood_weighted_prior": ("LikelihoodWeightedPrior",),
     "population.results.individual_map": ("individual_modes",),
     "population.theta_posterior.draws": ("normal_theta",),
     "population.theta_posterior.individuals": ("new_individuals",),

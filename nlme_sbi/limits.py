@@ -13,10 +13,10 @@ from nlme_sbi.rows import Rows, row_positions, select
 
 @dataclass(frozen=True, eq=False)
 class Limits:
-    """What an assay does not tell, ``(I, T, C)``: of a value between ``lower`` and ``upper`` only that it lies there.
+    """Bounds ``(I, T, C)`` between which a value is censored: it is then only known to lie between them.
 
-    Left of a limit of quantification is (-inf, limit), right of one (limit, inf). Where ``lower`` is not below
-    ``upper``, such as (inf, -inf), every value is told.
+    A lower limit of quantification is (-inf, limit), an upper one (limit, inf). Where ``lower`` is not below
+    ``upper``, such as (inf, -inf), no value is censored.
     """
 
     lower: Float[Tensor, "I T C"]
@@ -28,17 +28,17 @@ class Limits:
             raise ValueError(f"Limits need a lower one for each upper one; got {shapes}.")
 
     def hide(self, values: Float[Tensor, "I T C"]) -> Bool[Tensor, "I T C"]:
-        """Of which values only the limits are told."""
+        """Which values are censored."""
         return (values > self.lower) & (values < self.upper)
 
     @property
     def there(self) -> Bool[Tensor, "I T C"]:
-        """Where there are any."""
+        """Places with limits."""
         return self.lower < self.upper
 
     @property
-    def told(self) -> Float[Tensor, "I T C"]:
-        """What stands for a hidden value: the upper limit, or the lower one where there is no upper."""
+    def substitute(self) -> Float[Tensor, "I T C"]:
+        """Value in place of a censored one: the upper limit, or the lower one where there is no upper."""
         return torch.where(torch.isinf(self.upper), self.lower, self.upper)
 
     def __len__(self) -> int:

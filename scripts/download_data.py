@@ -1,4 +1,4 @@
-"""Fetch published data that are not bundled: python scripts/download_data.py --help"""
+"""Download published data that are not bundled: python scripts/download_data.py --help"""
 
 from nlme_sbi.entry import entry_point
 

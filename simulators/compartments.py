@@ -1,4 +1,4 @@
-"""Pharmacokinetics without a line of code: one to three compartments, any regimen, chosen by words in a config."""
+"""Pharmacokinetics without writing code: one to three compartments, any regimen, chosen in the configuration."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ Noise = Literal[
 Censoring = Literal["M3", "M4"]
 _HEAVY = "student_t"
 _LONGEST_CHAIN = 20
-_DEGREES = 4.0  # what robust regression commonly takes: few data tell the degrees of freedom
+_DEGREES = 4.0  # as is common in robust regression: few data sets determine the degrees of freedom
 
 _OF_DOSES = ("Tlag", "F", "Tk0")
 _PERIPHERAL = {1: (), 2: (("Q", "Vp", "k12", "k21"),), 3: (("Q1", "Vp1", "k12", "k21"), ("Q2", "Vp2", "k13", "k31"))}
@@ -88,33 +88,33 @@ class Compartments(MechanisticSimulator):
 
     Doses are read from the event table: repeated doses, infusions, steady states, resets. With an absorption,
     compartment 1 takes the absorbed doses and 2 is the central compartment; without, 1 is the central one. All is
-    exact: closed forms, stable where ``ka`` meets a rate of the disposition. ``ka`` and elimination can be exchanged
-    with another volume (flip-flop).
+    exact: closed forms, stable where ``ka`` equals a rate of the disposition. ``ka`` and the elimination rate can be
+    swapped with another volume (flip-flop).
 
     Args:
         compartments: 1, 2 or 3.
         absorption: "none" (intravenous), "first_order", "zero_order" or "transit" (Savic et al. 2007, J. Pharmacokinet.
-            Pharmacodyn. 34:711); through a transit chain go single or written-out boluses (ADDL), no steady states (SS)
+            Pharmacodyn. 34:711); a transit chain takes boluses, also repeated ones (ADDL), but no steady states (SS)
             and no infusions.
-        transit_compartments: n of a transit absorption; each is left at the rate ``(n + 1) / MTT``.
+        transit_compartments: n of a transit absorption; each is emptied at the rate ``(n + 1) / MTT``.
         parametrization: "clearance" or "rates".
         lag: whether absorbed doses have a lag time.
-        bioavailability: whether a share of absorbed doses is estimated, between 0 and 1; needs intravenous doses beside
-            them.
+        bioavailability: whether the bioavailability of absorbed doses is a parameter, between 0 and 1; it can be
+            estimated only with intravenous doses in addition.
         noise: "additive", "proportional", "combined1", "combined2", "power" or "exponential"; "student_t",
             "student_t_proportional" and "student_t_exponential" are additive, proportional and exponential noise with
             the tails of Student's t with 4 degrees of freedom, ``sigma`` or ``cv`` being its scale.
-        censoring: "M3", or "M4": concentrations are above 0, which what is below a limit is known to be, too; for
-            noise that is Gaussian as it stands.
-        concentration_scale: what amount over volume is multiplied by, 1000 for mg, L and ng/mL.
+        censoring: "M3", or "M4", which truncates the error at 0, because no concentration is negative; M4 is for
+            additive, proportional, combined and power noise.
+        concentration_scale: factor from amount over volume to concentrations, 1000 for mg, L and ng/mL.
         signal: name of the measured concentration.
         signal_unit: its unit.
         time_unit: of times, rates and clearances.
         dose_unit: of the amounts.
         volume_unit: of the volumes.
         time_covariates: parameters that follow covariates along the timeline: ``{CL: {WT: {form: power, reference:
-            70}}}`` makes clearance ``CL * (WT(t) / 70) ** CL_WT``. Each such effect is a parameter of its own, here
-            ``CL_WT``, mostly one that does not vary (``population.constant``); ``fixed: 0.75`` gives it. ``form:
+            70}}}`` makes clearance ``CL * (WT(t) / 70) ** CL_WT``. The coefficient of each effect is a parameter, here
+            ``CL_WT``, mostly one that does not vary (``population.constant``); ``fixed: 0.75`` fixes it. ``form:
             exponential`` is ``exp(CL_WT * (WT(t) - 70))``. All but ``Tlag``, ``F`` and ``Tk0`` may follow covariates.
     """
 
@@ -193,7 +193,7 @@ class Compartments(MechanisticSimulator):
 
     @property
     def dose_compartments(self) -> tuple[str, ...]:
-        """The compartments that doses go into, in the order of their numbers."""
+        """Names of the compartments that doses enter, in the order of their numbers."""
         return ("central",) if self.absorption == "none" else ("absorption", "central")
 
     def check_design(self, design: Design, ids: Sequence[str] | None = None) -> None:
@@ -216,7 +216,7 @@ class Compartments(MechanisticSimulator):
     def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T 1"]:
         """Concentration at ``design.times``."""
         natural = dict(zip(self.parameters.names, self.parameters.to_natural(phi.double()).unbind(-1), strict=True))
-        written = self._absorbed(write_out_doses(design))
+        written = self._apply_zero_order(write_out_doses(design))
         doses = receive_doses(
             written,
             phi.double()[..., 0],
@@ -226,7 +226,7 @@ class Compartments(MechanisticSimulator):
         )
         times = times_for(phi.double(), design).expand(*phi.shape[:-1], -1)
         if self.time_covariates:
-            return self._along(natural, design, doses, times).to(phi.dtype)
+            return self._predict_stepwise(natural, design, doses, times).to(phi.dtype)
         column = {name: value[..., None] for name, value in natural.items()}
         volume = column["V"] if self.compartments == 1 else column["Vc"]
         amount = central_amount(
@@ -239,7 +239,9 @@ class Compartments(MechanisticSimulator):
         )
         return (self.scale * amount / volume)[..., None].to(phi.dtype)
 
-    def _along(self, natural: Mapping[str, Tensor], design: Design, doses: ReceivedDoses, times: Tensor) -> Tensor:
+    def _predict_stepwise(
+        self, natural: Mapping[str, Tensor], design: Design, doses: ReceivedDoses, times: Tensor
+    ) -> Tensor:
         """Concentration where rates change at the records of covariates: from record to record exactly."""
         course = course_of(design, self.time_covariates)
 
@@ -272,11 +274,11 @@ class Compartments(MechanisticSimulator):
         )
         volume = at["V" if self.compartments == 1 else "Vc"]
         volume = volume if volume.ndim == times.ndim else volume[..., None]
-        # Far below the doses rounding leaves amounts of either sign.
+        # Amounts that are tiny relative to the doses may be negative by rounding.
         return (self.scale * amounts[..., central].clamp(min=0.0) / volume)[..., None]
 
     def _matrix(self, here: Mapping[str, Tensor]) -> Tensor:
-        """Rates between the compartments, ``(I, ..., X, X)``, those of slope ``i`` from state ``j`` at ``[i, j]``."""
+        """Rates between the compartments, ``(I, ..., X, X)``; ``[i, j]`` is the rate into ``i`` from ``j``."""
         volume = here["V" if self.compartments == 1 else "Vc"]
         elimination, exchanges = self._rates(here, volume)
         central = self._before_central
@@ -298,7 +300,7 @@ class Compartments(MechanisticSimulator):
         """Number of compartments that absorbed doses pass."""
         return {"first_order": 1, "transit": self.transit_compartments + 2}.get(self.absorption, 0)
 
-    def _absorbed(self, written: WrittenDoses) -> WrittenDoses:
+    def _apply_zero_order(self, written: WrittenDoses) -> WrittenDoses:
         """Boluses into the absorption compartment of a zero-order absorption last ``Tk0``."""
         if self.absorption != "zero_order":
             return written
@@ -318,11 +320,11 @@ class Compartments(MechanisticSimulator):
         ]
 
     def plausible_values(self, observations: Observations) -> dict[str, tuple[float, float]]:
-        """A wide guess of every parameter from doses and data: centre and SD on the unconstrained scale.
+        """Centre and SD of a wide prior of every parameter, from doses and data, on the unconstrained scale.
 
-        The volume is of the order of a dose over the highest concentrations; elimination goes on over the time that
-        was sampled; absorption is over when concentrations are highest. SDs of 1.5 (a factor of 20 either way holds
-        95%) leave room for sampling that says little.
+        The volume is a dose over the highest concentration; elimination goes on over the sampled time; absorption is
+        over when concentrations are highest. SDs of 1.5 (95% within a factor of 20 up and down) allow for sparse
+        sampling.
         """
         scales = typical_scales(observations)
         kinetics = scales.kinetics(self.scale)
@@ -360,7 +362,7 @@ class Compartments(MechanisticSimulator):
 
 
 def _check_transit(events: Events, ids: Sequence[str] | None) -> None:
-    """Refuse absorbed doses that no transit chain takes; raises ``ValueError`` with the individual and what to do."""
+    """Refuse absorbed doses that a transit chain cannot take; raises ``ValueError`` with the individual and remedy."""
     absorbed = events.doses & (events.compartment == 1)
     for bad, what, remedy in (
         (absorbed & (events.rate != 0), "infusions (RATE)", "simulator.absorption=first_order takes them"),
@@ -380,12 +382,12 @@ def _check_transit(events: Events, ids: Sequence[str] | None) -> None:
 
 
 def _absorbed_only(natural: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
-    """A parameter of doses into the absorption compartment."""
+    """A parameter of doses by compartment: the absorption compartment alone, where the model has the parameter."""
     return {1: natural[name]} if name in natural else {}
 
 
 def above_zero(error: NoiseModel, name: str) -> NoiseModel:
-    """The error given that values are positive; raises ``ValueError`` for one that is no plain Gaussian."""
+    """The error truncated at 0 (M4); raises ``ValueError`` for one that is not Gaussian in the values."""
     if isinstance(error, (StudentT, Exponential)):
         why = "is positive by itself" if isinstance(error, Exponential) else "is not Gaussian"
         raise ValueError(
@@ -396,7 +398,7 @@ def above_zero(error: NoiseModel, name: str) -> NoiseModel:
 
 
 def _noise(name: Noise, unit: str) -> tuple[NoiseModel, list[Parameter]]:
-    """The observation model of a word, and its parameters."""
+    """The observation model by name, and its parameters."""
     if name.startswith(_HEAVY):
         kind = name.removeprefix(_HEAVY).removeprefix("_") or "additive"
         error, parameters = _gaussian_noise(kind, unit)

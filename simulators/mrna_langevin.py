@@ -21,7 +21,7 @@ class MrnaLangevin(SdeModel):
     :math:`y = \log(\mathrm{scale}\,P + \mathrm{offset}) + \sigma\varepsilon`. Every cell has its own Brownian motions,
     fresh in each simulation; there is no likelihood.
 
-    Source: Fröhlich et al. (2018), npj Syst. Biol. Appl. 4:42; Arruda et al. (2024), with a step of 0.01 h.
+    Source: Fröhlich et al. (2018), npj Syst. Biol. Appl. 4:42; Arruda et al. (2024), who use a step of 0.01 h.
     """
 
     parameters = ParameterSpace(
@@ -56,11 +56,11 @@ class MrnaLangevin(SdeModel):
         """Expected change per hour."""
         del time, design
         m, p = state.unbind(-1)
-        # Stacked in front, so that each state lies together in memory.
+        # Stacked in the first dimension, so that each state is contiguous in memory.
         return torch.stack([-natural["delta"] * m, natural["k"] * m - natural["gamma"] * p]).T
 
     def diffusion(self, time: Tensor, state: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
-        """Root of the variance per hour."""
+        """Square root of the variance per hour."""
         del time, design
         m, p = state.unbind(-1)
         return torch.stack([natural["delta"] * m, natural["k"] * m + natural["gamma"] * p]).sqrt_().T

@@ -16,8 +16,8 @@ from nlme_sbi.individual_model.solvers import Solver
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design
 
-_HORIZON = 30.0  # hours, about as long as cells are watched; it only weighs errors
-_ENZYME = 1e3  # what remains of the enzyme matters relative to itself, down to a thousandth of what there was
+_HORIZON = 30.0  # hours, about as long as cells are observed; it only weights the solver's errors
+_ENZYME = 1e3  # scale of the enzyme: its error is relative, down to a thousandth of the initial amount
 _LOWEST = -27.631021115928547  # log(1e-12)
 
 
@@ -32,8 +32,8 @@ class MrnaRibosome(OdeModel):
 
     from :math:`m = 1, e = e_0, r = r_0, P = 0` at the onset, observed as :math:`y = \log(P + \mathrm{offset}) +
     \sigma\varepsilon`. It is solved for the bound ribosomes :math:`c = r_0 - r`, for :math:`e / e_0`, and for
-    :math:`P / \mathrm{offset}`, with ``m`` and ``c`` in units of the signal that they can become: then one tolerance
-    for all states is one for the log signal, however different the cells are.
+    :math:`P / \mathrm{offset}`, with ``m`` and ``c`` in units of the signal that they can produce: then one tolerance
+    for all states bounds the error of the log signal, however different the cells are.
 
     Source: Fröhlich et al. (2018), npj Syst. Biol. Appl. 4:42, model with enzymatic degradation and ribosomes.
     """
@@ -66,8 +66,8 @@ class MrnaRibosome(OdeModel):
     def predict(self, phi: Float[Tensor, "I *batch 11"], design: Design) -> Float[Tensor, "I *batch T 1"]:
         """Log of protein plus background at ``design.times``, log a.u.; always solved in double precision.
 
-        Single precision would not be faster: its rounding keeps a few cells in a thousand from meeting the tolerance
-        with steps of a sensible length.
+        Single precision would not be faster: because of its rounding, a few cells in a thousand meet the tolerance
+        only with very short steps.
         """
         return super().predict(phi.double(), design).to(phi.dtype)
 
@@ -88,11 +88,11 @@ class MrnaRibosome(OdeModel):
         del time, design
         m, e, c, p = state.unbind(-1)
         rate, unit = _protein_rate(natural), _signal_of_one(natural)
-        used = (natural["delta1_m0"] / _ENZYME) * m * e  # by the enzyme, over e0
+        consumed = (natural["delta1_m0"] / _ENZYME) * m * e  # by the enzyme, over e0
         binding = natural["k1_m0"] * m * (natural["r0_m0"] - c / unit) - natural["k2"] * c
-        enzyme = natural["delta2"] * (_ENZYME - e) - used * (_ENZYME / unit)
+        enzyme = natural["delta2"] * (_ENZYME - e) - consumed * (_ENZYME / unit)
         return torch.stack(
-            [-natural["e0_m0"] * used - binding, enzyme, binding, rate * c - natural["gamma"] * p], dim=0
+            [-natural["e0_m0"] * consumed - binding, enzyme, binding, rate * c - natural["gamma"] * p], dim=0
         ).movedim(0, -1)
 
     def jacobian(self, time: Tensor, state: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
@@ -111,7 +111,8 @@ class MrnaRibosome(OdeModel):
             [binding_m, zero, binding_c, zero],
             [zero, zero, _protein_rate(natural), -natural["gamma"]],
         ]
-        # Stacked in front, so that each entry lies together in memory: the solver eliminates along the batch.
+        # Stacked in the first dimensions, so that each entry is contiguous in memory: the solver eliminates along the
+        # batch.
         return torch.stack([torch.stack(row) for row in entries]).movedim((0, 1), (-2, -1))
 
     def observe(self, states: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
@@ -122,10 +123,10 @@ class MrnaRibosome(OdeModel):
 
 
 def _protein_rate(natural: Mapping[str, Tensor]) -> Tensor:
-    """Reciprocal of the time over which protein piles up, 1/h."""
+    """Reciprocal of the time over which protein accumulates, 1/h."""
     return natural["gamma"].clamp(min=1 / _HORIZON)
 
 
 def _signal_of_one(natural: Mapping[str, Tensor]) -> Tensor:
-    """Protein over offset that one unit of bound ribosomes can pile up."""
+    """Protein over offset that one unit of bound ribosomes can produce."""
     return natural["k2_m0_scale"] / natural["offset"] / _protein_rate(natural)

@@ -1,4 +1,4 @@
-"""Pharmacokinetics with saturable elimination and pharmacodynamics: direct, delayed and turnover effects, by words."""
+"""PK/PD models chosen in the configuration: saturable elimination; direct, effect-compartment and turnover models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MAY_CHANGE = ("ka", "CL", "Vmax", "Km", "V", "Q", "Vp")
 
 
 class PkPd(OdeModel):
-    r"""One or two compartments and what the drug does, as differential equations through every regimen.
+    r"""One or two compartments and a drug effect, as differential equations for any regimen.
 
     Concentration :math:`C = A_c/V`, eliminated with clearance ``CL`` or, saturably, at :math:`V_{max} C/(K_m + C)`.
 
@@ -54,9 +54,9 @@ class PkPd(OdeModel):
     stimulate_loss         :math:`R' = k_{out} R_0 - k_{out} (1 + S) R`
     ====================== ===========================================================================================
 
-    Turnover begins, and a reset ends, at its baseline ``R0``. The second signal is the effect; both have noise
-    parameters of their own (``cv_concentration``, ``cv_effect``; ``sd_...`` additive; both where combined). For linear
-    kinetics without an effect :class:`simulators.compartments.Compartments` is exact and faster.
+    A turnover model starts at its baseline ``R0``, and a reset returns to it. The second signal is the effect; each
+    signal has its own noise parameters (``cv_concentration``, ``cv_effect``; ``sd_...`` for additive noise; both for
+    combined). For linear kinetics without an effect :class:`simulators.compartments.Compartments` is exact and faster.
 
     Source: Dayneka, Garg, Jusko (1993), J. Pharmacokinet. Biopharm. 21:457, models I to IV; Sheiner et al. (1979),
     Clin. Pharmacol. Ther. 25:358, for the effect compartment.
@@ -67,16 +67,16 @@ class PkPd(OdeModel):
         absorption: "none" or "first_order".
         elimination: "linear" or "michaelis_menten".
         noise: "additive", "proportional" or "combined2", for each signal.
-        censoring: "M3", or "M4": concentrations are above 0, which what is below a limit is known to be, too.
-        concentration_scale: what amount over volume is multiplied by, 1000 for mg, L and ng/mL.
+        censoring: "M3", or "M4", which truncates the error of concentrations at 0, because none is negative.
+        concentration_scale: factor from amount over volume to concentrations, 1000 for mg, L and ng/mL.
         concentration_unit: of the first signal.
         effect_unit: of the second signal.
         time_unit: of times and rates.
         dose_unit: of the amounts.
         volume_unit: of the volumes.
-        time_covariates: kinetic parameters that follow covariates in time, as in ``Compartments``; covariates may also
-            be interpolated linearly here.
-        solver: an object or its name; "rosenbrock" where rates differ by many powers of ten.
+        time_covariates: kinetic parameters that follow covariates in time, as in ``Compartments``; here covariates may
+            also be interpolated linearly.
+        solver: an object or its name; "rosenbrock" where rates differ by orders of magnitude.
     """
 
     takes_doses = True
@@ -173,7 +173,7 @@ class PkPd(OdeModel):
         return torch.stack(states, dim=-1)
 
     def right_hand_side(self, time: Tensor, state: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
-        """Amounts per time; the effect's state per time last."""
+        """Time derivatives of the amounts, then of the effect's state."""
         del time, design
         amount = state[..., self.central]
         level = self.scale * amount / natural["V"]
@@ -208,7 +208,7 @@ class PkPd(OdeModel):
         """Concentration and effect."""
         del design
         volume = natural["V"]
-        # With covariates in time it is known at every measurement already.
+        # With covariates in time it has a value for every measurement already.
         volume = volume if volume.ndim == states.ndim - 1 else volume[..., None]
         level = self.scale * states[..., self.central] / volume
         if self.effect == "none":
@@ -220,7 +220,7 @@ class PkPd(OdeModel):
         return torch.stack([level, column["E0"] + column["Emax"] * acting / (column["EC50"] + acting)], dim=-1)
 
     def plausible_values(self, observations: Observations) -> dict[str, tuple[float, float]]:
-        """A wide guess of every parameter from doses and data; see ``Compartments.plausible_values``."""
+        """Centre and SD of a wide prior of every parameter; see ``Compartments.plausible_values``."""
         scales = typical_scales(observations)
         kinetics = scales.kinetics(self.scale)
         rate = kinetics["rate"]
@@ -254,7 +254,7 @@ class PkPd(OdeModel):
 
 
 def _noise(name: str, signals: tuple[str, ...], units: tuple[str, ...]) -> tuple[NoiseModel, list[Parameter]]:
-    """The observation model of a word with parameters of each signal's own."""
+    """The observation model by name, with its own parameters for each signal."""
     sds = tuple(f"sd_{signal}" for signal in signals)
     cvs = tuple(f"cv_{signal}" for signal in signals)
     additive = [Parameter(sd, unit, description="SD of the error") for sd, unit in zip(sds, units, strict=True)]

@@ -1,4 +1,4 @@
-"""Sunitinib and its active metabolite by mouth, with first-pass metabolism in the liver; weight scales all flows."""
+"""Oral sunitinib and its active metabolite, with first-pass metabolism in the liver; body weight scales all flows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design
 
 _LIVER_FLOW, _PERIPHERAL, _STANDARD_WEIGHT = 80.0, 588.0, 70.0  # L/h, L, kg
-_FLOOR = 1e-3  # ng/mL: concentrations below count as this
+_FLOOR = 1e-3  # ng/mL: lower concentrations are set to this
 
 
 class Sunitinib(OdeModel):
@@ -27,8 +27,8 @@ class Sunitinib(OdeModel):
     :math:`A_4' = Q_{34} A_3/V_3 - Q_{34} A_4/V_4`; :math:`A_5' = Q_{25} A_2/V_2 - Q_{25} A_5/V_5`; :math:`V_5 = 588 b`.
     Measured are :math:`\log(A_2/V_2)` and :math:`\log(A_3/V_3)`, not below log 0.001.
 
-    Source: Yu et al. (2015), Br. J. Clin. Pharmacol. 79:809; as in Arruda et al. (2024), ICML, with concentrations and
-    each parameter of its own.
+    Source: Yu et al. (2015), Br. J. Clin. Pharmacol. 79:809; as in Arruda et al. (2024), ICML, except that signals are
+    concentrations and that no parameter is used twice.
     """
 
     parameters = ParameterSpace(
@@ -57,12 +57,12 @@ class Sunitinib(OdeModel):
     autonomous = True
 
     def initial_state(self, natural: Mapping[str, Tensor], design: Design) -> Tensor:
-        """Nothing anywhere."""
+        """Empty compartments."""
         del design
         return torch.zeros((*natural["ka"].shape, 5), dtype=natural["ka"].dtype, device=natural["ka"].device)
 
     def right_hand_side(self, time: Tensor, state: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
-        """Amounts per hour."""
+        """Time derivatives of the amounts, micrograms per hour."""
         del time
         size = self._relative_weight(natural["ka"], design)
         flow = size**0.75

@@ -1,4 +1,4 @@
-"""Theophylline by mouth: one compartment, first-order absorption and elimination."""
+"""Oral theophylline: one compartment, first-order absorption and elimination."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nlme_sbi.types import Design
 
 
 class Theophylline(MechanisticSimulator):
-    r"""Plasma concentration after one dose by mouth.
+    r"""Plasma concentration after one oral dose.
 
     :math:`C(\tau) = \frac{D\,k_a}{V}\,\frac{e^{-k_e\tau} - e^{-k_a\tau}}{k_a - k_e}`, :math:`k_e = CL/V`, with *tau*
     the time since the dose; zero before it; exact where absorption and elimination are equally fast. ``ka`` and
@@ -41,7 +41,7 @@ class Theophylline(MechanisticSimulator):
     noise = Additive(sd="sigma")
 
     def check_design(self, design: Design, ids: Sequence[str] | None = None) -> None:
-        """Refuse other doses than one for each individual by mouth; raises ``ValueError``."""
+        """Refuse designs with anything but one oral dose for each individual; raises ``ValueError``."""
         del ids
         single_bolus(design)
 

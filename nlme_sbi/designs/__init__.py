@@ -1,8 +1,8 @@
-"""Where the designs of simulated individuals come from, and which designs of real data they cover.
+"""Sources of designs for simulated individuals, and which designs of real data they cover.
 
-Every class here is a :class:`nlme_sbi.types.DesignSource`, but for :class:`Schedule`, which says what to predict:
-``sample`` gives designs in float32 on the generator's device, ``covers`` gives for each row that simulated designs do
-not cover the reason in words.
+Every class here is a :class:`nlme_sbi.types.DesignSource`, except :class:`Schedule`, the design of predictions:
+``sample`` returns designs in float32 on the generator's device, ``covers`` returns a sentence with the reason for each
+row that simulated designs do not cover.
 """
 
 from nlme_sbi.designs.fixed_grid import FixedGrid

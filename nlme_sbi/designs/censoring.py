@@ -1,7 +1,7 @@
-"""Limits of quantification: from censored data to designs whose simulated values are hidden alike.
+"""Limits of quantification: from censored data to designs whose simulated values are censored alike.
 
-A value outside the limits of its place is told, whatever they are, so a posterior does not depend on the limits of what
-was told. Simulated individuals may therefore get limits in every place of a signal that has any.
+An uncensored value is used as it is, whatever limits its design has at that place, so a posterior does not depend on
+them. Simulated individuals may therefore get limits at every place of a signal that has any.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from nlme_sbi.limits import Limits
 from nlme_sbi.types import Censoring, Design, Observations
 
 
-def with_limits(observations: Observations) -> Observations:
-    """Observations whose design has the limits of what is censored, with any value between them in its place.
+def censoring_to_limits(observations: Observations) -> Observations:
+    """Move censoring into the design: its limits are those of censored measurements, whose values are some value
+    between them.
 
-    The same observations where nothing is censored; raises ``ValueError`` for a censored measurement without its bound.
+    Returns the same observations where nothing is censored.
+
+    Raises:
+        ValueError: a censored measurement without its bound.
     """
     if observations.censoring is None:
         return observations
@@ -33,24 +37,24 @@ def with_limits(observations: Observations) -> Observations:
     return replace(observations, values=values, design=replace(observations.design, limits=limits))
 
 
-def censored_by_limits(observations: Observations) -> Observations:
-    """The other way round: observations that are censored where limits of their design hide a value."""
+def limits_to_censoring(observations: Observations) -> Observations:
+    """The inverse of :func:`censoring_to_limits`: censor values that the limits of their design hide."""
     limits = observations.design.limits
     if limits is None:
         return observations
     hidden = limits.hide(observations.values) & observations.design.observed
     return replace(
         observations,
-        values=torch.where(hidden, limits.told.to(observations.values.dtype), observations.values),
+        values=torch.where(hidden, limits.substitute.to(observations.values.dtype), observations.values),
         design=replace(observations.design, limits=None),
-        censoring=torch.where(hidden, censoring_of(limits), int(Censoring.NONE)),
+        censoring=torch.where(hidden, censoring_codes(limits), int(Censoring.NONE)),
         lower=torch.where(hidden & torch.isfinite(limits.lower), limits.lower, 0.0),
         upper=torch.where(hidden & torch.isfinite(limits.upper), limits.upper, 0.0),
     )
 
 
-def censoring_of(limits: Limits) -> Int[Tensor, "I T C"]:
-    """How a value that is hidden is censored, codes of :class:`Censoring`; NONE where there are no limits."""
+def censoring_codes(limits: Limits) -> Int[Tensor, "I T C"]:
+    """Kind of censoring at each place, codes of :class:`Censoring`; NONE where there are no limits."""
     one_sided = torch.where(torch.isinf(limits.upper), int(Censoring.RIGHT), int(Censoring.LEFT))
     both = torch.isfinite(limits.upper) & torch.isfinite(limits.lower)
     kinds = torch.where(both, int(Censoring.INTERVAL), one_sided)
@@ -58,11 +62,11 @@ def censoring_of(limits: Limits) -> Int[Tensor, "I T C"]:
 
 
 def spread_limits(limits: Limits, pool: Limits, generator: torch.Generator) -> Limits:
-    """Limits in every place: those that are there, else some of the pool's of the same signal, at random.
+    """Limits at every place: those of the design, else random ones of the same signal in the pool.
 
     Args:
         limits: of the designs to complete.
-        pool: where limits come from, on the same device.
+        pool: source of limits, on the same device.
         generator: source of randomness.
     """
     lower, upper = limits.lower.clone(), limits.upper.clone()
@@ -79,7 +83,7 @@ def spread_limits(limits: Limits, pool: Limits, generator: torch.Generator) -> L
 
 
 def limit_rules(design: Design, pool: Design, slack: float) -> list[tuple[Bool[Tensor, " B"], Callable[[int], str]]]:
-    """Rows with limits of a kind that the pool does not have, or beyond the range of its limits."""
+    """Rules for rows with limits of a kind that the pool does not have, or beyond the range of its limits."""
     limits = design.limits
     if limits is None:
         return []
@@ -90,7 +94,7 @@ def limit_rules(design: Design, pool: Design, slack: float) -> list[tuple[Bool[T
         (Censoring.RIGHT, "above a limit"),
         (Censoring.INTERVAL, "between two limits"),
     ):
-        own = hidden & (censoring_of(limits) == int(kind))
+        own = hidden & (censoring_codes(limits) == int(kind))
         known = _known(pool, kind)
         rules.append((_unknown_signal(own, known), _words_of_kind(own, words)))
         if bool(known.any()) and pool.limits is not None:
@@ -107,7 +111,7 @@ def limit_rules(design: Design, pool: Design, slack: float) -> list[tuple[Bool[T
 def _known(pool: Design, kind: Censoring) -> Tensor:
     if pool.limits is None:
         return torch.zeros_like(pool.observed)
-    return censoring_of(pool.limits) == int(kind)
+    return censoring_codes(pool.limits) == int(kind)
 
 
 def _unknown_signal(own: Tensor, known: Tensor) -> Bool[Tensor, " B"]:
@@ -119,8 +123,8 @@ def _unknown_signal(own: Tensor, known: Tensor) -> Bool[Tensor, " B"]:
 
 def _words_of_kind(own: Tensor, words: str) -> Callable[[int], str]:
     return lambda row: (
-        f"{count_of(int(own[row].sum()), 'value')} of which is known only that they lie {words}, but the network was "
-        "trained without such"
+        f"{count_of(int(own[row].sum()), 'value')} known only to lie {words}, but the network was trained without such "
+        "values"
     )
 
 
@@ -132,7 +136,7 @@ def _words_of_bound(bound: Tensor, beyond: Tensor, low: float, high: float) -> C
 
 
 def _between(lower: Tensor, upper: Tensor) -> Tensor:
-    """Some value strictly between the limits, in single precision, too."""
+    """A value strictly between the limits, also in single precision."""
     below, above = upper - (1 + upper.abs()), lower + (1 + lower.abs())
     inside = torch.where(torch.isinf(lower), below, torch.where(torch.isinf(upper), above, (lower + upper) / 2))
     return torch.where(torch.isfinite(inside), inside, 0.0)

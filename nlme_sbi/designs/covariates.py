@@ -1,4 +1,4 @@
-"""Covariates of data against those of training designs."""
+"""Comparison of the data's covariates with those of training designs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nlme_sbi.types import Covariates
 def covariate_rules(
     covariates: Covariates | None, trained: Covariates | None, rows: int
 ) -> list[tuple[Bool[Tensor, " B"], Callable[[int], str]]]:
-    """Rows whose covariates are missing, of levels that training did not have, or beyond its range by a tenth of it.
+    """Rules for rows whose covariates are missing, have unseen levels, or lie beyond the range by a tenth of it.
 
     Args:
         covariates: of ``rows`` individuals.
-        trained: of training designs; every one of them is needed.
+        trained: of training designs; the data must have all of them.
         rows: number of individuals.
     """
     rules: list[tuple[Bool[Tensor, " B"], Callable[[int], str]]] = []
@@ -45,7 +45,7 @@ def _rule(name: str, covariates: Covariates, trained: Covariates) -> tuple[Bool[
         )
     if levels:
         unseen = ~torch.isin(values.long(), known.long())
-        return unseen, lambda row: f'the network saw no individual with "{name}" = "{levels[int(values[row])]}"'
+        return unseen, lambda row: f'the network was not trained with "{name}" = "{levels[int(values[row])]}"'
     low, high = float(known.min()), float(known.max())
     slack = RANGE_SLACK * (high - low) + TIME_TOLERANCE * max(abs(low), abs(high))
     outside = (values < low - slack) | (values > high + slack)

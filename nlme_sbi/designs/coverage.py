@@ -1,4 +1,4 @@
-"""Comparing designs of data with designs that were simulated: in chunks of rows, a reason for each that fails."""
+"""Comparison of the data's designs with simulated designs, in chunks of rows, with a reason for each row that fails."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nlme_sbi.individual_model.dosing.doses import write_out_doses
 from nlme_sbi.types import Design
 
 Reasons = dict[int, str]
-# Float32 keeps seven digits of a time; four leave room for files that were rounded.
+# Float32 keeps seven digits of a time; comparing four allows for rounded files.
 TIME_TOLERANCE = 1e-4
 # Amounts, rates and covariates may lie beyond the trained range by this share of it.
 RANGE_SLACK = 0.1
@@ -20,7 +20,7 @@ _CELLS_AT_ONCE = 4_000_000
 
 
 def reasons_by_chunk(design: Design, reasons_of: Callable[[Design], Reasons]) -> Reasons:
-    """``reasons_of`` applied to chunks of rows, so that memory stays bounded; once where all rows are one."""
+    """``reasons_of`` applied to chunks of rows, so that memory stays bounded; once where all rows are equal."""
     if _is_one_row(design):
         found = reasons_of(design[:1])
         return dict.fromkeys(range(len(design)), found[0]) if found else {}
@@ -33,12 +33,12 @@ def reasons_by_chunk(design: Design, reasons_of: Callable[[Design], Reasons]) ->
 
 
 def without_covariates(design: Design) -> Design:
-    """Only times, mask and doses."""
+    """The design's times, mask and doses only."""
     return Design(design.times, design.observed, events=design.events)
 
 
 def first_reason(rules: Iterable[tuple[Bool[Tensor, " B"], Callable[[int], str]]]) -> Reasons:
-    """For every row that breaks a rule, the words of the first rule that it breaks, as a sentence."""
+    """For every row that breaks a rule, the sentence of the first rule that it breaks."""
     reasons: Reasons = {}
     for broken, words in rules:
         for row in torch.nonzero(broken).flatten().tolist():
@@ -48,7 +48,7 @@ def first_reason(rules: Iterable[tuple[Bool[Tensor, " B"], Callable[[int], str]]
 
 
 def time_counts(design: Design) -> tuple[Bool[Tensor, "B T"], list[int]]:
-    """Where anything was measured, and the number of such times in every row."""
+    """Times with any measurement, and their number in every row."""
     measured = design.observed.any(dim=-1)
     return measured, measured.sum(dim=1).tolist()
 
@@ -64,14 +64,14 @@ def dose_records(design: Design) -> tuple[Bool[Tensor, "B E"], Float[Tensor, "B 
 
 
 def signals_rule(design: Design, signals: int) -> tuple[Bool[Tensor, " B"], Callable[[int], str]]:
-    """Every row fails where the number of signals is another."""
+    """Rule that every row breaks where the number of signals differs from that of training."""
     measured = design.observed.shape[2]
     every = torch.full((len(design),), measured != signals, device=design.times.device)
     return every, lambda _: f"{measured} signals, but the network was trained with {signals}"
 
 
 def count_of(number: int, noun: str) -> str:
-    """``3 times``, ``1 time``."""
+    """A number with its noun: ``3 times``, ``1 time``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

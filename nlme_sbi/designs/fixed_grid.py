@@ -1,4 +1,4 @@
-"""The same times for everybody."""
+"""The same times for all individuals."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class FixedGrid:
         count: number of times.
         times: the times themselves, increasing, instead of the three above.
         signals: number of measured signals.
-        missing_fraction: chance that a value is missing, each for itself; one value of each individual always stays.
+        missing_fraction: probability that a value is missing, independently; every individual keeps at least one.
 
     Raises:
-        ValueError: when built, where the grid is not one, or a share is outside [0, 1).
+        ValueError: the times are not a finite, increasing grid, or ``missing_fraction`` is outside [0, 1).
     """
 
     start: float | int | None = None
@@ -78,12 +78,12 @@ class FixedGrid:
             return Design.regular(times, count, self.signals)
         shape = (count, len(times), self.signals)
         draws = torch.rand(shape, generator=generator, device=generator.device)
-        # The largest draw stays even where all are missing: an individual without data is none.
+        # The largest draw stays even where all are missing: every individual needs data.
         observed = (draws >= self.missing_fraction) | (draws == draws.amax(dim=(1, 2), keepdim=True))
         return Design(times[None].expand(count, -1), observed)
 
     def covers(self, design: Design) -> Reasons:
-        """Rows whose times, signals, missing values or doses were never simulated."""
+        """Rows whose times, signals, missing values or doses are not among the simulated ones."""
         grid = self.grid.to(design.times.device)
         trained = f"{count_of(len(grid), 'time')} from {grid[0]:.4g} to {grid[-1]:.4g}"
         if design.times.shape[1] != len(grid):
@@ -119,14 +119,14 @@ class FixedGrid:
         )
 
     def _most_missing(self) -> int:
-        """Missing values that simulated individuals have: mean of the binomial plus five of its SDs."""
+        """Most missing values of simulated individuals: mean of the binomial plus five SDs."""
         cells = len(self.grid) * self.signals
         mean = cells * float(self.missing_fraction)
         return min(cells - 1, math.ceil(mean + 5 * math.sqrt(mean * (1 - float(self.missing_fraction)))))
 
 
 def _tolerance(grid: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
-    """A share of the gap to the nearer neighbour, and never less than float32 resolves."""
+    """A share of the gap to the nearer neighbour, at least the resolution of float32."""
     resolution = 4 * torch.finfo(torch.float32).eps * grid.abs()
     if len(grid) == 1:
         return (_SHARE_OF_GAP * grid.abs()).maximum(resolution)

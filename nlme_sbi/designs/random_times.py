@@ -1,4 +1,4 @@
-"""Times drawn anew for every individual."""
+"""Random times for every individual."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _DOSE_KEYS = ("lowest", "highest", "time")
 
 @dataclass(frozen=True)
 class RandomTimes:
-    """Between ``fewest`` and ``most`` times, uniform between ``earliest`` and ``latest``, sorted; perhaps one dose.
+    """Between ``fewest`` and ``most`` times, uniform between ``earliest`` and ``latest``, sorted; optionally one dose.
 
     Args:
-        earliest: no time is before it, in the simulator's time unit.
-        latest: no time is after it.
+        earliest: lower end of the times, in the simulator's time unit.
+        latest: upper end of the times.
         fewest: smallest number of times of an individual; every number up to ``most`` is equally likely.
         most: largest number of times; shorter rows are padded with their last time, unobserved.
         signals: number of measured signals, all measured at every time.
         dose: None, or ``lowest`` and ``highest`` amount (log-uniform between them) and ``time`` (0 if left out).
 
     Raises:
-        ValueError: when built, where a range is empty or a dose is not positive.
+        ValueError: a range is empty, or a dose is not positive.
     """
 
     earliest: float | int
@@ -73,13 +73,13 @@ class RandomTimes:
         return float(dose["lowest"]), float(dose["highest"]), float(dose.get("time", 0.0))
 
     def sample(self, count: int, generator: torch.Generator) -> Design:
-        """``count`` individuals with times and, where asked for, doses of their own."""
+        """``count`` individuals, each with its own times and, with ``dose``, its own amount."""
         device = generator.device
         span = self.latest - self.earliest
         draws = self.earliest + span * torch.rand((count, self.most), generator=generator, device=device)
         sizes = torch.randint(self.fewest, self.most + 1, (count, 1), generator=generator, device=device)
         kept = torch.arange(self.most, device=device) < sizes
-        # Which draws are kept is decided before they are sorted: the smallest of many would not be uniform.
+        # Draws are selected before they are sorted: the smallest of many would not be uniform.
         times = torch.where(kept, draws, torch.inf).sort(dim=1).values
         times = torch.where(kept, times, times.gather(1, sizes - 1))
         observed = kept[..., None].expand(-1, -1, self.signals).contiguous()
@@ -94,7 +94,7 @@ class RandomTimes:
         return Events.single_dose(torch.full_like(amounts, time), amounts)
 
     def covers(self, design: Design) -> Reasons:
-        """Rows whose times, number of times, signals or dose lie outside what was simulated."""
+        """Rows whose times, number of times, signals or dose lie outside the simulated range."""
         return reasons_by_chunk(without_covariates(design), self._reasons)
 
     def _reasons(self, design: Design) -> Reasons:
@@ -162,5 +162,5 @@ class RandomTimes:
 
 
 def _where_given(values: Float[Tensor, "B E"], given: Bool[Tensor, "B E"]) -> Float[Tensor, " B"]:
-    """The value of the only dose; rows without one or with several are refused before it is looked at."""
+    """The value of the only dose; rows without one or with several are refused before it is used."""
     return torch.where(given, values, 0.0).sum(dim=1)

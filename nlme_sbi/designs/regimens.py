@@ -1,4 +1,4 @@
-"""Which dose regimens a network was trained on, and what in a regimen lies beyond them, in words."""
+"""Dose regimens that a network was trained on, and sentences on what lies beyond them in a regimen."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class RegimenRanges:
-    """What the doses of training designs had, additional ones (ADDL) written out.
+    """Kinds and ranges of the doses of training designs, additional ones (ADDL) written out.
 
     Args:
         doses: numbers of doses of an individual.
         amounts: smallest and largest amount; None where no dose has one.
         rates: of infusions; None where there was none.
         durations: of infusions with an amount.
-        modelled: RATE -1 and -2, as far as they occur.
-        compartments: that doses went into.
+        modelled: those of RATE -1 and -2 that occur.
+        compartments: that doses enter.
         steady_states: codes of SS other than 0.
-        steady_intervals: II of these.
-        resets: whether compartments were emptied.
-        intervals: between doses at different times; None where nobody got several.
+        steady_intervals: II of doses at steady state.
+        resets: whether there are resets.
+        intervals: between doses at different times; None where no individual has several.
     """
 
     doses: frozenset[int] = frozenset({0})
@@ -48,7 +48,7 @@ class RegimenRanges:
 
     @classmethod
     def of(cls, pool: Design) -> RegimenRanges:
-        """Those of a pool of designs."""
+        """Kinds and ranges in a pool of designs."""
         if pool.events is None:
             return cls()
         written = write_out_doses(pool)
@@ -67,14 +67,15 @@ class RegimenRanges:
             intervals=_range(_intervals(written)[1]),
         )
 
-    def joined(self, other: RegimenRanges) -> RegimenRanges:
-        """What either of two had."""
+    def union(self, other: RegimenRanges) -> RegimenRanges:
+        """Kinds and ranges that occur in either."""
         return RegimenRanges(
-            **{item.name: _joined(getattr(self, item.name), getattr(other, item.name)) for item in fields(self)}
+            **{item.name: _union(getattr(self, item.name), getattr(other, item.name)) for item in fields(self)}
         )
 
     def kind_rules(self, design: Design) -> list[RegimenRule]:
-        """Rows with doses of a kind that training did not have, or infusions and steady states beyond its ranges."""
+        """Rules for rows with doses of a kind that training did not have, or infusions and steady states beyond its
+        ranges."""
         if design.events is None:
             return []
         written = write_out_doses(design)
@@ -116,7 +117,7 @@ class RegimenRanges:
         return rules
 
     def count_and_amount_rules(self, design: Design) -> list[RegimenRule]:
-        """Rows with another number of doses than any in training, or amounts beyond its range."""
+        """Rules for rows with a number of doses that training did not have, or amounts beyond its range."""
         given, amounts = _given(design)
         counts = given.sum(1)
         known = torch.tensor(sorted(self.doses), device=counts.device)
@@ -130,8 +131,8 @@ class RegimenRanges:
         ]
 
     def range_rules(self, design: Design) -> list[RegimenRule]:
-        """As :meth:`count_and_amount_rules` for designs that were varied in training: every number of doses between the
-        smallest and the largest, and no longer pause than any between two doses."""
+        """As :meth:`count_and_amount_rules` for designs that were varied in training: they allow every number of doses
+        between the smallest and the largest, and pauses up to the longest between two doses."""
         given, amounts = _given(design)
         counts = given.sum(1)
         least, most = min(self.doses), max(self.doses)
@@ -168,7 +169,7 @@ def _given(design: Design) -> tuple[Bool[Tensor, "B E"], Float[Tensor, "B E"]]:
 
 
 def _intervals(written: WrittenDoses) -> tuple[Bool[Tensor, "B E"], Float[Tensor, " n"]]:
-    """Times between consecutive doses, those at one time left out: which there are, and all of them."""
+    """Times between consecutive doses, without those at one time: a mask, and their values."""
     times = torch.where(written.given, written.time, torch.inf).sort(1).values
     gaps = times.diff(dim=1)
     there = torch.isfinite(gaps) & (gaps > 0)
@@ -182,8 +183,8 @@ def _longest_pause(written: WrittenDoses) -> Float[Tensor, " B"]:
     return gaps.amax(1) if gaps.shape[1] else torch.zeros(len(times), dtype=torch.float64, device=times.device)
 
 
-def _joined(one: Any, other: Any) -> Any:
-    """Both sets, the range of both, or whether either."""
+def _union(one: Any, other: Any) -> Any:
+    """Union of two sets, the range of two ranges, or the disjunction of two flags."""
     if isinstance(one, frozenset):
         return one | other
     if isinstance(one, bool):
@@ -204,7 +205,7 @@ def _never(broken: Bool[Tensor, " B"], what: str) -> RegimenRule:
 def _outside(
     values: Float[Tensor, "B E"], chosen: Bool[Tensor, "B E"], trained: Range | None, what: str
 ) -> RegimenRule:
-    """Rows with a chosen value outside a range, which is widened by a tenth; all of them where there is none."""
+    """Rule for rows with a chosen value outside a range, which is widened by a tenth; without one, all are outside."""
     low, high = (0.0, 0.0) if trained is None else trained
     outside = chosen & ((values < (1 - RANGE_SLACK) * low) | (values > (1 + RANGE_SLACK) * high))
     return (

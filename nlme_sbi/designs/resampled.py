@@ -1,4 +1,4 @@
-"""Designs that somebody really used: those of a data set, drawn with replacement, as they are or varied."""
+"""Designs of a data set, drawn with replacement, as they are or varied."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nlme_sbi.designs.censoring import limit_rules, spread_limits, with_limits
+from nlme_sbi.designs.censoring import censoring_to_limits, limit_rules, spread_limits
 from nlme_sbi.designs.covariates import covariate_rules
 from nlme_sbi.designs.coverage import (
     RANGE_SLACK,
@@ -25,12 +25,12 @@ from nlme_sbi.designs.coverage import (
     time_counts,
 )
 from nlme_sbi.designs.regimens import RegimenRanges
-from nlme_sbi.designs.variation import jittered, thinned
+from nlme_sbi.designs.variation import jitter_design, thin_design
 from nlme_sbi.designs.varied_ranges import VariedRanges
 from nlme_sbi.limits import Limits
 from nlme_sbi.types import Covariates, Design, Observations
 
-# Farther from any time than times are from each other: rows with different masks never match.
+# Larger than any difference between times: rows with different masks never match.
 _FAR = 1e30
 _PAIRS_AT_ONCE = 4_000_000
 _VARIATIONS = 4096
@@ -48,17 +48,17 @@ class Reader(Protocol):
 class ResampledDesigns:
     """Rows of a pool of designs, each equally likely, with replacement; as they are, or varied.
 
-    Where the pool has limits of quantification, simulated individuals get them in every place of these signals.
+    Where the pool has limits of quantification, simulated individuals have them at every place of these signals.
 
     Args:
         pool: the designs; only times, mask, doses, limits and the covariates below are kept.
         covariates: names of the covariates to keep; None keeps all.
-        jitter: gaps between times, dose intervals, amounts, rates and positive covariates are multiplied by
-            ``exp(u)``, ``u`` uniform between ``-jitter`` and ``jitter``, each for itself; 0 leaves them.
-        keep: smallest share of measurements and of doses that an individual keeps; 1 leaves all.
+        jitter: gaps between times, dose intervals, amounts, rates and positive covariates are each multiplied by
+            ``exp(u)``, with independent ``u`` uniform between ``-jitter`` and ``jitter``; 0 for no jitter.
+        keep: smallest share of measurements and of doses that an individual keeps; 1 keeps all.
 
     Raises:
-        ValueError: the pool is empty, or jitter or keep are no such numbers.
+        ValueError: the pool is empty, or ``jitter`` or ``keep`` is out of range.
     """
 
     pool: Design
@@ -75,7 +75,7 @@ class ResampledDesigns:
                 f"jitter must lie between 0 and 2 (a logarithm), keep above 0 and up to 1; got {self.jitter} and "
                 f"{self.keep}."
             )
-        kept = replace(_only(self.pool), covariates=_chosen(self.pool.covariates, self.covariates))
+        kept = replace(_drop_groups(self.pool), covariates=_select_covariates(self.pool.covariates, self.covariates))
         object.__setattr__(self, "pool", kept)
 
     @property
@@ -84,7 +84,7 @@ class ResampledDesigns:
         return self.jitter > 0 or self.keep < 1
 
     def sample(self, count: int, generator: torch.Generator) -> Design:
-        """``count`` rows of the pool, varied where that is asked for."""
+        """``count`` rows of the pool, varied according to ``jitter`` and ``keep``."""
         device = generator.device
         if device not in self._copies:
             self._copies[device] = _single_precision(self.pool).to(device)
@@ -93,24 +93,24 @@ class ResampledDesigns:
         if drawn.limits is not None and pool.limits is not None:
             drawn = replace(drawn, limits=spread_limits(drawn.limits, pool.limits, generator))
         if self.jitter > 0:
-            drawn = jittered(drawn, float(self.jitter), generator)
-        return thinned(drawn, float(self.keep), generator) if self.keep < 1 else drawn
+            drawn = jitter_design(drawn, float(self.jitter), generator)
+        return thin_design(drawn, float(self.keep), generator) if self.keep < 1 else drawn
 
     def covers(self, design: Design) -> Reasons:
-        """Rows that resemble no row of the pool.
+        """Rows that match no row of the pool.
 
-        Unvaried, observed times and dose times must match those of one row closely (relative 1e-4); amounts, rates,
+        Without variation, observed times and dose times must match those of one row (relative 1e-4); amounts, rates,
         limits and covariates must lie in the pool's range, widened by a tenth; doses must be of kinds and into
-        compartments that the pool has. Varied, numbers of measurements and doses, times, and pauses between doses must
-        lie in the range of the pool and of 4096 variations, widened by a tenth but for the numbers.
+        compartments that the pool has. With variation, numbers of measurements and doses, times, and pauses between
+        doses must lie in the range of the pool and of 4096 variations, widened by a tenth except for the numbers.
         """
         pool = self.pool.to(design.times.device)
         if self.varied:
             drawn = self.sample(_VARIATIONS, torch.Generator().manual_seed(0))
-            ranges = VariedRanges.of(self.pool.to("cpu"), drawn).on(design.times.device)
-            return reasons_by_chunk(_only(design), ranges.reasons)
+            ranges = VariedRanges.of(self.pool.to("cpu"), drawn).to(design.times.device)
+            return reasons_by_chunk(_drop_groups(design), ranges.reasons)
         index = _PoolIndex.of(pool)
-        return reasons_by_chunk(_only(design), lambda rows: self._reasons(rows, index, pool))
+        return reasons_by_chunk(_drop_groups(design), lambda rows: self._reasons(rows, index, pool))
 
     def _reasons(self, design: Design, index: _PoolIndex, pool: Design) -> Reasons:
         signals = self.pool.observed.shape[2]
@@ -132,10 +132,10 @@ class DesignsOfData:
     """The designs of a data set, drawn with replacement; the file is read when they are first needed.
 
     Args:
-        data: reads the data set.
+        data: reader of the data set.
         covariates: names of the covariates to keep; None keeps all.
-        jitter: as :class:`ResampledDesigns`.
-        keep: as :class:`ResampledDesigns`.
+        jitter: as in :class:`ResampledDesigns`.
+        keep: as in :class:`ResampledDesigns`.
     """
 
     data: Reader
@@ -146,7 +146,7 @@ class DesignsOfData:
     @cached_property
     def resampled(self) -> ResampledDesigns:
         """The data set's designs as a source."""
-        return ResampledDesigns(with_limits(self.data.read()).design, self.covariates, self.jitter, self.keep)
+        return ResampledDesigns(censoring_to_limits(self.data.read()).design, self.covariates, self.jitter, self.keep)
 
     @property
     def pool(self) -> Design:
@@ -154,7 +154,7 @@ class DesignsOfData:
         return self.resampled.pool
 
     def sample(self, count: int, generator: torch.Generator) -> Design:
-        """``count`` rows of the data set's designs, varied where that is asked for."""
+        """``count`` rows of the data set's designs, varied according to ``jitter`` and ``keep``."""
         return self.resampled.sample(count, generator)
 
     def covers(self, design: Design) -> Reasons:
@@ -166,9 +166,9 @@ class DesignsOfData:
 class _PoolIndex:
     """The pool prepared for look-up.
 
-    A row's observed times, dose times and masks are one vector; masks count ``_FAR``, so that the largest difference of
-    two vectors is the largest difference of their times, or at least ``_FAR`` where the rows are not of one kind.
-    Most rows of data are equal to one of the pool: hashes find them without comparing pairs.
+    A row's observed times, dose times and masks form one vector; a mask counts ``_FAR``, so that the largest difference
+    of two vectors is the largest difference of their times, or at least ``_FAR`` where the masks differ. Most rows of
+    data equal one of the pool: hashes find them without comparing pairs.
     """
 
     times: int
@@ -182,7 +182,7 @@ class _PoolIndex:
 
     @classmethod
     def of(cls, pool: Design) -> _PoolIndex:
-        """Different rows of the pool, their hashes and ranges."""
+        """The distinct rows of the pool, their hashes and ranges."""
         one_for_all = pool.times.stride(0) == 0 and pool.observed.stride(0) == 0 and pool.events is None
         shown = pool[:1] if one_for_all else pool
         given, _, _ = dose_records(shown)
@@ -202,7 +202,7 @@ class _PoolIndex:
         )
 
     def times_rule(self, design: Design) -> tuple[Bool[Tensor, " B"], Callable[[int], str]]:
-        """Rows whose times match those of no row in the pool."""
+        """Rule for rows whose times match those of no row in the pool."""
         given, _, _ = dose_records(design)
         _, counts = time_counts(design)
         fits = (torch.tensor(counts) <= self.times) & (given.sum(dim=1).cpu() <= self.events)
@@ -260,7 +260,7 @@ def _vectors(design: Design, times: int, events: int) -> Float[Tensor, "B W"]:
     if not bool(measured.all()):
         order = (~measured).long().sort(dim=1, stable=True).indices
         sorted_times, mask = sorted_times.gather(1, order), observed.gather(1, order[..., None].expand_as(observed))
-    # Rounded to float32, so that times that went through it are still equal to themselves.
+    # Rounded to float32, so that times that were stored in single precision still match.
     parts = [
         _to_width(sorted_times.float().double(), times),
         _to_width(torch.where(given, dose_times, 0.0).float().double(), events),
@@ -271,7 +271,7 @@ def _vectors(design: Design, times: int, events: int) -> Float[Tensor, "B W"]:
 
 
 def _to_width(columns: Float[Tensor, "B X *C"], width: int) -> Float[Tensor, "B W *C"]:
-    """Zeros added, or trailing columns (that hold zeros only) cut off."""
+    """Columns padded with zeros, or without trailing ones (which hold zeros only)."""
     fitted = columns.new_zeros((columns.shape[0], width, *columns.shape[2:]))
     shared = min(width, columns.shape[1])
     fitted[:, :shared] = columns[:, :shared]
@@ -290,7 +290,7 @@ def _first_of_each(hashes: Int[Tensor, " B"]) -> tuple[Int[Tensor, " U"], Int[Te
     return different, torch.zeros_like(different).scatter_(0, inverse, torch.arange(len(hashes), device=hashes.device))
 
 
-def _chosen(covariates: Covariates | None, names: Sequence[str] | None) -> Covariates | None:
+def _select_covariates(covariates: Covariates | None, names: Sequence[str] | None) -> Covariates | None:
     if names is None:
         return covariates
     absent = [name for name in names if covariates is None or name not in covariates.names]
@@ -305,8 +305,8 @@ def _chosen(covariates: Covariates | None, names: Sequence[str] | None) -> Covar
     )
 
 
-def _only(design: Design) -> Design:
-    """Without what a pool does not hold."""
+def _drop_groups(design: Design) -> Design:
+    """A design without groups and occasions, which are not compared."""
     return replace(design, groups=None, occasion=None)
 
 

@@ -1,4 +1,4 @@
-"""What shall be predicted: times, doses and covariates that somebody names, for individuals that are known or new."""
+"""Designs of predictions: times, doses and covariates that the user gives, for measured or new individuals."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _NO_COVARIATES: Mapping[str, Number | str] = ReadOnlyMapping({})
 
 @dataclass(frozen=True)
 class Schedule:
-    """Times and doses to predict for; what is left out is as it was in the data.
+    """Times and doses of predictions; what is not given is as in the data.
 
     Args:
-        times: the times, increasing; or leave them out for ``points`` even steps.
-        start: first of the even steps; the first measurement or dose when left out.
+        times: the times, increasing; None for ``points`` evenly spaced ones.
+        start: first of the evenly spaced times; the first measurement or dose when left out.
         stop: last of them; the last measurement when left out.
         points: their number.
         dose: amount of one bolus, or a list of dose records with ``amount`` and, where they differ from a bolus at time
@@ -53,7 +53,7 @@ class Schedule:
             steps = {name: getattr(self, name) for name in ("start", "stop")}
             given = [name for name, value in steps.items() if value is not None]
             if given:
-                raise ValueError(f"design: beside times, {' and '.join(given)} would say nothing; drop one of the two.")
+                raise ValueError(f"design: {' and '.join(given)} has no effect with times; give one or the other.")
             grid = torch.tensor([float(time) for time in self.times], dtype=torch.float64)
             if len(grid) == 0 or not bool(torch.isfinite(grid).all() & (grid.diff() > 0).all()):
                 raise ValueError(f"design.times must be finite and increase, at least one; got {list(self.times)}.")
@@ -66,17 +66,17 @@ class Schedule:
             self._records()
 
     def for_known(self, design: Design) -> Design:
-        """Designs for individuals that were measured: their own doses and covariates unless a dose is given."""
+        """Designs for measured individuals: with their own doses and covariates unless a dose is given."""
         first, last = _spans(design)
         times = self._times(first, last)
         events = design.events if self.dose is None else self._events(design)
         return _complete(replace(design, events=events, occasion=None), times)
 
     def for_new(self, design: Design, needed: Sequence[str], *, takes_doses: bool) -> Design | str:
-        """The design of one new individual, or the reason why it is not known.
+        """The design of one new individual, or a sentence with what is missing for it.
 
         Args:
-            design: of the individuals that were measured: when they were, and what they got if all got the same.
+            design: of the measured individuals; gives the time span and, where all received the same, the doses.
             needed: covariates that simulator and population depend on.
             takes_doses: whether the simulator reads doses.
         """
@@ -88,7 +88,7 @@ class Schedule:
             events = self._events(design[:1])
         elif takes_doses:
             if design.events is None or not _all_alike(design.events):
-                return "the model takes doses, and these individuals got different ones; give design.dose=AMOUNT"
+                return "the model takes doses, and those of these individuals differ; give design.dose=AMOUNT"
             events = design.events[:1]
         first, last = _spans(design)
         times = self._times(first.min().reshape(1), last.max().reshape(1))
@@ -104,7 +104,7 @@ class Schedule:
         if bool((first >= last).any()):
             row = int(torch.nonzero(first >= last)[0, 0])
             raise ValueError(
-                f"design: nothing lies between the first time {float(first[row]):g} and the last {float(last[row]):g}; "
+                f"design: the first time {float(first[row]):g} is not before the last, {float(last[row]):g}; "
                 "give design.start and design.stop, or design.times."
             )
         share = torch.linspace(0, 1, self.points, dtype=first.dtype, device=first.device)
@@ -112,11 +112,11 @@ class Schedule:
 
     def _records(self) -> list[dict[str, float]]:
         if isinstance(self.dose, Sequence):
-            records = [_checked_record(entry, place) for place, entry in enumerate(self.dose)]
+            records = [_check_record(entry, place) for place, entry in enumerate(self.dose)]
             if not records:
                 raise ValueError("design.dose=[] holds no dose; leave it out, or give a number.")
             return records
-        return [_checked_record({"amount": float(self.dose or 0.0)}, None)]
+        return [_check_record({"amount": float(self.dose or 0.0)}, None)]
 
     def _events(self, design: Design) -> Events:
         """The given doses for every row of the design."""
@@ -141,10 +141,8 @@ class Schedule:
             raise ValueError(f"design.covariates.{unknown[0]}: the data have {', '.join(names) or 'none'}.{hint}")
         missing = [name for name in needed if name not in self.covariates]
         if missing:
-            told = " ".join(f"+design.covariates.{name}=..." for name in missing)
-            return (
-                f"the model depends on the covariates {', '.join(missing)} and their values are not given; give {told}"
-            )
+            options = " ".join(f"+design.covariates.{name}=..." for name in missing)
+            return f"the model needs values of the covariates {', '.join(missing)}; give {options}"
         if not self.covariates or known is None:
             return None
         values = [_code(name, value, known) for name, value in self.covariates.items()]
@@ -153,13 +151,13 @@ class Schedule:
         return Covariates(tuple(self.covariates), row, levels)
 
 
-def _checked_record(entry: Mapping[str, Number], place: int | None) -> dict[str, float]:
+def _check_record(entry: Mapping[str, Number], place: int | None) -> dict[str, float]:
     where = "design.dose" if place is None else f"design.dose[{place}]"
     unknown = sorted(set(entry) - set(_DOSE))
     if unknown:
         near = difflib.get_close_matches(unknown[0], _DOSE, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{where}.{unknown[0]} is not known; a dose has {', '.join(_DOSE)}.{hint}")
+        raise ValueError(f"{where}.{unknown[0]} is unknown; a dose has {', '.join(_DOSE)}.{hint}")
     record = {name: float(entry.get(name, default)) for name, default in _DOSE.items()}
     if not (math.isfinite(record["amount"]) and record["amount"] > 0):
         raise ValueError(f"{where} needs a positive amount; got {entry.get('amount', 'none')}.")
@@ -195,11 +193,11 @@ def _spans(design: Design) -> tuple[Float[Tensor, " I"], Float[Tensor, " I"]]:
 
 
 def _all_alike(events: Events) -> bool:
-    """Whether everybody got the same."""
+    """Whether the events of all individuals are the same."""
     return all(bool((column == column[:1]).all()) for column in vars(events).values() if column is not None)
 
 
 def _complete(design: Design, times: Float[Tensor, "I T"]) -> Design:
-    """Every signal at every one of these times."""
+    """The design with every signal measured at all of these times."""
     everything = torch.ones((1, 1, 1), dtype=torch.bool, device=times.device)
     return replace(design, times=times, observed=everything.expand(*times.shape, design.observed.shape[2]))

@@ -1,5 +1,4 @@
-"""Designs that differ from the ones they begin with: times, amounts and intervals moved, some measurements and doses
-left out."""
+"""Random variation of designs: changed times, amounts and intervals, some measurements and doses left out."""
 
 from __future__ import annotations
 
@@ -12,15 +11,15 @@ from torch import Tensor
 from nlme_sbi.types import Covariates, Design, EventKind, Events
 
 
-def jittered(design: Design, jitter: float, generator: torch.Generator) -> Design:
-    r"""Every gap between times, interval, amount, rate and continuous covariate times :math:`e^{u}`.
+def jitter_design(design: Design, jitter: float, generator: torch.Generator) -> Design:
+    r"""Multiply every gap between times, interval, amount, rate and positive covariate by its own :math:`e^{u}`.
 
-    ``u`` is uniform between ``-jitter`` and ``jitter``, each for itself. Measurements and doses move along one clock:
-    their order stays, and what was at one time stays at one time.
+    ``u`` is uniform between ``-jitter`` and ``jitter``, independently. Times of measurements and doses are moved
+    together: their order stays, and equal times stay equal.
 
     Args:
-        design: to be varied, on the generator's device.
-        jitter: largest logarithm of a factor.
+        design: on the generator's device.
+        jitter: largest absolute logarithm of a factor.
         generator: source of randomness.
     """
 
@@ -31,7 +30,7 @@ def jittered(design: Design, jitter: float, generator: torch.Generator) -> Desig
     events, count = design.events, design.times.shape[1]
     every = design.times
     if events is not None:
-        # What pads a row lies at its first time, where it makes no gap of its own.
+        # Padding lies at the row's first time, where it adds no gap.
         there = torch.where(events.kind == int(EventKind.NONE), design.times[:, :1], events.time.to(every))
         every = torch.cat((every, there), dim=1)
     order = every.argsort(dim=1, stable=True)
@@ -49,12 +48,12 @@ def jittered(design: Design, jitter: float, generator: torch.Generator) -> Desig
         )
     covariates = design.covariates
     if covariates is not None:
-        covariates = _moved(covariates, factors(covariates.values))
+        covariates = _scale_covariates(covariates, factors(covariates.values))
     return replace(design, times=clock[:, :count], events=events, covariates=covariates)
 
 
-def _moved(covariates: Covariates, factors: Float[Tensor, "B K"]) -> Covariates:
-    """Continuous positive covariates times their factors; others as they are."""
+def _scale_covariates(covariates: Covariates, factors: Float[Tensor, "B K"]) -> Covariates:
+    """Multiply continuous positive covariates by their factors; others stay."""
     continuous = torch.tensor([name not in covariates.levels for name in covariates.names], device=factors.device)
     positive = (covariates.values > 0).all(0)
     return replace(
@@ -62,13 +61,13 @@ def _moved(covariates: Covariates, factors: Float[Tensor, "B K"]) -> Covariates:
     )
 
 
-def thinned(design: Design, keep: float, generator: torch.Generator) -> Design:
-    """Every individual with a share of its measurements and a share of its doses, each uniform from ``keep`` to 1.
+def thin_design(design: Design, keep: float, generator: torch.Generator) -> Design:
+    """Leave out measurements and doses: every individual keeps shares of them that are uniform from ``keep`` to 1.
 
-    One measurement and the first dose always stay; of additional doses (ADDL) the last ones go. Resets stay.
+    One measurement and the first dose always stay; of additional doses (ADDL) the last ones are left out. Resets stay.
 
     Args:
-        design: to be varied, on the generator's device.
+        design: on the generator's device.
         keep: smallest share.
         generator: source of randomness.
     """
@@ -82,11 +81,11 @@ def thinned(design: Design, keep: float, generator: torch.Generator) -> Design:
     observed = (draws < share) | (draws == draws.amin(dim=(1, 2), keepdim=True))
     events = design.events
     if events is not None:
-        events = _thinned(events, keep + (1 - keep) * drawn(rows, 1), drawn(*events.time.shape))
+        events = _thin_doses(events, keep + (1 - keep) * drawn(rows, 1), drawn(*events.time.shape))
     return replace(design, observed=observed & design.observed, events=events)
 
 
-def _thinned(events: Events, share: Float[Tensor, "B 1"], draws: Float[Tensor, "B E"]) -> Events:
+def _thin_doses(events: Events, share: Float[Tensor, "B 1"], draws: Float[Tensor, "B E"]) -> Events:
     doses = events.doses
     first = torch.where(doses, events.time, torch.inf).argmin(dim=1, keepdim=True)
     draws = draws.scatter(1, first, -1.0)

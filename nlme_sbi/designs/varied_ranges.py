@@ -1,4 +1,4 @@
-"""What designs reach that are varied in training: ranges of their pool and of many variations, and what lies beyond."""
+"""Ranges of designs that are varied in training, from their pool and many variations, and what lies beyond them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from nlme_sbi.types import Covariates, Design
 
 @dataclass(frozen=True, eq=False)
 class VariedRanges:
-    """What varied designs of a pool reach.
+    """Ranges of a pool's varied designs.
 
     Args:
-        pool: that they begin with.
+        pool: the designs before variation.
         counts: fewest and most times of an individual.
         times: first time of a measurement or dose, last one of a measurement.
         after_dose: longest time from a dose to a measurement with no dose in between; None without doses.
@@ -47,7 +47,7 @@ class VariedRanges:
 
     @classmethod
     def of(cls, pool: Design, drawn: Design) -> VariedRanges:
-        """Those of a pool and of designs that were drawn from its variations."""
+        """Ranges of a pool and of random variations of it."""
         designs = (pool, drawn)
         counts = [count for design in designs for count in time_counts(design)[1]]
         spans = [_spans(design) for design in designs]
@@ -61,19 +61,19 @@ class VariedRanges:
             counts=(min(counts), max(counts)),
             times=(min(float(first.min()) for first, _ in spans), max(float(last.max()) for _, last in spans)),
             after_dose=max(float(time.max()) for time in after) if after else None,
-            regimens=RegimenRanges.of(pool).joined(RegimenRanges.of(drawn)),
+            regimens=RegimenRanges.of(pool).union(RegimenRanges.of(drawn)),
             covariates=covariates,
         )
 
-    def on(self, device: torch.device) -> VariedRanges:
-        """The same for designs on another device."""
+    def to(self, device: torch.device) -> VariedRanges:
+        """The ranges, for designs on another device."""
         covariates = self.covariates
         if covariates is not None:
             covariates = replace(covariates, values=covariates.values.to(device))
         return replace(self, pool=self.pool.to(device), covariates=covariates)
 
     def reasons(self, design: Design) -> Reasons:
-        """Rows beyond them, in words."""
+        """Rows beyond the ranges, with the reason."""
         signals = self.pool.observed.shape[2]
         if design.observed.shape[2] != signals:
             return first_reason([signals_rule(design, signals)])

@@ -1,4 +1,4 @@
-"""Closed-form solutions of linear models, written so that values and derivatives keep their digits everywhere."""
+"""Closed-form solutions of linear models, numerically stable in values and derivatives for all arguments."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class _LogExpm1Ratio(torch.autograd.Function):
 
 
 def _slope_in_place(x: Tensor) -> Tensor:
-    """:func:`_slope` where no further derivative is asked for: a third of the memory traffic."""
+    """:func:`_slope` where no further derivative is needed, with a third of the memory traffic."""
     square = x * x
     series = torch.full_like(x, _SERIES[-1])
     for coefficient in reversed(_SERIES[:-1]):
         series.mul_(square).add_(coefficient)
     series.mul_(x).sub_(0.5)
-    # -1/expm1(-x) - 1 - 1/x, which no x overflows; small ones are those of the series.
+    # -1/expm1(-x) - 1 - 1/x, which overflows for no x; small x use the series.
     negative = x.clamp(min=_SERIES_BELOW).neg_()
     away = negative.expm1().reciprocal_().neg_().sub_(1.0).add_(negative.reciprocal_())
     return torch.where(x < _SERIES_BELOW, series, away)
@@ -65,7 +65,7 @@ def _slope_in_place(x: Tensor) -> Tensor:
 
 def _slope(x: Tensor) -> Tensor:
     """Derivative of :func:`log_expm1_ratio`, by plain differentiable operations."""
-    # Each branch sees only arguments that it can stand: a NaN in the branch not taken would reach the next derivative.
+    # Each branch gets only arguments at which it is finite: a NaN in the other branch would reach the next derivative.
     small = x < _SERIES_BELOW
     near = torch.where(small, x, 0.0)
     away = torch.where(small, 1.0, x)

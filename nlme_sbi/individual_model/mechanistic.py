@@ -18,7 +18,7 @@ from torch import Tensor
 from nlme_sbi.individual_model.dosing.doses import ReceivedDoses, check_doses, receive_doses, write_out_doses
 from nlme_sbi.individual_model.dosing.event_integration import solve_through_doses
 from nlme_sbi.individual_model.noise import NoiseModel, check_values, observation_log_prob
-from nlme_sbi.individual_model.solver_names import SolverName, solver_named
+from nlme_sbi.individual_model.solver_names import SolverName, make_solver
 from nlme_sbi.individual_model.solvers import DormandPrince5, Equation, Solver, equation_by_stretch, solve
 from nlme_sbi.individual_model.time_covariates import (
     Stretch,
@@ -36,8 +36,8 @@ from nlme_sbi.types import Design, Observations, SimulatorOutput, TimeCovariates
 class MechanisticSimulator(ABC):
     """A differentiable noise-free :meth:`predict` and a noise model; simulation and likelihood follow from them.
 
-    A simulator of one's own is one class that sets the attributes and writes :meth:`predict`. Where it has weights,
-    let it hold an ``nn.Module``; do not inherit from one, whose ``parameters`` means something else.
+    To write a simulator of your own, subclass this, set the attributes and write :meth:`predict`. A simulator with
+    weights holds an ``nn.Module`` and does not inherit from it, whose ``parameters`` means something else.
 
     Attributes:
         parameters: the individual parameters, in the order of the columns of ``phi``, noise parameters included.
@@ -48,10 +48,10 @@ class MechanisticSimulator(ABC):
         covariates: the covariates that :meth:`predict` reads from the design.
         time_covariates: those that it reads along the timeline.
         takes_doses: whether :meth:`predict` reads ``design.events``.
-        dose_unit: unit of the doses' amounts, "" where it is left open.
-        covariate_units: units of the covariates by name, as far as they matter.
-        exchangeable: pairs of parameters that may be swapped without changing the prediction (label switching); where
-            there are such, searches for modes look at the mirror image, too.
+        dose_unit: unit of the doses' amounts, "" where any is accepted.
+        covariate_units: units of the covariates by name; a covariate that is not named may have any.
+        exchangeable: pairs of parameters that may be swapped without changing the prediction (label switching);
+            searches for modes then look at the mirror image, too.
     """
 
     parameters: ParameterSpace
@@ -71,10 +71,12 @@ class MechanisticSimulator(ABC):
         """Noise-free signals at ``design.times (I, T)`` for ``phi (I, ..., D)``: ``(I, ..., T, C)``."""
 
     def check_design(self, design: Design, ids: Sequence[str] | None = None) -> None:
-        """Refuse what :meth:`predict` cannot use (doses of a kind), before any long work; nothing unless overridden.
+        """Refuse designs that :meth:`predict` cannot use (unsupported doses) before any long work.
+
+        Accepts everything unless overridden.
 
         Args:
-            design: of data, or one of those that are simulated.
+            design: of the data, or of the simulations.
             ids: names of the individuals, for messages.
 
         Raises:
@@ -83,7 +85,7 @@ class MechanisticSimulator(ABC):
         del design, ids
 
     def check_values(self, observations: Observations) -> None:
-        """Refuse measurements that the noise model cannot make; raises ``ValueError`` with the first and what to do."""
+        """Refuse values that are impossible under the noise model; raises ``ValueError`` with the first and remedy."""
         check_values(self.noise, observations)
 
     def simulate(self, phi: Float[Tensor, "N D"], design: Design, generator: torch.Generator) -> SimulatorOutput:
@@ -91,7 +93,7 @@ class MechanisticSimulator(ABC):
         with torch.no_grad():
             prediction = self.predict(phi, design)
             values = self.noise.sample(prediction, self.noise_parameters(phi), generator=generator)
-            return checked_output(values, design)
+            return make_output(values, design)
 
     def log_likelihood(
         self, observations: Observations, phi: Float[Tensor, "I *batch D"]
@@ -106,8 +108,8 @@ class MechanisticSimulator(ABC):
     def likelihood_of_prediction(
         self, observations: Observations, prediction: Float[Tensor, "I *batch T C"], phi: Float[Tensor, "I *batch D"]
     ) -> Float[Tensor, " I *batch"]:
-        """:meth:`log_likelihood` where the noise-free signals are known: only the noise parameters of ``phi`` are
-        read."""
+        """:meth:`log_likelihood` from noise-free signals that are known already; of ``phi`` it reads the noise
+        parameters only."""
         every = observation_log_prob(self.noise, observations, prediction, self.noise_parameters(phi))
         return every.sum((-2, -1))
 
@@ -122,9 +124,9 @@ class MechanisticSimulator(ABC):
 
 
 def is_noise_alone(simulator: object, columns: Sequence[int]) -> bool:
-    """Whether these parameters are ones of a noise model that is all there is to the likelihood beside the prediction.
+    """Whether parameters enter the likelihood through the noise model only, and not through the prediction.
 
-    False for simulators with a likelihood of their own.
+    False for simulators that override :meth:`MechanisticSimulator.log_likelihood`.
     """
     if not isinstance(simulator, MechanisticSimulator):
         return False
@@ -133,12 +135,12 @@ def is_noise_alone(simulator: object, columns: Sequence[int]) -> bool:
     return written_here and set(names) <= set(simulator.noise.parameters)
 
 
-def checked_output(values: Float[Tensor, "N T C"], design: Design) -> SimulatorOutput:
+def make_output(values: Float[Tensor, "N T C"], design: Design) -> SimulatorOutput:
     """Set what is not measured to 0 and give status 1 to rows with a value that is not finite."""
     observed = design.observed
     if not bool((observed[:1] if observed.stride(0) == 0 else observed).all()):
         values = torch.where(observed, values, 0.0)
-    # A sum shows NaN and infinity ten times faster than looking at every value; it may also overflow: look again.
+    # A sum finds NaN and infinity ten times faster than a test of every value; where it overflows, test every value.
     failed = ~torch.isfinite(values.flatten(1).sum(1))
     if bool(failed.any()):
         failed = ~torch.isfinite(values).flatten(1).all(1)
@@ -152,7 +154,7 @@ def times_for(phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor,
             f"phi has {phi.shape[0]} rows, the design {len(design)}: the first dimension of phi is the individual."
         )
     times = design.times
-    if len(times) > 1 and times.stride(0) == 0:  # converted as one row, so that solvers see that all share them
+    if len(times) > 1 and times.stride(0) == 0:  # converted as one row, so that solvers still find the times shared
         times = times[:1].to(phi.dtype).expand(times.shape)
     times = times.to(phi.dtype)
     return times.reshape(times.shape[0], *(1,) * (phi.ndim - 2), times.shape[1])
@@ -161,12 +163,12 @@ def times_for(phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor,
 class OdeModel(MechanisticSimulator):
     """A mechanistic simulator whose states solve an ordinary differential equation that the user writes.
 
-    Subclasses write :meth:`initial_state`, :meth:`right_hand_side` and :meth:`observe`. Those get ``natural``: each
+    Subclasses write :meth:`initial_state`, :meth:`right_hand_side` and :meth:`observe`. They receive ``natural``: each
     parameter by name, ``(I, ...)`` on its natural scale. Before :meth:`start_time` the state is the initial one. With
     ``takes_doses`` and ``dose_states`` the doses of the data (boluses, infusions, repeated ones, steady states, resets)
     enter their states, each at its time; :meth:`lag`, :meth:`bioavailability`, :meth:`infusion_rate` and
-    :meth:`infusion_duration` may make them depend on parameters. An individual whose equation cannot be solved becomes
-    NaN, which :meth:`simulate` reports as status 1 and :meth:`log_likelihood` as ``-inf``.
+    :meth:`infusion_duration` may make them depend on parameters. Where the equation of an individual cannot be solved,
+    its states are NaN, which :meth:`simulate` reports as status 1 and :meth:`log_likelihood` as ``-inf``.
 
     A model that names ``time_covariates`` finds them in ``natural`` beside the parameters: in :meth:`right_hand_side`
     and :meth:`jacobian` at that time, ``(I, ...)``, in :meth:`initial_state` at the start, in :meth:`observe` at the
@@ -177,13 +179,13 @@ class OdeModel(MechanisticSimulator):
     equations take :class:`~nlme_sbi.individual_model.rosenbrock.Rosenbrock`, which :meth:`jacobian` makes faster.
 
     Args:
-        solver: another than the class has: an object, or its name for one with default settings.
+        solver: in place of the class attribute: an object, or its name for one with default settings.
 
     Attributes:
         solver: how the equation is solved.
         dose_states: for each compartment of the data, counted from 1, the state that its doses enter; None where the
             model takes no doses, or makes them part of the initial state itself.
-        autonomous: whether :meth:`right_hand_side` leaves ``time`` alone, which saves stiff solvers a derivative.
+        autonomous: whether :meth:`right_hand_side` ignores ``time``, which saves stiff solvers a derivative.
         observed_states: positions of the states that :meth:`observe` needs; it then gets these alone, in this order,
             which saves stiff solvers interpolating the others. None for all.
         time_effects: parameters that follow covariates along the timeline; ``natural`` then holds them at that time, in
@@ -198,7 +200,7 @@ class OdeModel(MechanisticSimulator):
 
     def __init__(self, solver: Solver | SolverName | None = None) -> None:
         if solver is not None:
-            self.solver = solver_named(solver) if isinstance(solver, str) else solver
+            self.solver = make_solver(solver) if isinstance(solver, str) else solver
 
     @abstractmethod
     def initial_state(self, natural: Mapping[str, Tensor], design: Design) -> Tensor:
@@ -222,7 +224,7 @@ class OdeModel(MechanisticSimulator):
         """Noise-free signals ``(I, ..., T, C)`` from ``states (I, ..., T, X)``."""
 
     def start_time(self, natural: Mapping[str, Tensor], design: Design) -> Tensor:
-        """When the initial state holds, ``(I, ...)``; time 0 unless overridden."""
+        """Time of the initial state, ``(I, ...)``; 0 unless overridden."""
         del design
         return torch.zeros_like(next(iter(natural.values())))
 
@@ -237,17 +239,17 @@ class OdeModel(MechanisticSimulator):
         return {}
 
     def infusion_rate(self, natural: Mapping[str, Tensor], design: Design) -> Mapping[int, Tensor]:
-        """Rates of infusions that the data leave to the model (RATE -1), by compartment."""
+        """Rates of infusions whose rate is a parameter (RATE -1), by compartment."""
         del natural, design
         return {}
 
     def infusion_duration(self, natural: Mapping[str, Tensor], design: Design) -> Mapping[int, Tensor]:
-        """Durations of infusions that the data leave to the model (RATE -2), by compartment."""
+        """Durations of infusions whose duration is a parameter (RATE -2), by compartment."""
         del natural, design
         return {}
 
     def check_design(self, design: Design, ids: Sequence[str] | None = None) -> None:
-        """Refuse doses into compartments that there are not, and such as no dose is; raises ``ValueError``."""
+        """Refuse doses into compartments that do not exist, and impossible dose records; raises ``ValueError``."""
         check_time_covariates(self.time_covariates, self.time_effects, design, ids)
         if self.dose_states is None or design.events is None:
             return
@@ -279,14 +281,14 @@ class OdeModel(MechanisticSimulator):
             begin,
             start=start,
             times=times,
-            doses=self._received(natural, design),
+            doses=self._receive(natural, design),
             places=self.dose_states,
             solver=self.solver,
         )
         chosen = states if self.observed_states is None else states[..., list(self.observed_states)]
         return self.observe(chosen, natural, design)
 
-    def _received(self, natural: Mapping[str, Tensor], design: Design) -> ReceivedDoses:
+    def _receive(self, natural: Mapping[str, Tensor], design: Design) -> ReceivedDoses:
         return receive_doses(
             write_out_doses(design),
             next(iter(natural.values())),
@@ -297,15 +299,15 @@ class OdeModel(MechanisticSimulator):
         )
 
     def _predict_along(self, natural: Mapping[str, Tensor], design: Design, start: Tensor, times: Tensor) -> Tensor:
-        """As :meth:`predict`, through the records of covariates, too."""
+        """:meth:`predict` with covariates that change in time: the solver also stops at their records."""
         course = course_of(design, self.time_covariates)
-        told = design if self.dose_states is not None else without_doses(design)
+        taken_design = design if self.dose_states is not None else without_doses(design)
         states = solve_through_doses(
             self._equation_along(natural, design, course),
             self.initial_state(self._natural_at(natural, course, start), design),
             start=start,
             times=times,
-            doses=self._received(natural, told),
+            doses=self._receive(natural, taken_design),
             places=self.dose_states or (),
             solver=self.solver,
             stops=course.times,
@@ -353,7 +355,7 @@ class OdeModel(MechanisticSimulator):
         return found
 
     def _equation(self, natural: Mapping[str, Tensor], design: Design) -> Equation:
-        """The equation of all individuals, which gives out those of some by rows of the flattened batch."""
+        """The equation of all individuals; its ``of_rows`` is that of some, by rows of the flattened batch."""
         draws = max(1, next(iter(natural.values()))[0:1].numel())
 
         def of_rows(rows: Tensor) -> Equation:
@@ -415,4 +417,4 @@ class NumpySimulator:
                 f"The NumPy simulator returned values of shape {found.shape}; {expected} is needed "
                 "(simulations, times, signals)."
             )
-        return checked_output(torch.from_numpy(found).to(phi), design)
+        return make_output(torch.from_numpy(found).to(phi), design)

@@ -1,7 +1,7 @@
 """Training priors over unconstrained individual parameters: Gaussian, uniform, and mixtures of them.
 
 They are built from plain mappings and lists, so that a config file names each parameter. Samples are float32 on the
-generator's device; densities are computed in the dtype and on the device of what is asked, differentiably.
+generator's device; densities are differentiable, in the dtype and on the device of ``phi``.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class MixturePrior:
 
 
 def _linear(vectors: Tensor, matrix: Tensor, *, diagonal: bool) -> Tensor:
-    """``matrix @ v`` for each row; independent parameters take the cheaper way."""
+    """``matrix @ v`` for each row, elementwise where the matrix is diagonal."""
     if diagonal:
         return vectors * torch.diagonal(matrix).to(vectors)
     return vectors @ matrix.to(vectors).T
@@ -235,20 +235,20 @@ def _correlation_factor(correlation: Sequence[Sequence[Number]] | None, names: t
 
 @runtime_checkable
 class SimulatorWithScales(Protocol):
-    """A simulator that can say from doses and data where its parameters may lie."""
+    """A simulator that derives plausible values of its parameters from doses and data."""
 
     def plausible_values(self, observations: Observations) -> Mapping[str, tuple[float, float]]:
-        """For each parameter centre and SD on the unconstrained scale, wide and stated before anything is fitted."""
+        """Centre and SD of each parameter on the unconstrained scale, wide, and from no fit."""
 
 
 @dataclass(frozen=True)
 class PriorOfData:
-    """A wide normal prior that the simulator states from the scales of doses and data; resolved before a run begins.
+    """A wide normal prior that the simulator derives from the scales of doses and data; resolved before a run begins.
 
-    What a run stores is the :class:`GaussianPrior` that came out, so that nobody has to read the data again.
+    A run stores the resulting :class:`GaussianPrior`, so that later stages need not read the data again.
 
     Args:
-        parameters: ``{mean, sd}`` or ``{mean, variance}`` of parameters that the data shall not decide.
+        parameters: ``{mean, sd}`` or ``{mean, variance}`` of parameters whose prior shall not depend on the data.
         width: factor of the SDs.
     """
 
@@ -256,14 +256,14 @@ class PriorOfData:
     width: Number = 1.0
 
     def resolve(self, simulator: Simulator, observations: Observations) -> dict[str, Any]:
-        """The section of a :class:`GaussianPrior`, numbers rounded to what a reader wants to see.
+        """The config section of a :class:`GaussianPrior`, its numbers rounded to two decimals.
 
         Raises:
-            ValueError: the simulator states no scales, a width that is not positive, or a parameter that it has not.
+            ValueError: the simulator has no ``plausible_values``, the width is not positive, or a parameter is unknown.
         """
         if not isinstance(simulator, SimulatorWithScales):
             raise ValueError(
-                f"prior=of_data needs a simulator that states the scales of its parameters, and "
+                f"prior=of_data needs a simulator with plausible values of its parameters, and "
                 f"{type(simulator).__name__} has no plausible_values; take prior=gaussian and give each parameter "
                 "{mean: ..., sd: ...}."
             )

@@ -1,4 +1,4 @@
-"""Networks of chemical reactions among whole numbers of molecules: exact simulation and tau-leaping, in batches."""
+"""Stochastic chemical reaction networks in batches: exact simulation (SSA) and tau-leaping."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from nlme_sbi.types import Design
 Method = Literal["ssa", "tau_leaping"]
 Propensities = Callable[[Tensor], Tensor]  # counts (R, X) -> (R, J)
 
-_CRITICAL = 10  # a reaction that so few firings would exhaust never fires more than once in a leap
-_WORTH_LEAPING = 10  # events that a leap must be expected to hold; below, they are simulated one by one
-_KEPT = 0.75  # the batch is made smaller when fewer than this share of it still has a way to go
+_CRITICAL = 10  # a reaction that so few firings would exhaust fires at most once in a leap
+_WORTH_LEAPING = 10  # least expected number of events in a leap; below it, events are simulated one by one
+_KEPT = 0.75  # the batch is made smaller when fewer than this share of it is unfinished
 
 
 @dataclass(frozen=True)
 class Leaping:
-    """How far propensities may change within a leap.
+    """The leap condition: how far propensities may change within a leap.
 
     Args:
-        share: by which they may, of each of their values (Cao and colleagues' epsilon).
-        order: highest order of a reaction, their ``g``; 2 is right for two molecules of different species.
+        share: largest relative change of a propensity (epsilon of Cao et al.).
+        order: highest order of a reaction (``g`` of Cao et al.); 2 is right for two molecules of different species.
     """
 
     share: float = 0.03
@@ -51,10 +51,10 @@ def sample_reactions(
     """Counts at ``times`` of one path of each individual, from ``counts`` at ``start``, float64.
 
     Args:
-        propensities_of: for the positions of some individuals, what gives their propensities per unit of time.
+        propensities_of: from positions of individuals to the function of their propensities per unit of time.
         stoichiometry: change of each count by each reaction.
         counts: whole numbers.
-        start: when they hold.
+        start: time of ``counts``.
         times: non-decreasing along the last dimension.
         leaping: None for the exact algorithm; else leaps in which propensities change by the stated share at most, and
             single events wherever a leap would hold fewer than ten.
@@ -70,11 +70,11 @@ def sample_reactions(
     found = torch.full((*times.shape, counts.shape[1]), torch.nan, dtype=torch.float64, device=counts.device)
     rows = torch.arange(len(counts), device=counts.device)
     time, grid = start.double(), times.double().contiguous()
-    # Nobody knows the counts of an individual that starts nobody knows when.
+    # An unknown start (NaN) makes all counts unknown.
     state = torch.where(torch.isnan(time)[:, None], torch.nan, counts.double())
     width = grid.shape[1]
     reached = torch.zeros_like(rows)
-    longest = torch.full_like(time, torch.inf)  # leap that is allowed after one that led below 0
+    longest = torch.full_like(time, torch.inf)  # longest leap allowed, after one that led below 0
     propensities = propensities_of(rows)
     for _ in range(max_events):
         active = (reached < width) & torch.isfinite(state).all(1)
@@ -86,7 +86,7 @@ def sample_reactions(
             rows, state, time, grid = rows[kept], state[kept], time[kept], grid[kept]
             reached, longest, active = reached[kept], longest[kept], active[kept]
             propensities = propensities_of(rows)
-        rates = _checked(propensities(state).double(), rows)
+        rates = _require_nonnegative(propensities(state).double(), rows)
         move = _single_events(rates, stoichiometry, time, generator)
         if leaping is not None:
             bound = torch.minimum(_next_time(grid, time), time + longest)
@@ -103,7 +103,7 @@ def sample_reactions(
         longest = torch.where(below, (move.end - time) / 2, torch.inf)
         taken = active & known & ~below
         later = torch.where(taken, move.end, time)
-        # Every time before the end of the move sees the state before it.
+        # The state before the move holds at every measurement time up to its end.
         passed = torch.searchsorted(grid, later[:, None], right=False)[:, 0]
         passed = torch.where(taken, torch.maximum(reached, passed), reached)
         _record(found, rows, reached, passed, state)
@@ -123,7 +123,7 @@ def _next_time(grid: Tensor, time: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Move:
-    """Until when each individual goes on, and how its counts have changed at the end of that."""
+    """The end of each individual's next event or leap, and the change of its counts by then."""
 
     end: Tensor
     change: Tensor
@@ -134,7 +134,7 @@ def _single_events(rates: Tensor, stoichiometry: Tensor, time: Tensor, generator
     summed = rates.cumsum(1)
     total = summed[:, -1]
     draws = torch.rand((2, len(rates)), generator=generator, dtype=rates.dtype, device=rates.device)
-    # Infinite where nothing can happen any more.
+    # Infinite where no reaction can fire any more.
     length = torch.where(total > 0, -torch.log1p(-draws[0]) / total, torch.inf)
     reaction = (summed <= draws[1, :, None] * total[:, None]).sum(1).clamp(max=rates.shape[1] - 1)
     return _Move(time + length, torch.where(torch.isfinite(length)[:, None], stoichiometry[reaction], 0.0))
@@ -151,7 +151,7 @@ def _leaps(
     single: _Move,
     generator: torch.Generator,
 ) -> _Move:
-    """Leaps where they are worth it, until ``bound`` at most; single events elsewhere."""
+    """Leaps where they are expected to hold enough events, until ``bound`` at most; single events elsewhere."""
     consumed = stoichiometry.clamp(max=0.0).neg()
     possible = torch.where(consumed > 0, torch.floor(state[:, None] / consumed.clamp(min=1.0)), torch.inf).amin(2)
     critical = (rates > 0) & (possible < _CRITICAL)
@@ -161,14 +161,14 @@ def _leaps(
     length = torch.minimum(allowed / mean, allowed.square() / variance).nan_to_num(nan=torch.inf).amin(1)
     worth = length * rates.sum(1) >= _WORTH_LEAPING
     rare = _single_events(torch.where(critical, rates, 0.0), stoichiometry, time, generator)
-    # To the measurement exactly: by rounding, time + (bound - time) might lie beyond it.
+    # Exactly to the measurement: by rounding, time + (bound - time) might lie beyond it.
     end = torch.where(length >= bound - time, bound, time + length)
     fires = rare.end <= end
     end = torch.minimum(end, rare.end)
     leap = worth & torch.isfinite(end)
     if not bool(leap.any()):
         return single
-    # Propensities of the expected state at mid-leap: those of its beginning would bias the means to first order.
+    # Propensities of the expected state at mid-leap: those at its beginning would bias the means to first order.
     width = torch.where(leap, end - time, 0.0)[:, None]
     middle = (state + 0.5 * width * (smooth @ stoichiometry)).clamp(min=0.0)
     expected = torch.where(critical, 0.0, propensities(middle).double().clamp(min=0.0)) * width
@@ -185,30 +185,30 @@ def _record(found: Tensor, rows: Tensor, first: Tensor, beyond: Tensor, state: T
     found[rows[local], column] = state[local]
 
 
-def _checked(rates: Tensor, rows: Tensor) -> Tensor:
+def _require_nonnegative(rates: Tensor, rows: Tensor) -> Tensor:
     wrong = (rates < 0).any(1)
     if bool(wrong.any()):
         place = int(wrong.nonzero()[0, 0])
         raise ValueError(
-            f"Propensities must not be negative; {int(wrong.sum())} individuals have such, the first in row "
+            f"Propensities must not be negative; those of {int(wrong.sum())} individuals are, the first in row "
             f"{int(rows[place])}: {rates[place].tolist()}. Counts never are: look at the formula and the parameters."
         )
     return rates
 
 
 class ReactionNetwork(StochasticSimulator):
-    """A simulator of molecules that react at random, one reaction at a time: the chemical master equation's law.
+    """A simulator of molecules that react at random, one reaction at a time, as in the chemical master equation.
 
     Subclasses set :attr:`stoichiometry` and write :meth:`initial_state` (counts, rounded to whole numbers),
     :meth:`propensities` and :meth:`observe`.
 
     Args:
-        method: ``ssa`` (exact) or ``tau_leaping``, in the place of the class' own.
+        method: ``ssa`` (exact) or ``tau_leaping``, in place of the class attribute.
 
     Attributes:
         stoichiometry: one row a reaction, one column a species: what a firing adds to its count.
-        method: ``ssa`` simulates every event; its time goes with the number of events. ``tau_leaping`` takes many
-            events at once while no propensity changes by more than :attr:`leaping` allows, and never below 0.
+        method: ``ssa`` simulates every event; its time grows with the number of events. ``tau_leaping`` takes many
+            events at once while no propensity changes by more than :attr:`leaping` allows; counts never fall below 0.
         leaping: the leap condition.
         max_events: events and leaps of one individual, after which it counts as failed (status 1).
     """
@@ -233,7 +233,7 @@ class ReactionNetwork(StochasticSimulator):
     def propensities(self, counts: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
         """Expected firings of each reaction per unit of time, ``(N, J)``, at ``counts (N, X)``; not negative.
 
-        It is called for fewer individuals as others arrive: ``natural`` and ``design`` have the rows of ``counts``.
+        It is called for fewer individuals as others finish: ``natural`` and ``design`` have the rows of ``counts``.
         """
 
     def sample_paths(

@@ -1,8 +1,8 @@
 """A solver for stiff equations: adaptive Rosenbrock methods in batches, every individual with its own steps.
 
-Fast components that have died out bound the steps of explicit methods for ever. A Rosenbrock method solves a linear
-system with the Jacobian at every stage instead, without iterations, so that it differentiates and batches as explicit
-methods do. Between measurement times nothing has to stop: states there come from the method's own interpolant.
+Fast components bound the steps of explicit methods even after they have died out. A Rosenbrock method instead solves a
+linear system with the Jacobian at every stage, without iterations, so that it differentiates and batches as explicit
+methods do. Its steps need not stop at measurement times: states there come from the method's own interpolant.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nlme_sbi.individual_model.solvers import Equation, RightHandSide
 from nlme_sbi.numerics.batched_lu import BatchedLu
 
 _TABLEAUS = {"rodas4p": RODAS4P, "rodas5p": RODAS5P}
-_KEPT = 0.75  # the batch is made smaller when fewer than this share of it still has a way to go
+_KEPT = 0.75  # the batch is made smaller when fewer than this share of it is unfinished
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Rosenbrock:
             raise ValueError(f"method must be one of {', '.join(_TABLEAUS)}; got {self.method}.")
 
     def advance(self, slope: RightHandSide, state: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """As :class:`~nlme_sbi.individual_model.solvers.Solver` has it."""
+        """See :meth:`nlme_sbi.individual_model.solvers.Solver.advance`."""
         equation = slope if isinstance(slope, Equation) else Equation(slope)
         zero = torch.zeros_like(step)
         states, suggested = self._integrate(equation, state, start=zero, times=zero[..., None] + 1, first=step)
@@ -77,11 +77,11 @@ class Rosenbrock:
         grid = _Grid(times.reshape(count, width))
         tableau = _TABLEAUS[self.method]
         rows = torch.arange(count, device=state.device)
-        current = _flattened(equation, batch) if equation.of_rows is None else equation.of_rows(rows)
+        current = _flatten(equation, batch) if equation.of_rows is None else equation.of_rows(rows)
         time = start.reshape(-1)
-        # Nobody knows the state of an individual that starts nobody knows when.
+        # An unknown start (NaN) makes the state unknown.
         state = torch.where(torch.isnan(time), torch.nan, state.reshape(count, -1).T).contiguous()
-        reached, attempts = grid.passed(rows, time), torch.zeros_like(rows)
+        reached, attempts = grid.count_until(rows, time), torch.zeros_like(rows)
         returned = list(range(len(state)) if equation.wanted is None else equation.wanted)
         output, initial = _Output(grid, len(returned)), state[returned]
         output.add(rows, torch.zeros_like(reached), reached, lambda local, _: initial.index_select(-1, local))
@@ -103,19 +103,19 @@ class Rosenbrock:
             with torch.no_grad():
                 last = step >= remaining
                 tried = torch.where(active, torch.where(last, remaining, step), 0.0)
-                between = grid.passed(rows, time + 0.999 * tried) > reached
+                between = grid.count_until(rows, time + 0.999 * tried) > reached
                 attempt = _take_step(tableau, current, time, state, tried, check_interpolant=bool(between.any()))
                 size = self._error_size(attempt, between)
                 accepted = active & (size <= 1)
                 wanted = tried * _growth(size, tableau.order)
-                # A last step that was cut to fit must not shrink the suggestion.
+                # A last step that was shortened to end at the last time must not shrink the suggestion.
                 step = torch.where(active, torch.where(accepted & last, torch.maximum(step, wanted), wanted), step)
                 taken = torch.where(accepted, tried, 0.0)
             if torch.is_grad_enabled():
-                # Repeated with gradients and without what was rejected, whose overflow would poison them.
+                # Repeated with gradients and without the rejected steps, whose overflow would turn gradients into NaN.
                 attempt = _take_step(tableau, current, time, state, taken)
             here = torch.where(accepted, torch.where(last, grid.end(rows), time.detach() + taken), -torch.inf)
-            passed = torch.maximum(reached, grid.passed(rows, here))
+            passed = torch.maximum(reached, grid.count_until(rows, here))
             output.add(rows, reached, passed, _Interpolant(attempt, returned, time, taken))
             state = torch.where(accepted, attempt.after, state)
             time = time + taken
@@ -128,7 +128,7 @@ class Rosenbrock:
     def _first_step(
         self, equation: Equation, time: Tensor, state: Tensor, span: Tensor, suggested: Tensor
     ) -> Float[Tensor, " R"]:
-        """Where no step is suggested: one whose local error should be a hundredth of the tolerance.
+        """The suggested step, or where there is none one whose local error should be a hundredth of the tolerance.
 
         Source: Hairer, Nørsett and Wanner (1993), Solving Ordinary Differential Equations I, 2nd ed., section II.4.
         """
@@ -143,14 +143,14 @@ class Rosenbrock:
         largest = torch.maximum(change, bend.nan_to_num(nan=0.0))
         order = _TABLEAUS[self.method].order
         guess = torch.minimum(100 * trial, (0.01 / largest.clamp(min=1e-15)) ** (1 / order))
-        # Below, the clock would not move.
+        # A shorter step would not change the time in floating point.
         guess = torch.maximum(guess.nan_to_num(nan=0.0), 16 * torch.finfo(time.dtype).eps * time.abs())
         return torch.where(torch.isfinite(suggested), suggested, torch.minimum(guess, span))
 
     def _error_size(self, attempt: _Step, between: Tensor) -> Float[Tensor, " R"]:
         """Root mean square of the local error over the states, in units of the tolerance; infinite where not finite.
 
-        Where states ``between`` the ends are wanted, the interpolant's error counts as well.
+        Where there are measurement times ``between`` the ends of the step, the interpolant's error counts as well.
         """
         largest = torch.maximum(attempt.before.abs(), attempt.after.abs())
         scale = self.absolute_tolerance + self.relative_tolerance * largest
@@ -203,8 +203,8 @@ def _take_step(
     dense = stages.combinations(tableau.dense)
     if not check_interpolant:
         return _Step(state, after, last, dense, None)
-    # What the interpolant lacks of solving the equation at mid-step. Stiff components end every step where they
-    # should whatever they do within it, so that the local error alone would allow steps that skip their course.
+    # Residual of the equation at mid-step for the interpolant. Stiff components are right at the end of every step
+    # however wrong they are within it, so that the local error alone would allow steps that skip their course.
     bend = dense[0] + sum(vector / 2**power for power, vector in enumerate(dense[1:], 1))
     turn = sum(power * vector / 2 ** (power - 1) for power, vector in enumerate(dense[1:], 1))
     middle = (state + after) / 2 + bend / 4
@@ -213,12 +213,12 @@ def _take_step(
 
 
 class _Stages:
-    """The stages of a step, ``(X, R)`` each, and their linear combinations, which one product of matrices makes."""
+    """The stages of a step, ``(X, R)`` each, and their linear combinations by one matrix product."""
 
     def __init__(self, state: Tensor, count: int) -> None:
         self._shape = state.shape
         self._found: list[Tensor] = []
-        # Autograd keeps what it needs of stages; without it one piece of memory holds them all.
+        # Without autograd, which keeps the stages it needs, all stages share one piece of memory.
         self._together = None if torch.is_grad_enabled() else state.new_empty((count, state.numel()))
 
     def append(self, stage: Tensor) -> None:
@@ -230,13 +230,13 @@ class _Stages:
         """One sum of all stages for each row of weights; rows may be shorter."""
         count = len(self._found)
         if self._together is None:
-            return tuple(self._weighted(row) for row in weights)
+            return tuple(self._weighted_sum(row) for row in weights)
         rows = [[*row, *(0.0,) * (count - len(row))] for row in weights]
         stages = self._together[:count]
         found = torch.tensor(rows, dtype=stages.dtype, device=stages.device) @ stages
         return found.reshape(len(rows), *self._shape).unbind()
 
-    def _weighted(self, row: tuple[float, ...]) -> Tensor:
+    def _weighted_sum(self, row: tuple[float, ...]) -> Tensor:
         total = row[0] * self._found[0]
         for weight, stage in zip(row[1:], self._found[1:], strict=False):
             total = torch.add(total, stage, alpha=weight)
@@ -254,7 +254,7 @@ def _derivatives(equation: Equation, time: Tensor, state: Tensor) -> tuple[Tenso
         return equation.jacobian(time, columns).movedim((-2, -1), (0, 1)), in_time.T
     found = torch.func.vjp(equation.right_hand_side, time, columns)
     slope, pull_back = found[0], found[1]
-    # Individuals do not influence each other, so that one product pulls a row of all their Jacobians.
+    # Individuals do not influence each other, so that one product gives a row of all their Jacobians.
     units = torch.eye(len(state), dtype=state.dtype, device=state.device)
     in_time, rows = zip(*(pull_back(unit.expand_as(slope)) for unit in units), strict=True)
     return torch.stack([row.T for row in rows]), None if equation.autonomous else torch.stack(in_time)
@@ -293,7 +293,7 @@ class _Grid:
         """The last time of ``rows``."""
         return self.times.detach()[:, -1][rows]
 
-    def passed(self, rows: Tensor, until: Tensor) -> Tensor:
+    def count_until(self, rows: Tensor, until: Tensor) -> Tensor:
         """How many times of ``rows`` lie at ``until`` or before."""
         until = until.detach()
         if self._sorted.ndim == 1:
@@ -302,7 +302,7 @@ class _Grid:
 
 
 class _Output:
-    """States at measurement times, in the order in which they are found; those that never are become NaN."""
+    """States at measurement times, in the order in which they are found; those not reached are NaN."""
 
     def __init__(self, grid: _Grid, states: int) -> None:
         self._grid = grid
@@ -341,12 +341,12 @@ def _norm(scaled: Tensor) -> Float[Tensor, " R"]:
 
 
 def _growth(size: Tensor, order: int) -> Tensor:
-    """Factor for the step of a method whose local error goes with the power ``order`` of it."""
+    """Factor for the step of a method whose local error grows as the step to the power ``order``."""
     return (0.9 * size.clamp(min=1e-10) ** (-1 / order)).clamp(0.2, 6.0)
 
 
-def _flattened(equation: Equation, batch: torch.Size) -> Equation:
-    """The equation for states and times whose batch dimensions are one."""
+def _flatten(equation: Equation, batch: torch.Size) -> Equation:
+    """The equation for states and times whose batch dimensions are flattened into one."""
     if len(batch) == 1:
         return equation
     known = equation.jacobian

@@ -1,4 +1,4 @@
-r"""Stochastic differential equations :math:`dx = a(t, x)\,dt + b(t, x)\,dB` in batches, and simulators made of them."""
+r"""Stochastic differential equations :math:`dx = a(t, x)\,dt + b(t, x)\,dB` in batches, and simulators of them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Field = Callable[[Tensor, Tensor], Tensor]  # (time (N,), state (N, X)) -> (N, X
 
 @dataclass(frozen=True)
 class SdeProblem:
-    """What is integrated.
+    """A stochastic differential equation and its domain.
 
     Args:
         drift: ``a``, ``(N, X)`` per unit of time.
         diffusion: ``b``, per square root of the unit of time: ``(N, X)`` where every state has a Brownian motion of its
             own (diagonal noise), else ``(N, X, B)`` for ``B`` Brownian motions.
-        keep_in_domain: what is done to states ``(N, X)`` after each step.
+        keep_in_domain: applied to states ``(N, X)`` after each step.
     """
 
     drift: Field
@@ -61,11 +61,11 @@ def sample_sde(
     Args:
         problem: drift, diffusion and domain.
         state: initial state.
-        start: when it holds.
+        start: time of the initial state.
         times: non-decreasing along the last dimension.
         step: longest step, in units of time.
-        scheme: how one step is made.
-        normals: called once a step with the number of Brownian motions ``B``: fresh standard normals ``(B, N)``.
+        scheme: of one step.
+        normals: called once a step with the number of Brownian motions ``B``; returns standard normals ``(B, N)``.
 
     Raises:
         ValueError: for ``milstein`` with general noise.
@@ -79,12 +79,12 @@ def sample_sde(
         length = (column - now).clamp(min=0.0)
         longest = float(length.nan_to_num(nan=0.0).max()) if len(length) else 0.0
         if longest > 0:
-            # The tolerance keeps intervals of a whole number of steps from getting one more by rounding.
+            # With the tolerance, rounding does not add a step to intervals of a whole number of steps.
             count = max(1, math.ceil(longest / step - 1e-4))
             width = length / count
             for number in range(count):
                 state = problem.keep_in_domain(advance(problem, now + number * width, state, width, normals))
-        state = torch.where(torch.isnan(length)[:, None], torch.nan, state)  # nobody knows when it starts
+        state = torch.where(torch.isnan(length)[:, None], torch.nan, state)  # the start is unknown
         now = torch.maximum(now, column)
         found.append(state)
     return torch.stack(found, dim=1)
@@ -125,17 +125,17 @@ class SdeModel(StochasticSimulator):
 
     Subclasses write :meth:`initial_state`, :meth:`drift`, :meth:`diffusion` and :meth:`observe`. States are kept at or
     above :attr:`lowest` by setting what falls below to it after each step; for another rule override
-    :meth:`keep_in_domain`. Steps are at most :attr:`step` long: halve it to see what it costs in exactness. Only states
-    at measurement times are kept. A path that is not finite any more gives status 1.
+    :meth:`keep_in_domain`. Steps are at most :attr:`step` long: halve it to check the discretization error. Only states
+    at measurement times are kept. A path that is no longer finite gives status 1.
 
     Args:
-        step: longest step in units of time, in the place of the class' own.
-        scheme: ``euler_maruyama`` or ``milstein``, in the place of the class' own.
+        step: longest step in units of time, in place of the class attribute.
+        scheme: ``euler_maruyama`` or ``milstein``, in place of the class attribute.
 
     Attributes:
         step: longest step, in ``time_unit``.
         scheme: see :func:`sample_sde`.
-        lowest: what no state falls below, or None.
+        lowest: lower bound of all states, or None.
     """
 
     step: float = 0.01
@@ -156,10 +156,10 @@ class SdeModel(StochasticSimulator):
 
     @abstractmethod
     def diffusion(self, time: Tensor, state: Tensor, natural: Mapping[str, Tensor], design: Design) -> Tensor:
-        """Diffusion per root of the unit of time: ``(N, X)``, each state its own noise, or ``(N, X, B)``."""
+        """Diffusion per square root of the unit of time: ``(N, X)`` (diagonal noise), or ``(N, X, B)``."""
 
     def keep_in_domain(self, state: Float[Tensor, "N X"]) -> Float[Tensor, "N X"]:
-        """``state`` with what lies below :attr:`lowest` set to it; NaN stays NaN."""
+        """``state`` with values below :attr:`lowest` set to it; NaN stays NaN."""
         return state if self.lowest is None else state.clamp(min=self.lowest)
 
     def sample_paths(

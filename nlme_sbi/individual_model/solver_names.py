@@ -1,4 +1,4 @@
-"""Solvers by a word, for configurations: ``simulator.solver=rosenbrock``."""
+"""Solvers by name, for configurations: ``simulator.solver=rosenbrock``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, Solve
 SolverName = Literal["dormand_prince", "rosenbrock", "runge_kutta", "torchdiffeq"]
 
 
-def solver_named(name: str) -> Solver:
-    """The solver that a word stands for, with its default settings.
+def make_solver(name: str) -> Solver:
+    """A solver by its name, with default settings.
 
     Raises:
-        ValueError: for another word, with those that there are.
+        ValueError: for an unknown name, with the known ones.
     """
     if name == "dormand_prince":
         return DormandPrince5()

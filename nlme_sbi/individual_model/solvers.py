@@ -1,9 +1,9 @@
-r"""Batched initial value problems over torch tensors: every individual has its own times, steps and fate.
+r"""Batched initial value problems over torch tensors: every individual has its own times and steps, and may fail alone.
 
 Each individual goes from one of its measurement times to its next in the same pseudo-time ``s`` in [0, 1],
 :math:`dx/ds = \Delta t\\, f(t_0 + s \Delta t, x)`, so that individual times need neither a union grid nor
 interpolation, and times that depend on ``phi`` (an onset) are differentiable. Solutions are differentiable by autograd
-through the steps taken; an individual that cannot be solved becomes NaN and leaves the others alone.
+through the steps taken; where an individual cannot be solved, its states are NaN and the others are not affected.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RightHandSide = Callable[[Tensor, Tensor], Tensor]  # (time (*batch), state (*ba
 
 @dataclass(frozen=True)
 class Equation:
-    """``dx/dt`` as solvers get it, with what some of them make use of; called, it is the right-hand side.
+    """``dx/dt`` with properties that some solvers use; calling it evaluates the right-hand side.
 
     Args:
         right_hand_side: ``(time (*batch), state (*batch, X)) -> (*batch, X)``, per unit of time.
@@ -31,9 +31,9 @@ class Equation:
         autonomous: whether the right-hand side does not depend on time.
         wanted: positions of the states that :func:`solve` returns, in this order; None for all.
         of_rows: the equation of some individuals, by positions in the flattened batch, for states ``(rows, X)``; with
-            it a solver leaves alone who has arrived.
-        during: the equation from one stop ``(*batch)`` to the next, where it changes at stops (covariates in time); of
-            two equal stops the equation as it stands at that time, for ever.
+            it a solver drops individuals that have reached their last time.
+        during: the equation from one stop ``(*batch)`` to the next, where it changes at stops (covariates in time);
+            for two equal stops the equation with the covariates of that time, which then no longer change.
     """
 
     right_hand_side: RightHandSide
@@ -48,10 +48,10 @@ class Equation:
 
 
 def equation_by_stretch(during: Callable[[Tensor, Tensor], Equation]) -> Equation:
-    """An equation that changes at stops, given by what it is from one to the next; see :class:`Equation`."""
+    """An equation that changes at stops, given by the equation from one stop to the next; see :class:`Equation`."""
 
     def unknown(*_: Tensor) -> Tensor:
-        raise TypeError("This equation changes at stops; ask it for a stretch between two of them.")
+        raise TypeError("This equation changes at stops; call its `during` with two of them.")
 
     return Equation(unknown, during=during)
 
@@ -69,7 +69,7 @@ class TrajectorySolver(Solver, Protocol):
     """A solver whose steps need not stop at measurement times, because it interpolates about as well as it solves."""
 
     def trajectory(self, equation: Equation, state: Tensor, *, start: Tensor, times: Tensor) -> Tensor:
-        """As :func:`solve`, of the equation's wanted states."""
+        """States at ``times``, as :func:`solve`, of those that the equation names in ``wanted``."""
 
 
 def solve(
@@ -82,13 +82,13 @@ def solve(
 ) -> Float[Tensor, "*batch T W"]:
     """States at ``times``, from ``state`` at ``start``; before the start the state is the initial one.
 
-    All states, ``W = X``, or those that the equation says are wanted.
+    All states, ``W = X``, or those that the equation names in ``wanted``.
 
     Args:
         right_hand_side: ``(time (*batch), state (*batch, X)) -> (*batch, X)``, per unit of time; or an
-            :class:`Equation`, which tells more of it.
+            :class:`Equation`, with its Jacobian and other properties.
         state: initial state.
-        start: when it holds.
+        start: time of the initial state.
         times: non-decreasing along the last dimension.
         solver: :class:`RungeKutta4`, :class:`DormandPrince5`, :class:`TorchDiffEq` or, for stiff equations,
             :class:`~nlme_sbi.individual_model.rosenbrock.Rosenbrock`.
@@ -99,7 +99,7 @@ def solve(
     found = []
     now, suggested = start, torch.full_like(start, torch.nan)
     for column in times.unbind(-1):
-        # Not clamp: its gradient would go to the time and not to the start where the two are equal.
+        # Not clamp: where time and start are equal, its gradient would belong to the time instead of the start.
         after = torch.where(column > now, column, now)
         state, suggested = over_interval(equation, state, now, after, suggested, solver)
         now = after
@@ -111,24 +111,24 @@ def solve(
 def over_interval(
     equation: Equation, state: Tensor, now: Tensor, after: Tensor, suggested: Tensor, solver: Solver
 ) -> tuple[Tensor, Tensor]:
-    """The state ``(*batch, X)`` at ``after`` from that at ``now``, and the step that is suggested next.
+    """The state ``(*batch, X)`` at ``after`` from that at ``now``, and the suggested next step.
 
     Args:
         equation: of the state.
         state: at ``now``.
         now: ``(*batch)``.
         after: ``(*batch)``, not before ``now``; where it is equal nothing changes.
-        suggested: step in time units, NaN where nothing is known.
-        solver: that steps.
+        suggested: step in units of time, NaN where there is no suggestion.
+        solver: of the equation.
     """
     length = after - now
     moves = length > 0
     step = torch.where(moves, suggested / torch.where(moves, length, 1.0), 1.0).detach()
-    moved, step = solver.advance(_scaled(equation, now, length), state, step)
+    moved, step = solver.advance(_to_pseudo_time(equation, now, length), state, step)
     return moved, torch.where(moves, step * length.detach(), suggested)
 
 
-def _scaled(equation: Equation, now: Tensor, length: Tensor) -> Equation:
+def _to_pseudo_time(equation: Equation, now: Tensor, length: Tensor) -> Equation:
     """The same equation in pseudo-time, from ``now`` on."""
 
     def slope(pseudo_time: Tensor, state: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class DormandPrince5:
 
     def advance(self, slope: RightHandSide, state: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         place = torch.zeros_like(step)
-        # The first interval comes without a suggestion; the controller grows a short step fivefold at a time.
+        # The first interval has no suggestion; the controller can enlarge a step that is too short fivefold each time.
         step = step.nan_to_num(nan=0.01).clamp(1e-6, 1.0)
         shortest = torch.finfo(step.dtype).eps
         for _ in range(self.max_steps):
@@ -212,12 +212,12 @@ class DormandPrince5:
                 size = self._error_size(error, state, proposal)
                 accepted = active & (size <= 1)
                 wanted = tried * _growth(size)
-                # A last step that was cut to fit must not shrink the suggestion.
+                # A last step that was shortened to end at the time must not shrink the suggestion.
                 was_cut = accepted & (tried < step)
                 step = torch.where(active, torch.where(was_cut, torch.maximum(step, wanted), wanted), step)
             taken = torch.where(accepted, tried, 0.0)
             if torch.is_grad_enabled():
-                # Repeated with gradients and without what was rejected, whose overflow would poison them.
+                # Repeated with gradients and without the rejected steps, whose overflow would turn gradients into NaN.
                 proposal, _ = _dormand_prince_step(slope, place, state, taken)
             state = torch.where(accepted[..., None], proposal, state)
             place = torch.where(accepted & (tried >= 1 - place), 1.0, place + taken)
@@ -234,8 +234,8 @@ class DormandPrince5:
 class TorchDiffEq:
     """Any method of torchdiffeq (Chen 2018), for orders and implicit methods that the two above lack.
 
-    The whole batch shares one step size: the hardest individual sets the pace, and where one cannot be solved all
-    become NaN. Prefer :class:`DormandPrince5` unless its method is the wrong one.
+    The whole batch shares one step size: the hardest individual determines it, and where one cannot be solved all
+    become NaN. Prefer :class:`DormandPrince5` unless its method does not suit the equation.
 
     Args:
         method: as torchdiffeq names it: dopri8, dopri5, bosh3, adaptive_heun, implicit_adams, ...
@@ -250,7 +250,7 @@ class TorchDiffEq:
     def __post_init__(self) -> None:
         if not (self.relative_tolerance > 0 and self.absolute_tolerance > 0):
             raise ValueError(f"Tolerances must be positive; got {self}.")
-        # torchdiffeq refuses a method that it does not know, with the list of those it does, only when it solves.
+        # torchdiffeq refuses unknown methods, with the list of known ones, only when it solves.
         odeint(lambda _, state: -state, torch.ones(1), torch.tensor([0.0, 1.0]), method=self.method)
 
     def advance(self, slope: RightHandSide, state: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,13 +264,13 @@ class TorchDiffEq:
                 rtol=self.relative_tolerance,
                 atol=self.absolute_tolerance,
             )[-1]
-        except AssertionError:  # how torchdiffeq says that its step size fell to nothing
+        except AssertionError:  # raised by torchdiffeq where its step size underflows
             return torch.full_like(state, torch.nan), step
         return solution, step
 
 
 def _growth(size: Tensor) -> Tensor:
-    """Factor for the step of a method whose local error goes with its fifth power."""
+    """Factor for the step of a method whose local error grows as its fifth power."""
     return (0.9 * size.clamp(min=1e-10) ** -0.2).clamp(0.2, 5.0)
 
 

@@ -1,4 +1,4 @@
-"""Simulators whose states are random themselves, beside the noise of the measurement; they have no likelihood."""
+"""Simulators whose states are random, in addition to measurement noise; they have no likelihood."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.individual_model.mechanistic import checked_output
+from nlme_sbi.individual_model.mechanistic import make_output
 from nlme_sbi.individual_model.noise import NoiseModel, check_values
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.types import Design, Observations, SimulatorOutput
 
 
 class StochasticSimulator(ABC):
-    """A random path of every individual, what is seen of it, and the noise of the measurement.
+    """A random path of every individual, the signals observed of it, and measurement noise.
 
-    Each call draws fresh paths from its generator. Likelihoods would be integrals over all paths, so such a model needs
-    a network and is fitted by ``prior_ratio``. Those who write a model subclass
+    Each call draws new paths from its generator. Likelihoods would be integrals over all paths, so such a model needs
+    a network and is fitted by ``prior_ratio``. To write a model, subclass
     :class:`~nlme_sbi.individual_model.sde.SdeModel` or
     :class:`~nlme_sbi.individual_model.reaction_network.ReactionNetwork`.
 
@@ -28,7 +28,7 @@ class StochasticSimulator(ABC):
         parameters: the individual parameters, in the order of the columns of ``phi``, noise parameters included.
         signals: names of the ``C`` measured channels.
         signal_units: their units.
-        noise: observation model, its parameters named as in ``parameters``; None where the states are seen exactly.
+        noise: observation model, its parameters named as in ``parameters``; None where there is no measurement noise.
         time_unit: unit of ``design.times``.
         covariates: the covariates that the model reads from the design.
         takes_doses: whether it reads ``design.events``.
@@ -59,18 +59,18 @@ class StochasticSimulator(ABC):
         """One path of each individual at ``design.times``; NaN where it cannot be followed."""
 
     def start_time(self, natural: Mapping[str, Tensor], design: Design) -> Tensor:
-        """When the initial state holds, ``(N,)``; time 0 unless overridden. Before, the state is the initial one."""
+        """Time of the initial state, ``(N,)``; 0 unless overridden. Before it the state is the initial one."""
         del design
         return torch.zeros_like(next(iter(natural.values())))
 
     def check_values(self, observations: Observations) -> None:
-        """Refuse measurements that the noise model cannot make; raises ``ValueError`` with the first and what to do."""
+        """Refuse values that are impossible under the noise model; raises ``ValueError`` with the first and remedy."""
         if self.noise is not None:
             check_values(self.noise, observations)
 
     @torch.no_grad()
     def simulate(self, phi: Float[Tensor, "N D"], design: Design, generator: torch.Generator) -> SimulatorOutput:
-        """Noisy data of fresh paths; status 1 where a measured value is not finite. What is not measured is 0."""
+        """Noisy data of new paths; status 1 where a measured value is not finite. What is not measured is 0."""
         if len(phi) != len(design):
             raise ValueError(f"phi has {len(phi)} rows, the design {len(design)}; each individual needs one of both.")
         natural = dict(zip(self.parameters.names, self.parameters.to_natural(phi).unbind(-1), strict=True))
@@ -78,4 +78,4 @@ class StochasticSimulator(ABC):
         if self.noise is not None:
             chosen = {name: natural[name] for name in self.noise.parameters}
             signals = self.noise.sample(signals, chosen, generator=generator)
-        return checked_output(signals, design)
+        return make_output(signals, design)

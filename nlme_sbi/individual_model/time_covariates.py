@@ -1,7 +1,7 @@
 """Covariates that change in time, as a model of one individual reads them, and their effects on its parameters.
 
-Values are wanted at a time (a measurement's) and all along an interval between two stops of a solver. A solver stops at
-every record, so that within an interval nothing jumps: its beginning and end tell all.
+Values are needed at a time (of a measurement) and throughout an interval between two stops of a solver. A solver stops
+at every record, so that within an interval nothing jumps: the values at its two ends determine all others.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ EffectSections = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class TimeEffect:
-    """How a parameter follows a covariate along the timeline.
+    """Effect of a covariate that changes in time on a parameter.
 
     On the parameter's unconstrained scale ``coefficient * log(x / reference)`` is added (power), or
     ``coefficient * (x - reference)`` (exponential), as in population models.
 
     Args:
-        parameter: that changes.
-        covariate: that it follows.
+        parameter: name of the parameter that changes.
+        covariate: name of the covariate that it follows.
         form: "power" or "exponential".
-        reference: where the effect is nothing, in the covariate's unit.
-        fixed: the coefficient where it is given; else it is the parameter named :attr:`coefficient`.
+        reference: covariate value without an effect, in the covariate's unit.
+        fixed: the coefficient where it is fixed; else it is the parameter named :attr:`coefficient`.
     """
 
     parameter: str
@@ -51,29 +51,29 @@ class TimeEffect:
 
     @property
     def own_parameter(self) -> Parameter | None:
-        """The parameter that holds the coefficient; None where it is given."""
+        """The parameter that holds the coefficient; None where it is fixed."""
         if self.fixed is not None:
             return None
         words = f"effect of {self.covariate} on {self.parameter}"
         return Parameter(self.coefficient, "", transform="identity", description=words)
 
     def regressor(self, covariate: Tensor) -> Tensor:
-        """What the coefficient multiplies."""
+        """The factor of the coefficient: ``log(x / reference)`` or ``x - reference``."""
         return (covariate / self.reference).log() if self.form == "power" else covariate - self.reference
 
 
 def read_time_effects(
     given: EffectSections, parameters: Sequence[Parameter], allowed: Sequence[str]
 ) -> tuple[TimeEffect, ...]:
-    """Effects as a config writes them: ``{CL: {WT: {form: power, reference: 70}}}``; ``fixed`` gives a coefficient.
+    """Read effects from a config: ``{CL: {WT: {form: power, reference: 70}}}``; ``fixed`` fixes a coefficient.
 
     Args:
         given: the section.
         parameters: of the simulator without effects.
-        allowed: those that may change in time.
+        allowed: names of the parameters that may change in time.
 
     Raises:
-        ValueError: for a name, form or number that is not one of these.
+        ValueError: for an unknown name or form, or an impossible number.
     """
     found = []
     for parameter, covariates in given.items():
@@ -98,7 +98,7 @@ def _read_one(where: str, parameter: str, covariate: str, section: object) -> Ti
         raise ValueError(f"{where} is a section such as {example}; got {section!r}.")
     unknown = [key for key in section if key not in ("form", "reference", "fixed")]
     if unknown:
-        raise ValueError(f"{where}.{unknown[0]} is not known; it may hold form, reference and fixed.")
+        raise ValueError(f"{where}.{unknown[0]} is unknown; the section may hold form, reference and fixed.")
     form = str(section.get("form", "power"))
     if form not in FORMS:
         raise ValueError(f"{where}.form: {form} is not one of {', '.join(FORMS)}.{did_you_mean(form, FORMS)}")
@@ -107,7 +107,7 @@ def _read_one(where: str, parameter: str, covariate: str, section: object) -> Ti
         kind, got = "positive " if form == "power" else "", section.get("reference")
         raise ValueError(f"{where}.reference must be a {kind}number, such as {example}; got {got!r}.")
     if fixed is None and section.get("fixed") is not None:
-        raise ValueError(f"{where}.fixed must be a number, the given coefficient; got {section['fixed']!r}.")
+        raise ValueError(f"{where}.fixed must be a number, the fixed coefficient; got {section['fixed']!r}.")
     return TimeEffect(parameter, covariate, form, reference, fixed)
 
 
@@ -119,13 +119,13 @@ def _number(value: object) -> float | None:
 
 
 def coefficient_parameters(effects: Sequence[TimeEffect]) -> tuple[Parameter, ...]:
-    """The parameters that hold coefficients which are not given."""
+    """The parameters that hold coefficients which are not fixed."""
     return tuple(own for effect in effects if (own := effect.own_parameter) is not None)
 
 
 def plausible_coefficients(effects: Sequence[TimeEffect], design: Design) -> dict[str, tuple[float, float]]:
-    """Centre and SD of a wide prior of every coefficient: no effect, and SD 1 in units of the covariate's spread (for a
-    power 1, which holds every exponent of allometry)."""
+    """Centre and SD of a wide prior of every coefficient: centre 0, no effect; SD 1 for a power, which covers every
+    exponent of allometry, else 1 over the SD of the covariate."""
     found = {}
     for effect in effects:
         if effect.fixed is not None:
@@ -140,14 +140,15 @@ def plausible_coefficients(effects: Sequence[TimeEffect], design: Design) -> dic
 def check_time_covariates(
     names: Sequence[str], effects: Sequence[TimeEffect], design: Design, ids: Sequence[str] | None = None
 ) -> None:
-    """Refuse a design without the courses that a simulator reads; raises ``ValueError`` with what to type."""
+    """Refuse a design without the time-varying covariates that a simulator reads; raises ``ValueError`` with a
+    remedy."""
     have = () if design.time_covariates is None else design.time_covariates.names
-    lacking = [name for name in names if name not in have]
-    if lacking:
+    missing = [name for name in names if name not in have]
+    if missing:
         raise ValueError(
-            f"The simulator reads covariates along the timeline, {listed(lacking)}, and the data have "
+            f"The simulator reads covariates along the timeline, {listed(missing)}, and the data have "
             f"{listed(have) if have else 'none that change in time'}; name the columns, "
-            f"'data.time_covariates=[{','.join(lacking)}]'."
+            f"'data.time_covariates=[{','.join(missing)}]'."
         )
     for effect in effects:
         course = design.time_covariates
@@ -165,7 +166,7 @@ def check_time_covariates(
 
 
 def time_covariates_read(simulator: object) -> tuple[str, ...]:
-    """Covariates that a simulator reads along the timeline; none where it says nothing of them."""
+    """Covariates that a simulator reads along the timeline; none where it does not declare any."""
     found: tuple[str, ...] = getattr(simulator, "time_covariates", ())
     return found
 
@@ -207,9 +208,9 @@ class Stretch:
             if course.between[place] == "linear":
                 first[name], last[name] = line.at(begin, place), line.at(end, place)
                 continue
-            value = line.value(line.passed(begin) - 1, place)
+            value = line.value(line.count_until(begin) - 1, place)
             if course.between[place] == "next":
-                value = torch.where(end > begin, line.value(line.passed(begin), place), line.at(begin, place))
+                value = torch.where(end > begin, line.value(line.count_until(begin), place), line.at(begin, place))
             first[name] = last[name] = value
         return cls(begin, end, first, last)
 
@@ -226,7 +227,7 @@ class Stretch:
 
 @dataclass(frozen=True, eq=False)
 class _Line:
-    """Records ``(I, V)`` and values ``(I, V, K)`` in the dtype of the times that are asked for."""
+    """Records ``(I, V)`` and values ``(I, V, K)``, in the dtype of the times at which they are needed."""
 
     records: Tensor
     values: Tensor
@@ -236,29 +237,29 @@ class _Line:
     def of(cls, course: TimeCovariates, like: Tensor) -> _Line:
         return cls(course.times.to(like).contiguous(), course.values.to(like), course.between)
 
-    def passed(self, times: Tensor, *, now: bool = True) -> Tensor:
-        """How many records lie before each time; those at that very time count where ``now`` says so."""
+    def count_until(self, times: Tensor, *, now: bool = True) -> Tensor:
+        """Number of records before each time; with ``now``, those at the time itself count, too."""
         flat = times.detach().reshape(len(self.records), -1).contiguous()
         return torch.searchsorted(self.records, flat, right=now).reshape(times.shape)
 
     def value(self, record: Tensor, place: int) -> Tensor:
-        """Of records by number; before the first the first, after the last the last."""
-        return self._taken(self.values[..., place], record)
+        """Values of records by number; those before the first and after the last are clamped to them."""
+        return self._gather(self.values[..., place], record)
 
-    def _taken(self, of: Tensor, record: Tensor) -> Tensor:
+    def _gather(self, of: Tensor, record: Tensor) -> Tensor:
         flat = record.clamp(0, self.records.shape[1] - 1).reshape(len(self.records), -1)
         return of.gather(1, flat).reshape(record.shape)
 
     def at(self, times: Tensor, place: int) -> Tensor:
-        """A covariate at times."""
+        """One covariate at times, interpolated as its ``between`` says."""
         between = self.between[place]
         if between == "next":
-            return self.value(self.passed(times, now=False), place)
-        number = self.passed(times)
+            return self.value(self.count_until(times, now=False), place)
+        number = self.count_until(times)
         before = self.value(number - 1, place)
         if between == "previous":
             return before
-        start, stop = self._taken(self.records, number - 1), self._taken(self.records, number)
+        start, stop = self._gather(self.records, number - 1), self._gather(self.records, number)
         apart = stop > start
         share = torch.where(apart, (times - start) / torch.where(apart, stop - start, 1.0), 0.0).clamp(0, 1)
         return before + share * (self.value(number, place) - before)
@@ -267,7 +268,7 @@ class _Line:
 def with_time_effects(
     natural: Mapping[str, Tensor], values: Mapping[str, Tensor], effects: Sequence[TimeEffect], space: ParameterSpace
 ) -> dict[str, Tensor]:
-    """Natural parameters with the covariates beside them, and with what covariates do to them.
+    """Natural parameters after the effects of covariates, and the covariates themselves.
 
     Args:
         natural: ``(I, *batch)`` each.
@@ -290,12 +291,12 @@ def with_time_effects(
         else:
             factor = natural[effect.coefficient]
             shift = (factor[..., None] if wide else factor) * shift
-        found[effect.parameter] = _shifted(known, shift, space[effect.parameter])
+        found[effect.parameter] = _shift_unconstrained(known, shift, space[effect.parameter])
     return found
 
 
-def _shifted(value: Tensor, shift: Tensor, parameter: Parameter) -> Tensor:
-    """A natural value after a shift on the unconstrained scale."""
+def _shift_unconstrained(value: Tensor, shift: Tensor, parameter: Parameter) -> Tensor:
+    """A natural value, shifted on the unconstrained scale."""
     if parameter.transform == "log":
         return value * torch.exp(shift)
     if parameter.transform == "identity":
@@ -305,7 +306,7 @@ def _shifted(value: Tensor, shift: Tensor, parameter: Parameter) -> Tensor:
 
 
 def without_doses(design: Design) -> Design:
-    """A design with no dose, for models that make them part of their initial state."""
+    """A design without doses, for models that make them part of their initial state."""
     nothing = torch.zeros((len(design), 0), dtype=torch.float64, device=design.times.device)
     none = nothing.long()
     events = Events(nothing, none, nothing, nothing, nothing, none, none, none)

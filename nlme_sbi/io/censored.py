@@ -1,4 +1,4 @@
-"""Censored measurements, as Monolix and nlmixr2 write them: CENS tells the side, DV the limit, LIMIT the other end."""
+"""Censored measurements, as Monolix and nlmixr2 write them: CENS is the side, DV the limit, LIMIT the other limit."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from nlme_sbi.types import Censoring
 
 @dataclass(frozen=True, eq=False)
 class Limits:
-    """What is known of each measurement, ``(R,)`` each: a code of :class:`Censoring`, bounds that are infinite where
-    nothing bounds."""
+    """Censoring of each measurement, ``(R,)`` each: a code of :class:`Censoring`, and bounds, infinite where there is
+    none."""
 
     code: Int[np.ndarray, " R"]
     lower: Float[np.ndarray, " R"]
@@ -25,8 +25,8 @@ class Limits:
         return Limits(self.code[rows], self.lower[rows], self.upper[rows])
 
 
-def refuse_marks(table: Table, cens: str, rows: Bool[np.ndarray, " R"]) -> None:
-    """Refuse codes of censoring on rows that hold no measurement."""
+def refuse_censored_doses(table: Table, cens: str, rows: Bool[np.ndarray, " R"]) -> None:
+    """Refuse codes of censoring on rows that are doses."""
     if table.has(cens):
         bad = rows & (np.nan_to_num(table.numbers(cens, noun=f"{cens} codes")) != 0)
         if bad.any():
@@ -34,7 +34,7 @@ def refuse_marks(table: Table, cens: str, rows: Bool[np.ndarray, " R"]) -> None:
             raise table.refusal(bad, cens, what=what, remedy=f"Set {cens} to 0 there, or correct EVID.")
 
 
-def limits_of(
+def read_censoring(
     table: Table,
     *,
     cens: str,
@@ -43,21 +43,21 @@ def limits_of(
     values: Float[np.ndarray, " R"],
     bounds: Float[np.ndarray, " R"],
 ) -> tuple[Limits | None, list[str]]:
-    """Censoring of every measurement, None where nothing is censored, and notes.
+    """Read the censoring of every measurement, None where nothing is censored, and notes.
 
-    CENS 0 (or an empty cell) is a plain value. CENS 1: the value is below DV and, where LIMIT is given, above LIMIT.
+    CENS 0 (or an empty cell): the value is not censored. CENS 1: it is below DV and, where LIMIT is given, above LIMIT.
     CENS -1: it is above DV and, where LIMIT is given, below LIMIT.
 
     Args:
         table: the measurements; the columns ``cens`` and ``limit`` may be absent.
         cens: column of the codes.
-        limit: column of the other end.
+        limit: column of the other limit.
         value: column of the values.
         values: of ``value``, scaled and transformed, NaN where missing.
         bounds: of ``limit``, scaled and transformed, NaN where missing; -inf where a logarithm was taken of 0 or less.
 
     Raises:
-        ValueError: other codes; a censored row without its limit, or whose ends are in the wrong order.
+        ValueError: other codes; a censored row without its limit, or whose limits are in the wrong order.
     """
     if not table.has(cens):
         return None, []
@@ -94,7 +94,7 @@ def limits_of(
             raise table.refusal(bad, column, what=what, remedy=remedy)
     spare = ~sides & ~np.isnan(bounds)
     notes = (
-        [f"{limit} of {counted(spare, 'row')} with {cens} 0 is not used: they are plain values"] if spare.any() else []
+        [f"{limit} of {counted(spare, 'row')} with {cens} 0 is not used: they are not censored"] if spare.any() else []
     )
     if not sides.any():
         return None, notes

@@ -1,10 +1,10 @@
-"""Clock times and dates: they become hours since the first record of each individual, as NM-TRAN has it.
+"""Clock times and dates: they become hours since the first record of each individual, as in NM-TRAN.
 
 A cell of the time column is a clock time (``8:30``, ``08:30:00``, ``8:30 pm``), a date, or both (``2020-03-02T08:30``);
-a column beside it may hold the dates. What a date means must be known: by the column's name as in NONMEM (DAT1
-day-month-year, DAT2 year-month-day, DAT3 year-day-month), by ``date_format``, by a month in letters or a year in front,
-or because the column's dates can be read in one order only. Else the table is refused where the orders differ in what
-they say. Clocks that are put forward or back in spring and autumn are not known here; a time zone takes them off.
+a second column may hold the dates. The order of day, month and year must be known: from the column's name as in NONMEM
+(DAT1 day-month-year, DAT2 year-month-day, DAT3 year-day-month), from ``date_format``, from a month in letters or a year
+in front, or because the column's dates can be read in one order only. Else the table is refused where the orders give
+different times. Daylight saving time is not taken into account, unless clock times have a time zone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DATE_FORMATS = ("mdy", "dmy", "ymd", "ydm")
 _BY_NAME = {"dat1": "dmy", "dat2": "ymd", "dat3": "ydm"}
 _DATE_COLUMNS = ("date", *_BY_NAME, "day")
 _TRIED = ("mdy", "dmy", "ymd")
-_WORDED = {"mdy": "month/day/year", "dmy": "day/month/year", "ymd": "year/month/day", "ydm": "year/day/month"}
+_ORDERS = {"mdy": "month/day/year", "dmy": "day/month/year", "ymd": "year/month/day", "ydm": "year/day/month"}
 _LAST20 = 50
 _MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec"  # of English, whatever the locale
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}(?:[.,]\d+)?))?\s*([AaPp])?\.?(?:[Mm]\.?)?\s*(Z|[+-]\d{2}:?\d{2})?")
@@ -43,7 +43,7 @@ _SECONDS_A_DAY = 86400.0
 
 @dataclass(frozen=True, eq=False)
 class ReadTimes:
-    """Times of the rows, ``(R,)``, their unit ("" where unknown), the columns that told them, and notes."""
+    """Times of the rows, ``(R,)``, their unit ("" where unknown), the columns they were read from, and notes."""
 
     values: Float[np.ndarray, " R"]
     unit: str
@@ -51,7 +51,7 @@ class ReadTimes:
     notes: tuple[str, ...] = ()
 
 
-def times_of(
+def read_times(
     table: Table,
     names: Mapping[str, str],
     date_format: str | None,
@@ -62,23 +62,23 @@ def times_of(
     sort: bool,
     keep: Bool[np.ndarray, " R"] | None = None,
 ) -> ReadTimes:
-    """Times as numbers in the table's unit or, from clock times and dates, since each individual's first record.
+    """Read times: numbers in the table's unit or, from clock times and dates, the time since the first record.
 
     Args:
         table: the rows.
         names: the file's columns for ``time`` and ``date``; "" looks for a column of dates where times are clock times.
         date_format: the order of day, month and year where it is not known, one of :data:`DATE_FORMATS`.
-        scales: unit and factor of the times; those of a clock are in hours before the factor.
+        scales: unit and factor of the times; clock times are in hours before the factor.
         individual: ``(R,)`` codes into ``ids``.
         ids: of the individuals.
-        sort: whether the order of the rows means nothing.
-        keep: ``(R,)``, rows that are read; the others only tell when an individual began.
+        sort: whether the order of the rows has no meaning.
+        keep: ``(R,)``, rows that are read; the others only count for the first record of an individual.
 
     Returns:
         Times of the rows of ``keep``.
 
     Raises:
-        ValueError: with row, column and remedy, where a time, a date or the order of its parts is not known.
+        ValueError: a time or date cannot be read, or the order of its parts is unknown; with row, column and remedy.
     """
     if date_format is not None:
         check_choice("date_format", date_format, DATE_FORMATS)
@@ -99,18 +99,18 @@ def times_of(
     if column is None:
         if not parts.dated.any():
             _refuse_unsorted(table, time, clock, individual, sort=sort)
-            days, said = np.zeros(len(table)), "clock times of one day"
+            days, reading = np.zeros(len(table)), "clock times of one day"
         else:
-            days, said = _days(table, time, parts.date, date_format, individual)
+            days, reading = _days(table, time, parts.date, date_format, individual)
     else:
         dates = _without_midnight(table, column)
-        days, said = _days(table, column, dates, date_format or _BY_NAME.get(_plain(column)), individual)
-        said = f"{'clock times' if parts.any else 'hours of the day'} and {column} ({said})"
+        days, reading = _days(table, column, dates, date_format or _BY_NAME.get(_plain(column)), individual)
+        reading = f"{'clock times' if parts.any else 'hours of the day'} and {column} ({reading})"
     seconds = days * _SECONDS_A_DAY + clock
     first = np.full(len(ids), np.inf)
     np.minimum.at(first, individual, seconds)
     hours = (seconds - first[individual]) / 3600.0 * float(scales.time_scale)
-    note = f"{time}: {said}, read as time since each individual's first record, in {unit}"
+    note = f"{time}: {reading}, read as time since each individual's first record, in {unit}"
     return ReadTimes(
         hours if keep is None else hours[keep], unit, (time,) if column is None else (time, column), (note,)
     )
@@ -118,7 +118,7 @@ def times_of(
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """Cells of a time column cut into dates and clock times, ``(R,)`` texts each, "" where a part is not there."""
+    """Cells of a time column split into dates and clock times, ``(R,)`` texts each, "" where a part is missing."""
 
     date: Cells
     clock: Cells
@@ -126,7 +126,7 @@ class _Parts:
     @classmethod
     def of(cls, cells: Cells) -> _Parts:
         codes, different = pd.factorize(cells)
-        cut = [_cut(str(cell)) for cell in different]
+        cut = [_split_cell(str(cell)) for cell in different]
         date = np.array([each for each, _ in cut], dtype=object)[codes]
         clock = np.array([each for _, each in cut], dtype=object)[codes]
         return cls(date, clock)
@@ -147,7 +147,7 @@ class _Parts:
         return bool((self.dated | self.clocked).any())
 
 
-def _cut(cell: str) -> tuple[str, str]:
+def _split_cell(cell: str) -> tuple[str, str]:
     both = _BOTH.fullmatch(cell)
     if both is not None and _CLOCK.fullmatch(both[2]):
         return (both[1].strip(), both[2]) if _looks_dated(both[1].strip()) or not both[1].strip() else ("", "")
@@ -155,27 +155,27 @@ def _cut(cell: str) -> tuple[str, str]:
 
 
 def _looks_dated(text: str) -> bool:
-    """Whether a text is a date in form; numbers are not, be they written without signs or with a point."""
+    """Whether a text has the form of a date; plain numbers do not."""
     three = _THREE.fullmatch(text)
     return three is not None or _LETTERS.fullmatch(text) is not None
 
 
 def _unit(table: Table, scales: Scales) -> str:
-    """The unit of hours times ``time_scale``; raises ``ValueError`` where the declared one is another."""
+    """The unit of hours times ``time_scale``; raises ``ValueError`` where the declared unit differs."""
     unit = scales.time_unit or ("h" if float(scales.time_scale) == 1.0 else "")
     factor = conversion("h", unit) if unit else None
     if factor is None or abs(float(scales.time_scale) / factor - 1) > 1e-5:
         days = f"{typed('time_scale', 1 / 24)} {typed('time_unit', 'd')}"
         raise ValueError(
             f"{table.name}: clock times and dates are read in hours, and data.time_scale={scales.time_scale:g} does "
-            f"not make them {quoted(scales.time_unit) if scales.time_unit else 'a unit that is known'}. Pass "
+            f"not convert them to {quoted(scales.time_unit) if scales.time_unit else 'a known unit'}. Pass "
             f"{typed('time_scale', 1)} {typed('time_unit', 'h')} or, for days, {days}."
         )
     return unit
 
 
 def _clock_seconds(table: Table, time: str, cells: Cells, parts: _Parts) -> Float[np.ndarray, " R"]:
-    """Seconds since midnight, ``(R,)``; of dates without a clock 0, of numbers beside dates that many hours."""
+    """Seconds since midnight, ``(R,)``; 0 for dates without a clock time; numbers beside dates are hours."""
     missing = table.is_missing(cells)
     if missing.any():
         remedy = "Fill them in, or remove these rows."
@@ -187,15 +187,15 @@ def _clock_seconds(table: Table, time: str, cells: Cells, parts: _Parts) -> Floa
             raise table.refusal(
                 bad,
                 time,
-                what="times are no hours of a day (0 to 24), which they are beside a column of dates",
-                remedy="Leave data.columns.date out and pass data.unused with that column, if they go on over the "
-                "days; or correct them.",
+                what="times are not hours of a day (0 to 24), as they must be with a column of dates",
+                remedy="If they count over several days, leave data.columns.date out and pass data.unused with that "
+                "column; or correct them.",
             )
         return hours * 3600.0
     dates_only = not parts.clocked.any()
     bad = ~parts.dated if dates_only else ~parts.clocked
     if bad.any():
-        what = f"times are no {'dates' if dates_only else 'clock times'}, and others are"
+        what = f"times are not {'dates' if dates_only else 'clock times'}, but others are"
         raise table.refusal(
             bad,
             time,
@@ -207,33 +207,33 @@ def _clock_seconds(table: Table, time: str, cells: Cells, parts: _Parts) -> Floa
     mixed = ~parts.dated if parts.dated.any() else np.zeros(len(table), dtype=bool)
     if mixed.any():
         raise table.refusal(
-            mixed, time, what="times have no date, and others have one", remedy="Write the date on every row."
+            mixed, time, what="times have no date, but others have one", remedy="Write the date on every row."
         )
-    return _of_clocks(table, time, parts.clock)
+    return _parse_clocks(table, time, parts.clock)
 
 
-def _of_clocks(table: Table, time: str, clocks: Cells) -> Float[np.ndarray, " R"]:
+def _parse_clocks(table: Table, time: str, clocks: Cells) -> Float[np.ndarray, " R"]:
     codes, different = pd.factorize(clocks)
     read = [_CLOCK.fullmatch(str(each)) for each in different]
-    found = np.array([np.nan if each is None else _seconds(each) for each in read])[codes]
+    found = np.array([np.nan if each is None else _parse_clock(each) for each in read])[codes]
     bad = np.isnan(found)
     if bad.any():
         raise table.refusal(
-            bad, time, what="times are no clock times (0:00 to 24:00, or with am and pm)", remedy="Correct them."
+            bad, time, what="times are not clock times (0:00 to 24:00, or with am and pm)", remedy="Correct them."
         )
     zoned = np.array([each is not None and each[5] is not None for each in read])[codes]
     if zoned.any() and not zoned.all():
         raise table.refusal(
             ~zoned,
             time,
-            what="times have no time zone, and others have one",
+            what="times have no time zone, but others have one",
             remedy="Write all times in one zone, or the zone (Z, +01:00) on every row.",
         )
     return found
 
 
-def _seconds(clock: re.Match[str]) -> float:
-    """Seconds since midnight (UTC where a zone is given), NaN for what no clock shows."""
+def _parse_clock(clock: re.Match[str]) -> float:
+    """Seconds since midnight (UTC where a zone is given), NaN for an impossible clock time."""
     hour, minute, second = int(clock[1]), int(clock[2]), float((clock[3] or "0").replace(",", "."))
     if clock[4]:
         if not 1 <= hour <= 12:
@@ -247,12 +247,12 @@ def _seconds(clock: re.Match[str]) -> float:
 
 
 def _date_column(table: Table, given: str, parts: _Parts) -> str | None:
-    """The column of dates: the one that was named, or the only one with a name of NONMEM's; None without one."""
+    """The column of dates: the one that the user named, or the only one with a NONMEM name; None without one."""
     if given:
         table.position(given, role="date")
         if parts.dated.any():
             raise ValueError(
-                f"{table.name}: the times hold dates themselves, and data.columns.date names {quoted(given)}, too; "
+                f"{table.name}: the times already hold dates, and data.columns.date also names {quoted(given)}; "
                 f"leave it out, or pass {typed('unused', [given])}."
             )
         return given
@@ -274,7 +274,7 @@ def _plain(name: str) -> str:
 def _refuse_unsorted(
     table: Table, time: str, clock: Float[np.ndarray, " R"], individual: Int[np.ndarray, " R"], *, sort: bool
 ) -> None:
-    """Without dates a clock that goes back has passed midnight, or rows are out of order: nobody knows."""
+    """Refuse clock times without dates that go back: they may have passed midnight, or be out of order."""
     order = np.argsort(individual, kind="stable")
     back = np.zeros(len(clock), dtype=bool)
     back[order[1:]] = (np.diff(individual[order]) == 0) & (np.diff(clock[order]) < 0)
@@ -282,13 +282,13 @@ def _refuse_unsorted(
         raise table.refusal(
             back,
             time,
-            what="clock times go back, and without dates it is not known whether a day has passed",
+            what="clock times go back, and without dates it is unknown whether a day has passed",
             remedy="Write the dates into a column DATE, or the time since the first record into the times.",
         )
 
 
 def _without_midnight(table: Table, column: str) -> Cells:
-    """The cells of a column of dates, without the midnight that workbooks put behind a date."""
+    """The cells of a column of dates, without the midnight that workbooks append to a date."""
     text = table.text(column)
     missing = table.is_missing(text)
     if missing.any():
@@ -304,7 +304,7 @@ def _without_midnight(table: Table, column: str) -> Cells:
 def _days(
     table: Table, column: str, dates: Cells, known: str | None, individual: Int[np.ndarray, " R"]
 ) -> tuple[Float[np.ndarray, " R"], str]:
-    """Days since some day, ``(R,)``, and how the dates were read."""
+    """Days since a fixed day, ``(R,)``, and a description of how the dates were read."""
     codes, different = pd.factorize(dates)
     texts = [str(each) for each in different]
     if all(_DAY_NUMBER.fullmatch(text) for text in texts):
@@ -317,42 +317,42 @@ def _days(
     bad = np.isnan(found[best])
     if bad.any():
         if known is not None:
-            what = f"dates are none in the order {_WORDED[known]}"
+            what = f"dates do not have the order {_ORDERS[known]}"
             remedy = f"Correct them, or pass another order: {_choices([order for order in _TRIED if order != known])}."
         else:
-            what = "dates are not understood, or not in the order of the others"
+            what = "dates cannot be read, or not in the order of the others"
             remedy = "Write them as 2020-03-02 (year-month-day) on every row."
         raise table.refusal(bad, column, what=what, remedy=remedy)
     possible = [order for order in found if not np.isnan(found[order]).any()]
-    since = {order: found[order] - _first_of(found[order], individual) for order in possible}
+    since = {order: found[order] - _first_per_individual(found[order], individual) for order in possible}
     differ = np.zeros(len(codes), dtype=bool)
     for order in possible[1:]:
         differ |= since[order] != since[possible[0]]
     if differ.any():
         row = first_true(differ)
-        example = in_words([f"{_shown(found[order][row])} ({order})" for order in possible])
+        example = in_words([f"{_iso_date(found[order][row])} ({order})" for order in possible])
         raise table.refusal(
             differ,
             column,
             what=f"dates can be read in several orders, here as {example}",
-            remedy=f"Say which it is: {_choices(possible)}.",
+            remedy=f"Choose one: {_choices(possible)}.",
         )
     if not np.isnan(fixed).any():
         return found[best], "dates"
     years = f", years 00 to {_LAST20} from 2000 on" if any(map(_is_short, texts)) else ""
-    return found[best], f"{_WORDED[known or possible[0]] if len(possible) == 1 else 'dates'}{years}"
+    return found[best], f"{_ORDERS[known or possible[0]] if len(possible) == 1 else 'dates'}{years}"
 
 
 def _choices(orders: Sequence[str]) -> str:
     return " or ".join(typed("date_format", order) for order in orders)
 
 
-def _first_of(days: Float[np.ndarray, " R"], individual: Int[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
+def _first_per_individual(days: Float[np.ndarray, " R"], individual: Int[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
     found: Float[np.ndarray, " R"] = pd.Series(days).groupby(individual).transform("min").to_numpy()
     return found
 
 
-def _shown(day: float) -> str:
+def _iso_date(day: float) -> str:
     return datetime.date.fromordinal(int(day)).isoformat()
 
 
@@ -383,7 +383,7 @@ def _ordered_day(text: str, order: str) -> float:
 
 
 def _ordinal(year: str, month: str, day: str) -> float:
-    """Number of a day of the calendar; years of two digits by NM-TRAN's LAST20=50; NaN where there is no such day."""
+    """Ordinal number of a date; years of two digits as with NM-TRAN's LAST20=50; NaN for an impossible date."""
     number = int(year)
     if len(year) <= 2:
         number += 2000 if number <= _LAST20 else 1900

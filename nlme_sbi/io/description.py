@@ -1,4 +1,4 @@
-"""What was read, in words: counts, ranges and units, so that a wrong column or unit is seen before it costs an hour."""
+"""A summary of the data in words: counts, ranges and units, which shows a wrong column or unit before any long work."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nlme_sbi.types import Censoring, Covariates, Design, Events, Observations
 
 
 def describe(observations: Observations) -> str:
-    """A few lines: individuals, observations and gaps, the ranges of signals, times, doses and covariates, and what the
-    reader has to say: columns that are not used, rows that were left out."""
+    """Summarize observations in a few lines: individuals, observations and missing values; ranges of signals, times,
+    doses and covariates; and the reader's notes on unused columns and rows that were left out."""
     design = observations.design
     individuals, measured = len(observations), int(design.observed.sum())
     missing = int((~design.observed & ~_padding(design)[..., None]).sum())
@@ -32,7 +32,7 @@ def describe(observations: Observations) -> str:
 
 
 def _censored(observations: Observations, position: int, unit: str) -> str:
-    """How many of a signal's measurements are censored, and where."""
+    """Number and limits of a signal's censored measurements."""
     if observations.censoring is None:
         return ""
     codes = observations.censoring[..., position][observations.design.observed[..., position]]
@@ -50,10 +50,10 @@ def _censored(observations: Observations, position: int, unit: str) -> str:
 
 
 def _padding(design: Design) -> Bool[Tensor, "I T"]:
-    """Rows that only fill up: unobserved repeats of the last time, up to the end."""
+    """Padding: unobserved repeats of the last time, up to the end."""
     fills = (design.times == design.times[:, -1:]) & ~design.observed.any(dim=-1)
     trailing = fills.flip(1).long().cumprod(dim=1).flip(1).bool()
-    # The first of them may be a time whose values are missing; it fills up only where it repeats the time before.
+    # The first of them may be a time whose values are missing; it is padding only where it repeats the time before.
     repeats = torch.zeros_like(trailing)
     repeats[:, 1:] = design.times[:, 1:] == design.times[:, :-1]
     return trailing & repeats
@@ -76,12 +76,12 @@ def _doses(design: Design, events: Events, time_unit: str, unit: str) -> str:
     amounts, times = events.amount[given], events.time[given]
     if len(amounts) == 0:
         return "doses: none"
-    said = f"doses: {each} an individual, amount {_range(amounts, unit)}, at {_range(times, time_unit)}"
-    return said + "".join(f"; {part}" for part in _kinds_of_doses(design, events, given))
+    text = f"doses: {each} an individual, amount {_range(amounts, unit)}, at {_range(times, time_unit)}"
+    return text + "".join(f"; {part}" for part in _kinds_of_doses(design, events, given))
 
 
 def _kinds_of_doses(design: Design, events: Events, given: Bool[Tensor, "I E"]) -> list[str]:
-    """What is special about some of the doses, each with how many."""
+    """Kinds of doses other than plain boluses, with their numbers."""
     last = torch.where(design.observed.any(2), design.times, -torch.inf).amax(1, keepdim=True)
     further = int(torch.where(given, events.additional, 0).sum())
     counts = (

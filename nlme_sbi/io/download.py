@@ -1,4 +1,4 @@
-"""Published data that are fetched once into a cache and then found by name: ``data.path=cached:NAME``."""
+"""Published data, which are downloaded once into a cache and then found by name: ``data.path=cached:NAME``."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from typing import IO, BinaryIO
 from nlme_sbi.compute.progress import Progress
 from nlme_sbi.runs.files import PARTIAL, could_not_write, sha256_of_file, write_atomically
 
-CACHED = "cached:"  # a data.path that begins so is a name in the cache
+CACHED = "cached:"  # a data.path with this prefix is a name in the cache
 _CHUNK = 1 << 18
 _TIMEOUT = 60.0  # seconds without a byte
 _MOST_BYTES = 2**32  # of an archive, and of the file in it
-_ATTEMPTS = 3  # connections that may break off while they make headway
+_ATTEMPTS = 3  # connections that may break off as long as each makes progress
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class PublishedFile:
         name: its name in the cache.
         url: of the archive.
         member: its path in the archive.
-        sha256: of the file, not of the archive, which the repository may pack anew.
-        source: who made it, and under which licence.
+        sha256: of the file, not of the archive, which the repository may repack.
+        source: its authors and licence.
     """
 
     data: str
@@ -69,10 +69,11 @@ def cache_directory() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "nlme_sbi"
 
 
-def published(path: str | os.PathLike[str]) -> PublishedFile | None:
+def find_published(path: str | os.PathLike[str]) -> PublishedFile | None:
     """The published file that ``cached:NAME`` means; None for any other path.
 
-    Raises ``ValueError`` with the names that exist where there is none of this name.
+    Raises:
+        ValueError: there is no published file of this name; with the names that exist.
     """
     text = str(path)
     if not text.startswith(CACHED):
@@ -82,62 +83,65 @@ def published(path: str | os.PathLike[str]) -> PublishedFile | None:
         if file.name == name:
             return file
     known = ", ".join(CACHED + file.name for file in PUBLISHED)
-    raise ValueError(f"{text} is no published file that can be downloaded; those are {known}.")
+    raise ValueError(f"{text} is not a published file that can be downloaded; those are {known}.")
 
 
-def cached(file: PublishedFile) -> Path:
-    """Where a downloaded file lies; raises ``ValueError`` with the command that fetches it where it does not, or where
-    it is another one."""
+def find_cached(file: PublishedFile) -> Path:
+    """Path of a downloaded file.
+
+    Raises:
+        ValueError: the file is missing or has another checksum; with the command that downloads it.
+    """
     path = cache_directory() / file.name
     if not path.is_file():
         raise ValueError(
-            f"data={file.data} is not downloaded yet (there is no {path}). Run: python scripts/download_data.py "
+            f"data={file.data} has not been downloaded (there is no {path}). Run: python scripts/download_data.py "
             f"data={file.data}. Or pass data.path=FILE if you have {file.name}."
         )
-    found = sha256_of_file(path)  # now, too: a cache is a folder that others may write to
+    found = sha256_of_file(path)  # checked again: a cache is a folder that others may write to
     if found != file.sha256:
         raise ValueError(
             f"{path} is not the published file: its SHA-256 begins with {found[:12]}, not {file.sha256[:12]}. Run: "
-            f"python scripts/download_data.py data={file.data}, which fetches it again."
+            f"python scripts/download_data.py data={file.data}, which downloads it again."
         )
     return path
 
 
 def download(file: PublishedFile, *, url: str | None = None) -> tuple[Path, bool]:
-    """Fetch a published file into the cache, checked by its SHA-256 before it gets its name.
+    """Download a published file into the cache, checked by its SHA-256 before it gets its name.
 
-    An interrupted download goes on where it stopped if the server offers that.
+    An interrupted download continues where it stopped if the server supports it.
 
     Args:
-        file: which.
+        file: to download.
         url: another address of the same archive.
 
     Returns:
-        Where the file lies, and whether it had to be fetched.
+        Path of the file, and whether it was downloaded now.
 
     Raises:
-        ValueError: for an address that is none, an archive that is broken, or a file of another checksum.
-        OSError: where the server cannot be reached or refuses, or the disk does.
+        ValueError: the address is not one, the archive is broken, or the file has another checksum.
+        OSError: the server cannot be reached or refuses, or the file cannot be written.
     """
     path = cache_directory() / file.name
     if path.is_file() and sha256_of_file(path) == file.sha256:
         return path, False
     address = url or file.url
     if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
-        raise ValueError(f'"{address}" is no http or https address.')
+        raise ValueError(f'"{address}" is not an http or https address.')
     archive = path.with_name(f".{file.name}.zip{PARTIAL}")
-    with _locked(archive) as stream:
+    with _open_locked(archive) as stream:
         _fetch(address, stream, archive, file)
         try:
-            _take_out(file, archive, path, address)
+            _extract(file, archive, path, address)
         finally:
-            archive.unlink(missing_ok=True)  # whole and used, or not what it should be
+            archive.unlink(missing_ok=True)  # no longer needed, or broken
     return path, True
 
 
 @contextlib.contextmanager
-def _locked(archive: Path) -> Iterator[IO[bytes]]:
-    """The archive opened for appending, by one process at a time; an empty one is removed afterwards."""
+def _open_locked(archive: Path) -> Iterator[IO[bytes]]:
+    """Open the archive for appending, for one process at a time; an empty one is removed afterwards."""
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
         stream = archive.open("ab")
@@ -158,7 +162,7 @@ def _locked(archive: Path) -> Iterator[IO[bytes]]:
 
 
 def _fetch(address: str, stream: IO[bytes], archive: Path, file: PublishedFile) -> None:
-    """Append the rest of the archive; a connection that breaks off is taken up again while there is headway."""
+    """Append the rest of the archive; connections that break off are resumed as long as each makes progress."""
     for attempt in range(_ATTEMPTS):
         before = archive.stat().st_size
         try:
@@ -172,12 +176,12 @@ def _fetch(address: str, stream: IO[bytes], archive: Path, file: PublishedFile) 
             problem = str(getattr(error, "reason", error)) or type(error).__name__
         if archive.stat().st_size == before or attempt == _ATTEMPTS - 1:
             kept = archive.stat().st_size
-            there = f" {kept / 1e6:.1f} MB are kept: run the same command again to go on." if kept else ""
+            there = f" {kept / 1e6:.1f} MB are kept: run the same command again to continue." if kept else ""
             raise OSError(f"{address} could not be read ({problem}).{there} {_by_hand(file)}")
 
 
 def _append(address: str, stream: IO[bytes]) -> bool:
-    """Read what is missing; whether the archive is whole now."""
+    """Download what is missing; returns whether the archive is now complete."""
     have = stream.seek(0, os.SEEK_END)
     request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -185,7 +189,7 @@ def _append(address: str, stream: IO[bytes]) -> bool:
     except urllib.error.HTTPError as error:
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
-        error.close()  # nothing is missing, or the archive is another one now: its checksum tells
+        error.close()  # nothing is missing, or the server's archive has changed: the checksum decides
         return True
     with response:
         if have and response.status != http.HTTPStatus.PARTIAL_CONTENT:
@@ -201,13 +205,13 @@ def _append(address: str, stream: IO[bytes]) -> bool:
                     raise could_not_write(Path(stream.name), error) from error
                 have += len(chunk)
                 if have > _MOST_BYTES:
-                    raise ValueError(f"{address} sends more than {_MOST_BYTES >> 30} GiB, so it is not what is meant.")
+                    raise ValueError(f"{address} sends more than {_MOST_BYTES >> 30} GiB, so it is another file.")
                 progress.update(len(chunk))
         stream.flush()
     return not total or have >= total
 
 
-def _take_out(file: PublishedFile, archive: Path, path: Path, address: str) -> None:
+def _extract(file: PublishedFile, archive: Path, path: Path, address: str) -> None:
     """Write the member under its name if its checksum is the published one."""
 
     def write(target: BinaryIO) -> None:
@@ -230,10 +234,10 @@ def _take_out(file: PublishedFile, archive: Path, path: Path, address: str) -> N
         raise ValueError(f"The archive at {address} does not hold {file.member}. {_by_hand(file)}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(
-            f"What {address} sent is not a whole zip archive ({error}); it was removed. Run the same command again. "
+            f"{address} did not send a complete zip archive ({error}); it was removed. Run the same command again. "
             f"{_by_hand(file)}"
         ) from None
 
 
 def _by_hand(file: PublishedFile) -> str:
-    return f"Or get {file.url} by other means, take {file.member} out of it and pass data.path=FILE."
+    return f"Or download {file.url} by other means, extract {file.member} and pass data.path=FILE."

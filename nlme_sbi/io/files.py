@@ -1,4 +1,4 @@
-"""From a file to rows of text: where a file is looked for, and what can be wrong with it before any number is read."""
+"""From a file to rows of text: finding the file, and refusing broken files before any number is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from nlme_sbi.config.wording import check_choice, did_you_mean, listed, quoted, sign, typed
 from nlme_sbi.io import limits
-from nlme_sbi.io.download import cached, published
+from nlme_sbi.io.download import find_cached, find_published
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 MISSING = ("", "NA", "NaN", "nan", ".")
@@ -30,12 +30,12 @@ _ALLOWED_THOUSANDS = (",", ".", " ", "'")
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The rows of a file that hold anything, as text.
+    """The rows of a file that are not blank, as text.
 
     Args:
         name: of the file, for messages.
         cells: ``(R, F)`` strings, columns numbered from 0.
-        rows: ``(R,)`` where each row stands in the file, counted from 1.
+        rows: ``(R,)`` row numbers in the file, counted from 1.
     """
 
     name: str
@@ -45,18 +45,17 @@ class Grid:
 
 @dataclass(frozen=True)
 class TableFile:
-    """A file that holds a table, and how it is written down.
+    """A file that holds a table, and its format.
 
     Args:
         path: relative paths are looked for in the working directory, then in the project root.
-        separator: between columns of a text file, as a sign or one of the words comma, semicolon, tab, space, bar and
-            colon. None chooses by extension; beside decimal commas it is ``;``, unless the first row has commas only:
-            decimal commas then stand between quotation marks.
+        separator: of the columns of a text file, as a character or one of the words comma, semicolon, tab, space, bar
+            and colon. None chooses by extension; with decimal commas it is ``;``, unless the first row has commas only:
+            numbers with decimal commas are then in quotation marks.
         decimal: ``.`` or ``,``, or the words point and comma.
         missing: cells that mean "not measured".
         sheet: name of a workbook's sheet; None takes the first.
-        thousands: sign between thousands, "," "." " " or "'" (or comma, point, space, apostrophe); None where there is
-            none.
+        thousands: thousands separator, "," "." " " or "'" (or comma, point, space, apostrophe); None for none.
     """
 
     path: str | os.PathLike[str]
@@ -74,19 +73,19 @@ class TableFile:
         if self.thousands is not None:
             check_choice("thousands", self.thousands, _ALLOWED_THOUSANDS)
             if self.thousands == self.decimal:
-                raise ValueError(f'thousands and decimal are both "{self.decimal}"; choose another decimal sign.')
+                raise ValueError(f'thousands and decimal are both "{self.decimal}"; choose another decimal separator.')
         if self.separator is not None:
             check_choice("separator", self.separator, _ALLOWED_SEPARATORS)
             if self.separator == self.decimal:
                 raise ValueError(f'separator and decimal are both "{self.decimal}"; choose another separator.')
 
     def read(self) -> Grid:
-        """Every row of the file as text; raises ``ValueError`` with a remedy where that is not possible."""
+        """Every row of the file as text; raises ``ValueError`` with a remedy where the file cannot be read."""
         path = locate(self.path)
-        data = _bytes_of(path)
+        data = _read_nonempty(path)
         suffix = path.suffix.lower()
         if suffix == ".gz":
-            data, suffix = limits.unpacked(path, data), Path(path.stem).suffix.lower()
+            data, suffix = limits.gunzip(path, data), Path(path.stem).suffix.lower()
         if suffix in _WORKBOOKS:
             return _without_blanks(_read_workbook(path.name, data, self.sheet))
         if suffix == ".xls":
@@ -103,16 +102,16 @@ class TableFile:
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """The file meant by ``path``: as it stands or under the working directory, else under the project root.
+    """The file at ``path``: absolute or in the working directory, else in the project root.
 
     ``cached:NAME`` is a published file that was downloaded.
 
     Raises:
-        ValueError: nothing is there, or a directory is; with the places that were looked at.
+        ValueError: there is no such file, or it is a directory; with the places that were searched.
     """
-    file = published(path)
+    file = find_published(path)
     if file is not None:
-        return cached(file)
+        return find_cached(file)
     given = Path(path).expanduser()
     candidates = list(dict.fromkeys((Path.cwd() / given, PROJECT_ROOT / given)))
     try:
@@ -132,15 +131,15 @@ def _near_file(candidates: Sequence[Path], name: str) -> str:
     return did_you_mean(name, [entry.name for folder in folders for entry in folder.iterdir()])
 
 
-def _bytes_of(path: Path) -> bytes:
-    data = limits.bytes_of(path)
+def _read_nonempty(path: Path) -> bytes:
+    data = limits.read_bytes(path)
     if not data:
         raise ValueError(f"{path.name} is empty (0 bytes); it needs rows of data.")
     return data
 
 
 def _read_text(name: str, data: bytes, separator: str) -> Grid:
-    text = _decoded(name, data)
+    text = _decode(name, data)
     body = text.lstrip("\n")
     if not body.strip():
         raise ValueError(f"{name} is empty (blank lines only); it needs rows of data.")
@@ -152,19 +151,19 @@ def _read_text(name: str, data: bytes, separator: str) -> Grid:
         if columns >= limits.WIDE:
             cells = limits.wide_cells(encoded, separator, rows=rows, columns=columns)
             return Grid(name, cells, np.arange(rows) + first_row)
-        # Text first: what is a number, a gap or a mistake is decided cell by cell, with its place in the file.
+        # As text: numbers, missing values and mistakes are distinguished cell by cell, with their place in the file.
         cells = pd.read_csv(
             io.BytesIO(encoded), sep=separator, header=None, dtype=object, na_filter=False, skip_blank_lines=False
         )
     except (pd.errors.ParserError, pd.errors.EmptyDataError, csv.Error) as error:
         raise ValueError(
-            f"{name} cannot be cut into columns ({str(error).strip().rstrip('.')}). "
+            f"{name} cannot be split into columns ({str(error).strip().rstrip('.')}). "
             "Look for an unclosed quotation mark or another separator (data.separator)."
         ) from None
     return Grid(name, cells, np.arange(len(cells)) + first_row)
 
 
-def _decoded(name: str, data: bytes) -> str:
+def _decode(name: str, data: bytes) -> str:
     if data[:4] == b"PK\x03\x04":
         raise ValueError(f"{name} holds an Excel workbook or archive, not text; give it the extension .xlsx.")
     try:
@@ -181,9 +180,10 @@ def _decoded(name: str, data: bytes) -> str:
 
 
 def _refuse_ragged(name: str, data: bytes, separator: str, *, first_row: int) -> tuple[int, int]:
-    """Refuses rows with more or fewer fields than the first, which a parser would fill or shift without a word.
+    """Refuse rows with more or fewer fields than the first, which a parser would silently fill or shift.
 
-    Returns the number of columns and of rows.
+    Returns:
+        The number of columns and of rows.
     """
     codes = np.frombuffer(data, dtype=np.uint8)
     is_end, is_separator = codes == ord("\n"), codes == ord(separator)
@@ -203,7 +203,7 @@ def _refuse_ragged(name: str, data: bytes, separator: str, *, first_row: int) ->
         other = _even_separator(data, but=separator)
         if other is not None:
             decimal = f" {typed('decimal', ',')}" if separator == "," else ""
-            hint = f"Where the sign between columns is another, pass {typed('separator', other)}{decimal}."
+            hint = f"If the separator is another one, pass {typed('separator', other)}{decimal}."
         elif separator == ",":
             hint = (
                 f"Add or remove separators there (with decimal commas pass {typed('decimal', ',')} and the right "
@@ -219,13 +219,13 @@ def _refuse_ragged(name: str, data: bytes, separator: str, *, first_row: int) ->
 
 
 def _has_commas_only(data: bytes) -> bool:
-    """Whether the first row has commas and no semicolons: decimal commas then stand between quotation marks."""
+    """Whether the first row has commas and no semicolons: numbers with decimal commas are then in quotation marks."""
     first = data.lstrip().split(b"\n", 1)[0]
     return b"," in first and b";" not in first
 
 
 def _even_separator(data: bytes, *, but: str) -> str | None:
-    """A sign that cuts every row into as many fields as the first, more than one; None where there is none."""
+    """A separator that splits every row into as many fields as the first, more than one; None where there is none."""
     lines = [line for line in data.splitlines() if line.strip()]
     for mark in (";", "\t", "|", ","):
         counts = {line.count(mark.encode()) for line in lines}
@@ -247,22 +247,22 @@ def _read_workbook(name: str, data: bytes, sheet: str | None) -> Grid:
 def _sheet_rows(
     name: str, data: bytes, sheet: str | None, *, formulas: bool = False, values_only: bool = True
 ) -> list[tuple[Any, ...]]:
-    """The cells of a sheet: what they hold or, with ``formulas``, the text of their formulas."""
+    """The cells of a sheet: their values or, with ``formulas``, the text of their formulas."""
     import openpyxl
 
     try:
         with warnings.catch_warnings():
-            # It warns of Excel features (validation, styles) that do not change the cells.
+            # openpyxl warns of Excel features (validation, styles) that do not change the cells.
             warnings.simplefilter("ignore")
             book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=not formulas)
             sheets = {each.title: each for each in book.worksheets}
             chosen = None if not sheets else sheets.get(sheet) if sheet else next(iter(sheets.values()))
             if chosen is not None:
-                chosen.reset_dimensions()  # a sheet may claim a million rows that it does not have
+                chosen.reset_dimensions()  # a sheet may declare a million rows that it does not have
             rows = None if chosen is None else limits.sheet_rows(name, chosen.iter_rows(values_only=values_only))
     except limits.TooLarge:
         raise
-    except Exception as error:  # openpyxl raises what its parsers raise: zip, XML, key and value errors
+    except Exception as error:  # openpyxl raises whatever its parsers raise: zip, XML, key and value errors
         raise ValueError(
             f"{name} cannot be read as an Excel workbook ({type(error).__name__}: {quoted(error)}); "
             "save it again as .xlsx, or as .csv with that extension."
@@ -273,7 +273,7 @@ def _sheet_rows(
 
 
 def _refuse_formulas(name: str, data: bytes, sheet: str | None) -> None:
-    """Refuses formulas whose result the file does not hold: a program that wrote them never worked them out."""
+    """Refuse formulas without a stored result, as programs write them that do not evaluate formulas."""
     with zipfile.ZipFile(io.BytesIO(data)) as package:
         sheets = [part for part in package.namelist() if part.startswith("xl/worksheets/")]
         if not any(b"<f" in package.read(part) for part in sheets):
@@ -310,7 +310,7 @@ def _formula_text(cell: Any) -> str:
 
 
 def _without_blanks(grid: Grid) -> Grid:
-    """Without rows that are blank in every cell, and without blank columns at the right end."""
+    """The grid without blank rows, and without blank columns at the right end."""
     cells, blank = limits.without_blank_ends(grid.cells)
     if blank.all():
         raise ValueError(f"{grid.name} is empty (blank rows only); it needs rows of data.")

@@ -1,4 +1,4 @@
-"""How much a file may hold: regular files only, and refused before memory runs out, each refusal with its remedy."""
+"""Limits on the size of files: regular files only, and refused before memory runs out, with a remedy."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-MOST_BYTES = 2**31  # of a file, and of what a .gz unpacks to
+MOST_BYTES = 2**31  # of a file, and of the content of a .gz file
 MOST_WORKBOOK_BYTES = 2**29  # of XML in a workbook, unpacked
 MOST_COLUMNS = 1_000_000
 MOST_CELLS = 100_000_000  # of a table, some 60 bytes each
 MOST_SHEET_CELLS = 20_000_000
-WIDE = 200  # columns from which pandas, which handles each on its own, is slower than a plain parser
-_SUSPICIOUS_BYTES, _SUSPICIOUS_RATIO = 2**26, 200  # data are packed ten- to fiftyfold, never more than so
+WIDE = 200  # columns from which pandas, which handles each separately, is slower than a plain parser
+_SUSPICIOUS_BYTES, _SUSPICIOUS_RATIO = 2**26, 200  # tables of data are compressed ten- to fiftyfold, never more
 _CHUNK = 1 << 20
 _LONGEST_CELL = 2**20
 _REMEDY = "Leave out what is not needed, or split the file."
 
 
 class TooLarge(ValueError):
-    """A file that holds more than is read."""
+    """A file is larger than the readers accept."""
 
 
-def bytes_of(path: Path) -> bytes:
-    """A file's bytes; a pipe or device, which may never end, is refused before it is opened, and so is a huge file."""
+def read_bytes(path: Path) -> bytes:
+    """Read a file's bytes; pipes and devices, which may never end, and huge files are refused before opening."""
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{path.name} is no regular file but a pipe or device; write its content to a file first.")
+            raise ValueError(f"{path.name} is a pipe or device, not a file; write its content to a file first.")
         if found.st_size > MOST_BYTES:
             raise too_large(path.name, found.st_size)
         with path.open("rb") as file:
-            data = file.read(found.st_size + 1)  # not more: read() lays the whole wish out in memory first
+            data = file.read(found.st_size + 1)  # not more: read() allocates the requested size first
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read: {error.strerror or error}.") from None
     if len(data) > MOST_BYTES:
@@ -50,14 +50,14 @@ def bytes_of(path: Path) -> bytes:
 
 
 def too_large(name: str, size: int) -> TooLarge:
-    """The sentence for a file of more bytes than are read."""
+    """The error for a file with too many bytes."""
     return TooLarge(
         f"{name} holds {size / 2**30:.1f} GiB or more; at most {MOST_BYTES / 2**30:.0f} GiB are read. {_REMEDY}"
     )
 
 
-def unpacked(path: Path, data: bytes) -> bytes:
-    """What a .gz file holds; refused while it is unpacked where that is more than is read, or more than data give."""
+def gunzip(path: Path, data: bytes) -> bytes:
+    """Unpack a .gz file; refused while it is unpacked where the content is too large, or too large for its size."""
     pieces: list[bytes] = []
     size = 0
     try:
@@ -70,27 +70,27 @@ def unpacked(path: Path, data: bytes) -> bytes:
                 if size > _SUSPICIOUS_BYTES and size > _SUSPICIOUS_RATIO * len(data):
                     raise _bomb(path.name, f"gunzip {path.name}")
     except (OSError, EOFError, zlib.error):
-        raise ValueError(f"{path.name} is not a whole gzip file, as its name says; rename or copy it again.") from None
+        raise ValueError(f"{path.name} is not a complete gzip file; copy it again, or rename it.") from None
     return b"".join(pieces)
 
 
 def _bomb(name: str, remedy: str) -> ValueError:
     return ValueError(
         f"{name} unpacks to more than {_SUSPICIOUS_RATIO} times its size, as no table of measurements does. If you "
-        f"know what it is, unpack it yourself ({remedy})."
+        f"trust it, unpack it yourself ({remedy})."
     )
 
 
 def check_workbook(name: str, data: bytes) -> None:
-    """Refuse a workbook whose XML would not fit into memory, told by its list of contents, before any is unpacked.
+    """Refuse a workbook whose XML would not fit into memory, by its list of contents, before it is unpacked.
 
-    Sizes in that list are upper bounds of what is unpacked: reading ends there, whatever follows.
+    Sizes in that list are upper bounds: no more is unpacked.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError):
-        return  # what it is instead is told by whoever reads it
+        return  # the reader says what is wrong with it
     if size > _SUSPICIOUS_BYTES and size > _SUSPICIOUS_RATIO * len(data):
         raise _bomb(name, "save the sheet as .csv")
     if size > MOST_WORKBOOK_BYTES:
@@ -101,7 +101,7 @@ def check_workbook(name: str, data: bytes) -> None:
 
 
 def sheet_rows(name: str, rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Rows of a sheet without their empty ends; raises :class:`TooLarge` while they are read."""
+    """Rows of a sheet without empty cells at their ends; raises :class:`TooLarge` while they are read."""
     kept: list[tuple[Any, ...]] = []
     cells = 0
     for row in rows:
@@ -119,7 +119,7 @@ def sheet_rows(name: str, rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ..
 
 
 def sheet_cells(rows: list[tuple[Any, ...]]) -> pd.DataFrame:
-    """Rows of a sheet as one block of strings, short ones filled up with empty cells."""
+    """Rows of a sheet as one block of strings, short ones padded with empty cells."""
     cells = np.full((len(rows), max((len(row) for row in rows), default=0)), "", dtype=object)
     for place, row in enumerate(rows):
         cells[place, : len(row)] = ["" if cell is None else str(cell) for cell in row]
@@ -127,7 +127,7 @@ def sheet_cells(rows: list[tuple[Any, ...]]) -> pd.DataFrame:
 
 
 def check_size(name: str, rows: int, columns: int) -> None:
-    """Refuse a table of too many columns or cells."""
+    """Refuse a table with too many columns or cells."""
     if columns > MOST_COLUMNS:
         raise ValueError(
             f"{name} has {columns} columns; at most {MOST_COLUMNS} are read. Write it as a long table, one row a "
@@ -138,26 +138,26 @@ def check_size(name: str, rows: int, columns: int) -> None:
 
 
 def wide_cells(data: bytes, separator: str, *, rows: int, columns: int) -> pd.DataFrame:
-    """A text with many columns as one block of strings, ``(rows, columns)``; raises ``csv.Error`` where it cannot.
+    """A text with many columns as one block of strings, ``(rows, columns)``; raises ``csv.Error`` where rows differ.
 
-    In one pass over the cells: a frame with a block for each column takes a thousand times as long to handle.
+    In one pass over the cells: a frame with a block for each column is a thousand times slower.
     """
     cells = np.full((rows, columns), "", dtype=object)
-    held = csv.field_size_limit(_LONGEST_CELL)
+    previous = csv.field_size_limit(_LONGEST_CELL)
     try:
         lines = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8", newline=""), delimiter=separator)
         for place, line in enumerate(lines):
             if len(line) == columns:
                 cells[place] = line
-            elif line:  # quotation marks in odd places; filling the row up would shift its values without a word
+            elif line:  # misplaced quotation marks; padding the row would silently shift its values
                 raise csv.Error(f"row {place + 1} from the first one has {len(line)} fields, not {columns}")
     finally:
-        csv.field_size_limit(held)
+        csv.field_size_limit(previous)
     return pd.DataFrame(cells, dtype=object, copy=False)
 
 
 def without_blank_ends(cells: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
-    """A frame without blank columns at its right end, and which of its rows are blank in every cell."""
+    """A frame without blank columns at its right end, and a mask of its blank rows."""
     if cells.shape[1] >= WIDE:
         filled = cells.to_numpy(dtype=object) != ""
         used = np.flatnonzero(filled.any(axis=0))

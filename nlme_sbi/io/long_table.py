@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int
 
-from nlme_sbi.io.censored import limits_of
-from nlme_sbi.io.clock_times import times_of
-from nlme_sbi.io.covariates.covariate_options import CovariateOptions
-from nlme_sbi.io.covariates.individual_covariates import Levels
-from nlme_sbi.io.covariates.time_covariates import Choices
-from nlme_sbi.io.files import MISSING, TableFile
 from nlme_sbi.io.meanings import Rows, refuse_other_meanings
-from nlme_sbi.io.plans import PlannedDesigns, planned_design
-from nlme_sbi.io.records import Records, Scales, chosen_signals, observations, only_signal
-from nlme_sbi.io.rows import apart_note, individuals_of, open_table, refuse_disorder
-from nlme_sbi.io.tables import Table, column_names
+from nlme_sbi.io.plans import PlannedDesigns, plan_design
+from nlme_sbi.io.reader_options import TableReader
+from nlme_sbi.io.records import make_observations, select_signals, single_signal_name
+from nlme_sbi.io.rows import read_individuals, refuse_disorder, scattered_rows_note
+from nlme_sbi.io.tables import Table
 from nlme_sbi.types import Observations
 
 _COLUMNS = {
@@ -36,19 +30,19 @@ _OPTIONAL = ("signal", "cens", "limit")
 
 
 @dataclass(frozen=True)
-class LongTable:
-    """A table with one row for each measurement: who, when, which signal, how much.
+class LongTable(TableReader):
+    """A table with one row for each measurement: individual, time, signal and value.
 
     Clock times and dates become hours since the individual's first record; see :mod:`nlme_sbi.io.clock_times`. Columns
-    that would change what a row means and are not read (flags, occasions, doses, ...) are refused where they ask for
-    anything; all others are named in the notes.
+    that are not read but would change the meaning of a row (flags, occasions, doses, ...) are refused; other unused
+    columns are listed in the notes.
 
     Args:
         path: csv, tsv (also .gz) or xlsx; relative to the working directory, else to the project root.
         columns: the file's names for ``id``, ``time``, ``date``, ``signal``, ``value``, ``cens`` and ``limit`` (as in
             event tables); letter case does not matter. Without a signal column the file has one signal.
-        date_format: order of day, month and year where dates do not tell it, as in event tables.
-        signals: which signals to take, in this order; None takes all, as they appear. Without a signal column: the
+        date_format: order of day, month and year where it is ambiguous, as in event tables.
+        signals: signals to read, in this order; None reads all, in order of appearance. Without a signal column: the
             name of the one signal.
         covariates: columns that are constant within an individual.
         time_covariates: numeric columns that change in time, for simulators that read them along the timeline: names,
@@ -76,83 +70,58 @@ class LongTable:
         sheet: of a workbook; None takes the first.
     """
 
-    path: str | os.PathLike[str]
-    columns: Mapping[str, str | None] = field(default_factory=dict)
-    date_format: str | None = None
-    signals: str | Sequence[str] | None = None
-    covariates: str | Sequence[str] = ()
-    time_covariates: Choices = ()
-    covariate_value: str = "constant"
-    categorical: Levels = ()
-    only: Mapping[str, object] = field(default_factory=dict)
-    skip: Mapping[str, object] = field(default_factory=dict)
-    unused: str | Sequence[str] = ()
-    sort: bool = False
-    signal_units: Mapping[str, str] = field(default_factory=dict)
-    signal_scale: Mapping[str, float | int] = field(default_factory=dict)
-    time_unit: str = ""
-    time_scale: float | int = 1.0
-    covariate_units: Mapping[str, str] = field(default_factory=dict)
-    covariate_scale: Mapping[str, float | int] = field(default_factory=dict)
-    transform: str = "none"
-    replicates: str = "refuse"
-    decimal: str = "."
-    thousands: str | None = None
-    separator: str | None = None
-    missing: Sequence[str] = MISSING
-    sheet: str | None = None
-
     def read(self) -> Observations:
-        """The measurements; raises ``ValueError`` with row, column and remedy where the file does not allow it."""
-        scales, names, table, notes = self._opened()
-        asked = [role for role in _OPTIONAL if names[role] != _COLUMNS[role]]
-        table.require(names, ("id", "time", "value", *asked))
-        codes, ids, said = individuals_of(table, names["id"])
+        """Read the measurements; raises ``ValueError`` with row, column and remedy where the file is wrong."""
+        opened = self._open(_COLUMNS)
+        opened.require(("id", "time", "value"), optional=_OPTIONAL)
+        table, names = opened.table, opened.names
+        codes, ids, id_notes = read_individuals(table, names["id"])
         signal, keep, signals = self._signals(table, names)
-        clock = times_of(table, names, self.date_format, scales, individual=codes, ids=ids, sort=self.sort, keep=keep)
-        whole = None
-        if self._covariates.need_times:
-            whole = times_of(table, names, self.date_format, scales, individual=codes, ids=ids, sort=self.sort).values
-        covariates = self._covariates.read(table, individual=codes, ids=ids, times=whole)
-        scales = replace(scales, time_unit=clock.unit)
+        clock = self._times(opened, codes, ids, keep=keep)
+        all_times = self._times(opened, codes, ids).values if self._covariates.need_times else None
+        covariates = self._covariates.read(table, individual=codes, ids=ids, times=all_times)
         used = [*names.values(), *clock.columns, *self._covariates.columns()]
         rows = Rows(codes, ids, keep, names["value"])
-        unused = refuse_other_meanings(table, rows, used=self._there(table, used), doses=False)
-        chosen, signal, individual = table.where(keep), signal[keep], codes[keep]
-        times = clock.values
+        unused = refuse_other_meanings(table, rows, used=table.present(used), doses=False)
         if not self.sort:
-            refuse_disorder(chosen, names["time"], individual=individual, ids=ids, times=times, series=signal)
-        position, factors = chosen.position(names["value"]), scales.factors_of(signals)[signal]
-        values = scales.values(chosen, slice(position, position + 1), factors)[:, 0]
-        limits, spare = limits_of(
-            chosen,
-            cens=names["cens"],
-            limit=names["limit"],
-            value=names["value"],
-            values=values,
-            bounds=scales.bounds(chosen, names["limit"], factors),
+            refuse_disorder(
+                table.where(keep),
+                names["time"],
+                individual=codes[keep],
+                ids=ids,
+                times=clock.values,
+                series=signal[keep],
+            )
+        records, limit_notes = opened.read_measurements(
+            keep, value="value", signals=signals, signal=signal, individual=codes, times=clock.values
         )
-        records = Records(
-            individual=individual, signal=signal, time=times, value=values, row=chosen.rows, limits=limits
-        )
-        return observations(
+        return make_observations(
             records,
             table.name,
             ids=ids,
             signals=signals,
-            scales=scales,
+            scales=replace(opened.scales, time_unit=clock.unit),
             covariates=covariates.constant,
             time_covariates=covariates.course,
             covariate_units=dict(self.covariate_units),
-            notes=(*notes, *said, *clock.notes, *apart_note(individual), *spare, *covariates.notes, *unused),
+            notes=(
+                *opened.notes,
+                *id_notes,
+                *clock.notes,
+                *scattered_rows_note(codes[keep]),
+                *limit_notes,
+                *covariates.notes,
+                *unused,
+            ),
         )
 
     def plan(self) -> PlannedDesigns:
-        """Individuals and times to predict for, whether measured or not; covariates that are not there are left out."""
-        scales, names, table, notes = self._opened()
-        table.require(names, ("id", "time"))
-        codes, ids, said = individuals_of(table, names["id"])
-        clock = times_of(table, names, self.date_format, scales, individual=codes, ids=ids, sort=self.sort)
+        """Read individuals and times of predictions, measured or not; covariates without a column are left out."""
+        opened = self._open(_COLUMNS)
+        opened.require(("id", "time"))
+        table, names = opened.table, opened.names
+        codes, ids, id_notes = read_individuals(table, names["id"])
+        clock = self._times(opened, codes, ids)
         if clock.notes:
             raise ValueError(
                 f"{table.name}: a plan without doses has no record that its clock times could count from; write times "
@@ -164,13 +133,13 @@ class LongTable:
             signal = pd.factorize(table.text(names["signal"]))[0].astype(np.int64)
         if not self.sort:
             refuse_disorder(table, names["time"], individual=codes, ids=ids, times=times, series=signal)
-        wanted = self._there(table, self._covariates.columns())
         rows = Rows(codes, ids, np.zeros(len(table), dtype=bool), names["value"])
-        unused = refuse_other_meanings(table, rows, used=self._there(table, [*names.values(), *wanted]), doses=False)
-        covariates = self._covariates.read(table, individual=codes, ids=ids, times=times, those_there=True)
+        used = table.present([*names.values(), *self._covariates.columns()])
+        unused = refuse_other_meanings(table, rows, used=used, doses=False)
+        covariates = self._covariates.read(table, individual=codes, ids=ids, times=times, skip_missing=True)
         return PlannedDesigns(
             ids=ids,
-            design=planned_design(
+            design=plan_design(
                 table.name,
                 individual=codes,
                 ids=ids,
@@ -180,41 +149,17 @@ class LongTable:
             ),
             time_unit=self.time_unit,
             covariate_units=dict(self.covariate_units),
-            notes=(*notes, *said, *unused, *covariates.notes),
+            notes=(*opened.notes, *id_notes, *unused, *covariates.notes),
         )
-
-    @property
-    def _covariates(self) -> CovariateOptions:
-        return CovariateOptions(
-            constant=self.covariates,
-            categorical=self.categorical,
-            in_time=self.time_covariates,
-            value=self.covariate_value,
-            scale=self.covariate_scale,
-            units=self.covariate_units,
-        )
-
-    def _opened(self) -> tuple[Scales, dict[str, str], Table, list[str]]:
-        scales = Scales(
-            self.signal_units, self.time_unit, self.time_scale, self.transform, self.replicates, self.signal_scale
-        )
-        names = column_names(self.columns, _COLUMNS)
-        file = TableFile(self.path, self.separator, self.decimal, self.missing, self.sheet, self.thousands)
-        table, notes = open_table(file, unused=self.unused, only=self.only, skip=self.skip)
-        return scales, names, table, notes
-
-    @staticmethod
-    def _there(table: Table, names: Sequence[str]) -> list[str]:
-        return [name for name in dict.fromkeys(names) if name and table.has(name)]
 
     def _signals(
         self, table: Table, names: Mapping[str, str]
     ) -> tuple[Int[np.ndarray, " R"], Bool[np.ndarray, " R"], tuple[str, ...]]:
-        """For each row the signal's code and whether it was asked for, and the signals."""
+        """For each row the signal's code and whether the signal is read, and the signals."""
         if not table.has(names["signal"]):
-            signals = only_signal(self.signals, default=names["value"])
+            signals = single_signal_name(self.signals, default=names["value"])
             return np.zeros(len(table), dtype=np.int64), np.ones(len(table), dtype=bool), signals
         found_codes, found = table.complete_names(names["signal"], noun="signals")
-        wanted = chosen_signals(table.name, found, self.signals)
+        wanted = select_signals(table.name, found, self.signals)
         codes = pd.Index(wanted, dtype=object).get_indexer(pd.Index(found, dtype=object))[found_codes].astype(np.int64)
         return codes, codes >= 0, wanted

@@ -1,7 +1,6 @@
-"""Columns that would change what a row means and are not read: they are refused, never ignored.
+"""Columns that are not read but would change the meaning of a row: they are refused, never ignored.
 
-The names are those of NONMEM, Monolix, nlmixr2/rxode2 and of data sets around them; letter case and signs do not
-matter.
+The names are those of NONMEM, Monolix, nlmixr2/rxode2 and common data sets; letter case and punctuation do not matter.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ _BEYOND = (
 )
 _LOW_LIMITS = ("lloq", "loq", "lod", "lloqn", "lloqval", "loqval", "quantlimit")
 _HIGH_LIMITS = ("uloq", "uloqn")
-# What other programs take from a column of this name, where it is not 0.
+# Meaning of a column of this name in other programs, where it is not 0.
 _NOT_ZERO = {
     **dict.fromkeys(("rate",), "infusions"),
     **dict.fromkeys(("dur", "duration", "tinf", "tinfusion", "infdur", "infusionduration"), "infusions"),
@@ -80,7 +79,7 @@ _NOTHING = ("", "0", "n", "no", "f", "false")
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of a table, for those rules that ask whose they are and what they hold."""
+    """The rows of a table, for rules that depend on individuals and measurements."""
 
     individual: Int[np.ndarray, " R"]
     ids: Sequence[str]
@@ -88,36 +87,36 @@ class Rows:
     value: str
 
     @property
-    def everything(self) -> Bool[np.ndarray, " R"]:
+    def all_rows(self) -> Bool[np.ndarray, " R"]:
         return np.ones(len(self.individual), dtype=bool)
 
 
 def plain_name(column: str) -> str:
-    """A column's name without case and signs: ``DVID``, ``dv_id`` and ``#DVID`` are one."""
+    """A column's name without case and punctuation: ``DVID``, ``dv_id`` and ``#DVID`` are the same."""
     return re.sub(r"[^a-z0-9]", "", column.casefold())
 
 
 def refuse_other_meanings(table: Table, rows: Rows, *, used: Sequence[str], doses: bool) -> list[str]:
-    """Refuse what unread columns ask for, and name those that ask for nothing.
+    """Refuse unused columns that would change the meaning of rows, and list the others in a note.
 
     Args:
         table: the rows that are read.
-        rows: what is known of them.
-        used: columns that the reader has taken.
-        doses: whether rows may be doses; without, an amount of one is refused.
+        rows: their individuals and measurements.
+        used: columns that the reader uses.
+        doses: whether rows may be doses; if not, amounts are refused.
 
     Returns:
-        A note that names the columns that are not used; nothing where all are.
+        A note with the names of unused columns; empty where there are none.
 
     Raises:
-        ValueError: with column, row and how to say what is meant.
+        ValueError: a column changes the meaning of a row; with column, row and remedy.
     """
     positions = {table.position(column) for column in used}
     unused = []
     for place, column in enumerate(table.columns):
         if place in positions or not column:
             continue
-        if table.columns.count(column) > 1:  # by its name alone it cannot be asked
+        if table.columns.count(column) > 1:  # it cannot be looked up by name
             raise ValueError(f"{table.name} has several columns {quoted(column)}; rename all but one.")
         rule = _rule_of(plain_name(column), doses=doses)
         if rule is not None:
@@ -137,7 +136,7 @@ def _rule_of(name: str, *, doses: bool) -> Rule | None:
         (("cens", "limit"), _refuse_censoring),
         (_LOW_LIMITS, _refuse_below),
         (_HIGH_LIMITS, _refuse_above),
-        (tuple(_NOT_ZERO), _refuse_what_is_not_zero),
+        (tuple(_NOT_ZERO), _refuse_not_zero),
         (_OCCASIONS, _refuse_occasions),
         (_DATES, _refuse_dates),
         (_UNITS, _refuse_several_units),
@@ -157,23 +156,23 @@ def _levels(table: Table, column: str) -> Cells:
     return table.levels(column)
 
 
-def _nothing(levels: Cells) -> Bool[np.ndarray, " R"]:
+def _is_nothing(levels: Cells) -> Bool[np.ndarray, " R"]:
     return np.isin(pd.Series(levels, dtype=object).str.casefold().to_numpy(dtype=object), _NOTHING)
 
 
 def _refuse_flags(table: Table, column: str, rows: Rows) -> None:
     del rows
     levels = _levels(table, column)
-    bad = ~_nothing(levels)
+    bad = ~_is_nothing(levels)
     if bad.any():
         marks = [str(level) for level in pd.unique(levels[bad])]
         if bad.all() and len(marks) == 1:
-            return  # the same on every row tells nothing apart
+            return  # the same mark on every row distinguishes nothing
         skip = typed("skip", {column: marks[0] if len(marks) == 1 else marks[:8]})
         raise table.refusal(
             bad,
             column,
-            what=f"rows are marked in the column {quoted(column)}, and whether they count is not known",
+            what=f"rows are marked in the column {quoted(column)}, and it is unknown whether to use them",
             remedy=f"Pass {skip} to leave them out, or {_unused(column)}.",
         )
 
@@ -181,20 +180,20 @@ def _refuse_flags(table: Table, column: str, rows: Rows) -> None:
 def _refuse_keeps(table: Table, column: str, rows: Rows) -> None:
     del rows
     levels = _levels(table, column)
-    bad = _nothing(levels)
+    bad = _is_nothing(levels)
     if bad.any() and not bad.all():
         marks = [str(level) for level in pd.unique(levels[~bad])]
         only = typed("only", {column: marks[0] if len(marks) == 1 else marks[:8]})
         raise table.refusal(
             bad,
             column,
-            what=f"rows are not marked in the column {quoted(column)}, and whether they count is not known",
+            what=f"rows are not marked in the column {quoted(column)}, and it is unknown whether to use them",
             remedy=f"Pass {only} to leave them out, or {_unused(column)}.",
         )
 
 
 def _refuse_beyond(table: Table, column: str, rows: Rows) -> None:
-    bad = ~_nothing(_levels(table, column)) & rows.everything
+    bad = ~_is_nothing(_levels(table, column)) & rows.all_rows
     if bad.any():
         levels = [str(level) for level in pd.unique(_levels(table, column)[bad])]
         raise table.refusal(
@@ -208,15 +207,15 @@ def _refuse_beyond(table: Table, column: str, rows: Rows) -> None:
 
 
 def _refuse_censoring(table: Table, column: str, rows: Rows) -> None:
-    """CENS or LIMIT that are not the columns which are read as such."""
-    bad = ~_nothing(_levels(table, column)) & rows.measured
+    """Refuse columns CENS or LIMIT that are not read as such."""
+    bad = ~_is_nothing(_levels(table, column)) & rows.measured
     if plain_name(column) == "limit":
         bad = (_levels(table, column) != "") & rows.measured
     if bad.any():
         raise table.refusal(
             bad,
             column,
-            what=f"rows have a {column}, which means something only beside a column of censoring codes",
+            what=f"rows have a {column}, which has a meaning only with a column of censoring codes",
             remedy=f"Name that column, {typed('columns.cens', 'NAME')}, or pass {_unused(column)}.",
         )
 
@@ -239,7 +238,7 @@ def _limit_rule(table: Table, column: str, rows: Rows, *, below: bool) -> None:
 
 
 def _refuse_below(table: Table, column: str, rows: Rows) -> None:
-    if not table.has("CENS"):  # the codes say which rows are meant
+    if not table.has("CENS"):  # with codes, the column is only information
         _limit_rule(table, column, rows, below=True)
 
 
@@ -248,27 +247,27 @@ def _refuse_above(table: Table, column: str, rows: Rows) -> None:
         _limit_rule(table, column, rows, below=False)
 
 
-def _refuse_what_is_not_zero(table: Table, column: str, rows: Rows) -> None:
+def _refuse_not_zero(table: Table, column: str, rows: Rows) -> None:
     del rows
-    bad = ~_nothing(_levels(table, column))
+    bad = ~_is_nothing(_levels(table, column))
     if bad.any():
         feature = _NOT_ZERO[plain_name(column)]
         raise table.refusal(
             bad,
             column,
-            what=f"rows ask for {feature} ({column})",
-            remedy=f"{_taken_by(plain_name(column))}, or pass {_unused(column)}.",
+            what=f"rows have {feature} ({column})",
+            remedy=f"{_remedy_for(plain_name(column))}, or pass {_unused(column)}.",
         )
 
 
-def _taken_by(name: str) -> str:
+def _remedy_for(name: str) -> str:
     if name in _ROLE_OF:
         return f"Read the table as data=event_table with {_ROLE_OF[name]} naming this column"
-    return "Leave these individuals out, or make it part of the model"
+    return "Leave these individuals out, or include it in the model"
 
 
 def _refuse_occasions(table: Table, column: str, rows: Rows) -> None:
-    bad = _changing(_levels(table, column), rows)
+    bad = _differs_from_first(_levels(table, column), rows)
     if bad.any():
         raise table.refusal(
             bad,
@@ -281,22 +280,22 @@ def _refuse_occasions(table: Table, column: str, rows: Rows) -> None:
 
 
 def _refuse_dates(table: Table, column: str, rows: Rows) -> None:
-    bad = _changing(_levels(table, column), rows)
+    bad = _differs_from_first(_levels(table, column), rows)
     if bad.any():
         raise table.refusal(
             bad,
             column,
-            what=f"rows are of another day than the first of their individual ({column}), and whether the times go on "
-            "over days or begin anew is not known",
-            remedy=f"Pass {typed('unused', [column])} if they go on. Where the times are hours of that day, pass "
+            what=f"rows are of another day than the first of their individual ({column}), and it is unknown whether "
+            "times count over days or start again every day",
+            remedy=f"Pass {typed('unused', [column])} if they count over days. If they are hours of that day, pass "
             f"{typed('columns.date', column)}; else write the time since the first record into the column of times.",
         )
 
 
 def _refuse_several_units(table: Table, column: str, rows: Rows) -> None:
     levels = _levels(table, column)
-    told = levels != ""
-    bad = told & (levels != levels[int(np.argmax(told))])
+    given = levels != ""
+    bad = given & (levels != levels[int(np.argmax(given))])
     if bad.any():
         raise table.refusal(
             bad,
@@ -322,10 +321,10 @@ def _refuse_correlated(table: Table, column: str, rows: Rows) -> None:
 
 
 def _refuse_amounts(table: Table, column: str, rows: Rows) -> None:
-    """Doses in a table without doses; a column DOSE that is one number an individual only describes it."""
-    if plain_name(column) == "dose" and not _changing(_levels(table, column), rows).any():
+    """Refuse doses in a table without doses; a column DOSE that is constant within individuals only describes them."""
+    if plain_name(column) == "dose" and not _differs_from_first(_levels(table, column), rows).any():
         return
-    bad = ~_nothing(_levels(table, column))
+    bad = ~_is_nothing(_levels(table, column))
     if bad.any():
         raise table.refusal(
             bad,
@@ -343,13 +342,13 @@ def _refuse_signals(table: Table, column: str, rows: Rows) -> None:
         raise table.refusal(
             bad,
             column,
-            what=f"rows measure something else than the first ({column} has {listed(different)})",
+            what=f"rows measure another signal than the first ({column} has {listed(different)})",
             remedy=f"Pass {typed('columns.signal', column)} to read it as the signal, or {_unused(column)}.",
         )
 
 
-def _changing(levels: Cells, rows: Rows) -> Bool[np.ndarray, " R"]:
-    """Rows whose level is another than the first one told of their individual; missing cells change nothing."""
+def _differs_from_first(levels: Cells, rows: Rows) -> Bool[np.ndarray, " R"]:
+    """Rows whose level differs from the first one of their individual; missing cells do not."""
     codes, _ = pd.factorize(levels)
     numbers: Float[np.ndarray, " R"] = np.where(levels == "", np.nan, codes.astype(np.float64))
     first = pd.Series(numbers).groupby(rows.individual).transform("first").to_numpy()

@@ -1,4 +1,4 @@
-"""Plans: times, doses and covariates without measurements, which predictions are made for."""
+"""Plans: times, doses and covariates without measurements, for predictions."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from nlme_sbi.types import Covariates, Design, Events, TimeCovariates
 
 @dataclass(frozen=True, eq=False)
 class PlannedDesigns:
-    """``I`` individuals and what is planned for each.
+    """Planned designs of ``I`` individuals.
 
     Args:
-        ids: as the file has them.
-        design: times, padded with the last one; ``observed (I, T, 1)`` is False where they fill up only.
+        ids: as in the file.
+        design: times, padded with the last one; ``observed (I, T, 1)`` is False for padding.
         time_unit: unit of the times, "" where unknown.
         dose_unit: unit of the doses, "" where unknown.
-        covariate_units: units of covariates by name, as far as they are known.
-        notes: what the reader has to say of the file.
+        covariate_units: known units of covariates, by name.
+        notes: of the reader, for the user.
     """
 
     ids: tuple[str, ...]
@@ -40,10 +40,10 @@ class PlanReader(Protocol):
     """A reader whose file may be a plan."""
 
     def plan(self) -> PlannedDesigns:
-        """Individuals, times and doses, whether measured or not."""
+        """Read individuals, times and doses, measured or not."""
 
 
-def planned_design(
+def plan_design(
     name: str,
     *,
     individual: Int[np.ndarray, " R"],
@@ -53,7 +53,7 @@ def planned_design(
     events: Events | None = None,
     time_covariates: TimeCovariates | None = None,
 ) -> Design:
-    """The different times of every individual, sorted, short rows padded with their last time.
+    """A design with the distinct times of every individual, sorted, short rows padded with their last time.
 
     Args:
         name: of the file, for messages.
@@ -77,10 +77,10 @@ def planned_design(
     own = [np.unique(times[individual == code]) for code in range(len(ids))]
     longest = max(map(len, own))
     padded = np.stack([np.pad(each, (0, longest - len(each)), mode="edge") for each in own])
-    there = np.stack([np.arange(longest) < len(each) for each in own])
+    measured = np.stack([np.arange(longest) < len(each) for each in own])
     return Design(
         torch.from_numpy(padded),
-        torch.from_numpy(there)[..., None],
+        torch.from_numpy(measured)[..., None],
         covariates=covariates,
         events=events,
         time_covariates=time_covariates,

@@ -1,4 +1,4 @@
-"""From one record a measurement to observations: tensors of individuals, times and signals, padded and masked."""
+"""From records, one a measurement, to observations: tensors of individuals, times and signals, padded and masked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from nlme_sbi.config.wording import as_names, check_choice, did_you_mean, listed, listed_at, quoted, typed
 from nlme_sbi.io.censored import Limits
-from nlme_sbi.io.tables import Table, number_option
+from nlme_sbi.io.tables import Table, check_number
 from nlme_sbi.types import Covariates, Design, Events, Observations, TimeCovariates
 
 REPLICATES = ("refuse", "keep", "mean")
@@ -22,7 +22,7 @@ _MOST_CELLS = 500_000_000
 
 @dataclass(frozen=True)
 class Scales:
-    """What happens to times and values between the file and the observations, and what their units are called.
+    """Scaling, transformation and units of times and values, and treatment of replicates.
 
     Args:
         signal_units: unit of each signal, after ``signal_scale`` and ``transform``.
@@ -44,17 +44,17 @@ class Scales:
     def __post_init__(self) -> None:
         check_choice("transform", self.transform, TRANSFORMS)
         check_choice("replicates", self.replicates, REPLICATES)
-        number_option("time_scale", self.time_scale, positive=True)
+        check_number("time_scale", self.time_scale, positive=True)
         for name, factor in self.signal_scale.items():
-            number_option(f"signal_scale.{name}", factor, positive=True)
+            check_number(f"signal_scale.{name}", factor, positive=True)
 
     def factors_of(self, signals: Sequence[str]) -> Float[np.ndarray, " C"]:
-        """What each signal is multiplied by; raises ``ValueError`` where a factor is given for another signal."""
+        """Factor of each signal; raises ``ValueError`` where a factor is given for another signal."""
         self._refuse_strangers("signal_scale", self.signal_scale, signals)
         return np.array([float(self.signal_scale.get(name, 1.0)) for name in signals])
 
     def units_of(self, signals: Sequence[str]) -> tuple[str, ...]:
-        """The unit of each signal; raises ``ValueError`` where a unit is given for a signal that is not there."""
+        """Unit of each signal; raises ``ValueError`` where a unit is given for another signal."""
         self._refuse_strangers("signal_units", self.signal_units, signals)
         return tuple(str(self.signal_units.get(name, "")) for name in signals)
 
@@ -84,7 +84,7 @@ class Scales:
         Args:
             table: the rows.
             columns: neighbouring columns.
-            factors: what the values are multiplied by, one for all or one a row.
+            factors: of the values, one for all or one a row.
         """
         values = table.block(columns, noun="values")
         if self.transform == "log":
@@ -97,12 +97,12 @@ class Scales:
         bad = np.isinf(values) | ((values == 0) & (self.transform == "log"))
         if bad.any():
             remedy = "Choose another data.signal_scale."
-            raise table.block_refusal(bad, columns, what="values leave the numbers when scaled", remedy=remedy)
+            raise table.block_refusal(bad, columns, what="values overflow or underflow when scaled", remedy=remedy)
         scaled: Float[np.ndarray, "R F"] = np.log(values) if self.transform == "log" else values
         return scaled
 
     def bounds(self, table: Table, column: str, factors: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
-        """The other ends of censored values, scaled as they are, NaN where missing; 0 and less have the log -inf."""
+        """The other limits of censored values, scaled like values, NaN where missing; 0 and less have the log -inf."""
         if not table.has(column):
             return np.full(len(table), np.nan)
         ends: Float[np.ndarray, " R"] = table.numbers(column, noun="limits") * factors
@@ -115,8 +115,8 @@ class Scales:
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """One row a measurement, ``(R,)`` each: codes, times, values (NaN where missing), the file's row, and what is known
-    of censored ones."""
+    """One row a measurement, ``(R,)`` each: codes, times, values (NaN where missing), the file's row, and limits of
+    censored ones."""
 
     individual: Int[np.ndarray, " R"]
     signal: Int[np.ndarray, " R"]
@@ -132,7 +132,7 @@ class Records:
         )
 
 
-def observations(
+def make_observations(
     records: Records,
     name: str,
     *,
@@ -142,20 +142,20 @@ def observations(
     covariates: Covariates | None = None,
     events: Events | None = None,
     time_covariates: TimeCovariates | None = None,
-    **told: Any,
+    **fields: Any,
 ) -> Observations:
-    """Records as observations: individuals as in ``ids``, times sorted, short rows padded with their last time.
+    """Make observations of records: individuals as in ``ids``, times sorted, short rows padded with their last time.
 
     Args:
         records: in the file's order.
         name: of the file, for messages.
-        ids: of the individuals that ``records.individual`` counts.
-        signals: that ``records.signal`` counts.
+        ids: of the individuals, the codes of ``records.individual``.
+        signals: their names, the codes of ``records.signal``.
         scales: replicates, units.
         covariates: one row an individual.
         events: one row an individual.
         time_covariates: one row an individual.
-        told: further fields of :class:`Observations`: units, notes.
+        fields: further fields of :class:`Observations`: units, notes.
 
     Raises:
         ValueError: individuals without any observation; repeated measurements that ``scales.replicates`` refuses; a
@@ -165,14 +165,14 @@ def observations(
     _refuse_unobserved(records, name, ids)
     records, repeat = _resolve_repeats(records, name, ids=ids, signals=signals, replicates=scales.replicates)
     places = _places(records, repeat, name, shape=(len(ids), len(signals)))
-    times, values = places.times, places.filled(records.value, np.nan)
+    times, values = places.times, places.fill(records.value, np.nan)
     observed = ~np.isnan(values)
     if records.limits is not None:
-        told["censoring"] = torch.from_numpy(np.where(observed, places.filled(records.limits.code, 0), 0))
-        told["lower"] = torch.from_numpy(places.filled(records.limits.lower, -np.inf))
-        told["upper"] = torch.from_numpy(places.filled(records.limits.upper, np.inf))
+        fields["censoring"] = torch.from_numpy(np.where(observed, places.fill(records.limits.code, 0), 0))
+        fields["lower"] = torch.from_numpy(places.fill(records.limits.lower, -np.inf))
+        fields["upper"] = torch.from_numpy(places.fill(records.limits.upper, np.inf))
     design = Design(
-        _shared(times), _shared(observed), covariates=covariates, events=events, time_covariates=time_covariates
+        _share_rows(times), _share_rows(observed), covariates=covariates, events=events, time_covariates=time_covariates
     )
     return Observations(
         ids=tuple(ids),
@@ -181,12 +181,12 @@ def observations(
         signals=tuple(signals),
         signal_units=units,
         time_unit=scales.time_unit,
-        **told,
+        **fields,
     )
 
 
-def chosen_signals(name: str, found: Sequence[str], wanted: object) -> tuple[str, ...]:
-    """The signals asked for, or all that were found; raises ``ValueError`` where one is not in the file."""
+def select_signals(name: str, found: Sequence[str], wanted: object) -> tuple[str, ...]:
+    """The wanted signals, or all that were found; raises ``ValueError`` where one is not in the file."""
     asked = as_names("signals", wanted)
     unknown = [signal for signal in asked if signal not in found]
     if unknown:
@@ -197,8 +197,8 @@ def chosen_signals(name: str, found: Sequence[str], wanted: object) -> tuple[str
     return asked or tuple(found)
 
 
-def only_signal(wanted: object, default: str) -> tuple[str]:
-    """The name of a file's one signal; raises ``ValueError`` where several are asked for."""
+def single_signal_name(wanted: object, default: str) -> tuple[str]:
+    """The name of a file's only signal; raises ``ValueError`` where several names are given."""
     asked = as_names("signals", wanted) or (default,)
     if len(asked) > 1:
         raise ValueError(f"This file has one signal without a name, but signals names {listed(asked)}; give one name.")
@@ -219,7 +219,7 @@ def _refuse_unobserved(records: Records, name: str, ids: Sequence[str]) -> None:
 def _resolve_repeats(
     records: Records, name: str, *, ids: Sequence[str], signals: Sequence[str], replicates: str
 ) -> tuple[Records, Int[np.ndarray, " X"]]:
-    """Records sorted by individual, signal and time, and for each how many equal ones stand before it."""
+    """Sort records by individual, signal and time; returns them and for each the number of equal ones before it."""
     # lexsort is stable: repeats stay in the file's order.
     records = records[np.lexsort((records.time, records.signal, records.individual))]
     new = np.ones(len(records.time), dtype=bool)
@@ -241,8 +241,7 @@ def _resolve_repeats(
     counts = np.diff(starts, append=len(new))
     if records.limits is not None and (records.limits.code[np.repeat(counts > 1, counts)] != 0).any():
         raise ValueError(
-            f"{name}: there is no mean of repeated measurements where some are censored; pass "
-            f"{typed('replicates', 'keep')}."
+            f"{name}: repeated measurements have no mean where some are censored; pass {typed('replicates', 'keep')}."
         )
     measured = ~np.isnan(records.value)
     total = np.add.reduceat(np.where(measured, records.value, 0.0), starts)
@@ -253,7 +252,7 @@ def _resolve_repeats(
 
 @dataclass(frozen=True, eq=False)
 class _Places:
-    """Where each record goes: ``(I, T)`` times, padded with the last one, and an individual and a time for each."""
+    """Place of each record: ``(I, T)`` times, padded with the last one, and individual, time and signal of each."""
 
     times: Float[np.ndarray, "I T"]
     individual: Int[np.ndarray, " R"]
@@ -261,7 +260,7 @@ class _Places:
     signal: Int[np.ndarray, " R"]
     signals: int
 
-    def filled(self, content: Any, empty: float | int) -> Any:
+    def fill(self, content: Any, empty: float | int) -> Any:
         """``content`` of the records as ``(I, T, C)``, ``empty`` where there is no record."""
         whole = np.full((*self.times.shape, self.signals), empty, dtype=content.dtype)
         whole[self.individual, self.place, self.signal] = content
@@ -281,8 +280,8 @@ def _places(records: Records, repeat: Int[np.ndarray, " R"], name: str, *, shape
     length = int(counts.max())
     if individuals * length * signals > _MOST_CELLS:
         raise ValueError(
-            f"{name}: {individuals} individuals x {length} times x {signals} signals are too many to be held in one "
-            "table; check that id, time and signal are mapped to the right columns, or split the file."
+            f"{name}: {individuals} individuals x {length} times x {signals} signals are too many for one table; check "
+            "that id, time and signal are mapped to the right columns, or split the file."
         )
     place = line - begins[individual]
     times = np.empty((individuals, length))
@@ -293,18 +292,18 @@ def _places(records: Records, repeat: Int[np.ndarray, " R"], name: str, *, shape
     return _Places(times, records.individual, back, records.signal, signals)
 
 
-def _shared(rows: Any) -> torch.Tensor:
-    """A tensor of ``(I, ...)``; where all rows are the same, a view of one row that costs no memory for the others."""
+def _share_rows(rows: Any) -> torch.Tensor:
+    """A tensor ``(I, ...)``; where all rows are the same, a view of one row, which saves memory."""
     if (rows == rows[:1]).all():
         return torch.from_numpy(rows[:1].copy()).expand(rows.shape)
     return torch.from_numpy(rows)
 
 
-def one_each(
+def first_values(
     individual: Int[np.ndarray, " R"], values: Float[np.ndarray, " R"], individuals: int
 ) -> tuple[Float[np.ndarray, " I"], Bool[np.ndarray, " R"]]:
-    """The first value that is not NaN of every individual ``(I,)``, and the rows whose value is another."""
+    """The first value that is not NaN of every individual ``(I,)``, and the rows whose value differs."""
     rows = np.flatnonzero(~np.isnan(values))[::-1]
     first = np.full(individuals, np.nan)
-    first[individual[rows]] = values[rows]  # of repeated indices the last assignment stays: the first row
+    first[individual[rows]] = values[rows]  # of repeated indices the last one counts: the first row
     return first, ~np.isnan(values) & (values != first[individual])

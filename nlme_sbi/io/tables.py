@@ -1,4 +1,4 @@
-"""A table of text with named columns, and the numbers and names read from it, each refusal with its row and column."""
+"""A table of text with named columns; reading numbers and names from it, with refusals that name row and column."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nlme_sbi.io.files import Grid, TableFile
 _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _NOT_FINITE = r"(?i:[+-]?(?:inf|infinity|nan))"
 _DECIMAL_COMMA = r"[+-]?[0-9]*,[0-9]+(?:[eE][+-]?[0-9]+)?"
-# "1,200" and "12,345,678": thousands between their signs, or a number with three decimals.
+# "1,200" and "12,345,678": a number with thousands separators, or one with three decimals.
 _GROUPED = r"[+-]?[1-9][0-9]{{0,2}}(?:{sign}[0-9]{{3}})+"
 _SPACES = "[ \u00a0\u202f\u2009]"
 _SIGN_PATTERNS = {",": ",", ".": r"\.", " ": _SPACES, "'": "['\u2019]"}
@@ -28,7 +28,7 @@ Cells = Shaped[np.ndarray, " R"]
 
 @dataclass(frozen=True, eq=False)
 class Parsed:
-    """Cells read as numbers: ``values`` NaN where ``missing``; ``text`` and ``infinite`` mark what cannot be used."""
+    """Cells read as numbers: ``values`` NaN where ``missing``; ``text`` and ``infinite`` mark unusable cells."""
 
     values: Float[np.ndarray, " R"]
     missing: Bool[np.ndarray, " R"]
@@ -43,12 +43,12 @@ class Table:
     Args:
         name: of the file, for messages.
         columns: ``F`` names, "" where the file has none.
-        labels: how messages name each column.
+        labels: name of each column in messages.
         cells: ``(R, F)`` strings, columns numbered from 0.
         rows: ``(R,)`` rows of the file, counted from 1 with the header.
         decimal: ``.`` or ``,``.
         missing: cells that mean "not measured".
-        thousands: the sign between thousands, or None.
+        thousands: the thousands separator, or None.
     """
 
     name: str
@@ -84,19 +84,23 @@ class Table:
             thousands=notation.thousands,
         )
         if table.decimal == "," and table.thousands is None:
-            _refuse_open_commas(table)
+            _refuse_ambiguous_commas(table)
         return table
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def where(self, keep: Bool[np.ndarray, " R"]) -> Table:
-        """Only the rows where ``keep`` holds."""
+        """The rows where ``keep`` is true."""
         return self if keep.all() else replace(self, cells=self.cells[keep], rows=self.rows[keep])
 
     def has(self, column: str) -> bool:
         """Whether a column of this name is there, letter case aside."""
         return bool(self._matches(column))
+
+    def present(self, columns: Sequence[str]) -> list[str]:
+        """Those of the names that are columns of the table, each once."""
+        return [name for name in dict.fromkeys(columns) if name and self.has(name)]
 
     def require(self, names: Mapping[str, str], roles: Sequence[str]) -> None:
         """Refuse a table that lacks the column of one of the roles."""
@@ -104,14 +108,14 @@ class Table:
             self.position(names[role], role=role)
 
     def position(self, column: str | int, *, role: str = "") -> int:
-        """Where a column stands (a number is its own answer); letter case matters only where it must.
+        """Position of a column; letter case matters only where names differ by nothing else.
 
         Args:
-            column: its name, or where it stands.
-            role: what the reader takes it for, for the remedy.
+            column: its name, or already its position.
+            role: of the column in the reader, for the remedy.
 
         Raises:
-            ValueError: no such column (with those that are there), or more than one.
+            ValueError: there is no such column (with those that exist), or more than one.
         """
         if isinstance(column, int):
             return column
@@ -137,27 +141,27 @@ class Table:
         )
 
     def without(self, columns: Sequence[str]) -> Table:
-        """Without these columns; raises ``ValueError`` where one is not there."""
-        gone = {self.position(column) for column in columns}
-        if not gone:
+        """The table without these columns; raises ``ValueError`` where one does not exist."""
+        dropped = {self.position(column) for column in columns}
+        if not dropped:
             return self
-        kept = [k for k in range(len(self.columns)) if k not in gone]
+        kept = [k for k in range(len(self.columns)) if k not in dropped]
         cells = self.cells.iloc[:, kept].set_axis(range(len(kept)), axis=1)
         return replace(
             self, columns=tuple(self.columns[k] for k in kept), labels=tuple(self.labels[k] for k in kept), cells=cells
         )
 
     def levels(self, column: str) -> Cells:
-        """A column's cells as levels, ``(R,)``: "1", "1.0" and " 01" are one level, missing cells are ""."""
+        """A column's cells as levels, ``(R,)``: "1", "1.0" and " 01" are the same level, missing cells are ""."""
         text = self.text(column)
-        return np.where(self.is_missing(text), "", in_same_form(text))
+        return np.where(self.is_missing(text), "", canonical_forms(text))
 
     def _matches(self, column: str) -> list[int]:
         exact = [k for k, name in enumerate(self.columns) if name == column]
         return exact or [k for k, name in enumerate(self.columns) if name and name.casefold() == column.casefold()]
 
     def refusal(self, bad: Bool[np.ndarray, " R"], column: str | int, *, what: str, remedy: str) -> ValueError:
-        """The sentence for rows that break a rule: how many of how many, the first with its place, the remedy."""
+        """The error for rows that break a rule: their number, the first one with its place, and the remedy."""
         counts = f"{int(bad.sum())} of {len(self)}"
         return self._sentence(counts, what, row=first_true(bad), position=self.position(column), remedy=remedy)
 
@@ -169,17 +173,17 @@ class Table:
 
     def text(self, column: str) -> Cells:
         """A column's cells without surrounding blanks, ``(R,)`` strings."""
-        return _stripped(self.cells.iloc[:, self.position(column)].to_numpy(dtype=object))
+        return _strip_cells(self.cells.iloc[:, self.position(column)].to_numpy(dtype=object))
 
     def is_missing(self, text: Cells) -> Bool[np.ndarray, " R"]:
-        """Where stripped cells are missing markers, ``(R,)``."""
+        """Mask of stripped cells that are missing, ``(R,)``."""
         return pd.Series(text, dtype=object).isin(list(self.missing)).to_numpy(dtype=bool)
 
     def parse(self, column: str) -> Parsed:
-        """A column read as numbers, nothing refused."""
-        return self._parsed(self.cells.iloc[:, self.position(column)].to_numpy(dtype=object))
+        """A column read as numbers, without refusals."""
+        return self._parse_cells(self.cells.iloc[:, self.position(column)].to_numpy(dtype=object))
 
-    def _parsed(self, cells: Cells) -> Parsed:
+    def _parse_cells(self, cells: Cells) -> Parsed:
         return parse(cells, self.decimal, self.missing, self.thousands)
 
     def numbers(self, column: str | int, *, noun: str) -> Float[np.ndarray, " R"]:
@@ -188,7 +192,7 @@ class Table:
         return self.block(slice(position, position + 1), noun=noun)[:, 0]
 
     def complete_numbers(self, column: str | int, *, noun: str) -> Float[np.ndarray, " R"]:
-        """As :meth:`numbers`, and refuses missing ones."""
+        """As :meth:`numbers`, but refuses missing ones."""
         numbers = self.numbers(column, noun=noun)
         bad = np.isnan(numbers)
         if bad.any():
@@ -207,7 +211,7 @@ class Table:
     def block(self, columns: slice, *, noun: str) -> Float[np.ndarray, "R F"]:
         """Neighbouring columns as numbers, ``(R, F)`` float64, NaN where missing; refuses text and infinite numbers."""
         cells = self.cells.iloc[:, columns].to_numpy(dtype=object)
-        parsed = self._parsed(cells.reshape(-1))
+        parsed = self._parse_cells(cells.reshape(-1))
         if parsed.text.any():
             what, remedy = f"{noun} are not numbers", self._number_remedy(parsed, cells, noun)
             raise self.block_refusal(parsed.text.reshape(cells.shape), columns, what=what, remedy=remedy)
@@ -228,8 +232,8 @@ class Table:
         if first.str.fullmatch(_CLOCK_OR_DATE).item() and not first.str.fullmatch(_DECIMAL_COMMA).item():
             return (
                 "Dates and clock times are not numbers: write the time since a start, such as hours since the first "
-                "dose (09:30 after a dose at 08:00 is 1.5), with the date in it where days change; the times of event "
-                "tables and long tables may be clock times."
+                "dose (09:30 after a dose at 08:00 is 1.5), over all days; only the times of event tables and long "
+                "tables may be clock times."
             )
         if first.str.fullmatch(_BEYOND_LIMIT).item():
             return (
@@ -239,18 +243,18 @@ class Table:
         grouped = {mark: self._all_grouped(wrong, mark) for mark in _SIGN_PATTERNS}
         if grouped[","] and self.decimal == ".":
             return (
-                f"If {quoted(first.item())} has a comma between thousands, pass {typed('thousands', ',')}; if the "
-                f"comma is a decimal sign, pass {typed('decimal', ',')} {typed('thousands', '.')}."
+                f"If the comma of {quoted(first.item())} is a thousands separator, pass {typed('thousands', ',')}; if "
+                f"it is a decimal comma, pass {typed('decimal', ',')} {typed('thousands', '.')}."
             )
         if self.decimal == "." and first.str.fullmatch(_DECIMAL_COMMA).item():
             return f"Decimal commas? Pass {typed('decimal', ',')}."
         found = next((mark for mark, all_of_them in grouped.items() if all_of_them and mark != self.decimal), None)
         if found is not None:
-            return f"Signs between thousands? Pass {typed('thousands', found)}."
+            return f"Thousands separators? Pass {typed('thousands', found)}."
         if self.decimal == "," and "." in first.item():
-            return f"Decimal points? Pass {typed('decimal', '.')}, or remove the signs between thousands."
+            return f"Decimal points? Pass {typed('decimal', '.')}, or remove the thousands separators."
         if self.decimal == "." and self._all_grouped(wrong, "."):
-            return f"Signs between thousands? Pass {typed('decimal', ',')} {typed('thousands', '.')}."
+            return f"Thousands separators? Pass {typed('decimal', ',')} {typed('thousands', '.')}."
         if noun == "event codes":
             return "Write 0 on measurements and 1 on doses."
         if noun != "values":
@@ -258,7 +262,7 @@ class Table:
         return "Correct them, or leave the cells empty where nothing was measured."
 
     def _all_grouped(self, wrong: pd.Series, mark: str) -> bool:
-        """Whether those of the cells that hold a sign hold it between thousands only."""
+        """Whether all cells with this mark have it as thousands separator only."""
         own = wrong[wrong.str.contains(_SIGN_PATTERNS[mark], regex=True)]
         decimal = self.decimal if self.decimal != mark else {".": ",", ",": "."}[mark]
         fraction = rf"(?:{_SIGN_PATTERNS[decimal]}[0-9]*)?"
@@ -266,8 +270,8 @@ class Table:
         return bool(len(own)) and bool(own.str.fullmatch(pattern).all())
 
 
-def _refuse_open_commas(table: Table) -> None:
-    """Where every comma of a table may stand between thousands, "1,200" is not read as 1.2 without being asked."""
+def _refuse_ambiguous_commas(table: Table) -> None:
+    """Refuse decimal commas where every comma of a table may be a thousands separator ("1,200")."""
     texts = pd.Series(pd.unique(table.cells.to_numpy(dtype=object).reshape(-1)), dtype=object).str.strip()
     numbers = texts[texts.str.fullmatch(_DECIMAL_COMMA) | texts.str.fullmatch(_GROUPED.format(sign=","))]
     if len(numbers) == 0 or not numbers.str.fullmatch(_GROUPED.format(sign=",")).all():
@@ -276,25 +280,25 @@ def _refuse_open_commas(table: Table) -> None:
     raise table.block_refusal(
         found,
         slice(0, found.shape[1]),
-        what='cells have commas before three digits, which may stand between thousands ("1,200" as 1200 or as 1.2)',
-        remedy=f"Where they do, pass {typed('decimal', '.')} {typed('thousands', ',')}; where the comma is a decimal "
-        f"sign, pass {typed('decimal', ',')} {typed('thousands', '.')}.",
+        what='cells have commas before three digits, which may be thousands separators ("1,200" is 1200 or 1.2)',
+        remedy=f"If they are, pass {typed('decimal', '.')} {typed('thousands', ',')}; if they are decimal commas, pass "
+        f"{typed('decimal', ',')} {typed('thousands', '.')}.",
     )
 
 
 def parse(cells: Cells, decimal: str, missing: Sequence[str], thousands: str | None = None) -> Parsed:
-    """Strings as numbers: exactly the nearest float64, or marked as missing, as text or as infinite."""
+    """Parse strings as numbers: the nearest float64, or marked as missing, text or infinite."""
     gaps = pd.Series(cells, dtype=object).isin(list(missing)).to_numpy(dtype=bool)
     try:
         values = _floats(np.where(gaps, "nan", cells), decimal, thousands)
     except ValueError:
-        return _parse_with_care(_stripped(cells), decimal, missing, thousands)
+        return _parse_with_care(_strip_cells(cells), decimal, missing, thousands)
     return Parsed(values, gaps, np.zeros_like(gaps), ~np.isfinite(values) & ~gaps)
 
 
 def _floats(text: Cells, decimal: str, thousands: str | None) -> Float[np.ndarray, " R"]:
-    """All cells as numbers at once; ``ValueError`` where one is not, or is one to ``float()`` only."""
-    # float() also takes 1_000, which nobody means as a number in a table.
+    """Convert all cells at once; ``ValueError`` where one is not a number, or only for ``float()``."""
+    # float() also accepts 1_000, which is not a number in a table.
     if decimal == "," or thousands is not None or "_" in "".join(text):
         raise ValueError
     return text.astype(np.float64)
@@ -316,30 +320,30 @@ def _parse_with_care(text: Cells, decimal: str, missing: Sequence[str], thousand
     return Parsed(values, gaps, bad, ~np.isfinite(values) & ~gaps & ~bad)
 
 
-def in_same_form(text: Cells) -> Cells:
-    """Texts in one form, ``(R,)``; see :func:`same_form`."""
+def canonical_forms(text: Cells) -> Cells:
+    """Texts in canonical form, ``(R,)``; see :func:`canonical_form`."""
     codes, different = pd.factorize(text)
-    forms = np.array([same_form(str(each)) for each in different], dtype=object)
+    forms = np.array([canonical_form(str(each)) for each in different], dtype=object)
     found: Cells = forms[codes]
     return found
 
 
-def same_form(text: str) -> str:
-    """A number as it is written shortest ("1" for "1.0" and "01"), a word as it is."""
+def canonical_form(text: str) -> str:
+    """The shortest form of a number ("1" for "1.0" and "01"); other texts as they are."""
     if re.fullmatch(_NUMBER, text):
         number = float(text)
         return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
     return text
 
 
-def _stripped(cells: Cells) -> Cells:
+def _strip_cells(cells: Cells) -> Cells:
     codes, different = pd.factorize(cells)
     stripped: Cells = pd.Series(different, dtype=object).str.strip().to_numpy(dtype=object)[codes]
     return stripped
 
 
-def number_option(option: str, given: Any, *, positive: bool = False) -> float:
-    """A number from a config; raises ``ValueError`` where it is not a finite (positive) number."""
+def check_number(option: str, given: Any, *, positive: bool = False) -> float:
+    """Check a number from a config; raises ``ValueError`` where it is not a finite (positive) number."""
     good = isinstance(given, (int, float)) and not isinstance(given, bool) and np.isfinite(given)
     if not good or (positive and given <= 0):
         raise ValueError(f"{option} must be a {'positive ' if positive else ''}finite number; got {quoted(given)}.")
@@ -347,10 +351,10 @@ def number_option(option: str, given: Any, *, positive: bool = False) -> float:
 
 
 def column_names(given: Mapping[str, str | None], defaults: Mapping[str, str]) -> dict[str, str]:
-    """The reader's column for each role, "" where the reader looks for one itself.
+    """The file's column for each role, "" where the reader looks for one itself.
 
     Raises:
-        ValueError: ``given`` names another role, with those that there are.
+        ValueError: ``given`` names an unknown role; with the known ones.
     """
     unknown = [role for role in given if role not in defaults]
     if unknown:

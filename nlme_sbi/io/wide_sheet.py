@@ -1,32 +1,31 @@
-"""Wide sheets: the first column holds the times, every other column an individual."""
+"""Wide sheets: the first column holds the times, each other column one individual."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from nlme_sbi.config.wording import listed, quoted, sign, typed
-from nlme_sbi.io.files import MISSING, Grid, TableFile
-from nlme_sbi.io.plans import PlannedDesigns, planned_design
-from nlme_sbi.io.records import Records, Scales, observations, only_signal
+from nlme_sbi.io.files import Grid
+from nlme_sbi.io.plans import PlannedDesigns, plan_design
+from nlme_sbi.io.reader_options import FileReader
+from nlme_sbi.io.records import Records, Scales, make_observations, single_signal_name
 from nlme_sbi.io.rows import form_notes, refuse_disorder
 from nlme_sbi.io.tables import Table, parse
 from nlme_sbi.types import Observations
 
 
 @dataclass(frozen=True)
-class WideSheet:
+class WideSheet(FileReader):
     """One signal of many individuals at common times: a column of times, then a column for each individual.
 
     Args:
         path: csv, tsv (also .gz) or xlsx; relative to the working directory, else to the project root.
-        header: whether the first row names the individuals; "auto" says so where its first cell is no number. Without
-            names individuals are numbered from 1.
+        header: whether the first row names the individuals; "auto" means that it does if its first cell is not a
+            number. Without names individuals are numbered from 1.
         signals: the signal's name.
         signal_units: its unit, after ``signal_scale`` and ``transform``.
         signal_scale: for the signal what its values are multiplied by, before ``transform``.
@@ -42,26 +41,12 @@ class WideSheet:
         sheet: of a workbook; None takes the first.
     """
 
-    path: str | os.PathLike[str]
     header: bool | str = "auto"
-    signals: str | Sequence[str] | None = None
-    signal_units: Mapping[str, str] = field(default_factory=dict)
-    signal_scale: Mapping[str, float | int] = field(default_factory=dict)
-    time_unit: str = ""
-    time_scale: float | int = 1.0
-    transform: str = "none"
-    replicates: str = "refuse"
-    sort: bool = False
-    decimal: str = "."
-    thousands: str | None = None
-    separator: str | None = None
-    missing: Sequence[str] = MISSING
-    sheet: str | None = None
 
     def read(self) -> Observations:
-        """The measurements; raises ``ValueError`` with row, column and remedy where the file does not allow it."""
-        scales, table, ids, times, notes = self._opened()
-        signals = only_signal(self.signals, default="value")
+        """Read the measurements; raises ``ValueError`` with row, column and remedy where the file is wrong."""
+        scales, table, ids, times, notes = self._open()
+        signals = single_signal_name(self.signals, default="value")
         values = scales.values(table, slice(1, len(ids) + 1), float(scales.factors_of(signals)[0]))
         records = Records(
             individual=np.tile(np.arange(len(ids)), len(table)),
@@ -70,36 +55,32 @@ class WideSheet:
             value=values.reshape(-1),
             row=np.repeat(table.rows, len(ids)),
         )
-        return observations(records, table.name, ids=ids, signals=signals, scales=scales, notes=notes)
+        return make_observations(records, table.name, ids=ids, signals=signals, scales=scales, notes=notes)
 
     def plan(self) -> PlannedDesigns:
-        """Every individual at every time, whether there is a value or not."""
-        _, table, ids, times, notes = self._opened()
+        """Read every individual at every time, measured or not."""
+        _, table, ids, times, notes = self._open()
         individual = np.repeat(np.arange(len(ids)), len(times))
-        design = planned_design(table.name, individual=individual, ids=ids, times=np.tile(times, len(ids)))
+        design = plan_design(table.name, individual=individual, ids=ids, times=np.tile(times, len(ids)))
         return PlannedDesigns(ids=ids, design=design, time_unit=self.time_unit, notes=notes)
 
-    def _opened(self) -> tuple[Scales, Table, tuple[str, ...], Float[np.ndarray, " R"], tuple[str, ...]]:
+    def _open(self) -> tuple[Scales, Table, tuple[str, ...], Float[np.ndarray, " R"], tuple[str, ...]]:
         """The table, its individuals and its times, in order."""
         if self.header not in ("auto", True, False):
             raise ValueError(f"header {quoted(self.header)} is not one of auto, true, false.")
-        scales = Scales(
-            self.signal_units, self.time_unit, self.time_scale, self.transform, self.replicates, self.signal_scale
-        )
-        file = TableFile(self.path, self.separator, self.decimal, self.missing, self.sheet, self.thousands)
+        scales, file = self._scales(), self._file()
         grid = file.read()
         if grid.cells.shape[1] < 2:
             raise ValueError(
                 f"{grid.name} has one column; a wide sheet has times in the first and an individual in each other "
-                "column. Pass data.separator if another sign stands between the columns, such as "
+                "column. Pass data.separator if the columns have another separator, such as "
                 f"{typed('separator', ';')}."
             )
         table = Table.from_grid(grid, header=self._has_header(grid), notation=file)
         times = scales.times(table, 0)
         ids = _individuals(table)
         if not self.sort:
-            nobody = np.zeros(len(table), dtype=np.int64)
-            refuse_disorder(table, 0, individual=nobody, ids=(), times=times)
+            refuse_disorder(table, 0, individual=np.zeros(len(table), dtype=np.int64), ids=(), times=times)
         return scales, table, ids, times, tuple(form_notes(ids))
 
     def _has_header(self, grid: Grid) -> bool:
@@ -115,8 +96,8 @@ class WideSheet:
         fractions = is_number[1:] & (np.nan_to_num(first.values[1:]) % 1 != 0)
         if not is_number[0] and fractions.any():
             raise ValueError(
-                f"{grid.name}: row {grid.rows[0]} starts with {quoted(grid.cells.iat[0, 0])}, as a header would, but "
-                "goes on with fractions, as measurements would. Correct it, or pass data.header=true or "
+                f"{grid.name}: row {grid.rows[0]} starts with {quoted(grid.cells.iat[0, 0])}, like a header, but "
+                "continues with fractions, like measurements. Correct it, or pass data.header=true or "
                 "data.header=false."
             )
         return not is_number[0]

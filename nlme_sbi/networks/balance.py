@@ -1,11 +1,11 @@
-r"""A loss whose posteriors are rather too wide than too narrow: the balancing condition.
+r"""A loss with conservative posteriors, rather too wide than too narrow: the balancing condition.
 
-Between pairs that belong together and pairs whose parameters come from another one, the classifier that a posterior
-implies is :math:`d(\phi, y) = q(\phi \mid y) / (q(\phi \mid y) + p(\phi))`. It is balanced if the mean of d over pairs
-that belong together plus its mean over pairs that do not is 1. The exact posterior and the prior itself are; a network
-that is sure of too much is not, because it gives up more of the first mean than it gains in the second. The squared
-departure from 1 is added to the loss. In expectation a balanced classifier is never surer than the exact one, so that
-posteriors are conservative: that costs sharpness where simulations are few, and little where they are many.
+A posterior implies the classifier :math:`d(\phi, y) = q(\phi \mid y) / (q(\phi \mid y) + p(\phi))` between joint pairs
+and pairs whose parameters come from another pair. It is balanced if the mean of d over joint pairs plus its mean over
+the others is 1. The exact posterior and the prior are balanced; an overconfident network is not, because it loses more
+in the first mean than it gains in the second. The squared departure from 1 is added to the loss. In expectation a
+balanced classifier is never more confident than the exact one, so that posteriors are conservative: they are wider
+where simulations are few, and hardly so where they are many.
 
 Source: Delaunoy, Miller, Forré, Weniger and Louppe (2023), Balancing simulation-based inference for conservative
 posteriors, AABI; Delaunoy, Hermans, Rozet, Wehenkel and Louppe (2022), NeurIPS 35.
@@ -26,9 +26,9 @@ def balanced_losses(
     """``-log q`` of every pair, and the departure from balance over all of them; differentiable.
 
     Args:
-        network: a :class:`nlme_sbi.networks.posterior.PosteriorNetwork`, or what shares its work over processes.
-        pairs: at least two; each lends its parameters to the next one as those that do not belong to it.
-        prior: that the parameters were drawn from.
+        network: a :class:`nlme_sbi.networks.posterior.PosteriorNetwork`, or its wrapper for several processes.
+        pairs: at least two; the parameters of each also serve as those of another pair for the next one.
+        prior: of the parameters.
     """
     both = torch.stack([pairs.phi, pairs.phi.roll(1, 0)], 1)
     log_q = network(both.flatten(0, 1), pairs.values, pairs.design).reshape(-1, 2)

@@ -1,7 +1,7 @@
-"""The role of a flow: a density of scaled parameters given a summary, and the sampler of the same density.
+"""Conditional densities of scaled parameters given a summary, with samplers: the interface of flows.
 
-Everything that a density draws is a function of standard normal noise that the caller made, so that draws depend on a
-generator and not on how many of them pass through the network at once.
+Draws are functions of standard normal noise that the caller provides, so that they depend on the generator and not on
+how many of them pass through the network at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ConditionalDensity(nn.Module, ABC):
     SD 1.
 
     Attributes:
-        noise_width: standard normal numbers ``W`` that one draw takes.
+        noise_width: number ``W`` of standard normals in one draw.
     """
 
     noise_width: int
@@ -36,21 +36,21 @@ class ConditionalDensity(nn.Module, ABC):
     def sample(
         self, noise: Float[Tensor, "B W"], context: Float[Tensor, "I H"]
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
-        """Draws ``(B, D)`` made of standard normal ``noise``, and their log density ``(B,)``."""
+        """Draws ``(B, D)`` from standard normal ``noise``, and their log densities ``(B,)``."""
 
 
 @runtime_checkable
 class FlowSettings(Protocol):
-    """A choice in the config group ``flow``; one of your own needs no more than this."""
+    """Settings in the config group ``flow``; a flow of your own needs no more than this."""
 
     def build(self, dimension: int, context: int) -> ConditionalDensity:
-        """A fresh density over ``dimension`` parameters given a summary of width ``context``."""
+        """A new density over ``dimension`` parameters given a summary of width ``context``."""
 
 
 class Conditioner(nn.Module):
     """Residual network from coordinates and the summary to the parameters of a transform.
 
-    The last layer starts at zero, so that an untrained transform is the identity.
+    The last layer is initialized to zero, so that an untrained transform is the identity.
     """
 
     def __init__(self, inputs: int, outputs: int, *, context: int, hidden: int, layers: int) -> None:
@@ -63,7 +63,7 @@ class Conditioner(nn.Module):
 
     def forward(self, coordinates: Float[Tensor, "B d"], context: Float[Tensor, "I H"]) -> Float[Tensor, "B out"]:
         weight, inputs = self.first.weight, coordinates.shape[1]
-        # The summary's share of the first layer, the larger one, is the same for all draws of an individual.
+        # The summary's part of the first layer, the larger one, is the same for all draws of an individual.
         given = nn.functional.linear(context, weight[:, inputs:], self.first.bias)
         hidden = add_to_draws(nn.functional.linear(coordinates, weight[:, :inputs]), given)
         hidden = nn.functional.silu(hidden)
@@ -74,23 +74,23 @@ class Conditioner(nn.Module):
 
 
 def working_bytes_per_row(network: nn.Module) -> int:
-    """Memory that one row takes on its way through a network, about: a few tensors as wide as its widest layer."""
+    """Approximate memory of one row in a network: a few tensors as wide as its widest layer."""
     layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
     return 32 * max((layer.in_features + layer.out_features for layer in layers), default=1)
 
 
-def draws_each(rows: int, individuals: int) -> int:
-    """How many of ``rows`` belong to each individual; raises ``ValueError`` where they do not divide."""
+def draws_per_individual(rows: int, individuals: int) -> int:
+    """Number of ``rows`` of each individual; raises ``ValueError`` where it is not the same for all."""
     if individuals < 1 or rows % individuals:
-        raise ValueError(f"{rows} rows cannot belong to {individuals} summaries, the same number to each.")
+        raise ValueError(f"{rows} rows are not a multiple of {individuals} summaries; each needs the same number.")
     return rows // individuals
 
 
 def add_to_draws(rows: Float[Tensor, "B h"], given: Float[Tensor, "I h"]) -> Float[Tensor, "B h"]:
-    """``rows`` plus what is ``given`` for their individual."""
+    """``rows`` plus the row of ``given`` of their individual."""
     if len(rows) == len(given):
         return rows + given
-    return (rows.view(len(given), draws_each(len(rows), len(given)), -1) + given[:, None]).flatten(0, 1)
+    return (rows.view(len(given), draws_per_individual(len(rows), len(given)), -1) + given[:, None]).flatten(0, 1)
 
 
 def standard_normal_log_prob(noise: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
@@ -105,6 +105,6 @@ def require_positive(settings: object, *names: str) -> None:
         raise ValueError(f"{', '.join(names)} must be positive; got {', '.join(wrong)}.")
 
 
-def bounded(raw: Tensor, bound: float) -> Tensor:
-    """``raw`` squeezed smoothly into ``(-bound, bound)``, unchanged near zero."""
+def soft_clamp(raw: Tensor, bound: float) -> Tensor:
+    """``raw`` mapped smoothly into ``(-bound, bound)``, the identity near zero."""
     return bound * torch.tanh(raw / bound)

@@ -1,4 +1,4 @@
-"""Several posteriors as one: their equal mixture, for networks that were trained apart from each other."""
+"""Ensembles: the equal mixture of several posteriors whose networks were trained independently."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from nlme_sbi.types import Observations, Prior, Simulator
 class PosteriorEnsemble:
     r"""The density :math:`\frac1K \sum_k q_k(\phi \mid y)` of ``K`` networks, a :class:`nlme_sbi.posteriors.Posterior`.
 
-    Networks that were trained with different seeds err in different places; where one of them misses a part of the
-    posterior, the mixture still covers it, and importance weights stay bounded by ``K`` times those of the best member.
+    Networks that were trained with different seeds have different errors; where one of them misses a part of the
+    posterior, the mixture still covers it, and importance weights are at most ``K`` times those of the best member.
 
     Args:
         members: of one simulator and one training prior.
 
     Raises:
-        ValueError: for no members, or members that do not belong together, naming the first that differs.
+        ValueError: there are no members, or one of them differs in simulator, prior or device.
     """
 
     members: tuple[AmortizedPosterior, ...]
@@ -49,7 +49,8 @@ class PosteriorEnsemble:
                     raise ValueError(f"Member {position} of the ensemble has another {what}: {theirs}, not {ours}.")
             if not _same_prior(first.prior, member.prior):
                 raise ValueError(
-                    f"Member {position} of the ensemble was trained under another prior; weights would have no meaning."
+                    f"Member {position} of the ensemble was trained under another prior, so that importance weights "
+                    "would be wrong; train all members under one prior."
                 )
 
     @classmethod
@@ -59,18 +60,18 @@ class PosteriorEnsemble:
         """The ensemble of several ``train_flow`` runs.
 
         Raises:
-            ValueError: as :meth:`AmortizedPosterior.load`, or for runs of different priors or simulators.
+            ValueError: as :meth:`AmortizedPosterior.load`, or the runs differ in prior or simulator.
         """
         finished = [run if isinstance(run, FinishedRun) else load_run(Path(run), stage="train_flow") for run in runs]
         paths = [run.path.resolve() for run in finished]
         twice = sorted({str(path) for path in paths if paths.count(path) > 1})
         if twice:
-            raise ValueError(f"{twice[0]} is named twice; an ensemble takes every run once.")
+            raise ValueError(f"{twice[0]} is given twice; name every run of an ensemble once.")
         return cls(tuple(AmortizedPosterior.load(run, device=device, trust=trust) for run in finished))
 
     @property
     def sees_censoring(self) -> bool:
-        """Whether every member was trained on values of which only limits are told."""
+        """Whether every member was trained with censored values."""
         return all(member.sees_censoring for member in self.members)
 
     @property
@@ -96,7 +97,7 @@ class PosteriorEnsemble:
 
     @torch.no_grad()
     def sample(self, observations: Observations, draws: int, generator: torch.Generator) -> PosteriorSamples:
-        """Independent draws from the mixture, each from a member picked at random, with the mixture's log density."""
+        """Independent draws from the mixture, each from a random member, with the mixture's log density."""
         if draws < 1:
             raise ValueError(f"The number of draws must be at least 1; got {draws}.")
         shape = (len(observations), draws)
@@ -108,7 +109,7 @@ class PosteriorEnsemble:
             most = int(count.max())
             if most:
                 drawn = member.sample(observations, most, generator).phi
-                # Both masks run through an individual's draws in order: its first ones go to its places, in turn.
+                # Both masks go through an individual's draws in order, so that its first draws fill its places.
                 phi[mine] = drawn[torch.arange(most, device=self.device) < count]
         return PosteriorSamples(
             names=self.parameters.names, phi=phi, log_q=self.log_prob(phi, observations), prior=self.prior
@@ -124,7 +125,7 @@ class PosteriorEnsemble:
 
 
 def _same_prior(first: Prior, second: Prior) -> bool:
-    """Whether two priors are the same density: by names, means, and values at a hundred of the first's draws."""
+    """Whether two priors are the same: by names, means, and densities at a hundred draws of the first."""
     if first is second:
         return True
     if first.names != second.names or not torch.equal(first.mean, second.mean):

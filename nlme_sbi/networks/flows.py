@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from nlme_sbi.networks.densities import (
     ConditionalDensity,
     Conditioner,
-    bounded,
-    draws_each,
+    draws_per_individual,
     require_positive,
+    soft_clamp,
     standard_normal_log_prob,
 )
 from nlme_sbi.networks.splines import MIN_SHARE, rational_quadratic_spline, raw_width
@@ -33,8 +33,8 @@ MakeConditioner = Callable[[int, int], nn.Module]
 class BoundedAffineCoupling(AffineCouplingTransform):  # type: ignore[misc]
     r"""Affine coupling whose scale is :math:`\exp(b \tanh(u/b))`, between ``exp(-b)`` and ``exp(b)``.
 
-    nflows fixes the scale at :math:`\mathrm{sigmoid}(u + 2) + 10^{-3} \le 1.001`: from noise to data such a layer
-    cannot expand, from data to noise it cannot stretch a posterior that is narrower than the prior.
+    nflows has the scale :math:`\mathrm{sigmoid}(u + 2) + 10^{-3} \le 1.001`, with which no layer from data to noise can
+    stretch a posterior that is narrower than the prior.
     """
 
     def __init__(self, mask: Tensor, transform_net_create_fn: MakeConditioner, *, log_scale_bound: float) -> None:
@@ -43,7 +43,7 @@ class BoundedAffineCoupling(AffineCouplingTransform):  # type: ignore[misc]
 
     def _log_scale_and_shift(self, transform_params: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = transform_params.chunk(2, dim=1)
-        return bounded(raw, self.log_scale_bound), shift
+        return soft_clamp(raw, self.log_scale_bound), shift
 
     def _scale_and_shift(self, transform_params: Tensor) -> tuple[Tensor, Tensor]:
         log_scale, shift = self._log_scale_and_shift(transform_params)
@@ -60,8 +60,8 @@ class BoundedAffineCoupling(AffineCouplingTransform):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class SplineShape:
-    """An affine map followed by a spline, from data to noise: the affine map brings narrow posteriors, wherever they
-    lie, to the interval on which the spline bends."""
+    """An affine map followed by a spline, from data to noise: the affine map moves and stretches narrow posteriors to
+    the interval on which the spline acts."""
 
     bins: int
     bound: float
@@ -69,7 +69,7 @@ class SplineShape:
 
     @property
     def width(self) -> int:
-        """Raw numbers for each coordinate: shift, log-scale, spline."""
+        """Number of unconstrained parameters of each coordinate: shift, log-scale, spline."""
         return 2 + raw_width(self.bins)
 
     def forward(self, z: Float[Tensor, "B d"], raw: Float[Tensor, "B P"]) -> tuple[Tensor, Tensor]:
@@ -88,14 +88,14 @@ class SplineShape:
 
     def _parts(self, raw: Tensor, coordinates: int) -> tuple[Tensor, Tensor, Tensor]:
         raw = raw.view(len(raw), coordinates, self.width)
-        return raw[..., 0], bounded(raw[..., 1], self.log_scale_bound), raw[..., 2:]
+        return raw[..., 0], soft_clamp(raw[..., 1], self.log_scale_bound), raw[..., 2:]
 
 
 class SplineCoupling(CouplingTransform):  # type: ignore[misc]
-    """Coupling of affine maps followed by splines; one conditioner gives the parameters of both."""
+    """Coupling of affine maps followed by splines; one conditioner outputs the parameters of both."""
 
     def __init__(self, mask: Tensor, transform_net_create_fn: MakeConditioner, shape: SplineShape) -> None:
-        # The number of outputs is asked for while nn.Module is not set up yet: a plain attribute can be set before.
+        # Before super().__init__, which needs the number of outputs; a plain attribute may be set before it.
         self.shape = shape
         super().__init__(mask, transform_net_create_fn)
 
@@ -110,7 +110,7 @@ class SplineCoupling(CouplingTransform):  # type: ignore[misc]
 
 
 class SplineAutoregression(AutoregressiveTransform):  # type: ignore[misc]
-    """Every coordinate mapped by an affine map and a spline whose parameters see the coordinates before it."""
+    """Every coordinate mapped by an affine map and a spline whose parameters depend on the coordinates before it."""
 
     def __init__(self, dimension: int, shape: SplineShape, *, context: int, hidden: int, layers: int) -> None:
         network = MADE(
@@ -127,11 +127,11 @@ class SplineAutoregression(AutoregressiveTransform):  # type: ignore[misc]
         self.shape = shape
 
     def forward(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = super().forward(inputs, _for_every_draw(context, len(inputs)))
+        found: tuple[Tensor, Tensor] = super().forward(inputs, _repeat_for_draws(context, len(inputs)))
         return found
 
     def inverse(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = super().inverse(inputs, _for_every_draw(context, len(inputs)))
+        found: tuple[Tensor, Tensor] = super().inverse(inputs, _repeat_for_draws(context, len(inputs)))
         return found
 
     def _elementwise_forward(self, inputs: Tensor, autoregressive_params: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,14 +141,14 @@ class SplineAutoregression(AutoregressiveTransform):  # type: ignore[misc]
         return self.shape.inverse(inputs, autoregressive_params)
 
 
-def _for_every_draw(context: Float[Tensor, "I H"], rows: int) -> Float[Tensor, "B H"]:
-    return context.repeat_interleave(draws_each(rows, len(context)), dim=0)
+def _repeat_for_draws(context: Float[Tensor, "I H"], rows: int) -> Float[Tensor, "B H"]:
+    return context.repeat_interleave(draws_per_individual(rows, len(context)), dim=0)
 
 
 def coupling_masks(dimension: int, couplings: int, seed: int = 0) -> list[Tensor]:
-    """Which coordinates each coupling changes: balanced random halves, each followed by its complement.
+    """Masks of the coordinates that each coupling transforms: random halves, each followed by its complement.
 
-    With one dimension every coupling changes it, given the summary alone.
+    With one dimension every coupling transforms it, given the summary alone.
     """
     if dimension == 1:
         return [torch.ones(1, dtype=torch.int64)] * couplings
@@ -162,7 +162,7 @@ def coupling_masks(dimension: int, couplings: int, seed: int = 0) -> list[Tensor
 
 
 class ConditionalFlow(ConditionalDensity):
-    """The density of standard normal noise pulled through an invertible transform."""
+    """A normalizing flow: standard normal noise through an invertible transform."""
 
     def __init__(self, transform: nn.Module, dimension: int) -> None:
         super().__init__()
@@ -201,16 +201,20 @@ class AffineCouplingFlow:
         require_positive(self, "couplings", "hidden", "layers", "log_scale_bound")
 
     def build(self, dimension: int, context: int) -> ConditionalFlow:
-        """A fresh flow over ``dimension`` parameters given a summary of width ``context``."""
-
-        def conditioner(inputs: int, outputs: int) -> nn.Module:
-            return Conditioner(inputs, outputs, context=context, hidden=self.hidden, layers=self.layers)
-
+        """A new flow over ``dimension`` parameters given a summary of width ``context``."""
+        conditioner = _conditioners(self, context)
         couplings = [
             BoundedAffineCoupling(mask, conditioner, log_scale_bound=self.log_scale_bound)
             for mask in coupling_masks(dimension, self.couplings)
         ]
         return ConditionalFlow(CompositeTransform(couplings), dimension)
+
+
+def _conditioners(settings: AffineCouplingFlow | SplineCouplingFlow, context: int) -> MakeConditioner:
+    """Constructor of the conditioners of couplings, by numbers of inputs and outputs."""
+    return lambda inputs, outputs: Conditioner(
+        inputs, outputs, context=context, hidden=settings.hidden, layers=settings.layers
+    )
 
 
 def _spline_shape(settings: SplineCouplingFlow | SplineAutoregressiveFlow) -> SplineShape:
@@ -228,7 +232,7 @@ class SplineCouplingFlow:
         hidden: width of each conditioner.
         layers: hidden layers of each conditioner.
         bins: of each spline.
-        bound: splines bend between ``-bound`` and ``bound``, in SDs of the noise, and are straight beyond.
+        bound: splines act between ``-bound`` and ``bound``, in SDs of the noise, and are the identity beyond.
         log_scale_bound: largest absolute log-scale of one coupling's affine map.
     """
 
@@ -244,11 +248,8 @@ class SplineCouplingFlow:
         _spline_shape(self)
 
     def build(self, dimension: int, context: int) -> ConditionalFlow:
-        """A fresh flow over ``dimension`` parameters given a summary of width ``context``."""
-
-        def conditioner(inputs: int, outputs: int) -> nn.Module:
-            return Conditioner(inputs, outputs, context=context, hidden=self.hidden, layers=self.layers)
-
+        """A new flow over ``dimension`` parameters given a summary of width ``context``."""
+        conditioner = _conditioners(self, context)
         shape = _spline_shape(self)
         couplings = [SplineCoupling(mask, conditioner, shape) for mask in coupling_masks(dimension, self.couplings)]
         return ConditionalFlow(CompositeTransform(couplings), dimension)
@@ -256,14 +257,15 @@ class SplineCouplingFlow:
 
 @dataclass(frozen=True)
 class SplineAutoregressiveFlow:
-    """Autoregressive affine maps and splines: densities in one pass a layer, draws in as many as there are parameters.
+    """Autoregressive affine maps and splines; a layer needs one pass for densities, but one for each parameter for
+    draws.
 
     Args:
         transforms: number of autoregressive layers, the order of the parameters reversed between them.
         hidden: width of each masked network.
         layers: residual blocks of each masked network.
         bins: of each spline.
-        bound: splines bend between ``-bound`` and ``bound``, in SDs of the noise, and are straight beyond.
+        bound: splines act between ``-bound`` and ``bound``, in SDs of the noise, and are the identity beyond.
         log_scale_bound: largest absolute log-scale of one layer's affine map.
     """
 
@@ -279,7 +281,7 @@ class SplineAutoregressiveFlow:
         _spline_shape(self)
 
     def build(self, dimension: int, context: int) -> ConditionalFlow:
-        """A fresh flow over ``dimension`` parameters given a summary of width ``context``."""
+        """A new flow over ``dimension`` parameters given a summary of width ``context``."""
         shape = _spline_shape(self)
         chain: list[nn.Module] = []
         for _ in range(self.transforms):

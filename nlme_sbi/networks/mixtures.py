@@ -1,4 +1,4 @@
-"""A mixture-density head: a Gaussian mixture with full covariances whose parameters a network gives (Bishop 1994)."""
+"""A mixture density network: a Gaussian mixture with full covariances (Bishop 1994)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from nlme_sbi.networks.densities import (
     ConditionalDensity,
     Conditioner,
-    bounded,
-    draws_each,
+    draws_per_individual,
     require_positive,
+    soft_clamp,
     standard_normal_log_prob,
 )
 
@@ -32,7 +32,7 @@ class MixtureParameters:
 
 
 class GaussianMixture(ConditionalDensity):
-    """Mixture of Gaussians over ``z`` given the summary; a draw takes one more number, which picks the component."""
+    """Mixture of Gaussians over ``z`` given the summary; a draw takes one more standard normal for the component."""
 
     def __init__(self, dimension: int, context: int, settings: GaussianMixtureFlow) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class GaussianMixture(ConditionalDensity):
         self.sizes = [1, dimension, dimension, below.shape[1]]
         outputs = settings.components * sum(self.sizes)
         self.network = Conditioner(0, outputs, context=context, hidden=settings.hidden, layers=settings.layers)
-        # Components that start as one would get the same gradients for ever: their means start apart.
+        # Equal components would always have equal gradients: their means are initialized at random.
         with torch.no_grad():
             bias = self.network.last.bias.view(settings.components, -1)
             bias[:, 1 : 1 + dimension] = torch.randn(settings.components, dimension)
@@ -53,15 +53,15 @@ class GaussianMixture(ConditionalDensity):
         raw = self.network(context.new_zeros((len(context), 0)), context)
         raw = raw.view(len(context), self.components, -1)
         logits, means, log_scales, below = raw.split(self.sizes, dim=-1)
-        log_scales = bounded(log_scales, self.log_scale_bound)
+        log_scales = soft_clamp(log_scales, self.log_scale_bound)
         whitener = torch.diag_embed(log_scales.exp())
-        # Relative to the row's scale, so that a correlation does not change when a posterior narrows.
+        # Relative to the row's scale, so that correlations do not change with the width of the posterior.
         whitener[..., self.rows, self.columns] = below * log_scales.exp()[..., self.rows]
         return MixtureParameters(logits[..., 0].log_softmax(-1), means, whitener, log_scales.sum(-1))
 
     def _log_prob(self, z: Float[Tensor, "B D"], given: MixtureParameters) -> Float[Tensor, " B"]:
         individuals = len(given.means)
-        distance = z.view(individuals, draws_each(len(z), individuals), 1, -1) - given.means[:, None]
+        distance = z.view(individuals, draws_per_individual(len(z), individuals), 1, -1) - given.means[:, None]
         noise = torch.einsum("ikde,iske->iskd", given.whitener, distance)
         density = standard_normal_log_prob(noise.reshape(-1, self.dimension)).view(noise.shape[:-1])
         return torch.logsumexp(density + (given.log_weights + given.log_determinant)[:, None], dim=-1).flatten()
@@ -74,7 +74,7 @@ class GaussianMixture(ConditionalDensity):
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
         given = self._mixture(context)
         individuals = len(context)
-        grid = noise.view(individuals, draws_each(len(noise), individuals), self.noise_width)
+        grid = noise.view(individuals, draws_per_individual(len(noise), individuals), self.noise_width)
         uniform = torch.special.ndtr(grid[..., 0]).contiguous()
         chosen = torch.searchsorted(given.log_weights.exp().cumsum(-1).contiguous(), uniform, right=True)
         chosen = chosen.clamp(max=self.components - 1)
@@ -88,12 +88,12 @@ class GaussianMixture(ConditionalDensity):
 
 @dataclass(frozen=True)
 class GaussianMixtureFlow:
-    """Gaussian mixture head: fast to sample, exact for posteriors of few smooth modes.
+    """Mixture density network: fast to sample, accurate for posteriors with few smooth modes.
 
     Args:
         components: number of Gaussians.
-        hidden: width of the network that gives their parameters.
-        layers: its hidden layers.
+        hidden: width of the network that outputs their parameters.
+        layers: number of its hidden layers.
         log_scale_bound: largest absolute log of a scale; 6 lets a component be 400 times narrower than the prior.
     """
 
@@ -106,5 +106,5 @@ class GaussianMixtureFlow:
         require_positive(self, "components", "hidden", "layers", "log_scale_bound")
 
     def build(self, dimension: int, context: int) -> GaussianMixture:
-        """A fresh mixture over ``dimension`` parameters given a summary of width ``context``."""
+        """A new mixture over ``dimension`` parameters given a summary of width ``context``."""
         return GaussianMixture(dimension, context, self)

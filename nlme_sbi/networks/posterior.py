@@ -1,4 +1,4 @@
-"""The amortized posterior: summary network, flow and scalings, with the simulator, prior and designs behind them."""
+"""The amortized posterior: summary network, flow and scalings, with simulator, prior and designs of its training."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from nlme_sbi.config.conversion import convert
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
 from nlme_sbi.designs import DesignsOfData, ResampledDesigns
-from nlme_sbi.designs.censoring import with_limits
+from nlme_sbi.designs.censoring import censoring_to_limits
 from nlme_sbi.individual_model.dosing.doses import write_out_doses
 from nlme_sbi.individual_model.noise.likelihood import ValueCheckingSimulator
 from nlme_sbi.networks.densities import ConditionalDensity, FlowSettings, working_bytes_per_row
 from nlme_sbi.networks.scaling import ParameterScaling
-from nlme_sbi.networks.stored_weights import Bounded, load_shape, load_weights, safetensors_of
+from nlme_sbi.networks.stored_weights import AllocationLimit, load_shape, load_weights, open_safetensors
 from nlme_sbi.networks.summaries import DataShape, SummaryNetwork, SummarySettings
 from nlme_sbi.networks.token_summaries import TokenReader
 from nlme_sbi.parameters import ParameterSpace
@@ -41,43 +41,44 @@ from nlme_sbi.types import (
 )
 from nlme_sbi.units import check_units
 
-# Of a run's configuration, what a trained network rests on.
+# Sections of a run's configuration on which a trained network depends.
 TRAINED_SECTIONS = ("simulator", "prior", "design", "summary", "flow")
-# What a network works in: small enough for a CPU's cache, large enough to fill a GPU.
+# Working memory of a network in bytes: fits into a CPU's cache, and uses a whole GPU.
 _MEMORY = {"cpu": 2**25, "cuda": 2**30}
 _NOISE_ROWS = 2**16
-_ROOM = 2**20  # numbers that a network may hold beside its weights
-_MADE = 1000  # tensors that are made on the way
-# Features of a value, and what pooling makes of its row.
+_EXTRA_NUMBERS = 2**20  # that a network may hold beside its weights
+_EXTRA_TENSORS = 1000  # that may be created while it is built
+# Features of a value and of its row in pooling.
 _BYTES_PER_VALUE = 512
 
 
-def stored_network(
+def load_network(
     shape: DataShape, summary: SummarySettings, flow: FlowSettings, *, dimension: int, weights: Path
 ) -> PosteriorNetwork:
-    """The network that settings describe, filled from its file of weights, and never larger than that.
+    """Build the network of the settings and fill it from its file of weights, and never build a larger one.
 
-    Raises ``ValueError`` as :func:`load_weights`, or where the settings do not go with the file.
+    Raises:
+        ValueError: as :func:`load_weights`, or the settings do not belong to the file.
     """
-    # Beside weights, layers are built with masks and orders, which are not larger than they.
-    with safetensors_of(weights) as file:
+    # Beside weights, layers hold masks and orders, which are not larger than the weights.
+    with open_safetensors(weights) as file:
         tensors = len(file.keys())
-    bounded = Bounded(weights.stat().st_size + _ROOM, 30 * tensors + _MADE, weights)
-    with torch.random.fork_rng(devices=[]), bounded:
+    allocation_limit = AllocationLimit(weights.stat().st_size + _EXTRA_NUMBERS, 30 * tensors + _EXTRA_TENSORS, weights)
+    with torch.random.fork_rng(devices=[]), allocation_limit:
         network = build_network(shape, summary, flow, dimension=dimension)
     load_weights(network, weights)
     return network
 
 
-def _stored_part(config: Mapping[str, Any], name: str, role: type, trust: tuple[str, ...]) -> Any:
-    """What a section of a stored run describes, of this role and no other; ``trust`` is the user's."""
+def _load_part(config: Mapping[str, Any], name: str, role: type, trust: tuple[str, ...]) -> Any:
+    """Instantiate a section of a stored run, which must have the role ``role``; ``trust`` is the user's."""
     if name not in config:
         raise ValueError(f"The run's configuration has no section {name}; train again (fresh=true).")
     return instantiate(config[name], trust=trust, where=name, role=role, roles=STORED_ROLES)
 
 
-def _stored_pool(run: FinishedRun, simulator: Simulator) -> ResampledDesigns:
-    """The designs of data that a network was trained on, varied as they were in training."""
+def _load_pool(run: FinishedRun, simulator: Simulator) -> ResampledDesigns:
+    """The designs of data on which a network was trained, varied as in training."""
     section = run.section("design")
     ours = str(section.get("_target_", "")).rpartition(".")[2] == DesignsOfData.__name__
     named = [name for name in ("jitter", "keep") if ours and name in section]
@@ -86,22 +87,22 @@ def _stored_pool(run: FinishedRun, simulator: Simulator) -> ResampledDesigns:
 
 
 class PosteriorNetwork(nn.Module):
-    """Density ``q(phi | y, design)``: everything that has weights or scalings, and nothing else."""
+    """Density ``q(phi | y, design)``: the module with all weights and scalings."""
 
     def __init__(self, summary: SummaryNetwork, flow: ConditionalDensity, dimension: int) -> None:
         super().__init__()
         if not isinstance(summary, nn.Module):
-            raise TypeError(f"A summary network is a torch.nn.Module, and {type(summary).__name__} is none.")
+            raise TypeError(f"A summary network must be a torch.nn.Module; {type(summary).__name__} is not.")
         self.summary = summary
         self.flow = flow
         self.scaling = ParameterScaling(dimension)
 
     def forward(self, phi: Float[Tensor, "B D"], values: Float[Tensor, "I T C"], design: Design) -> Float[Tensor, " B"]:
-        """``log q(phi | y)`` on the scale of ``phi``, ``(B,)``, the same number of rows for each of the data."""
+        """``log q(phi | y)`` on the scale of ``phi``, ``(B,)``, with the same number of rows for each individual."""
         return self.log_prob(phi, self.summary(values, design))
 
     def log_prob(self, phi: Float[Tensor, "B D"], context: Float[Tensor, "I H"]) -> Float[Tensor, " B"]:
-        """``log q(phi | y)`` given summaries, the same number of rows for each; differentiable."""
+        """``log q(phi | y)`` given summaries, with the same number of rows for each; differentiable."""
         scaled, log_jacobian = self.scaling(phi)
         density: Tensor = self.flow.log_prob(scaled, context) + log_jacobian
         return density
@@ -118,12 +119,12 @@ class PosteriorNetwork(nn.Module):
 def build_network(
     shape: DataShape, summary: SummarySettings, flow: FlowSettings, *, dimension: int
 ) -> PosteriorNetwork:
-    """A network with random weights (from torch's global generator) and scalings that are not fitted yet."""
+    """A network with random weights (from torch's global generator) and scalings that are not yet fitted."""
     summary_network = summary.build(shape)
     return PosteriorNetwork(summary_network, flow.build(dimension, summary_network.width), dimension)
 
 
-def initial_network(
+def initialize_network(
     pilot: Simulations,
     simulator: Simulator,
     prior: Prior,
@@ -135,15 +136,15 @@ def initial_network(
     """A network ready to be trained: random weights, scalings from pilot simulations, on their device.
 
     Args:
-        pilot: simulations that show shape and spread of the data.
-        simulator: that made them.
-        prior: that their parameters were drawn from.
-        summary: which summary network.
-        flow: which flow.
-        seed: of the weights; torch's global generator stays as it was.
+        pilot: simulations that determine shape and scalings.
+        simulator: of the pilot simulations.
+        prior: of their parameters.
+        summary: settings of the summary network.
+        flow: settings of the flow.
+        seed: of the weights; torch's global generator is not changed.
     """
     shape = DataShape.of(pilot, simulator)
-    # torch's layers draw their weights from the global generator: fork it, so that nothing else sees the seed.
+    # torch's layers draw their weights from the global generator: fork it, so that nothing else uses the seed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_network(shape, summary, flow, dimension=pilot.phi.shape[1])
@@ -159,12 +160,12 @@ class AmortizedPosterior:
 
     Args:
         network: trained, in evaluation mode.
-        simulator: what it was trained on.
-        prior: what its parameters were simulated from.
-        designs: which designs it was trained on.
-        memory: bytes that the network may work in, beside what it is given and returns; None chooses by device.
+        simulator: of the training simulations.
+        prior: of their parameters.
+        designs: of the training simulations.
+        memory: working memory of the network in bytes, beside inputs and outputs; None chooses by device.
 
-    Draws depend on the generator and not on ``memory``, but for the last digits of float32.
+    Draws depend on the generator and not on ``memory``, except for the last digits of float32.
     """
 
     network: PosteriorNetwork
@@ -182,27 +183,27 @@ class AmortizedPosterior:
         trust: tuple[str, ...] = (),
         memory: int | None = None,
     ) -> AmortizedPosterior:
-        """The posterior that a ``train_flow`` run holds, ready to sample.
+        """Load the posterior of a ``train_flow`` run.
 
         Args:
             run: the run's directory.
             device: auto, cpu, cuda or cuda:N.
-            trust: module prefixes, beside the project's own, that the run's simulator may come from.
-            memory: bytes that the network may work in; None chooses by device.
+            trust: prefixes of modules, beside the project's own, that may hold the run's simulator.
+            memory: working memory of the network in bytes; None chooses by device.
 
         Raises:
-            ValueError: the run is unfinished, of another stage, edited or damaged, or its simulator is not trusted; or
-                it was trained on a simulator whose code has changed since.
+            ValueError: the run is unfinished, of another stage, edited or damaged; its simulator is not trusted; or
+                the code of its simulator has changed since the training.
         """
         finished = run if isinstance(run, FinishedRun) else load_run(Path(run), stage="train_flow")
         config = finished.config
         roles = {"simulator": Simulator, "prior": Prior, "summary": SummarySettings, "flow": FlowSettings}
         require_unedited(finished, TRAINED_SECTIONS, trust=trust)
-        parts = {name: _stored_part(config, name, role, trust) for name, role in roles.items()}
+        parts = {name: _load_part(config, name, role, trust) for name, role in roles.items()}
         require_same_sources(finished, TRAINED_SECTIONS, trust=trust)
         simulator: Simulator = parts["simulator"]
         shape = load_shape(finished.file("network.json"))
-        network = stored_network(
+        network = load_network(
             shape,
             parts["summary"],
             parts["flow"],
@@ -212,9 +213,9 @@ class AmortizedPosterior:
         target = choose_device(device)
         network.to(target).eval()
         designs: DesignSource = (
-            _stored_pool(finished, simulator)
+            _load_pool(finished, simulator)
             if finished.has("design")
-            else _stored_part(config, "design", DesignSource, trust)
+            else _load_part(config, "design", DesignSource, trust)
         )
         return cls(network, simulator, parts["prior"], designs, memory)
 
@@ -229,14 +230,15 @@ class AmortizedPosterior:
     def check(self, observations: Observations) -> None:
         """Refuse observations that the network was not trained for.
 
-        Raises ``ValueError`` that names what differs (signals, units of times, signals, doses and covariates, times,
-        missing values, doses, covariates), how many individuals, the first of them, and the remedy.
+        Raises:
+            ValueError: signals, units, times, missing values, doses or covariates differ from those of training; with
+                the number of individuals, the first of them, and the remedy.
         """
         if observations.signals != self.simulator.signals:
             raise ValueError(
                 f"The data have the signals {list(observations.signals)}, but the posterior was trained on "
-                f"{list(self.simulator.signals)} of {type(self.simulator).__name__}. Name or choose the data's signals "
-                "so (data.signals), or take the posterior of another simulator."
+                f"{list(self.simulator.signals)} of {type(self.simulator).__name__}. Rename or choose the data's "
+                "signals (data.signals), or take the posterior of another simulator."
             )
         check_units(observations, self.simulator)
         if isinstance(self.simulator, CheckingSimulator):
@@ -255,7 +257,7 @@ class AmortizedPosterior:
 
     @property
     def sees_censoring(self) -> bool:
-        """Whether the network was trained on values of which only limits are told."""
+        """Whether the network was trained with censored values."""
         return isinstance(self.network.summary, TokenReader) and self.network.summary.censored
 
     @property
@@ -263,10 +265,10 @@ class AmortizedPosterior:
         return isinstance(self.simulator, TractableSimulator)
 
     def _uncovered(self, observations: Observations) -> dict[int, str]:
-        """Individuals that training designs do not cover, and why; limits count where the network reads them."""
+        """Individuals that training designs do not cover, and why; limits matter only where the network reads them."""
         if not isinstance(self.network.summary, TokenReader):
             return self.designs.covers(observations.design)
-        limited = with_limits(observations).design
+        limited = censoring_to_limits(observations).design
         found = self.designs.covers(limited)
         if limited.limits is None or self.network.summary.censored:
             return found
@@ -288,7 +290,7 @@ class AmortizedPosterior:
         summary = self.network.summary
         per_row = working_bytes_per_row(summary) + _BYTES_PER_VALUE * observations.values[0].numel()
         if isinstance(summary, TokenReader):
-            observations = with_limits(observations)
+            observations = censoring_to_limits(observations)
             per_row = summary.bytes_per_individual(_most_tokens(observations.design))
         rows = self._rows_at_once(per_row)
         result = torch.empty((len(observations), summary.width), device=self.device)
@@ -316,7 +318,7 @@ class AmortizedPosterior:
         phi = torch.empty((individuals, draws, len(self.parameters)), device=self.device)
         log_q = torch.empty((individuals, draws), device=self.device)
         rows = self._rows_at_once(working_bytes_per_row(flow))
-        # Noise comes in blocks of a fixed size: what a generator gives depends on how many numbers are asked for.
+        # Noise is drawn in blocks of a fixed size, because a generator's numbers depend on how many are drawn at once.
         block = max(1, _NOISE_ROWS // draws)
         with Progress(individuals, "individual", "draws", delay=1.0) as progress:
             for start in range(0, individuals, block):
@@ -344,14 +346,14 @@ class AmortizedPosterior:
 
 
 def _most_tokens(design: Design) -> int:
-    """Most measurements and doses that an individual can have."""
+    """Largest number of tokens (measurements, doses, resets) of an individual."""
     events = design.events
     doses = 0 if events is None else write_out_doses(design).columns + events.time.shape[1]
     return 1 + math.prod(design.observed.shape[1:]) + doses
 
 
 def _pieces(individuals: int, draws: int, rows: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of individuals and of draws that cover all, at most ``rows`` pairs each."""
+    """Slices of individuals and of draws that together cover all, with at most ``rows`` pairs each."""
     each, together = min(draws, rows), max(1, rows // draws)
     for start in range(0, individuals, together):
         for first in range(0, draws, each):

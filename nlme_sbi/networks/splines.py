@@ -1,4 +1,4 @@
-r"""Monotone rational-quadratic splines: a flexible map of the line onto itself with an inverse in closed form.
+r"""Monotone rational-quadratic splines: a flexible map of the real line onto itself with an inverse in closed form.
 
 Source: Durkan, Bekasov, Murray and Papamakarios (2019), Neural Spline Flows, NeurIPS; Gregory and Delbourgo (1982).
 """
@@ -14,12 +14,12 @@ from torch.nn import functional
 
 MIN_SHARE = 1e-3
 MIN_SLOPE = 1e-3
-# softplus of this is 1 - MIN_SLOPE: raw slopes of zero are slopes of one.
+# softplus of this is 1 - MIN_SLOPE, so that raw slopes of zero are slopes of one.
 _UNIT_SLOPE = math.log(math.expm1(1 - MIN_SLOPE))
 
 
 def raw_width(bins: int) -> int:
-    """How many raw numbers one spline takes: shares of width, of height, and slopes at the inner knots."""
+    """Number of unconstrained parameters of one spline: shares of width, of height, and slopes at the inner knots."""
     return 3 * bins - 1
 
 
@@ -38,10 +38,10 @@ def rational_quadratic_spline(
     Returns:
         Mapped values, and the log derivative of the map that was applied.
     """
-    left, bottom, width, height, slopes = _bin_of(values, raw, bins=bins, bound=bound, by_height=inverse)
+    left, bottom, width, height, slopes = _find_bin(values, raw, bins=bins, bound=bound, by_height=inverse)
     slope_left, slope_right = slopes
     inside = values.abs() < bound
-    # Beyond the interval the spline is evaluated at its end: finite, and with finite gradients, though not used.
+    # Beyond the interval the spline is evaluated at its end, so that unused values and gradients stay finite.
     clamped = values.clamp(-bound, bound)
     mean_slope = height / width
     bend = slope_left + slope_right - 2 * mean_slope
@@ -50,7 +50,7 @@ def rational_quadratic_spline(
         a = rise * bend + height * (mean_slope - slope_left)
         b = height * slope_left - rise * bend
         c = -mean_slope * rise
-        # Rounding may take a discriminant of zero below it.
+        # By rounding, a discriminant of zero may become negative.
         place = 2 * c / (-b - (b.square() - 4 * a * c).clamp(min=0).sqrt())
         mapped = left + place * width
     else:
@@ -65,16 +65,16 @@ def rational_quadratic_spline(
     return torch.where(inside, mapped, values), log_slope
 
 
-def _bin_of(
+def _find_bin(
     values: Tensor, raw: Tensor, *, bins: int, bound: float, by_height: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Left and bottom end, width and height of the bin that each value lies in, and the slopes at its ends."""
-    # Bins first: a softmax over a last dimension of eight costs twenty times one over a first dimension.
+    """Left and bottom end, width and height of each value's bin, and the slopes at its ends."""
+    # Bins in the first dimension: a softmax over a last dimension of eight takes twenty times as long.
     raw = raw.movedim(-1, 0).contiguous()
     shares = torch.softmax(raw[: 2 * bins].view(2, bins, *values.shape), dim=1)
     inner = (MIN_SHARE + (1 - MIN_SHARE * bins) * shares[:, :-1]).cumsum(dim=1) * (2 * bound) - bound
     slopes = MIN_SLOPE + functional.softplus(raw[None, 2 * bins :] + _UNIT_SLOPE)
-    # Ends of the interval across and upwards, and slope 1, stand before the first and after the last inner knot.
+    # Before the first and after the last inner knot: the ends of the interval, in x and y, with slope 1.
     first, last = (
         raw.new_tensor([end, end, 1.0]).view(3, 1, *(1,) * values.ndim).expand(3, 1, *values.shape)
         for end in (-bound, bound)

@@ -1,4 +1,4 @@
-"""Weights of a network and what its layers depend on, as files: read with care, because somebody may have sent them."""
+"""Files of a network's weights and of the shapes its layers depend on; read with care, as they may be untrusted."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from nlme_sbi.runs.schema import DISTINCT, POSITIVE, Maybe, Rule
 def load_weights(network: nn.Module, path: Path) -> None:
     """Fill a network from a safetensors file.
 
-    Raises ``ValueError`` when the file is damaged, of another network, or holds weights that are not finite, naming the
-    first tensor that differs.
+    Raises:
+        ValueError: the file is damaged, belongs to another network, or holds weights that are not finite; with the
+            first such tensor.
     """
-    with safetensors_of(path) as file:
+    with open_safetensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
     expected = network.state_dict()
     wrong = [
-        f"{name} {_described(expected.get(name), 'is not in the network')} against "
-        f"{_described(tensors.get(name), 'nothing in the file')}"
+        f"{name} {_describe(expected.get(name), 'is not in the network')} against "
+        f"{_describe(tensors.get(name), 'nothing in the file')}"
         for name in sorted(set(expected) | set(tensors))
         if name not in expected
         or name not in tensors
@@ -42,18 +43,18 @@ def load_weights(network: nn.Module, path: Path) -> None:
             f"{path} belongs to another network: {len(wrong)} tensors differ, first {wrong[0]}; "
             "train again (fresh=true)."
         )
-    odd = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if odd:
+    not_finite = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if not_finite:
         raise ValueError(
-            f"{path} holds weights that are not finite numbers, in {len(odd)} of {len(tensors)} tensors, first "
-            f"{sorted(odd)[0]}; train again (fresh=true)."
+            f"{path} holds weights that are not finite numbers, in {len(not_finite)} of {len(tensors)} tensors, first "
+            f"{sorted(not_finite)[0]}; train again (fresh=true)."
         )
     network.load_state_dict(tensors)
 
 
 @contextmanager
-def safetensors_of(path: Path) -> Iterator[Any]:
-    """An open safetensors file; raises ``ValueError`` where it is none."""
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; raises ``ValueError`` where it is not one."""
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             yield file
@@ -63,12 +64,12 @@ def safetensors_of(path: Path) -> Iterator[Any]:
         ) from problem
 
 
-def _described(tensor: Tensor | None, absent: str) -> str:
+def _describe(tensor: Tensor | None, absent: str) -> str:
     return absent if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside it, so many tensors of so many numbers can be made, no more: a network is not larger than its file."""
+class AllocationLimit(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Context that limits the number of tensors and their elements, so that a network is not larger than its file."""
 
     def __init__(self, numbers: int, tensors: int, path: Path) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -91,15 +92,15 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def load_shape(path: Path) -> DataShape:
-    """What the layers of a stored network depend on; raises ``ValueError`` where the file does not tell it."""
+    """Load the shapes that a stored network's layers depend on; raises ``ValueError`` for a damaged file."""
     stored = load_json(path, _SHAPE)
     levels = tuple((name, count) for name, count in stored["levels"])
     known = {key: stored[key] for key in _SHAPE if stored.get(key) is not None}
     return DataShape(**{**known, "covariates": tuple(stored["covariates"]), "levels": levels})
 
 
-def description_of(shape: DataShape) -> dict[str, Any]:
-    """What :func:`load_shape` reads; of doses and limits only what other than one bolus and plain values needs."""
+def describe_shape(shape: DataShape) -> dict[str, Any]:
+    """The content of the file that :func:`load_shape` reads; compartments and censoring only where not the default."""
     plain = {item.name: item.default for item in fields(DataShape) if isinstance(_SHAPE.get(item.name), Maybe)}
     return {name: value for name, value in asdict(shape).items() if name not in plain or value != plain[name]}
 

@@ -1,7 +1,7 @@
 """Summary networks: from one individual's measurements and design to a vector that a flow is conditioned on.
 
-Both networks see engineered features first: on the reference task they are worth two nats over raw values. A network is
-built from pilot simulations, whose quantiles fix every scaling.
+Both networks start from engineered features, which gain two nats over raw values on the reference task. Their scalings
+are fitted to quantiles of pilot simulations.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from nlme_sbi.networks.scaling import ContextScaling, SignalScaling, TimeScaling, compressed, dose_of
+from nlme_sbi.networks.scaling import ContextScaling, SignalScaling, TimeScaling, dose_of, fast_asinh
 from nlme_sbi.types import Design, Simulations, Simulator
 
 
 @dataclass(frozen=True)
 class DataShape:
-    """What a network's layers depend on; plain numbers and names, stored with the weights.
+    """Shape of the data, on which a network's layers depend; stored with the weights.
 
     Args:
         times: number of times (of the longest series).
         signals: number of signals.
         missing: whether simulated designs have missing values.
         shared_times: whether all simulated designs have the same times.
-        covariates: the covariates that the simulator reads.
+        covariates: names of the covariates that the simulator reads.
         levels: number of levels of each categorical one.
         takes_doses: whether the simulator reads dose records.
-        compartments: the largest number of a compartment that doses go into.
-        censored: whether limits hide values.
+        compartments: largest number of a compartment that doses enter.
+        censored: whether values may be censored.
     """
 
     times: int
@@ -48,8 +48,8 @@ class DataShape:
     @classmethod
     def of(cls, pilot: Simulations, simulator: Simulator) -> DataShape:
         """The shape of simulated data."""
-        carried = pilot.design.covariates
-        levels = {} if carried is None else carried.levels
+        covariates = pilot.design.covariates
+        levels = {} if covariates is None else covariates.levels
         return cls(
             times=pilot.values.shape[1],
             signals=pilot.values.shape[2],
@@ -64,12 +64,12 @@ class DataShape:
 
     @property
     def covariates_alone(self) -> ContextScaling:
-        """A fresh scaling of covariates, for networks that see doses otherwise."""
+        """A new scaling of covariates, for networks that read doses as tokens."""
         return ContextScaling(self.covariates, dict(self.levels), takes_doses=False)
 
     @property
     def context(self) -> ContextScaling:
-        """A fresh scaling of dose and covariates."""
+        """A new scaling of dose and covariates."""
         return ContextScaling(self.covariates, dict(self.levels), self.takes_doses)
 
 
@@ -80,25 +80,31 @@ def _largest_compartment(design: Design) -> int:
 
 @runtime_checkable
 class SummaryNetwork(Protocol):
-    """What a posterior network needs of a summary, a ``torch.nn.Module``: its width, scalings from pilot simulations,
-    and the summary."""
+    """Interface of a summary network, a ``torch.nn.Module``.
+
+    Attributes:
+        width: length ``H`` of the summary vector.
+    """
 
     width: int
 
-    def fit_scaling(self, pilot: Simulations) -> None: ...
+    def fit_scaling(self, pilot: Simulations) -> None:
+        """Fit every scaling to pilot simulations."""
 
-    def __call__(self, values: Float[Tensor, "B T C"], design: Design) -> Float[Tensor, "B H"]: ...
+    def __call__(self, values: Float[Tensor, "B T C"], design: Design) -> Float[Tensor, "B H"]:
+        """Summary vectors of individuals."""
 
 
 @runtime_checkable
 class SummarySettings(Protocol):
-    """A choice in the config group ``summary``."""
+    """Settings in the config group ``summary``."""
 
-    def build(self, shape: DataShape) -> SummaryNetwork: ...
+    def build(self, shape: DataShape) -> SummaryNetwork:
+        """A new network with random weights, for data of this shape."""
 
 
-def carried_forward(values: Float[Tensor, "B T C"], observed: Bool[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-    """Missing values replaced by the last one before, leading ones by the first one; zero where there is none."""
+def carry_forward(values: Float[Tensor, "B T C"], observed: Bool[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+    """Replace missing values by the last one before (LOCF), leading ones by the first one; 0 where there is none."""
     position = torch.arange(values.shape[1], device=values.device)[None, :, None].expand(values.shape)
     last = torch.where(observed, position, -1).cummax(dim=1).values
     first = observed.to(torch.int8).argmax(dim=1, keepdim=True)
@@ -121,7 +127,7 @@ def series_statistics(
 def noise_level(
     values: Float[Tensor, "B T C"], observed: Bool[Tensor, "B T C"]
 ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
-    """Mean and median absolute second difference of every series: what is left of noise when the trend is taken out."""
+    """Mean and median absolute second difference of every series, a measure of its noise without trend."""
     if values.shape[1] < 3:
         zero = torch.zeros_like(values[:, 0])
         return zero, zero
@@ -154,12 +160,12 @@ class SeriesFeatures(nn.Module):
         mean, sd = series_statistics(values, observed)
         centred = (values - mean) / (sd + 1e-3 * scaling.step)
         steps = torch.zeros_like(values)
-        steps[:, 1:] = compressed((values[:, 1:] - values[:, :-1]) / scaling.step)
-        coarse = compressed((values - scaling.location) / scaling.coarse)
+        steps[:, 1:] = fast_asinh((values[:, 1:] - values[:, :-1]) / scaling.step)
+        coarse = fast_asinh((values - scaling.location) / scaling.coarse)
         bend_mean, bend_median = noise_level(values, observed)
         floor = 1e-3 * scaling.step
         side = (
-            compressed((mean[:, 0] - scaling.location) / scaling.coarse),
+            fast_asinh((mean[:, 0] - scaling.location) / scaling.coarse),
             torch.log((sd[:, 0] + floor) / scaling.coarse),
             torch.log((bend_mean + floor) / scaling.step),
             torch.log((bend_median + floor) / scaling.step),
@@ -189,14 +195,14 @@ class GridNetwork(nn.Module):
         self.width = settings.width
 
     def fit_scaling(self, pilot: Simulations) -> None:
-        """Take every scaling from pilot simulations."""
+        """Fit every scaling to pilot simulations."""
         self.features.signals.fit(pilot.values, pilot.design.observed)
         self.context.fit(pilot.design)
 
     def forward(self, values: Float[Tensor, "B T C"], design: Design) -> Float[Tensor, "B H"]:
         observed = design.observed
         if self.sees_missing:
-            values = carried_forward(values, observed)
+            values = carry_forward(values, observed)
         series, side = self.features(values, observed)
         parts = [series.flatten(1), side, self.context(design)]
         if self.sees_missing:
@@ -209,9 +215,9 @@ class PooledNetwork(nn.Module):
     """Summary of rows (time, values, mask) at any times: rows are encoded, then pooled around nodes in time.
 
     Node ``m`` takes a weighted mean of the encoded rows, with weights ``(1 + d^2/h_m^2)^-2`` of the distance ``d`` in
-    warped time; each node's width ``h_m`` is learned. That resamples an irregular series to a fixed grid, which a
+    warped time; each node's width ``h_m`` is learned. This resamples an irregular series to a fixed grid, which a
     perceptron then reads together with the mean and maximum over all rows, series statistics, dose and covariates.
-    Short series enter directly as well.
+    Short series are also read row by row.
     """
 
     nodes: Tensor
@@ -223,7 +229,7 @@ class PooledNetwork(nn.Module):
         self.time = TimeScaling()
         self.context = shape.context
         self.register_buffer("nodes", torch.linspace(0, 1, settings.nodes))
-        # One node's neighbour lies one SD away at the start: enough overlap for gradients to move the widths.
+        # Initially neighbouring nodes are one SD apart, enough overlap for gradients to change the widths.
         self.log_precision = nn.Parameter(torch.full((settings.nodes,), 2 * math.log(settings.nodes)))
         row_inputs = signals * (self.features.per_time + 2) + 3
         self.encode = perceptron([row_inputs, settings.row_hidden, settings.row_width])
@@ -236,7 +242,7 @@ class PooledNetwork(nn.Module):
         self.width = settings.width
 
     def fit_scaling(self, pilot: Simulations) -> None:
-        """Take every scaling from pilot simulations."""
+        """Fit every scaling to pilot simulations."""
         observed, times = pilot.design.observed, pilot.design.times
         self.features.signals.fit(pilot.values, observed)
         self.context.fit(pilot.design)
@@ -255,12 +261,12 @@ class PooledNetwork(nn.Module):
         return place
 
     def _weights(self, place: Float[Tensor, "B T"], present: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
-        """Pooling weights ``(B, M, T)`` and the log of how much data lies near each node, ``(B, M)``."""
+        """Pooling weights ``(B, M, T)`` and the log amount of data near each node, ``(B, M)``."""
         if place.shape[0] > 1 and place.stride(0) == 0 and bool(present.all()):
             weights, near = self._weights(place[:1], present[:1])
             return weights.expand(place.shape[0], -1, -1), near.expand(place.shape[0], -1)
         distance = (place[:, None, :] - self.nodes[:, None]).square()
-        # Heavy tails and not a Gaussian kernel: its far tail is denormal numbers, which cost CPUs thirtyfold.
+        # Not a Gaussian kernel: the denormal numbers of its far tails take CPUs thirty times as long.
         kernel = (1 + distance * self.log_precision.exp()[:, None]).square().reciprocal() * present[:, None, :]
         total = kernel.sum(dim=2, keepdim=True).clamp(min=1e-12)
         return kernel / total, total[..., 0].log()
@@ -268,12 +274,12 @@ class PooledNetwork(nn.Module):
     def forward(self, values: Float[Tensor, "B T C"], design: Design) -> Float[Tensor, "B H"]:
         observed = design.observed
         present = observed.any(dim=2)
-        values = carried_forward(values, observed)
+        values = carry_forward(values, observed)
         series, side = self.features(values, observed)
         place = self._place(design)
         gap = torch.zeros_like(values[..., 0])
         gap[:, 1:] = place[:, 1:] - place[:, :-1]
-        fine = compressed((values - self.features.signals.location) / self.features.signals.fine)
+        fine = fast_asinh((values - self.features.signals.location) / self.features.signals.fine)
         clock = torch.stack((place, gap, place.square()), dim=2)
         inputs = torch.cat((series, fine, observed.to(values.dtype), clock), dim=2)
         rows = self.encode(inputs)
@@ -299,7 +305,7 @@ class PooledNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class GridSummary:
-    """Summary for individuals that are all measured on one grid (missing values allowed if they were simulated).
+    """Summary for individuals that are all measured at the same times (missing values allowed if they were simulated).
 
     Args:
         width: length of the summary vector.
@@ -312,7 +318,7 @@ class GridSummary:
     layers: int = 2
 
     def build(self, shape: DataShape) -> GridNetwork:
-        """A network of random weights; raises ``ValueError`` when simulated times differ between individuals."""
+        """A new network with random weights; raises ``ValueError`` when simulated times differ between individuals."""
         if not shape.shared_times:
             raise ValueError(
                 "summary=grid needs the same times for every individual, but the simulated designs differ in theirs; "
@@ -323,7 +329,7 @@ class GridSummary:
 
 @dataclass(frozen=True)
 class PooledSummary:
-    """Summary for individuals that are measured at irregular or individual times.
+    """Summary for individuals with irregular or individual measurement times.
 
     Args:
         width: length of the summary vector.
@@ -332,8 +338,8 @@ class PooledSummary:
         row_hidden: width of the row encoder's hidden layer.
         row_width: length of an encoded row.
         nodes: number of nodes in time that rows are pooled around.
-        direct_rows: series of at most this many times also enter row by row, in order of time, because pooling blurs
-            what few samples tell of the noise. Longer individuals than the simulated ones are then refused.
+        direct_rows: series of at most this many times are also read row by row, in order of time, because pooling
+            blurs the little that few samples contain about the noise. Longer series than simulated are then refused.
     """
 
     width: int = 64
@@ -345,5 +351,5 @@ class PooledSummary:
     direct_rows: int = 32
 
     def build(self, shape: DataShape) -> PooledNetwork:
-        """A network of random weights."""
+        """A new network with random weights."""
         return PooledNetwork(shape, self)

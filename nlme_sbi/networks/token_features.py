@@ -1,4 +1,4 @@
-"""What a network sees of each token: numbers of mean 0 and SD 1 over training data, and what came before it."""
+"""Features of each token: numbers of mean 0 and SD 1 over training data, also of the tokens before it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nlme_sbi.individual_model.dosing.doses import MODELLED_DURATION, MODELLED_RATE
-from nlme_sbi.networks.scaling import SignalScaling, TimeScaling, compressed, observed_quantiles
+from nlme_sbi.networks.scaling import SignalScaling, TimeScaling, fast_asinh, observed_quantiles
 from nlme_sbi.networks.tokens import TokenKind, Tokens, last_before
 from nlme_sbi.types import Censoring
 
@@ -20,7 +20,7 @@ _SMALLEST = 1e-30
 
 @dataclass(frozen=True)
 class _Column:
-    """A number of every token, and for which tokens it says anything."""
+    """A number of every token, and the tokens to which it applies."""
 
     number: Float[Tensor, "B N"]
     applies: Bool[Tensor, "B N"]
@@ -29,17 +29,16 @@ class _Column:
 class TokenFeatures(nn.Module):
     """Features ``(B, N, width)`` of tokens; every scale is a buffer that is fitted once to pilot simulations.
 
-    Of all: kind, signal or compartment, place among the training times with sines of it, time since the token before
-    and since the last dose, amount of that dose and of all doses since everything was forgotten. Of a measurement: its
-    value (or limit) linearly, on a fine and on a logarithmic scale, how it is censored, the difference to the one of
-    its signal before and the time in between. Of a dose: amount, rate, whether rate or duration are modelled, steady
-    state and its interval.
+    All tokens: kind, signal or compartment, position among the training times with sines of it, time since the token
+    before and since the last dose, amount of that dose and of all doses since the last reset. Measurements: value (or
+    limit) on a linear, a fine and a logarithmic scale, kind of censoring, difference to the signal's last measurement
+    and the time between. Doses: amount, rate, whether rate or duration are modelled, steady state and its interval.
 
     Args:
         signals: number of signals.
         takes_doses: whether there are doses.
         compartments: number of compartments that take doses.
-        censored: whether values may be hidden by limits.
+        censored: whether values may be censored.
     """
 
     location: Tensor
@@ -62,16 +61,16 @@ class TokenFeatures(nn.Module):
         self.width = kinds + numbers + flags + 2 * len(_FREQUENCIES)
 
     def fit(self, tokens: Tokens) -> None:
-        """Take every scale from pilot tokens."""
+        """Fit every scale to pilot tokens."""
         measured = tokens.of_kind(TokenKind.MEASUREMENT)
-        told = measured & (tokens.censoring == int(Censoring.NONE))
+        uncensored = measured & (tokens.censoring == int(Censoring.NONE))
         for signal in range(self.signals):
-            own = tokens.value[told & (tokens.channel == signal)]
+            own = tokens.value[uncensored & (tokens.channel == signal)]
             size = own.abs()[own != 0]
             if len(size):
                 self.small[signal] = observed_quantiles(size, [0.05])[0].clamp(min=_SMALLEST)
-        # The scaling of signals takes series: tokens of one signal, each beside the one before it.
-        apart, series = _as_series(tokens, told, self.signals)
+        # SignalScaling needs series: tokens of one signal, each next to the one before it.
+        apart, series = _as_series(tokens, uncensored, self.signals)
         self.values.fit(apart, series)
         self.clock.fit(tokens.time, tokens.present)
         gaps = tokens.time.diff(dim=1)[tokens.present[:, 1:]]
@@ -87,7 +86,7 @@ class TokenFeatures(nn.Module):
     def forward(self, tokens: Tokens) -> Float[Tensor, "B N width"]:
         """Features; 0 for padding."""
         numbers = [
-            torch.where(column.applies, compressed((column.number - location) / scale), 0.0)
+            torch.where(column.applies, fast_asinh((column.number - location) / scale), 0.0)
             for column, location, scale in zip(self._numbers(tokens), self.location, self.scale, strict=True)
         ]
         place = self._place(tokens)
@@ -105,7 +104,7 @@ class TokenFeatures(nn.Module):
         found = [measured & (tokens.channel == signal) for signal in range(self.signals)]
         if self.takes_doses:
             dose = tokens.of_kind(TokenKind.DOSE)
-            # A compartment beyond those of the pilot simulations is seldom: it shares the last one's indicator.
+            # A compartment beyond those of the pilot simulations is rare: it shares the last one's indicator.
             place = tokens.channel.clamp(max=self.compartments - 1)
             found += [dose & (place == compartment) for compartment in range(self.compartments)]
             found.append(tokens.of_kind(TokenKind.RESET))
@@ -139,19 +138,19 @@ class TokenFeatures(nn.Module):
 
     def _of_measurements(self, tokens: Tokens) -> list[_Column]:
         measured = tokens.of_kind(TokenKind.MEASUREMENT)
-        told = measured & (tokens.censoring == int(Censoring.NONE))
+        uncensored = measured & (tokens.censoring == int(Censoring.NONE))
         signal = torch.where(measured, tokens.channel, 0)
         coarse, fine, size = self._scales_of(tokens.value, signal)
         since, step, growth = (torch.zeros_like(coarse) for _ in range(3))
         compared = torch.zeros_like(measured)
         for place in range(self.signals):
-            own = told & (signal == place)
+            own = uncensored & (signal == place)
             known, (time, value, level) = last_before(own, tokens.time, tokens.value.double(), size.double())
             pair = own & known
             compared = compared | pair
             since = torch.where(pair, self._elapsed(tokens.time - time), since)
             change = (tokens.value - value.float()) / self.values.step[place]
-            step = torch.where(pair, compressed(change), step)
+            step = torch.where(pair, fast_asinh(change), step)
             growth = torch.where(pair, size - level.float(), growth)
         found = [
             *(_Column(number, measured) for number in (coarse, fine, size)),
@@ -163,13 +162,13 @@ class TokenFeatures(nn.Module):
         return found
 
     def _scales_of(self, value: Tensor, signal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A value linearly, on the fine scale about the middle, and by its size."""
+        """A value on the coarse scale, on the fine scale about the median, and on a logarithmic scale."""
         scaling = self.values
         centred = value - scaling.location[signal]
         return (
-            compressed(centred / scaling.coarse[signal]),
-            compressed(centred / scaling.fine[signal]),
-            compressed(value / self.small[signal]),
+            fast_asinh(centred / scaling.coarse[signal]),
+            fast_asinh(centred / scaling.fine[signal]),
+            fast_asinh(value / self.small[signal]),
         )
 
     def _of_doses(self, tokens: Tokens) -> list[_Column]:
@@ -191,7 +190,7 @@ class TokenFeatures(nn.Module):
         ]
 
     def _share_of_range(self, time: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-        """Time linearly, as a share of the range of training times."""
+        """Time as a share of the range of training times."""
         return time.float() / (self.clock.knots[-1] - self.clock.knots[0])
 
 
@@ -200,12 +199,12 @@ def _log(number: Tensor) -> Tensor:
 
 
 def _as_series(
-    tokens: Tokens, told: Bool[Tensor, "B N"], signals: int
+    tokens: Tokens, uncensored: Bool[Tensor, "B N"], signals: int
 ) -> tuple[Float[Tensor, "B N C"], Bool[Tensor, "B N C"]]:
-    """Each signal's measurements moved to the front, ``(B, N, C)``, and which entries hold one."""
+    """Each signal's measurements moved to the front, ``(B, N, C)``, and a mask of them."""
     values, there = [], []
     for signal in range(signals):
-        own = told & (tokens.channel == signal)
+        own = uncensored & (tokens.channel == signal)
         order = (~own).long().argsort(dim=1, stable=True)
         values.append(tokens.value.gather(1, order))
         there.append(own.gather(1, order))

@@ -1,8 +1,8 @@
 """Summaries of individuals as tokens: measurements at any times under any regimen, censored ones among them.
 
-Both networks see tokens in one and the same order, so padding and the order of rows change nothing, and an additional
-dose (ADDL) is what the same dose written out is. They differ in what they make of the tokens: attention compares every
-token with every other, a recurrent network reads them in order of time.
+Both networks get tokens in one canonical order, so that padding and the order of rows change nothing, and an additional
+dose (ADDL) equals the same dose written out. They differ in how they read the tokens: attention compares every token
+with every other, a recurrent network reads them in order of time.
 """
 
 from __future__ import annotations
@@ -25,15 +25,20 @@ _FLOAT = 4  # bytes
 
 @runtime_checkable
 class TokenReader(Protocol):
-    """A summary network of tokens: it reads limits of quantification, and knows what memory an individual takes."""
+    """A summary network of tokens, which may read limits of quantification.
+
+    Attributes:
+        censored: whether it was built for censored values.
+    """
 
     censored: bool
 
-    def bytes_per_individual(self, tokens: int) -> int: ...
+    def bytes_per_individual(self, tokens: int) -> int:
+        """Approximate memory of one individual with this number of tokens."""
 
 
 class _TokenNetwork(nn.Module):
-    """What the networks of tokens share: features, and a first token that holds covariates and is always there."""
+    """Base class of the token networks: features, and a first token that holds covariates and is always present."""
 
     def __init__(self, shape: DataShape, *, token_width: int, token_hidden: int) -> None:
         super().__init__()
@@ -48,19 +53,19 @@ class _TokenNetwork(nn.Module):
         self.beside = self.context.width + shape.signals + int(shape.takes_doses)
 
     def fit_scaling(self, pilot: Simulations) -> None:
-        """Take every scaling from pilot simulations."""
+        """Fit every scaling to pilot simulations."""
         self.features.fit(self._tokens(pilot.values, pilot.design))
         self.context.fit(pilot.design)
 
     def _tokens(self, values: Float[Tensor, "B T C"], design: Design) -> Tokens:
-        told = design if self.censored else replace(design, limits=None)
-        return tokens_of(values, told, takes_doses=self.takes_doses)
+        read_design = design if self.censored else replace(design, limits=None)
+        return tokens_of(values, read_design, takes_doses=self.takes_doses)
 
     def _read(
         self, values: Float[Tensor, "B T C"], design: Design
     ) -> tuple[Float[Tensor, "B M W"], Bool[Tensor, "B M"], Float[Tensor, "B K"]]:
-        """Embedded tokens behind the first one, which of them are there, and what goes round the tokens: covariates
-        and numbers of measurements and doses."""
+        """The first token and the embedded ones, a mask of present ones, and features that bypass the tokens:
+        covariates and numbers of measurements and doses."""
         tokens = self._tokens(values, design)
         embedded = self.embed(self.features(tokens))
         covariates = self.context(design)
@@ -77,7 +82,7 @@ class _TokenNetwork(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Multi-head attention of queries to rows that are there."""
+    """Multi-head attention of queries to present rows."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -98,7 +103,7 @@ class _Attention(nn.Module):
 
 
 class _Block(nn.Module):
-    """Self-attention and a perceptron, each added to what comes in; the identity before training."""
+    """Self-attention and a perceptron, both residual; the identity before training."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -136,7 +141,7 @@ class AttentionNetwork(_TokenNetwork):
         self._heads = heads
 
     def bytes_per_individual(self, tokens: int) -> int:
-        """Memory that one individual takes, about; attention may hold every pair of tokens."""
+        """Approximate memory of one individual; attention may hold every pair of tokens."""
         return _FLOAT * (tokens * self._per_token + self._heads * tokens * tokens)
 
     def forward(self, values: Float[Tensor, "B T C"], design: Design) -> Float[Tensor, "B H"]:
@@ -164,7 +169,7 @@ class RecurrentNetwork(_TokenNetwork):
         self._per_token += 8 * settings.state * settings.recurrent_layers
 
     def bytes_per_individual(self, tokens: int) -> int:
-        """Memory that one individual takes, about."""
+        """Approximate memory of one individual."""
         return _FLOAT * tokens * self._per_token
 
     def forward(self, values: Float[Tensor, "B T C"], design: Design) -> Float[Tensor, "B H"]:
@@ -177,7 +182,7 @@ class RecurrentNetwork(_TokenNetwork):
 
 
 def _mean(rows: Float[Tensor, "B M W"], present: Bool[Tensor, "B M"]) -> Float[Tensor, "B W"]:
-    """Over the rows that are there."""
+    """Mean over present rows."""
     return torch.where(present[..., None], rows, 0.0).sum(1) / present.sum(1, keepdim=True)
 
 
@@ -190,10 +195,10 @@ class AttentionSummary:
         hidden: width of the layers after pooling.
         layers: number of layers after pooling.
         token_width: length of an embedded token, a multiple of ``heads``.
-        token_hidden: width of the layer between.
+        token_hidden: width of the hidden layer of the token embedding.
         blocks: number of self-attention blocks.
-        heads: of attention.
-        queries: vectors that are pooled from the tokens.
+        heads: number of attention heads.
+        queries: number of learned queries that pool the tokens.
     """
 
     width: int = 64
@@ -213,7 +218,7 @@ class AttentionSummary:
             )
 
     def build(self, shape: DataShape) -> AttentionNetwork:
-        """A network of random weights."""
+        """A new network with random weights."""
         return AttentionNetwork(shape, self)
 
 
@@ -226,7 +231,7 @@ class RecurrentSummary:
         hidden: width of the layers after the recurrent ones.
         layers: number of layers after the recurrent ones.
         token_width: length of an embedded token.
-        token_hidden: width of the layer between.
+        token_hidden: width of the hidden layer of the token embedding.
         state: length of the recurrent state.
         recurrent_layers: number of recurrent layers.
     """
@@ -243,5 +248,5 @@ class RecurrentSummary:
         require_positive(self, "width", "hidden", "token_width", "token_hidden", "state", "recurrent_layers")
 
     def build(self, shape: DataShape) -> RecurrentNetwork:
-        """A network of random weights."""
+        """A new network with random weights."""
         return RecurrentNetwork(shape, self)

@@ -1,7 +1,7 @@
-"""One individual as tokens: every measurement, dose and reset by itself, in an order that depends on nothing else.
+"""One individual as tokens: every measurement, dose and reset, in a canonical order.
 
 Event tables and arrays hold the same individual in many ways: rows in another order, additional doses (ADDL) written
-out or not, padding. All of them give the same tokens here, in the same order, so that no network can tell them apart.
+out or not, padding. All of them give the same tokens here, in the same order, so that networks treat them alike.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nlme_sbi.designs.censoring import censoring_of
+from nlme_sbi.designs.censoring import censoring_codes
 from nlme_sbi.individual_model.dosing.doses import write_out_doses
 from nlme_sbi.types import Censoring, Design
 
-# Within a time: what empties the compartments, doses, measurements, and what is recorded as coming after these.
+# Order at one time: resets, doses, measurements, then resets and doses that are recorded as following measurements.
 _RESET_FIRST, _DOSE_FIRST, _MEASURED, _RESET_AFTER, _DOSE_AFTER = range(5)
 _NEVER = torch.inf
 
 
 class TokenKind(IntEnum):
-    """What a token tells of."""
+    """Kind of a token."""
 
     MEASUREMENT = 0
     DOSE = 1
@@ -33,14 +33,14 @@ class TokenKind(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Tokens ``(B, N)`` in order of time, padding last; 0 where a column means nothing for a token.
+    """Tokens ``(B, N)`` in order of time, padding last; 0 where a column does not apply to a token.
 
     Args:
-        present: what is no padding.
-        time: when, float64.
+        present: False for padding.
+        time: float64.
         kind: codes of :class:`TokenKind`.
         channel: the signal of a measurement, the compartment of a dose, both from 0.
-        value: of a measurement, or its limit where only that is known: the upper one, else the lower one.
+        value: of a measurement, or of a censored one its limit: the upper one, else the lower one.
         other: the lower limit of a measurement that has two, else ``value``.
         censoring: codes of :class:`nlme_sbi.types.Censoring`.
         amount: of a dose, as recorded.
@@ -73,7 +73,7 @@ def tokens_of(values: Float[Tensor, "B T C"], design: Design, *, takes_doses: bo
     """The tokens of individuals.
 
     Args:
-        values: measured; where ``design.limits`` hide one, only its limits enter.
+        values: measured; of a value that ``design.limits`` hide, only the limits are used.
         design: times, mask, doses, limits.
         takes_doses: whether doses are read.
 
@@ -83,8 +83,8 @@ def tokens_of(values: Float[Tensor, "B T C"], design: Design, *, takes_doses: bo
     parts = [_measurements(values, design)]
     if takes_doses:
         parts += _events(design)
-    joined = [torch.cat([part[name] for part in parts], dim=1) for name in parts[0]]
-    columns = dict(zip(parts[0], joined, strict=True))
+    concatenated = [torch.cat([part[name] for part in parts], dim=1) for name in parts[0]]
+    columns = dict(zip(parts[0], concatenated, strict=True))
     order = _canonical_order(columns)
     width = max(1, int(columns["present"].sum(1).max()) if len(values) else 1)
     ordered = {name: column.gather(1, order)[:, :width] for name, column in columns.items()}
@@ -97,12 +97,12 @@ def tokens_of(values: Float[Tensor, "B T C"], design: Design, *, takes_doses: bo
 def last_before(
     mark: Bool[Tensor, "B N"], *columns: Float[Tensor, "B N"], inclusive: bool = False
 ) -> tuple[Bool[Tensor, "B N"], tuple[Tensor, ...]]:
-    """Of every token, whether a marked one comes before it, and ``columns`` at the last such one (0 where none does).
+    """For every token, whether a marked one comes before it, and ``columns`` at the last such one (0 without one).
 
     Args:
-        mark: tokens that count.
+        mark: tokens to look for.
         columns: to look up.
-        inclusive: whether a marked token counts for itself.
+        inclusive: whether a marked token counts as before itself.
     """
     place = torch.arange(mark.shape[1], device=mark.device).expand(mark.shape)
     last = torch.where(mark, place, -1).cummax(dim=1).values
@@ -114,13 +114,13 @@ def last_before(
 
 
 def _measurements(values: Float[Tensor, "B T C"], design: Design) -> dict[str, Tensor]:
-    """One token each, times and signals flattened."""
+    """One token for each measurement, with times and signals flattened."""
     shape = values.shape
     upper, lower, kind = values, values, torch.zeros(shape, dtype=torch.int64, device=values.device)
     if design.limits is not None:
         limits, hidden = design.limits, design.limits.hide(values)
-        kind = torch.where(hidden, censoring_of(limits), kind)
-        upper = torch.where(hidden, limits.told.to(values.dtype), values)
+        kind = torch.where(hidden, censoring_codes(limits), kind)
+        upper = torch.where(hidden, limits.substitute.to(values.dtype), values)
         both = hidden & (kind == int(Censoring.INTERVAL))
         lower = torch.where(both, limits.lower.to(values.dtype), upper)
     count = torch.arange(shape[2], device=values.device).expand(shape)
@@ -134,11 +134,11 @@ def _measurements(values: Float[Tensor, "B T C"], design: Design) -> dict[str, T
         "other": lower.float(),
         "censoring": kind,
     }
-    return _completed({name: column.flatten(1) for name, column in known.items()})
+    return _fill_columns({name: column.flatten(1) for name, column in known.items()})
 
 
 def _events(design: Design) -> list[dict[str, Tensor]]:
-    """One token for each dose, additional ones written out, and one for each time when everything is forgotten."""
+    """One token for each dose, additional ones written out, and one for each reset."""
     written = write_out_doses(design)
     doses = {
         "present": written.given,
@@ -159,10 +159,10 @@ def _events(design: Design) -> list[dict[str, Tensor]]:
         "kind": zero + int(TokenKind.RESET),
         "phase": torch.where(written.reset_follows, _RESET_AFTER, _RESET_FIRST),
     }
-    return [_completed(doses), _completed(resets)]
+    return [_fill_columns(doses), _fill_columns(resets)]
 
 
-def _completed(known: dict[str, Tensor]) -> dict[str, Tensor]:
+def _fill_columns(known: dict[str, Tensor]) -> dict[str, Tensor]:
     """All columns, 0 where one is not given."""
     like = known["present"]
     whole = torch.zeros_like(like, dtype=torch.int64)
@@ -174,19 +174,19 @@ def _completed(known: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _canonical_order(columns: dict[str, Tensor]) -> Int[Tensor, "B N"]:
-    """By time, then what happens first, then by what tokens say: only equal tokens keep the order they came in."""
+    """Order by time, then phase, then content, so that only equal tokens keep their original order."""
     time = torch.where(columns["present"], columns["time"], _NEVER)
-    order = _sorted_by([time, columns["phase"]])
+    order = _sort_order([time, columns["phase"]])
     ordered, phase = time.gather(1, order), columns["phase"].gather(1, order)
     tied = (ordered[:, 1:] == ordered[:, :-1]) & (phase[:, 1:] == phase[:, :-1]) & (ordered[:, 1:] < _NEVER)
     if not bool(tied.any()):
         return order
     rest = ("channel", "value", "other", "censoring", "amount", "rate", "interval", "steady_state")
-    return _sorted_by([time, columns["phase"], *(columns[name] for name in rest)])
+    return _sort_order([time, columns["phase"], *(columns[name] for name in rest)])
 
 
-def _sorted_by(keys: Sequence[Tensor]) -> Int[Tensor, "B N"]:
-    """The order of rows by the first key, ties by the next, and so on."""
+def _sort_order(keys: Sequence[Tensor]) -> Int[Tensor, "B N"]:
+    """Lexicographic order of rows by the keys."""
     order = torch.arange(keys[0].shape[1], device=keys[0].device).expand(keys[0].shape)
     for key in reversed(keys):
         order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))

@@ -298,7 +298,7 @@ class _Tally:
         raise ValueError(
             f"{self.failures} of {self.done} simulations failed ({kinds}), more than simulation.max_failed="
             f"{self.settings.max_failed:g} allows. The prior reaches parameters that the simulator cannot handle: "
-            "narrow the prior or mend the simulator. Or accept it with simulation.max_failed="
+            "narrow the prior or repair the simulator. Or accept it with simulation.max_failed="
             f"{min(0.99, 1.5 * share):.2g}, knowing that training then sees the prior without those parameters."
         )
 

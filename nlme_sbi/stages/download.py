@@ -7,7 +7,7 @@ import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.config.conversion import convert
-from nlme_sbi.io.download import PUBLISHED, download, published
+from nlme_sbi.io.download import PUBLISHED, download, find_published
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def download_data(cfg: DictConfig) -> None:
         OSError: where the server cannot be reached or the disk refuses.
     """
     path = OmegaConf.select(cfg, "data.path", throw_on_missing=False)
-    file = None if path is None else published(path)
+    file = None if path is None else find_published(path)
     if file is None:
         choices = ", ".join(f"data={each.data}" for each in PUBLISHED)
         raise ValueError(f"These data are not downloaded: their file is {path or 'yours'}. To download: {choices}.")

@@ -22,8 +22,8 @@ from nlme_sbi.compute.random_streams import weights_seed
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.individual_model.time_covariates import time_covariates_read
 from nlme_sbi.networks.densities import FlowSettings
-from nlme_sbi.networks.posterior import PosteriorNetwork, initial_network
-from nlme_sbi.networks.stored_weights import description_of
+from nlme_sbi.networks.posterior import PosteriorNetwork, initialize_network
+from nlme_sbi.networks.stored_weights import describe_shape
 from nlme_sbi.networks.summaries import DataShape, SummarySettings
 from nlme_sbi.plots.canvas import save_png
 from nlme_sbi.plots.loss import plot_history
@@ -232,7 +232,7 @@ def _network(parts: _Parts, settings: TrainingSettings, *, seed: int) -> tuple[P
             f"The simulator follows {', '.join(along)} along the timeline, which no summary network reads; fit without "
             "a network, posterior=none."
         )
-    return initial_network(
+    return initialize_network(
         parts.source.pilot(settings.pilot_size),
         parts.simulator,
         parts.prior,
@@ -300,7 +300,7 @@ def _save(run: RunDirectory, network: PosteriorNetwork, shape: DataShape, result
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     write_atomically(run.path / "weights.safetensors", lambda file: _write(file, safetensors_bytes(weights)))
     write_atomically(
-        run.path / "network.json", lambda file: _write(file, json.dumps(description_of(shape), indent=2).encode())
+        run.path / "network.json", lambda file: _write(file, json.dumps(describe_shape(shape), indent=2).encode())
     )
     history = pd.DataFrame(result.history).astype({"step": int})
     write_atomically(run.path / "history.csv", lambda file: _write(file, csv_text(history).encode()))

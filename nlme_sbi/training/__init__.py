@@ -1,1 +1,1 @@
-"""Training of the network: the loop, and the pairs that it sees."""
+"""Training of networks: the loop, losses, and sources of training pairs."""

@@ -1,7 +1,6 @@
-"""Training a network: one loop for fresh and for stored simulations, a posterior network by maximum likelihood on pairs
-unless another loss is given.
+"""The training loop, for online and stored simulations; by default maximum likelihood of a posterior network.
 
-Every batch is a function of (seed, step) alone, so a resumed run sees exactly the batches that an undisturbed run sees.
+Every batch is a function of (seed, step) alone, so a resumed run uses exactly the batches of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from nlme_sbi.compute.progress import Progress
 from nlme_sbi.compute.random_streams import weights_seed
 from nlme_sbi.networks.densities import FlowSettings
 from nlme_sbi.networks.flows import AffineCouplingFlow
-from nlme_sbi.networks.posterior import AmortizedPosterior, PosteriorNetwork, initial_network
+from nlme_sbi.networks.posterior import AmortizedPosterior, PosteriorNetwork, initialize_network
 from nlme_sbi.networks.summaries import SummarySettings
 from nlme_sbi.runs import write_atomically
 from nlme_sbi.simulation.shards import check_compatible
@@ -36,11 +35,11 @@ from nlme_sbi.types import DesignSource, Prior, Simulator
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train.
+    """Settings of the training.
 
     Args:
-        steps: gradient steps at most; the learning rate decays over them.
-        simulations: pairs to train on, instead of ``steps``, which then follow; stored pairs count whenever seen.
+        steps: largest number of gradient steps; the learning rate decays over them.
+        simulations: number of pairs to train on, which replaces ``steps``; stored pairs count each time they are used.
         batch_size: pairs in each step.
         learning_rate: peak of the schedule (linear warm-up, then a cosine down to zero).
         warmup_steps: steps of the warm-up.
@@ -48,15 +47,16 @@ class TrainingSettings:
         validation_size: held-out pairs.
         validate_every: steps between validations, which are also the checkpoints.
         patience: validations without a better loss before training stops early.
-        plateau: validations without a better loss after which the learning rate is halved, beside its schedule.
-        pilot_size: simulations that fix the scalings.
-        max_failed: largest share of failed simulations in a batch of fresh ones.
+        plateau: validations without a better loss after which the learning rate is halved, in addition to its schedule.
+        pilot_size: simulations from which the scalings are fitted.
+        max_failed: largest share of failed simulations in a batch of online simulations.
         calibrate: ``none``, or ``balanced``: add ``balance`` times the squared departure from balance to the loss
             (:mod:`nlme_sbi.networks.balance`), so that posteriors are rather too wide than too narrow. For networks
-            that a diagnosis calls overconfident where more simulations cannot be had; a step costs up to twice as much.
-        balance: weight of the departure.
-        threads: of torch on a CPU. Layers of a hundred nodes are as fast on one core as on two, and lose half where
-            the other core is busy; raise it for networks of thousands of nodes. The bytes depend on it.
+            that a diagnosis finds overconfident where more simulations are too expensive; a step takes up to twice as
+            long.
+        balance: weight of the departure from balance.
+        threads: of torch on a CPU. Layers of a hundred nodes are as fast on one core as on two, and half as fast where
+            the other core is busy; raise it for networks of thousands of nodes. Results differ in the last digits.
     """
 
     steps: int = 20_000
@@ -96,7 +96,7 @@ class TrainingSettings:
             raise ValueError("training.warmup_steps must not be negative and training.max_failed lie in [0, 1).")
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of a step, from 0: linear warm-up, then half a cosine down to zero at ``steps``."""
+        """Learning rate of a step, counted from 0: linear warm-up, then half a cosine down to zero at ``steps``."""
         warmup = min(self.warmup_steps, self.steps - 1)
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
@@ -106,8 +106,8 @@ class TrainingSettings:
 
 @dataclass
 class TrainingState:
-    """What a checkpoint holds beside weights and optimiser: where training is and the best that it has seen; ``worse``
-    validations since then, and the factor that plateaus have put on the learning rate."""
+    """State of the training in a checkpoint, beside weights and optimiser: step and best validation; ``worse`` counts
+    validations since the best one, ``slowed`` is the factor of plateaus on the learning rate."""
 
     step: int = 0
     best_loss: float = math.inf
@@ -125,8 +125,7 @@ class TrainingResult:
     """The end of training; the network holds the best weights.
 
     ``history`` has one row a validation: step, train_loss, validation_loss, learning_rate. Losses of a posterior
-    network are means of ``-log q(phi|y)``, in nats on the scale of ``phi``, plus what the balance costs where that is
-    asked for.
+    network are means of ``-log q(phi|y)``, in nats on the scale of ``phi``, plus the penalty of a balanced loss.
     """
 
     history: list[dict[str, float]]
@@ -137,9 +136,9 @@ class TrainingResult:
 
 
 def save_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
-    """Write weights, optimiser and position atomically."""
+    """Write weights, optimiser and state of the training atomically."""
     content = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "state": vars(state)}
-    # In memory first: where a disk is full, torch's zip writer raises an error of its own that hides the reason.
+    # In memory first: on a full disk, torch's zip writer raises an error of its own that hides the reason.
     buffer = io.BytesIO()
     torch.save(content, buffer)
 
@@ -152,9 +151,10 @@ def save_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optim
 def load_checkpoint(
     path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> TrainingState:
-    """Restore what :func:`save_checkpoint` wrote; nothing in the file can execute code.
+    """Restore a checkpoint of :func:`save_checkpoint`; nothing in the file can execute code.
 
-    Raises ``ValueError`` for a damaged file or one of another network.
+    Raises:
+        ValueError: the file is damaged or belongs to another network.
     """
     try:
         content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
@@ -168,10 +168,10 @@ def load_checkpoint(
 
 
 def density_loss(settings: TrainingSettings, prior: Prior | None = None) -> NegativeLogDensity | BalancedLogDensity:
-    """The loss of a posterior network that ``settings`` ask for.
+    """The loss of a posterior network by ``settings.calibrate``.
 
     Raises:
-        ValueError: a balanced loss is asked for without the prior.
+        ValueError: a balanced loss without the prior.
     """
     if settings.calibrate == "none":
         return NegativeLogDensity()
@@ -183,9 +183,9 @@ def density_loss(settings: TrainingSettings, prior: Prior | None = None) -> Nega
 def generalisation_gap(
     network: PosteriorNetwork, source: PairSource, settings: TrainingSettings
 ) -> tuple[float, float]:
-    """How much higher the loss is on held-out pairs than on pairs that trained the network, and its standard error.
+    """Loss on held-out pairs minus loss on training pairs, and its standard error.
 
-    In expectation half of it goes with twice as many simulations: what a fit gains by chance falls as 1/N.
+    It is due to overfitting, which falls as 1/N: twice as many simulations halve it in expectation.
     """
     each = NegativeLogDensity().of_pairs
     held_out = each(network, source.validation(settings.validation_size))
@@ -211,19 +211,19 @@ def train(
 
     Args:
         network: with scalings fitted, on its device; trained in place.
-        source: of batches, and of what is held out; for a posterior network, of pairs.
+        source: of batches and held-out rows; for a posterior network, of pairs.
         settings: steps, learning rate and the rest.
-        loss: of network and batch, for a network of another kind (:data:`nlme_sbi.training.losses.Loss`);
-            ``-log q(phi | y)`` of a posterior network, balanced where ``settings`` ask for it, when left out.
+        loss: of network and batch, for a network of another kind (:data:`nlme_sbi.training.losses.Loss`); when left
+            out, ``-log q(phi | y)`` of a posterior network, balanced with ``settings.calibrate=balanced``.
         prior: of the parameters; ``settings.calibrate`` other than ``none`` needs it.
-        checkpoint: file to resume from when it exists, and to write at every validation and on interruption.
+        checkpoint: file to resume from if it exists, and to write at every validation and on interruption.
         report: called with every new row of the history.
         progress: whether to show a bar.
         team: processes that train together; ``source`` then gives this one's share of each batch.
 
     Raises:
         TrainingError: the loss is not finite; the checkpoint keeps the best weights.
-        ValueError: a balanced loss is asked for without the prior, or beside a loss of one's own.
+        ValueError: a balanced loss without the prior, or together with ``loss``.
     """
     if loss is not None and settings.calibrate != "none":
         raise ValueError(
@@ -232,7 +232,7 @@ def train(
         )
     chosen = density_loss(settings, prior) if loss is None else loss
     with torch_threads(settings.threads):
-        return _trained(
+        return _run(
             network,
             source,
             settings,
@@ -244,7 +244,7 @@ def train(
         )
 
 
-def _trained(
+def _run(
     network: nn.Module,
     source: BatchSource,
     settings: TrainingSettings,
@@ -300,15 +300,15 @@ def train_posterior(
     device: str = "auto",
     progress: bool = True,
 ) -> tuple[AmortizedPosterior, TrainingResult]:
-    """Train on fresh simulations, for notebooks: no configuration, nothing on disk.
+    """Train on online simulations, for notebooks: no configuration, nothing on disk.
 
-    The network is the one that ``train_flow.py simulations=online`` makes of the same choices and seed.
+    The network is the one that ``train_flow.py simulations=online`` trains with the same choices and seed.
 
     Args:
-        simulator: makes the data.
+        simulator: of the data.
         prior: of the individual parameters, named as the simulator's.
         designs: times, doses and covariates of simulated individuals.
-        summary: ``GridSummary()`` where all are measured at the same times, else ``PooledSummary()``;
+        summary: ``GridSummary()`` where all individuals are measured at the same times, else ``PooledSummary()``;
             ``AttentionSummary()`` or ``RecurrentSummary()`` for other doses than one bolus, or censored values.
         flow: ``AffineCouplingFlow()`` when left out.
         settings: ``TrainingSettings()`` when left out.
@@ -317,15 +317,15 @@ def train_posterior(
         progress: whether to show a bar.
 
     Raises:
-        ValueError: for parts that do not belong together.
-        TrainingError: for a loss that is not finite, or too many failed simulations.
+        ValueError: prior, designs and simulator do not belong together.
+        TrainingError: the loss is not finite, or too many simulations failed.
     """
     check_compatible(prior, designs, simulator)
     chosen = settings or TrainingSettings()
     source = OnlinePairs(
         prior, designs, simulator, chosen.batch_size, seed, choose_device(device), max_failed=chosen.max_failed
     )
-    network, _ = initial_network(
+    network, _ = initialize_network(
         source.pilot(chosen.pilot_size),
         simulator,
         prior,

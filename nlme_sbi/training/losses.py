@@ -1,4 +1,4 @@
-"""What a network is trained to make small: any function of network and batch, by default ``-log q(phi | y)``."""
+"""Training losses: any function of network and batch, by default ``-log q(phi | y)``."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from nlme_sbi.types import Prior, Simulations
 ROWS = 2_000  # held-out rows at once
 
 # A scalar that is differentiable in the network's weights. It calls the network itself and none of its methods, so that
-# several processes share the gradients; a batch is whatever the source gives.
+# several processes share the gradients; the type of a batch is that of the source.
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
 @runtime_checkable
 class HeldOutLoss(Protocol):
-    """A loss that is more over many rows than the mean over their parts."""
+    """A loss over many rows that is not the mean of the losses over their parts."""
 
     def over_held_out(self, network: nn.Module, held_out: Any) -> Tensor:
         """The loss over all held-out rows; no gradients are needed."""
@@ -33,17 +33,17 @@ class NegativeLogDensity:
     """Mean ``-log q(phi | y)`` of a :class:`nlme_sbi.networks.posterior.PosteriorNetwork`, in nats."""
 
     def __call__(self, network: nn.Module, pairs: Simulations) -> Float[Tensor, ""]:
-        """Of a batch."""
+        """The loss of a batch."""
         loss: Tensor = -network(pairs.phi, pairs.values, pairs.design).mean()
         return loss
 
     def over_held_out(self, network: nn.Module, held_out: Simulations) -> Float[Tensor, ""]:
-        """Of many pairs, double precision."""
+        """The loss of many pairs, in double precision."""
         return self.of_pairs(network, held_out).mean()
 
     @torch.no_grad()
     def of_pairs(self, network: nn.Module, pairs: Simulations) -> Float[Tensor, " N"]:
-        """Of each pair, double precision."""
+        """The loss of each pair, in double precision."""
         network.eval()
         parts = (pairs[start : start + ROWS] for start in range(0, len(pairs), ROWS))
         return -torch.cat([network(part.phi, part.values, part.design).double() for part in parts])
@@ -58,13 +58,13 @@ class BalancedLogDensity:
     balance: float
 
     def __call__(self, network: nn.Module, pairs: Simulations) -> Float[Tensor, ""]:
-        """Of a batch of at least two pairs."""
+        """The loss of a batch of at least two pairs."""
         losses, departure = balanced_losses(network, pairs, self.prior)
         return losses.mean() + self.balance * departure.square()
 
     def over_held_out(self, network: nn.Module, held_out: Simulations) -> Float[Tensor, ""]:
-        """Of many pairs, whose departure is that of all together."""
-        # A pair that would be left alone at the end has nobody to lend it parameters, and is left out.
+        """The loss of many pairs, with the departure from balance of all together."""
+        # A single pair at the end is left out: balance needs parameters of another pair.
         parts = [held_out[start : start + ROWS] for start in range(0, max(1, len(held_out) - 1), ROWS)]
         losses = [balanced_losses(network, part, self.prior) for part in parts]
         departure = sum(len(part) * departed.double() for part, (_, departed) in zip(parts, losses, strict=True))
@@ -74,12 +74,12 @@ class BalancedLogDensity:
 
 @torch.no_grad()
 def validation_loss(network: nn.Module, held_out: Any, loss: Loss) -> Float[Tensor, ""]:
-    """The loss over held-out rows: its own word for it, else its mean over parts, by their number of rows.
+    """The loss over held-out rows: by its method ``over_held_out``, else its mean over parts, weighted by their rows.
 
     Args:
-        network: put into evaluation.
-        held_out: of the kind that the loss takes; it has a length and can be sliced.
-        loss: that the network is trained with.
+        network: set to evaluation mode.
+        held_out: like a batch of the loss; it has a length and can be sliced.
+        loss: of the training.
     """
     network.eval()
     if isinstance(loss, HeldOutLoss):

@@ -1,6 +1,6 @@
-"""Where training pairs come from: fresh simulations, or rows on disk.
+"""Sources of training pairs: online simulations, or rows on disk.
 
-Every batch is a function of (seed, step) alone, so a resumed run sees exactly the batches that an undisturbed run sees.
+Every batch is a function of (seed, step) alone, so a resumed run uses exactly the batches of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from nlme_sbi.types import DesignSource, Prior, Simulations, Simulator
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says what to change and what is kept."""
+    """Training cannot continue; the message says what to change and what was saved."""
 
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """Where a network's training batches come from; what a batch is, the loss knows."""
+    """Source of training batches; their type is that of the loss."""
 
     def batch(self, step: int) -> Any:
         """The batch of one step; depends on the step alone."""
 
     def validation(self, count: int) -> Any:
-        """What is held out, with a length, in slices of rows."""
+        """Held-out rows, with a length, which can be sliced."""
 
 
 @runtime_checkable
 class PairSource(BatchSource, Protocol):
-    """Where training pairs come from."""
+    """Source of training pairs."""
 
     def batch(self, step: int) -> Simulations:
         """The pairs of one step; depends on the step alone."""
@@ -43,20 +43,20 @@ class PairSource(BatchSource, Protocol):
         """Held-out pairs."""
 
     def pilot(self, count: int) -> Simulations:
-        """Pairs that fix the scalings."""
+        """Pairs from which the scalings are fitted."""
 
 
 @dataclass(frozen=True, eq=False)
 class OnlinePairs:
-    """Fresh simulations for every step: no pair is seen twice, so nothing can be overfitted.
+    """Online simulations for every step: no pair is used twice, so the network cannot overfit.
 
     Args:
         prior: of the individual parameters.
         designs: source of designs.
-        simulator: makes the data.
+        simulator: of the data.
         batch_size: pairs in a batch.
         seed: of the run.
-        device: where everything is simulated.
+        device: of the simulations.
         max_failed: largest share of failed simulations that is left out; more raises ``TrainingError``.
     """
 
@@ -78,7 +78,7 @@ class OnlinePairs:
         if failed > self.max_failed * count:
             raise TrainingError(
                 f"{failed} of {count} simulations failed, more than training.max_failed={self.max_failed:g} allows. "
-                "Leaving them out changes the prior: narrow the prior or mend the simulator; if the share is "
+                "Leaving them out changes the prior: narrow the prior or repair the simulator; if the share is "
                 "negligible, raise training.max_failed."
             )
         return drawn[good.nonzero()[:, 0]]
@@ -104,7 +104,7 @@ class StoredRows(Protocol):
 
 
 class StoredPairs:
-    """Pairs from shards on disk: a fresh permutation each epoch; the last good rows are held out for validation."""
+    """Pairs from shards on disk: a new permutation each epoch; the last good rows are held out for validation."""
 
     def __init__(
         self, stored: StoredRows, *, batch_size: int, validation_size: int, seed: int, device: torch.device
@@ -138,7 +138,7 @@ class StoredPairs:
 
 @runtime_checkable
 class Pairs(Protocol):
-    """A source of training pairs, as ``nlme_sbi.training.loop`` has them."""
+    """A source of training pairs, like :class:`PairSource`."""
 
     def batch(self, step: int) -> Simulations: ...
     def validation(self, count: int) -> Simulations: ...
@@ -150,9 +150,9 @@ class SharedPairs:
     """One process's share of every batch; held-out pairs and pilot are the same for all.
 
     Args:
-        source: whose batches have the size of a share. The team's shares of one step are its consecutive batches, so
-            stored rows are seen once an epoch, and fresh ones are not simulated twice.
-        team: that shares them.
+        source: of batches of the size of a share. The team's shares of one step are its consecutive batches, so that
+            stored rows are used once an epoch, and no online simulation twice.
+        team: of processes.
     """
 
     source: Pairs
@@ -167,5 +167,5 @@ class SharedPairs:
         return self.source.validation(count)
 
     def pilot(self, count: int) -> Simulations:
-        """Pairs that fix the scalings."""
+        """Pairs from which the scalings are fitted."""
         return self.source.pilot(count)

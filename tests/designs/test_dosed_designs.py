@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nlme_sbi.designs import RandomTimes, ResampledDesigns
-from nlme_sbi.designs.censoring import censored_by_limits, censoring_of, spread_limits, with_limits
-from nlme_sbi.designs.variation import jittered, thinned
+from nlme_sbi.designs.censoring import censoring_codes, censoring_to_limits, limits_to_censoring, spread_limits
+from nlme_sbi.designs.variation import jitter_design, thin_design
 from nlme_sbi.limits import Limits
 from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Observations
 
@@ -141,7 +141,7 @@ def test_jitter_keeps_the_order_and_what_is_at_one_time_and_stays_in_its_bounds(
     design = regimen(
         [0.0, 1.0, 1.0, 5.0], [{"rate": 20.0}, {"time": 1.0, "interval": 4.0, "additional": 1}, {"time": 3.0}], rows=400
     )
-    moved = jittered(design, 0.3, generator)
+    moved = jitter_design(design, 0.3, generator)
     assert moved.events is not None
     assert design.events is not None
     assert torch.equal(moved.times[:, 1], moved.times[:, 2])
@@ -168,7 +168,7 @@ def test_jitter_keeps_the_order_and_what_is_at_one_time_and_stays_in_its_bounds(
 
 def test_thinning_leaves_a_measurement_and_the_first_dose(generator: torch.Generator) -> None:
     design = regimen([0.0, 1.0, 2.0, 5.0], [{"additional": 9, "interval": 1.0}, {"time": 1.5}], rows=2000)
-    drawn = thinned(design, 0.1, generator)
+    drawn = thin_design(design, 0.1, generator)
     assert drawn.events is not None
     assert bool(drawn.observed.any(dim=(1, 2)).all())
     assert bool(drawn.events.doses[:, 0].all())
@@ -221,12 +221,12 @@ def censored(kind: Censoring, lower: float, upper: float) -> Observations:
 )
 def test_limits_hide_what_is_censored_and_give_it_back(kind: Censoring, lower: float, upper: float) -> None:
     data = censored(kind, lower, upper)
-    limited = with_limits(data)
+    limited = censoring_to_limits(data)
     assert limited.design.limits is not None
     hidden = limited.design.limits.hide(limited.values)
     assert hidden.sum() == 1
     assert bool(hidden[0, 1, 0])
-    back = censored_by_limits(limited)
+    back = limits_to_censoring(limited)
     assert back.censoring is not None
     assert data.censoring is not None
     assert torch.equal(back.censoring, data.censoring)
@@ -240,15 +240,15 @@ def test_limits_hide_what_is_censored_and_give_it_back(kind: Censoring, lower: f
 
 
 def test_designs_of_censored_data_have_limits_in_every_place(generator: torch.Generator) -> None:
-    source = ResampledDesigns(with_limits(censored(Censoring.LEFT, 0.0, 1.0)).design)
+    source = ResampledDesigns(censoring_to_limits(censored(Censoring.LEFT, 0.0, 1.0)).design)
     drawn = source.sample(10, generator)
     assert drawn.limits is not None
     assert bool((drawn.limits.upper == 1.0).all() & torch.isinf(drawn.limits.lower).all())
-    assert source.covers(with_limits(censored(Censoring.LEFT, 0.0, 1.05)).design) == {}
-    higher = source.covers(with_limits(censored(Censoring.LEFT, 0.0, 2.0)).design)
+    assert source.covers(censoring_to_limits(censored(Censoring.LEFT, 0.0, 1.05)).design) == {}
+    higher = source.covers(censoring_to_limits(censored(Censoring.LEFT, 0.0, 2.0)).design)
     assert higher == {0: "a limit of 2, but the network was trained with limits of 1 to 1."}
-    other = source.covers(with_limits(censored(Censoring.RIGHT, 9.0, 0.0)).design)
-    assert "1 value of which is known only that it lies above a limit" in other[0].replace("they lie", "it lies")
+    other = source.covers(censoring_to_limits(censored(Censoring.RIGHT, 9.0, 0.0)).design)
+    assert "1 value known only to lie above a limit" in other[0]
     plain = ResampledDesigns(source.pool, covariates=None)
     assert plain.covers(replace(source.pool, limits=None)) == {}
 
@@ -259,6 +259,6 @@ def test_limits_are_spread_within_their_signal(generator: torch.Generator) -> No
     lower[0, 0, 0], upper[0, 0, 0] = -torch.inf, 1.0
     lower[1, 0, 0], upper[1, 0, 0] = 9.0, torch.inf
     made = spread_limits(Limits(lower, upper), Limits(lower, upper), generator)
-    assert set(censoring_of(made)[..., 0].flatten().tolist()) == {int(Censoring.LEFT), int(Censoring.RIGHT)}
-    assert bool((censoring_of(made)[..., 1] == int(Censoring.NONE)).all())
+    assert set(censoring_codes(made)[..., 0].flatten().tolist()) == {int(Censoring.LEFT), int(Censoring.RIGHT)}
+    assert bool((censoring_codes(made)[..., 1] == int(Censoring.NONE)).all())
     assert float(made.upper[0, 0, 0]) == 1.0

@@ -148,7 +148,7 @@ POOL = Design(
         (data([0.0, 2.0], 3.5, covariate(70)), "a dose of 3.5, but"),
         (data([0.0, 2.0]), 'the covariate "WT" is missing'),
         (data([0.0, 2.0], covariates=covariate(90)), 'covariate "WT" is 90, but the network was trained on 60 to 80'),
-        (data([0.0, 2.0], covariates=covariate(70, 1)), 'saw no individual with "device" = "B"'),
+        (data([0.0, 2.0], covariates=covariate(70, 1)), 'was not trained with "device" = "B"'),
         (
             data([0.0, 2.0], covariates=covariate(70, 0, ("A", "C"))),
             r"levels of the covariate \"device\" are \['A', 'C'\]",

@@ -45,10 +45,10 @@ def test_times_and_doses_are_those_given() -> None:
 
 def test_new_individuals_need_doses_and_covariates_that_are_known() -> None:
     reason = Schedule().for_new(measured(), ("WT",), takes_doses=True)
-    assert "depends on the covariates WT and their values are not given; give +design.covariates.WT=..." in str(reason)
+    assert "needs values of the covariates WT; give +design.covariates.WT=..." in str(reason)
     heavy = {"WT": 80, "sex": "m"}
     reason = Schedule(covariates=heavy).for_new(measured(), ("WT",), takes_doses=True)
-    assert "these individuals got different ones; give design.dose=AMOUNT" in str(reason)
+    assert "those of these individuals differ; give design.dose=AMOUNT" in str(reason)
     design = Schedule(covariates=heavy, dose=320).for_new(measured(), ("WT", "sex"), takes_doses=True)
     assert isinstance(design, Design)
     assert (design.covariates.names, design.covariates.values.tolist()) == (("WT", "sex"), [[80.0, 1.0]])
@@ -64,12 +64,12 @@ def test_new_individuals_need_doses_and_covariates_that_are_known() -> None:
 REFUSED = {
     "times that do not increase": ({"times": [0, 2, 1]}, "design.times must be finite and increase"),
     "no times": ({"times": []}, "design.times must be finite and increase, at least one"),
-    "times twice": ({"times": [1.0], "stop": 4}, "beside times, stop would say nothing"),
+    "times twice": ({"times": [1.0], "stop": 4}, "stop has no effect with times"),
     "ends that cross": ({"start": 5, "stop": 2}, "design.start must be below design.stop"),
     "one point": ({"points": 1}, "design.points must be at least 2; got 1."),
     "no amount": ({"dose": 0}, "design.dose needs a positive amount; got 0.0."),
     "a dose without amount": ({"dose": [{"time": 1}]}, "design.dose[0] needs a positive amount; got none."),
-    "a dose with a typo": ({"dose": [{"amout": 1}]}, "design.dose[0].amout is not known"),
+    "a dose with a typo": ({"dose": [{"amout": 1}]}, "design.dose[0].amout is unknown"),
     "half a compartment": (
         {"dose": [{"amount": 1, "compartment": 1.5}]},
         "design.dose[0].compartment must be a whole number; got 1.5.",
@@ -99,5 +99,5 @@ def test_covariates_that_are_none_are_refused(covariates: dict, sentence: str) -
 
 
 def test_a_span_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"nothing lies between the first time 9 and the last 8"):
+    with pytest.raises(ValueError, match=r"the first time 9 is not before the last, 8"):
         Schedule(start=9).for_known(measured())

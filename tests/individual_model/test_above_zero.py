@@ -116,7 +116,7 @@ def test_no_probability_where_nothing_can_be_measured() -> None:
     assert model.log_prob(column(-0.1, 0.0), column(1.0, 1.0), PARAMETERS).tolist() == [[[-np.inf], [-np.inf]]]
     assert model.log_interval(column(-2.0), column(-1.0), column(1.0), PARAMETERS).item() == -np.inf
     for value, kind in ((-0.2, Censoring.NONE), (0.0, Censoring.LEFT)):
-        with pytest.raises(ValueError, match=r"AboveZero noise, which makes positive numbers; first one of \"ann\""):
+        with pytest.raises(ValueError, match=r"AboveZero noise, which allows positive numbers; first one of \"ann\""):
             check_values(MODELS["additive"][0], data([value], [kind], [-np.inf], [value]))
 
 

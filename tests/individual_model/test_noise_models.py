@@ -320,7 +320,11 @@ def test_each_signal_has_the_model_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("model", "values", "message"),
     [
-        (Poisson(), [1.0, 2.5], r'1 measurements of "y" cannot be made by Poisson noise.*"ann" at time 1: 2.5\. Give'),
+        (
+            Poisson(),
+            [1.0, 2.5],
+            r'1 measurements of "y" are impossible under Poisson noise.*"ann" at time 1: 2.5\. Give',
+        ),
         (
             NegativeBinomial(1.0),
             [-1.0, 2.5],
@@ -328,7 +332,7 @@ def test_each_signal_has_the_model_of_its_own() -> None:
         ),
         (Binomial(3), [3.0, 4.0], r"whole numbers from 0 to 3; first one of \"ann\" at time 1: 4"),
         (Exponential(sd="a"), [1.0, 0.0], r"positive numbers; .* at time 1: 0\. Mark values below the limit"),
-        (StudentT(BoxCox(Additive(sd="a"), 0.0), 4), [-1.0, 0.0], r"StudentT noise, which makes positive numbers"),
+        (StudentT(BoxCox(Additive(sd="a"), 0.0), 4), [-1.0, 0.0], r"StudentT noise, which allows positive numbers"),
     ],
 )
 def test_values_that_a_model_cannot_make_are_refused(model: NoiseModel, values: list[float], message: str) -> None:

@@ -219,7 +219,7 @@ def test_wrong_models_are_refused_with_the_remedy(generator: torch.Generator) ->
     class Hasty(Dimers):
         leaping = Leaping(share=1.5)
 
-    with pytest.raises(ValueError, match="must not be negative; 2 individuals have such, the first in row 0"):
+    with pytest.raises(ValueError, match="must not be negative; those of 2 individuals are, the first in row 0"):
         Negative().simulate(phi, design, generator)
     with pytest.raises(ValueError, match=r"without the molecules that it takes.*n \* \(n - 1\)"):
         Careless().simulate(phi, design, generator)

@@ -13,7 +13,7 @@ from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.individual_model.mechanistic import OdeModel
 from nlme_sbi.individual_model.noise import Additive
 from nlme_sbi.individual_model.rosenbrock import Rosenbrock
-from nlme_sbi.individual_model.solver_names import solver_named
+from nlme_sbi.individual_model.solver_names import make_solver
 from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, TorchDiffEq
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Covariates, Design
@@ -146,4 +146,4 @@ def test_a_word_that_names_no_solver_is_refused_with_those_that_there_are() -> N
     with pytest.raises(ValueError, match=r"simulator\.solver must be .*dormand_prince, rosenbrock"):
         instantiate(section, where="simulator")
     with pytest.raises(ValueError, match='no solver "radau"; choose one of dormand_prince, rosenbrock'):
-        solver_named("radau")
+        make_solver("radau")

@@ -104,7 +104,7 @@ def test_a_changing_column_is_refused_with_both_ways_out(tmp_path: Path) -> None
     ("change", "options", "pattern"),
     [
         (("b,2,4,.,0,30", "b,2,4,.,0,heavy"), {"time_covariates": ["WT"]}, r"changes in time, are not numbers.*row 9"),
-        (("b,1,6,.,0,30", "b,0,6,.,0,31"), {"time_covariates": ["WT"]}, r"a second value at one time \(0\).*row 8"),
+        (("b,1,6,.,0,30", "b,0,6,.,0,31"), {"time_covariates": ["WT"]}, r"at the same time \(0\).*row 8"),
         (("30,", ".,"), {"time_covariates": ["WT"]}, r'missing for 1 of 2 individuals: "b"'),
         (("", ""), {"time_covariates": ["HT"]}, r'no column "HT"'),
         (("", ""), {"time_covariates": {"WT": "locf"}}, r"not one of previous, next, linear"),

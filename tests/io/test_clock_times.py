@@ -98,7 +98,7 @@ def test_hours_of_the_day_beside_a_column_of_dates_that_was_named(tmp_path: Path
     assert hours(path, columns={"date": "DATE"}) == [[25.5]]
     assert hours(path, unused=["DATE"]) == [[9.5]]
     late = write(tmp_path, f"{DAY}\n1,2020-03-02,8,.,100,1\n1,2020-03-03,30,5,.,0\n")
-    assert re.search(r"no hours of a day .*; first at row 3", refusal(EventTable(late, columns={"date": "DATE"})))
+    assert re.search(r"not hours of a day .*; first at row 3", refusal(EventTable(late, columns={"date": "DATE"})))
 
 
 def test_days_by_number(tmp_path: Path) -> None:
@@ -139,19 +139,19 @@ REFUSED = [
     (
         "1,{},8:00,.,100,1\n1,30/02/2020,9:00,5,.,0\n",
         {},
-        r'not understood.*first at row 3, column "DATE": "30/02/2020"',
+        r'cannot be read.*first at row 3, column "DATE": "30/02/2020"',
     ),
     ("1,{},8:00,.,100,1\n1,.,9:00,5,.,0\n", {}, "dates are missing; first at row 3"),
     ("1,{},8:00,.,100,1\n1,2020-03-02,.,5,.,0\n", {}, "times are missing; first at row 3"),
-    ("1,{},8:00,.,100,1\n1,2020-03-02,9.5,5,.,0\n", {}, "1 of 2 times are no clock times, and others are"),
-    ("1,{},8:00,.,100,1\n1,2020-03-02,9:75,5,.,0\n", {}, r'no clock times \(0:00 to 24:00.*: "9:75"'),
-    ("1,{},8:00,.,100,1\n1,2020-03-02,13:00 pm,5,.,0\n", {}, r'no clock times \(0:00 to 24:00.*: "13:00 pm"'),
+    ("1,{},8:00,.,100,1\n1,2020-03-02,9.5,5,.,0\n", {}, "1 of 2 times are not clock times, but others are"),
+    ("1,{},8:00,.,100,1\n1,2020-03-02,9:75,5,.,0\n", {}, r'not clock times \(0:00 to 24:00.*: "9:75"'),
+    ("1,{},8:00,.,100,1\n1,2020-03-02,13:00 pm,5,.,0\n", {}, r'not clock times \(0:00 to 24:00.*: "13:00 pm"'),
     ("1,{},8:00,.,100,1\n1,2020-03-01,9:00,5,.,0\n", {}, "times go back within an individual"),
-    ("1,{},8:00,.,100,1\n1,2020-03-02,9:00,5,.,0\n", {"date_format": "mdy"}, r"none in the order month/day/year"),
+    ("1,{},8:00,.,100,1\n1,2020-03-02,9:00,5,.,0\n", {"date_format": "mdy"}, r"do not have the order month/day/year"),
     ("1,{},8:00,.,100,1\n1,2020-03-02,9:00,5,.,0\n", {"date_format": "my"}, r"not one of mdy, dmy, ymd, ydm"),
     ("1,{},8:00,.,100,1\n1,2020-03-02,9:00,5,.,0\n", {"columns": {"date": "WHEN"}}, r'no column "WHEN"'),
     ("1,{},8,.,100,1\n1,2020-03-02,9,5,.,0\n", {"date_format": "ymd"}, "data.columns.date=DATE"),
-    ("1,{},8:00,.,100,1\n1,2020-03-02,2020-03-02 9:00,5,.,0\n", {}, "times have no date, and others have one"),
+    ("1,{},8:00,.,100,1\n1,2020-03-02,2020-03-02 9:00,5,.,0\n", {}, "times have no date, but others have one"),
 ]
 
 

@@ -24,7 +24,7 @@ def test_a_study_in_words() -> None:
         "times: 0 to 24.65 h, 11 an individual, individual",
         "doses: 1 an individual, amount 267.8 to 320.6, at 0 h",
         "covariate WT: 54.6 to 86.4",
-        "12 measurements at the very time of a dose: those that stand before the dose were taken before it",
+        "12 measurements at the time of a dose: those in rows before the dose count as before it",
     ]
 
 

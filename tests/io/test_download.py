@@ -117,7 +117,9 @@ def left() -> list[str]:
 
 def test_the_file_is_fetched_once_and_the_data_choice_finds_it(server: Server) -> None:
     section = compose_config("fit_population", ["data=egfp"]).data
-    with pytest.raises(ValueError, match=r"not downloaded yet .* Run: python scripts/download_data\.py data=egfp\. Or"):
+    with pytest.raises(
+        ValueError, match=r"has not been downloaded .*: python scripts/download_data\.py data=egfp\. Or"
+    ):
         instantiate(section, where="data").read()
     server.answers = [sends(WHOLE)]
     cfg = compose_config("download_data", ["data=egfp"])
@@ -165,8 +167,8 @@ def test_a_server_without_ranges_or_lengths_sends_everything_again(server: Serve
 @pytest.mark.parametrize(
     ("answers", "sentence"),
     [
-        ([sends(WHOLE[:-100])], r"is not a whole zip archive \(.*\); it was removed\. Run the same command again"),
-        ([sends(b"<html>Log in to the hotel's network</html>")], "is not a whole zip archive"),
+        ([sends(WHOLE[:-100])], r"did not send a complete zip archive \(.*\); it was removed\. Run the same"),
+        ([sends(b"<html>Log in to the hotel's network</html>")], "did not send a complete zip archive"),
         ([sends(zipped({MEMBER: SHEET[:-1]}))], r"is not the published file: its SHA-256 begins with \w{12}, not"),
         ([sends(zipped({"code/other.xlsx": SHEET}))], f"does not hold {re.escape(MEMBER)}"),
         ([refuses(404)], "answered 404 Not Found"),
@@ -192,7 +194,7 @@ def test_flipped_bits_in_the_archive_are_refused(server: Server, compression: in
     start = damaged.index(MEMBER.encode()) + len(MEMBER)
     damaged[start + 1000 : start + 1010] = bytes(10)
     server.answers = [sends(bytes(damaged))]
-    with pytest.raises(ValueError, match="is not a whole zip archive"):
+    with pytest.raises(ValueError, match="did not send a complete zip archive"):
         download(module.PUBLISHED[0])
     assert left() == []
 
@@ -200,10 +202,10 @@ def test_flipped_bits_in_the_archive_are_refused(server: Server, compression: in
 def test_without_a_network_the_way_by_hand_is_told(server: Server) -> None:
     for address, reason in (("http://127.0.0.1:9/code.zip", "refused"), ("http://nowhere.invalid/code.zip", ".")):
         with pytest.raises(
-            OSError, match=rf"{address} could not be read \(.*{reason}.*\)\. Or get {server.url} by other"
+            OSError, match=rf"{address} could not be read \(.*{reason}.*\)\. Or download {server.url} by other"
         ):
             download(module.PUBLISHED[0], url=address)
-    with pytest.raises(ValueError, match=r'^"file:///etc/passwd" is no http or https address\.$'):
+    with pytest.raises(ValueError, match=r'^"file:///etc/passwd" is not an http or https address\.$'):
         download(module.PUBLISHED[0], url="file:///etc/passwd")
 
 
@@ -221,7 +223,7 @@ def test_a_full_disk_while_downloading_is_a_sentence(server: Server, monkeypatch
 
 def test_two_downloads_at_once_are_refused(server: Server) -> None:
     archive = cache_directory() / ".20160427_mean_eGFP.xlsx.zip.partial"
-    with module._locked(archive), pytest.raises(ValueError, match="is being downloaded by another process"):
+    with module._open_locked(archive), pytest.raises(ValueError, match="is being downloaded by another process"):
         download(module.PUBLISHED[0])
 
 
@@ -233,7 +235,10 @@ def test_two_downloads_at_once_are_refused(server: Server) -> None:
             r"^These data are not downloaded: their file is data/theophylline/theophylline\.csv\. To",
         ),
         (["data=long_table"], r"^These data are not downloaded: their file is yours\. To download: data=egfp\.$"),
-        (["data.path=cached:cells.csv"], r"^cached:cells\.csv is no published file that can be downloaded; those are"),
+        (
+            ["data.path=cached:cells.csv"],
+            r"^cached:cells\.csv is not a published file that can be downloaded; those are",
+        ),
         (["url=3"], r"^url must be text"),
         (["data=egpf"], r'^data has no choice "egpf"; .* Did you mean egfp\?$'),
     ],

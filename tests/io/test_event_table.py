@@ -95,7 +95,7 @@ def test_doses_before_and_after_a_measurement_of_the_same_time_are_told_apart(tm
     follows = observations.design.events.follows
     assert follows is not None
     assert follows.tolist() == [[False, True, False]]
-    assert any("2 measurements at the very time of a dose" in note for note in observations.notes)
+    assert any("2 measurements at the time of a dose" in note for note in observations.notes)
 
 
 def test_an_infusion_by_its_duration_is_that_by_its_rate(tmp_path: Path) -> None:

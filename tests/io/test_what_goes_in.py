@@ -71,7 +71,7 @@ def test_the_slow_checker_rejects_a_reader_that_ignores_a_column() -> None:
 
 
 ASKING = [
-    ("RATE", ["0", "10", "0", "0", "0"], r"are no doses and have a RATE.*; first at row 3"),
+    ("RATE", ["0", "10", "0", "0", "0"], r"are not doses but have a RATE.*; first at row 3"),
     ("rate", ["-3", "0", "0", "0", "0"], r"neither -1 .*; first at row 2"),
     ("DUR", ["2", ".", ".", ".", "."], r"infusions \(DUR\).* data\.columns\.tinf"),
     ("TINF", ["-0.5", "", "", "", ""], r"durations are negative"),
@@ -84,7 +84,7 @@ ASKING = [
     ("BLQ", ["0", "0", "1", "0", "0"], r"data\.columns\.cens=BLQ"),
     ("LLOQ", ["5", "5", "5", "5", "5"], r"at or below the limit of quantification in \"LLOQ\"; first at row 4"),
     ("ULOQ", ["5", "5", "5", "5", "5"], r"at or above the limit of quantification in \"ULOQ\"; first at row 3"),
-    ("LIMIT", [".", "0", ".", ".", "."], r"only beside a column of censoring codes"),
+    ("LIMIT", [".", "0", ".", ".", "."], r"only with a column of censoring codes"),
     ("OCC", ["1", "1", "2", "1", "1"], r"another occasion .*row 4"),
     ("DATE", ["2020-01-01", "2020-01-01", "2020-01-02", "x", "x"], r"another day .*row 4"),
     ("DVUNIT", ["", "mg/L", "ug/L", "", "mg/L"], r"another unit than the first .*row 4"),
@@ -109,7 +109,7 @@ def test_a_column_that_asks_for_more_is_refused_with_its_row(
     if "unused" in message:  # what the remedy says leads to reading, and the column is named
         observations = EventTable(path, unused=[name]).read()
         assert len(contents(observations)) == 5
-        assert f"not used, as you said: {name}" in describe(observations)
+        assert f"not used, by data.unused: {name}" in describe(observations)
 
 
 QUIET = [
@@ -183,7 +183,7 @@ def test_impossible_limits_are_refused(tmp_path: Path, row: str, pattern: str) -
 
 def test_repeated_censored_measurements_have_no_mean(tmp_path: Path) -> None:
     path = write(tmp_path, f"{EVENT},CENS\n1,0,.,9,1,0\n1,1,8,.,0,0\n1,1,2,.,0,1\n")
-    assert "no mean of repeated measurements" in refusal(EventTable(path, replicates="mean"))
+    assert "repeated measurements have no mean" in refusal(EventTable(path, replicates="mean"))
     assert EventTable(path, replicates="keep").read().censoring.flatten().tolist() == [0, int(Censoring.LEFT)]
 
 
@@ -215,13 +215,13 @@ def test_ids_in_several_forms_are_named_together(tmp_path: Path) -> None:
     # Words that differ in case may well be different individuals: they are named, not refused.
     told = LongTable(write(tmp_path, "id,time,value\nA1,0,1\na1,0,2\nA 1,0,2\nb,0,1\n")).read()
     assert told.ids == ("A1", "a1", "A 1", "b")
-    assert told.notes == ('ids that differ in form only are different individuals: "A1", "a1", "A 1"',)
+    assert told.notes == ('ids that differ only in form are different individuals: "A1", "a1", "A 1"',)
 
 
 def test_long_tables_say_that_rows_of_an_individual_were_joined(tmp_path: Path) -> None:
     observations = LongTable(write(tmp_path, "id,time,value\na,0,1\nb,0,2\na,1,3\nb,1,4\nc,0,5\n")).read()
     assert contents(observations)["a", 1.0, "value"] == 3.0
-    assert observations.notes == ("rows of 2 individuals do not stand together; they are joined by the id",)
+    assert observations.notes == ("rows of 2 individuals are not adjacent; they are combined by the id",)
 
 
 def test_rows_that_return_to_an_individual_are_refused_in_event_tables(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from nlme_sbi.designs import FixedGrid
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.networks.ensembles import PosteriorEnsemble
 from nlme_sbi.networks.mixtures import GaussianMixtureFlow
-from nlme_sbi.networks.posterior import AmortizedPosterior, initial_network
+from nlme_sbi.networks.posterior import AmortizedPosterior, initialize_network
 from nlme_sbi.networks.summaries import GridSummary
 from nlme_sbi.posteriors import Posterior
 from nlme_sbi.simulation.shards import simulate_batch
@@ -30,7 +30,7 @@ PILOT = simulate_batch(PRIOR, GRID, LinearGaussian(), 200, torch.Generator().man
 def member(place: float, prior: GaussianPrior = PRIOR) -> AmortizedPosterior:
     """A network that was never trained: N((place, place), 1) whatever the data."""
     flow = GaussianMixtureFlow(hidden=4, components=1)
-    network, _ = initial_network(
+    network, _ = initialize_network(
         PILOT, LinearGaussian(), PRIOR, summary=GridSummary(width=2, hidden=4), flow=flow, seed=1
     )
     with torch.no_grad():

@@ -125,7 +125,7 @@ def test_rows_of_one_individual_share_its_summary(name: str, dimension: int) -> 
         torch.testing.assert_close(one[0], z[row])
         torch.testing.assert_close(one_q[0], log_q[row])
     torch.testing.assert_close(flow.log_prob(z, context), flow.log_prob(z, each))
-    with pytest.raises(ValueError, match="20 rows cannot belong to 3 summaries"):
+    with pytest.raises(ValueError, match="20 rows are not a multiple of 3 summaries"):
         flow.log_prob(z[:20], context)
 
 

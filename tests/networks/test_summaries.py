@@ -14,7 +14,7 @@ from nlme_sbi.networks.summaries import (
     GridSummary,
     PooledSummary,
     SeriesFeatures,
-    carried_forward,
+    carry_forward,
     noise_level,
 )
 from nlme_sbi.types import Covariates, Design, Events, Simulations
@@ -43,7 +43,7 @@ def pooled() -> torch.nn.Module:
 
 def test_carrying_forward_is_what_pandas_does() -> None:
     data = irregular(30)
-    filled = carried_forward(data.values, data.design.observed)
+    filled = carry_forward(data.values, data.design.observed)
     for row in range(30):
         frame = pd.DataFrame(data.values[row].numpy()).where(data.design.observed[row].numpy())
         np.testing.assert_allclose(filled[row], frame.ffill().bfill())

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from nlme_sbi import AffineCouplingFlow, GaussianPrior, TrainingSettings, train_posterior
 from nlme_sbi.diagnostics.network.simulated_posteriors import observations_of, posterior_pairs
 from nlme_sbi.limits import Limits
-from nlme_sbi.networks.posterior import build_network, stored_network
-from nlme_sbi.networks.stored_weights import description_of, load_shape
+from nlme_sbi.networks.posterior import build_network, load_network
+from nlme_sbi.networks.stored_weights import describe_shape, load_shape
 from nlme_sbi.networks.summaries import DataShape, PooledSummary, SummarySettings
 from nlme_sbi.networks.token_summaries import AttentionSummary, RecurrentSummary
 from nlme_sbi.runs import save_json
@@ -158,20 +158,20 @@ def test_a_stored_network_is_read_back_from_its_description(name: str, tmp_path:
     flow = AffineCouplingFlow(couplings=2, hidden=8)
     made = build_network(SHAPE, SMALL[name], flow, dimension=3)
     save_file(made.state_dict(), tmp_path / "weights.safetensors")
-    save_json(tmp_path / "network.json", description_of(SHAPE))
+    save_json(tmp_path / "network.json", describe_shape(SHAPE))
     shape = load_shape(tmp_path / "network.json")
     assert shape == SHAPE
-    again = stored_network(shape, SMALL[name], flow, dimension=3, weights=tmp_path / "weights.safetensors")
+    again = load_network(shape, SMALL[name], flow, dimension=3, weights=tmp_path / "weights.safetensors")
     for key, weight in made.state_dict().items():
         assert torch.equal(again.state_dict()[key], weight)
 
 
 def test_networks_of_one_bolus_are_described_as_before_there_were_tokens(tmp_path: Path) -> None:
     shape = DataShape(12, 2, True, False, takes_doses=True)
-    assert list(description_of(shape)) == [
+    assert list(describe_shape(shape)) == [
         *("times", "signals", "missing", "shared_times", "covariates", "levels", "takes_doses")
     ]
-    save_json(tmp_path / "network.json", description_of(shape))
+    save_json(tmp_path / "network.json", describe_shape(shape))
     assert load_shape(tmp_path / "network.json") == shape
 
 

@@ -59,7 +59,7 @@ def test_theophylline_by_words_has_the_numbers_of_quadrature(tmp_path: Path, mon
         (
             "1,0,.,100,1,0,1\n1,1,5,.,0,0,2\n",
             [*THEOPHYLLINE, "prior=of_data"],
-            r"needs a simulator that states the scales",
+            r"needs a simulator with plausible values",
         ),
         ("1,0,.,0,1,0,1\n1,1,5,.,0,0,2\n", [], r"a dose above 0 and a positive measurement"),
         ("1,2,.,100,1,0,1\n1,2,5,.,0,0,2\n", [], r"measurements after a dose"),

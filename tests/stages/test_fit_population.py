@@ -511,7 +511,7 @@ def test_several_posteriors_are_fitted_as_their_mixture(
     )
     inputs = only_run(root, "fit_population").manifest["inputs"]
     assert {f"posterior_{place}" for place in (0, 1)} < set(inputs)
-    for named, refusal in ((f"[{runs[0]},{runs[0]}]", "is named twice"), ("[]", "names no run")):
+    for named, refusal in ((f"[{runs[0]},{runs[0]}]", "is given twice"), ("[]", "names no run")):
         with pytest.raises(ValueError, match=refusal):
             fit_population(
                 tiny("fit_population", "mrna_two_rate", root, f"posterior={named}", f"data.path={few_cells}")

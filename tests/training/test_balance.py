@@ -17,7 +17,7 @@ from nlme_sbi.diagnostics.network.width_and_bias import Word, overall, verdicts
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.networks.balance import balanced_losses
 from nlme_sbi.networks.flows import AffineCouplingFlow
-from nlme_sbi.networks.posterior import AmortizedPosterior, initial_network
+from nlme_sbi.networks.posterior import AmortizedPosterior, initialize_network
 from nlme_sbi.networks.summaries import GridSummary
 from nlme_sbi.simulation.shards import simulate_batch
 from nlme_sbi.training.loop import TrainingSettings, density_loss, train
@@ -91,7 +91,7 @@ def trained(calibrate: str, seed: int) -> tuple[Word, float]:
     )
     source = StoredPairs(stored, batch_size=100, validation_size=100, seed=seed, device=torch.device("cpu"))
     flow = AffineCouplingFlow(couplings=4, hidden=64)
-    network, _ = initial_network(
+    network, _ = initialize_network(
         source.pilot(200), SIMULATOR, PRIOR, summary=GridSummary(hidden=64), flow=flow, seed=seed
     )
     train(network, source, settings, prior=PRIOR, progress=False)
@@ -113,7 +113,7 @@ def test_a_balanced_loss_repairs_a_network_that_few_simulations_made_overconfide
 
 def test_the_held_out_loss_counts_the_balance_where_it_is_asked_for(generator: torch.Generator) -> None:
     pairs = simulate_batch(PRIOR, grid(), SIMULATOR, 2001, generator)  # one more than a chunk
-    network, _ = initial_network(
+    network, _ = initialize_network(
         pairs, SIMULATOR, PRIOR, summary=GridSummary(hidden=8), flow=AffineCouplingFlow(hidden=8), seed=1
     )
     plain = validation_loss(network, pairs, density_loss(TrainingSettings()))
@@ -127,7 +127,7 @@ def test_the_held_out_loss_counts_the_balance_where_it_is_asked_for(generator: t
 def test_settings_that_make_no_sense_are_refused(generator: torch.Generator) -> None:
     stored = InMemory(simulate_batch(PRIOR, grid(), SIMULATOR, 50, generator))
     source = StoredPairs(stored, batch_size=20, validation_size=20, seed=0, device=torch.device("cpu"))
-    network, _ = initial_network(
+    network, _ = initialize_network(
         source.pilot(20), SIMULATOR, PRIOR, summary=GridSummary(hidden=8), flow=AffineCouplingFlow(hidden=8), seed=1
     )
     with pytest.raises(ValueError, match=r"pass it to train\(\.\.\., prior=prior\)"):

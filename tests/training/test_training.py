@@ -13,7 +13,7 @@ import torch
 from nlme_sbi.designs import FixedGrid
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.networks.flows import AffineCouplingFlow
-from nlme_sbi.networks.posterior import PosteriorNetwork, build_network, initial_network
+from nlme_sbi.networks.posterior import PosteriorNetwork, build_network, initialize_network
 from nlme_sbi.networks.summaries import DataShape, GridSummary
 from nlme_sbi.training.loop import TrainingSettings, generalisation_gap, train
 from nlme_sbi.training.pairs import OnlinePairs, StoredPairs, TrainingError
@@ -286,7 +286,7 @@ class Moments:
 
 @pytest.mark.slow
 def test_a_summary_of_ones_own_is_trained_like_ours() -> None:
-    network, _ = initial_network(
+    network, _ = initialize_network(
         pairs().pilot(200), SIMULATOR, PRIOR, summary=Moments(), flow=AffineCouplingFlow(hidden=16), seed=3
     )
     before = network.summary.layer.weight.detach().clone()
@@ -305,5 +305,5 @@ def test_a_summary_without_weights_of_torch_is_refused() -> None:
             return values.mean(1)
 
     flow = AffineCouplingFlow(hidden=16).build(6, 8)
-    with pytest.raises(TypeError, match=r"torch\.nn\.Module, and Plain is none"):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module; Plain is not"):
         PosteriorNetwork(Plain(), flow, 6)

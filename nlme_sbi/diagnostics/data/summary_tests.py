@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import binom
 from torch import Tensor
 
-from nlme_sbi.designs.censoring import spread_limits, with_limits
+from nlme_sbi.designs.censoring import censoring_to_limits, spread_limits
 from nlme_sbi.diagnostics.network.simulated_posteriors import observations_of
 from nlme_sbi.types import Design, Observations, Prior, Simulations, Simulator
 
@@ -129,7 +129,7 @@ def support_scores(
     Raises:
         ValueError: for fewer than 400 simulations, or too few that succeed.
     """
-    made = _training_simulations(network, with_limits(observations).design, simulations, generator)
+    made = _training_simulations(network, censoring_to_limits(observations).design, simulations, generator)
     if len(made) < FEWEST_SIMULATIONS:
         raise ValueError(
             f"Distances from the training simulations need at least {FEWEST_SIMULATIONS} of them; there are "

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nlme_sbi.designs.censoring import censored_by_limits
+from nlme_sbi.designs.censoring import limits_to_censoring
 from nlme_sbi.numerics.weighted_draws import require_densities, require_equal_weights
 from nlme_sbi.posteriors import Posterior
 from nlme_sbi.simulation.shards import simulate_batch
@@ -106,7 +106,7 @@ def good_simulations(
 def observations_of(simulations: Simulations, simulator: Simulator) -> Observations:
     """Simulated data as if they had been measured, censored where limits of their design hide a value; ids count from
     1."""
-    return censored_by_limits(
+    return limits_to_censoring(
         Observations(
             ids=tuple(str(place + 1) for place in range(len(simulations))),
             values=simulations.values,

@@ -1,8 +1,8 @@
 """Doses as a model of one individual receives them: written out one by one, each with its time, amount and duration.
 
 Event tables keep doses as they were recorded (:class:`nlme_sbi.types.Events`). Here additional doses (ADDL, II) become
-doses of their own; lag times, bioavailabilities and modelled rates or durations come in afterwards, because they are
-known only with the parameters of the individual. Meanings are NONMEM's.
+doses of their own; lag times, bioavailabilities and modelled rates or durations are applied afterwards, because they
+depend on the parameters of the individual. Items mean what they mean in NONMEM.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch import Tensor
 from nlme_sbi.types import Design, Events
 
 MODELLED_RATE, MODELLED_DURATION = -1.0, -2.0  # RATE of a dose whose rate or duration is a parameter
-STEADY, STEADY_ADDED = 1, 2  # SS: what was there before is forgotten, or the steady state is added to it
+STEADY, STEADY_ADDED = 1, 2  # SS: the steady state replaces the amounts in the compartments, or is added to them
 
 
 @dataclass(frozen=True, eq=False)
 class WrittenDoses:
-    """One column a dose, ``(I, E)`` each; what pads a row, and what comes after its last time, has ``given`` False.
+    """One column a dose, ``(I, E)`` each; ``given`` is False for padding and for doses after the last measurement.
 
     Args:
         given: which entries are doses.
-        time: when each was recorded; the lag comes on top.
-        amount: recorded; 0 is a constant infusion where ``steady_state`` is set.
+        time: of the record; the lag is added later.
+        amount: as recorded; 0 is a constant infusion where ``steady_state`` is set.
         rate: 0 for a bolus, positive for an infusion, -1 and -2 for a modelled rate or duration.
         interval: between the past doses of a steady state.
         steady_state: 0, 1 or 2 (SS).
         compartment: counted from 1.
-        follows: measurements at the very time of the dose were taken before it.
-        forgets: ``(I, R)`` times of resets, those of SS 1 among them, infinite where there is none.
+        follows: whether measurements at the time of the dose were taken before it.
+        forgets: ``(I, R)`` times of resets, including those of SS 1, infinite where there is none.
         reset_follows: ``(I, R)`` as ``follows``, of the resets.
     """
 
@@ -57,15 +57,16 @@ class WrittenDoses:
         return self.given.shape[1]
 
     def lasting_as_modelled(self, compartment: int) -> WrittenDoses:
-        """The same with every bolus into a compartment entering over a modelled duration (zero-order absorption)."""
+        """The same doses, with every bolus into a compartment entering over a modelled duration (zero-order
+        absorption)."""
         bolus = self.given & (self.rate == 0) & (self.compartment == compartment)
         return replace(self, rate=torch.where(bolus, MODELLED_DURATION, self.rate))
 
 
 def write_out_doses(design: Design) -> WrittenDoses:
-    """Every dose of a design by itself, in double precision.
+    """Write out every dose of a design, additional ones included, in double precision.
 
-    Doses after an individual's last time change nothing that is predicted and are left out.
+    Doses after an individual's last time do not affect predictions and are left out.
 
     Raises:
         ValueError: the design has no doses.
@@ -126,14 +127,14 @@ def _follows(events: Events) -> Bool[Tensor, "I E"]:
 
 
 def _resets(events: Events, given: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    """When everything before is forgotten: EVID 3 and 4, and the steady states of SS 1."""
+    """Times that empty the compartments: EVID 3 and 4, and the steady states of SS 1."""
     reset = events.resets | given & (events.steady_state == STEADY)
     places = reset.any(0)
     return torch.where(reset, time, torch.inf)[:, places], (_follows(events) & reset)[:, places]
 
 
 def _copies(counts: Int[Tensor, "I E"]) -> tuple[Tensor, Tensor, Tensor]:
-    """For every place of the written-out rows: which record it comes from, the how-manieth copy, whether it is one."""
+    """For every place of the written-out rows: its record, the number of the copy, and whether it is a dose."""
     total = counts.sum(1)
     width = max(1, int(total.max()) if len(total) else 1)
     ends = counts.cumsum(1)
@@ -150,9 +151,9 @@ class ReceivedDoses:
 
     Args:
         written: the doses behind them.
-        start: for each column when the dose begins to enter, ``(I, ..., 1)``.
-        amount: what enters: recorded amount times bioavailability; the rate of a constant infusion.
-        duration: how long it enters; 0 for a bolus.
+        start: for each column the time when the dose begins to enter, ``(I, ..., 1)``.
+        amount: the recorded amount times bioavailability; for a constant infusion the rate.
+        duration: of the entry; 0 for a bolus.
         as_recorded: whether starts and durations are those of the data, whatever the parameters.
     """
 
@@ -163,7 +164,7 @@ class ReceivedDoses:
     as_recorded: bool
 
 
-OfCompartment = Mapping[int, Tensor]  # of a compartment that is counted from 1: values (I, ...)
+OfCompartment = Mapping[int, Tensor]  # values (I, ...) by compartment, counted from 1
 
 
 def receive_doses(
@@ -185,11 +186,11 @@ def receive_doses(
         like: any parameter, ``(I, ...)``: gives dtype, device and batch dimensions.
         lag: time from record to entry, by compartment; 0 where none is given.
         bioavailability: share that enters, by compartment; 1 where none is given.
-        rate: modelled rates by compartment.
-        duration: modelled durations by compartment.
+        rate: modelled rates, by compartment.
+        duration: modelled durations, by compartment.
 
     Raises:
-        ValueError: a dose asks for a modelled rate or duration of a compartment that has none.
+        ValueError: a dose needs a modelled rate or duration, and there is none for its compartment.
     """
     _refuse_unmodelled(written, rates=tuple(rate or ()), durations=tuple(duration or ()))
     spread = (len(written), *(1,) * (like.ndim - 1))
@@ -203,16 +204,18 @@ def receive_doses(
 
     starts, amounts, durations = [], [], []
     for column in range(written.columns):
-        recorded, told = (getattr(written, name)[:, column].reshape(spread) for name in ("amount", "rate"))
+        recorded, code = (getattr(written, name)[:, column].reshape(spread) for name in ("amount", "rate"))
         share = of(bioavailability, column, 1.0)
         entering = share * recorded
-        constant = (recorded == 0) & (told > 0)
-        speed = torch.where(told == MODELLED_RATE, of(rate, column, 1.0), torch.where(told > 0, told, 1.0))
+        constant = (recorded == 0) & (code > 0)
+        speed = torch.where(code == MODELLED_RATE, of(rate, column, 1.0), torch.where(code > 0, code, 1.0))
         lasting = torch.where(
-            told == MODELLED_DURATION, of(duration, column, 0.0), torch.where(told == 0, 0.0, entering / speed)
+            code == MODELLED_DURATION,
+            of(duration, column, 0.0),
+            torch.where(code == 0, 0.0, entering / speed),
         )
         starts.append((written.time[:, column].reshape(spread) + of(lag, column, 0.0))[..., None])
-        amounts.append(torch.where(constant, share * told, entering)[..., None])
+        amounts.append(torch.where(constant, share * code, entering)[..., None])
         durations.append(lasting[..., None])
     infused = written.given & (written.rate != 0)
     scaled = bool(bioavailability) and bool(infused.any())
@@ -222,24 +225,24 @@ def receive_doses(
 
 
 def _unmodelled(doses: Events | WrittenDoses, given: Tensor, code: float, known: Sequence[int]) -> Bool[Tensor, "I E"]:
-    """Doses whose RATE leaves it to the model, in compartments where the model has nothing to give."""
-    asked = given & (doses.rate == code)
+    """Doses whose RATE is a code for a modelled value, into compartments for which the model has none."""
+    found = given & (doses.rate == code)
     for place in known:
-        asked = asked & (doses.compartment != place)
-    return asked
+        found = found & (doses.compartment != place)
+    return found
 
 
 def _refuse_unmodelled(written: WrittenDoses, *, rates: Sequence[int], durations: Sequence[int]) -> None:
-    """Refuse doses whose rate or duration the model was to give and does not; raises ``ValueError`` with the row."""
+    """Refuse doses that need a modelled rate or duration where there is none; raises ``ValueError`` with the row."""
     for code, known, word, remedy in (
         (MODELLED_RATE, rates, "rate", "give RATE itself"),
         (MODELLED_DURATION, durations, "duration", "give RATE itself, or RATE 0 for a bolus"),
     ):
-        asked = _unmodelled(written, written.given, code, known)
-        if bool(asked.any()):
-            row, column = (int(value) for value in asked.nonzero()[0])
+        bad = _unmodelled(written, written.given, code, known)
+        if bool(bad.any()):
+            row, column = (int(value) for value in bad.nonzero()[0])
             raise ValueError(
-                f"{int(asked.sum())} doses have RATE {code:g}, a modelled {word}, first that of row {row} into "
+                f"{int(bad.sum())} doses have RATE {code:g}, a modelled {word}, first that of row {row} into "
                 f"compartment {int(written.compartment[row, column])}, but the simulator models none there; {remedy}."
             )
 

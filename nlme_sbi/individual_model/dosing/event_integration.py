@@ -1,11 +1,11 @@
-"""Differential equations through doses: every individual has a timeline of its own, and every event is hit exactly.
+"""Differential equations with doses: every individual has its own timeline, and the solver stops at every event.
 
-Measurements, starts and ends of infusions, boluses and resets of an individual are sorted by time, for each draw of its
-parameters anew, because lag times and durations depend on them. The solver goes from one to the next; between two of
-them the inflow is constant. All is batched over individuals and draws, and differentiable in the times of events, too.
+Measurements, starts and ends of infusions, boluses and resets of an individual are sorted by time, separately for each
+draw of its parameters, because lag times and durations depend on them. The solver steps from one to the next; between
+two of them the inflow is constant. All is batched over individuals and draws, and differentiable in event times, too.
 
-The steady state of a repeated dose (SS) is the fixed point of one interval, found by Newton's method from some
-intervals after the initial state; derivatives come from the fixed point's equation and not from the way there.
+The steady state of a repeated dose (SS) is the fixed point of one dosing interval, found by Newton's method after some
+intervals from the initial state; derivatives come from the implicit function theorem, not from the iterations.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 from nlme_sbi.individual_model.dosing.doses import ReceivedDoses
 from nlme_sbi.individual_model.solvers import Equation, Solver, over_interval
 
-_PLAIN_CYCLES, _NEWTON_STEPS = 8, 12  # intervals that begin the search for a steady state, and steps that end it
-_SETTLED = 1e-7  # relative change over an interval that counts as none
-_MOST_PAST = 200  # past doses of a steady state that are still entering; more are refused
+_PLAIN_CYCLES, _NEWTON_STEPS = 8, 12  # the search for a steady state: dosing intervals first, then Newton steps
+_CONVERGED = 1e-7  # relative change over an interval that counts as none
+_MOST_PAST = 200  # most past doses of a steady state that may still be entering
 
 
 @dataclass(frozen=True, eq=False)
 class _Nodes:
-    """Points of the timelines, each ``(*batch, M)``: when, in which order at one time, what they change."""
+    """Points of the timelines, each ``(*batch, M)``: time, order among equal times, and change of the state."""
 
     time: Tensor
     rank: Tensor
@@ -48,12 +48,12 @@ def solve_through_doses(
     solver: Solver,
     stops: Float[Tensor, "I V"] | None = None,
 ) -> Float[Tensor, "*batch T X"]:
-    """States at ``times``, with doses on the way; a state that cannot be followed is NaN.
+    """States at ``times`` under doses; where the equation cannot be solved, they are NaN.
 
     Args:
         equation: of the states, without the doses.
-        state: initial, which a reset returns to.
-        start: when it holds; doses before it count from it on.
+        state: initial; a reset returns to it.
+        start: time of the initial state; earlier doses enter at this time.
         times: non-decreasing along the last dimension.
         doses: of the individuals, the first dimension of the batch.
         places: for each compartment, counted from 1, the state that its doses enter.
@@ -74,10 +74,10 @@ def solve_through_doses(
     found = []
     for place in range(when.shape[-1]):
         column = when[..., place]
-        after = torch.where(column > now, column, now)  # not clamp, whose gradient would go to the time where equal
+        after = torch.where(column > now, column, now)  # not clamp: its gradient differs where the two are equal
         if equation.during is None:
             state, suggested = over_interval(_with_inflow(equation, inflow), state, now, after, suggested, solver)
-        elif bool((after > now).any()):  # records of covariates mostly fall together with other stops
+        elif bool((after > now).any()):  # records of covariates mostly coincide with other stops
             here = _with_inflow(equation.during(now, after), inflow)
             state, suggested = over_interval(here, state, now, after, suggested, solver)
         now = after
@@ -94,7 +94,7 @@ def _with_inflow(equation: Equation, inflow: Tensor) -> Equation:
     return Equation(lambda time, state: equation(time, state) + inflow, equation.jacobian, equation.autonomous)
 
 
-# Order of what happens at one time.
+# Order of events at one time.
 _EMPTIED, _DOSED, _ENDED, _MEASURED, _EMPTIED_LATER, _DOSED_LATER = range(6)
 
 
@@ -108,7 +108,7 @@ def _timeline(
     solver: Solver,
     stops: Tensor | None,
 ) -> _Nodes:
-    """Measurements first, so that they are found again; then what doses and resets do."""
+    """All nodes, unsorted: measurements first, so that their states can be picked out; then resets and doses."""
     written = doses.written
     batch = tuple(sum((column[..., 0] for column in doses.start), start).shape)
     line = _Timeline(times, batch, initial.shape[-1])
@@ -125,12 +125,12 @@ def _timeline(
         dose = _Dose.of(doses, column, spread, places, initial, resets)
         dose.enter(line, dose.begin, dose.given & ~dose.constant)
         if bool(dose.steady.any()):
-            dose.enter_as_repeated(line, equation, initial, solver)
-    return line.joined()
+            dose.enter_steady_state(line, equation, initial, solver)
+    return line.stack()
 
 
 class _Timeline:
-    """Nodes while they are gathered."""
+    """Collects the nodes of all individuals."""
 
     def __init__(self, times: Tensor, batch: tuple[int, ...], size: int) -> None:
         self.times, self.batch = times, batch
@@ -151,7 +151,7 @@ class _Timeline:
         flow: Tensor | None = None,
         clears: bool = False,
     ) -> None:
-        """One node of everybody; where it is not active it stands at the end and changes nothing."""
+        """Add one node for every individual and draw; an inactive one comes last and changes nothing."""
         active = (active & (time.detach() <= self.last)).expand(self.batch)
         jump, flow = (
             self._unchanged if change is None else torch.where(active[..., None], change, 0.0)
@@ -168,7 +168,7 @@ class _Timeline:
             )
         )
 
-    def joined(self) -> _Nodes:
+    def stack(self) -> _Nodes:
         time, rank, jump, flow, clear = zip(*self._nodes, strict=True)
         return _Nodes(
             time=torch.stack(time, dim=-1),
@@ -181,8 +181,8 @@ class _Timeline:
 
 @dataclass(frozen=True, eq=False)
 class _Dose:
-    """One column of doses, each field over the batch or with ones in its place; ``entry (I, .., X)`` tells which state
-    it enters, ``speed`` is that of an infusion, ``rank`` where it stands among what happens at one time."""
+    """One column of doses, each field broadcastable to the batch: ``entry (I, .., X)`` marks the state that it enters,
+    ``speed`` is the rate of an infusion, ``rank`` its place in the order of events at one time."""
 
     given: Tensor
     recorded: Tensor
@@ -209,41 +209,41 @@ class _Dose:
     ) -> _Dose:
         written = doses.written
 
-        def told(name: str) -> Tensor:
+        def column_of(name: str) -> Tensor:
             found: Tensor = getattr(written, name)[:, column].reshape(spread)
             return found
 
         entry = torch.zeros((*spread, like.shape[-1]), dtype=like.dtype, device=like.device)
         for number, place in enumerate(places):
-            entry[..., place] += (told("compartment") == number + 1).to(like)
+            entry[..., place] += (column_of("compartment") == number + 1).to(like)
         begin, amount, duration = (
             value[column][..., 0].to(like) for value in (doses.start, doses.amount, doses.duration)
         )
-        infused = told("rate") != 0
-        constant = infused & (told("amount") == 0)
-        steady = (told("steady_state") > 0) & told("given")
+        infused = column_of("rate") != 0
+        constant = infused & (column_of("amount") == 0)
+        steady = (column_of("steady_state") > 0) & column_of("given")
         return cls(
-            given=told("given"),
-            recorded=told("time").to(like),
+            given=column_of("given"),
+            recorded=column_of("time").to(like),
             begin=begin,
             amount=amount,
             duration=duration,
             infused=infused,
             constant=constant,
             steady=steady,
-            interval=torch.where(steady & ~constant, told("interval").to(like), 1.0),
+            interval=torch.where(steady & ~constant, column_of("interval").to(like), 1.0),
             entry=entry,
-            rank=torch.where(told("follows"), _DOSED_LATER, _DOSED),
+            rank=torch.where(column_of("follows"), _DOSED_LATER, _DOSED),
             resets=resets,
         )
 
     @property
     def speed(self) -> Tensor:
-        """Of the inflow while it is infused."""
+        """Inflow during the infusion, amount per time."""
         lasting = self.infused & ~self.constant & (self.duration > 0)
         return torch.where(lasting, self.amount / torch.where(lasting, self.duration, 1.0), 0.0)
 
-    def remembered(self, time: Tensor) -> Tensor:
+    def not_reset(self, time: Tensor) -> Tensor:
         """Whether no reset lies between the dose's record and a node of it."""
         found = torch.ones_like(time, dtype=torch.bool)
         for reset in self.resets:
@@ -253,19 +253,19 @@ class _Dose:
     def enter(self, line: _Timeline, time: Tensor, which: Tensor) -> None:
         """A dose that begins at ``time``: a bolus, or the start and the end of an infusion."""
         jump = torch.where(self.infused, 0.0, self.amount)[..., None] * self.entry
-        line.add(time, self.rank, which & self.remembered(time), jump=jump, flow=self.speed[..., None] * self.entry)
+        line.add(time, self.rank, which & self.not_reset(time), jump=jump, flow=self.speed[..., None] * self.entry)
         self.end(line, time, which)
 
     def end(self, line: _Timeline, time: Tensor, which: Tensor) -> None:
         """The end of an infusion that began at ``time``."""
         if bool(self.infused.any()):
             end = time + self.duration
-            ends = which & self.infused & self.remembered(end)
+            ends = which & self.infused & self.not_reset(end)
             line.add(end, _ENDED, ends, flow=-self.speed[..., None] * self.entry)
 
-    def enter_as_repeated(self, line: _Timeline, equation: Equation, initial: Tensor, solver: Solver) -> None:
-        """At its record the steady state of the doses before it, with those that are still entering or, for a lag, are
-        yet to enter."""
+    def enter_steady_state(self, line: _Timeline, equation: Equation, initial: Tensor, solver: Solver) -> None:
+        """Set the steady state at the record, with past doses that are still entering or, because of a lag, have not
+        entered yet."""
         repeated = self.steady & ~self.constant
         dose = _Repeated(
             entry=self.entry,
@@ -276,7 +276,7 @@ class _Dose:
             constant=torch.where(self.steady & self.constant, self.amount, 0.0).expand(line.batch),
         )
         lag = (self.begin - self.recorded).expand(line.batch)
-        if equation.during is not None:  # the doses before were given under the covariates of the record
+        if equation.during is not None:  # past doses were given under the covariates of the record
             equation = equation.during(self.recorded.expand(line.batch), self.recorded.expand(line.batch))
         before = dose.state_before(equation, initial, self.recorded.expand(line.batch), lag, solver)
         running = torch.zeros(line.batch, dtype=initial.dtype, device=initial.device)
@@ -288,14 +288,14 @@ class _Dose:
             self.end(line, began, entering)
         flow = (running * self.speed)[..., None] * self.entry
         line.add(
-            self.recorded, self.rank, self.steady & self.remembered(self.recorded), jump=before - initial, flow=flow
+            self.recorded, self.rank, self.steady & self.not_reset(self.recorded), jump=before - initial, flow=flow
         )
 
 
 @dataclass(frozen=True, eq=False)
 class _Repeated:
-    """Equal doses for ever: ``entry (I, .., X)`` where they go; the others ``(*batch)``; ``constant`` is the rate of an
-    infusion that has lasted for ever, else 0."""
+    """Equal doses since ever: ``entry (I, .., X)`` marks the state they enter; the others ``(*batch)``; ``constant`` is
+    the rate of an infusion since ever, else 0."""
 
     entry: Tensor
     amount: Tensor
@@ -305,13 +305,13 @@ class _Repeated:
     constant: Tensor
 
     def past(self, lag: Tensor) -> int:
-        """How many past doses may still be entering, or yet to enter, when the dose is recorded."""
+        """Number of past doses that may still be entering, or not have entered yet, at the time of the record."""
         with torch.no_grad():
             count = int(torch.ceil(((self.duration + lag) / self.interval).amax()).item())
         if count > _MOST_PAST:
             raise ValueError(
                 f"An infusion at steady state lasts {count} times as long as the interval between doses; at most "
-                f"{_MOST_PAST} are followed. Give it as a constant infusion (AMT 0, RATE, SS 1)."
+                f"{_MOST_PAST} are possible. Give it as a constant infusion (AMT 0, RATE, SS 1)."
             )
         return count
 
@@ -321,29 +321,29 @@ class _Repeated:
         """The state at the record, before the dose itself."""
 
         def cycle(state: Tensor) -> Tensor:
-            return self._moved(equation, self._dosed(state), recorded, self.interval, solver)
+            return self._move(equation, self._add_dose(state), recorded, self.interval, solver)
 
         def still(state: Tensor) -> Tensor:
             return state + equation(recorded, state) + self.constant[..., None] * self.entry
 
         if bool((self.constant > 0).any()):
-            settled = torch.where((self.constant > 0)[..., None], _fixed_point(still, initial, _unmoved), initial)
-            repeated = _fixed_point(cycle, initial, _cycled) if bool((self.amount > 0).any()) else initial
-            settled = torch.where((self.constant > 0)[..., None], settled, repeated)
+            steady = torch.where((self.constant > 0)[..., None], _fixed_point(still, initial, _keep_state), initial)
+            repeated = _fixed_point(cycle, initial, _run_cycles) if bool((self.amount > 0).any()) else initial
+            steady = torch.where((self.constant > 0)[..., None], steady, repeated)
         else:
-            settled = _fixed_point(cycle, initial, _cycled)
+            steady = _fixed_point(cycle, initial, _run_cycles)
         with torch.no_grad():
             ahead = torch.ceil(lag / self.interval).clamp(min=1)
         since = ahead * self.interval - lag
-        moved = self._moved(equation, self._dosed(settled), recorded, since, solver)
+        moved = self._move(equation, self._add_dose(steady), recorded, since, solver)
         lagged = (lag > 0) & (self.amount > 0)
-        return torch.where(lagged[..., None], moved, settled)
+        return torch.where(lagged[..., None], moved, steady)
 
-    def _dosed(self, state: Tensor) -> Tensor:
+    def _add_dose(self, state: Tensor) -> Tensor:
         return state + torch.where(self.infused, 0.0, self.amount)[..., None] * self.entry
 
-    def _moved(self, equation: Equation, state: Tensor, recorded: Tensor, length: Tensor, solver: Solver) -> Tensor:
-        """From the start of a dose over ``length``, at most an interval, with its predecessors' infusions."""
+    def _move(self, equation: Equation, state: Tensor, recorded: Tensor, length: Tensor, solver: Solver) -> Tensor:
+        """The state ``length`` after the start of a dose, at most an interval, with infusions of earlier doses."""
         with torch.no_grad():
             whole = torch.floor(self.duration / self.interval)
         speed = (self.amount / torch.where(self.duration > 0, self.duration, 1.0)) * self.infused
@@ -361,38 +361,38 @@ class _Repeated:
 Step = Callable[[Tensor], Tensor]
 
 
-def _cycled(function: Step, state: Tensor) -> Tensor:
-    """Some intervals in a row."""
+def _run_cycles(function: Step, state: Tensor) -> Tensor:
+    """The state after some dosing intervals."""
     for _ in range(_PLAIN_CYCLES):
         state = function(state)
     return state
 
 
-def _unmoved(function: Step, state: Tensor) -> Tensor:
-    """A constant inflow begins where it is."""
+def _keep_state(function: Step, state: Tensor) -> Tensor:
+    """Under a constant inflow the search begins at the initial state."""
     del function
     return state
 
 
 def _fixed_point(function: Step, begin: Tensor, prepare: Callable[[Step, Tensor], Tensor]) -> Tensor:
-    """Where ``function`` changes nothing, by Newton's steps, the last with gradients; NaN where it is not found."""
+    """Fixed point of ``function`` by Newton steps, of which the last carries gradients; NaN where it is not found."""
     with torch.no_grad():
         state = prepare(function, begin.detach())
         for _ in range(_NEWTON_STEPS):
             moved = function(state)
             change = (moved - state).abs().amax(-1)
-            if bool((change <= _SETTLED * state.abs().amax(-1).clamp(min=1e-12)).all()):
+            if bool((change <= _CONVERGED * state.abs().amax(-1).clamp(min=1e-12)).all()):
                 break
-            state = state + torch.linalg.solve(_one_less(function, state), (moved - state)[..., None])[..., 0]
+            state = state + torch.linalg.solve(_newton_matrix(function, state), (moved - state)[..., None])[..., 0]
         moved = function(state)
         size = state.abs().amax(-1).clamp(min=1e-12)
-        lost = ~((moved - state).abs().amax(-1) <= math.sqrt(_SETTLED) * size)
-        inverse = torch.linalg.inv(_one_less(function, state))
+        lost = ~((moved - state).abs().amax(-1) <= math.sqrt(_CONVERGED) * size)
+        inverse = torch.linalg.inv(_newton_matrix(function, state))
     found = state + (inverse @ (function(state) - state)[..., None])[..., 0]
     return torch.where(lost[..., None], torch.nan, found)
 
 
-def _one_less(function: Step, state: Tensor) -> Tensor:
+def _newton_matrix(function: Step, state: Tensor) -> Tensor:
     """Identity minus the Jacobian, by central differences, ``(*batch, X, X)``."""
     size = state.shape[-1]
     scale = state.abs().amax(-1, keepdim=True).clamp(min=1e-6)

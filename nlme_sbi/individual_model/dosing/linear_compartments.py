@@ -1,10 +1,10 @@
 r"""Linear compartment models, exactly: responses of the central compartment to any regimen, in closed form.
 
-A mammillary model with bolus input answers with a sum of decaying exponentials, :math:`\sum_k B_k e^{-\lambda_k t}`,
-whose weights are positive and add up to 1. Infusions and steady states are those exponentials summed or integrated; an
-absorption compartment with rate *ka* turns each into a difference quotient, which stays exact where *ka* meets
-:math:`\lambda_k` (flip-flop). Everything is differentiable in the parameters, doses' times and durations among them,
-and every dose enters at its own time: nothing is stepped and nothing is interpolated.
+The response of a mammillary model to a bolus is a sum of exponentials, :math:`\sum_k B_k e^{-\lambda_k t}`, whose
+weights are positive and add up to 1. Infusions and steady states integrate or sum these exponentials; an absorption
+compartment with rate *ka* turns each into a difference quotient, which stays exact where *ka* equals :math:`\lambda_k`
+(flip-flop). Everything is differentiable in the parameters, in times of doses and in durations, and every dose enters
+at its own time: there are no time steps and no interpolation.
 
 Source: Bertrand and Mentre (2008), Mathematical expressions of the PK and PD models implemented in Monolix; Abuhelwa,
 Foster, Upton (2015), J. Pharmacol. Toxicol. Methods 73:42, for steps between doses; both agree with the sums here.
@@ -23,11 +23,11 @@ from torch import Tensor
 from nlme_sbi.individual_model.closed_forms import erlang_mean, log_expm1_ratio
 from nlme_sbi.individual_model.dosing.doses import ReceivedDoses, WrittenDoses
 
-# A difference quotient over a gap below this, in units of the shorter of time and rate, is taken over this gap: its
-# own error is the gap's square over 6, that of subtracting neighbours the rounding over the gap.
+# Difference quotients take at least this gap, relative to the smaller of the rate and 1/time: its truncation error is
+# the gap's square over 6, the cancellation error of smaller gaps the rounding over the gap.
 _GAP = 1e-4
-# From so many doses on stepping from event to event is faster than adding up the doses' responses.
-_STEPPED_FROM = 4
+# From this number of doses on, stepping from event to event is faster than adding up the doses' responses.
+_STEP_FROM = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ def disposition(elimination: Tensor, exchanges: Sequence[tuple[Tensor, Tensor]])
         exchanges: for each peripheral compartment the rate constants to it and back.
 
     Raises:
-        ValueError: more than two peripheral compartments.
+        ValueError: there are more than two peripheral compartments.
     """
     if not exchanges:
         return Modes((elimination,), (torch.ones_like(elimination),))
@@ -56,7 +56,7 @@ def disposition(elimination: Tensor, exchanges: Sequence[tuple[Tensor, Tensor]])
         return _two(elimination, out, back)
     if len(exchanges) == 2:
         return _three(elimination, *exchanges)
-    raise ValueError(f"At most three compartments are linear models of this kind; got {1 + len(exchanges)}.")
+    raise ValueError(f"Closed forms exist here for at most three compartments; got {1 + len(exchanges)}.")
 
 
 def _two(elimination: Tensor, out: Tensor, back: Tensor) -> Modes:
@@ -64,7 +64,7 @@ def _two(elimination: Tensor, out: Tensor, back: Tensor) -> Modes:
     root = torch.sqrt(excess.square() + 4 * out * back)
     fast = 0.5 * (elimination + out + back + root)
     slow = elimination * back / fast
-    # (fast - back)/root without subtracting neighbours where the excess is negative.
+    # (fast - back)/root without cancellation where the excess is negative.
     share = torch.where(excess > 0, 0.5 * (excess + root), 2 * out * back / (root - excess.clamp(max=0))) / root
     return Modes((fast, slow), (share, 1 - share))
 
@@ -79,7 +79,7 @@ def _three(elimination: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tens
     rates = []
     for guess in _viete(a, b, c):
         root = guess
-        # Newton's steps polish the root; two of them with gradients carry its first and second derivatives.
+        # Newton steps refine the root; two of them with gradients give its first and second derivatives.
         with torch.no_grad():
             for _ in range(2):
                 root = _newton(root, a, b, c)
@@ -93,7 +93,7 @@ def _three(elimination: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tens
 
 @torch.no_grad()
 def _viete(a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
-    """The three real roots by angles, to about half of the digits where two of them nearly meet."""
+    """The three real roots by Viète's formula, to about half of the digits where two of them are nearly equal."""
     p, q = (a.square() / 3 - b).clamp(min=1e-300), 2 * a**3 / 27 - a * b / 3 + c
     angle = torch.arccos((1.5 * q / p * torch.sqrt(3 / p)).clamp(-1, 1)) / 3
     turns = (0.0, 2 * math.pi / 3, 4 * math.pi / 3)
@@ -121,26 +121,26 @@ def central_amount(
     """Amount in the central compartment at ``times``.
 
     Args:
-        doses: with the parameters of the individuals.
+        doses: as received, given the parameters of the individuals.
         times: double precision.
         modes: of the disposition.
         central: number of the central compartment; doses into any other enter through absorption.
-        absorption: rate constant of the absorption compartment, ``(I, ..., 1)``, where there is one.
-        transit: what boluses pass before the absorption compartment, where there is such a chain.
+        absorption: rate constant of the absorption compartment, ``(I, ..., 1)``, or None.
+        transit: chain of compartments that boluses pass before the absorption compartment, or None.
 
     Returns:
-        In the unit of the doses.
+        Amounts in the unit of the doses.
     """
     written = doses.written
-    if written.columns >= _STEPPED_FROM and transit is None and _can_be_stepped(doses, central):
-        return _stepped(doses, times, modes, central=central, absorption=absorption)
+    if written.columns >= _STEP_FROM and transit is None and _can_step(doses, central):
+        return _step_through_events(doses, times, modes, central=central, absorption=absorption)
     spread = (len(written), *(1,) * (times.ndim - 1))
     total = torch.zeros_like(times)
     for column in range(written.columns):
         given = written.given[:, column].reshape(spread)
         if not bool(given.any()):
             continue
-        counted = given & _remembered(written, column, times, spread)
+        counted = given & _not_reset(written, column, times, spread)
         dose = Dose(
             elapsed=times - doses.start[column],
             duration=doses.duration[column],
@@ -167,8 +167,8 @@ def central_amount(
     return total
 
 
-def _remembered(written: WrittenDoses, column: int, times: Tensor, spread: tuple[int, ...]) -> Tensor:
-    """Times after the dose's record before which nothing has emptied the compartments since."""
+def _not_reset(written: WrittenDoses, column: int, times: Tensor, spread: tuple[int, ...]) -> Tensor:
+    """Times after the dose's record and before the next reset."""
     recorded = written.time[:, column].reshape(spread)
     follows = written.follows[:, column].reshape(spread)
     found = (times > recorded) | ((times == recorded) & ~follows)
@@ -181,7 +181,7 @@ def _remembered(written: WrittenDoses, column: int, times: Tensor, spread: tuple
 
 @dataclass(frozen=True, eq=False)
 class Transit:
-    """A chain of equal first-order steps: ``compartments`` of them, each left at ``rate (I, ..., 1)``.
+    """A chain of ``compartments`` transit compartments, each emptied at ``rate (I, ..., 1)``.
 
     Source: Savic et al. (2007), J. Pharmacokinet. Pharmacodyn. 34:711.
     """
@@ -199,10 +199,10 @@ class Dose:
         duration: of an infusion.
         interval: between the doses of a steady state.
         infused: whether it is an infusion.
-        steady: whether equal doses have been given for ever before it.
-        constant: whether it is an infusion that has lasted for ever and ends with the record, as NONMEM has it.
-        follows: whether a measurement at its very time was taken before it.
-        transit: the chain that a bolus passes first, if any.
+        steady: whether equal doses have been given since ever before it.
+        constant: whether it is an infusion since ever that ends with the record, as in NONMEM.
+        follows: whether a measurement at the time of the dose was taken before it.
+        transit: the chain that a bolus passes first, or None.
     """
 
     elapsed: Tensor
@@ -215,7 +215,7 @@ class Dose:
     transit: Transit | None = None
 
     def pool(self, rate: Tensor) -> Tensor:
-        """What is left of it in a single compartment that is emptied with ``rate``."""
+        """Amount in a single compartment that the dose enters and that is emptied at ``rate``."""
         begun = (self.elapsed > 0) | ((self.elapsed == 0) & ~self.follows)
         elapsed = torch.where(begun, self.elapsed, 0.0)
         if self.transit is not None:
@@ -226,7 +226,7 @@ class Dose:
         if not bool(infused.any()):
             plain = torch.exp(-rate * elapsed)
         else:
-            lasting = self._lasting()
+            lasting = self._safe_duration()
             entered = torch.minimum(elapsed, lasting)
             mean = torch.exp(log_expm1_ratio(rate * entered) - rate * (elapsed - entered))
             plain = torch.where(infused, entered / lasting * mean, torch.exp(-rate * elapsed))
@@ -235,19 +235,19 @@ class Dose:
             return plain
         return torch.where(self.steady, self._steady(rate), plain)
 
-    def _lasting(self) -> Tensor:
+    def _safe_duration(self) -> Tensor:
         return torch.where(self.infused & (self.duration > 0), self.duration, 1.0)
 
     def _steady(self, rate: Tensor) -> Tensor:
         every = torch.where(torch.isfinite(self.interval) & (self.interval > 0), self.interval, 1.0)
-        # Before it enters (lag) the last of its predecessors counts.
+        # Before it enters (lag), time counts from the dose before it.
         with torch.no_grad():
             ahead = torch.ceil(-self.elapsed / every).clamp(min=0)
             ahead = torch.where(self.follows & (self.elapsed == 0), 1.0, ahead)
         since = self.elapsed + ahead * every
         repeated = -torch.expm1(-rate * every)
         bolus = torch.exp(-rate * since) / repeated
-        infused, lasting = self.infused, self._lasting()
+        infused, lasting = self.infused, self._safe_duration()
         with torch.no_grad():
             running = torch.ceil((lasting - since) / every).clamp(min=0)
         ended = torch.exp(-rate * (since + running * every - lasting)) - torch.exp(-rate * since)
@@ -257,7 +257,7 @@ class Dose:
 
 
 def _quotient(dose: Dose, rate: Tensor, absorption: Tensor) -> Tensor:
-    """``(pool(rate) - pool(absorption)) / (absorption - rate)``, also where the two meet."""
+    """``(pool(rate) - pool(absorption)) / (absorption - rate)``, also where the two rates are equal."""
     middle = 0.5 * (rate + absorption)
     apart = 0.5 * (absorption - rate).abs()
     with torch.no_grad():
@@ -267,18 +267,18 @@ def _quotient(dose: Dose, rate: Tensor, absorption: Tensor) -> Tensor:
     return (dose.pool(middle - half) - dose.pool(middle + half)) / (2 * half)
 
 
-def _can_be_stepped(doses: ReceivedDoses, central: int) -> bool:
-    """Whether everything happens at times that the data give, nothing is infused into an absorption compartment, and
-    steady states are those of boluses."""
+def _can_step(doses: ReceivedDoses, central: int) -> bool:
+    """Whether all event times are those of the data, nothing is infused into an absorption compartment, and steady
+    states are those of boluses."""
     written = doses.written
     slow = written.given & (written.rate != 0) & ((written.compartment != central) | (written.steady_state > 0))
     return doses.as_recorded and not bool(slow.any())
 
 
-def _stepped(
+def _step_through_events(
     doses: ReceivedDoses, times: Tensor, modes: Modes, *, central: int, absorption: Tensor | None
 ) -> Float[Tensor, "I *batch T"]:
-    """The same as the sum over doses, from event to event: the work grows with doses plus times, not their product."""
+    """The sum over doses by stepping from event to event, whose work grows with doses plus times, not their product."""
     steps = _Steps.of(doses, times, central)
     rates = torch.cat([rate.expand(*times.shape[:-1], 1) for rate in modes.rates], dim=-1)
     weights = torch.cat([weight.expand(*times.shape[:-1], 1) for weight in modes.weights], dim=-1)
@@ -294,7 +294,7 @@ def _stepped(
             if steps.is_infused:
                 state = state - inflow * torch.expm1(-rates * elapsed) / rates
             if absorption is not None:
-                state = state + weights * absorption * depot * _entered(absorption, rates, elapsed)
+                state = state + weights * absorption * depot * _absorbed_after(absorption, rates, elapsed)
                 depot = depot * torch.exp(-absorption * elapsed)
         if steps.clears[place]:
             kept = ~steps.clear[:, place].reshape(-1, *ones, 1)
@@ -307,7 +307,7 @@ def _stepped(
             at_once, absorbed = bolus * direct * amount * weights, bolus * (1 - direct) * amount
             if steps.repeats[place]:
                 interval = steps.interval[:, place].reshape(-1, *ones, 1)
-                at_once, absorbed = _repeated(at_once, absorbed, interval, rates, weights, absorption)
+                at_once, absorbed = _add_predecessors(at_once, absorbed, interval, rates, weights, absorption)
             state, depot = state + at_once, depot + absorbed
             inflow = inflow + speed * amount * weights if steps.is_infused else inflow
         found.append(state.sum(-1))
@@ -316,14 +316,14 @@ def _stepped(
     return every.gather(-1, places)
 
 
-def _entered(absorption: Tensor, rates: Tensor, elapsed: Tensor) -> Tensor:
+def _absorbed_after(absorption: Tensor, rates: Tensor, elapsed: Tensor) -> Tensor:
     """What a unit amount that is absorbed leaves after ``elapsed`` for each exponential, over the absorption rate."""
     gap = (absorption - rates).abs()
     slower = torch.minimum(absorption, rates)
     return elapsed * torch.exp(log_expm1_ratio(gap * elapsed) - slower * elapsed)
 
 
-def _repeated(
+def _add_predecessors(
     at_once: Tensor, absorbed: Tensor, interval: Tensor, rates: Tensor, weights: Tensor, absorption: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What a bolus and its predecessors, one every ``interval``, have left in the exponentials and in the absorption
@@ -334,13 +334,13 @@ def _repeated(
     if absorption is None:
         return at_once * kept, absorbed
     absorbed = absorbed * torch.where(steady, -1 / torch.expm1(-absorption * every), 1.0)
-    before = weights * absorption * absorbed * _entered(absorption, rates, every)
+    before = weights * absorption * absorbed * _absorbed_after(absorption, rates, every)
     return (at_once + torch.where(steady, before, 0.0)) * kept, absorbed
 
 
 @dataclass(frozen=True, eq=False)
 class _Steps:
-    """Events of each individual in their order, ``(I, M)`` each; ``measured (I, T)`` tells where the times stand."""
+    """Events of each individual in their order, ``(I, M)`` each; ``measured (I, T)`` has the places of the times."""
 
     elapsed: Tensor
     column: Tensor
@@ -364,7 +364,7 @@ class _Steps:
         last = measured.amax(1, keepdim=True)
         infused = written.given & (written.rate > 0)
         end = written.time + torch.where(infused, written.amount / torch.where(infused, written.rate, 1.0), 0.0)
-        # An infusion that a reset has ended does not end again.
+        # An infusion that was ended by a reset does not end again.
         ended = infused
         for when in written.forgets.unbind(1):
             ended = ended & ~((written.time < when[:, None]) & (when[:, None] <= end))
@@ -375,11 +375,11 @@ class _Steps:
         no_reset, no_time = torch.zeros_like(written.forgets), torch.zeros_like(measured)
         no_dose = torch.zeros_like(written.time)
 
-        def joined(resets: Tensor, starts: Tensor, ends: Tensor, measurements: Tensor) -> Tensor:
+        def concatenate(resets: Tensor, starts: Tensor, ends: Tensor, measurements: Tensor) -> Tensor:
             return torch.cat([resets, starts, ends, measurements], dim=1)
 
-        when = joined(written.forgets, written.time, end, measured)
-        rank = joined(
+        when = concatenate(written.forgets, written.time, end, measured)
+        rank = concatenate(
             torch.where(written.reset_follows, 4, 0),
             torch.where(written.follows, 5, 1),
             torch.full_like(number, 2),
@@ -390,7 +390,7 @@ class _Steps:
         order = order.gather(1, torch.argsort(when.gather(1, order), dim=1, stable=True))
 
         def in_order(*parts: Tensor) -> Tensor:
-            return joined(*parts).gather(1, order)
+            return concatenate(*parts).gather(1, order)
 
         when = when.gather(1, order)
         elapsed = torch.diff(when, dim=1, prepend=when[:, :1])

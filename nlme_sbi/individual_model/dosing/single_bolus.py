@@ -18,8 +18,8 @@ def single_bolus(
 
     Args:
         design: with dose records.
-        reader: who takes no other doses, for messages.
-        instead: what takes them, for messages.
+        reader: what takes no other doses, for messages.
+        instead: a remedy, for messages.
 
     Raises:
         ValueError: no dose records, none or several doses for an individual, or another kind of dose (infusion,

@@ -1,4 +1,4 @@
-"""Scales of a dosed study, from which a wide prior can be stated before anything is fitted."""
+"""Scales of a dosed study, from which a wide prior is derived without a fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TypicalScales:
     """Medians over individuals, in the units of the data.
 
     Args:
-        dose: largest single dose; of a constant infusion what enters over the sampled time.
+        dose: largest single dose; of a constant infusion the amount that enters over the sampled time.
         highest: largest concentration.
         middle: median concentration.
         span: from an individual's last dose before its first measurement, or that measurement, to the last one.
@@ -29,11 +29,11 @@ class TypicalScales:
     rise: float
 
     def kinetics(self, concentration_scale: float) -> dict[str, float]:
-        """A guess of kinetic parameters by what they are: the volume is of the order of a dose over the highest
-        concentrations, elimination goes on over the time that was sampled, absorption is over at the peak.
+        """Rough kinetic parameters by name: the volume is a dose over the highest concentration, elimination goes on
+        over the sampled time, absorption is over at the peak.
 
         Args:
-            concentration_scale: what amount over volume is multiplied by.
+            concentration_scale: factor from amount over volume to the data's concentrations.
         """
         volume, rate = concentration_scale * self.dose / self.highest, 2 / self.span
         return {"ka": 2 / self.rise, "rate": rate, "CL": rate * volume, "V": volume, "Q": rate * volume, "Vp": volume}

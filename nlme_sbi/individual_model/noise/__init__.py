@@ -1,10 +1,10 @@
-"""Observation models: how a measurement scatters around the noise-free prediction, and what censoring leaves of it.
+"""Observation models: residual error around the noise-free prediction, with censored measurements.
 
 :class:`Additive`, :class:`Proportional`, :class:`Combined1`, :class:`Combined2`, :class:`Power`, :class:`Exponential`
 and :class:`BoxCox` are Gaussian after a monotone map: ``h(y) = h(f) + sd(f) eps``. :class:`AboveZero` cuts one of them
 at 0 (M4), :class:`StudentT` gives one heavy tails; :class:`Poisson`, :class:`NegativeBinomial` and :class:`Binomial`
-are for counts; :class:`BySignal` puts them together. Their parameters are entries of ``phi``, given by name and used on
-their natural scale; a tuple of names gives each signal its own.
+are for counts; :class:`BySignal` combines one for each signal. Their parameters are entries of ``phi``, given by name
+and used on their natural scale; a tuple of names gives each signal its own.
 """
 
 from nlme_sbi.individual_model.noise.above_zero import AboveZero

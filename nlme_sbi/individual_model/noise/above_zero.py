@@ -1,4 +1,4 @@
-"""Noise of data that are positive by nature: a Gaussian error of which only what lies above 0 can be measured."""
+"""Noise of data that are positive by nature: a Gaussian error truncated at 0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nlme_sbi.individual_model.noise.gaussian import POSITIVE_REMEDY
 from nlme_sbi.individual_model.noise.model import NoiseModel
 from nlme_sbi.individual_model.noise.normal_tails import bound_score, log_ndtr_difference
 
-_LOWEST_ROOM = -30.0  # SDs; a prediction farther below 0 leaves no probability that float64 can tell from none
+_LOWEST_ROOM = -30.0  # SDs; the probability above 0 of predictions farther below 0 underflows in float64
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class AboveZero(NoiseModel):
 
     A measurement has the density :math:`\varphi((y - f)/s) / (s\,\Phi(f/s))`, one below a limit :math:`L` the
     probability :math:`(\Phi((L - f)/s) - \Phi(-f/s)) / \Phi(f/s)`. Without it (M3) a value below the limit may be
-    negative, which no concentration is: where errors are additive and predictions lie near 0, M3 gives what is below
+    negative, which no concentration is: where errors are additive and predictions lie near 0, M3 gives values below
     the limit too much probability.
 
     Source: Beal (2001), J. Pharmacokinet. Pharmacodyn. 28:481, methods M3 and M4.
@@ -55,12 +55,12 @@ class AboveZero(NoiseModel):
 
     @property
     def domain(self) -> str:
-        """What values can be."""
+        """The possible values, for messages."""
         return "positive numbers"
 
     @property
     def remedy(self) -> str:
-        """What to do about others."""
+        """What to do about other values, for messages."""
         return POSITIVE_REMEDY
 
     def can_make(self, values: Tensor) -> Bool[Tensor, " ..."]:
@@ -70,7 +70,7 @@ class AboveZero(NoiseModel):
         return (lower < upper) & (upper > 0)
 
     def standard_deviation(self, prediction: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Of the Gaussian before it is cut, the unit of residuals."""
+        """SD of the Gaussian before truncation, the unit of residuals."""
         return self.error.standard_deviation(prediction, parameters)
 
     def sample(
@@ -80,7 +80,7 @@ class AboveZero(NoiseModel):
         sd = self.standard_deviation(exact, {name: value.double() for name, value in parameters.items()})
         room = torch.where(sd > 0, exact / torch.where(sd > 0, sd, 1.0), torch.inf).clamp(min=_LOWEST_ROOM)
         share = torch.rand(exact.shape, generator=generator, device=exact.device, dtype=exact.dtype).clamp_min(1e-300)
-        # The Gaussian's upper part by its mirror image, whose small probabilities keep their digits.
+        # The upper part by its mirror image: small probabilities keep their digits, those near 1 would not.
         score = -torch.special.ndtri(share * torch.special.ndtr(room))
         return torch.where(sd > 0, exact + sd * score, exact).to(prediction.dtype)
 
@@ -105,7 +105,7 @@ class AboveZero(NoiseModel):
         return torch.where(possible & (upper > 0), found, -torch.inf)
 
     def _log_mass(self, prediction: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Log of the share of the Gaussian above 0; of no SD 0."""
+        """Log of the probability of the Gaussian above 0, for an SD of 0 as for 1."""
         sd = self.standard_deviation(prediction, parameters)
         possible = (sd > 0) & torch.isfinite(prediction)
         room = torch.where(possible, prediction, 0.0) / torch.where(possible, sd, 1.0)

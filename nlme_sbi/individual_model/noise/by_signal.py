@@ -39,7 +39,7 @@ class BySignal(NoiseModel):
 
     @property
     def is_count(self) -> bool:
-        """Ask the signals, by :meth:`of_signal`; of all only where all are counts."""
+        """Whether all signals are counts; :meth:`of_signal` has the model of each."""
         return all(model.is_count for model in self.models)
 
     def of_signal(self, place: int) -> NoiseModel:
@@ -87,7 +87,7 @@ class BySignal(NoiseModel):
         )
 
     def _each(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """The function of every model and of its signal's part of the tensors ``(..., T, C)``, side by side again."""
+        """``function`` of every model and its signal's part of the tensors ``(..., T, C)``, concatenated."""
         for tensor in tensors:
             if tensor.shape[-1] != len(self.models):
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Noise models of counts: the prediction is the mean, and a value is a whole number with a probability of its own."""
+"""Noise models of counts: the prediction is the mean of a discrete distribution over whole numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _POISSON = 1e7  # inverse dispersions from which tails are Poisson to 7 digits, 
 
 
 class CountModel(NoiseModel):
-    """What counts share; a subclass gives probabilities, tails and variance for means at which it has any."""
+    """Base class of count models; a subclass gives probabilities, tails and variance as functions of the mean."""
 
     @property
     def is_gaussian(self) -> bool:
@@ -31,12 +31,12 @@ class CountModel(NoiseModel):
 
     @property
     def domain(self) -> str:
-        """What values can be."""
+        """The possible values, for messages."""
         return "whole numbers from 0"
 
     @property
     def remedy(self) -> str:
-        """What to do about others."""
+        """What to do about other values, for messages."""
         return (
             "Give counts as they were counted, neither averaged nor normalised nor transformed; leave other rows out, "
             "or choose noise of continuous values."
@@ -44,16 +44,16 @@ class CountModel(NoiseModel):
 
     @property
     def most(self) -> float:
-        """The largest count that there is."""
+        """The largest possible count."""
         return torch.inf
 
     @abstractmethod
     def variance(self, mean: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Of a count with this mean."""
+        """Variance of a count with this mean."""
 
     @abstractmethod
     def log_mass(self, counts: Tensor, mean: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Log probability of possible counts, for means between 0 and :attr:`most`, both left out."""
+        """Log probability of possible counts, for means strictly between 0 and :attr:`most`."""
 
     @abstractmethod
     def log_at_most(self, counts: Tensor, mean: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -65,10 +65,10 @@ class CountModel(NoiseModel):
 
     @abstractmethod
     def draw(self, mean: Tensor, parameters: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
-        """One count for each mean between 0 and :attr:`most`, ends included, float64."""
+        """One count for each mean from 0 to :attr:`most`, float64."""
 
     def standard_deviation(self, prediction: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """SD of a count, the unit of Pearson residuals; 0 where the mean is no mean of counts."""
+        """SD of a count, the unit of Pearson residuals; 0 where the prediction is impossible as a mean."""
         possible = (prediction > 0) & (prediction < self.most) & torch.isfinite(prediction)
         variance = self.variance(torch.where(possible, prediction, 0.5), parameters)
         return torch.where(possible, variance.sqrt(), 0.0)
@@ -88,7 +88,7 @@ class CountModel(NoiseModel):
     def sample(
         self, prediction: Float[Tensor, "*batch T C"], parameters: Mapping[str, Tensor], *, generator: torch.Generator
     ) -> Float[Tensor, "*batch T C"]:
-        """Counts with these means; NaN, a failed simulation, where a prediction is no mean of counts."""
+        """Counts with these means; NaN, a failed simulation, where a prediction is impossible as a mean."""
         mean = prediction.double()
         possible = (mean >= 0) & (mean <= self.most) & torch.isfinite(mean)
         exact = {name: value.double() for name, value in parameters.items()}
@@ -101,9 +101,9 @@ class CountModel(NoiseModel):
         prediction: Float[Tensor, "*#batch T C"],
         parameters: Mapping[str, Tensor],
     ) -> Float[Tensor, "*batch T C"]:
-        """Log probability of every count; ``-inf`` with zero gradients where values or predictions are none of counts.
+        """Log probability of every count; ``-inf`` with zero gradients for impossible values or predictions.
 
-        A mean of 0 makes 0 for sure.
+        With a mean of 0 the count is 0 with probability 1.
         """
         whole = self.can_make(values)
         inside = (prediction > 0) & (prediction < self.most) & torch.isfinite(prediction)
@@ -115,7 +115,7 @@ class CountModel(NoiseModel):
     def log_interval(
         self, lower: Tensor, upper: Tensor, prediction: Tensor, parameters: Mapping[str, Tensor]
     ) -> Float[Tensor, " ..."]:
-        """``log P(lower < Y < upper)``, bounds left out: "5 or fewer" is a count below 6."""
+        """``log P(lower < Y < upper)`` with strict bounds: "5 or fewer" is a count below 6."""
         first, last = self._between(lower, upper)
         inside = (prediction > 0) & (prediction < self.most) & torch.isfinite(prediction)
         mean = torch.where(inside, prediction, 0.5)
@@ -170,7 +170,7 @@ class Poisson(CountModel):
 
 @dataclass(frozen=True)
 class NegativeBinomial(CountModel):
-    """Counts that vary more than Poisson's: variance ``mean + dispersion mean^2``; Poisson as the dispersion goes to 0.
+    """Overdispersed counts: variance ``mean + dispersion mean^2``; Poisson as the dispersion goes to 0.
 
     Args:
         dispersion: a positive number, or the name of a parameter.
@@ -180,7 +180,7 @@ class NegativeBinomial(CountModel):
 
     def __post_init__(self) -> None:
         if isinstance(self.dispersion, Number) and not self.dispersion > 0:
-            raise ValueError(f"dispersion must be positive; got {self.dispersion}. Without any, take Poisson().")
+            raise ValueError(f"dispersion must be positive; got {self.dispersion}. For none, take Poisson().")
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -195,7 +195,7 @@ class NegativeBinomial(CountModel):
         many = size > _LARGE
         large, small = torch.where(many, size, _LARGE), torch.where(many, _LARGE, size)
         direct = torch.lgamma(counts + small) - torch.lgamma(small) - counts * torch.log(small + mean)
-        # The same by Stirling's series: nearly equal logs of large gamma functions would leave no digits.
+        # The same by Stirling's series: nearly equal logs of large gamma functions would cancel.
         grown = torch.log1p(counts / large)
         by_series = (large - 0.5) * grown - counts + counts * (grown - torch.log1p(mean / large))
         by_series = by_series + _stirling(large + counts) - _stirling(large)
@@ -246,7 +246,7 @@ class Binomial(CountModel):
 
     @property
     def domain(self) -> str:
-        """What values can be."""
+        """The possible values, for messages."""
         return f"whole numbers from 0 to {self.trials}"
 
     def variance(self, mean: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -275,7 +275,7 @@ class Binomial(CountModel):
 
 
 def _stirling(size: Tensor) -> Tensor:
-    """What Stirling's formula lacks of ``lgamma``."""
+    """Difference of ``lgamma`` and Stirling's formula."""
     inverse = size.reciprocal()
     square = inverse.square()
     return inverse * (1 / 12 + square * (-1 / 360 + square * (1 / 1260 - square / 1680)))

@@ -33,7 +33,7 @@ class Additive(NoiseModel):
 
 @dataclass(frozen=True)
 class Proportional(NoiseModel):
-    """``y = f (1 + cv eps)``. It cannot explain a measurement where the prediction is zero: combined models can."""
+    """``y = f (1 + cv eps)``. It cannot explain a measurement where ``f`` is zero; combined models can."""
 
     cv: Names
 
@@ -116,7 +116,7 @@ class Exponential(NoiseModel):
 
 @dataclass(frozen=True)
 class Power(NoiseModel):
-    """``y = f + sd |f|^power eps``. As with proportional error, nothing is measured where the prediction is zero.
+    """``y = f + sd |f|^power eps``. Like proportional error, it cannot explain a measurement where ``f`` is zero.
 
     Args:
         sd: SD where the prediction is 1.
@@ -142,8 +142,8 @@ class Power(NoiseModel):
 class BoxCox(NoiseModel):
     r"""Both sides transformed: :math:`h(y) = h(f) + sd(f)\,\varepsilon` with :math:`h(y) = (y^\lambda - 1)/\lambda`.
 
-    For values and predictions that are positive. With an exponent other than 0, ``h`` leaves out one end of the real
-    line, and the Gaussian is cut there, so that densities integrate to 1.
+    For values and predictions that are positive. With an exponent other than 0, ``h`` maps onto a half-line, where the
+    Gaussian is truncated, so that densities integrate to 1.
 
     Args:
         error: of the transformed values: additive for one SD on their scale; others take the prediction as it is.
@@ -239,13 +239,13 @@ class BoxCox(NoiseModel):
         return torch.where(possible & (upper > 0), found, -torch.inf)
 
     def _room(self, prediction: Tensor, sd: Tensor) -> Tensor:
-        """SDs from the prediction to the end of the transformed line."""
+        """Distance of the prediction from the end of the half-line, in SDs."""
         positive = prediction > 0
         grown = torch.exp(self.exponent * torch.log(torch.where(positive, prediction, 1.0)))
         return grown / (abs(self.exponent) * sd)
 
     def _log_mass(self, prediction: Tensor, parameters: Mapping[str, Tensor], possible: Tensor) -> Tensor:
-        """Log of the share of the Gaussian that is not cut."""
+        """Log of the probability of the Gaussian on the half-line."""
         sd = self.standard_deviation(prediction, parameters)
         safe = torch.where(sd > 0, sd, 1.0)
         room = torch.where(possible, self._room(prediction, safe), 1.0)

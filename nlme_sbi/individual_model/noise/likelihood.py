@@ -1,4 +1,4 @@
-"""What every measurement, plain or censored, contributes to the log likelihood, and whether it can be one at all."""
+"""Contributions of measurements, censored or not, to the log likelihood, and refusal of impossible values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def observation_log_prob(
     if observations.censoring is None and bool(observations.design.observed.all()):
         return noise.log_prob(aligned(observations.values), prediction, parameters)
     observed = aligned(observations.design.observed)
-    # What is not measured is replaced before it meets the density: a NaN there would poison the gradient.
+    # What is not measured is replaced before the density is computed: a NaN there would make the gradient NaN.
     safe = torch.where(observed, prediction, 1.0)
     values = torch.where(observed, aligned(observations.values), 1.0)
     density = noise.log_prob(values, safe, parameters)
@@ -60,8 +60,8 @@ def _with_intervals(
     prediction: Float[Tensor, "I *batch T C"],
     parameters: Mapping[str, Tensor],
 ) -> Float[Tensor, "I *batch T C"]:
-    """Probabilities in the places of censored measurements. Only individuals and times with any are worked on: tails
-    of counts and of Student's t cost a hundred times a density."""
+    """Replace densities by probabilities where measurements are censored. Only individuals and times with any are
+    computed: tails of counts and of Student's t cost a hundred times a density."""
     there = censored.reshape(censored.shape[0], *censored.shape[-2:]).any(2)
     rows, times = torch.nonzero(there.any(1))[:, 0], torch.nonzero(there.any(0))[:, 0]
     if not len(rows):
@@ -80,14 +80,14 @@ def _with_intervals(
 
 @runtime_checkable
 class ValueCheckingSimulator(Protocol):
-    """A simulator that knows which values it cannot make."""
+    """A simulator that knows which values are impossible."""
 
     def check_values(self, observations: Observations) -> None:
-        """Refuse measurements that no parameters make; raises ``ValueError`` with the first and the remedy."""
+        """Refuse values that are impossible for all parameters; raises ``ValueError`` with the first and remedy."""
 
 
 def check_values(noise: NoiseModel, observations: Observations) -> None:
-    """Refuse measurements that the noise model cannot make whatever the parameters, before any long work.
+    """Refuse measurements that are impossible under the noise model for all parameters, before any long work.
 
     Raises:
         ValueError: with the signal, how many, the first with its individual and time, and what to do.
@@ -106,14 +106,14 @@ def check_values(noise: NoiseModel, observations: Observations) -> None:
     else:
         first = f"between {float(lower[row, time, signal]):g} and {float(upper[row, time, signal]):g} (censored)"
     raise ValueError(
-        f'{int(wrong[..., signal].sum())} measurements of "{observations.signals[signal]}" cannot be made by '
-        f"{type(own).__name__} noise, which makes {own.domain}; first one of "
+        f'{int(wrong[..., signal].sum())} measurements of "{observations.signals[signal]}" are impossible under '
+        f"{type(own).__name__} noise, which allows {own.domain}; first one of "
         f'"{observations.ids[row]}" at time {float(observations.design.times[row, time]):g}: {first}. {own.remedy}'
     )
 
 
 def bounds_of(observations: Observations) -> tuple[Tensor, Tensor]:
-    """Bounds ``(I, T, C)`` of what is known, infinite where nothing bounds; plain values get (-inf, inf)."""
+    """Bounds ``(I, T, C)`` of censored measurements, infinite where there is none; uncensored ones get (-inf, inf)."""
     observed = observations.design.observed
     codes = torch.zeros_like(observed) if observations.censoring is None else observations.censoring
     bounds = []

@@ -1,4 +1,4 @@
-"""The role of an observation model, and what all of them share."""
+"""Base class of observation models."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
 class NoiseModel(ABC):
-    """Role of an observation model, Gaussian after a monotone map unless a subclass says otherwise.
+    """Base class of observation models, Gaussian after a monotone map unless overridden.
 
-    A subclass of one's own gives the names of its parameters and the SD, and :meth:`transform`, :meth:`inverse` and
-    :meth:`log_slope` where that SD holds on another scale. One that is not Gaussian gives :meth:`sample`,
-    :meth:`log_prob` and :meth:`log_interval`, too, and says so by :attr:`is_gaussian`.
+    To write one, define :attr:`parameters` and :meth:`standard_deviation`, and :meth:`transform`, :meth:`inverse` and
+    :meth:`log_slope` where that SD holds on another scale. One that is not Gaussian defines :meth:`sample`,
+    :meth:`log_prob` and :meth:`log_interval`, too, and returns False as :attr:`is_gaussian`.
     """
 
     @property
@@ -32,23 +32,23 @@ class NoiseModel(ABC):
 
     @property
     def has_normal_constant(self) -> bool:
-        """Whether a log density holds the normal distribution's -log(2 pi) / 2, which an OFV leaves out."""
+        """Whether log densities include the normal constant -log(2 pi) / 2, which an OFV leaves out."""
         return self.is_gaussian
 
     @property
     def is_count(self) -> bool:
-        """Whether values are whole numbers, of which one has a probability of its own."""
+        """Whether values are counts, with probabilities instead of densities."""
         return False
 
     @property
     def domain(self) -> str:
-        """What values can be, for messages."""
+        """The possible values, for messages."""
         return "numbers"
 
     @property
     def remedy(self) -> str:
-        """What to do about values that the model cannot make."""
-        return "Leave them out, or choose a noise model that makes such values."
+        """What to do about other values, for messages."""
+        return "Leave them out, or choose a noise model that allows such values."
 
     def of_signal(self, place: int) -> NoiseModel:
         """The model of one signal, by its place."""
@@ -56,11 +56,11 @@ class NoiseModel(ABC):
         return self
 
     def can_make(self, values: Tensor) -> Bool[Tensor, " ..."]:
-        """Which values have a density at all, whatever the prediction."""
+        """Which values are possible, for some prediction."""
         return torch.isfinite(self.transform(values))
 
     def can_lie_between(self, lower: Tensor, upper: Tensor) -> Bool[Tensor, " ..."]:
-        """Whether there is any value between two bounds, whatever the prediction; bounds may be infinite."""
+        """Whether any possible value lies between two bounds, which may be infinite."""
         return (lower < upper) & (self.transform(upper) > -torch.inf)
 
     @property
@@ -81,7 +81,7 @@ class NoiseModel(ABC):
         return transformed
 
     def log_slope(self, values: Tensor) -> Tensor | float:
-        """Log derivative of :meth:`transform`, which makes a density of the values out of the Gaussian one."""
+        """Log derivative of :meth:`transform`, the change of variables from the Gaussian density."""
         del values
         return 0.0
 
@@ -107,7 +107,7 @@ class NoiseModel(ABC):
         """
         sd = self.standard_deviation(prediction, parameters)
         location, measured = self.transform(prediction), self.transform(values)
-        if _all_regular(sd, location, measured):  # the rule, at half the price
+        if _all_regular(sd, location, measured):  # the usual case, at half the cost
             residual = (measured - location) / sd
             return self.log_slope(values) - (torch.log(sd) + _HALF_LOG_TWO_PI) - 0.5 * residual.square()
         possible = (sd > 0) & torch.isfinite(location) & torch.isfinite(measured)
@@ -131,10 +131,10 @@ class NoiseModel(ABC):
 
 @torch.no_grad()
 def _all_regular(sd: Tensor, location: Tensor, measured: Tensor) -> bool:
-    """Whether every SD is positive and every number finite, judged by sums: they are cheaper than looking at each."""
+    """Whether every SD is positive and every number finite, by sums, which are cheaper than elementwise tests."""
     try:
         return bool(torch.isfinite(location.sum() + measured.sum() + sd.sum()) & (sd > 0).all())
-    except RuntimeError:  # under torch.vmap there is no looking at values
+    except RuntimeError:  # under torch.vmap values cannot be read
         return False
 
 

@@ -1,4 +1,4 @@
-"""Logs of normal probabilities, with their digits and derivatives far in both tails."""
+"""Logs of normal probabilities, with accurate values and derivatives far in both tails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noise with heavy tails: a measurement that is far off does not drag the fit along."""
+"""Noise with heavy tails, for fits that are robust against outliers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from nlme_sbi.individual_model.noise.model import Names, NoiseModel, Number, fla
 from nlme_sbi.individual_model.noise.normal_tails import bound_score
 from nlme_sbi.numerics.incomplete_functions import log_difference, log_t_lower, t_log_density
 
-_FARTHEST = 1e100  # scores beyond are at infinity; their squares would overflow
+_FARTHEST = 1e100  # scores beyond count as infinite; their squares would overflow
 
 
 @dataclass(frozen=True)
 class StudentT(NoiseModel):
-    """``h(y) = h(f) + s(f) t``, with ``t`` Student's and map and scale those of a Gaussian model.
+    """``h(y) = h(f) + s(f) t`` with Student's ``t``, and map ``h`` and scale ``s`` those of a Gaussian model.
 
     ``StudentT(Additive(sd="sd"), degrees_of_freedom=4)``: ``sd`` is then the scale of the distribution; its SD is
     ``sqrt(nu/(nu - 2))`` times that, and infinite up to two degrees of freedom.
 
     Args:
-        error: the Gaussian model that it becomes with many degrees of freedom.
+        error: Gaussian model, the limit of many degrees of freedom.
         degrees_of_freedom: a positive number, or the name of a parameter.
     """
 
@@ -51,12 +51,12 @@ class StudentT(NoiseModel):
 
     @property
     def domain(self) -> str:
-        """What values can be."""
+        """The possible values, for messages."""
         return self.error.domain
 
     @property
     def remedy(self) -> str:
-        """What to do about others."""
+        """What to do about other values, for messages."""
         return self.error.remedy
 
     def standard_deviation(self, prediction: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:

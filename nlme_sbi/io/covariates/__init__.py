@@ -1,1 +1,1 @@
-"""Covariates of a table: those with one value an individual, those that change in time."""
+"""Covariates of a table: constant ones, with one value an individual, and those that change in time."""

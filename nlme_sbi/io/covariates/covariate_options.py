@@ -1,4 +1,4 @@
-"""What a reader was asked about covariates, and what it found: constant ones, those that change in time, notes."""
+"""A reader's options for covariates, and what it reads: constant ones, those that change in time, notes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nlme_sbi.config.wording import as_names, check_choice
-from nlme_sbi.io.covariates.individual_covariates import Levels, changing_notes, covariates_of, levels_of, named, scaled
+from nlme_sbi.io.covariates.individual_covariates import (
+    Levels,
+    changing_notes,
+    read_covariates,
+    scale_covariates,
+    select_categorical,
+    select_keys,
+)
 from nlme_sbi.io.covariates.time_covariates import (
     COVARIATE_VALUES,
     Choices,
     between_records,
+    read_time_covariates,
     time_covariates_note,
-    time_covariates_of,
 )
 from nlme_sbi.io.tables import Table
 from nlme_sbi.types import Covariates, TimeCovariates
@@ -33,12 +40,12 @@ class ReadCovariates:
 
 @dataclass(frozen=True)
 class CovariateOptions:
-    """Options of a reader; their meaning is told there.
+    """Options of a reader; see :class:`nlme_sbi.EventTable`.
 
     Args:
         constant: names of columns with one value an individual.
         categorical: those that are levels.
-        in_time: names of columns that change in time, with what holds between records.
+        in_time: names of columns that change in time, with their interpolation.
         value: "constant", or "first" of an individual where a constant covariate changes.
         scale: factors by name.
         units: by name.
@@ -56,7 +63,7 @@ class CovariateOptions:
 
     @property
     def need_times(self) -> bool:
-        """Whether times of all rows are needed to read them."""
+        """Whether the covariates depend on the times of all rows."""
         return bool(between_records(self.in_time)) or self.value == "first"
 
     def columns(self) -> list[str]:
@@ -70,34 +77,38 @@ class CovariateOptions:
         individual: Int[np.ndarray, " R"],
         ids: Sequence[str],
         times: Float[np.ndarray, " R"] | None,
-        those_there: bool = False,
+        skip_missing: bool = False,
     ) -> ReadCovariates:
-        """The covariates of every individual.
+        """Read the covariates of every individual.
 
         Args:
             table: the rows.
             individual: ``(R,)`` codes into ``ids``.
             ids: of the individuals.
-            times: ``(R,)``, scaled; needed where :attr:`need_times` says so.
-            those_there: whether columns that are not there are left out.
+            times: ``(R,)``, scaled; needed if :attr:`need_times`.
+            skip_missing: whether missing columns are left out instead of refused.
 
         Raises:
-            ValueError: as :func:`covariates_of` and :func:`time_covariates_of`.
+            ValueError: as :func:`read_covariates` and :func:`read_time_covariates`.
         """
         names, between = as_names("covariates", self.constant), between_records(self.in_time)
         categorical, scale, units = self.categorical, self.scale, self.units
-        if those_there:
+        if skip_missing:
             names = tuple(name for name in names if table.has(name))
             between = {name: word for name, word in between.items() if table.has(name)}
             known = (*names, *between)
-            categorical, scale, units = levels_of(categorical, names), named(scale, known), named(units, known)
+            categorical, scale, units = (
+                select_categorical(categorical, names),
+                select_keys(scale, known),
+                select_keys(units, known),
+            )
         first = self.value == "first"
-        found = covariates_of(
+        found = read_covariates(
             table, names, categorical=categorical, individual=individual, ids=ids, times=times if first else None
         )
         course = None
         if between and times is not None:
-            course = time_covariates_of(table, between, individual=individual, ids=ids, times=times, scale=scale)
-        said = changing_notes(table, found, individual, len(ids)) if first else ()
-        constant = scaled(found, scale, units, others=tuple(between))
-        return ReadCovariates(constant, course, (*said, *time_covariates_note(course)))
+            course = read_time_covariates(table, between, individual=individual, ids=ids, times=times, scale=scale)
+        changes = changing_notes(table, found, individual, len(ids)) if first else ()
+        constant = scale_covariates(found, scale, units, others=tuple(between))
+        return ReadCovariates(constant, course, (*changes, *time_covariates_note(course)))

@@ -1,5 +1,4 @@
-"""Covariates: columns of a table that are constant within every individual, numeric or categorical; and such that
-change in time."""
+"""Covariates with one value an individual, numeric or categorical."""
 
 from __future__ import annotations
 
@@ -13,15 +12,15 @@ import torch
 from jaxtyping import Float, Int
 
 from nlme_sbi.config.wording import as_names, did_you_mean, first_true, listed, listed_at, quoted, typed
-from nlme_sbi.io.records import one_each
-from nlme_sbi.io.tables import Parsed, Table, number_option
+from nlme_sbi.io.records import first_values
+from nlme_sbi.io.tables import Parsed, Table, check_number
 from nlme_sbi.rows import ReadOnlyMapping
 from nlme_sbi.types import Covariates
 
 Levels = str | Sequence[str] | Mapping[str, Sequence[str]]
 
 
-def covariates_of(
+def read_covariates(
     table: Table,
     names: object,
     *,
@@ -30,7 +29,7 @@ def covariates_of(
     ids: Sequence[str],
     times: Float[np.ndarray, " R"] | None = None,
 ) -> Covariates | None:
-    """The named columns, one row an individual; None where no column is named.
+    """Read the named columns, one row an individual; None where no column is named.
 
     Args:
         table: one row a record; cells may be missing where another row of the individual has the value.
@@ -39,7 +38,7 @@ def covariates_of(
             in the order of their codes. Columns without any number are categorical without being listed.
         individual: ``(R,)`` codes into ``ids``.
         ids: of the individuals.
-        times: ``(R,)``: the first value of an individual counts, whatever comes later; None refuses values that change.
+        times: ``(R,)``, to take each individual's first value in time; None refuses values that change.
 
     Raises:
         ValueError: a column mixes numbers and text, varies within an individual, or is missing for an individual.
@@ -51,19 +50,19 @@ def covariates_of(
     columns, levels = [], {}
     for name in wanted:
         values, found = _codes(table, name, fixed[name]) if name in fixed else _numbers_or_codes(table, name)
-        columns.append(_constant(table, name, values, individual=individual, ids=ids, times=times))
+        columns.append(_one_value_each(table, name, values, individual=individual, ids=ids, times=times))
         if found:
             levels[name] = found
     return Covariates(wanted, torch.from_numpy(np.stack(columns, axis=1)), ReadOnlyMapping(levels))
 
 
-def scaled(
+def scale_covariates(
     covariates: Covariates | None, scale: Mapping[str, Any], units: Mapping[str, Any], *, others: Sequence[str] = ()
 ) -> Covariates | None:
-    """Numeric covariates times their factors; ``others`` are scaled elsewhere.
+    """Multiply numeric covariates by their factors; ``others`` are scaled elsewhere.
 
     Raises:
-        ValueError: a factor or a unit for a covariate that is not there or has levels.
+        ValueError: a factor or a unit is given for a covariate that does not exist or has levels.
     """
     names = () if covariates is None else covariates.names
     for option, given in (("covariate_scale", scale), ("covariate_units", units)):
@@ -74,37 +73,37 @@ def scaled(
             raise ValueError(f"{option} names {listed(unknown)}, but the covariates are {listed(known)}.{hint}")
     if covariates is None:
         return None
-    worded = [name for name in scale if name in covariates.levels]
-    if worded:
-        raise ValueError(f"covariate_scale names {listed(worded)}, whose values are levels.")
-    factors = [number_option(f"covariate_scale.{name}", scale.get(name, 1.0), positive=True) for name in names]
+    categorical = [name for name in scale if name in covariates.levels]
+    if categorical:
+        raise ValueError(f"covariate_scale names {listed(categorical)}, whose values are levels.")
+    factors = [check_number(f"covariate_scale.{name}", scale.get(name, 1.0), positive=True) for name in names]
     return replace(covariates, values=covariates.values * torch.tensor(factors, dtype=covariates.values.dtype))
 
 
 def changing_notes(
     table: Table, covariates: Covariates | None, individual: Int[np.ndarray, " R"], count: int
 ) -> tuple[str, ...]:
-    """For each covariate whose first value was taken in how many individuals it changes later."""
+    """Notes on covariates whose first value was taken: in how many individuals they change later."""
     notes = []
     for name in () if covariates is None else covariates.names:
         codes = pd.factorize(table.levels(name))[0].astype(np.float64)
         codes[table.is_missing(table.text(name))] = np.nan
-        _, other = one_each(individual, codes, count)
+        _, other = first_values(individual, codes, count)
         changing = len(np.unique(individual[other]))
         if changing:
             notes.append(f"covariate {name}: the first value of each individual; it changes in {changing} of {count}")
     return tuple(notes)
 
 
-def named(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Those entries of a mapping whose keys are among ``names``."""
+def select_keys(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The entries of a mapping whose keys are in ``names``."""
     return {name: item for name, item in given.items() if name in names}
 
 
-def levels_of(categorical: Levels, names: Sequence[str]) -> Levels:
+def select_categorical(categorical: Levels, names: Sequence[str]) -> Levels:
     """The option ``categorical`` for some of the covariates."""
     if isinstance(categorical, Mapping):
-        return named(categorical, names)
+        return select_keys(categorical, names)
     return [name for name in as_names("categorical", categorical) if name in names]
 
 
@@ -153,7 +152,7 @@ def _codes(table: Table, name: str, levels: tuple[str, ...]) -> tuple[Float[np.n
     return np.where(missing, np.nan, codes), levels
 
 
-def _constant(
+def _one_value_each(
     table: Table,
     name: str,
     values: Float[np.ndarray, " R"],
@@ -164,15 +163,15 @@ def _constant(
 ) -> Float[np.ndarray, " I"]:
     if times is not None:
         order = np.argsort(times, kind="stable")
-        each, other = one_each(individual[order], values[order], len(ids))
+        each, other = first_values(individual[order], values[order], len(ids))
     else:
-        each, other = one_each(individual, values, len(ids))
+        each, other = first_values(individual, values, len(ids))
     if times is None and other.any():
         changing = np.unique(individual[other])
         raise table.refusal(
             other,
             name,
-            what=f"values of the covariate {quoted(name)} differ from the first of their individual "
+            what=f"values of the covariate {quoted(name)} differ from the individual's first one "
             f"(of {listed_at(ids, changing)})",
             remedy=f"Pass {typed('covariate_value', 'first')} to take each individual's first value; or leave it out "
             f"of data.covariates and pass {typed('time_covariates', [name])} for a simulator that reads it along the "

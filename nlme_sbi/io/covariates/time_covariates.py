@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from nlme_sbi.config.wording import as_names, check_choice, first_true, listed_at, quoted
-from nlme_sbi.io.tables import Table, number_option
+from nlme_sbi.io.tables import Table, check_number
 from nlme_sbi.types import BETWEEN_RECORDS, TimeCovariates
 
 Choices = str | Sequence[str] | Mapping[str, str]
@@ -18,7 +18,7 @@ COVARIATE_VALUES = ("constant", "first")
 
 
 def between_records(given: Choices) -> dict[str, str]:
-    """For each covariate what holds between its records; names alone are carried forward ("previous")."""
+    """Interpolation of each covariate between its records; names alone are carried forward ("previous")."""
     if not isinstance(given, Mapping):
         return dict.fromkeys(as_names("time_covariates", given), "previous")
     found = {str(name): str(word) for name, word in given.items()}
@@ -27,7 +27,7 @@ def between_records(given: Choices) -> dict[str, str]:
     return found
 
 
-def time_covariates_of(
+def read_time_covariates(
     table: Table,
     between: Mapping[str, str],
     *,
@@ -36,34 +36,34 @@ def time_covariates_of(
     times: Float[np.ndarray, " R"],
     scale: Mapping[str, Any],
 ) -> TimeCovariates | None:
-    """The named columns at every record; None where no column is named.
+    """Read the named columns at every record; None where no column is named.
 
-    Missing cells are filled as ``between`` says: from the record before ("previous"), the one after ("next") or both
-    ("linear"); at an individual's ends from the nearest record.
+    Missing cells are filled by ``between``: from the record before ("previous"), the one after ("next") or both
+    ("linear"); before the first and after the last value from the nearest one.
 
     Args:
         table: one row a record.
-        between: for each covariate what holds between records.
+        between: interpolation of each covariate between records.
         individual: ``(R,)`` codes into ``ids``.
         ids: of the individuals.
         times: ``(R,)``.
-        scale: what values are multiplied by, by name.
+        scale: factors of the values, by name.
 
     Raises:
-        ValueError: text, an individual without any value, or two values at one time.
+        ValueError: text instead of numbers, an individual without any value, or two values at one time.
     """
     if not between:
         return None
     columns = []
     for name in between:
-        factor = number_option(f"covariate_scale.{name}", scale.get(name, 1.0), positive=True)
+        factor = check_number(f"covariate_scale.{name}", scale.get(name, 1.0), positive=True)
         values = table.numbers(name, noun=f"values of the covariate {quoted(name)}, which changes in time,") * factor
         _refuse_two_values(table, name, values, individual, times)
-        lacking = np.flatnonzero(np.bincount(individual[~np.isnan(values)], minlength=len(ids)) == 0)
-        if len(lacking):
+        missing = np.flatnonzero(np.bincount(individual[~np.isnan(values)], minlength=len(ids)) == 0)
+        if len(missing):
             raise ValueError(
-                f"{table.name}: the covariate {quoted(name)} is missing for {len(lacking)} of {len(ids)} individuals: "
-                f"{listed_at(ids, lacking)}. Fill it in, remove these individuals, or leave it out of "
+                f"{table.name}: the covariate {quoted(name)} is missing for {len(missing)} of {len(ids)} individuals: "
+                f"{listed_at(ids, missing)}. Fill it in, remove these individuals, or leave it out of "
                 "data.time_covariates."
             )
         columns.append(values)
@@ -78,17 +78,17 @@ def time_covariates_of(
 
 
 def time_covariates_note(course: TimeCovariates | None) -> tuple[str, ...]:
-    """How many individuals have each covariate change, and what holds between records."""
+    """Notes on the number of individuals in which each covariate changes, and on its interpolation."""
     if course is None:
         return ()
     changes = (course.values != course.values[:, :1]).any(1).sum(0).tolist()
     return tuple(
-        f"covariate {name} in time: changes in {count} of {len(course.times)} individuals, {_WORDED[word]}"
+        f"covariate {name} in time: changes in {count} of {len(course.times)} individuals, {_DESCRIPTIONS[word]}"
         for name, count, word in zip(course.names, changes, course.between, strict=True)
     )
 
 
-_WORDED = {
+_DESCRIPTIONS = {
     "previous": "carried forward from the record before",
     "next": "carried back from the next record",
     "linear": "linear between records",
@@ -111,7 +111,7 @@ def _refuse_two_values(
         raise table.refusal(
             bad,
             name,
-            what=f"rows give the covariate {quoted(name)} a second value at one time "
+            what=f"rows have a second value of the covariate {quoted(name)} at the same time "
             f"({times[first_true(bad)]:g}) of an individual",
             remedy="Write one value for each time.",
         )
@@ -120,13 +120,13 @@ def _refuse_two_values(
 def _course(
     times: Float[np.ndarray, " r"], columns: Sequence[Float[np.ndarray, " r"]], between: Sequence[str]
 ) -> tuple[Float[np.ndarray, " v"], Float[np.ndarray, "v K"]]:
-    """One individual's records, without those that tell nothing new."""
-    told = (~np.isnan(np.stack(columns))).any(0)
-    records = np.unique(times[told])
+    """One individual's records, without redundant ones."""
+    known = (~np.isnan(np.stack(columns))).any(0)
+    records = np.unique(times[known])
     values = np.stack(
-        [_filled(records, times, column, word) for column, word in zip(columns, between, strict=True)], axis=1
+        [_interpolate(records, times, column, word) for column, word in zip(columns, between, strict=True)], axis=1
     )
-    # A record whose neighbours say the same changes nothing, whatever holds between.
+    # A record whose neighbours have the same values is redundant with every interpolation.
     same = (values[1:] == values[:-1]).all(1)
     keep = np.ones(len(records), dtype=bool)
     keep[1:-1] = ~(same[:-1] & same[1:])
@@ -135,7 +135,7 @@ def _course(
     return records[keep], values[keep]
 
 
-def _filled(
+def _interpolate(
     records: Float[np.ndarray, " v"], times: Float[np.ndarray, " r"], column: Float[np.ndarray, " r"], between: str
 ) -> Float[np.ndarray, " v"]:
     known = ~np.isnan(column)

@@ -1,1 +1,1 @@
-"""Event tables of NONMEM, Monolix and nlmixr2: what a row means."""
+"""Event tables of NONMEM, Monolix and nlmixr2: measurements, doses and other events, one a row."""

@@ -1,4 +1,4 @@
-"""Doses of an event table: which rows are doses and resets, and what each of them gives."""
+"""Doses of an event table: rows that are doses and resets, their amounts, rates and compartments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from nlme_sbi.config.wording import counted, listed_at, quoted, typed
 from nlme_sbi.io.meanings import ROUTE_COLUMNS, plain_name
-from nlme_sbi.io.tables import Table, number_option, same_form
+from nlme_sbi.io.tables import Table, canonical_form, check_number
 from nlme_sbi.types import EventKind, Events
 
 _OBSERVATION, _DOSE, _OTHER, _RESET, _RESET_DOSE = 0, 1, 2, 3, 4
@@ -22,14 +22,14 @@ _LAST_SHORT_CODE = 9901  # EVID 101, 201, ..: RxODE's "bolus into compartment 1,
 
 @dataclass(frozen=True, eq=False)
 class Kinds:
-    """What each row is, ``(R,)``.
+    """Kind of each row, ``(R,)``.
 
     Args:
-        dose: whether it gives a dose.
-        reset: whether it empties the compartments, before its dose where it has one.
-        measurement: whether it is a place for a measurement, or (in a plan) a time.
-        compartment: into which RxODE's code says the dose goes; 0 where no code says it.
-        notes: what the reader has to say.
+        dose: whether it is a dose.
+        reset: whether it empties the compartments, before its dose if it has one.
+        measurement: whether it is a measurement or, in a plan, a time to predict.
+        compartment: of the dose by RxODE's code; 0 without such a code.
+        notes: of the reader, for the user.
     """
 
     dose: Bool[np.ndarray, " R"]
@@ -39,15 +39,15 @@ class Kinds:
     notes: tuple[str, ...] = ()
 
 
-def kinds_of(table: Table, *, evid: str, amt: str, dv: str, mdv: str, plan: bool) -> Kinds:
-    """Doses, resets and measurements by EVID or, without that column, by AMT as NONMEM does: an amount is a dose.
+def read_kinds(table: Table, *, evid: str, amt: str, dv: str, mdv: str, plan: bool) -> Kinds:
+    """Read the kind of each row from EVID or, without that column, from AMT as in NONMEM: an amount is a dose.
 
     Raises:
         ValueError: unknown event codes; MDV codes other than 0 and 1; without EVID, rows with an amount and a value.
     """
-    aside = _set_aside(table, mdv)
+    left_out = _left_out_by_mdv(table, mdv)
     if not table.has(evid):
-        return _kinds_by_amount(table, amt=amt, dv=dv, evid=evid, aside=aside, plan=plan)
+        return _kinds_by_amount(table, amt=amt, dv=dv, evid=evid, left_out=left_out, plan=plan)
     codes = table.complete_numbers(evid, noun="event codes")
     rxode = (codes > 100) & (codes <= _LAST_SHORT_CODE) & (codes % 100 == 1)
     dose = rxode | np.isin(codes, (_DOSE, _RESET_DOSE))
@@ -61,41 +61,41 @@ def kinds_of(table: Table, *, evid: str, amt: str, dv: str, mdv: str, plan: bool
             ~known,
             evid,
             what="event codes are neither 0 (measurement), 1 (dose), 2 (other), 3 (reset), 4 (reset and dose) nor 101, "
-            f"201, ... (RxODE's bolus into compartment 1, 2, ...), and EVID {first:g}{long_code} is not known",
+            f"201, ... (RxODE's bolus into compartment 1, 2, ...), and EVID {first:g}{long_code} is unknown",
             remedy="Write these rows with EVID 1 and RATE, SS, II and CMT, as NONMEM and nlmixr2 read them.",
         )
     notes = []
     if table.has(dv):
-        ignored = (dose | reset) & ~aside & _is_value(table, dv)
+        ignored = (dose | reset) & ~left_out & _is_value(table, dv)
         if ignored.any():
-            notes.append(f"{dv} of {counted(ignored, 'dose')} is not read: a dose is no measurement")
-        away = ~dose & ~reset & aside & _is_value(table, dv)
+            notes.append(f"{dv} of {counted(ignored, 'dose')} is not read: a dose is not a measurement")
+        away = ~dose & ~reset & left_out & _is_value(table, dv)
         if away.any() and not plan:
-            notes.append(f"set aside by {mdv} 1: {counted(away, 'measurement')}")
+            notes.append(f"left out by {mdv} 1: {counted(away, 'measurement')}")
         if other.any() and not plan:
-            notes.append(
-                f"{counted(other, 'row')} with {evid} 2 hold neither a dose nor a measurement and are left out"
-            )
-    measurement = ~dose & ~reset & (True if plan else ~aside & ~other)
+            notes.append(f"{counted(other, 'row')} with {evid} 2 are neither doses nor measurements and are left out")
+    measurement = ~dose & ~reset & (True if plan else ~left_out & ~other)
     return Kinds(dose, reset, measurement, np.where(rxode, codes // 100, 0).astype(np.int64), tuple(notes))
 
 
-def _kinds_by_amount(table: Table, *, amt: str, dv: str, evid: str, aside: Bool[np.ndarray, " R"], plan: bool) -> Kinds:
+def _kinds_by_amount(
+    table: Table, *, amt: str, dv: str, evid: str, left_out: Bool[np.ndarray, " R"], plan: bool
+) -> Kinds:
     if not table.has(amt):
-        table.position(evid)  # says what is missing
+        table.position(evid)  # raises the refusal
     dose = np.nan_to_num(table.numbers(amt, noun="amounts")) > 0
     if table.has(dv):
-        both = dose & ~aside & _is_value(table, dv)
+        both = dose & ~left_out & _is_value(table, dv)
         if both.any():
             raise table.refusal(
                 both,
                 dv,
-                what=f"rows have an amount and a value, and there is no column {quoted(evid)} that tells what they are",
+                what=f"rows have an amount and a value, and there is no column {quoted(evid)} to tell which they are",
                 remedy=f"Add {evid}: 1 on doses, 0 on measurements; a dose and a measurement are two rows.",
             )
     note = f"no column {evid}: {counted(dose, 'row')} with {amt} above 0 taken as doses, the others as measurements"
     nothing = np.zeros(len(table), dtype=bool)
-    return Kinds(dose, nothing, ~dose if plan else ~dose & ~aside, nothing.astype(np.int64), (note,))
+    return Kinds(dose, nothing, ~dose if plan else ~dose & ~left_out, nothing.astype(np.int64), (note,))
 
 
 def _is_value(table: Table, column: str) -> Bool[np.ndarray, " R"]:
@@ -104,8 +104,8 @@ def _is_value(table: Table, column: str) -> Bool[np.ndarray, " R"]:
     return found
 
 
-def _set_aside(table: Table, mdv: str) -> Bool[np.ndarray, " R"]:
-    """Rows whose DV is declared no measurement by MDV 1; none without that column."""
+def _left_out_by_mdv(table: Table, mdv: str) -> Bool[np.ndarray, " R"]:
+    """Rows that MDV 1 marks as not measured; none without that column."""
     if not table.has(mdv):
         return np.zeros(len(table), dtype=bool)
     codes = table.numbers(mdv, noun="MDV codes")
@@ -118,7 +118,7 @@ def _set_aside(table: Table, mdv: str) -> Bool[np.ndarray, " R"]:
 
 @dataclass(frozen=True)
 class DoseColumns:
-    """The file's names of the columns that tell about doses, and what its numbers are multiplied by."""
+    """The file's names of the columns of doses, and the factors of amounts and times."""
 
     amt: str
     evid: str
@@ -132,7 +132,7 @@ class DoseColumns:
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Those that may be absent."""
+        """Columns that may be missing."""
         return (self.rate, self.tinf, self.ii, self.addl, self.ss)
 
 
@@ -151,19 +151,19 @@ def dose_events(
 
     Args:
         table: the rows.
-        columns: that tell about doses.
-        kinds: what each row is.
-        compartments: that each dose goes into.
+        columns: of doses.
+        kinds: of the rows.
+        compartments: that each dose enters.
         individual: ``(R,)`` codes into ``ids``.
         ids: of the individuals.
         times: ``(R,)``, scaled.
-        ordered: whether rows at one time stand in the order in which things happened.
+        ordered: whether rows at one time are in the order of the events.
 
     Raises:
-        ValueError: individuals without a dose, and impossible amounts, rates, durations, intervals or codes.
+        ValueError: individuals without a dose, or impossible amounts, rates, durations, intervals or codes.
     """
-    factor = number_option("dose_scale", columns.dose_scale, positive=True)
-    clock = number_option("time_scale", columns.time_scale, positive=True)
+    factor = check_number("dose_scale", columns.dose_scale, positive=True)
+    clock = check_number("time_scale", columns.time_scale, positive=True)
     read = _DoseNumbers.read(table, columns)
     read.refuse(table, columns, kinds.dose)
     given = kinds.dose | kinds.reset
@@ -175,7 +175,7 @@ def dose_events(
             "read tables without any dose as data=long_table."
         )
     rate = read.rates(kinds.dose)
-    # A measurement that stands before a dose of the same time was taken before it.
+    # A measurement in a row before a dose of the same time was taken before it.
     place = np.arange(len(table))
     follows, ties = _after_measurements(individual, times, kinds.measurement, given, place)
     rows = np.flatnonzero(given)
@@ -212,8 +212,8 @@ def dose_events(
     notes = []
     if ties.any():
         notes.append(
-            f"{counted(ties, 'measurement')} at the very time of a dose: "
-            + ("those that stand before the dose were taken before it" if ordered else "taken as after it")
+            f"{counted(ties, 'measurement')} at the time of a dose: "
+            + ("those in rows before the dose count as before it" if ordered else "counted as after it")
         )
     return events, tuple(notes)
 
@@ -221,7 +221,7 @@ def dose_events(
 def _after_measurements(
     individual: np.ndarray, times: np.ndarray, measured: np.ndarray, given: np.ndarray, place: np.ndarray
 ) -> tuple[Bool[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
-    """Doses that stand after a measurement of the same individual and time, and measurements that share a dose's."""
+    """Doses in rows after a measurement of the same individual and time, and measurements at the time of a dose."""
     frame = pd.DataFrame({"who": individual, "when": times})
     groups = frame.groupby(["who", "when"], sort=False)
     first = pd.Series(np.where(measured, place, len(place))).groupby(groups.ngroup()).transform("min").to_numpy()
@@ -279,14 +279,14 @@ class _DoseNumbers:
             (
                 ~dose & (np.nan_to_num(self.amount) > 0),
                 amt,
-                f"rows have an amount but {evid} 0, so neither a dose nor a measurement is meant",
+                f"rows have an amount but {evid} 0, so that they are neither doses nor measurements",
                 f"Set {evid} 1 on doses, or {amt} 0 on measurements.",
             ),
             *(
                 (
                     ~dose & (values != 0),
                     column,
-                    f"rows are no doses and have a {column}, which belongs to a dose",
+                    f"rows are not doses but have a {column}, which belongs to a dose",
                     f"Set {evid} 1 on doses, or {column} 0 on the others.",
                 )
                 for column, values in (
@@ -313,7 +313,7 @@ class _DoseNumbers:
                 dose & (self.duration > 0) & (self.rate != 0),
                 columns.tinf,
                 f"infusions have both {columns.rate} and {columns.tinf}",
-                f"Give one of them, or pass {typed('unused', [columns.tinf])} to go by {columns.rate}.",
+                f"Give one of them, or pass {typed('unused', [columns.tinf])} to use {columns.rate}.",
             ),
             (dose & (self.interval < 0), columns.ii, "intervals are negative", "Correct them."),
             (
@@ -332,7 +332,7 @@ class _DoseNumbers:
                 dose & ~np.isin(self.steady, (0, 1, 2)),
                 columns.ss,
                 "steady-state codes are neither 0, 1 nor 2",
-                "Correct them: 1 is a steady state that replaces what was there, 2 one that is added.",
+                "Correct them: 1 is a steady state that replaces earlier doses, 2 one that is added to them.",
             ),
             (
                 dose & (self.steady > 0) & (self.interval == 0) & ~constant,
@@ -349,34 +349,36 @@ class _DoseNumbers:
 def dose_compartments(
     table: Table, kinds: Kinds, compartments: Mapping[Any, int]
 ) -> tuple[Int[np.ndarray, " R"], tuple[str, ...]]:
-    """The simulator's compartment that each dose goes into, counted from 1, and the columns that tell.
+    """The simulator's compartment that each dose enters, counted from 1, and the columns it was read from.
 
     Args:
         table: the rows.
-        kinds: what each row is.
-        compartments: for levels of CMT, ADM or ROUTE the number of the simulator's compartment; other numbers stand for
-            themselves, and 0 or nothing for 1.
+        kinds: of the rows.
+        compartments: number of the simulator's compartment for levels of CMT, ADM or ROUTE; numbers that are not listed
+            are taken as they are, and 0 or an empty cell as 1.
 
     Raises:
-        ValueError: a compartment by a word that nobody gave a number for, or two columns that contradict each other.
+        ValueError: a compartment has a name without a number, or two columns contradict each other.
     """
-    numbers = {same_form(str(level).strip()): _goal(level, goal) for level, goal in compartments.items()}
-    told = [name for name in table.columns if plain_name(name) in ROUTE_COLUMNS]
+    numbers = {
+        canonical_form(str(level).strip()): _check_compartment(level, goal) for level, goal in compartments.items()
+    }
+    routes = [name for name in table.columns if plain_name(name) in ROUTE_COLUMNS]
     found = np.where(kinds.compartment > 0, kinds.compartment, 1)
     decided = kinds.compartment > 0
-    seen: set[str] = set()
-    for name in told:
+    found_levels: set[str] = set()
+    for name in routes:
         levels = table.levels(name)
-        seen |= {str(level) for level in levels[kinds.dose]}
-        goals = np.array([_number_of(level, numbers) for level in levels])
+        found_levels |= {str(level) for level in levels[kinds.dose]}
+        goals = np.array([_compartment_number(level, numbers) for level in levels])
         word = kinds.dose & (goals < 0)
         if word.any():
             level = str(levels[int(np.argmax(word))])
             raise table.refusal(
                 word,
                 name,
-                what=f"rows dose a compartment by a name that has no number ({name})",
-                remedy=f"Say which of the simulator's compartments it is: {typed('compartments', {level: 1})}.",
+                what=f"rows are doses into a compartment without a number ({name})",
+                remedy=f"Give the number of the simulator's compartment: {typed('compartments', {level: 1})}.",
             )
         says = kinds.dose & (goals > 0)
         other = says & decided & (goals != found)
@@ -384,29 +386,29 @@ def dose_compartments(
             raise table.refusal(
                 other,
                 name,
-                what=f"doses go into another compartment by {name} than by the columns before it or by EVID",
+                what=f"doses have another compartment in {name} than in the columns before it or in EVID",
                 remedy=f"Pass {typed('unused', [name])} to leave {name} out, or map its levels, "
                 f"{typed('compartments', {str(levels[int(np.argmax(other))]): int(found[int(np.argmax(other))])})}.",
             )
         found = np.where(says, goals, found)
         decided |= says
-    strange = [level for level in numbers if level not in seen]
-    if strange and told:
+    unknown = [level for level in numbers if level not in found_levels]
+    if unknown and routes:
         raise ValueError(
-            f"data.compartments names {quoted(strange[0])}, but the doses of {table.name} have "
-            f"{', '.join(sorted(seen))} in {', '.join(told)}."
+            f"data.compartments names {quoted(unknown[0])}, but the doses of {table.name} have "
+            f"{', '.join(sorted(found_levels))} in {', '.join(routes)}."
         )
-    return found.astype(np.int64), tuple(told)
+    return found.astype(np.int64), tuple(routes)
 
 
-def _goal(level: object, goal: object) -> int:
+def _check_compartment(level: object, goal: object) -> int:
     if isinstance(goal, bool) or not isinstance(goal, int) or goal < 1:
         raise ValueError(f"data.compartments.{level} must be the number of a compartment, 1 or more; got {goal!r}.")
     return goal
 
 
-def _number_of(level: object, numbers: Mapping[str, int]) -> int:
-    """A compartment's number; 0 where the cell says nothing, -1 for a word."""
+def _compartment_number(level: object, numbers: Mapping[str, int]) -> int:
+    """Number of a compartment; 0 for an empty cell, -1 for an unknown name."""
     text = str(level)
     if text in numbers:
         return numbers[text]

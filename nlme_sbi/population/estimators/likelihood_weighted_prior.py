@@ -27,15 +27,15 @@ _EFFECTIVE = 16.0  # effective draws that weights are tempered to: several guess
 
 @dataclass(frozen=True, eq=False)
 class LikelihoodWeightedPrior:
-    """What ``posterior=none`` means: nothing is trained, and searches begin from draws of the prior that fit the data.
+    """Starting points without a network (``posterior=none``): draws of the prior, weighted by the likelihood.
 
-    Its draws are guesses, not draws of the posterior: weights are tempered until several draws of every individual
-    count, and there is no density. Only estimators of a likelihood take it.
+    Its draws are not draws of the posterior: weights are tempered until several draws of every individual count, and
+    there is no density. Only estimators of a likelihood accept it in place of a trained posterior.
 
     Args:
         simulator: with a likelihood.
-        prior: that guesses come from.
-        device: where they are made.
+        prior: of the individual parameters.
+        device: of the draws.
     """
 
     simulator: TractableSimulator

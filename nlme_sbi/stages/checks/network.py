@@ -12,7 +12,7 @@ from nlme_sbi.compute.progress import Progress
 from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.designs import ResampledDesigns
-from nlme_sbi.designs.censoring import with_limits
+from nlme_sbi.designs.censoring import censoring_to_limits
 from nlme_sbi.diagnostics.network.calibration import Calibration, calibration
 from nlme_sbi.diagnostics.network.calibration_findings import Where, calibration_findings, recovery_finding
 from nlme_sbi.diagnostics.network.local_calibration import Neighbourhood, ObservedDesigns
@@ -134,7 +134,7 @@ def _designs_like(observations: Observations) -> DesignSource:
     """The data's own designs; where values are censored, with limits in every place."""
     if observations.censoring is None:
         return ObservedDesigns(observations.design)
-    return ResampledDesigns(with_limits(observations).design)
+    return ResampledDesigns(censoring_to_limits(observations).design)
 
 
 def _pairs(

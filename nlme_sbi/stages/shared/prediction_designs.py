@@ -12,7 +12,7 @@ import torch
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.designs import DesignsOfData, FixedGrid, Schedule
 from nlme_sbi.individual_model.time_covariates import check_time_covariates, time_covariates_read
-from nlme_sbi.io import PlannedDesigns, PlanReader, same_form
+from nlme_sbi.io import PlannedDesigns, PlanReader, canonical_form
 from nlme_sbi.population.models.interface import EFFECTS
 from nlme_sbi.stages.shared.stored_fit import StoredFit
 from nlme_sbi.types import Covariates, Design, Observations, Simulator
@@ -193,9 +193,11 @@ def _choose_ids(data: PlannedDesigns, observations: Observations, individuals: W
         if absent:
             raise ValueError(f"individuals: {absent[0]} has no design in the data file; it has {_few(data.ids)}.")
         return wanted
-    by_form = {same_form(name): name for name in observations.ids}
+    by_form = {canonical_form(name): name for name in observations.ids}
     doubtful = [
-        (name, by_form[same_form(name)]) for name in data.ids if name not in there and same_form(name) in by_form
+        (name, by_form[canonical_form(name)])
+        for name in data.ids
+        if name not in there and canonical_form(name) in by_form
     ]
     if doubtful:
         shown = ", ".join(f'"{mine}" (the fit has "{its}")' for mine, its in doubtful[:8])
