@@ -43,8 +43,8 @@ def save_png(figure: Figure, file: Any, *, dpi: float = 150) -> None:
     """Write a PNG file: the bytes of ``figure.savefig``, which draws everything once more to know its layout."""
     figure.set_dpi(dpi)
     drawn = FigureCanvasAgg(figure)
-    drawn.draw()
-    image.imsave(file, drawn.buffer_rgba(), format="png", origin="upper", dpi=dpi)
+    drawn.draw()  # type: ignore[no-untyped-call]
+    image.imsave(file, drawn.buffer_rgba(), format="png", origin="upper", dpi=dpi)  # type: ignore[no-untyped-call]
 
 
 def set_panel_title(ax: Axes, title: str) -> None:
