@@ -182,7 +182,7 @@ def test_stepping_from_event_to_event_is_adding_up_responses(absorption: str, mo
     phi = (simulator.parameters.to_unconstrained(values)[:, None] + 0.1 * torch.randn((1, 3, 1), dtype=DOUBLE)).detach()
     found = []
     for least in (1, 100):
-        monkeypatch.setattr(linear_compartments, "_STEPPED_FROM", least)
+        monkeypatch.setattr(linear_compartments, "_STEP_FROM", least)
         leaf = phi.clone().requires_grad_(True)
         predicted = simulator.predict(leaf, design)
         (slope,) = torch.autograd.grad(predicted.square().sum(), leaf)
