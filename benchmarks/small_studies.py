@@ -171,7 +171,10 @@ def figures_of_b(tasks: Sequence[Task], judged: dict[str, Judgement], passed_ove
             sum(not one.converged for one in right),
             "are right and say that they have not converged",
         ),
-        "worst_error_ratio_simulated": (_largest(one.error_ratio for one in right), "of a standard error, right fits"),
+        "worst_error_ratio_simulated": (
+            _largest(one.error_ratio for one in right if one.converged),
+            "of a standard error, right fits that have converged",
+        ),
         "seconds_median": (sorted(one.seconds for one in found)[len(found) // 2], "s a fit, figures included"),
         "seconds_longest": (max(one.seconds for one in found), "s"),
         "without_maximum": (passed_over, "further studies were left out: their likelihood has no maximum"),
