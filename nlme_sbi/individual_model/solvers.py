@@ -8,7 +8,7 @@ through the steps taken; an individual that cannot be solved becomes NaN and lea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchdiffeq import odeint
+
+from nlme_sbi.individual_model.adjoint import solve_by_adjoint
 
 RightHandSide = Callable[[Tensor, Tensor], Tensor]  # (time (*batch), state (*batch, X)) -> derivative (*batch, X)
 
@@ -34,6 +36,7 @@ class Equation:
             it a solver leaves alone who has arrived.
         during: the equation from one stop ``(*batch)`` to the next, where it changes at stops (covariates in time); of
             two equal stops the equation as it stands at that time, for ever.
+        inputs: what the right-hand side is made of, for solvers that do not differentiate through their steps.
     """
 
     right_hand_side: RightHandSide
@@ -42,9 +45,34 @@ class Equation:
     wanted: tuple[int, ...] | None = None
     of_rows: Callable[[Tensor], Equation] | None = None
     during: Callable[[Tensor, Tensor], Equation] | None = None
+    inputs: EquationInputs | None = None
 
     def __call__(self, time: Tensor, state: Tensor) -> Tensor:
         return self.right_hand_side(time, state)
+
+
+@dataclass(frozen=True, eq=False)
+class EquationInputs:
+    """What a right-hand side depends on beside time and state, and whose gradients may be wanted.
+
+    Args:
+        tensors: any.
+        made_of: the same equation of other tensors in their place.
+        weights: leaves, such as those of a neural network.
+    """
+
+    tensors: tuple[Tensor, ...]
+    made_of: Callable[[Sequence[Tensor]], Equation]
+    weights: tuple[Tensor, ...] = ()
+
+    def and_of(self, *tensors: Tensor, made_of: Callable[[Equation, Sequence[Tensor]], Equation]) -> EquationInputs:
+        """Those of an equation that is made of this one and of further tensors."""
+        count = len(self.tensors)
+        return EquationInputs(
+            (*self.tensors, *tensors),
+            lambda others: made_of(self.made_of(others[:count]), others[count:]),
+            self.weights,
+        )
 
 
 def equation_by_stretch(during: Callable[[Tensor, Tensor], Equation]) -> Equation:
@@ -128,20 +156,34 @@ def over_interval(
     return moved, torch.where(moves, step * length.detach(), suggested)
 
 
+def with_inflow(equation: Equation, inflow: Float[Tensor, "*batch X"]) -> Equation:
+    """The equation with a constant inflow into its states beside what they do."""
+    inputs = equation.inputs
+    if inputs is not None:
+        inputs = inputs.and_of(inflow, made_of=lambda bare, others: with_inflow(bare, *others))
+
+    def slope(time: Tensor, state: Tensor) -> Tensor:
+        return equation(time, state) + inflow
+
+    return Equation(slope, equation.jacobian, equation.autonomous, inputs=inputs)
+
+
 def _scaled(equation: Equation, now: Tensor, length: Tensor) -> Equation:
     """The same equation in pseudo-time, from ``now`` on."""
 
     def slope(pseudo_time: Tensor, state: Tensor) -> Tensor:
         return length[..., None] * equation(now + pseudo_time * length, state)
 
-    known = equation.jacobian
+    known, inputs = equation.jacobian, equation.inputs
+    if inputs is not None:
+        inputs = inputs.and_of(now, length, made_of=lambda bare, others: _scaled(bare, *others))
     if known is None:
-        return Equation(slope, autonomous=equation.autonomous)
+        return Equation(slope, autonomous=equation.autonomous, inputs=inputs)
 
     def jacobian(pseudo_time: Tensor, state: Tensor) -> Tensor:
         return length[..., None, None] * known(now + pseudo_time * length, state)
 
-    return Equation(slope, jacobian, equation.autonomous)
+    return Equation(slope, jacobian, equation.autonomous, inputs=inputs)
 
 
 @dataclass(frozen=True)
@@ -241,11 +283,14 @@ class TorchDiffEq:
         method: as torchdiffeq names it: dopri8, dopri5, bosh3, adaptive_heun, implicit_adams, ...
         relative_tolerance: local error allowed, relative to the state.
         absolute_tolerance: local error allowed where the state is small, in the state's unit.
+        adjoint: whether gradients come from the adjoint equation, solved backwards, and not from the steps taken:
+            memory does not grow with the steps, time does, and there are first derivatives only.
     """
 
     method: str = "dopri8"
     relative_tolerance: float = 1e-5
     absolute_tolerance: float = 1e-7
+    adjoint: bool = False
 
     def __post_init__(self) -> None:
         if not (self.relative_tolerance > 0 and self.absolute_tolerance > 0):
@@ -255,14 +300,27 @@ class TorchDiffEq:
 
     def advance(self, slope: RightHandSide, state: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         ends = torch.tensor([0.0, 1.0], dtype=step.dtype, device=step.device)
+
+        def at_place(slope: RightHandSide) -> RightHandSide:
+            return lambda place, state: slope(place.expand(step.shape), state)
+
         try:
+            if self.adjoint and torch.is_grad_enabled():
+                inputs = slope.inputs if isinstance(slope, Equation) else None
+                tensors, weights = ((), ()) if inputs is None else (inputs.tensors, inputs.weights)
+                found = solve_by_adjoint(
+                    lambda others: at_place(slope if inputs is None else inputs.made_of(others)),
+                    state,
+                    tensors,
+                    weights,
+                    method=self.method,
+                    relative_tolerance=self.relative_tolerance,
+                    absolute_tolerance=self.absolute_tolerance,
+                )
+                return found, step
+            moved = at_place(slope)
             solution: Tensor = odeint(
-                lambda place, moved: slope(place.expand(step.shape), moved),
-                state,
-                ends,
-                method=self.method,
-                rtol=self.relative_tolerance,
-                atol=self.absolute_tolerance,
+                moved, state, ends, method=self.method, rtol=self.relative_tolerance, atol=self.absolute_tolerance
             )[-1]
         except AssertionError:  # how torchdiffeq says that its step size fell to nothing
             return torch.full_like(state, torch.nan), step

@@ -1,0 +1,217 @@
+"""Linear compartments from event to event, exactly: whatever the regimen, and where rates change at records.
+
+Every individual and draw has a timeline of its own; from each point of it to the next the amounts go by one exponential
+of the matrix of rates (:mod:`nlme_sbi.numerics.rate_exponentials`), those of many points at once. An infusion is the
+inflow from one more state that never empties; the steady state of a repeated dose solves a linear system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nlme_sbi.individual_model.dosing.doses import ReceivedDoses
+from nlme_sbi.individual_model.dosing.timelines import Nodes, RepeatedDose, ordered_timeline
+from nlme_sbi.numerics.rate_exponentials import Place, exponential_of_rates
+
+# Entries of exponentials that are computed at once: 16 MiB for each step on the way.
+_AT_ONCE = 1 << 21
+
+Rates = Mapping[Place, Tensor]
+
+
+@dataclass(frozen=True)
+class RateMatrices:
+    """Rates between compartments along the timeline.
+
+    Args:
+        size: number of compartments.
+        between: from one stop to the next, ``(*batch, M)`` each, the rate to compartment ``i`` from ``j`` at ``(i, j)``
+            and minus all rates out of ``i`` at ``(i, i)``, ``(*batch, M)`` or ``(*batch, 1)``; of two equal stops those
+            at that time.
+    """
+
+    size: int
+    between: Callable[[Tensor, Tensor], Rates]
+
+
+def amounts_through_doses(
+    rates: RateMatrices,
+    *,
+    times: Float[Tensor, "*batch T"],
+    doses: ReceivedDoses,
+    places: Sequence[int],
+    stops: Float[Tensor, "I V"] | None = None,
+) -> Float[Tensor, "*batch T X"]:
+    """Amounts in all compartments at ``times``, which are empty before the first dose; NaN where rates are not finite.
+
+    Args:
+        rates: of all individuals.
+        times: double precision, non-decreasing along the last dimension.
+        doses: of the individuals, the first dimension of the batch.
+        places: for each compartment of the data, counted from 1, the one that its doses enter.
+        stops: times at which rates change, records of covariates; None where they do not.
+
+    Raises:
+        ValueError: infusions at steady state that overlap too often.
+    """
+    start = times[..., 0]
+    empty = times.new_zeros((*start.shape, rates.size))
+    before = partial(_states_of_repeated_doses, rates)
+    nodes, measured = ordered_timeline(empty, start, times, doses, places, before, stops)
+    amounts = torch.stack(_followed(rates, nodes, empty.expand(*nodes.time.shape[:-1], -1)), dim=-2)
+    return amounts.gather(-2, measured[..., None].expand(*measured.shape, rates.size))
+
+
+def _followed(rates: RateMatrices, nodes: Nodes, state: Tensor) -> list[Tensor]:
+    """The state after each point of the timeline."""
+    when = nodes.time
+    elapsed = torch.diff(when, dim=-1, prepend=when[..., :1])
+    moves = (elapsed.detach() > 0).flatten(0, -2).any(0).tolist()
+    inflows = _inflows(nodes, state)
+    sources = tuple(torch.nonzero((nodes.flow.detach() != 0).flatten(0, -2).any(0))[:, 0].tolist())
+    moving = [place for place, does in enumerate(moves) if does]
+    steps = _Steps(rates, when, elapsed, sources, moving)
+    found = []
+    for place in range(when.shape[-1]):
+        if moves[place]:
+            state = steps.moved(place, state, inflows[place])
+        state = torch.where(nodes.clear[..., place, None], 0.0, state) + nodes.jump[..., place, :]
+        found.append(state)
+    return found
+
+
+def _inflows(nodes: Nodes, like: Tensor) -> list[Tensor]:
+    """What flows in before each point."""
+    inflow, found = torch.zeros_like(like), []
+    for place in range(nodes.time.shape[-1]):
+        found.append(inflow)
+        inflow = torch.where(nodes.clear[..., place, None], 0.0, inflow) + nodes.flow[..., place, :]
+    return found
+
+
+class _Steps:
+    """Exponentials from point to point, some points at once so that memory is bounded."""
+
+    def __init__(
+        self, rates: RateMatrices, when: Tensor, elapsed: Tensor, sources: tuple[int, ...], moving: Sequence[int]
+    ) -> None:
+        self._rates, self._when, self._elapsed, self._sources = rates, when, elapsed, sources
+        entries = max(1, when[..., 0].numel() * (rates.size + len(sources)) ** 2)
+        self._count = max(1, _AT_ONCE // entries)
+        self._moving = list(moving)
+        self._ready: dict[int, _Step] = {}
+
+    def moved(self, place: int, state: Tensor, inflow: Tensor) -> Tensor:
+        """The state at a point from that after the one before it."""
+        if place not in self._ready:
+            first = self._moving.index(place)
+            chosen = self._moving[first : first + self._count]
+            begin, end = self._when[..., [one - 1 for one in chosen]], self._when[..., chosen]
+            here = self._rates.between(begin, end)
+            steps = _steps(here, self._elapsed[..., chosen], self._rates.size, self._sources)
+            self._ready = dict(zip(chosen, steps, strict=True))
+        return self._ready.pop(place)(state, inflow)
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """What is left of every compartment in every other after a time, and of a unit inflow: ``(*batch)`` each."""
+
+    size: int
+    moved: Rates
+    entered: Rates
+
+    def __call__(self, state: Float[Tensor, "*batch X"], inflow: Float[Tensor, "*batch X"]) -> Tensor:
+        totals: list[Tensor | None] = [None] * self.size
+        for coefficients, values in ((self.moved, state), (self.entered, inflow)):
+            for (row, column), share in coefficients.items():
+                total = totals[row]
+                part = share * values[..., column]
+                totals[row] = part if total is None else total + part
+        whole = [torch.zeros_like(state[..., 0]) if total is None else total for total in totals]
+        return torch.stack(torch.broadcast_tensors(*whole), dim=-1)
+
+
+def _steps(rates: Rates, elapsed: Float[Tensor, "*batch M"], size: int, sources: Sequence[int]) -> list[_Step]:
+    """One step for each of ``M`` stretches; inflow enters the compartments ``sources``."""
+    with torch.no_grad():  # an inflow as fast as the fastest rate needs no more squarings than that rate
+        fastest = torch.zeros_like(elapsed)
+        for (row, column), rate in rates.items():
+            fastest = torch.maximum(fastest, -rate if row == column else fastest)
+        fastest = torch.where(torch.isfinite(fastest) & (fastest > 0), fastest, 1.0)
+    widened = dict(rates)
+    for number, source in enumerate(sources):
+        widened[source, size + number] = fastest
+    found = exponential_of_rates(widened, elapsed, size=size + len(sources))
+    columns = {place: (value if place[1] < size else value / fastest).unbind(-1) for place, value in found.items()}
+    steps = []
+    for number in range(elapsed.shape[-1]):
+        moved = {place: value[number] for place, value in columns.items() if max(place) < size}
+        entered = {
+            (place[0], sources[place[1] - size]): value[number]
+            for place, value in columns.items()
+            if place[0] < size <= place[1]
+        }
+        steps.append(_Step(size, moved, entered))
+    return steps
+
+
+def _states_of_repeated_doses(rates: RateMatrices, doses: Sequence[RepeatedDose]) -> list[Tensor]:
+    """The states at the records of doses at steady state, before these doses."""
+    return [_state_of_repeated_doses(rates, dose) for dose in doses]
+
+
+def _state_of_repeated_doses(rates: RateMatrices, dose: RepeatedDose) -> Float[Tensor, "*batch X"]:
+    size, entered = rates.size, tuple(torch.nonzero(dose.entry.flatten(0, -2).any(0))[:, 0].tolist())
+    when = dose.recorded[..., None]
+    here = rates.between(when, when)
+
+    def moved(state: Tensor, length: Tensor) -> Tensor:
+        """From the start of a dose over ``length``."""
+        first, inflow, later = dose.inflows(length)
+        if bool(dose.infused.any()):
+            (step,) = _steps(here, first[..., None], size, entered)
+            state = step(state, inflow)
+        (step,) = _steps(here, (length - first)[..., None], size, entered)
+        return step(state, later)
+
+    state = torch.zeros_like(dose.entry)
+    identity = torch.eye(size, dtype=state.dtype, device=state.device)
+    repeated = dose.amount > 0
+    if bool(repeated.any()):
+        (step,) = _steps(here, dose.interval[..., None], size, ())
+        left = identity - _filled(step.moved, state)
+        state = _solved(left, moved(dose.bolus, dose.interval), repeated)
+        lagged = (dose.lag > 0) & repeated
+        if bool(lagged.any()):
+            state = torch.where(lagged[..., None], moved(state + dose.bolus, dose.since_entry()), state)
+    constant = dose.constant > 0
+    if bool(constant.any()):
+        lost = -_filled({place: rate[..., 0] for place, rate in here.items()}, state)
+        state = torch.where(constant[..., None], _solved(lost, dose.constant[..., None] * dose.entry, constant), state)
+    return state
+
+
+def _filled(entries: Rates, like: Float[Tensor, "*batch X"]) -> Float[Tensor, "*batch X X"]:
+    size, none = like.shape[-1], torch.zeros_like(like[..., 0])
+    rows = [
+        torch.stack([none + entries.get((row, column), none) for column in range(size)], dim=-1) for row in range(size)
+    ]
+    return torch.stack(rows, dim=-2)
+
+
+def _solved(matrix: Tensor, right: Tensor, which: Tensor) -> Tensor:
+    """Solutions of those that are asked for; NaN where rates are not finite, 0 for the others."""
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    usable = torch.isfinite(matrix).all(-1).all(-1) & torch.isfinite(right).all(-1)
+    taken = which & usable
+    found: Tensor = torch.linalg.solve(
+        torch.where(taken[..., None, None], matrix, identity), torch.where(taken[..., None], right, 0.0)[..., None]
+    )[..., 0]
+    return torch.where((which & ~usable)[..., None], torch.nan, found)
