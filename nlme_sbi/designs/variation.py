@@ -13,10 +13,10 @@ from nlme_sbi.types import Covariates, Design, EventKind, Events
 
 
 def jittered(design: Design, jitter: float, generator: torch.Generator) -> Design:
-    r"""Every gap between times, interval, amount, rate and continuous covariate times :math:`e^{u}`.
+    r"""Every gap between times, interval, amount, rate, continuous covariate and course of one times :math:`e^{u}`.
 
-    ``u`` is uniform between ``-jitter`` and ``jitter``, each for itself. Measurements and doses move along one clock:
-    their order stays, and what was at one time stays at one time.
+    ``u`` is uniform between ``-jitter`` and ``jitter``, each for itself. Measurements, doses and records of covariates
+    move along one clock: their order stays, and what was at one time stays at one time.
 
     Args:
         design: to be varied, on the generator's device.
@@ -28,12 +28,15 @@ def jittered(design: Design, jitter: float, generator: torch.Generator) -> Desig
         drawn = torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
         return (jitter * (2 * drawn - 1)).exp()
 
-    events, count = design.events, design.times.shape[1]
+    events, course, count = design.events, design.time_covariates, design.times.shape[1]
     every = design.times
     if events is not None:
         # What pads a row lies at its first time, where it makes no gap of its own.
         there = torch.where(events.kind == int(EventKind.NONE), design.times[:, :1], events.time.to(every))
         every = torch.cat((every, there), dim=1)
+    width = every.shape[1]
+    if course is not None:
+        every = torch.cat((every, course.times.to(every)), dim=1)
     order = every.argsort(dim=1, stable=True)
     sorted_times = every.gather(1, order)
     gaps = sorted_times.diff(dim=1)
@@ -42,7 +45,7 @@ def jittered(design: Design, jitter: float, generator: torch.Generator) -> Desig
     if events is not None:
         events = replace(
             events,
-            time=clock[:, count:].to(events.time.dtype),
+            time=clock[:, count:width].to(events.time.dtype),
             amount=events.amount * factors(events.amount),
             interval=events.interval * factors(events.interval),
             rate=torch.where(events.rate > 0, events.rate * factors(events.rate), events.rate),
@@ -50,7 +53,15 @@ def jittered(design: Design, jitter: float, generator: torch.Generator) -> Desig
     covariates = design.covariates
     if covariates is not None:
         covariates = _moved(covariates, factors(covariates.values))
-    return replace(design, times=clock[:, :count], events=events, covariates=covariates)
+    if course is not None:
+        positive = (course.values > 0).all(1).all(0)
+        moved_values = course.values * factors(course.values[:, :1])
+        course = replace(
+            course,
+            times=clock[:, width:].to(course.times.dtype),
+            values=torch.where(positive, moved_values, course.values),
+        )
+    return replace(design, times=clock[:, :count], events=events, covariates=covariates, time_covariates=course)
 
 
 def _moved(covariates: Covariates, factors: Float[Tensor, "B K"]) -> Covariates:

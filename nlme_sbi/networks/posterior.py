@@ -141,12 +141,20 @@ def initial_network(
         summary: which summary network.
         flow: which flow.
         seed: of the weights; torch's global generator stays as it was.
+
+    Raises:
+        ValueError: the simulator follows covariates in time, and the summary reads none.
     """
     shape = DataShape.of(pilot, simulator)
     # torch's layers draw their weights from the global generator: fork it, so that nothing else sees the seed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_network(shape, summary, flow, dimension=pilot.phi.shape[1])
+    if shape.along and not isinstance(network.summary, TokenReader):
+        raise ValueError(
+            f"The simulator follows {', '.join(shape.along)} along the timeline, which {type(summary).__name__} does "
+            "not read; take summary=attention or summary=recurrent, or fit without a network, posterior=none."
+        )
     network.to(pilot.phi.device)
     network.summary.fit_scaling(pilot)
     network.scaling.fit(prior)
@@ -344,10 +352,12 @@ class AmortizedPosterior:
 
 
 def _most_tokens(design: Design) -> int:
-    """Most measurements and doses that an individual can have."""
+    """Most measurements, doses and records of covariates that an individual can have."""
     events = design.events
     doses = 0 if events is None else write_out_doses(design).columns + events.time.shape[1]
-    return 1 + math.prod(design.observed.shape[1:]) + doses
+    course = design.time_covariates
+    changes = 0 if course is None else math.prod(course.values.shape[1:])
+    return 1 + math.prod(design.observed.shape[1:]) + doses + changes
 
 
 def _pieces(individuals: int, draws: int, rows: int) -> Iterator[tuple[slice, slice]]:
