@@ -211,7 +211,8 @@ def _solved(matrix: Tensor, right: Tensor, which: Tensor) -> Tensor:
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     usable = torch.isfinite(matrix).all(-1).all(-1) & torch.isfinite(right).all(-1)
     taken = which & usable
-    found: Tensor = torch.linalg.solve(
+    # Not solve, which stops all where one has rates so slow that nothing is eliminated.
+    found: Tensor = torch.linalg.solve_ex(
         torch.where(taken[..., None, None], matrix, identity), torch.where(taken[..., None], right, 0.0)[..., None]
-    )[..., 0]
+    )[0][..., 0]
     return torch.where((which & ~usable)[..., None], torch.nan, found)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nlme_sbi.individual_model.dosing.timelines import RepeatedDose
@@ -107,7 +108,8 @@ class _Cycle:
 
     def state_before(self, initial: Float[Tensor, "R X"]) -> Float[Tensor, "R X"]:
         """The steady state at the records, before the dose itself."""
-        settled = _fixed_point(self, initial)
+        scale = self.doses.amount[:, None] * self.doses.entry + self.doses.constant[:, None] * self.doses.entry
+        settled = _fixed_point(self, initial, scale.detach())
         lagged = (self.doses.lag > 0) & self._repeated
         if not bool(lagged.any()):
             return settled
@@ -130,40 +132,62 @@ class _Cycle:
 Step = Callable[[Tensor], Tensor]
 
 
-def _fixed_point(function: Step, begin: Float[Tensor, "R X"]) -> Float[Tensor, "R X"]:
-    """Where ``function`` changes nothing, by Newton's steps; NaN where it is not found."""
+@dataclass(frozen=True, eq=False)
+class _Visited:
+    """A state, what the function makes of it, and by how much it changes it."""
+
+    state: Float[Tensor, "R X"]
+    moved: Float[Tensor, "R X"]
+    change: Float[Tensor, " R"]
+
+    @classmethod
+    def of(cls, function: Step, state: Float[Tensor, "R X"]) -> _Visited:
+        moved = function(state)
+        return cls(state, moved, _size(moved - state).nan_to_num(nan=torch.inf))
+
+    def or_better(self, other: _Visited) -> _Visited:
+        """Of each individual the one that changes less."""
+        better = other.change < self.change
+        return _Visited(
+            torch.where(better[:, None], other.state, self.state),
+            torch.where(better[:, None], other.moved, self.moved),
+            torch.where(better, other.change, self.change),
+        )
+
+    def is_settled(self, tolerance: float) -> Bool[Tensor, " R"]:
+        return self.change <= tolerance * _size(self.state).clamp(min=1e-12)
+
+
+def _fixed_point(function: Step, begin: Float[Tensor, "R X"], scale: Float[Tensor, "R X"]) -> Float[Tensor, "R X"]:
+    """Where ``function`` changes nothing, by Newton's steps; NaN where it is not found.
+
+    Args:
+        function: of states.
+        begin: states.
+        scale: sizes of states beside which a small change is small, as far as they are known; else 0.
+    """
     with torch.no_grad():
-        state = begin.detach()
-        settled = max(_SETTLED, 20 * torch.finfo(state.dtype).eps)
-        moved, jacobian = _with_jacobian(function, state)
-        change = _size(moved - state)
-        best, least, after_best = state, change.nan_to_num(nan=torch.inf), moved
+        tolerance = max(_SETTLED, 20 * torch.finfo(begin.dtype).eps)
+        at = best = _Visited.of(function, begin.detach())
+        jacobian = _one_less_jacobian(function, at, scale)
         for _ in range(_MOST_STEPS):
-            if bool((least <= settled * _size(best).clamp(min=1e-12)).all()):
+            if bool(best.is_settled(tolerance).all()):
                 break
-            state = state + torch.linalg.solve(jacobian, (moved - state)[..., None])[..., 0]
-            moved = function(state)
-            before, change = change, _size(moved - state)
-            better = change < least
-            best = torch.where(better[:, None], state, best)
-            after_best = torch.where(better[:, None], moved, after_best)
-            least = torch.where(better, change, least)
-            slow = ~(change <= _KEEPS_JACOBIAN * before) & (least > settled * _size(best).clamp(min=1e-12))
+            step = torch.linalg.solve_ex(jacobian, (at.moved - at.state)[..., None])[0][..., 0]
+            before, at = at, _Visited.of(function, at.state + step)
+            worse, best = at.change > best.change, best.or_better(at)
+            slow = ~(at.change <= _KEEPS_JACOBIAN * before.change) & ~best.is_settled(tolerance)
             if bool(slow.any()):
-                # Where a step made it worse, an interval from the best state leads on.
-                state = torch.where(better[:, None], state, after_best)
-                moved, jacobian = _with_jacobian(function, state)
-                change = _size(moved - state)
-        size = _size(best).clamp(min=1e-12)
-        lost = ~(least <= math.sqrt(settled) * size)
-    if not torch.is_grad_enabled():
-        return torch.where(lost[:, None], torch.nan, best)
-    inverse = _inverse_at(function, best)
-    if inverse is None:
-        return torch.where(lost[:, None], torch.nan, best)
-    found = best
-    for _ in range(_DERIVATIVES):  # each carries derivatives of one order more
-        found = found + (inverse @ (function(found) - found)[..., None])[..., 0]
+                if bool(worse.any()):  # an interval from the best state leads on
+                    at = _Visited.of(function, torch.where(worse[:, None], best.moved, at.state))
+                    best = best.or_better(at)
+                jacobian = _one_less_jacobian(function, at, scale)
+        lost = ~best.is_settled(math.sqrt(tolerance))
+    inverse = _inverse_at(function, best.state) if torch.is_grad_enabled() else None
+    found = best.state
+    if inverse is not None:
+        for _ in range(_DERIVATIVES):  # each carries derivatives of one order more
+            found = found + (inverse @ (function(found) - found)[..., None])[..., 0]
     return torch.where(lost[:, None], torch.nan, found)
 
 
@@ -171,16 +195,19 @@ def _size(states: Float[Tensor, "R X"]) -> Float[Tensor, " R"]:
     return states.abs().amax(-1)
 
 
-def _with_jacobian(function: Step, state: Float[Tensor, "R X"]) -> tuple[Float[Tensor, "R X"], Float[Tensor, "R X X"]]:
-    """The function, and identity minus its Jacobian by central differences, from one batch."""
+def _one_less_jacobian(function: Step, at: _Visited, scale: Float[Tensor, "R X"]) -> Float[Tensor, "R X X"]:
+    """Identity minus the Jacobian, by central differences in one batch."""
+    state = at.state
     count, size = state.shape
-    width = state.abs().amax(-1, keepdim=True).clamp(min=1e-6) * torch.finfo(state.dtype).eps ** (1 / 3)
+    sizes = torch.maximum(torch.maximum(state.abs(), at.moved.abs().nan_to_num(nan=0.0)), scale)
+    sizes = torch.maximum(sizes, 1e-6 * sizes.amax(-1, keepdim=True)).clamp(min=1e-12)
+    width = sizes * torch.finfo(state.dtype).eps ** (1 / 3)
     shifts = [width * unit for unit in torch.eye(size, dtype=state.dtype, device=state.device)]
-    moved = function(torch.cat([state, *(state + shift for shift in shifts), *(state - shift for shift in shifts)]))
-    here, above, below = moved.split([count, count * size, count * size])
-    columns = (above - below).reshape(size, count, size) / (2 * width)
+    moved = function(torch.cat([*(state + shift for shift in shifts), *(state - shift for shift in shifts)]))
+    above, below = moved.reshape(2, size, count, size).unbind(0)
+    rows = (above - below) / (2 * width.T[..., None])
     identity = torch.eye(size, dtype=state.dtype, device=state.device)
-    return here, torch.nan_to_num(identity - columns.permute(1, 2, 0), nan=0.0) + 1e-300 * identity
+    return torch.nan_to_num(identity - rows.permute(1, 2, 0), nan=0.0) + 1e-300 * identity
 
 
 def _inverse_at(function: Step, state: Float[Tensor, "R X"]) -> Float[Tensor, "R X X"] | None:
@@ -197,5 +224,5 @@ def _inverse_at(function: Step, state: Float[Tensor, "R X"]) -> Float[Tensor, "R
         ]
     identity = torch.eye(state.shape[1], dtype=state.dtype, device=state.device)
     matrix = torch.nan_to_num(identity - torch.stack(rows, dim=1), nan=0.0) + 1e-300 * identity
-    inverse: Tensor = torch.linalg.inv(matrix)
+    inverse: Tensor = torch.linalg.inv_ex(matrix)[0]
     return inverse
