@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -61,7 +61,7 @@ def states_of_repeated_doses(
 
 
 def _fields_of(dose: RepeatedDose) -> dict[str, Tensor]:
-    return {name: getattr(dose, name) for name in dose.__dataclass_fields__}
+    return {item.name: getattr(dose, item.name) for item in fields(dose)}
 
 
 def _rows_of(dose: RepeatedDose, rows: Int[Tensor, " R"]) -> RepeatedDose:
