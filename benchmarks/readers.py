@@ -243,7 +243,7 @@ def checked(written: Written) -> Meaning:
     rows = [dict(zip(original, [cell.strip() for cell in line], strict=True)) for line in lines[1:]]
     forms = {(row["ID"], plain(row["ID"])) for row in rows}
     if any(a != b and x == y and _is_number(a) for a, x in forms for b, y in forms):
-        meaning.asking.add("form only")
+        meaning.asking.add("only in form")
     levels = {str(plain(str(key))): name for key, name in written.options.get("signal_levels", {}).items()}
     signal_column = _signal_column(rows, original, levels)
     seen: dict[str, float] = {}

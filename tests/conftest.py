@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Before torch loads its OpenMP runtime: the tests run side by side, one core each.
@@ -18,6 +20,38 @@ if TYPE_CHECKING:
 # They double the time of a fit: `make test` runs the tests marked slow without them.
 if os.environ.get("NLME_SBI_SHAPE_CHECKS") != "off":
     install_import_hook(["nlme_sbi", "simulators"], "beartype.beartype")
+
+
+# What takes a worker longest begins first, so that none is left alone with it at the end.
+LONGEST = (
+    *("stages/test_interrupted_stages.py", "stages/test_fit_population.py", "docs/test_notebooks.py"),
+    *("docs/test_python_api.py", "population/test_saem.py", "report/test_restyled_report.py"),
+    *("docs/test_readme_examples.py", "stages/test_predict.py", "stages/test_edited_simulators.py"),
+)
+# Slow tests of these go through the lines of the fast ones with more data, and take longer where coverage watches them.
+NUMERICAL = ("population", "individual_model", "dosing", "networks", "diagnostics", "simulators", "oracles", "numerics")
+HERE = Path(__file__).parent
+ALL_SLOW = re.compile(r"^pytestmark = (\[\n    )?pytest\.mark\.slow\b", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files with none of the tests that are asked for are not imported, which takes each worker seconds."""
+    chosen = {"slow and not thorough": True, "not slow and not thorough": False}.get(config.getoption("markexpr"))
+    if chosen is None or not collection_path.match("test_*.py"):
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    has_none = "mark.slow" not in text if chosen else ALL_SLOW.search(text) is not None
+    return has_none or None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    places = {str(HERE / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(places)))
+    if not getattr(config.option, "cov_source", None):
+        return
+    for item in items:
+        if item.get_closest_marker("slow") and item.path.parent.name in NUMERICAL:
+            item.add_marker("no_cover")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -23,18 +23,6 @@ from nlme_sbi.stages.simulate import simulate
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_script(name: str, *arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / f"{name}.py", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        timeout=120,
-        check=False,
-    )
-
-
 def in_process(monkeypatch, stage, *arguments: str) -> int:
     """A script's main in this process; its exit code."""
     monkeypatch.setattr(sys, "argv", ["simulate.py", *arguments])
@@ -236,7 +224,8 @@ defaults:
 
 
 @pytest.mark.slow
-def test_a_simulator_of_ones_own_with_workers_and_only_when_trusted(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_simulator_of_ones_own_only_when_trusted(tmp_path: Path, monkeypatch, capsys) -> None:
+    """With workers it is simulated by the README's example."""
     (tmp_path / "mymodel.py").write_text(MODEL)
     for group, text in CONFIGS.items():
         path = tmp_path / "myconf" / group / "decay.yaml"
@@ -247,9 +236,11 @@ def test_a_simulator_of_ones_own_with_workers_and_only_when_trusted(tmp_path: Pa
     assert in_process(monkeypatch, "nlme_sbi.stages.simulate:simulate", *arguments) == 1
     assert "nor trusted. If the code is yours or you have read it, pass trust=[mymodel]." in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
-    done = run_script("simulate", *arguments, "trust=[mymodel]", "simulation.workers=2", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "40 simulations, 0 failed" in done.stdout
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    trusted = [*arguments, "trust=[mymodel]", "simulation.workers=1"]
+    assert in_process(monkeypatch, "nlme_sbi.stages.simulate:simulate", *trusted) == 0
+    assert sys.modules.pop("mymodel").Decay.__module__ == "mymodel"
+    assert "40 simulations, 0 failed" in capsys.readouterr().out
     (run,) = (tmp_path / "outputs" / "simulate").iterdir()
     assert run.name.startswith("decay-")
     assert json.loads((run / "manifest.json").read_text())["results"]["n"] == 40

@@ -1,4 +1,4 @@
-"""The page for notebooks runs as it is printed, but for the name of the run and the length of the training."""
+"""The page for notebooks runs as it is printed, but for the name of the run and how long training and fits take."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import ast
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import nlme_sbi
+from nlme_sbi import population
 from nlme_sbi.population.estimators import exact
-from nlme_sbi.stages.train_flow import train_flow
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
-from tiny_runs import ROOT, only_run, tiny
+from tiny_runs import ROOT, TRAINED_ONLINE, made_once, only_run
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +33,7 @@ def substituted(block: str, run: Path) -> str:
     for printed, here in {
         "outputs/train_flow/theophylline-1a2b3c4d": str(run),
         "EnsembleSampler(ess=1000)": "EnsembleSampler(ensembles=2, walkers=14, warmup=10, steps=50)",
+        "replicates=50": "replicates=20",
         "TrainingSettings(steps=8000)": "TrainingSettings(steps=4, validation_size=100, pilot_size=500)",
     }.items():
         block = block.replace(printed, here)
@@ -42,14 +44,13 @@ def substituted(block: str, run: Path) -> str:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every name of the page after all its blocks."""
     folder = tmp_path_factory.mktemp("notebook")
-    small = ["simulations=online", "training.steps=100", "training.validate_every=50", "flow.hidden=16"]
-    train_flow(tiny("train_flow", "theophylline", folder / "outputs", *small, "summary.hidden=32"))
-    run = only_run(folder / "outputs", "train_flow").path
+    run = only_run(made_once(tmp_path_factory, TRAINED_ONLINE), "train_flow").path
     names: dict[str, Any] = {"__name__": "notebook"}
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
-        # A page's examples need no more than a few hundred draws.
-        patched.setattr(exact, "_DRAWS_ALL", 12_000)
+        # A page's examples need no more than a few hundred draws, and one start each.
+        patched.setattr(exact, "_DRAWS_ALL", 6_000)
+        patched.setattr(population, "fit_population", partial(population.fit_population, starts=1))
         for number, block in enumerate(blocks()):
             code = compile(substituted(block, run), f"python_api.md, block {number + 1}", "exec")
             exec(code, names)
@@ -88,6 +89,7 @@ def test_every_substitution_is_one_that_the_page_needs() -> None:
     assert page.count("outputs/train_flow/theophylline-1a2b3c4d") == 1
     assert page.count("TrainingSettings(steps=8000)") == 1
     assert page.count("EnsembleSampler(ess=1000)") == 1
+    assert page.count("replicates=50") == 1
 
 
 # The names that notebooks import from the top.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from nlme_sbi import cli
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,9 +22,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Only budgets are changed: what the README does not show must not be needed.
 BUDGETS = {
-    "simulate": ["simulation.n=6000"],
-    "train_flow": ["training.steps=500", "training.batch_size=128", "training.validation_size=200"],
-    "fit_population": ["fit.starts=1", "figures.individuals=2"],
+    "simulate": ["simulation.n=1500", "simulation.shard_size=500", "simulation.workers=2"],  # each imports the example
+    "train_flow": ["training.steps=100", "training.batch_size=64", "training.validation_size=200"],
+    "fit_population": ["fit.starts=1", "figures.individuals=1", "predictions.simulations=200"],
 }
 
 
@@ -32,10 +35,10 @@ def examples(text: str) -> dict[str, str]:
 
 
 def write_lengths(path: Path) -> None:
-    """Thirty cells at times of their own by the formula that the README's text and class state."""
+    """Twelve cells at times of their own by the formula that the README's text and class state."""
     random = np.random.default_rng(7)
     rows = []
-    for cell in range(30):
+    for cell in range(12):
         rate, limit = np.exp(-1.2 + 0.3 * random.standard_normal()), np.exp(2.0 + 0.2 * random.standard_normal())
         for time in np.sort(random.uniform(0.0, 24.0, size=random.integers(5, 11))):
             value = limit * (1 - np.exp(-rate * time)) + 0.15 * random.standard_normal()
@@ -81,7 +84,7 @@ def test_the_commands_end_with_a_table_of_the_simulators_parameters(folder: Path
         assert done.returncode == 0, done.stderr
     rows = [line.split()[0] for line in done.stdout.splitlines() if line.split()]
     assert [row for row in rows if row in ("rate", "limit", "sigma")] == ["rate", "limit", "sigma"]
-    assert "30 individuals" in done.stdout
+    assert "12 individuals" in done.stdout
     (run,) = (folder / "outputs" / "fit_population").iterdir()
     table = pd.read_csv(run / "parameters.csv").set_index("parameter")
     assert table["unit"].tolist() == ["1/h", "um", "um"]
@@ -90,17 +93,15 @@ def test_the_commands_end_with_a_table_of_the_simulators_parameters(folder: Path
     assert (run / "individual_fits.png").exists()
 
 
-def test_without_trust_the_simulator_is_not_run(folder: Path) -> None:
-    line = examples(README)["commands"].splitlines()[0]
-    done = subprocess.run(
-        line.replace("python", sys.executable, 1) + " trust=[] simulation.n=10",
-        shell=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "pass trust=[my_models]" in done.stderr
+def test_without_trust_the_simulator_is_not_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, script, *arguments = shlex.split(examples(README)["commands"].splitlines()[0])
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", [script, *arguments, "trust=[]", "simulation.n=10"])
+    with pytest.raises(SystemExit) as ended:
+        cli.entry_point("nlme_sbi.stages.simulate:simulate", "simulate")()
+    assert ended.value.code == 1
+    assert "pass trust=[my_models]" in capsys.readouterr().err
+    assert "my_models.growth" not in sys.modules

@@ -10,8 +10,8 @@ import pytest
 import torch
 from closed_form import ClosedDraws, ClosedForm, closed_fit, even_case
 from conjugate_case import ConjugateCase, Linear
+from linear_case import NO_SIGMA
 from scipy.stats import binom, norm
-from test_exact import NO_SIGMA
 from torch.distributions import MultivariateNormal
 
 from nlme_sbi.population import Exact, GaussianPopulation, fit_population

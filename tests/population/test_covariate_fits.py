@@ -4,93 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conjugate_case import parameter_space, with_covariates
+from covariate_regressions import COUNT, DOUBLE, NOISE, data_of, fitted, population, regression, seeded, three_kinds
 from scipy.stats import norm
 from theophylline_quadrature import people, quadrature
 from torch import Tensor
-from torch.distributions import Normal
 
 from nlme_sbi.individual_model.priors import GaussianPrior
-from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, fit_population
+from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit
 from nlme_sbi.population.objective.objective import contributions, effective_draws
 from nlme_sbi.posteriors import PosteriorSamples
-from nlme_sbi.types import Design, Observations
+from nlme_sbi.types import Observations
 from simulators.theophylline import Theophylline
-
-DOUBLE = torch.float64
-NOISE = 0.2
-COUNT = 90
-
-
-class Direct:
-    """``y = phi + noise``, one measurement a parameter."""
-
-    def __init__(self, size: int) -> None:
-        self.parameters = parameter_space(("uptake", "decay", "sigma")[:size])
-        self.signals = tuple(f"signal_{place}" for place in range(size))
-        self.signal_units, self.time_unit, self.covariates, self.takes_doses = ("",) * size, "", (), False
-
-    def simulate(self, phi, design, generator):
-        raise NotImplementedError
-
-    def predict(self, phi: Tensor, design: Design) -> Tensor:
-        return phi[..., None, :]
-
-    def log_likelihood(self, data: Observations, phi: Tensor) -> Tensor:
-        values = data.values.reshape(len(data), *(1,) * (phi.ndim - 2), -1)
-        return Normal(phi, NOISE).log_prob(values).sum(-1)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@lru_cache
-def population(seed: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Weights, sexes, logs of weight over 70, standard normals ``(I, 3)``."""
-    random = np.random.default_rng(seed)
-    weight = random.uniform(45, 110, COUNT)
-    return weight, random.random(COUNT) < 0.4, np.log(weight / 70), random.standard_normal((COUNT, 3))
-
-
-def data_of(y: np.ndarray) -> Observations:
-    weight, male, _, _ = population()
-    sexes = ["m" if one else "f" for one in male]
-    return with_covariates({"weight": weight.tolist(), "sex": sexes}, torch.tensor(y))
-
-
-def fitted(data: Observations, model: GaussianPopulation, *, exact: bool = True, draws: int = 800) -> PopulationFit:
-    """With draws of the exact posterior under a wide prior, which knows nothing of the covariates."""
-    simulator = Direct(data.values.shape[2])
-    names = simulator.parameters.names
-    prior = GaussianPrior({name: {"mean": 0.0, "sd": 2.0} for name in names})
-    gain = 4 / (4 + NOISE**2)
-    noise = torch.randn((len(data), draws, len(names)), generator=seeded(3), dtype=DOUBLE)
-    phi = gain * data.values.double() + math.sqrt(gain) * NOISE * noise
-    samples = PosteriorSamples(names, phi, torch.zeros(phi.shape[:2], dtype=DOUBLE), prior)
-    return fit_population(
-        samples,
-        data,
-        model,
-        generator=seeded(),
-        parameters=simulator.parameters,
-        estimator=Exact(simulator=simulator) if exact else None,
-        starts=1,
-    )
-
-
-def regression(y: np.ndarray, columns: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
-    """Coefficients, their maximum-likelihood standard errors, and the variance of the residuals."""
-    z = np.stack([np.ones(len(y)), *columns], 1)
-    coefficients, *_ = np.linalg.lstsq(z, y, rcond=None)
-    variance = float(np.mean((y - z @ coefficients) ** 2))
-    return coefficients, np.sqrt(variance * np.diag(np.linalg.inv(z.T @ z))), variance
 
 
 def named(fit: PopulationFit, values: Tensor) -> dict[str, float]:
@@ -104,44 +33,6 @@ def assert_close(fit: PopulationFit, expected: dict[str, tuple[float, float]]) -
     for name, (value, error) in expected.items():
         assert abs(found[name] - value) < 0.15 * error, name
         assert se[name] == pytest.approx(error, rel=0.08), name
-
-
-@lru_cache
-def three_kinds() -> tuple[PopulationFit, dict[str, tuple[float, float]]]:
-    """A power on a varying parameter, a categorical effect on another one, an exponential one on a constant."""
-    weight, male, logs, normal = population()
-    y = np.stack([0.5 + 0.75 * logs, -0.3 + 0.4 * male, 0.8 + 0.01 * (weight - 60)], 1)
-    y += np.array([0.3, 0.5, 0.0]) * normal
-    y += NOISE * np.random.default_rng(2).standard_normal(y.shape)
-    model = GaussianPopulation(
-        constant=("sigma",),
-        covariates={
-            "uptake": {"weight": {"form": "power", "reference": 70}},
-            "decay": {"sex": "categorical"},
-            "sigma": {"weight": {"form": "exponential", "reference": 60}},
-        },
-    )
-    expected = {}
-    for column, (name, regressor, effect) in enumerate(
-        [
-            ("uptake", logs, "effect.uptake.weight"),
-            ("decay", male.astype(float), "effect.decay.sex.m"),
-            ("sigma", weight - 60, "effect.sigma.weight"),
-        ]
-    ):
-        coefficients, error, variance = regression(y[:, column], [regressor])
-        if name == "sigma":
-            error *= NOISE / math.sqrt(variance)  # the noise is known, and there is nothing else
-        else:
-            # Total variance = omega^2 + noise^2, SE of its log sqrt(2/n); chain rule to log omega.
-            omega2 = variance - NOISE**2
-            expected[f"log_sd.{name}"] = (
-                0.5 * math.log(omega2),
-                0.5 * variance / omega2 * math.sqrt(2 / COUNT),
-            )
-        expected[f"mean.{name}"] = (coefficients[0], error[0])
-        expected[effect] = (coefficients[1], error[1])
-    return fitted(data_of(y), model), expected
 
 
 @pytest.mark.slow
@@ -183,7 +74,7 @@ def test_full_covariance_and_effects_without_a_closed_form_step() -> None:
     y = np.stack([0.5 + 0.75 * logs, -0.3 + 1.0 * logs], 1) + normal[:, :2] @ root.T
     y += NOISE * np.random.default_rng(4).standard_normal(y.shape)
     covariates = {name: {"weight": {"form": "power", "reference": 70}} for name in ("uptake", "decay")}
-    fit = fitted(data_of(y), GaussianPopulation(covariance="full", covariates=covariates), exact=False)
+    fit = fitted(data_of(y), GaussianPopulation(covariance="full", covariates=covariates), estimator=None)
     both = [regression(y[:, column], [logs]) for column in (0, 1)]
     expected = {
         f"{kind}.{name}{tail}": (both[column][0][place], both[column][1][place])
@@ -269,7 +160,7 @@ def test_an_effect_that_is_not_there_is_not_significant() -> None:
     fit = fitted(
         data_of(y),
         GaussianPopulation(covariates={"uptake": {"weight": {"form": "power", "reference": 70}}}),
-        exact=False,
+        estimator=None,
     )
     coefficients, error, _ = regression(y[:, 0], [np.log(weight / 70)])
     (row,) = fit.table().effects
@@ -288,7 +179,7 @@ def test_given_effects_are_kept_and_told_as_fixed() -> None:
         covariance=[["uptake", "decay"]],
     )
     y = fit_data(fit).values[:, 0, :2].numpy()
-    again = fitted(data_of(y), model, exact=False)
+    again = fitted(data_of(y), model, estimator=None)
     _, male, logs, _ = population()
     left = y - np.stack([0.75 * logs, 0.4 * male], 1)
     mean, omega = left.mean(0), np.cov(left.T, bias=True) - NOISE**2 * np.eye(2)
@@ -303,7 +194,7 @@ def test_given_effects_are_kept_and_told_as_fixed() -> None:
 @pytest.mark.slow
 def test_blocks_leave_the_other_correlations_out_of_the_table() -> None:
     fit, _ = three_kinds()
-    again = fitted(fit_data(fit), GaussianPopulation(covariance=[["uptake", "decay"]]), exact=False)
+    again = fitted(fit_data(fit), GaussianPopulation(covariance=[["uptake", "decay"]]), estimator=None)
     pairs = [(row.first, row.second) for row in again.table().correlations]
     assert pairs == [("uptake", "decay")]
     (row,) = again.table().correlations_frame().to_dict("records")

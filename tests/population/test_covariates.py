@@ -9,26 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conjugate_case import with_covariates
+from covariate_case import RACE, SEX, SPACE, WEIGHT, random_theta
 from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
 
-from nlme_sbi.parameters import Parameter, ParameterSpace
+from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population import GaussianPopulation
-from nlme_sbi.population.models.gaussian import BoundGaussian
 from nlme_sbi.types import Observations
 
 DOUBLE = torch.float64
-WEIGHT = [52.0, 61.0, 70.0, 84.0, 95.0, 77.0]
-SEX = ["f", "m", "f", "m", "m", "f"]
-RACE = ["a", "b", "c", "a", "b", "c"]
-SPACE = ParameterSpace(
-    (
-        Parameter("rate", "1/h"),
-        Parameter("share", "", "logit", lower=0.0, upper=2.0),
-        Parameter("shift", "h", "identity"),
-        Parameter("sigma", "mg/L"),
-    )
-)
 
 
 def data() -> Observations:
@@ -63,13 +52,6 @@ SPECIFICATIONS = {
     ),
     "blocks without covariates": GaussianPopulation(covariance=[["sigma", "rate"], ["shift", "share"]]),
 }
-
-
-def random_theta(model: BoundGaussian, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    theta = 0.5 * torch.randn(len(model.unknowns), generator=generator, dtype=DOUBLE)
-    theta[model._first_effect :] *= 0.02  # linear factors must stay positive for weights from 52 to 95
-    return torch.where(model.unknowns.fixed, model.unknowns.starts, theta)
 
 
 def logit(natural: float) -> float:

@@ -4,48 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conjugate_case import ConjugateCase, Linear, observations, parameter_space
-from scipy.integrate import quad
+from conjugate_case import ConjugateCase, Linear, observations
+from curved_case import Curved, by_quadrature
+from linear_case import DOUBLE, MEAN, NO_SIGMA, OMEGA, Opaque, linear_case, log_likelihood, seeded
 from scipy.stats import t as student
-from theophylline_quadrature import people, quadrature
+from theophylline_quadrature import ESTIMATE, RESIDUAL, SDS, people, quadrature
 
-from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
-from nlme_sbi.individual_model.noise import Additive
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.numerics.t_mixtures import Mixtures
-from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.population import Exact, GaussianPopulation, fit_population
 from nlme_sbi.population.estimators.exact_draws import ExactDraws
 from nlme_sbi.population.objective.objective import contributions, effective_draws, hessian, scores, value_and_gradient
 from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.types import Observations
-
-DOUBLE = torch.float64
-MEAN = [0.5, -0.3, 0.8]
-OMEGA = torch.diag(torch.tensor([0.6, 0.5, 0.4], dtype=DOUBLE).square())
-NO_SIGMA = torch.diag(torch.tensor([0.6, 0.5, 0.0], dtype=DOUBLE).square())
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def linear_case(omega: torch.Tensor, *, individuals: int, seed: int) -> tuple[ConjugateCase, Linear]:
-    case = ConjugateCase.simulated(MEAN, omega, individuals=individuals, seed=seed, noise=0.3)
-    case = replace(case, noise=torch.full_like(case.noise, 0.3))
-    return case, Linear(case, 0.3)
-
-
-def log_likelihood(case: ConjugateCase, mean: torch.Tensor, omega: torch.Tensor) -> torch.Tensor:
-    """Closed form, ``(I,)``."""
-    marginal = case.loadings @ omega @ case.loadings.T + torch.diag_embed(case.noise.square())
-    return torch.distributions.MultivariateNormal(case.loadings @ mean, marginal).log_prob(case.y)
 
 
 def drawn(
@@ -127,35 +103,6 @@ def test_the_fit_is_the_maximum_of_the_closed_form(constant: tuple[str, ...], co
 # One dimension, by quadrature.
 
 
-class Curved(MechanisticSimulator):
-    """One measured function of one parameter, with its own noise."""
-
-    parameters = ParameterSpace((Parameter("x", transform="identity"), Parameter("sigma")))
-    signals, signal_units, time_unit = ("y",), ("",), ""
-    noise = Additive(sd="sigma")
-
-    def __init__(self, shape: str) -> None:
-        self.shape = shape
-
-    def predict(self, phi, design):
-        x = phi[..., :1]
-        curve = {"square": x.square(), "saturating": torch.exp(-torch.exp(x)), "kinked": (x - 0.1).abs() + 0.5 * x}
-        return curve[self.shape][..., None].expand(*phi.shape[:-1], design.times.shape[1], 1)
-
-
-def curve(shape: str, x: float) -> float:
-    return {"square": x * x, "saturating": math.exp(-math.exp(x)), "kinked": abs(x - 0.1) + 0.5 * x}[shape]
-
-
-def by_quadrature(shape: str, y: float, *, mean: float, sd: float, sigma: float) -> float:
-    def integrand(x: float) -> float:
-        exponent = ((y - curve(shape, x)) / sigma) ** 2 + ((x - mean) / sd) ** 2
-        return math.exp(-0.5 * exponent) / (2 * math.pi * sigma * sd)
-
-    edges = np.linspace(mean - 9 * sd, mean + 9 * sd, 400)
-    return math.log(sum(quad(integrand, a, b, epsabs=1e-14)[0] for a, b in pairwise(edges)))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "values"),
@@ -207,7 +154,7 @@ def test_proposals_are_normalised_t_mixtures_in_the_proportions_drawn() -> None:
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_fit_and_another_one_the_same_within_its_error() -> None:
-    case, simulator = linear_case(NO_SIGMA, individuals=40, seed=5)
+    case, simulator = linear_case(NO_SIGMA, individuals=25, seed=5)
 
     def fitted(seed: int):
         return fit_population(
@@ -225,16 +172,6 @@ def test_the_same_seed_gives_the_same_fit_and_another_one_the_same_within_its_er
     spread = math.hypot(first.monte_carlo.objective_se, other.monte_carlo.objective_se)
     assert abs(first.objective - other.objective) < 5 * spread
     assert float(((first.theta - other.theta).abs() / first.standard_errors).max()) < 0.3
-
-
-class Opaque:
-    """A simulator without a likelihood."""
-
-    parameters = parameter_space()
-    signals, signal_units, time_unit, covariates, takes_doses = ("signal_0",), ("",), "", (), False
-
-    def simulate(self, phi, design, generator):
-        raise NotImplementedError
 
 
 def test_a_simulator_without_likelihood_is_refused_with_the_remedy() -> None:
@@ -274,9 +211,6 @@ def test_impossible_settings_are_refused(settings: dict) -> None:
 # Theophylline, all 132 observations.
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "theophylline"
-ESTIMATE = {"ka": 0.4593, "CL": 1.0117, "V": 3.4538}
-SDS = {"ka": 0.6364, "CL": 0.2652, "V": 0.1360}
-RESIDUAL = 0.6959
 
 
 @pytest.mark.slow

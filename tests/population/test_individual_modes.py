@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import torch
 from conjugate_case import ConjugateCase, Linear, observations
-from test_exact import Curved, linear_case
+from curved_case import Curved
+from linear_case import linear_case
 
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.population import Exact, GaussianPopulation, Laplace, PopulationFit, PriorRatio, fit_population

@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import pytest
 import torch
-from conjugate_case import observations
-from test_covariates import SEX, WEIGHT, random_theta, with_covariates
+from conjugate_case import observations, with_covariates
+from covariate_case import SEX, WEIGHT, random_theta
 
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.individual_model.noise import Additive

@@ -4,39 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from conjugate_case import observations
+from curved_case import Curved, by_quadrature
+from linear_case import DOUBLE, MEAN, NO_SIGMA, OMEGA, Opaque, linear_case, log_likelihood, seeded
 from scipy.optimize import minimize
 from scipy.stats import norm
-from test_exact import (
-    DOUBLE,
-    ESTIMATE,
-    MEAN,
-    NO_SIGMA,
-    OMEGA,
-    RESIDUAL,
-    SDS,
-    Curved,
-    Opaque,
-    by_quadrature,
-    linear_case,
-    log_likelihood,
-    seeded,
-)
+from theophylline_laplace import theophylline
+from theophylline_quadrature import ESTIMATE, RESIDUAL, SDS
 
-from nlme_sbi.cli import compose_config
-from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.population import GaussianPopulation, Laplace, fit_population
 from nlme_sbi.population.estimators import laplace_terms as laplace_pieces
 from nlme_sbi.population.estimators.laplace_draws import LaplaceDraws
 from nlme_sbi.population.objective.objective import contributions, hessian, scores, value_and_gradient
 from nlme_sbi.posteriors import PosteriorSamples
-from nlme_sbi.types import Observations
 
 
 @pytest.mark.slow
@@ -78,27 +63,6 @@ def test_where_everything_is_linear_it_is_exact(constant: tuple[str, ...], covar
 
 
 # Theophylline: third derivatives that matter, a constant, correlations.
-
-
-@cache
-def theophylline(*, full: bool) -> tuple[LaplaceDraws, torch.Tensor, Observations]:
-    from omegaconf import OmegaConf
-
-    plain = OmegaConf.to_container(compose_config("fit_population", ["experiment=theophylline"]), resolve=True)
-    data = instantiate(plain["data"], where="data").read()
-    simulator = instantiate(plain["simulator"], where="simulator")
-    prior = instantiate(plain["prior"], where="prior")
-    population = GaussianPopulation(constant=("sigma",), covariance="full" if full else "diagonal")
-    model = population.bind(simulator.parameters)
-    theta = model.from_moments(
-        torch.tensor([*ESTIMATE.values(), math.log(RESIDUAL)], dtype=DOUBLE),
-        torch.diag(torch.tensor([*SDS.values(), 0.0], dtype=DOUBLE).square()),
-    )
-    phi = prior.sample(12 * 60, seeded(3)).double().reshape(12, 60, 4)
-    samples = PosteriorSamples(names=prior.names, phi=phi, log_q=torch.zeros(12, 60, dtype=DOUBLE), prior=prior)
-    estimator = Laplace(simulator=simulator)
-    first = estimator.prepare(samples, data, model, seeded())
-    return estimator.draws_at(samples, data, theta, first, seeded()), theta, data
 
 
 def laplace_of_one(times: np.ndarray, values: np.ndarray, dose: float) -> float:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conjugate_case import ConjugateCase, observations, parameter_space, with_covariates
-from test_covariates import RACE, SEX, SPACE, WEIGHT
+from covariate_case import RACE, SEX, SPACE, WEIGHT
 
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.population import GaussianPopulation, fit_population

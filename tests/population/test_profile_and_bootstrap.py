@@ -10,9 +10,10 @@ import pytest
 import torch
 from closed_form import closed_fit, one_level
 from conjugate_case import ConjugateCase, Linear
+from curved_case import Curved
+from linear_case import NO_SIGMA, linear_case
 from scipy.optimize import brentq, minimize
 from scipy.stats import chi2, norm
-from test_exact import NO_SIGMA, Curved, linear_case
 
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.population import Exact, GaussianPopulation, PopulationFit, fit_population

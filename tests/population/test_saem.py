@@ -8,14 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import test_covariate_fits
 import torch
 from conjugate_case import ConjugateCase, Linear, observations
+from covariate_regressions import three_kinds
+from curved_case import Curved
+from linear_case import DOUBLE, MEAN, NO_SIGMA, OMEGA, Opaque, linear_case, log_likelihood, seeded
 from omegaconf import OmegaConf
 from scipy.optimize import minimize
 from scipy.stats import norm
-from test_exact import DOUBLE, MEAN, NO_SIGMA, OMEGA, Curved, Opaque, linear_case, log_likelihood, seeded
-from test_laplace import theophylline
+from theophylline_laplace import theophylline
 
 from nlme_sbi.cli import compose_config
 from nlme_sbi.compute.progress import FitProgress
@@ -118,12 +119,9 @@ def quick_saem(simulator: Simulator) -> Saem:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("estimator", "apart"), [(quick_saem, 0.6), (Laplace, 0.01)])
-def test_covariate_effects_are_those_of_regressions(
-    estimator: Callable[..., Saem | Laplace], apart: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_covariate_effects_are_those_of_regressions(estimator: Callable[..., Saem | Laplace], apart: float) -> None:
     """Linear and normal: Laplace is exact; 220 sweeps leave a Monte-Carlo error of 0.1 to 0.15 standard errors."""
-    monkeypatch.setattr(test_covariate_fits, "Exact", estimator)
-    fit, expected = test_covariate_fits.three_kinds.__wrapped__()
+    fit, expected = three_kinds(estimator)
     found = dict(zip(fit.population.unknowns.names, fit.theta.tolist(), strict=True))
     assert set(found) == set(expected)
     assert max(abs(found[name] - value) / error for name, (value, error) in expected.items()) < apart

@@ -56,6 +56,12 @@ def test_only_flows_imports_nflows_and_nothing_reads_pickles() -> None:
             assert "weights_only=True" in call, path
 
 
+def test_no_test_module_imports_another() -> None:
+    """What several share is in modules beside them, so that one can be run, moved or removed without the others."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) (tests\.\S*)?test_", path.read_text(), re.MULTILINE), path
+
+
 def test_no_file_of_ours_is_longer_than_two_want_to_be() -> None:
     # STYLE: a file past about 400 lines wants to be two; 450 is where this test stops listening to excuses.
     long = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,11 @@ from nlme_sbi.population.results.estimates import FitEstimates, LikelihoodValues
 from nlme_sbi.report.arviz import to_inference_data
 from nlme_sbi.types import Design, Observations
 
-pytest.importorskip("arviz", reason="the extra arviz is not installed")
+# Looked for and not imported, which takes seconds of every worker that reads this file.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("arviz") is None, reason="the extra arviz is not installed"),
+]
 
 
 def exported(draws: torch.Tensor, *, count: int, generator: torch.Generator | None = None) -> Any:
@@ -51,7 +56,6 @@ def exported(draws: torch.Tensor, *, count: int, generator: torch.Generator | No
     )
 
 
-@pytest.mark.slow
 def test_draws_and_data_arrive_with_their_names(generator: torch.Generator) -> None:
     # Individuals that are known exactly: whatever theta is, their draws stay what they are.
     known = torch.tensor([-0.3, 0.1, 0.8], dtype=torch.float64)[:, None, None].expand(3, 50, 1).contiguous()
@@ -68,7 +72,6 @@ def test_draws_and_data_arrive_with_their_names(generator: torch.Generator) -> N
     assert found.attrs["fit"] == "fit-0"
 
 
-@pytest.mark.slow
 def test_individuals_follow_the_population_that_is_drawn(generator: torch.Generator) -> None:
     # Individuals without data: their draws are the population's, so each must lie about the mean of its own theta.
     wide = 0.2 + 0.5 * torch.randn((3, 4000, 1), generator=generator, dtype=torch.float64)

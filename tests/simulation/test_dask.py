@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import joblib
@@ -14,7 +15,11 @@ from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.simulation.shards import ShardCounts, SimulationSettings, write_shards
 from simulators.mrna_two_rate import MrnaTwoRate
 
-distributed = pytest.importorskip("distributed", reason="Dask is not installed (extra dask)")
+# Looked for and not imported, which takes seconds of every worker that reads this file.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("distributed") is None, reason="Dask is not installed (extra dask)"),
+]
 
 
 def write(directory: Path, **settings: object) -> ShardCounts:
@@ -34,8 +39,9 @@ def hashes(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.slow
 def test_a_dask_cluster_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import distributed
+
     write(tmp_path / "here", workers=1)
 
     def not_here(*_: object) -> None:
@@ -43,7 +49,7 @@ def test_a_dask_cluster_changes_no_byte(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.chdir(tmp_path)
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path / "dask")
+        n_workers=1, threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path / "dask")
     ) as cluster:
         monkeypatch.setattr(simulation, "_store", not_here)
         # By its address, as on the command line, with a directory that is relative to this process only.

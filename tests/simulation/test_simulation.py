@@ -254,6 +254,7 @@ print("done", flush=True)
 
 
 @pytest.mark.slow
+@pytest.mark.thorough  # the stage is killed by the tests of stages as well
 def test_a_killed_process_leaves_only_whole_shards(tmp_path: Path) -> None:
     from simulators.mrna_two_rate import MrnaTwoRate
 

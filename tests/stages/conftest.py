@@ -1,4 +1,4 @@
-"""What kills and full disks share: tiny runs of every stage, made once a session, and stages that start warm."""
+"""What stages share: bare figures of training, tiny runs of every stage, made once a session, and a warm start."""
 
 from __future__ import annotations
 
@@ -8,15 +8,25 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_runs import shared_folder
+from tiny_runs import draw_bare, shared_folder
 
 HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bare_losses() -> Iterator[None]:
+    """As in runs that are made once, of which these runs must have the bytes; the curve of losses is a fifth of the
+    time of a tiny training."""
+    with pytest.MonkeyPatch.context() as patched:
+        draw_bare(patched, import_module("nlme_sbi.stages.train_flow"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -21,9 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from tiny_runs import STAGES, function_of, tiny
+from tiny_runs import STAGES, bare_figure, function_of, tiny
 
 from nlme_sbi.report.inputs.commands import Command
 from nlme_sbi.report.page import files as report_files
@@ -60,14 +59,9 @@ class Ended:
     refusal: str  # kind and words of the exception
 
 
-def bare_figure(*_: object, **__: object) -> Figure:
-    """Drawing takes ten times as long as the fit; how a figure reaches the disk is the same for a bare one."""
-    return Figure()
-
-
 def draw_nothing() -> None:
-    """Put bare figures in the places of all figures, and a word for the commands that a report works out by composing
-    configurations again and again; both take longer than all the rest."""
+    """Put bare figures in the places of all figures, which reach the disk like others, and a word for the commands that
+    a report works out by composing configurations again and again; both take longer than all the rest."""
     loaded = [module for name, module in sys.modules.items() if name.startswith(("nlme_sbi.stages", "nlme_sbi.report"))]
     for module in loaded:
         for name in [name for name in vars(module) if name.startswith("plot_")]:

@@ -1,15 +1,16 @@
-"""Trains on two processes that are interrupted, then on two that go on, all forked from here, where torch is imported.
+"""Trains on two processes, then on two that are interrupted and two that go on, forked where torch is imported.
 
-    python team_of_two.py ROOT [OVERRIDE ...]
+    python team_of_two.py UNDISTURBED INTERRUPTED [OVERRIDE ...]
 
 ``torchrun`` starts itself and a process for each, which takes many times as long as the training. What it tells them is
-in their environment. The first two are ended by SIGTERM, as torchrun does, once there is a checkpoint. Prints how the
-four ended: exit codes, or minus the signal.
+in their environment. Those below the second output root are ended by SIGTERM, as torchrun does, once there is a
+checkpoint. Prints how the six ended: exit codes, or minus the signal.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -62,12 +63,17 @@ def ends(members: list[int]) -> list[int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    root = Path(sys.argv[1])
-    cfg = tiny("train_flow", "mrna_two_rate", root, *sys.argv[2:])
+    logging.basicConfig(level=logging.INFO)  # to the standard error
+    undisturbed, root = Path(sys.argv[1]), Path(sys.argv[2])
+    whole = ends(start_team(tiny("train_flow", "mrna_two_rate", undisturbed, *sys.argv[3:])))
+    cfg = tiny("train_flow", "mrna_two_rate", root, *sys.argv[3:])
+    # The checkpoint of one process is there already.
+    before = set(root.rglob("training.pt"))
     interrupted = start_team(cfg)
     deadline = time.monotonic() + 60
-    while not list(root.rglob("training.pt")) and time.monotonic() < deadline:
+    while not set(root.rglob("training.pt")) - before and time.monotonic() < deadline:
         time.sleep(0.01)
     for member in interrupted:
         os.kill(member, signal.SIGTERM)
-    print(json.dumps({"interrupted": ends(interrupted), "went_on": ends(start_team(cfg))}))  # noqa: T201
+    ended = {"undisturbed": whole, "interrupted": ends(interrupted), "went_on": ends(start_team(cfg))}
+    print(json.dumps(ended))  # noqa: T201

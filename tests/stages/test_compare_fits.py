@@ -15,10 +15,9 @@ from nlme_sbi import cli
 from nlme_sbi.cli import compose_config
 from nlme_sbi.stages.compare_fits import compare_fits
 from nlme_sbi.stages.fit_population import fit_population
-from nlme_sbi.stages.train_flow import train_flow
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_runs import ROOT, bytes_of, only_run, tiny
+from tiny_runs import CELLS_LEARNED, ROOT, bytes_of, made_once, only_run, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -43,9 +42,9 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fits(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
     """An output root with three fits of theirs: all vary, one does not, and one by another seed with all methods."""
-    root = tmp_path_factory.mktemp("fits")
-    size = ["training.steps=60", "training.validate_every=30", "flow.hidden=16", "summary.hidden=32"]
-    train_flow(tiny("train_flow", "mrna_two_rate", root, "simulations=online", *size))
+    root = Path(
+        shutil.copytree(made_once(tmp_path_factory, CELLS_LEARNED), tmp_path_factory.mktemp("fits") / "outputs")
+    )
     asked = {
         "varying": [],
         "constant": ["population.constant=[sigma]"],

@@ -19,7 +19,7 @@ from nlme_sbi.runs import FinishedRun
 from nlme_sbi.stages.diagnose import diagnose
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_runs import FITTED, THEOPHYLLINE, TRAINED_ONLINE, bytes_of, made_once, only_run
+from tiny_runs import FITTED, THEOPHYLLINE, TRAINED_ONLINE, bytes_of, draw_bare, made_once, only_run
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +62,10 @@ def findings_of(run: FinishedRun) -> dict[str, Finding]:
     return {one["check"]: Finding.from_dict(one) for one in plain}
 
 
-def test_without_data_the_checks_over_the_prior_are_made(root: Path, tmp_path: Path) -> None:
+def test_without_data_the_checks_over_the_prior_are_made(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_bare(monkeypatch, diagnose_stage)
     run = diagnosed(root, tmp_path)
     found = findings_of(run)
     assert set(found) == {*ALWAYS, "long_chains"}

@@ -24,7 +24,17 @@ from nlme_sbi.stages.simulate import simulate
 from nlme_sbi.stages.train_flow import train_flow
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_runs import ROOT, THEOPHYLLINE, bytes_of, only_run, tiny
+from tiny_runs import (
+    CELLS_LEARNED,
+    ROOT,
+    THEOPHYLLINE,
+    THEOPHYLLINE_LEARNED,
+    bare_figure,
+    bytes_of,
+    made_once,
+    only_run,
+    tiny,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -37,11 +47,7 @@ FIGURES = {"individual_fits.png", "population.png", "pairs_typical.png", "pairs_
 @pytest.fixture(scope="module")
 def posteriors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output root with one small posterior of each experiment; not to be written to."""
-    root = tmp_path_factory.mktemp("posteriors")
-    size = ["training.steps=60", "training.validate_every=30", "flow.hidden=16", "summary.hidden=32"]
-    for experiment in ("mrna_two_rate", "theophylline"):
-        train_flow(tiny("train_flow", experiment, root, "simulations=online", *size))
-    return root
+    return made_once(tmp_path_factory, CELLS_LEARNED, THEOPHYLLINE_LEARNED)
 
 
 @pytest.fixture
@@ -204,6 +210,7 @@ def test_what_fails_after_the_estimates_is_told_and_costs_nothing_else(
 
     monkeypatch.setattr(figures, "plot_population", infinite)
     monkeypatch.setattr(figures, "plot_individual_fits", infinite)
+    monkeypatch.setattr(figures, "plot_pairs", bare_figure)
     monkeypatch.setattr(stage, "individual_modes", broken)
     monkeypatch.setattr(stage, "predictions_frame", broken)
     run = fitted_run(root)
@@ -305,7 +312,7 @@ def test_a_fit_that_was_stopped_ends_with_the_same_bytes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(stage, "save_figures", stopped)
+        patched.setattr(stage, "individual_modes", stopped)
         with pytest.raises(KeyboardInterrupt):
             fit_population(tiny("fit_population", "theophylline", root))
     monkeypatch.setattr(stage, "save_figures", no_figures)
@@ -452,9 +459,11 @@ def noisy_levels(natural: np.ndarray, times: np.ndarray, random: np.random.Gener
 
 
 def test_a_simulator_without_a_likelihood_is_fitted_without_the_figure_that_needs_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The population of y = level + noise is known in closed form; a network of two layers finds it."""
+    for name in ("plot_pairs", "plot_population"):
+        monkeypatch.setattr(figures, name, bare_figure)
     caplog.set_level("INFO")
     here = __name__
     own = {

@@ -74,8 +74,8 @@ def table(weights: np.ndarray, values: np.ndarray) -> str:
 
 def minus_two_log_likelihood(found: dict[str, float], weights: np.ndarray, values: np.ndarray) -> float:
     """By quadrature over the clearance of each individual."""
-    # The data tell a clearance to a few per cent: a grid a hundred times as fine as that, far beyond both ends.
-    nodes = np.linspace(-6, 6, 1501)
+    # The data tell a clearance to a few per cent, 0.15 in nodes: trapezoids a quarter of that wide are exact.
+    nodes = np.linspace(-6, 6, 301)
     shares = np.exp(-0.5 * nodes**2) * (nodes[1] - nodes[0])
     clearance = np.exp(found["mean.CL"] + np.exp(found["log_sd.CL"]) * nodes)
     cv, total = np.exp(found["mean.cv"]), 0.0

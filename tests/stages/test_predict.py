@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import nlme_sbi.stages.predict as predict_stage
 from nlme_sbi.cli import compose_config
+from nlme_sbi.plots.predictions import plot_predictions
 from nlme_sbi.runs import FinishedRun, save_json
 from nlme_sbi.runs.directory import seal
 from nlme_sbi.stages.predict import predict
@@ -19,7 +21,7 @@ from nlme_sbi.stages.sample_theta import sample_theta
 from nlme_sbi.stages.shared.stored_fit import load_fit
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_runs import FITTED, TRAINED_ONLINE, bytes_of, made_once, only_run
+from tiny_runs import FITTED, TRAINED_ONLINE, bytes_of, draw_bare, made_once, only_run
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +38,11 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def root(fitted: Path, tmp_path: Path) -> Path:
     """The same, to be written to."""
     return Path(shutil.copytree(fitted, tmp_path / "outputs"))
+
+
+@pytest.fixture(autouse=True)
+def _bare_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_bare(monkeypatch, predict_stage)
 
 
 def predicted(root: Path, *overrides: str) -> FinishedRun:
@@ -110,7 +117,10 @@ def test_uncertainty_of_theta_widens_bands_of_new_individuals(root: Path) -> Non
     assert widths["normal"] > 1.03 * widths["estimate"]
 
 
-def test_predictions_repeat_to_the_byte_and_by_default_follow_the_data(root: Path) -> None:
+def test_predictions_repeat_to_the_byte_and_by_default_follow_the_data(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict_stage, "plot_predictions", plot_predictions)  # not bare: figures repeat, too
     other = Path(shutil.copytree(root, root.parent / "other"))
     first = predicted(root, "predict.save_draws=true", "design.points=7")
     assert bytes_of(first) == bytes_of(predicted(other, "predict.save_draws=true", "design.points=7"))

@@ -40,12 +40,10 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def finished(root: Path) -> tuple[FinishedRun, str]:
-    """The training on two processes by torchrun, and what was told."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["experiment=mrna_two_rate", f"output_root={root}", "device=cpu", *TRAINING, *STEPS]
+def run_two(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A command of ours for two processes, which must succeed."""
     done = subprocess.run(
-        [*command, ROOT / "scripts" / "train_flow.py", *arguments],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         timeout=240,
@@ -54,7 +52,7 @@ def finished(root: Path) -> tuple[FinishedRun, str]:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    return of_two(root), done.stdout
+    return done
 
 
 def of_two(root: Path) -> FinishedRun:
@@ -63,11 +61,8 @@ def of_two(root: Path) -> FinishedRun:
     return load_run(path)
 
 
-def test_two_processes_find_the_loss_curve_of_one_and_go_on_after_an_interruption(
-    one_process: Path, tmp_path: Path
-) -> None:
-    run, told = finished(Path(shutil.copytree(one_process, tmp_path / "two")))
-    assert told.count("Trained 100 steps") == 1  # by the first process alone
+def assert_curve_of_one(run: FinishedRun, one_process: Path) -> None:
+    """The losses of two processes are those of one."""
     alone = pd.read_csv(only_run(one_process, "train_flow").path / "history.csv")
     together = pd.read_csv(run.path / "history.csv")
     # Each step sees the same rows, so only the rounding of sums differs, which training amplifies a little.
@@ -75,18 +70,36 @@ def test_two_processes_find_the_loss_curve_of_one_and_go_on_after_an_interruptio
     np.testing.assert_allclose(together[columns], alone[columns], rtol=2e-3)
     assert alone["train_loss"].iloc[0] - alone["train_loss"].iloc[-1] > 1  # a curve, not a line
 
-    root = Path(shutil.copytree(one_process, tmp_path / "interrupted"))
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "team_of_two.py", root, *STEPS],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=120,
-        check=True,
-    )
-    ended = json.loads(done.stdout.splitlines()[-1])
-    assert ended == {"interrupted": [-signal.SIGTERM] * 2, "went_on": [0, 0]}, done.stderr
-    assert bytes_of(of_two(root)) == bytes_of(run)
+
+def test_two_processes_find_the_loss_curve_of_one_and_go_on_after_an_interruption(
+    one_process: Path, tmp_path: Path
+) -> None:
+    undisturbed, interrupted = (Path(shutil.copytree(one_process, tmp_path / name)) for name in ("whole", "cut"))
+    told = run_two(Path(__file__).parent / "team_of_two.py", undisturbed, interrupted, *STEPS)
+    assert told.stderr.count("Trained 100 steps") == 2  # once a team: by the first process alone
+    assert json.loads(told.stdout.splitlines()[-1]) == {
+        "undisturbed": [0, 0],
+        "interrupted": [-signal.SIGTERM] * 2,
+        "went_on": [0, 0],
+    }
+    assert_curve_of_one(of_two(undisturbed), one_process)
+    assert bytes_of(of_two(interrupted)) == bytes_of(of_two(undisturbed))
+
+
+@pytest.mark.thorough
+def test_torchrun_itself_starts_them(one_process: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(one_process, tmp_path / "two"))
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        ROOT / "scripts" / "train_flow.py",
+    ]
+    told = run_two(*command, "experiment=mrna_two_rate", f"output_root={root}", "device=cpu", *TRAINING, *STEPS)
+    assert told.stdout.count("Trained 100 steps") == 1  # by the first process alone
+    assert_curve_of_one(of_two(root), one_process)
 
 
 def test_fresh_simulations_are_shared_without_repeating_any() -> None:

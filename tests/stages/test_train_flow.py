@@ -19,6 +19,7 @@ import nlme_sbi.training.loop
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.individual_model.priors import GaussianPrior
 from nlme_sbi.networks.posterior import AmortizedPosterior, PosteriorNetwork
+from nlme_sbi.plots.loss import plot_history
 from nlme_sbi.runs import FinishedRun, load_run
 from nlme_sbi.stages.shared.components import generative_parts
 from nlme_sbi.stages.simulate import simulate
@@ -64,6 +65,7 @@ def own_copy(one_run: Path, tmp_path: Path) -> Path:
 def test_a_training_repeats_to_the_byte_and_its_posterior_is_the_one_that_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device, experiment: str, online: bool
 ) -> None:
+    monkeypatch.setattr(stage, "plot_history", plot_history)  # which other tests leave bare
     networks: list[PosteriorNetwork] = []
     save = stage._save
 

@@ -1,13 +1,19 @@
-"""A full disk at any file of any stage: one sentence, nothing half-written, the same bytes when there is room again."""
+"""What breaks a stage off: a full disk at any file, a file that the system refuses, SIGKILL at any moment.
+
+Each time nothing half-written is left, and the same command ends as an undisturbed run. All are in one file, so that
+one worker has the process from which the stages are forked.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +44,8 @@ EXPERIMENT = "theophylline"
 # Files that reach the disk before it is full: more and more of a stage's, or one after another.
 SOME = (0, 1, 6)
 ALL = tuple(range(100))
+LIMITS = (0, 500, 3000)  # bytes of the longest file that the system allows, whichever library writes it
+KEEPS_WHAT_IS_DONE = ("simulate", "train_flow")  # shards and checkpoints; the others keep nothing but whole files
 
 
 def assert_begun_and_no_more(root: Path, stage: str) -> None:
@@ -47,52 +55,86 @@ def assert_begun_and_no_more(root: Path, stage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "rooms", [pytest.param(SOME, id="some"), pytest.param(ALL, id="all", marks=pytest.mark.thorough)]
+    ("rooms", "limits"),
+    [
+        pytest.param(SOME, LIMITS, id="some"),
+        pytest.param(ALL, (), id="all", marks=pytest.mark.thorough),
+    ],
 )
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_disk_that_fills_up_at_any_file_is_a_sentence_and_costs_nothing_that_is_done(
+def test_a_file_that_cannot_be_written_is_a_sentence_and_costs_nothing_that_is_done(
     run_stage: Callable[..., dict[str, Any]],
     inputs_of: Callable[..., Path],
     undisturbed: Path,
     stage: str,
     rooms: tuple[int, ...],
+    limits: tuple[int, ...],
 ) -> None:
-    root, refusals = inputs_of(stage), []
-    for room in rooms:
-        ended = run_stage(stage, root, room=room)
-        if ended["code"] == 0:
-            break
-        refusals.append(ended["refusal"])
-        assert_begun_and_no_more(root, stage)
-    else:
-        assert run_stage(stage, root)["code"] == 0
-    assert len(refusals) >= 3
-    for words in refusals:
-        assert words.startswith("OSError: ")
+    root = inputs_of(stage)
+    full = refusals_of(run_stage, stage, root, "room", rooms)
+    limited = refusals_of(run_stage, stage, root, "largest", limits)
+    assert len(full) >= len(SOME)
+    assert len(limited) >= len(limits) - 1  # some stages have no file that is longer than the last
+    for words in full:
         assert "could not be written: the disk is full; free some space and run the same command" in words
-        assert "\n" not in words
-    expected = bytes_of(find_run("latest", stage=stage, experiment=EXPERIMENT, root=undisturbed))
-    assert bytes_of(only_run(root, stage)) == expected
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_file_that_the_system_refuses_is_a_sentence_whoever_writes_it(
-    run_stage: Callable[..., dict[str, Any]], inputs_of: Callable[..., Path], undisturbed: Path, stage: str
-) -> None:
-    """The system's own limit counts for every file of the process, whichever library writes it."""
-    root, refusals = inputs_of(stage), []
-    for largest in (0, 500, 3000):
-        ended = run_stage(stage, root, largest=largest)
-        if ended["code"] == 0:
-            break
-        refusals.append(ended["refusal"])
-        assert_begun_and_no_more(root, stage)
-    assert len(refusals) >= 2
-    for words in refusals:
+    for words in limited:
         assert "could not be written: File too large; mend that and run the same command again" in words
     assert run_stage(stage, root)["code"] == 0
-    expected = bytes_of(find_run("latest", stage=stage, experiment=EXPERIMENT, root=undisturbed))
-    assert bytes_of(only_run(root, stage)) == expected
+    assert bytes_of(only_run(root, stage)) == expected_bytes(undisturbed, stage)
+
+
+def refusals_of(
+    run_stage: Callable[..., dict[str, Any]], stage: str, root: Path, what: str, limits: Iterable[int]
+) -> list[str]:
+    """What a stage says below ever wider limits, until it has enough; nothing half-written may be left."""
+    refusals = []
+    for limit in limits:
+        ended = run_stage(stage, root, **{what: limit})
+        if ended["code"] == 0:
+            break
+        assert ended["refusal"].startswith("OSError: ")
+        assert "\n" not in ended["refusal"]
+        refusals.append(ended["refusal"])
+        assert_begun_and_no_more(root, stage)
+    return refusals
+
+
+def expected_bytes(undisturbed: Path, stage: str) -> dict[str, str]:
+    return bytes_of(find_run("latest", stage=stage, experiment=EXPERIMENT, root=undisturbed))
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_is_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_run(
+    run_stage: Callable[..., dict[str, Any]],
+    inputs_of: Callable[..., Path],
+    undisturbed: Path,
+    stage: str,
+    kills: int,
+) -> None:
+    whole = find_run("latest", stage=stage, experiment=EXPERIMENT, root=undisturbed).manifest["seconds"]
+    moments = random.Random(STAGES.index(stage) + 100 * kills)
+    longest = 0.6 if stage in KEEPS_WHAT_IS_DONE else 1.0
+    killed, ended, root = 0, 0, inputs_of(stage, "0")
+    while True:
+        # A stage that keeps what it has done ends early after some kills, and then begins anew.
+        seconds = moments.uniform(0, longest * whole) if killed < kills else 120
+        found = run_stage(stage, root, seconds=seconds)
+        if found["code"] == -signal.SIGKILL:
+            killed += 1
+            continue
+        assert found["code"] == 0, found["refusal"]
+        (path,) = (root / stage).iterdir()
+        assert [name for name in path.rglob(".*") if name.name != ".lock"] == []
+        assert bytes_of(find_run(path, stage=stage, experiment=EXPERIMENT, root=root)) == expected_bytes(
+            undisturbed, stage
+        )
+        if killed == kills:
+            return
+        # What the stage did when it was undisturbed it did for the first time, which takes longer.
+        whole = min(whole, found["seconds"])
+        ended += 1
+        root = inputs_of(stage, str(ended))
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +171,7 @@ def _failing(handler, record) -> None:  # type: ignore[no-untyped-def]
         handler.handleError(record)
 
 
+@pytest.mark.thorough  # the stages are limited like that above, and exit codes tested with the command line
 def test_the_systems_own_limit_on_files_is_a_sentence_on_the_command_line(simulated: Path, tmp_path: Path) -> None:
     """Every file of the process is limited, whoever writes it: checkpoints by torch, curves by TensorBoard, logs."""
     root = without_network(simulated, tmp_path / "outputs")
