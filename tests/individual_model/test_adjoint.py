@@ -62,7 +62,8 @@ def test_gradients_are_those_of_the_steps() -> None:
         size = model.predict(phi, DESIGN)
         found.append([size.detach(), *torch.autograd.grad(size.square().sum(), [phi, *model.pull.parameters()])])
     for direct, by_adjoint in zip(*found, strict=True):
-        torch.testing.assert_close(by_adjoint, direct, rtol=1e-6, atol=1e-8)
+        # Both solve to 1e-8 a step, of which there are some tens.
+        torch.testing.assert_close(by_adjoint, direct, rtol=1e-5, atol=1e-7)
     assert bool((found[0][1][:, :3] != 0).all())
 
 
