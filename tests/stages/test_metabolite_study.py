@@ -119,6 +119,7 @@ def test_a_study_with_a_metabolite_is_recovered_and_its_likelihood_is_that_of_qu
         f"data.path={tmp_path / 'study.csv'}",
         f"output_root={tmp_path}",
     ]
+    given += ["data.signal_levels={1: concentration, 2: metabolite}"]
     given += ["population.constant=[ka,VM,cv,cv_metabolite]", "device=cpu", "individuals.draws=0"]
     given += ["individuals.modes=false", "predictions.table=false", "fit.starts=1"]
     fit_population(compose_config("fit_population", given))  # type: ignore[arg-type]
