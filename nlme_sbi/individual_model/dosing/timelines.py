@@ -144,8 +144,8 @@ class RepeatedDose:
             whole = torch.floor(self.duration / self.interval)
         speed = (self.amount / torch.where(self.duration > 0, self.duration, 1.0)) * self.infused
         rest = self.duration - whole * self.interval
-        inflows = (((whole + count) * speed)[..., None] * self.entry for count in (1, 0))
-        return torch.minimum(rest, length), *inflows
+        early, later = (((whole + count) * speed)[..., None] * self.entry for count in (1, 0))
+        return torch.minimum(rest, length), early, later
 
     def since_entry(self) -> Tensor:
         """Time at the record since the last of the doses before it entered, at most an interval."""
