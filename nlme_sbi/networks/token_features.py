@@ -48,7 +48,7 @@ class TokenFeatures(nn.Module):
     small: Tensor
     brief: Tensor
 
-    def __init__(self, signals: int, *, takes_doses: bool, compartments: int, censored: bool, along: int) -> None:
+    def __init__(self, signals: int, *, takes_doses: bool, compartments: int, censored: bool, along: int = 0) -> None:
         super().__init__()
         self.signals, self.takes_doses, self.censored, self.along = signals, takes_doses, censored, along
         self.compartments = compartments if takes_doses else 0

@@ -68,8 +68,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(left: Tensor, right: Tensor, triples: tuple[tuple[int, int, int], ...], size: int) -> Tensor:
-        shape = torch.broadcast_shapes(left.shape[1:], right.shape[1:])
-        found = left.new_zeros((size, *shape))
+        found = left.new_zeros((size, *left.shape[1:]))
         rows, one, other = found.unbind(0), left.unbind(0), right.unbind(0)
         for row, first, second in triples:
             rows[row].addcmul_(one[first], other[second])

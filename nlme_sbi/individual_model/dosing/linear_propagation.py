@@ -137,7 +137,7 @@ class _Step:
                 part = share * values[..., column]
                 totals[row] = part if total is None else total + part
         whole = [torch.zeros_like(state[..., 0]) if total is None else total for total in totals]
-        return torch.stack(torch.broadcast_tensors(*whole), dim=-1)
+        return torch.stack([total.expand(state.shape[:-1]) for total in whole], dim=-1)
 
 
 def _build_steps(rates: Rates, elapsed: Float[Tensor, "*batch M"], size: int, sources: Sequence[int]) -> list[_Step]:

@@ -58,7 +58,7 @@ def find_steady_states(
         rows = torch.cat([chosen[number] for number in group])
         together = _concatenate([_select_rows(doses[number], chosen[number]) for number in group])
         states = _Cycle(here, rows, together, solver).state_before(base.index_select(0, rows))
-        for number, part in zip(group, states.split(counts), strict=True):
+        for number, part in zip(group, torch.split(states, counts), strict=True):
             found[number] = base.index_copy(0, chosen[number], part)
     return [each.reshape(*batch, size) for each in found]
 

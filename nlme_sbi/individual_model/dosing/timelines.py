@@ -150,8 +150,8 @@ class RepeatedDose:
             whole = torch.floor(self.duration / self.interval)
         speed = (self.amount / torch.where(self.duration > 0, self.duration, 1.0)) * self.infused
         rest = self.duration - whole * self.interval
-        inflows = (((whole + count) * speed)[..., None] * self.entry for count in (1, 0))
-        return torch.minimum(rest, length), *inflows
+        early, later = (((whole + count) * speed)[..., None] * self.entry for count in (1, 0))
+        return torch.minimum(rest, length), early, later
 
     def since_entry(self) -> Tensor:
         """Time from the entry of the last dose before the record to the record, at most an interval."""
