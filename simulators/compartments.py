@@ -17,23 +17,12 @@ from nlme_sbi.individual_model.dosing.doses import (
     receive_doses,
     write_out_doses,
 )
-from nlme_sbi.individual_model.dosing.event_integration import solve_through_doses
 from nlme_sbi.individual_model.dosing.linear_compartments import Transit, central_amount, disposition
-from nlme_sbi.individual_model.dosing.linear_equations import LinearSolver
-from nlme_sbi.individual_model.dosing.typical_scales import typical_scales
+from nlme_sbi.individual_model.dosing.linear_propagation import RateMatrices, amounts_through_doses
+from nlme_sbi.individual_model.dosing.typical_scales import TypicalScales, typical_scales
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
-from nlme_sbi.individual_model.noise import (
-    AboveZero,
-    Additive,
-    Combined1,
-    Combined2,
-    Exponential,
-    NoiseModel,
-    Power,
-    Proportional,
-    StudentT,
-)
-from nlme_sbi.individual_model.solvers import Equation, equation_by_stretch
+from nlme_sbi.individual_model.noise import AboveZero, BySignal, Exponential, Power, StudentT
+from nlme_sbi.individual_model.noise.names import NoiseName, above_zero, make_noise
 from nlme_sbi.individual_model.time_covariates import (
     EffectSections,
     Stretch,
@@ -45,28 +34,17 @@ from nlme_sbi.individual_model.time_covariates import (
     values_at,
     with_time_effects,
 )
+from nlme_sbi.numerics.rate_exponentials import Place
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.types import Design, Events, Observations
+from nlme_sbi.types import Design, Observations
 
 Absorption = Literal["none", "first_order", "zero_order", "transit"]
 Parametrization = Literal["clearance", "rates"]
-Noise = Literal[
-    "additive",
-    "proportional",
-    "combined1",
-    "combined2",
-    "power",
-    "exponential",
-    "student_t",
-    "student_t_proportional",
-    "student_t_exponential",
-]
 Censoring = Literal["M3", "M4"]
-_HEAVY = "student_t"
 _LONGEST_CHAIN = 20
-_DEGREES = 4.0  # as is common in robust regression: few data sets determine the degrees of freedom
 
 _OF_DOSES = ("Tlag", "F", "Tk0")
+_OF_METABOLITE = "_metabolite"  # ends the names of its noise parameters
 _PERIPHERAL = {1: (), 2: (("Q", "Vp", "k12", "k21"),), 3: (("Q1", "Vp1", "k12", "k21"), ("Q2", "Vp2", "k13", "k31"))}
 
 
@@ -82,20 +60,23 @@ class Compartments(MechanisticSimulator):
     absorption ``ka`` (first order), ``Tk0`` (zero order: its duration), ``MTT`` and ``ka`` (transit: mean transit
                time of a chain of compartments before first-order absorption), before the others
     options    ``Tlag`` (lag of the absorption), ``F`` (bioavailability of absorbed doses)
+    metabolite ``CLM, VM`` (by rates ``km, VM``), with ``fm`` where the fraction metabolized is estimated, and ``FP``,
+               the share of an absorbed dose that is metabolized before it reaches the central compartment
     noise      ``sigma`` (additive, exponential), ``cv`` (proportional), both (combined1, combined2), ``sigma`` and
-               ``power`` (power: SD ``sigma * f**power``); the same with the heavy tails of Student's t
+               ``power`` (power: SD ``sigma * f**power``); the same with the heavy tails of Student's t;
+               those of a metabolite end with ``_metabolite``
     ========== ===================================== =========================================
 
     Doses are read from the event table: repeated doses, infusions, steady states, resets. With an absorption,
-    compartment 1 takes the absorbed doses and 2 is the central compartment; without, 1 is the central one. All is
-    exact: closed forms, stable where ``ka`` equals a rate of the disposition. ``ka`` and the elimination rate can be
-    swapped with another volume (flip-flop).
+    compartment 1 takes the absorbed doses and 2 is the central compartment; without, 1 is the central one; a metabolite
+    is the last one. All is exact: closed forms, stable where ``ka`` equals a rate of the disposition, and exponentials
+    of the rates for covariates in time, for metabolites, and where there is no closed form. ``ka`` and the elimination
+    rate can be swapped with another volume (flip-flop).
 
     Args:
         compartments: 1, 2 or 3.
         absorption: "none" (intravenous), "first_order", "zero_order" or "transit" (Savic et al. 2007, J. Pharmacokinet.
-            Pharmacodyn. 34:711); a transit chain takes boluses, also repeated ones (ADDL), but no steady states (SS)
-            and no infusions.
+            Pharmacodyn. 34:711).
         transit_compartments: n of a transit absorption; each is emptied at the rate ``(n + 1) / MTT``.
         parametrization: "clearance" or "rates".
         lag: whether absorbed doses have a lag time.
@@ -112,6 +93,15 @@ class Compartments(MechanisticSimulator):
         time_unit: of times, rates and clearances.
         dose_unit: of the amounts.
         volume_unit: of the volumes.
+        metabolite: whether a second signal is the concentration of a metabolite that is formed from what is eliminated.
+        fraction_metabolized: share of the elimination that forms it. With 1, ``CLM`` and ``VM`` are apparent
+            (``CLM/fm``, ``VM/fm``), which is all that doses of the parent determine; None makes it the parameter
+            ``fm``, for data with doses of the metabolite itself or a fixed ``VM``.
+        first_pass: whether a share ``FP`` of absorbed doses reaches the metabolite instead of the parent.
+        metabolite_scale: factor from the metabolite's amount over ``VM`` to concentrations; None for
+            ``concentration_scale``. For concentrations in mass units it includes the ratio of molar masses.
+        metabolite_signal: name of the second signal.
+        metabolite_unit: its unit; None for that of the first.
         time_covariates: parameters that follow covariates along the timeline: ``{CL: {WT: {form: power, reference:
             70}}}`` makes clearance ``CL * (WT(t) / 70) ** CL_WT``. The coefficient of each effect is a parameter, here
             ``CL_WT``, mostly one that does not vary (``population.constant``); ``fixed: 0.75`` fixes it. ``form:
@@ -129,7 +119,7 @@ class Compartments(MechanisticSimulator):
         parametrization: Parametrization = "clearance",
         lag: bool = False,
         bioavailability: bool = False,
-        noise: Noise = "additive",
+        noise: NoiseName = "additive",
         censoring: Censoring = "M3",
         concentration_scale: float = 1.0,
         signal: str = "concentration",
@@ -137,6 +127,12 @@ class Compartments(MechanisticSimulator):
         time_unit: str = "h",
         dose_unit: str = "mg",
         volume_unit: str = "L",
+        metabolite: bool = False,
+        fraction_metabolized: float | None = 1.0,
+        first_pass: bool = False,
+        metabolite_scale: float | None = None,
+        metabolite_signal: str = "metabolite",
+        metabolite_unit: str | None = None,
         time_covariates: EffectSections | None = None,
     ) -> None:
         if compartments not in _PERIPHERAL:
@@ -146,19 +142,41 @@ class Compartments(MechanisticSimulator):
                 "A lag or a bioavailability belongs to an absorption; take absorption=first_order or zero_order, or "
                 "leave lag and bioavailability out."
             )
-        if not (math.isfinite(concentration_scale) and concentration_scale > 0):
-            raise ValueError(f"concentration_scale must be a positive number; got {concentration_scale}.")
+        for name, value in (("concentration_scale", concentration_scale), ("metabolite_scale", metabolite_scale)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number; got {value}.")
         if not 1 <= transit_compartments <= _LONGEST_CHAIN:
             raise ValueError(f"transit_compartments must be 1 to {_LONGEST_CHAIN}; got {transit_compartments}.")
+        if first_pass and not (metabolite and absorption in ("first_order", "transit")):
+            raise ValueError(
+                "first_pass=true is the share of an absorbed dose that is metabolized before the centre; it needs "
+                "simulator.metabolite=true and simulator.absorption=first_order or transit."
+            )
+        if fraction_metabolized is not None and not 0 < fraction_metabolized <= 1:
+            raise ValueError(
+                f"fraction_metabolized must lie above 0 and at most at 1, or be null, which estimates it as fm; got "
+                f"{fraction_metabolized}."
+            )
+        if metabolite and metabolite_signal == signal:
+            raise ValueError(
+                f'Parent and metabolite are both named "{signal}"; rename one, simulator.metabolite_signal=NAME.'
+            )
+        self.metabolite, self.first_pass, self.fraction_metabolized = metabolite, first_pass, fraction_metabolized
         self.compartments, self.absorption = compartments, absorption
         self.transit_compartments = transit_compartments
         self.by_rates, self.scale = parametrization == "rates", float(concentration_scale)
         self.lag, self.bioavailability = lag, bioavailability
-        self.signals, self.signal_units = (signal,), (signal_unit,)
+        self.metabolite_scale = self.scale if metabolite_scale is None else float(metabolite_scale)
+        units = (signal_unit, signal_unit if metabolite_unit is None else metabolite_unit)
+        count = 2 if metabolite else 1
+        self.signals, self.signal_units = (signal, metabolite_signal)[:count], units[:count]
         self.time_unit, self.dose_unit = time_unit, dose_unit
-        self.noise, own = _noise(noise, signal_unit)
-        if censoring == "M4":
-            self.noise = above_zero(self.noise, noise)
+        models, own = [], []
+        for unit, ending in zip(self.signal_units, ("", _OF_METABOLITE), strict=False):
+            error, parameters = make_noise(noise, unit, ending=ending)
+            models.append(above_zero(error, noise) if censoring == "M4" else error)
+            own += parameters
+        self.noise = BySignal(tuple(models)) if metabolite else models[0]
         kinetics = self._kinetics(volume_unit)
         allowed = [each.name for each in kinetics if each.name not in _OF_DOSES]
         self.time_effects = read_time_effects(time_covariates or {}, (*kinetics, *own), allowed)
@@ -189,12 +207,28 @@ class Compartments(MechanisticSimulator):
             else:
                 found.append(Parameter(exchange, flow, description="clearance between compartments"))
                 found.append(Parameter(peripheral, volume_unit, description="volume of a peripheral compartment"))
+        return [*found, *self._kinetics_of_metabolite(rate, flow, volume_unit)]
+
+    def _kinetics_of_metabolite(self, rate: str, flow: str, volume_unit: str) -> list[Parameter]:
+        if not self.metabolite:
+            return []
+        name, unit, words = ("km", rate, "elimination rate") if self.by_rates else ("CLM", flow, "clearance")
+        found = [
+            Parameter(name, unit, description=f"{words} of the metabolite"),
+            Parameter("VM", volume_unit, description="volume of the metabolite"),
+        ]
+        if self.fraction_metabolized is None:
+            found.append(Parameter("fm", "", transform="logit", description="share of the elimination that forms it"))
+        if self.first_pass:
+            words = "share of an absorbed dose that becomes metabolite before the centre"
+            found.append(Parameter("FP", "", transform="logit", description=words))
         return found
 
     @property
     def dose_compartments(self) -> tuple[str, ...]:
         """Names of the compartments that doses enter, in the order of their numbers."""
-        return ("central",) if self.absorption == "none" else ("absorption", "central")
+        parent = ("central",) if self.absorption == "none" else ("absorption", "central")
+        return (*parent, "metabolite") if self.metabolite else parent
 
     def check_design(self, design: Design, ids: Sequence[str] | None = None) -> None:
         """Refuse doses that the model cannot receive; raises ``ValueError`` with the individual and what to do."""
@@ -210,11 +244,9 @@ class Compartments(MechanisticSimulator):
                     )
         if design.events is not None:
             check_doses(design.events, compartments=self.dose_compartments, ids=ids)
-            if self.absorption == "transit":
-                _check_transit(design.events, ids)
 
-    def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T 1"]:
-        """Concentration at ``design.times``."""
+    def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T C"]:
+        """Concentrations at ``design.times``."""
         natural = dict(zip(self.parameters.names, self.parameters.to_natural(phi.double()).unbind(-1), strict=True))
         written = self._apply_zero_order(write_out_doses(design))
         doses = receive_doses(
@@ -225,7 +257,7 @@ class Compartments(MechanisticSimulator):
             duration=_absorbed_only(natural, "Tk0"),
         )
         times = times_for(phi.double(), design).expand(*phi.shape[:-1], -1)
-        if self.time_covariates:
+        if self.time_covariates or self.metabolite or self._passes_chain_slowly(written):
             return self._predict_stepwise(natural, design, doses, times).to(phi.dtype)
         column = {name: value[..., None] for name, value in natural.items()}
         volume = column["V"] if self.compartments == 1 else column["Vc"]
@@ -242,58 +274,70 @@ class Compartments(MechanisticSimulator):
     def _predict_stepwise(
         self, natural: Mapping[str, Tensor], design: Design, doses: ReceivedDoses, times: Tensor
     ) -> Tensor:
-        """Concentration where rates change at the records of covariates: from record to record exactly."""
-        course = course_of(design, self.time_covariates)
+        """Concentrations by exponentials of the rates from event to event, and from record to record of covariates."""
+        column = {name: value[..., None] for name, value in natural.items()}
+        central, states = self._before_central, len(self._states)
+        if not self.time_covariates:
+            rates, at, stops = self._rate_matrix(column), column, None
+            matrices = RateMatrices(states, lambda *_: rates)
+        else:
+            course = course_of(design, self.time_covariates)
 
-        def during(begin: Tensor, end: Tensor) -> Equation:
-            values = Stretch.of(course, begin, end, self.time_covariates).first
-            here = with_time_effects(natural, values, self.time_effects, self.parameters)
-            matrix = self._matrix(here)
-            return Equation(
-                lambda _, state: (matrix @ state[..., None])[..., 0],
-                lambda _, state: matrix.expand(*state.shape, state.shape[-1]),
-                autonomous=True,
-            )
+            def between(begin: Tensor, end: Tensor) -> dict[Place, Tensor]:
+                values = Stretch.of(course, begin, end, self.time_covariates).first
+                return self._rate_matrix(with_time_effects(column, values, self.time_effects, self.parameters))
 
-        first = next(iter(natural.values()))
-        when = doses.written.time.reshape(len(doses.written), *(1,) * (times.ndim - 2), -1)
-        central = self._before_central
-        states = 1 + central + len(_PERIPHERAL[self.compartments])
-        amounts = solve_through_doses(
-            equation_by_stretch(during),
-            first.new_zeros((*first.shape, states)),
-            start=torch.cat([times, when.expand(*times.shape[:-1], -1)], -1).amin(-1),
+            at = values_at(course, times, self.time_covariates)
+            at = with_time_effects(column, at, self.time_effects, self.parameters)
+            matrices, stops = RateMatrices(states, between), course.times
+        places = (central,) if self.absorption == "none" else (0, central)
+        amounts = amounts_through_doses(
+            matrices,
             times=times,
             doses=doses,
-            places=(0,) if self.absorption == "none" else (0, central),
-            solver=LinearSolver(chain=self.compartments == 1),
-            stops=course.times,
+            places=(*places, states - 1) if self.metabolite else places,
+            stops=stops,
         )
-        at = with_time_effects(
-            natural, values_at(course, times, self.time_covariates), self.time_effects, self.parameters
-        )
-        volume = at["V" if self.compartments == 1 else "Vc"]
-        volume = volume if volume.ndim == times.ndim else volume[..., None]
         # Amounts that are tiny relative to the doses may be negative by rounding.
-        return (self.scale * amounts[..., central].clamp(min=0.0) / volume)[..., None]
+        amounts = amounts.clamp(min=0.0)
+        found = [self.scale * amounts[..., central] / at["V" if self.compartments == 1 else "Vc"]]
+        if self.metabolite:
+            found.append(self.metabolite_scale * amounts[..., -1] / at["VM"])
+        return torch.stack(found, dim=-1)
 
-    def _matrix(self, here: Mapping[str, Tensor]) -> Tensor:
-        """Rates between the compartments, ``(I, ..., X, X)``; ``[i, j]`` is the rate into ``i`` from ``j``."""
+    @property
+    def _states(self) -> tuple[str, ...]:
+        """Names of all compartments, in the order in which a dose passes them."""
+        chain = [f"before {number}" for number in range(self._before_central)]
+        others = [words[0] for words in _PERIPHERAL[self.compartments]]
+        return (*chain, "central", *others, *(["metabolite"] if self.metabolite else []))
+
+    def _rate_matrix(self, here: Mapping[str, Tensor]) -> dict[Place, Tensor]:
+        """Rates between the compartments; at ``(i, j)`` the rate into ``i`` from ``j``."""
         volume = here["V" if self.compartments == 1 else "Vc"]
         elimination, exchanges = self._rates(here, volume)
-        central = self._before_central
-        states = 1 + central + len(exchanges)
-        nothing = torch.zeros_like(volume + elimination)
-        entries = [[nothing] * states for _ in range(states)]
-        entries[central][central] = -elimination - sum(out for out, _ in exchanges)
-        for number, (out, back) in enumerate(exchanges):
-            place = central + 1 + number
-            entries[place][central], entries[central][place], entries[place][place] = out, back, -back
+        central, last = self._before_central, len(self._states) - 1
+        found = {(central, central): -elimination - sum(out for out, _ in exchanges)}
+        for place, (out, back) in enumerate(exchanges, central + 1):
+            found |= {(place, central): out, (central, place): back, (place, place): -back}
         for place in range(central):  # the transit chain, then the absorption compartment
             passed = here["ka"] if place == central - 1 else (self.transit_compartments + 1) / here["MTT"]
-            entries[place][place], entries[place + 1][place] = -passed, passed
-        rows = [torch.stack([entry.expand(nothing.shape) for entry in row], dim=-1) for row in entries]
-        return torch.stack(rows, dim=-2)
+            found |= {(place, place): -passed, (place + 1, place): passed}
+        if self.metabolite:
+            fraction = here["fm"] if self.fraction_metabolized is None else self.fraction_metabolized
+            found[last, central] = fraction * elimination
+            found[last, last] = -(here["km"] if self.by_rates else here["CLM"] / here["VM"])
+        if self.first_pass:
+            share = here["FP"]
+            found |= {(central, central - 1): (1 - share) * here["ka"], (last, central - 1): share * here["ka"]}
+        return found
+
+    def _passes_chain_slowly(self, written: WrittenDoses) -> bool:
+        """Whether a transit chain gets doses without a closed form: infusions and steady states."""
+        if self.absorption != "transit":
+            return False
+        slow = written.given & (written.compartment == 1) & ((written.rate != 0) | (written.steady_state > 0))
+        return bool(slow.any())
 
     @property
     def _before_central(self) -> int:
@@ -347,76 +391,31 @@ class Compartments(MechanisticSimulator):
             "cv": 0.2,
         }
         found = {name: (math.log(value), wide) for name, value in centres.items()}
-        found["F"] = (0.0, wide)
-        found["power"] = (0.5, 0.5)
+        found |= {"F": (0.0, wide), "fm": (0.0, wide), "FP": (0.0, wide), "power": (0.5, 0.5)}
         found |= plausible_coefficients(self.time_effects, observations.design)
         found["sigma"] = (math.log(self._plausible_sigma(scales.middle)), wide)
+        if self.metabolite:
+            found |= self._plausible_metabolite(rate, scales, typical_scales(observations, signal=1))
         return {name: found[name] for name in self.parameters.names}
 
+    def _plausible_metabolite(
+        self, rate: float, parent: TypicalScales, own: TypicalScales
+    ) -> dict[str, tuple[float, float]]:
+        """Centre and SD of its parameters, as if the dose became metabolite at once and left as fast as the parent."""
+        wide, volume = 1.5, self.metabolite_scale * parent.dose / own.highest
+        centres = {"km": rate, "CLM": rate * volume, "VM": volume, "cv_metabolite": 0.2}
+        centres["sigma_metabolite"] = self._plausible_sigma(own.middle)
+        return {name: (math.log(value), wide) for name, value in centres.items()} | {"power_metabolite": (0.5, 0.5)}
+
     def _plausible_sigma(self, middle: float) -> float:
-        error = self.noise.error if isinstance(self.noise, (StudentT, AboveZero)) else self.noise
+        error = self.noise.of_signal(0) if isinstance(self.noise, BySignal) else self.noise
+        error = error.error if isinstance(error, (StudentT, AboveZero)) else error
         if isinstance(error, Exponential):
             return 0.2
         # A tenth of a concentration in the middle, also by a power of one half.
         return 0.1 * (math.sqrt(middle) if isinstance(error, Power) else middle)
 
 
-def _check_transit(events: Events, ids: Sequence[str] | None) -> None:
-    """Refuse absorbed doses that a transit chain cannot take; raises ``ValueError`` with the individual and remedy."""
-    absorbed = events.doses & (events.compartment == 1)
-    for bad, what, remedy in (
-        (absorbed & (events.rate != 0), "infusions (RATE)", "simulator.absorption=first_order takes them"),
-        (
-            absorbed & (events.steady_state > 0),
-            "doses at steady state (SS)",
-            "Write the doses before it out (ADDL), or take simulator.absorption=first_order",
-        ),
-    ):
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0, 0])
-            whose = f"row {row}" if ids is None else f'"{ids[row]}"'
-            raise ValueError(
-                f"{int(bad.sum())} {what} go into a transit absorption, which takes single boluses, first one of "
-                f"{whose}. {remedy}."
-            )
-
-
 def _absorbed_only(natural: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
     """A parameter of doses by compartment: the absorption compartment alone, where the model has the parameter."""
     return {1: natural[name]} if name in natural else {}
-
-
-def above_zero(error: NoiseModel, name: str) -> NoiseModel:
-    """The error truncated at 0 (M4); raises ``ValueError`` for one that is not Gaussian in the values."""
-    if isinstance(error, (StudentT, Exponential)):
-        why = "is positive by itself" if isinstance(error, Exponential) else "is not Gaussian"
-        raise ValueError(
-            f"simulator.censoring=M4 is for errors that are Gaussian as they stand, and noise={name} {why}; take "
-            "simulator.censoring=M3, or additive, proportional, combined1, combined2 or power noise."
-        )
-    return AboveZero(error)
-
-
-def _noise(name: Noise, unit: str) -> tuple[NoiseModel, list[Parameter]]:
-    """The observation model by name, and its parameters."""
-    if name.startswith(_HEAVY):
-        kind = name.removeprefix(_HEAVY).removeprefix("_") or "additive"
-        error, parameters = _gaussian_noise(kind, unit)
-        return StudentT(error, degrees_of_freedom=_DEGREES), parameters
-    return _gaussian_noise(name, unit)
-
-
-def _gaussian_noise(name: str, unit: str) -> tuple[NoiseModel, list[Parameter]]:
-    sigma = Parameter("sigma", unit, description="SD of the additive error")
-    cv = Parameter("cv", "", description="coefficient of variation of the error")
-    if name == "additive":
-        return Additive(sd="sigma"), [sigma]
-    if name == "proportional":
-        return Proportional(cv="cv"), [cv]
-    if name == "exponential":
-        return Exponential(sd="sigma"), [Parameter("sigma", "", description="SD of the log concentration")]
-    if name == "power":
-        at_one = Parameter("sigma", unit, description="SD of the error at a concentration of 1")
-        power = Parameter("power", "", transform="identity", description="how the SD grows with the concentration")
-        return Power(sd="sigma", power="power"), [at_one, power]
-    return (Combined1 if name == "combined1" else Combined2)(sd="sigma", cv="cv"), [sigma, cv]

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nlme_sbi.designs.censoring import censoring_to_limits, limit_rules, spread_limits
+from nlme_sbi.designs.courses import CourseRanges
 from nlme_sbi.designs.covariates import covariate_rules
 from nlme_sbi.designs.coverage import (
     RANGE_SLACK,
@@ -51,10 +52,11 @@ class ResampledDesigns:
     Where the pool has limits of quantification, simulated individuals have them at every place of these signals.
 
     Args:
-        pool: the designs; only times, mask, doses, limits and the covariates below are kept.
+        pool: the designs; only times, mask, doses, limits, covariates in time and the covariates below are kept.
         covariates: names of the covariates to keep; None keeps all.
-        jitter: gaps between times, dose intervals, amounts, rates and positive covariates are each multiplied by
-            ``exp(u)``, with independent ``u`` uniform between ``-jitter`` and ``jitter``; 0 for no jitter.
+        jitter: gaps between times, dose intervals, amounts, rates, positive covariates and courses of positive
+            covariates in time are each multiplied by ``exp(u)``, with independent ``u`` uniform between ``-jitter`` and
+            ``jitter``; 0 for no jitter.
         keep: smallest share of measurements and of doses that an individual keeps; 1 keeps all.
 
     Raises:
@@ -100,9 +102,10 @@ class ResampledDesigns:
         """Rows that match no row of the pool.
 
         Without variation, observed times and dose times must match those of one row (relative 1e-4); amounts, rates,
-        limits and covariates must lie in the pool's range, widened by a tenth; doses must be of kinds and into
-        compartments that the pool has. With variation, numbers of measurements and doses, times, and pauses between
-        doses must lie in the range of the pool and of 4096 variations, widened by a tenth except for the numbers.
+        limits, covariates, and values and changes of covariates in time must lie in the pool's range, widened by a
+        tenth, with no more informative records; doses must be of kinds and into compartments that the pool has. With
+        variation, numbers of measurements and doses, times, and pauses between doses must lie in the range of the pool
+        and of 4096 variations, widened by a tenth except for the numbers.
         """
         pool = self.pool.to(design.times.device)
         if self.varied:
@@ -123,6 +126,7 @@ class ResampledDesigns:
                 index.times_rule(design),
                 *limit_rules(design, pool, RANGE_SLACK),
                 *covariate_rules(design.covariates, index.covariates, len(design)),
+                *index.courses.rules(design),
             ]
         )
 
@@ -179,6 +183,7 @@ class _PoolIndex:
     counts: frozenset[int]
     regimens: RegimenRanges
     covariates: Covariates | None
+    courses: CourseRanges
 
     @classmethod
     def of(cls, pool: Design) -> _PoolIndex:
@@ -199,6 +204,7 @@ class _PoolIndex:
             counts=frozenset(time_counts(shown)[1]),
             regimens=RegimenRanges.of(shown),
             covariates=pool.covariates,
+            courses=CourseRanges.of(pool),
         )
 
     def times_rule(self, design: Design) -> tuple[Bool[Tensor, " B"], Callable[[int], str]]:

@@ -12,10 +12,12 @@ from nlme_sbi.types import Covariates, Design, EventKind, Events
 
 
 def jitter_design(design: Design, jitter: float, generator: torch.Generator) -> Design:
-    r"""Multiply every gap between times, interval, amount, rate and positive covariate by its own :math:`e^{u}`.
+    r"""Multiply every gap between times, interval, amount, rate, positive covariate and course of one by its own
+    :math:`e^{u}`.
 
-    ``u`` is uniform between ``-jitter`` and ``jitter``, independently. Times of measurements and doses are moved
-    together: their order stays, and equal times stay equal.
+    ``u`` is uniform between ``-jitter`` and ``jitter``, independently. Times of measurements, doses and records of
+    covariates are moved together: their order stays, and equal times stay equal. A course of a covariate in time is
+    multiplied as a whole.
 
     Args:
         design: on the generator's device.
@@ -27,12 +29,15 @@ def jitter_design(design: Design, jitter: float, generator: torch.Generator) -> 
         drawn = torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
         return (jitter * (2 * drawn - 1)).exp()
 
-    events, count = design.events, design.times.shape[1]
+    events, course, count = design.events, design.time_covariates, design.times.shape[1]
     every = design.times
     if events is not None:
         # Padding lies at the row's first time, where it adds no gap.
         there = torch.where(events.kind == int(EventKind.NONE), design.times[:, :1], events.time.to(every))
         every = torch.cat((every, there), dim=1)
+    width = every.shape[1]
+    if course is not None:
+        every = torch.cat((every, course.times.to(every)), dim=1)
     order = every.argsort(dim=1, stable=True)
     sorted_times = every.gather(1, order)
     gaps = sorted_times.diff(dim=1)
@@ -41,7 +46,7 @@ def jitter_design(design: Design, jitter: float, generator: torch.Generator) -> 
     if events is not None:
         events = replace(
             events,
-            time=clock[:, count:].to(events.time.dtype),
+            time=clock[:, count:width].to(events.time.dtype),
             amount=events.amount * factors(events.amount),
             interval=events.interval * factors(events.interval),
             rate=torch.where(events.rate > 0, events.rate * factors(events.rate), events.rate),
@@ -49,7 +54,15 @@ def jitter_design(design: Design, jitter: float, generator: torch.Generator) -> 
     covariates = design.covariates
     if covariates is not None:
         covariates = _scale_covariates(covariates, factors(covariates.values))
-    return replace(design, times=clock[:, :count], events=events, covariates=covariates)
+    if course is not None:
+        positive = (course.values > 0).all(1).all(0)
+        scaled = course.values * factors(course.values[:, :1])
+        course = replace(
+            course,
+            times=clock[:, width:].to(course.times.dtype),
+            values=torch.where(positive, scaled, course.values),
+        )
+    return replace(design, times=clock[:, :count], events=events, covariates=covariates, time_covariates=course)
 
 
 def _scale_covariates(covariates: Covariates, factors: Float[Tensor, "B K"]) -> Covariates:

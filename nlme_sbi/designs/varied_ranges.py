@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nlme_sbi.designs.censoring import limit_rules
+from nlme_sbi.designs.courses import CourseRanges
 from nlme_sbi.designs.covariates import covariate_rules
 from nlme_sbi.designs.coverage import (
     RANGE_SLACK,
@@ -36,6 +37,7 @@ class VariedRanges:
         after_dose: longest time from a dose to a measurement with no dose in between; None without doses.
         regimens: doses.
         covariates: of the pool and of variations.
+        courses: of covariates in time.
     """
 
     pool: Design
@@ -44,6 +46,7 @@ class VariedRanges:
     after_dose: float | None
     regimens: RegimenRanges
     covariates: Covariates | None
+    courses: CourseRanges
 
     @classmethod
     def of(cls, pool: Design, drawn: Design) -> VariedRanges:
@@ -63,6 +66,7 @@ class VariedRanges:
             after_dose=max(float(time.max()) for time in after) if after else None,
             regimens=RegimenRanges.of(pool).union(RegimenRanges.of(drawn)),
             covariates=covariates,
+            courses=CourseRanges.of(*designs),
         )
 
     def to(self, device: torch.device) -> VariedRanges:
@@ -84,6 +88,7 @@ class VariedRanges:
                 *self._time_rules(design),
                 *limit_rules(design, self.pool, RANGE_SLACK),
                 *covariate_rules(design.covariates, self.covariates, len(design)),
+                *self.courses.rules(design),
             ]
         )
 

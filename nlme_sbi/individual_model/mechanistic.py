@@ -17,9 +17,22 @@ from torch import Tensor
 
 from nlme_sbi.individual_model.dosing.doses import ReceivedDoses, check_doses, receive_doses, write_out_doses
 from nlme_sbi.individual_model.dosing.event_integration import solve_through_doses
+from nlme_sbi.individual_model.natural_values import (
+    NaturalValues,
+    constant_values,
+    values_along,
+    values_of_rows,
+)
 from nlme_sbi.individual_model.noise import NoiseModel, check_values, observation_log_prob
 from nlme_sbi.individual_model.solver_names import SolverName, make_solver
-from nlme_sbi.individual_model.solvers import DormandPrince5, Equation, Solver, equation_by_stretch, solve
+from nlme_sbi.individual_model.solvers import (
+    DormandPrince5,
+    Equation,
+    EquationInputs,
+    Solver,
+    equation_by_stretch,
+    solve,
+)
 from nlme_sbi.individual_model.time_covariates import (
     Stretch,
     TimeEffect,
@@ -326,21 +339,18 @@ class OdeModel(MechanisticSimulator):
             for name, between in zip(course.names, course.between, strict=True)
         )
 
+        def between(stretch: Stretch, natural: Mapping[str, Tensor], design: Design) -> Equation:
+            values = values_along(natural, stretch, self.time_effects, self.parameters, moves=linear)
+            return self._plain_equation(values, design, autonomous=self.autonomous and not linear)
+
         def during(begin: Tensor, end: Tensor) -> Equation:
             stretch = Stretch.of(course, begin, end, self.time_covariates)
+            draws = max(1, begin[0:1].numel())
 
-            def now(time: Tensor) -> Mapping[str, Tensor]:
-                return with_time_effects(natural, stretch.at(time), self.time_effects, self.parameters)
+            def of_rows(rows: Tensor) -> Equation:
+                return between(stretch.of_rows(rows), values_of_rows(natural, rows), design[rows // draws])
 
-            constant = None if linear else now(begin)
-
-            def slope(time: Tensor, state: Tensor) -> Tensor:
-                return self.right_hand_side(time, state, constant or now(time), design)
-
-            def jacobian(time: Tensor, state: Tensor) -> Tensor:
-                return self._own_jacobian(time, state, constant or now(time), design)
-
-            return Equation(slope, jacobian if self._has_jacobian else None, self.autonomous and not linear)
+            return replace(between(stretch, natural, design), of_rows=of_rows)
 
         return equation_by_stretch(during)
 
@@ -359,19 +369,26 @@ class OdeModel(MechanisticSimulator):
         draws = max(1, next(iter(natural.values()))[0:1].numel())
 
         def of_rows(rows: Tensor) -> Equation:
-            chosen = {name: value.reshape(-1).index_select(0, rows) for name, value in natural.items()}
-            return self._plain_equation(chosen, design[rows // draws])
+            chosen = constant_values(values_of_rows(natural, rows))
+            return self._plain_equation(chosen, design[rows // draws], autonomous=self.autonomous)
 
-        return replace(self._plain_equation(natural, design), wanted=self.observed_states, of_rows=of_rows)
+        whole = self._plain_equation(constant_values(natural), design, autonomous=self.autonomous)
+        return replace(whole, wanted=self.observed_states, of_rows=of_rows)
 
-    def _plain_equation(self, natural: Mapping[str, Tensor], design: Design) -> Equation:
+    def _plain_equation(self, natural: NaturalValues, design: Design, *, autonomous: bool) -> Equation:
         def slope(time: Tensor, state: Tensor) -> Tensor:
-            return self.right_hand_side(time, state, natural, design)
+            return self.right_hand_side(time, state, natural.at(time), design)
 
         def jacobian(time: Tensor, state: Tensor) -> Tensor:
-            return self._own_jacobian(time, state, natural, design)
+            return self._own_jacobian(time, state, natural.at(time), design)
 
-        return Equation(slope, jacobian if self._has_jacobian else None, self.autonomous)
+        def rebuild(tensors: Sequence[Tensor]) -> Equation:
+            return self._plain_equation(natural.rebuild(tensors), design, autonomous=autonomous)
+
+        modules = (value for value in vars(self).values() if isinstance(value, torch.nn.Module))
+        weights = tuple(weight for module in modules for weight in module.parameters())
+        inputs = EquationInputs(natural.tensors, rebuild, weights)
+        return Equation(slope, jacobian if self._has_jacobian else None, autonomous, inputs=inputs)
 
 
 class NumpySimulator:

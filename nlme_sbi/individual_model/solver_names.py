@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from nlme_sbi.individual_model.rosenbrock import Rosenbrock
 from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, Solver, TorchDiffEq
 
-SolverName = Literal["dormand_prince", "rosenbrock", "runge_kutta", "torchdiffeq"]
+SolverName = Literal["dormand_prince", "rosenbrock", "runge_kutta", "torchdiffeq", "torchdiffeq_adjoint"]
 
 
 def make_solver(name: str) -> Solver:
@@ -24,4 +24,6 @@ def make_solver(name: str) -> Solver:
         return RungeKutta4()
     if name == "torchdiffeq":
         return TorchDiffEq()
+    if name == "torchdiffeq_adjoint":
+        return TorchDiffEq(adjoint=True)
     raise ValueError(f'There is no solver "{name}"; choose one of {", ".join(get_args(SolverName))}.')

@@ -8,7 +8,7 @@ through the steps taken; where an individual cannot be solved, its states are Na
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchdiffeq import odeint
+
+from nlme_sbi.individual_model.adjoint import solve_by_adjoint
 
 RightHandSide = Callable[[Tensor, Tensor], Tensor]  # (time (*batch), state (*batch, X)) -> derivative (*batch, X)
 
@@ -34,6 +36,7 @@ class Equation:
             it a solver drops individuals that have reached their last time.
         during: the equation from one stop ``(*batch)`` to the next, where it changes at stops (covariates in time);
             for two equal stops the equation with the covariates of that time, which then no longer change.
+        inputs: tensors that the right-hand side depends on, for solvers that do not differentiate through their steps.
     """
 
     right_hand_side: RightHandSide
@@ -42,9 +45,34 @@ class Equation:
     wanted: tuple[int, ...] | None = None
     of_rows: Callable[[Tensor], Equation] | None = None
     during: Callable[[Tensor, Tensor], Equation] | None = None
+    inputs: EquationInputs | None = None
 
     def __call__(self, time: Tensor, state: Tensor) -> Tensor:
         return self.right_hand_side(time, state)
+
+
+@dataclass(frozen=True, eq=False)
+class EquationInputs:
+    """What a right-hand side depends on besides time and state, and may need gradients.
+
+    Args:
+        tensors: any tensors.
+        rebuild: the same equation with other tensors in their place.
+        weights: leaf tensors, such as those of a neural network.
+    """
+
+    tensors: tuple[Tensor, ...]
+    rebuild: Callable[[Sequence[Tensor]], Equation]
+    weights: tuple[Tensor, ...] = ()
+
+    def extend(self, *tensors: Tensor, rebuild: Callable[[Equation, Sequence[Tensor]], Equation]) -> EquationInputs:
+        """Inputs of an equation that is made of this one and of further tensors."""
+        count = len(self.tensors)
+        return EquationInputs(
+            (*self.tensors, *tensors),
+            lambda others: rebuild(self.rebuild(others[:count]), others[count:]),
+            self.weights,
+        )
 
 
 def equation_by_stretch(during: Callable[[Tensor, Tensor], Equation]) -> Equation:
@@ -128,20 +156,34 @@ def over_interval(
     return moved, torch.where(moves, step * length.detach(), suggested)
 
 
+def with_inflow(equation: Equation, inflow: Float[Tensor, "*batch X"]) -> Equation:
+    """The equation with a constant inflow into its states added."""
+    inputs = equation.inputs
+    if inputs is not None:
+        inputs = inputs.extend(inflow, rebuild=lambda bare, others: with_inflow(bare, *others))
+
+    def slope(time: Tensor, state: Tensor) -> Tensor:
+        return equation(time, state) + inflow
+
+    return Equation(slope, equation.jacobian, equation.autonomous, inputs=inputs)
+
+
 def _to_pseudo_time(equation: Equation, now: Tensor, length: Tensor) -> Equation:
     """The same equation in pseudo-time, from ``now`` on."""
 
     def slope(pseudo_time: Tensor, state: Tensor) -> Tensor:
         return length[..., None] * equation(now + pseudo_time * length, state)
 
-    known = equation.jacobian
+    known, inputs = equation.jacobian, equation.inputs
+    if inputs is not None:
+        inputs = inputs.extend(now, length, rebuild=lambda bare, others: _to_pseudo_time(bare, *others))
     if known is None:
-        return Equation(slope, autonomous=equation.autonomous)
+        return Equation(slope, autonomous=equation.autonomous, inputs=inputs)
 
     def jacobian(pseudo_time: Tensor, state: Tensor) -> Tensor:
         return length[..., None, None] * known(now + pseudo_time * length, state)
 
-    return Equation(slope, jacobian, equation.autonomous)
+    return Equation(slope, jacobian, equation.autonomous, inputs=inputs)
 
 
 @dataclass(frozen=True)
@@ -241,11 +283,14 @@ class TorchDiffEq:
         method: as torchdiffeq names it: dopri8, dopri5, bosh3, adaptive_heun, implicit_adams, ...
         relative_tolerance: local error allowed, relative to the state.
         absolute_tolerance: local error allowed where the state is small, in the state's unit.
+        adjoint: whether gradients come from the adjoint equation, solved backwards, instead of from the steps taken:
+            memory does not grow with the steps, at the cost of time, and only first derivatives exist.
     """
 
     method: str = "dopri8"
     relative_tolerance: float = 1e-5
     absolute_tolerance: float = 1e-7
+    adjoint: bool = False
 
     def __post_init__(self) -> None:
         if not (self.relative_tolerance > 0 and self.absolute_tolerance > 0):
@@ -255,14 +300,27 @@ class TorchDiffEq:
 
     def advance(self, slope: RightHandSide, state: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         ends = torch.tensor([0.0, 1.0], dtype=step.dtype, device=step.device)
+
+        def in_batch(slope: RightHandSide) -> RightHandSide:
+            return lambda place, state: slope(place.expand(step.shape), state)
+
         try:
+            if self.adjoint and torch.is_grad_enabled():
+                inputs = slope.inputs if isinstance(slope, Equation) else None
+                tensors, weights = ((), ()) if inputs is None else (inputs.tensors, inputs.weights)
+                found = solve_by_adjoint(
+                    lambda others: in_batch(slope if inputs is None else inputs.rebuild(others)),
+                    state,
+                    tensors,
+                    weights,
+                    method=self.method,
+                    relative_tolerance=self.relative_tolerance,
+                    absolute_tolerance=self.absolute_tolerance,
+                )
+                return found, step
+            batched = in_batch(slope)
             solution: Tensor = odeint(
-                lambda place, moved: slope(place.expand(step.shape), moved),
-                state,
-                ends,
-                method=self.method,
-                rtol=self.relative_tolerance,
-                atol=self.absolute_tolerance,
+                batched, state, ends, method=self.method, rtol=self.relative_tolerance, atol=self.absolute_tolerance
             )[-1]
         except AssertionError:  # raised by torchdiffeq where its step size underflows
             return torch.full_like(state, torch.nan), step

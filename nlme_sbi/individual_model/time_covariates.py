@@ -214,6 +214,16 @@ class Stretch:
             first[name] = last[name] = value
         return cls(begin, end, first, last)
 
+    def of_rows(self, rows: Tensor) -> Stretch:
+        """The stretch for some rows of the flattened batch."""
+
+        def select(value: Tensor) -> Tensor:
+            return value.reshape(-1).index_select(0, rows)
+
+        first = {name: select(value) for name, value in self.first.items()}
+        last = {name: first[name] if value is self.first[name] else select(value) for name, value in self.last.items()}
+        return Stretch(select(self.begin), select(self.end), first, last)
+
     def at(self, time: Tensor) -> Values:
         """Covariates at times within, ``(I, *batch)`` each."""
         length = self.end - self.begin

@@ -142,12 +142,20 @@ def initialize_network(
         summary: settings of the summary network.
         flow: settings of the flow.
         seed: of the weights; torch's global generator is not changed.
+
+    Raises:
+        ValueError: the simulator reads covariates in time, and the summary network does not.
     """
     shape = DataShape.of(pilot, simulator)
     # torch's layers draw their weights from the global generator: fork it, so that nothing else uses the seed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_network(shape, summary, flow, dimension=pilot.phi.shape[1])
+    if shape.along and not isinstance(network.summary, TokenReader):
+        raise ValueError(
+            f"The simulator follows {', '.join(shape.along)} along the timeline, which {type(summary).__name__} does "
+            "not read; take summary=attention or summary=recurrent, or fit without a network, posterior=none."
+        )
     network.to(pilot.phi.device)
     network.summary.fit_scaling(pilot)
     network.scaling.fit(prior)
@@ -346,10 +354,12 @@ class AmortizedPosterior:
 
 
 def _most_tokens(design: Design) -> int:
-    """Largest number of tokens (measurements, doses, resets) of an individual."""
+    """Largest number of tokens (measurements, doses, resets, records of covariates) of an individual."""
     events = design.events
     doses = 0 if events is None else write_out_doses(design).columns + events.time.shape[1]
-    return 1 + math.prod(design.observed.shape[1:]) + doses
+    course = design.time_covariates
+    changes = 0 if course is None else math.prod(course.values.shape[1:])
+    return 1 + math.prod(design.observed.shape[1:]) + doses + changes
 
 
 def _pieces(individuals: int, draws: int, rows: int) -> Iterator[tuple[slice, slice]]:

@@ -96,7 +96,14 @@ def load_shape(path: Path) -> DataShape:
     stored = load_json(path, _SHAPE)
     levels = tuple((name, count) for name, count in stored["levels"])
     known = {key: stored[key] for key in _SHAPE if stored.get(key) is not None}
-    return DataShape(**{**known, "covariates": tuple(stored["covariates"]), "levels": levels})
+    return DataShape(
+        **{
+            **known,
+            "covariates": tuple(stored["covariates"]),
+            "levels": levels,
+            "along": tuple(stored.get("along") or ()),
+        }
+    )
 
 
 def describe_shape(shape: DataShape) -> dict[str, Any]:
@@ -122,4 +129,5 @@ _SHAPE = {
     "takes_doses": bool,
     "compartments": Maybe(POSITIVE),
     "censored": Maybe(bool),
+    "along": Maybe(DISTINCT),
 }

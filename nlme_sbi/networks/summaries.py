@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from nlme_sbi.individual_model.time_covariates import time_covariates_read
 from nlme_sbi.networks.scaling import ContextScaling, SignalScaling, TimeScaling, dose_of, fast_asinh
 from nlme_sbi.types import Design, Simulations, Simulator
 
@@ -33,6 +34,7 @@ class DataShape:
         takes_doses: whether the simulator reads dose records.
         compartments: largest number of a compartment that doses enter.
         censored: whether values may be censored.
+        along: names of the covariates in time that the simulator reads.
     """
 
     times: int
@@ -44,6 +46,7 @@ class DataShape:
     takes_doses: bool = False
     compartments: int = 1
     censored: bool = False
+    along: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, pilot: Simulations, simulator: Simulator) -> DataShape:
@@ -60,6 +63,7 @@ class DataShape:
             takes_doses=simulator.takes_doses,
             compartments=_largest_compartment(pilot.design) if simulator.takes_doses else 1,
             censored=pilot.design.limits is not None,
+            along=time_covariates_read(simulator),
         )
 
     @property

@@ -30,15 +30,17 @@ class TokenFeatures(nn.Module):
     """Features ``(B, N, width)`` of tokens; every scale is a buffer that is fitted once to pilot simulations.
 
     All tokens: kind, signal or compartment, position among the training times with sines of it, time since the token
-    before and since the last dose, amount of that dose and of all doses since the last reset. Measurements: value (or
-    limit) on a linear, a fine and a logarithmic scale, kind of censoring, difference to the signal's last measurement
-    and the time between. Doses: amount, rate, whether rate or duration are modelled, steady state and its interval.
+    before and since the last dose, amount of that dose and of all doses since the last reset, and the covariates in
+    time that hold then, on a linear and a logarithmic scale. Measurements: value (or limit) on a linear, a fine and a
+    logarithmic scale, kind of censoring, difference to the signal's last measurement and the time between. Doses:
+    amount, rate, whether rate or duration are modelled, steady state and its interval.
 
     Args:
         signals: number of signals.
         takes_doses: whether there are doses.
         compartments: number of compartments that take doses.
         censored: whether values may be censored.
+        along: number of covariates in time.
     """
 
     location: Tensor
@@ -46,15 +48,15 @@ class TokenFeatures(nn.Module):
     small: Tensor
     brief: Tensor
 
-    def __init__(self, signals: int, *, takes_doses: bool, compartments: int, censored: bool) -> None:
+    def __init__(self, signals: int, *, takes_doses: bool, compartments: int, censored: bool, along: int = 0) -> None:
         super().__init__()
-        self.signals, self.takes_doses, self.censored = signals, takes_doses, censored
+        self.signals, self.takes_doses, self.censored, self.along = signals, takes_doses, censored, along
         self.compartments = compartments if takes_doses else 0
         self.values, self.clock = SignalScaling(signals), TimeScaling()
         self.register_buffer("small", torch.ones(signals))
         self.register_buffer("brief", torch.ones(()))
-        kinds = signals + (self.compartments + 1 if takes_doses else 0)
-        numbers = 2 + 6 + (3 if censored else 0) + (7 if takes_doses else 0)
+        kinds = signals + (self.compartments + 1 if takes_doses else 0) + along
+        numbers = 2 + 6 + (3 if censored else 0) + (7 if takes_doses else 0) + 2 * along
         flags = (3 if censored else 0) + (4 if takes_doses else 0)
         self.register_buffer("location", torch.zeros(numbers))
         self.register_buffer("scale", torch.ones(numbers))
@@ -108,6 +110,8 @@ class TokenFeatures(nn.Module):
             place = tokens.channel.clamp(max=self.compartments - 1)
             found += [dose & (place == compartment) for compartment in range(self.compartments)]
             found.append(tokens.of_kind(TokenKind.RESET))
+        changed = tokens.of_kind(TokenKind.COVARIATE)
+        found += [changed & (tokens.channel == covariate) for covariate in range(self.along)]
         return [indicator.float() for indicator in found]
 
     def _flags(self, tokens: Tokens) -> list[Tensor]:
@@ -130,6 +134,9 @@ class TokenFeatures(nn.Module):
             _Column(self._elapsed(gap), tokens.present & ~first),
             *self._of_measurements(tokens),
         ]
+        held = tokens.along.unbind(2)
+        found += [_Column(number, tokens.present) for number in held]
+        found += [_Column(_log(number), tokens.present & (number > 0)) for number in held]
         return [*found, *self._of_doses(tokens)] if self.takes_doses else found
 
     def _elapsed(self, time: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:

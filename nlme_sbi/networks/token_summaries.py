@@ -43,8 +43,13 @@ class _TokenNetwork(nn.Module):
     def __init__(self, shape: DataShape, *, token_width: int, token_hidden: int) -> None:
         super().__init__()
         self.takes_doses, self.signals, self.censored = shape.takes_doses, shape.signals, shape.censored
+        self.along = shape.along
         self.features = TokenFeatures(
-            shape.signals, takes_doses=shape.takes_doses, compartments=shape.compartments, censored=shape.censored
+            shape.signals,
+            takes_doses=shape.takes_doses,
+            compartments=shape.compartments,
+            censored=shape.censored,
+            along=len(shape.along),
         )
         self.context = shape.covariates_alone
         self.embed = perceptron([self.features.width, token_hidden, token_width])
@@ -59,7 +64,7 @@ class _TokenNetwork(nn.Module):
 
     def _tokens(self, values: Float[Tensor, "B T C"], design: Design) -> Tokens:
         read_design = design if self.censored else replace(design, limits=None)
-        return tokens_of(values, read_design, takes_doses=self.takes_doses)
+        return tokens_of(values, read_design, takes_doses=self.takes_doses, along=self.along)
 
     def _read(
         self, values: Float[Tensor, "B T C"], design: Design

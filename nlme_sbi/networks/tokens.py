@@ -1,13 +1,14 @@
-"""One individual as tokens: every measurement, dose and reset, in a canonical order.
+"""One individual as tokens: every measurement, dose, reset and change of a covariate, in a canonical order.
 
 Event tables and arrays hold the same individual in many ways: rows in another order, additional doses (ADDL) written
-out or not, padding. All of them give the same tokens here, in the same order, so that networks treat them alike.
+out or not, records of covariates that repeat what holds anyway, padding. All of them give the same tokens here, in the
+same order, so that networks treat them alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -15,11 +16,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nlme_sbi.designs.censoring import censoring_codes
+from nlme_sbi.designs.courses import informative_records
 from nlme_sbi.individual_model.dosing.doses import write_out_doses
+from nlme_sbi.individual_model.time_covariates import course_of, values_at
 from nlme_sbi.types import Censoring, Design
 
-# Order at one time: resets, doses, measurements, then resets and doses that are recorded as following measurements.
-_RESET_FIRST, _DOSE_FIRST, _MEASURED, _RESET_AFTER, _DOSE_AFTER = range(5)
+# Order at one time: changes of covariates, resets, doses, measurements, then resets and doses that are recorded as
+# following measurements.
+_CHANGED, _RESET_FIRST, _DOSE_FIRST, _MEASURED, _RESET_AFTER, _DOSE_AFTER = range(6)
 _NEVER = torch.inf
 
 
@@ -29,6 +33,7 @@ class TokenKind(IntEnum):
     MEASUREMENT = 0
     DOSE = 1
     RESET = 2
+    COVARIATE = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +44,16 @@ class Tokens:
         present: False for padding.
         time: float64.
         kind: codes of :class:`TokenKind`.
-        channel: the signal of a measurement, the compartment of a dose, both from 0.
-        value: of a measurement, or of a censored one its limit: the upper one, else the lower one.
+        channel: the signal of a measurement, the compartment of a dose, the covariate of a record, all from 0.
+        value: of a measurement, or of a censored one its limit: the upper one, else the lower one; of a record of a
+            covariate.
         other: the lower limit of a measurement that has two, else ``value``.
         censoring: codes of :class:`nlme_sbi.types.Censoring`.
         amount: of a dose, as recorded.
         rate: of an infusion; 0 a bolus, -1 and -2 a modelled rate or duration.
         interval: between the past doses of a steady state.
         steady_state: 0, 1 or 2 (SS).
+        along: for every token, the values of the covariates in time at its time.
     """
 
     present: Bool[Tensor, "B N"]
@@ -60,6 +67,7 @@ class Tokens:
     rate: Float[Tensor, "B N"]
     interval: Float[Tensor, "B N"]
     steady_state: Int[Tensor, "B N"]
+    along: Float[Tensor, "B N K"]
 
     def of_kind(self, kind: TokenKind) -> Bool[Tensor, "B N"]:
         """Which tokens are of a kind."""
@@ -69,20 +77,29 @@ class Tokens:
         return self.present.shape[0]
 
 
-def tokens_of(values: Float[Tensor, "B T C"], design: Design, *, takes_doses: bool) -> Tokens:
+_WHOLE = ("present", "time", "kind", "channel", "censoring", "steady_state", "phase")
+_NUMBERS = ("value", "other", "amount", "rate", "interval")
+
+
+def tokens_of(
+    values: Float[Tensor, "B T C"], design: Design, *, takes_doses: bool, along: Sequence[str] = ()
+) -> Tokens:
     """The tokens of individuals.
 
     Args:
         values: measured; of a value that ``design.limits`` hide, only the limits are used.
         design: times, mask, doses, limits.
         takes_doses: whether doses are read.
+        along: names of the covariates in time that are read.
 
     Raises:
-        ValueError: doses are read and the design has none.
+        ValueError: doses or covariates in time are read and the design has none.
     """
     parts = [_measurements(values, design)]
     if takes_doses:
         parts += _events(design)
+    if along:
+        parts += _changes(design, along)
     concatenated = [torch.cat([part[name] for part in parts], dim=1) for name in parts[0]]
     columns = dict(zip(parts[0], concatenated, strict=True))
     order = _canonical_order(columns)
@@ -91,7 +108,11 @@ def tokens_of(values: Float[Tensor, "B T C"], design: Design, *, takes_doses: bo
     del ordered["phase"]
     there = ordered["present"]
     zeroed = {name: torch.where(there, column, torch.zeros_like(column)) for name, column in ordered.items()}
-    return Tokens(**zeroed)
+    held = torch.zeros((*there.shape, 0), device=there.device)
+    if along:
+        found = values_at(course_of(design, along), zeroed["time"], along)
+        held = torch.stack([torch.where(there, found[name], 0.0).float() for name in along], dim=2)
+    return Tokens(**zeroed, along=held)
 
 
 def last_before(
@@ -162,14 +183,33 @@ def _events(design: Design) -> list[dict[str, Tensor]]:
     return [_fill_columns(doses), _fill_columns(resets)]
 
 
+def _changes(design: Design, along: Sequence[str]) -> list[dict[str, Tensor]]:
+    """One token for each informative record of a covariate in time."""
+    course = course_of(design, along)
+    found = []
+    for channel, name in enumerate(along):
+        kept, values = informative_records(course, name, design.times.amax(1))
+        whole = torch.zeros_like(kept, dtype=torch.int64)
+        found.append(
+            _fill_columns(
+                {
+                    "present": kept,
+                    "time": course.times.double(),
+                    "kind": whole + int(TokenKind.COVARIATE),
+                    "phase": whole + _CHANGED,
+                    "channel": whole + channel,
+                    "value": values.float(),
+                }
+            )
+        )
+    return found
+
+
 def _fill_columns(known: dict[str, Tensor]) -> dict[str, Tensor]:
     """All columns, 0 where one is not given."""
     like = known["present"]
     whole = torch.zeros_like(like, dtype=torch.int64)
-    columns: dict[str, Tensor] = {"phase": whole}
-    for item in fields(Tokens):
-        number = item.name in ("value", "other", "amount", "rate", "interval")
-        columns[item.name] = whole.float() if number else whole
+    columns = {**dict.fromkeys(_WHOLE, whole), **dict.fromkeys(_NUMBERS, whole.float())}
     return {**columns, **known}
 
 

@@ -20,7 +20,6 @@ from nlme_sbi.compute.devices import choose_device
 from nlme_sbi.compute.distributed import Team, join_team
 from nlme_sbi.compute.random_streams import weights_seed
 from nlme_sbi.config.instantiate import instantiate
-from nlme_sbi.individual_model.time_covariates import time_covariates_read
 from nlme_sbi.networks.densities import FlowSettings
 from nlme_sbi.networks.posterior import PosteriorNetwork, initialize_network
 from nlme_sbi.networks.stored_weights import describe_shape
@@ -226,12 +225,6 @@ def _parts(
 
 
 def _network(parts: _Parts, settings: TrainingSettings, *, seed: int) -> tuple[PosteriorNetwork, DataShape]:
-    along = time_covariates_read(parts.simulator)
-    if along:
-        raise ValueError(
-            f"The simulator follows {', '.join(along)} along the timeline, which no summary network reads; fit without "
-            "a network, posterior=none."
-        )
     return initialize_network(
         parts.source.pilot(settings.pilot_size),
         parts.simulator,

@@ -15,10 +15,9 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from nlme_sbi.individual_model.dosing.linear_equations import LinearSolver
 from nlme_sbi.individual_model.mechanistic import OdeModel
 from nlme_sbi.individual_model.noise import Additive
-from nlme_sbi.individual_model.solvers import DormandPrince5, Equation
+from nlme_sbi.individual_model.solvers import DormandPrince5
 from nlme_sbi.individual_model.time_covariates import Stretch, values_at
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design, EventKind, Events, TimeCovariates
@@ -368,15 +367,3 @@ def test_what_cannot_be_is_refused_with_what_to_type() -> None:
     ):
         with pytest.raises(ValueError, match=pattern):
             Compartments(lag=True, time_covariates=section)  # type: ignore[arg-type]
-
-
-def test_the_linear_solver_is_exact_and_gives_up_on_what_is_not_finite() -> None:
-    matrix = torch.tensor([[[-2.0, 0.5], [2.0, -0.5]], [[0.0, 0.0], [0.0, 0.0]], [[torch.inf, 0.0], [0.0, 0.0]]])
-    matrix, flow = matrix.double(), torch.tensor([1.0, 0.0]).double()
-    equation = Equation(lambda _, x: (matrix @ x[..., None])[..., 0] + flow, lambda _, x: matrix + 0 * x[..., None])
-    begin = torch.tensor([[3.0, 1.0]]).double().expand(3, 2)
-    found, _ = LinearSolver().advance(equation, begin, torch.ones(3).double())
-    by_hand = solve_ivp(lambda _, x: matrix[0].numpy() @ x + [1.0, 0.0], (0, 1), [3.0, 1.0], rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(found[0], by_hand.y[:, -1], rtol=1e-10)
-    np.testing.assert_allclose(found[1], [4.0, 1.0])
-    assert bool(found[2].isnan().all())

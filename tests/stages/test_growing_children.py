@@ -7,16 +7,20 @@ quadrature over the one parameter that varies, on curves that scipy solves.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.integrate import solve_ivp
 
 import nlme_sbi.stages.fit_population as fit_stage
 from nlme_sbi.cli import compose_config
+from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.stages.fit_population import fit_population
 from nlme_sbi.stages.predict import predict
+from nlme_sbi.types import Observations
 
 TRUTH = {"CL": 3.0, "V": 20.0, "CL_WT": 0.75, "cv": 0.1, "sd": 0.25}
 VISITS = np.array([0.0, 240.0, 480.0, 720.0])
@@ -149,7 +153,7 @@ def test_the_first_value_serves_a_population_model(tmp_path: Path, monkeypatch: 
         fit_population(compose_config("fit_population", [*given, effect]))  # type: ignore[arg-type]
 
 
-def test_no_network_is_trained_on_what_it_cannot_see(tmp_path: Path) -> None:
+def test_a_network_reads_the_course_and_others_refuse_it(tmp_path: Path) -> None:
     from nlme_sbi.stages.simulate import simulate
     from nlme_sbi.stages.train_flow import train_flow
 
@@ -158,6 +162,18 @@ def test_no_network_is_trained_on_what_it_cannot_see(tmp_path: Path) -> None:
     given += [f"output_root={tmp_path}", "simulation.n=200", "simulation.shard_size=100", "simulation.workers=1"]
     simulate(compose_config("simulate", given))  # type: ignore[arg-type]
     asked = ["experiment=intravenous", f"output_root={tmp_path}", "simulations=latest", "device=cpu"]
-    asked += ["training.validation_size=50", "training.batch_size=50"]
-    with pytest.raises(ValueError, match=r"no summary network reads; fit without a network, posterior=none"):
-        train_flow(compose_config("train_flow", asked))  # type: ignore[arg-type]
+    asked += ["training.validation_size=50", "training.batch_size=50", "training.steps=2", "training.warmup_steps=1"]
+    asked += ["training.pilot_size=100", "training.validate_every=1", "flow.couplings=2", "flow.hidden=8"]
+    with pytest.raises(ValueError, match=r"does not read; take summary=attention or summary=recurrent"):
+        train_flow(compose_config("train_flow", [*asked, "summary=pooled"]))  # type: ignore[arg-type]
+    train_flow(compose_config("train_flow", asked))  # type: ignore[arg-type]
+    runs = [path for path in (tmp_path / "train_flow").iterdir() if (path / "manifest.json").exists()]
+    posterior = AmortizedPosterior.load(runs[0], device="cpu")
+    data = Observations.read_events(tmp_path / "study.csv", signals=["concentration"], time_covariates=["WT"])
+    draws = posterior.sample(data, 20, torch.Generator().manual_seed(0))
+    assert bool(torch.isfinite(draws.phi).all())
+    course = data.design.time_covariates
+    assert course is not None
+    heavy = replace(data.design, time_covariates=replace(course, values=10 * course.values))
+    with pytest.raises(ValueError, match=r'"WT" is .* at a time, but the network was trained on'):
+        posterior.check(replace(data, design=heavy))

@@ -131,14 +131,24 @@ def test_transit_chains_agree_with_matrix_exponentials(compartments: int, chain:
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8 * expected.max())
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [({"rate": 10.0}, "infusions .RATE. go into a transit"), ({"steady_state": 1, "interval": 8.0}, "at steady state")],
-)
-def test_what_no_transit_chain_takes_is_refused(row: dict[str, float], message: str) -> None:
-    simulator = model(1, "transit")
-    with pytest.raises(ValueError, match=message):
-        simulator.check_design(design_of([{"time": 0.0, "amount": 100.0, **row}], [1.0]), ["ann"])
+def test_infusions_and_steady_states_pass_a_transit_chain() -> None:
+    simulator, rates = model(1, "transit", transit_compartments=1), RATES | {"MTT": 3.0}
+    steps = 2 / rates["MTT"]
+    # A dose enters the first of two steps, which empty into absorption and centre.
+    matrix = np.zeros((4, 4))
+    for place, rate in enumerate((steps, steps, rates["ka"], rates["k"])):
+        matrix[place, place] = -rate
+        if place < 3:
+            matrix[place + 1, place] = rate
+    times = [0.0, 0.5, 3.0, 9.0, 30.0]
+    repeated: dict[str, float] = {"time": 0.0, "amount": 100.0, "interval": 8.0, "steady_state": 1}
+    rows = [repeated, {"time": 2.0, "amount": 50.0, "rate": 10.0}]
+    found = concentration(simulator, rates, design_of(rows, times))
+    before = 100
+    written = [WrittenDose(8.0 * number, 100.0, 0.0, 0) for number in range(before + 1)]
+    written.append(WrittenDose(8.0 * before + 2.0, 50.0, 5.0, 0))
+    expected = amounts(matrix, written, [8.0 * before + time for time in times])[:, 3] / rates["V"]
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
 
 
 @pytest.mark.slow

@@ -175,6 +175,27 @@ def test_derivatives_reach_lags_durations_and_steady_states() -> None:
 
 
 @pytest.mark.slow
+def test_second_derivatives_reach_steady_states() -> None:
+    model = Oral(RungeKutta4(steps=6))
+    rows: list[dict[str, float]] = [{"time": 0.0, "amount": 20.0, "interval": 8.0, "steady_state": 1}]
+    design = design_of([rows], [0.2, 4.1])
+    phi = phi_of(model, SATURATED, 1)
+
+    def slopes(at: Tensor) -> Tensor:
+        at = at.detach().requires_grad_(True)
+        return torch.autograd.grad(model.predict(at, design).sum(), at)[0]
+
+    at = phi.clone().requires_grad_(True)
+    (first,) = torch.autograd.grad(model.predict(at, design).sum(), at, create_graph=True)
+    for place in range(4):
+        (second,) = torch.autograd.grad(first[0, place], at, retain_graph=True)
+        step = torch.zeros_like(phi)
+        step[0, place] = 1e-4
+        difference = (slopes(phi + step) - slopes(phi - step)) / 2e-4
+        torch.testing.assert_close(second, difference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_individuals_and_draws_are_solved_as_if_alone() -> None:
     model = Oral()
     rng = random.Random(3)
