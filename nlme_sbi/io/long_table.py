@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int
 
+from nlme_sbi.config.wording import as_names
 from nlme_sbi.io.censored import limits_of
 from nlme_sbi.io.clock_times import times_of
 from nlme_sbi.io.covariates.covariate_options import CovariateOptions
 from nlme_sbi.io.covariates.individual_covariates import Levels
 from nlme_sbi.io.covariates.time_covariates import Choices
 from nlme_sbi.io.files import MISSING, TableFile
+from nlme_sbi.io.groups import groups_of
 from nlme_sbi.io.meanings import Rows, refuse_other_meanings
 from nlme_sbi.io.plans import PlannedDesigns, planned_design
 from nlme_sbi.io.records import Records, Scales, chosen_signals, observations, only_signal
@@ -57,6 +59,8 @@ class LongTable:
         covariate_value: "constant" refuses a column of ``covariates`` that changes within an individual, "first" takes
             each individual's first value.
         categorical: covariates that are levels although they look like numbers, or a mapping to their levels in order.
+        groups: columns that group individuals (plate, device, batch), for hierarchical models; each constant within an
+            individual, its levels in alphabetical order.
         only: for each column the level or levels of the rows to take.
         skip: for each column the level or levels of the rows to leave out.
         unused: columns that mean nothing here, whatever their name says.
@@ -84,6 +88,7 @@ class LongTable:
     time_covariates: Choices = ()
     covariate_value: str = "constant"
     categorical: Levels = ()
+    groups: str | Sequence[str] = ()
     only: Mapping[str, object] = field(default_factory=dict)
     skip: Mapping[str, object] = field(default_factory=dict)
     unused: str | Sequence[str] = ()
@@ -115,7 +120,8 @@ class LongTable:
             whole = times_of(table, names, self.date_format, scales, individual=codes, ids=ids, sort=self.sort).values
         covariates = self._covariates.read(table, individual=codes, ids=ids, times=whole)
         scales = replace(scales, time_unit=clock.unit)
-        used = [*names.values(), *clock.columns, *self._covariates.columns()]
+        groups = groups_of(table, self.groups, individual=codes, ids=ids)
+        used = [*names.values(), *clock.columns, *self._covariates.columns(), *as_names("groups", self.groups)]
         rows = Rows(codes, ids, keep, names["value"])
         unused = refuse_other_meanings(table, rows, used=self._there(table, used), doses=False)
         chosen, signal, individual = table.where(keep), signal[keep], codes[keep]
@@ -143,6 +149,7 @@ class LongTable:
             scales=scales,
             covariates=covariates.constant,
             time_covariates=covariates.course,
+            groups=groups,
             covariate_units=dict(self.covariate_units),
             notes=(*notes, *said, *clock.notes, *apart_note(individual), *spare, *covariates.notes, *unused),
         )
