@@ -101,9 +101,7 @@ class DoubleReceiver(MechanisticSimulator):
 
     def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T 4"]:
         """The four signals at ``design.times``, scaled as the data."""
-        mechanism = ParameterSpace(self.parameters.parameters[: len(_MECHANISM)])
-        columns = mechanism.to_natural(phi[..., : len(mechanism)])[..., None, :].unbind(-1)
-        value = dict(zip(mechanism.names, columns, strict=True))
+        value = _natural_values(phi)
         times, places = refine_times(times_for(phi, design), _LONGEST_STEP, _HALVINGS)
         size, growth = logistic_growth(
             times, initial=_INITIAL_SIZE, rate=value["r"], capacity=value["K"], lag=value["tlag"]
@@ -137,6 +135,22 @@ class DoubleReceiver(MechanisticSimulator):
         )
         found = torch.stack(signals, -1)
         return found if len(places) == found.shape[-2] else found[..., places, :]
+
+
+def _natural_values(phi: Tensor) -> dict[str, Tensor]:
+    """Natural value of each parameter of the mechanism, ``(I, ..., 1)``; all of one transform at once."""
+    found: dict[str, Tensor] = {}
+    for transform in ("log", "logit"):
+        places = [place for place, parameter in enumerate(_MECHANISM) if parameter.transform == transform]
+        values = phi[..., places]
+        if transform == "log":
+            values = values.exp()
+        else:
+            lower = values.new_tensor([_MECHANISM[place].lower for place in places])
+            upper = values.new_tensor([_MECHANISM[place].upper for place in places])
+            values = lower + (upper - lower) * torch.sigmoid(values)
+        found |= zip([_MECHANISM[place].name for place in places], values[..., None, :].unbind(-1), strict=True)
+    return found
 
 
 def _per_cell(times: Tensor, size: Tensor, growth: Tensor, slope: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,8 @@ class SeriesEncoder:
     Args:
         hidden: nodes of each layer.
         layers: hidden layers.
-        family: "diagonal" (mean field), or "full" covariance.
+        family: "full" covariance, or "diagonal" (mean field), which is far behind where parameters depend on each
+            other.
         start: SD of the posteriors before training, in prior SDs. With .3 most first draws of stiff models have no
             finite gradient.
         noise_start: where posteriors of noise parameters begin, in prior SDs above the prior mean: with much noise the
@@ -89,7 +90,7 @@ class SeriesEncoder:
 
     hidden: int = 128
     layers: int = 2
-    family: Family = "diagonal"
+    family: Family = "full"
     start: float = 0.1
     noise_start: float = 2.0
     blind: Sequence[str] = ()

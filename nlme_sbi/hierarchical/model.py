@@ -50,7 +50,7 @@ class Bound:
             decide a step.
     """
 
-    draws: int = 20
+    draws: int = 8
     shared_draws: int = 1
     gradients: Literal["plain", "doubly"] = "doubly"
     gradient_limit: float = 1000.0

@@ -35,7 +35,7 @@ def made_bound(model, observations, seed: int, **draws: int) -> float:
 
 def test_divergence_of_what_is_shared_is_paid_once() -> None:
     observations = simulated(6, 3)
-    model = linear_model(observations)
+    model = linear_model(observations, draws=20)
     with torch.no_grad():
         whole = float(model(model.individuals(observations, 3)))
         made = model.log_weights(model.individuals(observations, 3), draws=20)
