@@ -287,16 +287,21 @@ def main() -> None:
         figures[f"{label}_rmse_OD"] = (float(found.rmse[0]), "of scaled OD, no model")
     for name in chosen.parts:
         figures |= figures_of(name, [run(name, observations, fold(1), seed) for seed in range(chosen.seeds)])
-    if chosen.zero_shot:
-        for device, corners in CORNERS.items():
-            figures |= zero_shot(device, corners, observations, chosen.zero_shot)
-    figures["peak_gb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "GB, whole process")
-    title = "Bacterial biosensors: held-out wells at fixed CPU seconds"
-    if chosen.write:
-        write_result("biosensor", figures, title=title)
-    else:
-        for key, (value, unit) in figures.items():
-            print(f"{key:40} {value:.5g} {unit}")
+        report(figures, write=chosen.write)
+    for device, corners in CORNERS.items() if chosen.zero_shot else ():
+        figures |= zero_shot(device, corners, observations, chosen.zero_shot)
+        report(figures, write=chosen.write)
+
+
+def report(figures: dict[str, Figure], *, write: bool) -> None:
+    """Print what is known so far, and write it where that is asked for: a long run that is stopped leaves its parts."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    whole: dict[str, Figure] = {**figures, "peak_gb": (peak, "GB, whole process")}
+    if write:
+        write_result("biosensor", whole, title="Bacterial biosensors: held-out wells at fixed CPU seconds")
+        return
+    for key, (value, unit) in whole.items():
+        print(f"{key:40} {value:.5g} {unit}")
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ class EncoderNetwork(nn.Module):
     """
 
     blind: Tensor
+    sees: Tensor
 
     def __init__(
         self, settings: SeriesEncoder, features: int, hierarchy: BoundHierarchy, noise: Sequence[str] = ()
@@ -185,9 +186,8 @@ class EncoderNetwork(nn.Module):
         seen = self.trunk(torch.cat([features, levels], 1))
         mean, log_sd = self.means(seen), self.log_sds(seen)
         if self.blind_means is not None and self.blind_log_sds is not None:
-            sees = torch.as_tensor(self.sees)
-            own_mean = PACE * (self.blind_means[0] + levels @ (self.blind_means[1:] * sees))
-            own_sd = PACE * (self.blind_log_sds[0] + levels @ (self.blind_log_sds[1:] * sees))
+            own_mean = PACE * (self.blind_means[0] + levels @ (self.blind_means[1:] * self.sees))
+            own_sd = PACE * (self.blind_log_sds[0] + levels @ (self.blind_log_sds[1:] * self.sees))
             mean = torch.where(self.blind, own_mean, mean)
             log_sd = torch.where(self.blind, own_sd, log_sd)
         lower = None

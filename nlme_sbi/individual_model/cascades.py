@@ -137,7 +137,7 @@ class _DecayingSum(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
         times, source, slope, decay, found = ctx.saved_tensors
         growing = _growing(times, decay)
         step = times.diff(dim=-1)
