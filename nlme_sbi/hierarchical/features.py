@@ -91,12 +91,13 @@ def _interpolated(observations: Observations, grid: Tensor) -> Float[Tensor, "I 
 
 def as_float(observations: Observations) -> Observations:
     """The same in single precision, which networks and their draws are in."""
-    bounds = {
-        name: None if getattr(observations, name) is None else getattr(observations, name).float()
-        for name in ("lower", "upper")
-    }
     times = observations.design.times
     narrow = times[:1].float().expand(times.shape) if observations.design.has_shared_times else times.float()
+    lower, upper = observations.lower, observations.upper
     return replace(
-        observations, values=observations.values.float(), design=replace(observations.design, times=narrow), **bounds
+        observations,
+        values=observations.values.float(),
+        design=replace(observations.design, times=narrow),
+        lower=None if lower is None else lower.float(),
+        upper=None if upper is None else upper.float(),
     )

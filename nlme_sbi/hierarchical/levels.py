@@ -169,7 +169,7 @@ def _effects(name: str, entry: Mapping[str, Any], groups: Groups | None) -> list
     found = []
     for factor in factors:
         place = groups.names.index(factor)
-        present = groups.codes[:, place].unique().tolist()
+        present = set(groups.codes[:, place].tolist())
         for code, level in enumerate(groups.levels[place]):
             if code in present and level != references.get(factor):
                 found.append(Latent(name, float(entry["mean"]), float(entry["sd"]), factor, level))

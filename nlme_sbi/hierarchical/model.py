@@ -238,9 +238,10 @@ class HierarchicalModel(nn.Module):
         if own.requires_grad:
             doubly = self.bound.gradients == "doubly"
             shares = torch.softmax(log_own.detach(), -1).reshape(own.shape[:2]) if doubly else None
-            own.register_hook(_Limit(limit / max(1, log_own.shape[0] * log_own.shape[1]), shares))
+            largest = limit / max(1, log_own.shape[0] * log_own.shape[1])
+            own.register_hook(_Limit(largest, shares))  # type: ignore[no-untyped-call]
         if shared is not None and shared.requires_grad:
-            shared.register_hook(_Limit(limit, None))
+            shared.register_hook(_Limit(limit, None))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,8 +255,9 @@ class _Limit:
         finite = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         if self.factor is not None:
             finite = finite * self.factor[..., None]
-        norm = finite.norm(dim=-1, keepdim=True)
-        return finite * (self.largest / norm.clamp_min(self.largest))
+        norm = torch.linalg.vector_norm(finite, dim=-1, keepdim=True)
+        limited: Tensor = finite * (self.largest / norm.clamp_min(self.largest))
+        return limited
 
 
 def _moved(unknowns: Tensor, latents: tuple[Latent, ...]) -> Tensor:

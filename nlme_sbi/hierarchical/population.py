@@ -157,7 +157,8 @@ class FittedPopulation:
         """Unknowns of new individuals."""
         noise = torch.randn((len(columns), count, len(self.covariance)), generator=generator, dtype=torch.float64)
         factor = torch.linalg.cholesky(self.covariance)
-        return (columns @ self.coefficients)[:, None] + noise @ factor.T
+        drawn: Tensor = (columns @ self.coefficients)[:, None] + noise @ factor.T
+        return drawn
 
 
 def _normal_log_prob(away: Tensor, covariance: Tensor, active: Tensor) -> Tensor:

@@ -46,4 +46,5 @@ def coverage(
     tail = (1 - level) / 2
     low, high = torch.quantile(draws, torch.tensor([tail, 1 - tail], dtype=draws.dtype), dim=1)
     inside = (values >= low) & (values <= high) & observed
-    return inside.sum((0, 1)).double() / observed.sum((0, 1))
+    share: Tensor = inside.sum((0, 1)).double() / observed.sum((0, 1))
+    return share

@@ -62,7 +62,7 @@ def correlated_log_prob(
         # One product for each signal: (draws, T) times (T, T).
         white = shown.movedim(-1, 0).flatten(1, -2) @ whitener.mT
         log_volume = (torch.diagonal(factor, dim1=-2, dim2=-1).log() * mask).sum() + _HALF_LOG_TWO_PI * int(mask.sum())
-        density = (-0.5 * white.square().sum((0, -1)) - log_volume).reshape(chosen.shape[:-2])
+        density: Tensor = (-0.5 * white.square().sum((0, -1)) - log_volume).reshape(chosen.shape[:-2])
         if len(rows) == len(times):
             return density
         total = total.index_copy(0, rows, density)
