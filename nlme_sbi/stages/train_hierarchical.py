@@ -1,0 +1,198 @@
+"""Fit a hierarchical model: levels of parameters, every individual's posterior, and the population of individuals."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save as safetensors_bytes
+
+from nlme_sbi.compute.random_streams import Stream
+from nlme_sbi.config.instantiate import instantiate
+from nlme_sbi.designs import Reader
+from nlme_sbi.hierarchical.batches import HeldOut
+from nlme_sbi.hierarchical.fitting import PreparedModel, individual_bounds, prepare_model, train_model
+from nlme_sbi.hierarchical.population import (
+    FittedPopulation,
+    IndividualPopulation,
+    fit_population,
+    predictive_log_likelihood,
+)
+from nlme_sbi.hierarchical.tables import individual_table, population_table, score_table, shared_table
+from nlme_sbi.plots.loss import plot_history
+from nlme_sbi.runs import (
+    RunDirectory,
+    csv_text,
+    load_run,
+    open_run,
+    save_array,
+    save_observations,
+    sources_of,
+    write_atomically,
+)
+from nlme_sbi.runs.stored_observations import sha256_of_observations
+from nlme_sbi.stages.shared.components import part
+from nlme_sbi.stages.shared.trained_hierarchy import SECTIONS, settings_of, simulator_of
+from nlme_sbi.stages.shared.training_curves import TrainingCurves
+from nlme_sbi.training.loop import TrainingResult, TrainingSettings
+from nlme_sbi.types import Observations
+
+log = logging.getLogger(__name__)
+
+_CHECKPOINT = "training.pt"
+_DECIDING = (*SECTIONS, "held_out", "training", "individual_population", "evaluation", "seed")
+
+
+def train_hierarchical(cfg: DictConfig) -> float:
+    """Fit a hierarchical model to a data set; the run holds weights, tables and what later use of it needs.
+
+    Args:
+        cfg: composed configuration with ``experiment``, ``data``, ``simulator``, ``hierarchy``, ``encoder``,
+            ``preparation``, ``residuals``, ``bound``, ``held_out``, ``training``, ``individual_population``,
+            ``evaluation``, ``seed``, ``output_root``, ``fresh`` and ``trust``.
+
+    Returns:
+        Minus the bound of held-out individuals, in nats an individual, which sweepers minimise.
+
+    Raises:
+        ValueError: one sentence for each wrong input, before training starts.
+    """
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    trust = tuple(plain["trust"])
+    if not plain.get("hierarchy"):
+        raise ValueError(
+            "hierarchy=none says nothing of levels; choose hierarchy=double_receiver, or write your own "
+            "(hierarchy/NAME.yaml in a folder that --config-dir names)."
+        )
+    settings, simulator = settings_of(plain, trust), simulator_of(plain, trust)
+    training: TrainingSettings = instantiate(plain["training"], trust=trust, where="training")
+    held: HeldOut = instantiate(plain["held_out"], trust=trust, where="held_out")
+    population: IndividualPopulation = instantiate(
+        plain["individual_population"], trust=trust, where="individual_population"
+    )
+    observations: Observations = part(plain["data"], Reader, where="data", trust=trust).read()
+    seed = int(plain["seed"])
+    fitted, held_out = held.rows(observations, seed)
+    prepared = prepare_model(simulator, settings, observations, fitted=fitted, held_out=held_out, seed=seed)
+    for note in prepared.model.hierarchy.notes(prepared.fitted.codes):
+        log.warning("%s", note)
+    run = open_run(
+        stage="train_hierarchical",
+        experiment=plain["experiment"]["name"],
+        config={name: plain[name] for name in _DECIDING},
+        inputs={"data": sha256_of_observations(observations)},
+        root=Path(plain["output_root"]),
+        fresh=plain["fresh"],
+        sources=sources_of(plain, ("simulator",), trust=trust),
+    )
+    with run:
+        if run.finished:
+            log.info("This fit is finished already: %s (fresh=true fits again)", run.path)
+            return -load_run(run.path, stage="train_hierarchical").number("held_out_bound")
+        result = _train(prepared, training, run, seed)
+        found = fit_population(prepared.model, prepared.fitted, population, seed, Stream.HIERARCHICAL_POPULATION)
+        _save_model(run, prepared, found, observations, held_out)
+        results = _evaluate(run, prepared, found, plain["evaluation"], seed)
+        _save_history(run, result)
+        run.finish(
+            {
+                **results,
+                "best_step": result.best_step,
+                "steps": result.steps,
+                "stopped_early": result.stopped_early,
+                "weights": sum(parameter.numel() for parameter in prepared.model.parameters()),
+                "residuals": prepared.model.residuals.described(tuple(simulator.signals)),
+            }
+        )
+    scores = pd.read_csv(run.path / "scores.csv").to_string(index=False, float_format="%.4g")
+    log.info("Scores, on the scale of the prepared series:\n%s\nRun: %s", scores, run.path)
+    log.info(
+        "Held out: %.1f nats an individual (%s draws); given the population %.1f.",
+        results["held_out_bound"],
+        plain["evaluation"]["draws"],
+        results["held_out_predictive"],
+    )
+    return -float(results["held_out_bound"])
+
+
+def _train(prepared: PreparedModel, training: TrainingSettings, run: RunDirectory, seed: int) -> TrainingResult:
+    with TrainingCurves(run.log_directory / "tensorboard") as curves:
+        checkpoint = run.checkpoint_directory / _CHECKPOINT
+        return train_model(prepared, training, seed, checkpoint=checkpoint, report=curves.add)
+
+
+def _evaluate(
+    run: RunDirectory,
+    prepared: PreparedModel,
+    population: FittedPopulation,
+    settings: Mapping[str, Any],
+    seed: int,
+) -> dict[str, Any]:
+    """Bounds and scores of those that are fitted and of those that are held out; their tables are written."""
+    draws, count = int(settings["draws"]), int(settings["predictions"])
+    model = prepared.model
+    sides = {"fitted": prepared.fitted, "held_out": prepared.held_out}
+    rows, results = [], {}
+    for side, individuals in sides.items():
+        bounds = individual_bounds(model, individuals, draws, seed)
+        stream = (seed, Stream.HIERARCHICAL_PREDICTIONS)
+        predictive = predictive_log_likelihood(model, population, individuals, min(draws, 500), *stream)
+        table = pd.DataFrame(
+            {
+                "id": individuals.observations.ids,
+                "side": side,
+                "bound": bounds.bounds.numpy(),
+                "effective_draws": bounds.effective_draws.numpy(),
+                "given_population": predictive.numpy(),
+            }
+        )
+        rows.append(table)
+        results[f"{side}_bound"] = float(bounds.bounds.mean())
+        results[f"{side}_predictive"] = float(predictive.mean())
+    _write(run, "bounds.csv", csv_text(pd.concat(rows)))
+    scores = score_table(model, population, sides, draws=count, seed=seed)
+    _write(run, "scores.csv", csv_text(scores))
+    everybody = [*sides.values()]
+    _write(
+        run, "individuals.csv", csv_text(pd.concat([individual_table(model, one, count, seed) for one in everybody]))
+    )
+    if model.hierarchy.shared:
+        _write(run, "shared.csv", csv_text(shared_table(model)))
+    _write(run, "population.csv", csv_text(population_table(model, population)))
+    return results
+
+
+def _save_model(
+    run: RunDirectory,
+    prepared: PreparedModel,
+    population: FittedPopulation,
+    observations: Observations,
+    held_out: torch.Tensor,
+) -> None:
+    """What a later use of the model needs: weights, the data as they were read, who was held out, the population."""
+    weights = {name: tensor.detach().contiguous() for name, tensor in prepared.model.state_dict().items()}
+    write_atomically(run.path / "weights.safetensors", lambda file: _write_bytes(file, safetensors_bytes(weights)))
+    save_observations(run.path / "observations", observations)
+    save_array(run.path / "held_out.npy", held_out)
+    save_array(run.path / "population_coefficients.npy", population.coefficients)
+    save_array(run.path / "population_covariance.npy", population.covariance)
+
+
+def _save_history(run: RunDirectory, result: TrainingResult) -> None:
+    history = pd.DataFrame(result.history).astype({"step": int})
+    _write(run, "history.csv", csv_text(history))
+    figure = plot_history(history)
+    write_atomically(run.path / "loss.png", lambda file: figure.savefig(file, dpi=150))
+
+
+def _write(run: RunDirectory, name: str, text: str) -> None:
+    write_atomically(run.path / name, lambda file: _write_bytes(file, text.encode()))
+
+
+def _write_bytes(file: Any, content: bytes) -> None:
+    file.write(content)
