@@ -106,7 +106,7 @@ def test_the_quadrature_has_converged(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(minus_two_log_likelihood(found, values) - coarse) < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_study_with_a_metabolite_is_recovered_and_its_likelihood_is_that_of_quadrature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
