@@ -48,8 +48,9 @@ def test_a_dask_cluster_changes_no_byte(tmp_path: Path, monkeypatch: pytest.Monk
         raise AssertionError("made by this process")
 
     monkeypatch.chdir(tmp_path)
+    # joblib gives the work of a single worker to this process.
     with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path / "dask")
+        n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path / "dask")
     ) as cluster:
         monkeypatch.setattr(simulation, "_store", not_here)
         # By its address, as on the command line, with a directory that is relative to this process only.

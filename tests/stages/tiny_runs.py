@@ -59,7 +59,7 @@ TRAINING = [
     "summary.width=8",
     "summary.layers=1",
 ]
-FIT = ["fit.starts=1", "figures.individuals=2", "predictions.simulations=200"]
+FIT = ["fit.starts=1", "figures.individuals=2", "predictions.simulations=240"]  # 20 for each of 11 measurements
 AFTER_THE_FIT = {
     "sample_theta": [
         *("sampler.ensembles=2", "sampler.walkers=14", "sampler.warmup=10"),
