@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from nlme_sbi.posteriors import PosteriorSamples
     from nlme_sbi.runs import find_run, load_run
     from nlme_sbi.simulation.shards import SimulationSettings
+    from nlme_sbi.stages.shared.trained_hierarchy import load_hierarchy
     from nlme_sbi.training.loop import TrainingSettings, train_posterior
     from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Observations, TimeCovariates
 
@@ -178,6 +179,7 @@ __all__ = [
     "fit_population",
     "individual_bounds",
     "individual_modes",
+    "load_hierarchy",
     "load_run",
     "log_bateman",
     "new_individuals",
@@ -322,6 +324,7 @@ _ROOMS = {
         "load_run",
     ),
     "simulation.shards": ("SimulationSettings",),
+    "stages.shared.trained_hierarchy": ("load_hierarchy",),
     "training.loop": (
         "TrainingSettings",
         "train_posterior",

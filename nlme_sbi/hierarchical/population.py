@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nlme_sbi.compute.random_streams import seeded
+from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.hierarchical.levels import BoundHierarchy
 from nlme_sbi.hierarchical.model import HierarchicalModel, Individuals
 
@@ -288,7 +288,7 @@ def predict_new(
     model: HierarchicalModel, population: FittedPopulation, individuals: Individuals, draws: int, seed: int
 ) -> Float[Tensor, "I K T C"]:
     """Measurements of new individuals with the groups, covariates and times of these, whose values are not used."""
-    generator = seeded("cpu", seed)
+    generator = seeded("cpu", seed, Stream.HIERARCHICAL_NEW_INDIVIDUALS)
     columns = population.regressors.columns(model.hierarchy, individuals)
     own = population.sample(columns, draws, generator).float()
     shared = torch.zeros((draws, 0))
