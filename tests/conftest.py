@@ -28,8 +28,6 @@ LONGEST = (
     *("docs/test_python_api.py", "population/test_saem.py", "report/test_restyled_report.py"),
     *("docs/test_readme_examples.py", "stages/test_predict.py", "stages/test_edited_simulators.py"),
 )
-# Slow tests of these go through the lines of the fast ones with more data, and take longer where coverage watches them.
-NUMERICAL = ("population", "individual_model", "dosing", "networks", "diagnostics", "simulators", "oracles", "numerics")
 HERE = Path(__file__).parent
 ALL_SLOW = re.compile(r"^pytestmark = (\[\n    )?pytest\.mark\.slow\b", re.MULTILINE)
 
@@ -44,14 +42,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return has_none or None
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {str(HERE / name): place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(str(item.path), len(places)))
-    if not getattr(config.option, "cov_source", None):
-        return
-    for item in items:
-        if item.get_closest_marker("slow") and item.path.parent.name in NUMERICAL:
-            item.add_marker("no_cover")
 
 
 def pytest_configure(config: pytest.Config) -> None:
