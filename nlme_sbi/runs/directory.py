@@ -36,9 +36,9 @@ from nlme_sbi.runs.files import (
     load_json,
     plain,
     save_json,
+    save_text,
     sha256_of_file,
     sha256_of_plain,
-    write_atomically,
 )
 from nlme_sbi.runs.log_files import log_file
 from nlme_sbi.runs.order import order_of_finishing
@@ -249,7 +249,7 @@ def _begin(run: RunDirectory) -> None:
     run.resumed = (run.path / CONFIG).exists()
     _remove_partial(run.path)
     if not run.resumed:
-        write_atomically(run.path / CONFIG, lambda file: _write(file, text))
+        save_text(run.path / CONFIG, text)
     clock = run.log_directory / _CLOCK
     run._seconds_before = _seconds_of_earlier_sessions(run.path, clock)
     save_json(clock, {"before": run._seconds_before, "started": time.time()})
@@ -444,7 +444,3 @@ def _make_directory(directory: Path) -> Path:
     except OSError as error:
         raise could_not_write(directory, error) from error
     return directory
-
-
-def _write(file: Any, text: str) -> None:
-    file.write(text.encode())

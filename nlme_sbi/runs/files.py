@@ -51,6 +51,20 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         raise
 
 
+def save_bytes(path: Path, content: bytes) -> None:
+    """Write a file of these bytes; see :func:`write_atomically`."""
+    write_atomically(path, lambda file: _write(file, content))
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8; see :func:`write_atomically`."""
+    save_bytes(path, text.encode())
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
+
+
 def flush_directory(directory: Path) -> None:
     """Make a rename survive a power cut; some file systems do not offer it, and then nothing is lost but that."""
     with contextlib.suppress(OSError):
@@ -114,7 +128,7 @@ def plain(value: Any, where: str = "") -> Any:
 def save_json(path: Path, value: Any) -> None:
     """Write plain data as JSON; numbers that are not finite become null, because JSON has no word for them."""
     text = json.dumps(finite(plain(value)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: _write_text(file, text))
+    save_text(path, text)
 
 
 def load_json(path: Path, shape: Any = None) -> Any:
@@ -195,10 +209,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_text(file: BinaryIO, text: str) -> None:
-    file.write(text.encode())
 
 
 _DAMAGED = "Run the stage that wrote it again with fresh=true."

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pandas as pd
 import torch
@@ -26,8 +26,8 @@ from nlme_sbi.runs import (
     open_run,
     save_array,
     save_json,
+    save_text,
     schema,
-    write_atomically,
 )
 from nlme_sbi.runs.remedies import override, script_command
 from nlme_sbi.stages.checks.fit import FitChecks, FitCheckSettings, FitSubject, check_stored_fit
@@ -226,12 +226,7 @@ def _save(run: RunDirectory, subject: FitSubject, checks: FitChecks) -> None:
 def _save_table(path: Path, frame: pd.DataFrame) -> None:
     # Every digit, in double precision: a report draws from these tables what it would draw from the numbers themselves.
     singles = [name for name in frame if frame[name].dtype == "float32"]
-    text = csv_text(frame.astype(dict.fromkeys(singles, "float64")))
-    write_atomically(path, lambda file: _write(file, text))
-
-
-def _write(file: BinaryIO, text: str) -> None:
-    file.write(text.encode())
+    save_text(path, csv_text(frame.astype(dict.fromkeys(singles, "float64"))))
 
 
 def _log_findings(finding: Finding) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.population.results.model_comparison import ComparedFit, compare_models
-from nlme_sbi.runs import FinishedRun, csv_text, load_run, open_run, save_json, write_atomically
+from nlme_sbi.runs import FinishedRun, csv_text, load_run, open_run, save_json, save_text
 from nlme_sbi.runs.files import sha256_of_plain
 from nlme_sbi.stages.shared.stored_fit import stored_estimates
 
@@ -54,7 +54,7 @@ def compare_fits(cfg: DictConfig) -> None:
         if not run.finished:
             texts = {"comparison.txt": found.text(), "comparison.csv": csv_text(found.frame())}
             for name, text in texts.items():
-                write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
+                save_text(run.path / name, text)
             tests = found.tests_frame().to_dict("records")
             content = {
                 "fits": found.frame().to_dict("records"),
@@ -95,7 +95,3 @@ def _read(run: FinishedRun, *, by_source: bool) -> ComparedFit:
         posterior=sha256_of_plain(networks),
         simulator="" if simulator is None else str(simulator),
     )
-
-
-def _write(file: BinaryIO, text: str) -> None:
-    file.write(text.encode())

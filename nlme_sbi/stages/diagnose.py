@@ -28,6 +28,7 @@ from nlme_sbi.runs import (
     load_run,
     open_run,
     save_json,
+    save_text,
     schema,
     write_atomically,
 )
@@ -171,8 +172,7 @@ def _relevant(plain: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 def _save(run: RunDirectory, outcome: Outcome) -> None:
     for name, frame in outcome.tables.items():
-        text = csv_text(frame, float_format="%.8g").encode()
-        write_atomically(run.path / f"{name}.csv", lambda file, text=text: _write(file, text))  # type: ignore[misc]
+        save_text(run.path / f"{name}.csv", csv_text(frame, float_format="%.8g"))
     for name, figure in outcome.figures.items():
         for kind, options in (("png", {"dpi": 150}), ("pdf", {"metadata": {"CreationDate": None}})):
             write_atomically(
@@ -180,10 +180,6 @@ def _save(run: RunDirectory, outcome: Outcome) -> None:
                 lambda file, figure=figure, kind=kind, options=options: figure.savefig(file, format=kind, **options),  # type: ignore[misc]
             )
     save_json(run.path / FINDINGS, {"findings": [finding.to_dict() for finding in outcome.findings]})
-
-
-def _write(file: Any, content: bytes) -> None:
-    file.write(content)
 
 
 def _log_findings(findings: list[Finding]) -> None:

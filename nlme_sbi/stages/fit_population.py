@@ -36,8 +36,8 @@ from nlme_sbi.runs import (
     load_run,
     open_run,
     save_json,
+    save_text,
     sources_of,
-    write_atomically,
 )
 from nlme_sbi.runs.stored_observations import sha256_of_observations
 from nlme_sbi.stages.attempts import attempt_part
@@ -244,13 +244,12 @@ def _save_tables(run: RunDirectory, fit: PopulationFit, simulator: Mapping[str, 
         **{name: csv_text(frame) for name, frame in extra.items() if len(frame)},
     }
     for name, text in texts.items():
-        write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
+        save_text(run.path / name, text)
     save_json(run.path / "fit.json", fit.estimates.with_simulator(simulator).to_dict())
 
 
 def _save_predictions(run: RunDirectory, frame: pd.DataFrame) -> None:
-    text = csv_text(frame)
-    write_atomically(run.path / "predictions.csv", lambda file: _write(file, text))
+    save_text(run.path / "predictions.csv", csv_text(frame))
 
 
 def _save_influence(run: RunDirectory, fit: PopulationFit) -> None:
@@ -260,11 +259,7 @@ def _save_influence(run: RunDirectory, fit: PopulationFit) -> None:
     except ValueError as problem:
         log.info("No influence.csv: %s", problem)
         return
-    write_atomically(run.path / "influence.csv", lambda file: _write(file, text))
-
-
-def _write(file: Any, text: str) -> None:
-    file.write(text.encode())
+    save_text(run.path / "influence.csv", text)
 
 
 def _results(fit: PopulationFit) -> dict[str, Any]:

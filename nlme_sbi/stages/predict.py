@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -33,6 +33,7 @@ from nlme_sbi.runs import (
     load_run,
     open_run,
     save_array,
+    save_text,
     sha256_of_design,
     sources_of,
     write_atomically,
@@ -318,7 +319,7 @@ def _save(
 ) -> None:
     simulator = fit.posterior.simulator
     text = csv_text(pd.concat([_frame(group, simulator, settings) for group in made]), float_format="%.8g")
-    write_atomically(run.path / "predictions.csv", lambda file: _write(file, text))
+    save_text(run.path / "predictions.csv", text)
     if settings.save_draws:
         _save_draws(run, fit, made, thetas, seed=int(run.config["seed"]))
     names = {"individual": "individuals", "new individual": "new_individuals"}
@@ -395,7 +396,3 @@ def _results(made: list[Predictions], settings: PredictionSettings, warnings: li
         "draws": settings.draws,
         "warnings": warnings,
     }
-
-
-def _write(file: BinaryIO, text: str) -> None:
-    file.write(text.encode())

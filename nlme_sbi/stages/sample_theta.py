@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -28,8 +28,8 @@ from nlme_sbi.runs import (
     load_run,
     open_run,
     save_array,
+    save_text,
     sources_of,
-    write_atomically,
 )
 from nlme_sbi.stages.shared.components import part
 from nlme_sbi.stages.shared.stored_fit import StoredFit, find_fit, load_fit
@@ -127,7 +127,7 @@ def _save(run: RunDirectory, found: ThetaDraws) -> dict[str, Any]:
         "theta.csv": csv_text(found.frame()),
     }
     for name, text in texts.items():
-        write_atomically(run.path / name, lambda file, text=text: _write(file, text))  # type: ignore[misc]
+        save_text(run.path / name, text)
     save_array(run.path / "theta.npy", found.flat)
     return {
         "rhat": float(summary["rhat"].max()),
@@ -137,7 +137,3 @@ def _save(run: RunDirectory, found: ThetaDraws) -> dict[str, Any]:
         "draws": len(found.flat),
         "warnings": list(found.warnings),
     }
-
-
-def _write(file: BinaryIO, text: str) -> None:
-    file.write(text.encode())

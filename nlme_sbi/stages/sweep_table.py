@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import BinaryIO
 
 from omegaconf import DictConfig
 
 from nlme_sbi.config.conversion import convert
-from nlme_sbi.runs import csv_text, sweeps, write_atomically
+from nlme_sbi.runs import csv_text, save_text, sweeps
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +26,5 @@ def sweep_table(cfg: DictConfig) -> None:
     table = sweeps.sweep_table(directory)
     text = table.to_string(index=False, float_format="{:.5g}".format, na_rep="") + "\n"
     for name, content in (("table.csv", csv_text(table)), ("table.txt", text)):
-        write_atomically(directory / name, lambda file, content=content: _write(file, content))  # type: ignore[misc]
+        save_text(directory / name, content)
     log.info("%s\nWritten: %s (table.csv, table.txt)", text, directory)
-
-
-def _write(file: BinaryIO, text: str) -> None:
-    file.write(text.encode())

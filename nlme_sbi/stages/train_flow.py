@@ -35,7 +35,9 @@ from nlme_sbi.runs import (
     open_run,
     require_same_sources,
     require_unedited,
+    save_bytes,
     save_design,
+    save_text,
     sha256_of_design,
     sources_of,
     write_atomically,
@@ -257,15 +259,9 @@ def _follow(parts: _Parts, settings: TrainingSettings, team: Team, *, seed: int)
 
 def _save(run: RunDirectory, network: PosteriorNetwork, shape: DataShape, result: TrainingResult) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_atomically(run.path / "weights.safetensors", lambda file: _write(file, safetensors_bytes(weights)))
-    write_atomically(
-        run.path / "network.json", lambda file: _write(file, json.dumps(describe_shape(shape), indent=2).encode())
-    )
+    save_bytes(run.path / "weights.safetensors", safetensors_bytes(weights))
+    save_text(run.path / "network.json", json.dumps(describe_shape(shape), indent=2))
     history = pd.DataFrame(result.history).astype({"step": int})
-    write_atomically(run.path / "history.csv", lambda file: _write(file, csv_text(history).encode()))
+    save_text(run.path / "history.csv", csv_text(history))
     figure = plot_history(history)
     write_atomically(run.path / "loss.png", lambda file: save_png(figure, file))
-
-
-def _write(file: Any, content: bytes) -> None:
-    file.write(content)

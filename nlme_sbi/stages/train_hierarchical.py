@@ -24,6 +24,7 @@ from nlme_sbi.hierarchical.population import (
     predictive_log_likelihood,
 )
 from nlme_sbi.hierarchical.tables import individual_table, population_table, score_table, shared_table
+from nlme_sbi.plots.canvas import save_png
 from nlme_sbi.plots.loss import plot_history
 from nlme_sbi.runs import (
     RunDirectory,
@@ -31,7 +32,9 @@ from nlme_sbi.runs import (
     load_run,
     open_run,
     save_array,
+    save_bytes,
     save_observations,
+    save_text,
     sources_of,
     write_atomically,
 )
@@ -154,16 +157,17 @@ def _evaluate(
         rows.append(table)
         results[f"{side}_bound"] = float(bounds.bounds.mean())
         results[f"{side}_predictive"] = float(predictive.mean())
-    _write(run, "bounds.csv", csv_text(pd.concat(rows)))
+    save_text(run.path / "bounds.csv", csv_text(pd.concat(rows)))
     scores = score_table(model, population, sides, draws=count, seed=seed)
-    _write(run, "scores.csv", csv_text(scores))
+    save_text(run.path / "scores.csv", csv_text(scores))
     everybody = [*sides.values()]
-    _write(
-        run, "individuals.csv", csv_text(pd.concat([individual_table(model, one, count, seed) for one in everybody]))
+    save_text(
+        run.path / "individuals.csv",
+        csv_text(pd.concat([individual_table(model, one, count, seed) for one in everybody])),
     )
     if model.hierarchy.shared:
-        _write(run, "shared.csv", csv_text(shared_table(model)))
-    _write(run, "population.csv", csv_text(population_table(model, population)))
+        save_text(run.path / "shared.csv", csv_text(shared_table(model)))
+    save_text(run.path / "population.csv", csv_text(population_table(model, population)))
     return results
 
 
@@ -176,7 +180,7 @@ def _save_model(
 ) -> None:
     """What a later use of the model needs: weights, the data as they were read, who was held out, the population."""
     weights = {name: tensor.detach().contiguous() for name, tensor in prepared.model.state_dict().items()}
-    write_atomically(run.path / "weights.safetensors", lambda file: _write_bytes(file, safetensors_bytes(weights)))
+    save_bytes(run.path / "weights.safetensors", safetensors_bytes(weights))
     save_observations(run.path / "observations", observations)
     save_array(run.path / "held_out.npy", held_out)
     save_array(run.path / "population_coefficients.npy", population.coefficients)
@@ -185,14 +189,6 @@ def _save_model(
 
 def _save_history(run: RunDirectory, result: TrainingResult) -> None:
     history = pd.DataFrame(result.history).astype({"step": int})
-    _write(run, "history.csv", csv_text(history))
+    save_text(run.path / "history.csv", csv_text(history))
     figure = plot_history(history)
-    write_atomically(run.path / "loss.png", lambda file: figure.savefig(file, dpi=150))
-
-
-def _write(run: RunDirectory, name: str, text: str) -> None:
-    write_atomically(run.path / name, lambda file: _write_bytes(file, text.encode()))
-
-
-def _write_bytes(file: Any, content: bytes) -> None:
-    file.write(content)
+    write_atomically(run.path / "loss.png", lambda file: save_png(figure, file))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import pandas as pd
 
 from nlme_sbi.report.page.content import Report
 from nlme_sbi.report.page.drawing import render_all_kinds
 from nlme_sbi.report.page.html import page
-from nlme_sbi.runs import csv_text, records_text, save_json, write_atomically
+from nlme_sbi.runs import csv_text, records_text, save_bytes, save_json, save_text
 
 
 def save_report(
@@ -33,22 +32,15 @@ def save_report(
     for picture in report.pictures:
         if picture.drawn is not None:
             for kind, content in render_all_kinds(picture.drawn, name=picture.name).items():
-                write_atomically(directory / "figures" / f"{picture.name}.{kind}", _writer(content))
+                save_bytes(directory / "figures" / f"{picture.name}.{kind}", content)
                 drawn |= {picture.name: content} if kind == "svg" else {}
         elif picture.png is not None:
-            write_atomically(directory / "figures" / f"{picture.name}.png", _writer(picture.png))
+            save_bytes(directory / "figures" / f"{picture.name}.png", picture.png)
         advance(1)
     for table in report.tables:
-        write_atomically(directory / "tables" / f"{table.name}.csv", _writer(records_text(table.records()).encode()))
+        save_text(directory / "tables" / f"{table.name}.csv", records_text(table.records()))
     for name, frame in frames.items():
         text = csv_text(frame, float_format="%.8g")
-        write_atomically(directory / "tables" / f"{name}.csv", _writer(text.encode()))
+        save_text(directory / "tables" / f"{name}.csv", text)
     save_json(directory / "report.json", report.to_dict())
-    write_atomically(directory / "report.html", _writer(page(report, drawn).encode()))
-
-
-def _writer(content: bytes) -> Callable[[BinaryIO], None]:
-    def write(file: BinaryIO) -> None:
-        file.write(content)
-
-    return write
+    save_text(directory / "report.html", page(report, drawn))

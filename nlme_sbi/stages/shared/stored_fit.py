@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +36,8 @@ from nlme_sbi.runs import (
     require_unedited,
     save_array,
     save_observations,
+    save_text,
     sources_of,
-    write_atomically,
 )
 from nlme_sbi.runs.remedies import earlier_commands
 from nlme_sbi.runs.schema import FIT, FLOATS, check_array
@@ -84,8 +84,7 @@ def save_individuals(
         draws: of each individual that are kept; none for 0.
         generator: of the resampling, on the device of the fit.
     """
-    text = csv_text(fit.individuals_frame())
-    write_atomically(run.path / "individuals.csv", lambda file: _write(file, text))
+    save_text(run.path / "individuals.csv", csv_text(fit.individuals_frame()))
     if draws > 0:
         save_array(run.path / DRAWS, fit.individual_draws(draws, generator).float())
     save_observations(run.path / OBSERVATIONS, observations.to("cpu"))
@@ -307,7 +306,3 @@ def _locate(fit: FinishedRun, entry: Mapping[str, Any]) -> FinishedRun:
         f"The posterior that {fit.path} was made from is not there any more, or was changed.{hint} Put it back below "
         f"{beside}, or fit again with another posterior."
     )
-
-
-def _write(file: BinaryIO, text: str) -> None:
-    file.write(text.encode())
