@@ -9,9 +9,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nlme_sbi.compute.random_streams import Stream
 from nlme_sbi.hierarchical.model import HierarchicalModel, Individuals
-from nlme_sbi.hierarchical.population import FittedPopulation, draw_individuals, predict_new
+from nlme_sbi.hierarchical.population import AmortizedDraws, FittedPopulation, predict_new
 from nlme_sbi.hierarchical.scores import coverage, crps, rmse
 from nlme_sbi.parameters import ParameterSpace
 
@@ -58,9 +57,8 @@ def shared_table(model: HierarchicalModel) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def individual_table(model: HierarchicalModel, individuals: Individuals, draws: int, seed: int) -> pd.DataFrame:
+def individual_table(model: HierarchicalModel, individuals: Individuals, made: AmortizedDraws) -> pd.DataFrame:
     """Posterior of every parameter of every individual: weighted mean, SD and natural median, a row for each."""
-    made = draw_individuals(model, individuals, draws, seed, Stream.HIERARCHICAL_PREDICTIONS)
     shares = torch.softmax(_log_posterior_weights(made.log_ratio, made.own, made.active), 1)
     mean = torch.einsum("ik,ikd->id", shares, made.phi.double())
     variance = torch.einsum("ik,ikd->id", shares, (made.phi.double() - mean[:, None]).square())
@@ -99,24 +97,25 @@ def score_table(
     model: HierarchicalModel,
     population: FittedPopulation,
     sides: Mapping[str, Individuals],
+    drawn: Mapping[str, AmortizedDraws],
     *,
-    draws: int,
     seed: int,
 ) -> pd.DataFrame:
     """RMSE, CRPS and coverage by signal, on the scale of the prepared series.
 
     ``reproduced`` is of draws given the series itself, ``predicted`` of new individuals with the same groups,
-    covariates and times, whose series were not seen.
+    covariates and times, whose series were not seen. ``drawn`` has the draws of each side, and as many new individuals
+    are made.
     """
     rows = []
     for side, individuals in sides.items():
         observations = individuals.observations
         values, observed = observations.values, observations.design.observed
-        made = draw_individuals(model, individuals, draws, seed, Stream.HIERARCHICAL_PREDICTIONS)
+        made = drawn[side]
         shares = torch.softmax(_log_posterior_weights(made.log_ratio, made.own, made.active), 1)
         curves = model.simulator.predict(made.phi, observations.design)
         mean = torch.einsum("ik,iktc->itc", shares.float(), curves)
-        new = predict_new(model, population, individuals, draws, seed)
+        new = predict_new(model, population, individuals, made.own.shape[1], seed)
         columns = {
             "reproduced_rmse": rmse(mean, values, observed),
             "predicted_rmse": rmse(new.mean(1), values, observed),

@@ -20,6 +20,7 @@ from nlme_sbi.hierarchical.fitting import PreparedModel, individual_bounds, prep
 from nlme_sbi.hierarchical.population import (
     FittedPopulation,
     IndividualPopulation,
+    draw_individuals,
     fit_population,
     predictive_log_likelihood,
 )
@@ -140,10 +141,11 @@ def _evaluate(
     draws, count = int(settings["draws"]), int(settings["predictions"])
     model = prepared.model
     sides = {"fitted": prepared.fitted, "held_out": prepared.held_out}
+    stream = (seed, Stream.HIERARCHICAL_PREDICTIONS)
+    drawn = {side: draw_individuals(model, individuals, count, *stream) for side, individuals in sides.items()}
     rows, results = [], {}
     for side, individuals in sides.items():
         bounds = individual_bounds(model, individuals, draws, seed)
-        stream = (seed, Stream.HIERARCHICAL_PREDICTIONS)
         predictive = predictive_log_likelihood(model, population, individuals, min(draws, 500), *stream)
         table = pd.DataFrame(
             {
@@ -158,13 +160,10 @@ def _evaluate(
         results[f"{side}_bound"] = float(bounds.bounds.mean())
         results[f"{side}_predictive"] = float(predictive.mean())
     save_text(run.path / "bounds.csv", csv_text(pd.concat(rows)))
-    scores = score_table(model, population, sides, draws=count, seed=seed)
+    scores = score_table(model, population, sides, drawn, seed=seed)
     save_text(run.path / "scores.csv", csv_text(scores))
-    everybody = [*sides.values()]
-    save_text(
-        run.path / "individuals.csv",
-        csv_text(pd.concat([individual_table(model, one, count, seed) for one in everybody])),
-    )
+    of_everybody = pd.concat([individual_table(model, sides[side], drawn[side]) for side in sides])
+    save_text(run.path / "individuals.csv", csv_text(of_everybody))
     if model.hierarchy.shared:
         save_text(run.path / "shared.csv", csv_text(shared_table(model)))
     save_text(run.path / "population.csv", csv_text(population_table(model, population)))
