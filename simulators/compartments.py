@@ -17,7 +17,15 @@ from nlme_sbi.individual_model.dosing.doses import (
     receive_doses,
     write_out_doses,
 )
-from nlme_sbi.individual_model.dosing.linear_compartments import Transit, central_amount, disposition
+from nlme_sbi.individual_model.dosing.linear_compartments import (
+    Modes,
+    Transit,
+    amount_of_responses,
+    central_amount,
+    disposition,
+    partial_fractions,
+    three_meet,
+)
 from nlme_sbi.individual_model.dosing.linear_propagation import RateMatrices, amounts_through_doses
 from nlme_sbi.individual_model.dosing.typical_scales import TypicalScales, typical_scales
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
@@ -69,9 +77,9 @@ class Compartments(MechanisticSimulator):
 
     Doses are read from the event table: repeated doses, infusions, steady states, resets. With an absorption,
     compartment 1 takes the absorbed doses and 2 is the central compartment; without, 1 is the central one; a metabolite
-    is the last one. All is exact: closed forms, stable where ``ka`` equals a rate of the disposition, and exponentials
-    of the rates for covariates in time, for metabolites, and where there is no closed form. ``ka`` and the elimination
-    rate can be swapped with another volume (flip-flop).
+    is the last one. All is exact: closed forms, stable where rates meet, and exponentials of the rates for covariates
+    in time and where there is no closed form. ``ka`` and the elimination rate can be swapped with another volume
+    (flip-flop).
 
     Args:
         compartments: 1, 2 or 3.
@@ -227,8 +235,11 @@ class Compartments(MechanisticSimulator):
     @property
     def dose_compartments(self) -> tuple[str, ...]:
         """Names of the compartments that doses enter, in the order of their numbers."""
-        parent = ("central",) if self.absorption == "none" else ("absorption", "central")
-        return (*parent, "metabolite") if self.metabolite else parent
+        return (*self._parent_compartments, "metabolite") if self.metabolite else self._parent_compartments
+
+    @property
+    def _parent_compartments(self) -> tuple[str, ...]:
+        return ("central",) if self.absorption == "none" else ("absorption", "central")
 
     def check_design(self, design: Design, ids: Sequence[str] | None = None) -> None:
         """Refuse doses that the model cannot receive; raises ``ValueError`` with the individual and what to do."""
@@ -257,19 +268,69 @@ class Compartments(MechanisticSimulator):
             duration=_absorbed_only(natural, "Tk0"),
         )
         times = times_for(phi.double(), design).expand(*phi.shape[:-1], -1)
-        if self.time_covariates or self.metabolite or self._passes_chain_slowly(written):
+        behind_chain = self.metabolite and self.absorption == "transit"
+        if self.time_covariates or behind_chain or self._passes_chain_slowly(written):
             return self._predict_stepwise(natural, design, doses, times).to(phi.dtype)
         column = {name: value[..., None] for name, value in natural.items()}
         volume = column["V"] if self.compartments == 1 else column["Vc"]
+        elimination, exchanges = self._rates(column, volume)
+        modes = disposition(elimination, exchanges)
+        if self.metabolite:
+            own, _ = self._metabolite_rates(column, elimination)
+            if three_meet([*modes.rates, own, *([column["ka"]] if "ka" in column else [])]):
+                return self._predict_stepwise(natural, design, doses, times).to(phi.dtype)
+            parent, formed = self._responses(column, elimination, exchanges, modes)
+            amounts = (amount_of_responses(doses, times, parent), amount_of_responses(doses, times, formed))
+            found = (self.scale * amounts[0] / volume, self.metabolite_scale * amounts[1] / column["VM"])
+            return torch.stack(found, dim=-1).to(phi.dtype)
         amount = central_amount(
             doses,
             times,
-            disposition(*self._rates(column, volume)),
+            modes,
             central=len(self.dose_compartments),
             absorption=column.get("ka"),
             transit=self._transit(column),
         )
         return (self.scale * amount / volume)[..., None].to(phi.dtype)
+
+    def _responses(
+        self,
+        column: Mapping[str, Tensor],
+        elimination: Tensor,
+        exchanges: Sequence[tuple[Tensor, Tensor]],
+        modes: Modes,
+    ) -> tuple[dict[int, Modes], dict[int, Modes]]:
+        """Responses of parent and metabolite to a unit bolus into each compartment, by its number."""
+        own, formed = self._metabolite_rates(column, elimination)
+        one = torch.ones_like(elimination)
+
+        def returning(s: Tensor) -> Tensor:  # over `leaving`, the transform of the central amount
+            return math.prod((s + back for _, back in exchanges), start=one)
+
+        def leaving(s: Tensor) -> Tensor:
+            return math.prod((s + rate for rate in modes.rates), start=one)
+
+        central = len(self._parent_compartments)
+        parent = {central: modes}
+        metabolite = {
+            central: partial_fractions((*modes.rates, own), lambda s: formed * returning(s)),
+            central + 1: Modes((own,), (one,)),
+        }
+        if self.absorption == "zero_order":
+            parent[1], metabolite[1] = modes, metabolite[central]
+        if self.absorption == "first_order":
+            ka, share = column["ka"], column["FP"] if self.first_pass else torch.zeros_like(one)
+            parent[1] = partial_fractions((*modes.rates, ka), lambda s: (1 - share) * ka * returning(s))
+            metabolite[1] = partial_fractions(
+                (*modes.rates, ka, own),
+                lambda s: ka * ((1 - share) * formed * returning(s) + share * leaving(s)),
+            )
+        return parent, metabolite
+
+    def _metabolite_rates(self, here: Mapping[str, Tensor], elimination: Tensor) -> tuple[Tensor, Tensor]:
+        """The metabolite's elimination rate, and the rate at which the central compartment forms it."""
+        fraction = here["fm"] if self.fraction_metabolized is None else self.fraction_metabolized
+        return here["km"] if self.by_rates else here["CLM"] / here["VM"], fraction * elimination
 
     def _predict_stepwise(
         self, natural: Mapping[str, Tensor], design: Design, doses: ReceivedDoses, times: Tensor
@@ -324,9 +385,8 @@ class Compartments(MechanisticSimulator):
             passed = here["ka"] if place == central - 1 else (self.transit_compartments + 1) / here["MTT"]
             found |= {(place, place): -passed, (place + 1, place): passed}
         if self.metabolite:
-            fraction = here["fm"] if self.fraction_metabolized is None else self.fraction_metabolized
-            found[last, central] = fraction * elimination
-            found[last, last] = -(here["km"] if self.by_rates else here["CLM"] / here["VM"])
+            own, found[last, central] = self._metabolite_rates(here, elimination)
+            found[last, last] = -own
         if self.first_pass:
             share = here["FP"]
             found |= {(central, central - 1): (1 - share) * here["ka"], (last, central - 1): share * here["ka"]}

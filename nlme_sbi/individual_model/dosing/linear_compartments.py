@@ -3,8 +3,9 @@ r"""Linear compartment models, exactly: responses of the central compartment to 
 The response of a mammillary model to a bolus is a sum of exponentials, :math:`\sum_k B_k e^{-\lambda_k t}`, whose
 weights are positive and add up to 1. Infusions and steady states integrate or sum these exponentials; an absorption
 compartment with rate *ka* turns each into a difference quotient, which stays exact where *ka* equals :math:`\lambda_k`
-(flip-flop). Everything is differentiable in the parameters, in times of doses and in durations, and every dose enters
-at its own time: there are no time steps and no interpolation.
+(flip-flop). Compartments behind the central one, such as a metabolite, respond by partial fractions. Everything is
+differentiable in the parameters, in times of doses and in durations, and every dose enters at its own time: there are
+no time steps and no interpolation.
 
 Source: Bertrand and Mentre (2008), Mathematical expressions of the PK and PD models implemented in Monolix; Abuhelwa,
 Foster, Upton (2015), J. Pharmacol. Toxicol. Methods 73:42, for steps between doses; both agree with the sums here.
@@ -13,7 +14,7 @@ Foster, Upton (2015), J. Pharmacol. Toxicol. Methods 73:42, for steps between do
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,14 +27,19 @@ from nlme_sbi.individual_model.dosing.doses import ReceivedDoses, WrittenDoses
 # Difference quotients take at least this gap, relative to the smaller of the rate and 1/time: its truncation error is
 # the gap's square over 6, the cancellation error of smaller gaps the rounding over the gap.
 _GAP = 1e-4
+_WIDE_GAP = 1e-3  # of three rates, whose cancellation errors are those of one gap squared
+# Amounts behind several compartments are sums of terms of either sign; below this share of a dose, rounding errors.
+_ROUNDING = 1e-12
 # From this number of doses on, stepping from event to event is faster than adding up the doses' responses.
 _STEP_FROM = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Modes:
-    """The exponentials of a disposition: ``rates`` (per time) and positive ``weights`` that add up to 1, each
-    ``(I, ..., 1)``."""
+    """The exponentials of a response to a unit bolus: ``rates`` (per time) and ``weights``, each ``(I, ..., 1)``.
+
+    The weights of a disposition are positive and add up to 1.
+    """
 
     rates: tuple[Tensor, ...]
     weights: tuple[Tensor, ...]
@@ -107,6 +113,80 @@ def _newton(root: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 def _nonzero(values: Tensor) -> Tensor:
     return torch.where(values == 0, 1e-300, values)
+
+
+def partial_fractions(rates: Sequence[Tensor], numerator: Callable[[Tensor], Tensor]) -> Modes:
+    r"""The exponentials of a response whose Laplace transform is :math:`N(s) / \prod_k (s + \lambda_k)`.
+
+    Two rates that nearly meet are moved apart about their mean, by 1e-4 of it, three or more by 1e-3: the response is
+    symmetric in them, so that its relative error is of the order of the square of that, and its weights keep their
+    digits. Where three may meet and more digits matter, ask :func:`three_meet` first.
+
+    Args:
+        rates: :math:`\lambda_k`, ``(I, ..., 1)`` each, double precision.
+        numerator: :math:`N(s)`, of lower degree than the number of rates, for ``s (I, ..., 1)``.
+    """
+    moved = _apart(_together(rates)).unbind(-1)
+    weights = []
+    for place, rate in enumerate(moved):
+        others = [other - rate for number, other in enumerate(moved) if number != place]
+        weights.append(numerator(-rate) / _nonzero(math.prod(others[1:], start=others[0]) if others else rate / rate))
+    return Modes(moved, tuple(weights))
+
+
+def _together(rates: Sequence[Tensor]) -> Float[Tensor, "*batch K"]:
+    shape = torch.broadcast_shapes(*(rate.shape for rate in rates))
+    return torch.stack([rate.expand(shape) for rate in rates], dim=-1)
+
+
+def three_meet(rates: Sequence[Tensor]) -> bool:
+    """Whether anywhere three rates lie within a few thousandths of each other."""
+    found = _together(rates).detach().sort(dim=-1).values
+    return bool((found[..., 2:] - found[..., :-2] < 2 * _WIDE_GAP * found[..., 2:]).any())
+
+
+def _apart(rates: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K"]:
+    """Rates in decreasing order, those that nearly meet spread evenly about their mean."""
+    found = rates.sort(dim=-1, descending=True).values
+    for gap in (_GAP, _WIDE_GAP):
+        with torch.no_grad():
+            near = found[..., :-1] - found[..., 1:] < gap * found[..., :-1]
+            if not bool(near.any()):
+                break
+            group = torch.nn.functional.pad((~near).long(), (1, 0)).cumsum(-1)
+            same = (group[..., :, None] == group[..., None, :]).to(found)
+            size = same.sum(-1)
+            before = torch.tril(same, -1).sum(-1)
+            shift = gap * (0.5 * (size - 1) - before)
+            moved = (size > 1) if gap == _GAP else (size > 2)
+        mean = (same @ found[..., None])[..., 0] / size
+        found = torch.where(moved, mean * (1 + shift), found)
+    return found
+
+
+def amount_of_responses(
+    doses: ReceivedDoses, times: Float[Tensor, "I *batch T"], responses: Mapping[int, Modes]
+) -> Float[Tensor, "I *batch T"]:
+    """Amount in a compartment at ``times``, from its response to a unit bolus into every compartment that gets doses.
+
+    Args:
+        doses: as received, given the parameters of the individuals.
+        times: double precision.
+        responses: by the doses' compartment, counted from 1.
+
+    Returns:
+        Amounts in the unit of the doses, at least 0; exactly 0 where nothing but rounding errors is left.
+    """
+    written, total = doses.written, torch.zeros_like(times)
+    for compartment, modes in responses.items():
+        chosen = written.given & (written.compartment == compartment)
+        if bool(chosen.any()):
+            here = replace(doses, written=replace(written, given=chosen))
+            total = total + central_amount(here, times, modes, central=compartment)
+    with torch.no_grad():
+        largest = torch.where(written.given, written.amount + written.rate.clamp(min=0), 0.0).amax(-1)
+        rounding = _ROUNDING * largest.reshape(-1, *(1,) * (times.ndim - 1))
+    return torch.where(total > rounding, total, torch.where(torch.isnan(total), total, 0.0))
 
 
 def central_amount(

@@ -10,7 +10,9 @@ import pytest
 import torch
 from oracles.compartment_systems import WrittenDose, amounts, mammillary
 from scipy.integrate import solve_ivp
+from scipy.linalg import expm
 
+from nlme_sbi.individual_model.dosing.linear_compartments import partial_fractions, three_meet
 from nlme_sbi.individual_model.noise import BySignal, StudentT
 from nlme_sbi.types import Design, EventKind, Events, Observations, TimeCovariates
 from simulators.compartments import Compartments
@@ -165,6 +167,35 @@ def test_first_and_second_derivatives_are_those_of_differences(meet: bool) -> No
     phi = phi_of(simulator, rates).requires_grad_(True)
     assert torch.autograd.gradcheck(lambda x: simulator.predict(x, design), (phi,), eps=1e-6, atol=1e-6)
     assert torch.autograd.gradgradcheck(lambda x: simulator.predict(x, design), (phi,), eps=1e-5, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [("ka", "k"), ("km", "k"), ("km", "ka")])
+@pytest.mark.parametrize("apart", [0.0, 1e-9, 3e-5, 2e-4])
+def test_where_two_rates_meet_nothing_is_lost(pair: tuple[str, str], apart: float) -> None:
+    simulator = model(1, "first_order", first_pass=True)
+    rates = OWN | RATES
+    rates[pair[0]] = rates[pair[1]] * (1 + apart)
+    doses = [WrittenDose(0.0, 100.0, 0.0, 0), WrittenDose(5.0, 50.0, 2.5, 1)]
+    rows = [{"time": 0.0, "amount": 100.0}, {"time": 5.0, "amount": 50.0, "rate": 20.0, "compartment": 2}]
+    times = [0.9, 3.0, 9.0, 15.0]
+    matrix = matrix_of(1, "first_order", rates, rates["FP"])
+    expected = concentrations(amounts(matrix, doses, times), "first_order", rates)
+    phi, design = phi_of(simulator, rates).requires_grad_(True), design_of(rows, times)
+    np.testing.assert_allclose(simulator.predict(phi, design)[0].detach().numpy(), expected, rtol=1e-7)
+    assert torch.autograd.gradcheck(lambda x: simulator.predict(x, design), (phi,), eps=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-4, 3e-3])
+def test_the_response_to_a_chain_of_nearly_equal_rates(apart: float) -> None:
+    rates = [torch.full((1, 1), 0.5 * (1 + place * apart), dtype=DOUBLE) for place in range(3)]
+    modes = partial_fractions(rates, torch.ones_like)
+    time = torch.tensor([[0.3, 2.0, 9.0]], dtype=DOUBLE)
+    found = sum(weight * torch.exp(-rate * time) for rate, weight in zip(modes.rates, modes.weights, strict=True))
+    assert three_meet(rates) == (apart < 1e-3)
+    matrix = np.diag([-float(rate) for rate in rates]) + np.diag([1.0, 1.0], -1)
+    expected = [expm(matrix * one)[2, 0] for one in time[0].tolist()]
+    np.testing.assert_allclose(found[0].numpy(), expected, rtol=3e-6)
 
 
 def test_draws_of_individuals_are_predicted_as_if_alone() -> None:
