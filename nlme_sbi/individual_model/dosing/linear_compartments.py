@@ -135,7 +135,7 @@ def partial_fractions(rates: Sequence[Tensor], numerator: Callable[[Tensor], Ten
 
 
 def _together(rates: Sequence[Tensor]) -> Float[Tensor, "*batch K"]:
-    shape = torch.broadcast_shapes(*(rate.shape for rate in rates))
+    shape = sum(rates[1:], start=rates[0]).shape
     return torch.stack([rate.expand(shape) for rate in rates], dim=-1)
 
 
