@@ -14,6 +14,7 @@ from nlme_sbi.individual_model.dosing.doses import (
     ReceivedDoses,
     WrittenDoses,
     check_doses,
+    merge_regular_boluses,
     receive_doses,
     write_out_doses,
 )
@@ -260,17 +261,11 @@ class Compartments(MechanisticSimulator):
         """Concentrations at ``design.times``."""
         natural = dict(zip(self.parameters.names, self.parameters.to_natural(phi.double()).unbind(-1), strict=True))
         written = self._apply_zero_order(write_out_doses(design))
-        doses = receive_doses(
-            written,
-            phi.double()[..., 0],
-            lag=_absorbed_only(natural, "Tlag"),
-            bioavailability=_absorbed_only(natural, "F"),
-            duration=_absorbed_only(natural, "Tk0"),
-        )
         times = times_for(phi.double(), design).expand(*phi.shape[:-1], -1)
         behind_chain = self.metabolite and self.absorption == "transit"
         if self.time_covariates or behind_chain or self._passes_chain_slowly(written):
-            return self._predict_stepwise(natural, design, doses, times).to(phi.dtype)
+            return self._predict_stepwise(natural, design, self._receive(natural, written), times).to(phi.dtype)
+        doses = self._receive(natural, written if self.absorption == "transit" else merge_regular_boluses(written))
         column = {name: value[..., None] for name, value in natural.items()}
         volume = column["V"] if self.compartments == 1 else column["Vc"]
         elimination, exchanges = self._rates(column, volume)
@@ -278,7 +273,7 @@ class Compartments(MechanisticSimulator):
         if self.metabolite:
             own, _ = self._metabolite_rates(column, elimination)
             if three_meet([*modes.rates, own, *([column["ka"]] if "ka" in column else [])]):
-                return self._predict_stepwise(natural, design, doses, times).to(phi.dtype)
+                return self._predict_stepwise(natural, design, self._receive(natural, written), times).to(phi.dtype)
             parent, formed = self._responses(column, elimination, exchanges, modes)
             amounts = (amount_of_responses(doses, times, parent), amount_of_responses(doses, times, formed))
             found = (self.scale * amounts[0] / volume, self.metabolite_scale * amounts[1] / column["VM"])
@@ -292,6 +287,15 @@ class Compartments(MechanisticSimulator):
             transit=self._transit(column),
         )
         return (self.scale * amount / volume)[..., None].to(phi.dtype)
+
+    def _receive(self, natural: Mapping[str, Tensor], written: WrittenDoses) -> ReceivedDoses:
+        return receive_doses(
+            written,
+            next(iter(natural.values())),
+            lag=_absorbed_only(natural, "Tlag"),
+            bioavailability=_absorbed_only(natural, "F"),
+            duration=_absorbed_only(natural, "Tk0"),
+        )
 
     def _responses(
         self,

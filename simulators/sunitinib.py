@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.individual_model.dosing.doses import receive_doses, write_out_doses
+from nlme_sbi.individual_model.dosing.doses import merge_regular_boluses, receive_doses, write_out_doses
 from nlme_sbi.individual_model.dosing.linear_compartments import (
     Modes,
     amount_of_responses,
@@ -79,7 +79,7 @@ class Sunitinib(OdeModel):
         column = {name: value[..., None] for name, value in natural.items()}
         size = self._relative_weight(column["ka"], design)
         times = times_for(phi.double(), design).expand(*phi.shape[:-1], -1)
-        doses = receive_doses(write_out_doses(design), natural["ka"])
+        doses = receive_doses(merge_regular_boluses(write_out_doses(design)), natural["ka"])
         responses = _responses(column, size)
         amounts = torch.stack([amount_of_responses(doses, times, {1: modes}) for modes in responses], dim=-1)
         volumes = torch.stack([column["V2"] * size, column["V3"] * size], dim=-1)

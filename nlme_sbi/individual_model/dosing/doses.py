@@ -17,6 +17,8 @@ from torch import Tensor
 from nlme_sbi.types import Design, Events
 
 MODELLED_RATE, MODELLED_DURATION = -1.0, -2.0  # RATE of a dose whose rate or duration is a parameter
+_MERGE_FROM = 4  # doses, from which runs of regular boluses are looked for
+_SAME_GAP = 1e-9  # relative difference of intervals that count as equal
 STEADY, STEADY_ADDED = 1, 2  # SS: the steady state replaces the amounts in the compartments, or is added to them
 
 
@@ -35,6 +37,8 @@ class WrittenDoses:
         follows: whether measurements at the time of the dose were taken before it.
         forgets: ``(I, R)`` times of resets, including those of SS 1, infinite where there is none.
         reset_follows: ``(I, R)`` as ``follows``, of the resets.
+        repeats: further boluses like this one, one every ``spacing``; None where every dose has a column of its own.
+        spacing: time between them; 1 where there are none.
     """
 
     given: Bool[Tensor, "I E"]
@@ -47,6 +51,8 @@ class WrittenDoses:
     follows: Bool[Tensor, "I E"]
     forgets: Float[Tensor, "I R"]
     reset_follows: Bool[Tensor, "I R"]
+    repeats: Int[Tensor, "I E"] | None = None
+    spacing: Float[Tensor, "I E"] | None = None
 
     def __len__(self) -> int:
         return self.given.shape[0]
@@ -109,6 +115,71 @@ def write_out_doses(design: Design) -> WrittenDoses:
         follows=_follows(events)[row, source] & ~later,
         forgets=resets,
         reset_follows=reset_follows,
+    )
+
+
+def merge_regular_boluses(written: WrittenDoses) -> WrittenDoses:
+    """Doses with runs of equal boluses at equal intervals as one column each, for closed forms that add them up.
+
+    It does not matter whether they were recorded one by one or as additional doses (ADDL). Returned unchanged where
+    little would be gained, and where doses are reset or are at steady state.
+    """
+    regular = not bool(torch.isfinite(written.forgets).any() | (written.given & (written.steady_state > 0)).any())
+    if not regular or written.columns < _MERGE_FROM:
+        return written
+    size, columns = written.given.shape
+    order = torch.argsort(torch.where(written.given, written.time, torch.inf), dim=1, stable=True)
+    given, time, amount, rate, compartment, follows = (
+        each.gather(1, order)
+        for each in (
+            written.given,
+            written.time,
+            written.amount,
+            written.rate,
+            written.compartment,
+            written.follows,
+        )
+    )
+    gap = torch.diff(time, dim=1)
+    alike = given[:, 1:] & given[:, :-1] & (rate[:, 1:] == 0) & (rate[:, :-1] == 0) & (gap > 0)
+    for each in (amount, compartment, follows):
+        alike &= each[:, 1:] == each[:, :-1]
+    # Whether each gap equals the one before it, and links equal boluses as that does.
+    equal = torch.zeros_like(alike)
+    equal[:, 1:] = alike[:, 1:] & alike[:, :-1] & (torch.diff(gap, dim=1).abs() <= _SAME_GAP * gap[:, 1:])
+    linked = equal.clone()
+    linked[:, :-1] |= equal[:, 1:]
+    begins = torch.ones_like(given)
+    begins[:, 1:] = ~linked
+    begins[:, 2:] |= linked[:, 1:] & linked[:, :-1] & ~equal[:, 1:]  # the gap changes
+    run = begins.long().cumsum(1) - 1
+    width = int(run[given].amax()) + 1 if bool(given.any()) else 1
+    if 2 * width > columns:
+        return written
+    run = run.clamp(max=width - 1)
+    members = torch.zeros((size, width), dtype=torch.int64, device=time.device).scatter_add_(1, run, given.long())
+    first = torch.full_like(members, columns).scatter_reduce_(
+        1, run, torch.arange(columns, device=time.device).expand(size, -1), "amin"
+    )
+    first = first.clamp(max=columns - 1)
+    repeated = members > 1
+    after = gap.gather(1, first.clamp(max=columns - 2))
+
+    def chosen(values: Tensor) -> Tensor:
+        return values.gather(1, first)
+
+    return replace(
+        written,
+        given=members > 0,
+        time=chosen(time),
+        amount=chosen(amount),
+        rate=chosen(rate),
+        interval=torch.zeros_like(after),
+        steady_state=torch.zeros_like(members),
+        compartment=chosen(compartment),
+        follows=chosen(follows),
+        repeats=(members - 1).clamp(min=0),
+        spacing=torch.where(repeated, after, 1.0),
     )
 
 

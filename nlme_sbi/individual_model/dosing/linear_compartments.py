@@ -14,8 +14,9 @@ Foster, Upton (2015), J. Pharmacol. Toxicol. Methods 73:42, for steps between do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,7 @@ from nlme_sbi.individual_model.dosing.doses import ReceivedDoses, WrittenDoses
 # Difference quotients take at least this gap, relative to the smaller of the rate and 1/time: its truncation error is
 # the gap's square over 6, the cancellation error of smaller gaps the rounding over the gap.
 _GAP = 1e-4
+_SAME_TIME = 1e-9  # share of an interval between doses
 _WIDE_GAP = 1e-3  # of three rates, whose cancellation errors are those of one gap squared
 # Amounts behind several compartments are sums of terms of either sign; below this share of a dose, rounding errors.
 _ROUNDING = 1e-12
@@ -130,7 +132,8 @@ def partial_fractions(rates: Sequence[Tensor], numerator: Callable[[Tensor], Ten
     weights = []
     for place, rate in enumerate(moved):
         others = [other - rate for number, other in enumerate(moved) if number != place]
-        weights.append(numerator(-rate) / _nonzero(math.prod(others[1:], start=others[0]) if others else rate / rate))
+        apart = math.prod(others[1:], start=others[0]) if others else torch.ones_like(rate)
+        weights.append(numerator(-rate) / _nonzero(apart))
     return Modes(moved, tuple(weights))
 
 
@@ -182,11 +185,49 @@ def amount_of_responses(
         chosen = written.given & (written.compartment == compartment)
         if bool(chosen.any()):
             here = replace(doses, written=replace(written, given=chosen))
-            total = total + central_amount(here, times, modes, central=compartment)
+            for weight, left in zip(modes.weights, _exponentials(here, times, modes, compartment), strict=True):
+                total = total + weight * left
     with torch.no_grad():
         largest = torch.where(written.given, written.amount + written.rate.clamp(min=0), 0.0).amax(-1)
         rounding = _ROUNDING * largest.reshape(-1, *(1,) * (times.ndim - 1))
     return torch.where(total > rounding, total, torch.where(torch.isnan(total), total, 0.0))
+
+
+def _exponentials(doses: ReceivedDoses, times: Tensor, modes: Modes, compartment: int) -> list[Tensor]:
+    """What is left of all doses that decay at a rate, for each of the rates."""
+    written = doses.written
+    if written.repeats is None and written.columns >= _STEP_FROM and _can_step(doses, compartment):
+        plain = replace(modes, weights=tuple(torch.ones_like(rate) for rate in modes.rates))
+        return list(_step_through_events(doses, times, plain, central=compartment, absorption=None).unbind(-1))
+    totals = [torch.zeros_like(times) for _ in modes.rates]
+    for column, dose, counted in _each_dose(doses, times):
+        amount = torch.where(counted, doses.amount[column], 0.0)
+        for place, rate in enumerate(modes.rates):
+            totals[place] = totals[place] + amount * dose.pool(rate)
+    return totals
+
+
+def _each_dose(doses: ReceivedDoses, times: Tensor) -> Iterator[tuple[int, Dose, Tensor]]:
+    """Every column that holds doses, with where it counts: after its record and before the next reset."""
+    written = doses.written
+    spread = (len(written), *(1,) * (times.ndim - 1))
+    for column in range(written.columns):
+        given = written.given[:, column].reshape(spread)
+        if not bool(given.any()):
+            continue
+        steady = written.steady_state[:, column] > 0
+        dose = Dose(
+            elapsed=times - doses.start[column],
+            duration=doses.duration[column],
+            interval=torch.where(steady, written.interval[:, column], torch.inf).reshape(spread),
+            steady=steady.reshape(spread),
+            infused=(written.rate[:, column] != 0).reshape(spread),
+            constant=((written.amount[:, column] == 0) & (written.rate[:, column] > 0)).reshape(spread),
+            follows=written.follows[:, column].reshape(spread),
+            repeats=None if written.repeats is None else written.repeats[:, column].reshape(spread),
+            spacing=None if written.spacing is None else written.spacing[:, column].reshape(spread),
+        )
+        yield column, dose, given & _not_reset(written, column, times, spread)
 
 
 def central_amount(
@@ -212,26 +253,12 @@ def central_amount(
         Amounts in the unit of the doses.
     """
     written = doses.written
-    if written.columns >= _STEP_FROM and transit is None and _can_step(doses, central):
-        return _step_through_events(doses, times, modes, central=central, absorption=absorption)
+    single = written.repeats is None
+    if single and written.columns >= _STEP_FROM and transit is None and _can_step(doses, central):
+        return _step_through_events(doses, times, modes, central=central, absorption=absorption).sum(-1)
     spread = (len(written), *(1,) * (times.ndim - 1))
     total = torch.zeros_like(times)
-    for column in range(written.columns):
-        given = written.given[:, column].reshape(spread)
-        if not bool(given.any()):
-            continue
-        counted = given & _not_reset(written, column, times, spread)
-        dose = Dose(
-            elapsed=times - doses.start[column],
-            duration=doses.duration[column],
-            interval=torch.where(written.steady_state[:, column] > 0, written.interval[:, column], torch.inf).reshape(
-                spread
-            ),
-            steady=(written.steady_state[:, column] > 0).reshape(spread),
-            infused=(written.rate[:, column] != 0).reshape(spread),
-            constant=((written.amount[:, column] == 0) & (written.rate[:, column] > 0)).reshape(spread),
-            follows=written.follows[:, column].reshape(spread),
-        )
+    for column, dose, counted in _each_dose(doses, times):
         absorbed = replace(dose, transit=transit)
         direct = (written.compartment[:, column] == central).reshape(spread)
         share = torch.zeros_like(times)
@@ -283,6 +310,8 @@ class Dose:
         constant: whether it is an infusion since ever that ends with the record, as in NONMEM.
         follows: whether a measurement at the time of the dose was taken before it.
         transit: the chain that a bolus passes first, or None.
+        repeats: further equal boluses, one every ``spacing``, or None.
+        spacing: time between them.
     """
 
     elapsed: Tensor
@@ -293,10 +322,17 @@ class Dose:
     constant: Tensor
     follows: Tensor
     transit: Transit | None = None
+    repeats: Tensor | None = None
+    spacing: Tensor | None = None
 
     def pool(self, rate: Tensor) -> Tensor:
         """Amount in a single compartment that the dose enters and that is emptied at ``rate``."""
         begun = (self.elapsed > 0) | ((self.elapsed == 0) & ~self.follows)
+        if self.repeats is not None:
+            found = self._repeated(rate)
+            if bool(self.infused.any()):
+                found = torch.where(self.infused, replace(self, repeats=None, spacing=None).pool(rate), found)
+            return torch.where(begun, found, 0.0)
         elapsed = torch.where(begun, self.elapsed, 0.0)
         if self.transit is not None:
             order, passed = self.transit.compartments, self.transit.rate * elapsed
@@ -314,6 +350,29 @@ class Dose:
         if not bool(self.steady.any()):
             return plain
         return torch.where(self.steady, self._steady(rate), plain)
+
+    @property
+    def _run(self) -> tuple[Tensor, Tensor]:
+        if self.repeats is None or self.spacing is None:
+            raise ValueError("This dose is not a run of boluses.")
+        return self.repeats, self.spacing
+
+    @cached_property
+    def _given(self) -> tuple[Tensor, Tensor]:
+        """How many boluses of the run were given so far, and the time since the last of them."""
+        repeats, spacing = self._run
+        with torch.no_grad():
+            passed = self.elapsed / spacing
+            # Times that differ by rounding only are equal.
+            before = torch.where(self.follows, torch.ceil(passed - _SAME_TIME) - 1, torch.floor(passed + _SAME_TIME))
+            before = torch.minimum(before.clamp(min=0), repeats.to(before))
+        return before + 1, (self.elapsed - before * spacing).clamp(min=0.0)
+
+    def _repeated(self, rate: Tensor) -> Tensor:
+        """What is left of the boluses of a run that were given so far, a geometric series."""
+        count, since = self._given
+        every = -rate * self._run[1]
+        return torch.expm1(every * count) / torch.expm1(every) * torch.exp(-rate * since)
 
     def _safe_duration(self) -> Tensor:
         return torch.where(self.infused & (self.duration > 0), self.duration, 1.0)
@@ -357,8 +416,9 @@ def _can_step(doses: ReceivedDoses, central: int) -> bool:
 
 def _step_through_events(
     doses: ReceivedDoses, times: Tensor, modes: Modes, *, central: int, absorption: Tensor | None
-) -> Float[Tensor, "I *batch T"]:
-    """The sum over doses by stepping from event to event, whose work grows with doses plus times, not their product."""
+) -> Float[Tensor, "I *batch T K"]:
+    """The part of each exponential in the sum over doses, by stepping from event to event: its work grows with doses
+    plus times, not with their product."""
     steps = _Steps.of(doses, times, central)
     rates = torch.cat([rate.expand(*times.shape[:-1], 1) for rate in modes.rates], dim=-1)
     weights = torch.cat([weight.expand(*times.shape[:-1], 1) for weight in modes.weights], dim=-1)
@@ -390,10 +450,10 @@ def _step_through_events(
                 at_once, absorbed = _add_predecessors(at_once, absorbed, interval, rates, weights, absorption)
             state, depot = state + at_once, depot + absorbed
             inflow = inflow + speed * amount * weights if steps.is_infused else inflow
-        found.append(state.sum(-1))
-    every = torch.stack(found, dim=-1)
-    places = steps.measured.reshape(-1, *ones, times.shape[-1]).expand(times.shape)
-    return every.gather(-1, places)
+        found.append(state)
+    every = torch.stack(found, dim=-2)
+    places = steps.measured.reshape(-1, *ones, times.shape[-1], 1).expand(*times.shape, rates.shape[-1])
+    return every.gather(-2, places)
 
 
 def _absorbed_after(absorption: Tensor, rates: Tensor, elapsed: Tensor) -> Tensor:
