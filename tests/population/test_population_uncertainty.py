@@ -9,7 +9,7 @@ import torch
 from conjugate_case import ConjugateCase
 
 from nlme_sbi.population import GaussianPopulation, PopulationFit, fit_population
-from nlme_sbi.population.objective.standard_errors import covariance_from
+from nlme_sbi.population.objective.standard_errors import covariance_from, describe_unidentified, name_weakest
 
 DOUBLE = torch.float64
 REPEATS = 30
@@ -86,3 +86,17 @@ def test_a_covariance_is_given_only_where_there_is_one() -> None:
     flat = torch.ones((2, 2), dtype=DOUBLE)
     broken = torch.tensor([[math.nan, 0.0], [0.0, 1.0]], dtype=DOUBLE)
     assert [covariance_from(bad) for bad in (saddle, flat, broken)] == [None, None, None]
+
+
+def test_unknowns_of_which_only_the_sum_is_known_are_named() -> None:
+    information = torch.tensor([[4.0, 0.0, 0.0], [0.0, 900.0, 900.0], [0.0, 900.0, 900.0]], dtype=torch.float64)
+    assert covariance_from(information) is None
+    names = name_weakest(information, ["CL", "V", "F"])
+    assert sorted(names.split(", ")) == ["F", "V"]
+    assert describe_unidentified(names).endswith(f"data say next to nothing about {names}")
+
+
+def test_an_unknown_that_the_likelihood_bends_up_in_is_named() -> None:
+    information = torch.diag(torch.tensor([4.0, -0.1, 9.0], dtype=torch.float64))
+    assert name_weakest(information, ["CL", "V", "F"]) == "V"
+    assert name_weakest(torch.full((2, 2), torch.nan, dtype=torch.float64), ["CL", "V"]) == ""

@@ -43,6 +43,7 @@ from nlme_sbi.population.models.interface import PopulationModel, PopulationSpec
 from nlme_sbi.population.objective import draw_checks as checks
 from nlme_sbi.population.objective.individuals import IndividualEstimates, individual_estimates
 from nlme_sbi.population.objective.interface import Source
+from nlme_sbi.population.objective.standard_errors import describe_unidentified, name_weakest
 from nlme_sbi.population.objective.variance_tests import variance_tests
 from nlme_sbi.population.results.fit_result import PopulationFit
 from nlme_sbi.posteriors import Posterior
@@ -198,9 +199,12 @@ def _imprecision_warnings(model: PopulationModel, optimum: Optimum, accuracy: fl
     """Warnings about Monte-Carlo error above the target, and about missing standard errors."""
     free = model.unknowns.free
     if optimum.covariance is None:
+        names = name_weakest(optimum.information, [model.unknowns.labels[place] for place in free.tolist()])
+        found = describe_unidentified(names)
         return (
-            "The observed information is not positive definite: there are no standard errors, and some unknown is not "
-            "identified by these data or this is not a maximum. Fix or drop a parameter, or use more draws.",
+            f"{found[0].upper()}{found[1:]}, or this is not a maximum. There are no standard errors. Fix or drop a "
+            "parameter (population.fixed, population.constant; of a correlation, population.covariance), or use more "
+            "draws.",
         )
     largest, bias = optimum.worst(free)
     if max(largest, bias) < accuracy:

@@ -21,7 +21,7 @@ from nlme_sbi.population.objective.objective import (
     score_error,
     value_and_gradient,
 )
-from nlme_sbi.population.objective.standard_errors import covariance_from
+from nlme_sbi.population.objective.standard_errors import covariance_from, name_weakest
 
 _SADDLE = 0.05  # least eigenvalue of the scaled complete information
 _OF_PRIOR = 0.15  # of the training prior's SD: least unit of a constant's value
@@ -98,6 +98,11 @@ class Point:
     def covariance(self) -> Float[Tensor, "active active"] | None:
         """Inverse of the observed information of what moves; None where it is not positive definite."""
         return covariance_from(self.among_active(self.information))
+
+    @property
+    def weakest(self) -> str:
+        """Names of the moving unknowns about which the data say least."""
+        return name_weakest(self.among_active(self.information), self.labels)
 
     @cached_property
     def left(self) -> Float[Tensor, " active"] | None:

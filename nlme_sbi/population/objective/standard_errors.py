@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.numerics.factorizations import eigh_or_diagonal
 from nlme_sbi.population.objective.interface import WeightedDraws
 from nlme_sbi.population.objective.objective import (
     log_mean_error,
@@ -19,6 +21,7 @@ from nlme_sbi.population.objective.objective import (
     value_and_gradient,
 )
 
+_NAMED, _NAMED_FROM = 3, 0.3  # most unknowns that are named, and the least part of a direction for that
 _HALF_STEPS = 8
 _HALF_TOLERANCE = 0.01  # in standard errors
 
@@ -65,6 +68,24 @@ def covariance_from(information: Float[Tensor, "free free"]) -> Float[Tensor, "f
     if int(info) != 0 or float(factor.diagonal().min()) < 1e-6:
         return None
     return torch.cholesky_inverse(factor) * scale[:, None] * scale
+
+
+def name_weakest(information: Float[Tensor, "free free"], labels: Sequence[str]) -> str:
+    """The unknowns, by their printed names, that the data say least about together: those that dominate the direction
+    in which the likelihood curves least."""
+    if not bool(torch.isfinite(information).all()):
+        return ""
+    scale = information.diagonal().abs().clamp_min(1e-300).rsqrt()
+    _, vectors = eigh_or_diagonal(information * scale[:, None] * scale)
+    share = vectors[:, 0].abs()
+    chosen = share.argsort(descending=True)[:_NAMED]
+    return ", ".join(labels[place] for place in chosen.tolist() if float(share[place]) > _NAMED_FROM)
+
+
+def describe_unidentified(names: str) -> str:
+    """What it means that the observed information is not positive definite, as the end of a sentence."""
+    what = f"data say next to nothing about {names}" if names else "some unknown is not identified by these data"
+    return f"the observed information is not positive definite: {what}"
 
 
 def sandwich(

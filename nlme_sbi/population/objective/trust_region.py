@@ -29,6 +29,7 @@ from torch import Tensor
 
 from nlme_sbi.numerics.factorizations import eigh_or_diagonal
 from nlme_sbi.population.objective.likelihood_point import Draw, NoLikelihoodError, Point
+from nlme_sbi.population.objective.standard_errors import describe_unidentified
 from nlme_sbi.population.objective.vanishing_sds import extend_step, hold_at_zero, vanishing_parameters
 
 _LEAST_CURVATURE = 0.003  # of the likelihood's curvature, as a share of the complete data's, that a step assumes
@@ -226,7 +227,7 @@ def _take_step(draw: Draw, point: Point, step: Float[Tensor, " P"]) -> Point | N
 
 def _describe_score(point: Point) -> str:
     if point.left is None:
-        return "the observed information is not positive definite: some unknown is not identified by these data"
+        return describe_unidentified(point.weakest)
     names = point.labels
     worst = int(point.left.abs().argmax())
     return (

@@ -16,6 +16,7 @@ from nlme_sbi.numerics.pareto_k import UNRELIABLE
 from nlme_sbi.population.models.labels import list_ids
 from nlme_sbi.population.objective.individuals import IndividualEstimates
 from nlme_sbi.population.objective.likelihood_point import Point
+from nlme_sbi.population.objective.standard_errors import describe_unidentified
 from nlme_sbi.population.objective.vanishing_sds import vanishing_parameters
 
 TOLERANCE = 0.02  # largest score that may be left, in standard errors, beside its Monte-Carlo error
@@ -141,10 +142,7 @@ def _score(point: Point, failures: list[str], tolerance: float) -> tuple[float, 
         return 0.0, 0.0, ""
     if point.left is None:
         if not failures:
-            failures.append(
-                "the observed information is not positive definite there: some unknown is not identified by these "
-                "data, or this is no maximum"
-            )
+            failures.append(f"{describe_unidentified(point.weakest)}, or this is no maximum")
         return math.nan, math.nan, ""
     names = point.labels
     excess = point.left.abs() - ERRORS * point.left_error
