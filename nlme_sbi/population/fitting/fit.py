@@ -212,9 +212,11 @@ def _imprecision_warnings(model: PopulationModel, optimum: Optimum, accuracy: fl
     se = optimum.covariance.diagonal().sqrt()
     relative = torch.maximum(optimum.error.se[free], optimum.error.bias[free].abs()).nan_to_num(math.inf) / se
     name = model.unknowns.labels[int(free[int(relative.argmax())])]
+    # Draws are added for the SE; the bias, from halves of the draws, is known no better than the SE.
+    remedy = f"No more draws: {shortage}." if shortage else f"Make it smaller with fit.accuracy={accuracy / 2:g}."
     return (
         f"Monte-Carlo error is above {accuracy:g} standard errors: SE up to {largest:.2g}, bias up to {bias:.2g} "
-        f"(worst: {name}). No more draws: {shortage}.",
+        f"(worst: {name}). {remedy}",
     )
 
 
