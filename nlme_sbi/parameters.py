@@ -25,7 +25,10 @@ class Parameter:
         transform: unconstrained = log(natural), natural itself, or logit of its place between lower and upper.
         lower: lower end of the natural range; for ``logit`` only.
         upper: upper end of the natural range; for ``logit`` only.
-        level: what the parameter belongs to; only "individual" is implemented, the others are refused by name.
+        level: what the parameter belongs to: "individual", or "occasion", the deviation in one of an individual's
+            occasions, which is 0 in the mean; the others are refused by name.
+        shares: of an occasion's deviation the word that all deviations with the same variance have in common, such as
+            ``CL_OCC``; "" for others.
         description: a few words for tables and plots.
     """
 
@@ -36,15 +39,22 @@ class Parameter:
     upper: float = 1.0
     level: Level = "individual"
     description: str = ""
+    shares: str = ""
 
     def __post_init__(self) -> None:
         if self.transform not in ("log", "identity", "logit"):
             raise ValueError(f'{self.name}: transform "{self.transform}" is not one of log, identity, logit.')
         if self.transform == "logit" and not self.lower < self.upper:
             raise ValueError(f"{self.name}: a logit transform needs lower < upper; got {self.lower}, {self.upper}.")
-        if self.level != "individual":
+        if self.level not in ("individual", "occasion"):
             raise ValueError(
-                f'{self.name}: parameters at the level "{self.level}" are not implemented yet; use "individual".'
+                f'{self.name}: parameters at the level "{self.level}" are not implemented yet; use "individual" or '
+                '"occasion".'
+            )
+        if (self.level == "occasion") != bool(self.shares) or (self.shares and self.transform != "identity"):
+            raise ValueError(
+                f'{self.name}: a deviation of an occasion has level="occasion", transform="identity" and in shares '
+                "the word that deviations with the same variance have in common; other parameters share nothing."
             )
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.individual_model.dosing.dispositions import Modes, disposition, partial_fractions, three_meet
 from nlme_sbi.individual_model.dosing.doses import (
     ReceivedDoses,
     WrittenDoses,
@@ -18,15 +19,7 @@ from nlme_sbi.individual_model.dosing.doses import (
     receive_doses,
     write_out_doses,
 )
-from nlme_sbi.individual_model.dosing.linear_compartments import (
-    Modes,
-    Transit,
-    amount_of_responses,
-    central_amount,
-    disposition,
-    partial_fractions,
-    three_meet,
-)
+from nlme_sbi.individual_model.dosing.linear_compartments import Transit, amount_of_responses, central_amount
 from nlme_sbi.individual_model.dosing.linear_propagation import RateMatrices, amounts_through_doses
 from nlme_sbi.individual_model.dosing.typical_scales import TypicalScales, typical_scales
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
@@ -114,7 +107,9 @@ class Compartments(MechanisticSimulator):
         time_covariates: parameters that follow covariates along the timeline: ``{CL: {WT: {form: power, reference:
             70}}}`` makes clearance ``CL * (WT(t) / 70) ** CL_WT``. The coefficient of each effect is a parameter, here
             ``CL_WT``, mostly one that does not vary (``population.constant``); ``fixed: 0.75`` fixes it. ``form:
-            exponential`` is ``exp(CL_WT * (WT(t) - 70))``. All but ``Tlag``, ``F`` and ``Tk0`` may follow covariates.
+            exponential`` is ``exp(CL_WT * (WT(t) - 70))``. ``{CL: {OCC: {form: occasion, occasions: 3}}}`` is
+            variability between occasions: deviations ``CL_OCC_1`` to ``CL_OCC_3`` with one variance. All but ``Tlag``,
+            ``F`` and ``Tk0`` may follow covariates.
     """
 
     takes_doses = True

@@ -9,13 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.individual_model.dosing.dispositions import Modes, disposition, partial_fractions
 from nlme_sbi.individual_model.dosing.doses import merge_regular_boluses, receive_doses, write_out_doses
-from nlme_sbi.individual_model.dosing.linear_compartments import (
-    Modes,
-    amount_of_responses,
-    disposition,
-    partial_fractions,
-)
+from nlme_sbi.individual_model.dosing.linear_compartments import amount_of_responses
 from nlme_sbi.individual_model.mechanistic import OdeModel, times_for
 from nlme_sbi.individual_model.noise import Additive
 from nlme_sbi.individual_model.solver_names import SolverName

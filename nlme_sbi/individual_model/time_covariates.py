@@ -19,7 +19,9 @@ from nlme_sbi.config.wording import did_you_mean, listed
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design, Events, TimeCovariates
 
-FORMS = ("power", "exponential")
+FORMS = ("power", "exponential", "occasion")
+_OCCASION_SPREAD = 0.7  # SD of the prior of an occasion's deviation: within a factor of 4 up and down
+_MOST_OCCASIONS = 50
 EffectSections = Mapping[str, Mapping[str, Any]]
 
 
@@ -28,13 +30,14 @@ class TimeEffect:
     """Effect of a covariate that changes in time on a parameter.
 
     On the parameter's unconstrained scale ``coefficient * log(x / reference)`` is added (power), or
-    ``coefficient * (x - reference)`` (exponential), as in population models.
+    ``coefficient * (x - reference)`` (exponential), as in population models; or the coefficient itself while the
+    covariate has the value ``reference`` (occasion), which is the deviation of the individual in that occasion.
 
     Args:
         parameter: name of the parameter that changes.
         covariate: name of the covariate that it follows.
-        form: "power" or "exponential".
-        reference: covariate value without an effect, in the covariate's unit.
+        form: "power", "exponential" or "occasion".
+        reference: covariate value without an effect, in the covariate's unit; of an occasion its number.
         fixed: the coefficient where it is fixed; else it is the parameter named :attr:`coefficient`.
     """
 
@@ -47,18 +50,27 @@ class TimeEffect:
     @property
     def coefficient(self) -> str:
         """Name of the parameter that holds the coefficient."""
-        return f"{self.parameter}_{self.covariate}"
+        plain = f"{self.parameter}_{self.covariate}"
+        return f"{plain}_{self.reference:g}" if self.form == "occasion" else plain
 
     @property
     def own_parameter(self) -> Parameter | None:
         """The parameter that holds the coefficient; None where it is fixed."""
         if self.fixed is not None:
             return None
+        if self.form == "occasion":
+            words = f"deviation of {self.parameter} in {self.covariate} {self.reference:g}"
+            shares = f"{self.parameter}_{self.covariate}"
+            return Parameter(
+                self.coefficient, "", transform="identity", description=words, level="occasion", shares=shares
+            )
         words = f"effect of {self.covariate} on {self.parameter}"
         return Parameter(self.coefficient, "", transform="identity", description=words)
 
     def regressor(self, covariate: Tensor) -> Tensor:
-        """The factor of the coefficient: ``log(x / reference)`` or ``x - reference``."""
+        """The factor of the coefficient: ``log(x / reference)``, ``x - reference``, or 1 in the occasion, else 0."""
+        if self.form == "occasion":
+            return (covariate == self.reference).to(covariate)
         return (covariate / self.reference).log() if self.form == "power" else covariate - self.reference
 
 
@@ -66,6 +78,7 @@ def read_time_effects(
     given: EffectSections, parameters: Sequence[Parameter], allowed: Sequence[str]
 ) -> tuple[TimeEffect, ...]:
     """Read effects from a config: ``{CL: {WT: {form: power, reference: 70}}}``; ``fixed`` fixes a coefficient.
+    ``{CL: {OCC: {form: occasion, occasions: 3}}}`` is variability between occasions 1, 2 and 3, an effect for each.
 
     Args:
         given: the section.
@@ -84,7 +97,7 @@ def read_time_effects(
                 f"{did_you_mean(str(parameter), allowed)}"
             )
         for covariate, section in covariates.items():
-            found.append(_read_one(f"{where}.{covariate}", str(parameter), str(covariate), section))
+            found += _read_one(f"{where}.{covariate}", str(parameter), str(covariate), section)
     names = [*(each.name for each in parameters), *(effect.coefficient for effect in found)]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -92,23 +105,45 @@ def read_time_effects(
     return tuple(found)
 
 
-def _read_one(where: str, parameter: str, covariate: str, section: object) -> TimeEffect:
+def _read_one(where: str, parameter: str, covariate: str, section: object) -> list[TimeEffect]:
     example = "{form: power, reference: 70}"
     if not isinstance(section, Mapping):
         raise ValueError(f"{where} is a section such as {example}; got {section!r}.")
-    unknown = [key for key in section if key not in ("form", "reference", "fixed")]
-    if unknown:
-        raise ValueError(f"{where}.{unknown[0]} is unknown; the section may hold form, reference and fixed.")
     form = str(section.get("form", "power"))
     if form not in FORMS:
         raise ValueError(f"{where}.form: {form} is not one of {', '.join(FORMS)}.{did_you_mean(form, FORMS)}")
+    may_hold = ("form", "occasions") if form == "occasion" else ("form", "reference", "fixed")
+    unknown = [key for key in section if key not in may_hold]
+    if unknown:
+        raise ValueError(
+            f"{where}.{unknown[0]} is unknown; with form: {form} the section may hold {', '.join(may_hold[:-1])} and "
+            f"{may_hold[-1]}."
+        )
+    if form == "occasion":
+        numbers = _read_occasions(where, section.get("occasions"))
+        return [TimeEffect(parameter, covariate, form, number) for number in numbers]
     reference, fixed = _number(section.get("reference")), _number(section.get("fixed"))
     if reference is None or (form == "power" and not reference > 0):
         kind, got = "positive " if form == "power" else "", section.get("reference")
         raise ValueError(f"{where}.reference must be a {kind}number, such as {example}; got {got!r}.")
     if fixed is None and section.get("fixed") is not None:
         raise ValueError(f"{where}.fixed must be a number, the fixed coefficient; got {section['fixed']!r}.")
-    return TimeEffect(parameter, covariate, form, reference, fixed)
+    return [TimeEffect(parameter, covariate, form, reference, fixed)]
+
+
+def _read_occasions(where: str, given: object) -> list[float]:
+    """Numbers of occasions: those listed, or 1 to a number."""
+    whole = _number(given)
+    listed_numbers = range(1, int(whole) + 1) if whole is not None and whole == int(whole) else given
+    numbers = [_number(one) for one in listed_numbers] if isinstance(listed_numbers, Sequence) else []
+    known = [one for one in numbers if one is not None]
+    wrong = len(known) != len(numbers) or len(set(known)) != len(known) or isinstance(given, str)
+    if wrong or not 2 <= len(known) <= _MOST_OCCASIONS:
+        raise ValueError(
+            f"{where}.occasions is their number, or a list of the covariate's values, 2 to {_MOST_OCCASIONS} different "
+            f"ones, such as [1, 2, 3]; got {given!r}."
+        )
+    return known
 
 
 def _number(value: object) -> float | None:
@@ -125,10 +160,13 @@ def coefficient_parameters(effects: Sequence[TimeEffect]) -> tuple[Parameter, ..
 
 def plausible_coefficients(effects: Sequence[TimeEffect], design: Design) -> dict[str, tuple[float, float]]:
     """Centre and SD of a wide prior of every coefficient: centre 0, no effect; SD 1 for a power, which covers every
-    exponent of allometry, else 1 over the SD of the covariate."""
+    exponent of allometry, 0.7 for the deviation of an occasion, else 1 over the SD of the covariate."""
     found = {}
     for effect in effects:
         if effect.fixed is not None:
+            continue
+        if effect.form == "occasion":
+            found[effect.coefficient] = (0.0, _OCCASION_SPREAD)
             continue
         course = course_of(design, [effect.covariate])
         values = course.values[..., course.names.index(effect.covariate)].double()
@@ -150,6 +188,7 @@ def check_time_covariates(
             f"{listed(have) if have else 'none that change in time'}; name the columns, "
             f"'data.time_covariates=[{','.join(missing)}]'."
         )
+    _check_occasions(effects, design, ids)
     for effect in effects:
         course = design.time_covariates
         if course is None or effect.form != "power":
@@ -162,6 +201,35 @@ def check_time_covariates(
                 f"simulator.time_covariates.{effect.parameter}.{effect.covariate}: a power takes log(x / reference), "
                 f"and {int(bad.any(1).sum())} individuals have values of 0 or less, first {whose}. Use form: "
                 "exponential."
+            )
+
+
+def _check_occasions(effects: Sequence[TimeEffect], design: Design, ids: Sequence[str] | None) -> None:
+    """Refuse occasions that the simulator does not have, or that are interpolated; raises ``ValueError``."""
+    course = design.time_covariates
+    occasions: dict[tuple[str, str], list[float]] = {}
+    for effect in effects:
+        if effect.form == "occasion":
+            occasions.setdefault((effect.parameter, effect.covariate), []).append(effect.reference)
+    for (parameter, covariate), numbers in occasions.items():
+        if course is None:
+            continue
+        where, place = f"simulator.time_covariates.{parameter}.{covariate}", course.names.index(covariate)
+        if course.between[place] == "linear":
+            raise ValueError(
+                f"{where}: occasions are not interpolated; pass 'data.time_covariates={{{covariate}: previous}}'."
+            )
+        values = course.values[..., place]
+        bad = ~torch.isin(values, torch.tensor(numbers).to(values))
+        if bool(bad.any()):
+            row, record = (int(one) for one in bad.nonzero()[0])
+            every = ", ".join(f"{one:g}" for one in sorted(set(values.flatten().tolist())))
+            section = f"{{form: occasion, occasions: [{every}]}}"
+            whose = f"row {row}" if ids is None else f'"{ids[row]}"'
+            raise ValueError(
+                f"{where}: the data have occasion {float(values[row, record]):g} (first {whose}), the simulator has "
+                f"{listed([f'{number:g}' for number in numbers])}; list all in occasions, for example "
+                f"'simulator.time_covariates={{{parameter}: {{{covariate}: {section}}}}}'."
             )
 
 

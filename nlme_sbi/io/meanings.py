@@ -272,10 +272,13 @@ def _refuse_occasions(table: Table, column: str, rows: Rows) -> None:
         raise table.refusal(
             bad,
             column,
-            what=f"rows are of another occasion than the first of their individual ({column}), and occasions are not "
-            "implemented",
-            remedy=f"Pass {typed('unused', [column])} to treat all rows of an individual alike, or keep one occasion, "
-            f"for example {typed('only', {column: str(_levels(table, column)[0])})}.",
+            what=f"rows are of another occasion than the first of their individual ({column}), and nothing says what "
+            "differs between occasions",
+            remedy=f"Pass {typed('time_covariates', [column])} and, for parameters that vary between occasions, such "
+            f"as CL of a simulator with doses, 'simulator.time_covariates.CL={{{column}: {{form: occasion, occasions: "
+            f"{len(set(_levels(table, column)))}}}}}'; or {typed('unused', [column])} to treat all rows of an "
+            f"individual alike; or keep one occasion, for example "
+            f"{typed('only', {column: str(_levels(table, column)[0])})}.",
         )
 
 

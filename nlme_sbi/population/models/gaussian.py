@@ -22,9 +22,10 @@ class BoundGaussian:
     """A Gaussian population of a known parameter space; see
     :class:`nlme_sbi.population.models.specification.GaussianPopulation`.
 
-    ``theta`` holds the D means, then V log SDs, then the unconstrained partial correlations of the correlated pairs,
-    row by row of the lower triangle (Lewandowski, Kurowicka and Joe 2009, J. Multivar. Anal. 100:1989; a partial
-    correlation between blocks is 0, which leaves theirs as if each block were alone), then the covariate effects.
+    ``theta`` holds the D means, then the log SDs (V, or fewer where deviations of occasions share one), then the
+    unconstrained partial correlations of the correlated pairs, row by row of the lower triangle (Lewandowski, Kurowicka
+    and Joe 2009, J. Multivar. Anal. 100:1989; a partial correlation between blocks is 0, which leaves theirs as if each
+    block were alone), then the covariate effects.
     Means and SDs are those of the typical individual, whose covariates are at their references.
 
     Args:
@@ -34,6 +35,7 @@ class BoundGaussian:
         constant: the other ones.
         pairs: correlated pairs, (row, column) with row > column, as places among the varying parameters.
         effects: of covariates.
+        sds: for each varying parameter the number of its log SD, counted from 0; None where each has its own.
         ordering: chains of names, each meant to decrease; see :mod:`nlme_sbi.population.fitting.label_switching`.
     """
 
@@ -44,6 +46,7 @@ class BoundGaussian:
     pairs: tuple[tuple[int, int], ...] = ()
     effects: tuple[CovariateEffect, ...] = ()
     ordering: tuple[tuple[str, ...], ...] = ()
+    sds: tuple[int, ...] | None = None
 
     @property
     def full(self) -> bool:
@@ -170,6 +173,8 @@ class BoundGaussian:
         mine, other = self.parameters.parameters[one], self.parameters.parameters[two]
         if (mine.transform, mine.lower, mine.upper) != (other.transform, other.lower, other.upper):
             return f"{first} and {second} are on different scales"
+        if "occasion" in (mine.level, other.level):
+            return "deviations of occasions belong to a parameter each"
         if (one in self.constant) != (two in self.constant):
             return f"{first if one in self.constant else second} is constant and the other one varies"
         if _comparable(self._effects_on(one)) != _comparable(self._effects_on(two)):
@@ -199,12 +204,20 @@ class BoundGaussian:
         order = self._places_exchanged(one, two)
         factor = self._correlation_factor(theta)
         partial = self._partials((factor @ factor.T)[order][:, order])
-        start = len(self.parameters) + len(self.varying)
-        return torch.cat([swapped[:start], partial, swapped[self._first_effect :]])
+        return torch.cat([swapped[: self._first_pair], partial, swapped[self._first_effect :]])
 
     @property
     def _first_effect(self) -> int:
-        return len(self.parameters) + len(self.varying) + len(self.pairs)
+        return self._first_pair + len(self.pairs)
+
+    @property
+    def _first_pair(self) -> int:
+        return len(self.parameters) + (len(self.varying) if self.sds is None else max(self.sds, default=-1) + 1)
+
+    def _sd_position(self, column: int) -> int:
+        """Entry of theta with the log SD of a varying parameter."""
+        place = self.varying.index(column)
+        return len(self.parameters) + (place if self.sds is None else self.sds[place])
 
     @property
     def _has_effects_on_sds(self) -> bool:
@@ -225,14 +238,15 @@ class BoundGaussian:
         return tuple(found)
 
     def _has_closed_form(self) -> bool:
-        fixed, size = self.unknowns.fixed, len(self.parameters)
+        fixed = self.unknowns.fixed
         linear = any(
             effect.on == "mean" and effect.form == "linear" and effect.column in self.varying for effect in self.effects
         )
         if self._has_effects_on_sds or linear:
             return False
         correlated = {place for pair in self.pairs for place in pair}
-        given = [bool(fixed[self.varying[place]]) or bool(fixed[size + place]) for place in correlated]
+        columns = [self.varying[place] for place in correlated]
+        given = [bool(fixed[column]) or bool(fixed[self._sd_position(column)]) for column in columns]
         regressed = {regression.place for regression in self._regressions()}
         return not any(given) and not correlated & regressed
 
@@ -240,13 +254,23 @@ class BoundGaussian:
         """Theta from its parts; fixed entries keep their values."""
         columns = list(self.varying)
         varying = covariance[columns][:, columns]
-        sd = varying.diagonal().sqrt()
+        sd = self._shared(varying.diagonal()).sqrt()
         parts = [mean, sd.log()]
         if self.pairs:
-            parts.append(self._partials(varying / (sd[:, None] * sd)))
+            each = sd if self.sds is None else sd[list(self.sds)]
+            parts.append(self._partials(varying / (each[:, None] * each)))
         parts.append(effects)
         fixed = self.unknowns.fixed.to(mean.device)
         return torch.where(fixed, self.unknowns.starts.to(mean), torch.cat(parts))
+
+    def _shared(self, variances: Float[Tensor, " V"]) -> Float[Tensor, " sds"]:
+        """Variances of theta from those of the varying parameters: means over those that share one."""
+        if self.sds is None:
+            return variances
+        number = torch.tensor(self.sds, device=variances.device)
+        size = self._first_pair - len(self.parameters)
+        total = torch.zeros(size, dtype=variances.dtype, device=variances.device).index_add(0, number, variances)
+        return total / torch.bincount(number, minlength=size)
 
     def _partials(self, correlation: Float[Tensor, "V V"]) -> Float[Tensor, " pairs"]:
         """Unconstrained partial correlations of the pairs; correlations between blocks are left out."""
@@ -258,8 +282,8 @@ class BoundGaussian:
 
     def _correlation_factor(self, theta: Float[Tensor, " P"]) -> Float[Tensor, "V V"]:
         """Lower Cholesky factor of the correlations of the varying parameters."""
-        size, width = len(self.parameters), len(self.varying)
-        given = theta[size + width : self._first_effect]
+        width = len(self.varying)
+        given = theta[self._first_pair : self._first_effect]
         if not self.full:
             rows, columns = torch.tensor(self.pairs, device=theta.device).unbind(1)
             every = torch.zeros(width * (width - 1) // 2, dtype=theta.dtype, device=theta.device)
@@ -268,8 +292,8 @@ class BoundGaussian:
 
     def _scale(self, theta: Float[Tensor, " P"]) -> Float[Tensor, "V V"]:
         """Lower Cholesky factor of the covariance of the varying parameters."""
-        size, width = len(self.parameters), len(self.varying)
-        sd = theta[size : size + width].exp()
+        sd = theta[len(self.parameters) : self._first_pair].exp()
+        sd = sd if self.sds is None else sd[list(self.sds)]
         return sd[:, None] * self._correlation_factor(theta) if self.pairs else torch.diag(sd)
 
     def _places_exchanged(self, one: int, two: int) -> list[int]:
@@ -285,10 +309,10 @@ class BoundGaussian:
 
     def _exchanged_positions(self, one: int, two: int) -> list[int]:
         """Entries of theta after the exchange; partial correlations are not among those that simply change places."""
-        size, places = len(self.parameters), list(range(len(self.unknowns)))
+        places = list(range(len(self.unknowns)))
         swaps = [(one, two)]
         if one in self.varying:
-            swaps.append((size + self.varying.index(one), size + self.varying.index(two)))
+            swaps.append((self._sd_position(one), self._sd_position(two)))
         for mine, other in zip(self._effects_on(one), self._effects_on(two), strict=True):
             swaps += list(zip(mine.positions, other.positions, strict=True))
         for left, right in swaps:

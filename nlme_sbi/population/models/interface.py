@@ -75,6 +75,7 @@ class ParameterTable:
         starts: ``(P,)`` float64; the given value for fixed entries, a given start, or NaN: taken from the draws.
         fixed: ``(P,)`` True where the value is given and not estimated.
         effects: forms of the coefficients of covariates, by place.
+        shared: of parameters that share an SD with others, the word for all of them: deviations of occasions.
     """
 
     rows: tuple[Unknown, ...]
@@ -82,6 +83,7 @@ class ParameterTable:
     starts: Float[Tensor, " P"]
     fixed: Bool[Tensor, " P"]
     effects: Mapping[int, EffectForm] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = {len(self.rows), len(self.transforms), len(self.starts), len(self.fixed)}
@@ -100,7 +102,8 @@ class ParameterTable:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """What tables print: ``ka`` for ``mean.ka``, ``omega(ka)`` for ``log_sd.ka``, ``corr(ka, V)``, ``WT on CL``."""
+        """What tables print: ``ka`` for ``mean.ka``, ``omega(ka)`` for ``log_sd.ka``, ``gamma(CL_OCC)`` of
+        occasions, ``corr(ka, V)``, ``WT on CL``."""
         return tuple(self._label(row) for row in self.rows)
 
     def entry(self, quantity: str, parameter: str = "", other: str = "", level: str = "") -> int | None:
@@ -124,7 +127,8 @@ class ParameterTable:
         if row.quantity == MEAN:
             return row.parameter
         if row.quantity == LOG_SD:
-            return f"omega({row.parameter})"
+            word = self.shared.get(row.parameter)
+            return f"omega({row.parameter})" if word is None else f"gamma({word})"
         if row.quantity in EFFECTS:
             return effect_label(row.parameter, row.other, row.level, on_log_sd=row.quantity == LOG_SD_EFFECT)
         if row.quantity == PARTIAL_CORRELATION:

@@ -43,8 +43,9 @@ class GaussianPopulation:
     """Normal on the unconstrained scale: ``phi_i ~ N(mean_i, omega_i)``, the same for all without covariates.
 
     Args:
-        covariance: "diagonal"; "full" with correlations between all varying parameters; or blocks, a list of lists of
-            names: parameters are correlated within a block, and those that are in none with no other.
+        covariance: "diagonal"; "full" with correlations between all varying parameters (deviations of occasions are
+            correlated with nothing); or blocks, a list of lists of names: parameters are correlated within a block, and
+            those that are in none with no other.
         constant: parameters that do not vary between individuals (their SD is exactly 0).
         fixed: values that are given, not estimated: ``{"mean": {name: natural value}, "sd": {name: SD}}``. A mean is
             given as the natural value of the typical individual (in the parameter's unit), an SD on the unconstrained
@@ -113,7 +114,8 @@ class GaussianPopulation:
             raise ValueError(
                 f"population: {clash} cannot be constant and have a fixed SD above 0; drop one of the two."
             )
-        constant = set(parameters.indices([*self.constant, *sorted(zero)]))
+        _refuse_occasion_settings(self, parameters)
+        constant = set(_with_sharers(parameters, parameters.indices([*self.constant, *sorted(zero)])))
         varying = [column for column in range(len(parameters)) if column not in constant]
         started = _numbers(self.start, "start", "sd")
         started = {name: _positive(name, value, "start") for name, value in started.items()}
@@ -122,11 +124,15 @@ class GaussianPopulation:
             raise ValueError(f"population.start.sd: {idle} must be above 0 and belong to parameters that vary.")
         pairs = _correlated_pairs(self.covariance, parameters, varying)
         correlated = _given_correlations(self.start.get("correlation", {}), parameters, varying, pairs)
+        deviations = {one.name: 0.0 for one in parameters.parameters if one.level == "occasion"}
+        given = _unconstrained(parameters, _numbers(self.fixed, "fixed", "mean"), "fixed")
+        numbers = _shared_sds(parameters, varying)
         table = _table(
             parameters,
             varying,
+            sds=numbers,
             pairs=(pairs, correlated),
-            fixed=(_unconstrained(parameters, _numbers(self.fixed, "fixed", "mean"), "fixed"), sds),
+            fixed=({**given, **deviations}, sds),
             start=(_unconstrained(parameters, _numbers(self.start, "start", "mean"), "start"), started),
         )
         settings = self._effects()
@@ -142,6 +148,7 @@ class GaussianPopulation:
             pairs=pairs,
             effects=effects,
             ordering=chains,
+            sds=None if numbers == tuple(range(len(varying))) else numbers,
         )
 
     def _effects(self) -> tuple[EffectSettings, ...]:
@@ -192,7 +199,8 @@ def _correlated_pairs(
     """Places (row, column) among the varying parameters, row by row of the lower triangle."""
     if covariance == "diagonal":
         return ()
-    blocks = [[parameters.names[column] for column in varying]] if covariance == "full" else covariance
+    individual = [column for column in varying if parameters.parameters[column].level == "individual"]
+    blocks = [[parameters.names[column] for column in individual]] if covariance == "full" else covariance
     owner: dict[int, int] = {}
     for number, block in enumerate(blocks):
         if isinstance(block, str):
@@ -252,6 +260,49 @@ def _given_correlations(
     return [float(partial[row * (row - 1) // 2 + column]) for row, column in pairs]
 
 
+def _shared_sds(parameters: ParameterSpace, varying: Sequence[int]) -> tuple[int, ...]:
+    """For each varying parameter the number of its log SD; deviations of occasions may share one."""
+    numbers: dict[str, int] = {}
+    found = []
+    for column in varying:
+        one = parameters.parameters[column]
+        found.append(numbers.setdefault(f"{one.level} {one.shares or one.name}", len(numbers)))
+    return tuple(found)
+
+
+def _with_sharers(parameters: ParameterSpace, columns: Sequence[int]) -> list[int]:
+    """Columns, and those of all deviations that share a variance with one of them."""
+    words = {parameters.parameters[column].shares for column in columns} - {""}
+    return [*columns, *(place for place, one in enumerate(parameters.parameters) if one.shares in words)]
+
+
+def _refuse_occasion_settings(given: GaussianPopulation, parameters: ParameterSpace) -> None:
+    """Refuse settings that deviations of occasions cannot have; raises ``ValueError`` with the name and the remedy."""
+    own = {one.name: one.shares for one in parameters.parameters if one.level == "occasion"}
+    blocks = () if isinstance(given.covariance, str) else given.covariance
+    named = {
+        "covariance": {name for block in blocks if not isinstance(block, str) for name in block},
+        "covariates": set(given.covariates),
+        "log_sd_covariates": set(given.log_sd_covariates),
+        "fixed.mean": set(given.fixed.get("mean", {})),
+        "start.mean": set(given.start.get("mean", {})),
+    }
+    for where, names in named.items():
+        for name in sorted(names & set(own)):
+            raise ValueError(
+                f"population.{where}: {name} is the deviation of an occasion, whose mean is 0 and which is correlated "
+                "with nothing; drop it there."
+            )
+    for where, section in (("fixed", given.fixed), ("start", given.start)):
+        for name in sorted(set(section.get("sd", {})) & set(own)):
+            first = next(one.name for one in parameters.parameters if one.shares == own[name])
+            if name != first:
+                raise ValueError(
+                    f"population.{where}.sd: {name} has the SD of {first}, as all deviations of {own[name]}; give it "
+                    f"for {first}."
+                )
+
+
 def _positive(name: str, value: Number, where: str) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"population.{where}.sd.{name}: a standard deviation is 0 or positive; got {value}.")
@@ -274,6 +325,7 @@ def _table(
     parameters: ParameterSpace,
     varying: list[int],
     *,
+    sds: tuple[int, ...],
     pairs: tuple[tuple[tuple[int, int], ...], list[float]],
     fixed: tuple[Numbers, Numbers],
     start: tuple[Numbers, Numbers],
@@ -287,7 +339,7 @@ def _table(
     known = [{**start[0], **fixed_mean}, {**start[1], **fixed_sd}]
     starts = [float(known[0].get(name, math.nan)) for name in parameters.names]
     flags = [name in fixed_mean for name in parameters.names]
-    for name in (parameters.names[column] for column in varying):
+    for name in (parameters.names[varying[sds.index(number)]] for number in range(max(sds, default=-1) + 1)):
         rows.append(Unknown(LOG_SD, name))
         transforms.append("log")
         starts.append(math.log(known[1][name]) if name in known[1] else math.nan)
@@ -300,6 +352,7 @@ def _table(
         transforms=tuple(transforms),
         starts=torch.tensor([*starts, *pairs[1]], dtype=torch.float64),
         fixed=torch.tensor([*flags, *[False] * len(pairs[0])]),
+        shared={one.name: one.shares for one in parameters.parameters if one.shares},
     )
 
 
@@ -334,4 +387,5 @@ def _with_effects(
         starts=torch.tensor(starts, dtype=torch.float64),
         fixed=torch.tensor(flags),
         effects=forms,
+        shared=table.shared,
     )

@@ -53,7 +53,7 @@ class TableRow:
         rse_percent: ``100 natural_se / |natural|``.
         natural_lower: limit of the 95% interval, which is Wald on the unconstrained scale.
         natural_upper: the other one.
-        status: estimated or fixed.
+        status: estimated or fixed; occasion for what deviations of occasions share, whose typical value is 0.
         scale: the unconstrained one, which the individuals are normally distributed on: log(unit), logit, or the unit.
         estimate: typical value there.
         se: of ``estimate``.
@@ -130,7 +130,7 @@ class PopulationTable:
     def text(self) -> str:
         """Aligned columns for a terminal: typical values, variability, covariate effects, correlations, sentences."""
         lines = [*self.heading, ""] if self.heading else []
-        lines += _align([_TYPICAL, *(_typical_cells(row) for row in self.rows)])
+        lines += _align([_TYPICAL, *(_typical_cells(row) for row in self.rows if row.status != "occasion")])
         # What is left out of a wide table follows from the rest, or is in the files.
         spread = [_SPREAD, *(_spread_cells(row) for row in self.rows)]
         lines += ["", *_align(spread, spare=("variance", "SE", "[95% CI]"))]
@@ -218,6 +218,7 @@ def population_table(
     spread = eta.std(0) if len(eta) > 1 else torch.full_like(found.sd, math.nan)
     rows = [_row(population, found, spread, column) for column in range(len(population.parameters))]
     rows = [replace(row, omega_status="boundary") if row.parameter in vanished else row for row in rows]
+    rows = _join_occasions(population, rows)
     return PopulationTable(
         rows=tuple(replace(row, shrinkage_from=individuals_are) for row in rows),
         correlations=_correlation_rows(population, found),
@@ -228,6 +229,19 @@ def population_table(
             [population.unknowns.labels[place] for place in free.tolist()], covariance[free][:, free]
         ),
     )
+
+
+def _join_occasions(population: PopulationModel, rows: list[TableRow]) -> list[TableRow]:
+    """One row, of what they share, for all deviations of occasions with the same variance."""
+    found: list[TableRow] = []
+    joined: set[str] = set()
+    for row, parameter in zip(rows, population.parameters.parameters, strict=True):
+        if parameter.level != "occasion":
+            found.append(row)
+        elif parameter.shares not in joined:
+            joined.add(parameter.shares)
+            found.append(replace(row, parameter=parameter.shares, status="occasion"))
+    return found
 
 
 def number(value: Tensor | float) -> float | None:
@@ -328,7 +342,7 @@ def _typical_cells(row: TableRow) -> tuple[str, ...]:
 
 
 def _spread_cells(row: TableRow) -> tuple[str, ...]:
-    name = f"omega({row.parameter})"
+    name = f"{'gamma' if row.status == 'occasion' else 'omega'}({row.parameter})"
     if row.omega_status in ("constant", "boundary"):
         how = "0 (boundary)" if row.omega_status == "boundary" else "0 (given)"
         return (name, row.scale or "-", how, *["-"] * 7)

@@ -48,15 +48,16 @@ def parameter_table(rows: Sequence[TableRow]) -> Table:
     """The parameters of the population."""
     made = []
     for row in rows:
-        given, spread = row.status == "fixed", row.omega_status
+        given, spread = row.status != "estimated", row.omega_status
+        between = row.status == "occasion"  # the typical deviation is 0
         varies = spread in ("estimated", "fixed")
         without = "0 (boundary)" if spread == "boundary" else "none (given)"
         made.append(
             (
-                Cell(row.parameter),
+                Cell(f"{row.parameter} (between occasions)" if between else row.parameter),
                 Cell(row.unit or "–"),
-                number(row.natural),
-                Cell("fixed") if given else number(row.natural_se, 3),
+                Cell("–") if between else number(row.natural),
+                Cell("–" if between else "fixed") if given else number(row.natural_se, 3),
                 Cell("–") if given else number(row.rse_percent, 3),
                 Cell("–") if given else interval(row.natural_lower, row.natural_upper),
                 number(row.omega) if varies else Cell(without),

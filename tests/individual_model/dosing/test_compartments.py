@@ -13,8 +13,9 @@ import torch
 from oracles.compartment_systems import WrittenDose, amounts, mammillary
 
 from nlme_sbi.individual_model.dosing import linear_compartments
+from nlme_sbi.individual_model.dosing.dispositions import disposition
 from nlme_sbi.individual_model.dosing.doses import receive_doses, write_out_doses
-from nlme_sbi.individual_model.dosing.linear_compartments import central_amount, disposition
+from nlme_sbi.individual_model.dosing.linear_compartments import central_amount
 from nlme_sbi.individual_model.noise import Power, StudentT
 from nlme_sbi.io import EventTable
 from nlme_sbi.types import Design, EventKind, Events, Observations

@@ -12,7 +12,7 @@ from oracles.compartment_systems import WrittenDose, amounts, mammillary
 from scipy.integrate import solve_ivp
 from scipy.linalg import expm
 
-from nlme_sbi.individual_model.dosing.linear_compartments import partial_fractions, three_meet
+from nlme_sbi.individual_model.dosing.dispositions import partial_fractions, three_meet
 from nlme_sbi.individual_model.noise import BySignal, StudentT
 from nlme_sbi.types import Design, EventKind, Events, Observations, TimeCovariates
 from simulators.compartments import Compartments

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nlme_sbi.individual_model.dosing.dispositions import Modes
 from nlme_sbi.individual_model.dosing.doses import WrittenDoses, merge_regular_boluses, receive_doses, write_out_doses
-from nlme_sbi.individual_model.dosing.linear_compartments import Modes, amount_of_responses, central_amount
+from nlme_sbi.individual_model.dosing.linear_compartments import amount_of_responses, central_amount
 from nlme_sbi.types import Design, EventKind, Events
 from simulators.compartments import Compartments
 
