@@ -23,12 +23,7 @@ gc.disable()  # while modules are imported, which leaves little garbage
 if os.environ.get("NLME_SBI_SHAPE_CHECKS") != "off":
     import shape_checks
 
-    if os.environ.get("OLD"):
-        from jaxtyping import install_import_hook
-
-        install_import_hook(["nlme_sbi", "simulators"], "beartype.beartype")
-    else:
-        shape_checks.install(["nlme_sbi", "simulators"])
+    shape_checks.install(["nlme_sbi", "simulators"])
 
 # The lines that are run: "begin" leaves them for later, a number reports them all and is the share that is needed.
 LINES = os.environ.get("NLME_SBI_LINES")

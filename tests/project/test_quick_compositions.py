@@ -12,7 +12,7 @@ from nlme_sbi.cli import compose_config
 GIVEN = {
     "values": ("fit_population", ["seed=7", "fit.starts=2", "data.skip={C: C}", "individuals.draws=0"]),
     "groups and values": ("train_flow", ["experiment=theophylline", "summary=pooled", "training.steps=7"]),
-    "a value of a choice": ("simulate", ["simulator=compartments", "+simulator.lag=true", "design=of_data"]),
+    "a value of a choice": ("simulate", ["simulator=compartments", "simulator.lag=true", "design=of_data"]),
     "a group left out": ("simulate", ["~experiment", "seed=3"]),
     "a value left out": ("fit_population", ["data=event_table", "data.path=a.csv", "~data.signal_units"]),
     "a whole section": ("simulate", ["simulator={_target_: own.Model}", "trust=[own]"]),
