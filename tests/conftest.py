@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from pathlib import Path
@@ -17,6 +18,8 @@ from jaxtyping import install_import_hook
 if TYPE_CHECKING:
     import torch
 
+gc.disable()  # while modules are imported, which leaves little garbage
+
 # They double the time of a fit: `make test` runs the tests marked slow without them.
 if os.environ.get("NLME_SBI_SHAPE_CHECKS") != "off":
     install_import_hook(["nlme_sbi", "simulators"], "beartype.beartype")
@@ -25,8 +28,9 @@ if os.environ.get("NLME_SBI_SHAPE_CHECKS") != "off":
 # What takes a worker longest begins first, so that none is left alone with it at the end.
 LONGEST = (
     *("stages/test_interrupted_stages.py", "stages/test_fit_population.py", "docs/test_notebooks.py"),
-    *("docs/test_python_api.py", "population/test_saem.py", "report/test_restyled_report.py"),
-    *("docs/test_readme_examples.py", "stages/test_predict.py", "stages/test_edited_simulators.py"),
+    *("individual_model/test_rosenbrock.py", "stages/test_train_flow.py", "population/test_saem.py"),
+    *("networks/test_token_summaries.py", "stages/test_check_fit.py", "stages/test_predict.py"),
+    *("population/test_several_maxima.py", "population/test_likelihood_search.py", "stages/test_growing_children.py"),
 )
 HERE = Path(__file__).parent
 ALL_SLOW = re.compile(r"^pytestmark = (\[\n    )?pytest\.mark\.slow\b", re.MULTILINE)
@@ -60,6 +64,20 @@ def pytest_configure(config: pytest.Config) -> None:
     # Deterministic, so that a red test is red again; no deadline, because a busy machine is not a failure.
     settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
     settings.load_profile("deterministic")
+    import quick_compositions
+
+    quick_compositions.install()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays to the end: no search for garbage need go through it."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        gc.enable()  # where only workers run tests, no test is collected here
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -191,15 +191,15 @@ def test_settings_that_make_no_network_are_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("summary", "limit"),
+    ("summary", "limit", "steps", "batch_size"),
     [
-        (AttentionSummary(width=24, hidden=48, token_width=24, token_hidden=48, blocks=1), None),
-        (RecurrentSummary(width=24, hidden=48, token_width=24, token_hidden=48, state=32), 0.3),
+        (AttentionSummary(width=24, hidden=48, token_width=24, token_hidden=48, blocks=1), None, 400, 128),
+        (RecurrentSummary(width=24, hidden=48, token_width=24, token_hidden=48, state=32), 0.3, 600, 256),
     ],
     ids=["attention", "recurrent, censored"],
 )
 def test_posteriors_under_random_regimens_come_near_the_exact_ones(
-    summary: SummarySettings, limit: float | None
+    summary: SummarySettings, limit: float | None, steps: int, batch_size: int
 ) -> None:
     posterior, _ = train_posterior(
         LinearDosed(),
@@ -208,7 +208,12 @@ def test_posteriors_under_random_regimens_come_near_the_exact_ones(
         summary=summary,
         flow=AffineCouplingFlow(couplings=2, hidden=32),
         settings=TrainingSettings(
-            steps=600, batch_size=256, warmup_steps=50, validation_size=500, validate_every=100, pilot_size=2000
+            steps=steps,
+            batch_size=batch_size,
+            warmup_steps=50,
+            validation_size=500,
+            validate_every=100,
+            pilot_size=2000,
         ),
         device="cpu",
         progress=False,
@@ -222,7 +227,7 @@ def test_posteriors_under_random_regimens_come_near_the_exact_ones(
         assert observations.censoring is not None
         assert 0.3 < float((observations.censoring > 0).sum() / made.design.observed.sum()) < 0.8
     off = (pairs.draws[..., 0].mean(1) - mean) / sd
-    # What small networks reach in 600 steps is 0.3; one that says the prior whatever it sees is off by the second.
+    # Small networks reach 0.3 to 0.4 in these steps; one that says the prior whatever it sees is off by the second.
     assert float(off.square().mean().sqrt()) < 0.5
     assert float((mean / sd).square().mean().sqrt()) > 1.0
     widths = (pairs.draws[..., 0].std(1) / sd).log()

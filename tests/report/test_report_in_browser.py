@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from nlme_sbi.cli import compose_config
+from nlme_sbi.report.inputs.commands import Command
 from nlme_sbi.stages.report import report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -33,10 +34,14 @@ PHONE = 390
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a report."""
+    """The run directory of a report. Its page needs figures of one kind of three, and commands, which are composed
+    again and again, are tested elsewhere."""
     root = Path(shutil.copytree(small_fit(tmp_path_factory), tmp_path_factory.mktemp("fits") / "outputs"))
     chosen = ["check_fit.replicates=420", "check_fit.individuals=[12]", "check_fit.each=3"]
-    report(compose_config("report", ["experiment=theophylline", f"output_root={root}", "device=cpu", *chosen]))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("nlme_sbi.report.page.drawing.KINDS", ("svg",))
+        patched.setattr("nlme_sbi.report.sections.provenance.command_of", lambda *_: Command("python scripts/..."))
+        report(compose_config("report", ["experiment=theophylline", f"output_root={root}", "device=cpu", *chosen]))
     return only_run(root, "report").path
 
 

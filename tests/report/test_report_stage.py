@@ -31,6 +31,8 @@ from tiny_runs import only_run
 
 pytestmark = pytest.mark.slow
 
+SMALL = ["check_fit.replicates=20", "check_fit.each=1"]  # the checks' numbers are tested with their stage
+
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -58,7 +60,8 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def reported(root: Path, *overrides: str) -> FinishedRun:
     """A run of report, which must be the only one below ``root``."""
-    report(compose_config("report", ["experiment=theophylline", f"output_root={root}", "device=cpu", *overrides]))
+    common = ["experiment=theophylline", f"output_root={root}", "device=cpu", *SMALL]
+    report(compose_config("report", [*common, *overrides]))
     return only_run(root, "report")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
 from nlme_sbi.cli import compose_config
 from nlme_sbi.runs import load_run, open_run
@@ -40,23 +42,24 @@ entry_point(stage, "simulate")()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_every_job_is_a_row_with_what_was_varied_and_its_run(tmp_path: Path, launcher: str) -> None:
+def test_every_job_is_a_row_with_what_was_varied_and_its_run(
+    tmp_path: Path, launcher: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     if LAUNCHERS[launcher]:
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="extra sweeps is not installed")
     script = tmp_path / "stage.py"
     script.write_text(STAGE)
     outputs = tmp_path / "outputs"
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    done = subprocess.run(
-        [sys.executable, script, "-m", "seed=1,2,3", f"output_root={outputs}", *LAUNCHERS[launcher]],
-        capture_output=True,
-        text=True,
-        env={**environment, "PYTHONPATH": str(ROOT)},
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "Job 2 (" in done.stderr
+    get_reusable_executor().shutdown(wait=True)  # workers of earlier tests have threads already
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    arguments = ["-m", "seed=1,2,3", f"output_root={outputs}", *LAUNCHERS[launcher]]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 1
+    assert "Job 2 (" in capfd.readouterr().err
     sweep_table(compose_config("sweep_table", [f"output_root={outputs}"]))
     (directory,) = (outputs / "multirun").iterdir()
     table = pd.read_csv(directory / "table.csv")

@@ -8,6 +8,7 @@ JSON, an :class:`Order` each, and answers each with one, an :class:`Ended`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import math
@@ -22,6 +23,9 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import quick_compositions
 from tiny_runs import STAGES, bare_figure, function_of, tiny
 
 from nlme_sbi.report.inputs.commands import Command
@@ -137,6 +141,7 @@ def forked(order: Order, cfg: DictConfig) -> Ended:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    quick_compositions.install()
     for name in STAGES:
         function_of(name)
     draw_nothing()
@@ -146,6 +151,7 @@ if __name__ == "__main__":
         run_all(made)
         (made / "all").touch()
     composed = {name: configuration(name, made) for name in STAGES}
+    gc.freeze()  # a search for garbage in what all share would copy it into each process
     print("ready", flush=True)  # noqa: T201
     for line in sys.stdin:
         given = Order(**json.loads(line))
