@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 _LOG_TWO_PI = math.log(2 * math.pi)
 # Least precision of a repaired direction, in prior SDs: a Gaussian prior's own; flat over the width of a uniform one.
 _FLAT_PRECISION = 0.1
+_FARTHEST = 2.0  # prior SDs from its mean, where a direction is wider than the prior
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,8 @@ class Gaussians:
         )
         # With precision L L^T, L^-T times noise has the covariance.
         upper = torch.linalg.cholesky(self.precisions).mT[chosen]
-        return self.means[chosen] + torch.linalg.solve_triangular(upper, noise[..., None], upper=True)[..., 0]
+        spread: Tensor = torch.linalg.solve_triangular(upper, noise[..., None], upper=True)[..., 0]
+        return self.means[chosen] + spread
 
 
 def correct(learned: Gaussians, proposal: Gaussians | None, prior: Prior) -> tuple[Gaussians, Bool[Tensor, " K"]]:
@@ -97,8 +99,10 @@ def correct(learned: Gaussians, proposal: Gaussians | None, prior: Prior) -> tup
     values, vectors = torch.linalg.eigh(scaled)
     floor = float(torch.linalg.eigvalsh(sd[:, None] * own * sd)[0]) if isinstance(prior, GaussianPrior) else 0.0
     floor = max(0.99 * floor, _FLAT_PRECISION if floor == 0 else 0.0)
-    low = values < floor
-    solved = torch.einsum("kde,kd->ke", vectors, sd * shifts) / torch.where(low, 1.0, values)
+    solved = torch.einsum("kde,kd->ke", vectors, sd * shifts) / torch.where(values < floor, 1.0, values)
+    # Where next to nothing is left of the precision, the mean is a quotient of two small differences.
+    away = (solved - torch.einsum("kde,d->ke", vectors, prior.mean / sd)).abs() > _FARTHEST
+    low = (values < floor) | ((values < 1) & away)
     kept = torch.einsum("kde,kd->ke", vectors, learned.means / sd)
     means = sd * torch.einsum("kde,ke->kd", vectors, torch.where(low, kept, solved))
     values = torch.where(low, floor, values)

@@ -91,7 +91,7 @@ class AtomicLoss:
         offsets = torch.div(torch.arange(count) * size, count, rounding_mode="floor")
         rows = (torch.arange(size)[:, None] + offsets) % size
         atoms = batch.pairs.phi[rows.to(batch.pairs.phi.device)].flatten(0, 1)
-        log_q = network(atoms, batch.pairs.values, batch.pairs.design)
+        log_q: Tensor = network(atoms, batch.pairs.values, batch.pairs.design)
         log_ratio = (log_q - self.prior.log_prob(atoms)).view(size, count)
         found = -log_ratio.log_softmax(1)[:, 0]
         return (found - batch.marks * log_q.view(size, count)[:, 0]).mean()

@@ -182,7 +182,8 @@ class _Target:
 
     def __call__(self, phi: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
         parts = []
-        for some in phi.split(_ROWS):
+        for start in range(0, len(phi), _ROWS):
+            some = phi[start : start + _ROWS]
             log_prior = self.prior.log_prob(some)
             found = self.simulator.log_likelihood(self.observation, some[None])[0] + log_prior
             found = torch.where(torch.isneginf(log_prior), -torch.inf, found)

@@ -50,6 +50,7 @@ def moments(draws: AbcDraws) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, (share[:, None] * (phi - mean).square()).sum(0).sqrt()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampler",
     [

@@ -17,6 +17,7 @@ EXACT_SD = (1 + SD**-2) ** -0.5
 EXACT_MEAN = torch.tensor([0.5, -0.5]) / SD**2 * EXACT_SD**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mean", "sd", "even"),
     [(0.0, 1.0, True), (0.0, 0.1, False), (6.0, 0.5, False)],

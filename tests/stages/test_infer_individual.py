@@ -40,10 +40,10 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.syspath_prepend(str(tmp_path))
     return [
         *("simulator=own", "simulator._target_=shifted_model.Shifted", "trust=[shifted_model]", "device=cpu"),
-        *("prior=uniform", "prior.parameters={a: {lower: -3, upper: 3}, b: {lower: -3, upper: 3}}", "summary=vector"),
+        *("prior=uniform", "+prior.parameters.a={lower: -3, upper: 3}", "+prior.parameters.b={lower: -3, upper: 3}"),
         *("data=vectors", f"data.path={tmp_path / 'data.csv'}", "data.id=id", f"output_root={tmp_path / 'out'}"),
         *("method.rounds=2", "method.simulations=200", "budget.epochs=2", "flow.hidden=8", "flow.couplings=2"),
-        *("draws=500", "refinement.candidates=2000", "summary.hidden=8"),
+        *("draws=500", "refinement.candidates=2000", "summary=vector", "summary.hidden=8"),
     ]
 
 

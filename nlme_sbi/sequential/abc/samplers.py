@@ -287,7 +287,8 @@ class AbcSmc(_Abc):
         moved, statistics, distances = (torch.cat(column)[: self.particles] for column in zip(*parts, strict=True))
         log_density = log_weights.log_softmax(0)
         mixtures = []
-        for some in moved.split(_ROWS):
+        for start in range(0, len(moved), _ROWS):
+            some = moved[start : start + _ROWS]
             whitened = torch.linalg.solve_triangular(factor, (some[:, None] - phi).mT, upper=False)
             mixtures.append(torch.logsumexp(log_density - 0.5 * whitened.square().sum(1), 1))
         found = problem.prior.log_prob(moved) - torch.cat(mixtures)
