@@ -3,8 +3,8 @@ r"""Refinement by the likelihood: a posterior's draws become draws from the exac
 Draws get the weights :math:`p(y \mid \phi)\, p(\phi) / q(\phi \mid y)`, whose largest are smoothed by a Pareto tail,
 and are resampled by them. Where the weights are too uneven for that, the draws go through a sequence of densities
 between ``q`` and the posterior, each so near the last that half of the weights stay effective. In both cases they are
-then moved by Markov chains, all draws as one batch, until what one remembers of its beginning no longer matters or the
-steps are used up. How many independent draws the result is worth is told.
+then moved by Markov chains, all draws as one batch, until four fifths of them count as independent or the steps are
+used up. How many independent draws the result is worth is told.
 
 Source: Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling, J. Mach. Learn. Res.
 25(72); Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo samplers, J. R. Stat. Soc. B 68:411; ter Braak
@@ -29,7 +29,8 @@ from nlme_sbi.types import Observations, Prior, Simulator
 
 _FLAT = 0.5  # share of weights that stays effective from one density to the next
 _MOST_DENSITIES = 100
-_REMEMBERED = 0.3  # correlation with the beginning at which moves end
+_WORTH = 0.8  # effective share of the draws at which moves end
+_FEWEST_MOVES = 5  # which draws that were resampled twice need to differ
 _LEAST_WEIGHTED = 100  # effective draws from which resampling alone is a beginning
 _ROWS = 20_000  # parameters whose likelihood is evaluated at once
 
@@ -157,13 +158,13 @@ def refine_draws(
         population, densities = _through_densities(population, target, draws, chosen, generator)
         known = _FLAT * draws
     begin = population.phi
-    accepted, moves, remembered = 0.0, 0, 1.0
-    while moves < chosen.moves and (remembered > _REMEMBERED or moves < 2):
+    accepted, moves, effective = 0.0, 0, 0.0
+    while moves < chosen.moves and (effective < _WORTH * draws or moves < _FEWEST_MOVES):
         population, share = _move(population, target, 1.0, generator)
         accepted, moves = accepted + share, moves + 1
+        # The mean of the beginning is known to 1/known of the variance, and a share of it is remembered.
         remembered = _correlation(begin, population.phi)
-    # The mean of the beginning is known to 1/known of the variance, and a share of it is remembered.
-    effective = min(draws, 1 / (remembered**2 / known + (1 - remembered**2) / draws))
+        effective = min(float(draws), 1 / (remembered**2 / known + (1 - remembered**2) / draws))
     samples = PosteriorSamples(drawn.names, population.phi[None].to(drawn.phi.dtype), None, posterior.prior)
     return RefinedDraws(samples, effective, weighted, shape, densities, moves, accepted / moves)
 
