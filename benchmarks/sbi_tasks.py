@@ -132,6 +132,7 @@ class Runner:
             max_failed=0.01,
             seed=self.seed,
             device="cpu",
+            progress=False,
         )
         told |= {"prior_share": found.records[-1].prior_share, "leakage": found.records[-1].leakage}
         return found.posterior.sample(observation, DRAWS, generator).phi[0]

@@ -2,9 +2,10 @@ r"""``snpe_a``: Gaussian proposals, mixtures of Gaussians, and the correction by
 
 A network that learns from parameters of a proposal :math:`\tilde p` gives
 :math:`\tilde q \propto q\, \tilde p / p`. With Gaussians throughout, :math:`q \propto \tilde q\, p / \tilde p` is
-again a mixture of Gaussians: precisions are added and subtracted. Where a difference is not positive definite, the
-network says that the data narrow a direction less than the proposal did; that direction then keeps the network's mean,
-and the largest width that the prior allows. How many components were repaired is told.
+again a mixture of Gaussians: precisions are added and subtracted. Where a difference is not positive definite, a
+component is wider than the proposal was, which only errors of the network can be. Such components are left out; where
+all are such, each keeps the network's mean in that direction, and gets the largest width that the prior allows. Both
+are told. Proposals are wider than the posteriors they come from, so that differences stay well away from 0.
 
 Source: Papamakarios and Murray (2016), Fast epsilon-free inference of simulation models, NeurIPS.
 """
@@ -26,7 +27,7 @@ from nlme_sbi.networks.mixtures import GaussianMixture, GaussianMixtureFlow
 from nlme_sbi.networks.posterior import AmortizedPosterior, initialize_network
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.posteriors import PosteriorSamples
-from nlme_sbi.sequential.methods import Learned, Proposed, Rounds, Setting, propose_from_last
+from nlme_sbi.sequential.methods import Learned, Proposed, Rounds, Setting
 from nlme_sbi.sequential.restricted import IndividualPosterior, restrict
 from nlme_sbi.training.given_pairs import PairBudget, PairsInMemory
 from nlme_sbi.training.loop import train
@@ -69,7 +70,9 @@ class Gaussians:
 
 
 def correct(learned: Gaussians, proposal: Gaussians | None, prior: Prior) -> tuple[Gaussians, Bool[Tensor, " K"]]:
-    """``learned`` times prior over proposal, and which components were not positive definite and are repaired.
+    """``learned`` times prior over proposal, and which components were not positive definite.
+
+    They are left out, or repaired where all are such.
 
     Args:
         learned: under the proposal.
@@ -106,13 +109,16 @@ def correct(learned: Gaussians, proposal: Gaussians | None, prior: Prior) -> tup
     kept = torch.einsum("kde,kd->ke", vectors, learned.means / sd)
     means = sd * torch.einsum("kde,ke->kd", vectors, torch.where(low, kept, solved))
     values = torch.where(low, floor, values)
+    bad = low.any(1)
     precisions = torch.einsum("kde,ke,kfe->kdf", vectors, values, vectors) / sd[:, None] / sd
 
     def level(mean: Tensor, precision: Tensor) -> Tensor:
         return 0.5 * torch.logdet(precision) - 0.5 * torch.einsum("kd,kde,ke->k", mean, precision, mean)
 
+    if bool(bad.all()):  # a repaired width says nothing of the weight
+        return Gaussians(learned.log_weights, means, precisions), bad
     log_weights = learned.log_weights + level(learned.means, learned.precisions) - level(means, precisions)
-    return Gaussians(log_weights.log_softmax(0), means, precisions), low.any(1)
+    return Gaussians(log_weights[~bad].log_softmax(0), means[~bad], precisions[~bad]), bad
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,15 +155,20 @@ class GaussianProposals(Rounds):
         simulations: of all rounds together.
         components: of the last round's mixture.
         hidden: width of the networks that give the Gaussians.
+        widening: factor of the SDs of the last Gaussian when it becomes the proposal.
     """
 
-    components: int = 8
+    components: int = 4
     hidden: int = 64
+    widening: float = 1.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.components, self.hidden) < 1:
-            raise ValueError("method.components and method.hidden must be at least 1.")
+        if min(self.components, self.hidden) < 1 or not 1 <= self.widening <= 10:
+            raise ValueError(
+                "method.components and method.hidden must be at least 1, method.widening between 1 and 10; got "
+                f"{self.components}, {self.hidden} and {self.widening}."
+            )
 
     def flow_of(self, setting: Setting, number: int) -> FlowSettings:
         """A Gaussian, and in the last round a mixture; the flow of the command is for other methods."""
@@ -168,8 +179,21 @@ class GaussianProposals(Rounds):
     def propose(
         self, posteriors: list[IndividualPosterior], setting: Setting, count: int, generator: torch.Generator
     ) -> Proposed:
-        """Draws of the last Gaussian within the prior's support."""
-        return propose_from_last(posteriors, setting, count, generator)
+        """Draws of the last Gaussian, widened, within the prior's support."""
+        if not posteriors:
+            return Proposed(setting.prior.sample(count, generator))
+        trained = CorrectedMixture(
+            self._proposal(posteriors), setting.simulator.parameters, setting.prior, setting.device
+        )
+        within = restrict(trained, setting.observation, (), generator)
+        return Proposed(within.sample(setting.observation, count, generator).phi[0])
+
+    def _proposal(self, posteriors: list[IndividualPosterior]) -> Gaussians:
+        last = posteriors[-1].trained
+        if not isinstance(last, CorrectedMixture):
+            raise TypeError("Gaussian proposals come from rounds of the same method.")
+        given = last.mixture
+        return Gaussians(given.log_weights[:1] * 0, given.means[:1], given.precisions[:1] / self.widening**2)
 
     def learn(
         self,
@@ -200,7 +224,7 @@ class GaussianProposals(Rounds):
         network.scaling.bounded.fill_(False)
         network.scaling.location.copy_(own.phi.mean(0))
         network.scaling.scale.copy_(own.phi.std(0))
-        result = train(network, source, settings, progress=False)
+        result = train(network, source, settings, progress=setting.progress)
         trained = AmortizedPosterior(network, setting.simulator, setting.prior, setting.designs)
         return Learned((trained,), result.best_loss, result.steps)
 
@@ -213,13 +237,13 @@ class GaussianProposals(Rounds):
     ) -> IndividualPosterior:
         """Corrected, then restricted to the prior's support."""
         learned = gaussians_of(networks[0], setting.observation)
-        last = posteriors[-1].trained if posteriors else None
-        proposal = last.mixture if isinstance(last, CorrectedMixture) else None
+        proposal = self._proposal(posteriors) if posteriors else None
         corrected, repaired = correct(learned, proposal, setting.prior)
         if bool(repaired.any()):
             log.warning(
                 "%d of %d components are wider than their proposal in some direction, which the correction cannot "
-                "follow; they got the width of the prior there. More simulations a round help.",
+                "follow; they are left out, or get the width of the prior there where no other is left. More "
+                "simulations a round help.",
                 int(repaired.sum()),
                 len(repaired),
             )

@@ -108,6 +108,7 @@ def train_marked(
     settings: TrainingSettings,
     seed: int,
     device: torch.device,
+    progress: bool = False,
 ) -> tuple[PosteriorNetwork, TrainingResult]:
     """Train a network from the start on marked pairs; as :func:`nlme_sbi.training.given_pairs.train_network`."""
     source = StoredPairs(
@@ -126,4 +127,4 @@ def train_marked(
         flow=flow,
         seed=weights_seed(seed),
     )
-    return network, train(network, source, settings, loss=loss, progress=False)
+    return network, train(network, source, settings, loss=loss, progress=progress)

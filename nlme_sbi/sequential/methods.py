@@ -39,6 +39,7 @@ class Setting:
     summary: SummarySettings
     flow: FlowSettings
     device: torch.device
+    progress: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +205,7 @@ class TruncatedProposals(Rounds):
             budget=budget,
             seed=seed,
             device=setting.device,
+            progress=setting.progress,
         )
         steps = sum(result.steps for result in results)
         return Learned(members_of(trained), results[0].best_loss, steps)
@@ -367,6 +369,7 @@ def learn_marked(
         settings=budget.settings(int((marked.pairs.status == 0).sum())),
         seed=seed,
         device=setting.device,
+        progress=setting.progress,
     )
     trained = AmortizedPosterior(network, setting.simulator, setting.prior, setting.designs)
     return Learned((trained,), result.best_loss, result.steps)

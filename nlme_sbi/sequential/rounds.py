@@ -83,6 +83,7 @@ def infer_individual(
     device: str = "auto",
     directory: Path | None = None,
     report: Callable[[RoundRecord], None] | None = None,
+    progress: bool = True,
 ) -> IndividualInference:
     """Infer one individual in rounds that simulate where the last posterior is.
 
@@ -99,6 +100,7 @@ def infer_individual(
         device: auto, cpu, cuda or cuda:N.
         directory: where rounds are stored, and found again when the same inference is resumed; None stores nothing.
         report: called with the record of every round.
+        progress: whether to show a bar of every training.
 
     Raises:
         ValueError: prior, simulator and data do not belong together, too many simulations failed, or the posterior
@@ -120,6 +122,7 @@ def infer_individual(
         summary=summary or _summary_of(simulator),
         flow=flow or SplineCouplingFlow(),
         device=where,
+        progress=progress,
     )
     chosen = method or TruncatedProposals()
     loop = _Loop(chosen, setting, budget or PairBudget(), max_failed, seed, directory)

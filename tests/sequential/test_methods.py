@@ -120,6 +120,21 @@ def test_a_component_wider_than_its_proposal_is_repaired_and_counted() -> None:
         correct(learned, proposal, MixturePrior([NORMAL, NORMAL], [0.5, 0.5]))
 
 
+def test_a_component_wider_than_its_proposal_is_left_out_where_another_is_good() -> None:
+    proposal = gaussian([0.0, 0.0], [[4.0, 0.0], [0.0, 4.0]])
+    wide, good = gaussian([0.3, 0.5], [[2.0, 0.0], [0.0, 9.0]]), gaussian([0.1, 0.2], [[9.0, 0.0], [0.0, 9.0]])
+    both = Gaussians(
+        torch.zeros(2, dtype=torch.float64),
+        torch.cat([wide.means, good.means]),
+        torch.cat([wide.precisions, good.precisions]),
+    )
+    found, left_out = correct(both, proposal, NORMAL)
+    assert left_out.tolist() == [True, False]
+    alone, _ = correct(good, proposal, NORMAL)
+    assert torch.allclose(found.means, alone.means)
+    assert torch.allclose(found.precisions, alone.precisions)
+
+
 def test_gaussians_are_drawn_with_their_moments(generator: torch.Generator) -> None:
     mixture = gaussian([1.0, -1.0], [[4.0, 1.0], [1.0, 2.0]])
     drawn = mixture.sample(40_000, generator)

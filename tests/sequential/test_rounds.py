@@ -39,6 +39,7 @@ def inferred(method: Method, prior: Prior, *, epochs: int = 3, directory: Path |
         budget=PairBudget(epochs=epochs, learning_rate=3e-3),
         device="cpu",
         directory=directory,
+        progress=False,
     )
 
 
