@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from nlme_sbi.compute.random_streams import seeded
-    from nlme_sbi.designs import DesignsOfData, FixedGrid, RandomTimes, ResampledDesigns, Schedule
+    from nlme_sbi.designs import DesignsOfData, FixedGrid, Points, RandomTimes, ResampledDesigns, Schedule
     from nlme_sbi.diagnostics.fit.predictive_bands import dense_design, predictive_bands
     from nlme_sbi.hierarchical.batches import HeldOut
     from nlme_sbi.hierarchical.encoder import SeriesEncoder
@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from nlme_sbi.individual_model.rosenbrock import Rosenbrock
     from nlme_sbi.individual_model.sde import SdeModel
     from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, TorchDiffEq
-    from nlme_sbi.io import EventTable, LongTable, WideSheet, describe
+    from nlme_sbi.individual_model.vectors import VectorSimulator, observe_vectors
+    from nlme_sbi.io import EventTable, LongTable, VectorTable, WideSheet, describe
     from nlme_sbi.limits import Limits
     from nlme_sbi.networks.ensembles import PosteriorEnsemble
     from nlme_sbi.networks.flows import AffineCouplingFlow, SplineAutoregressiveFlow, SplineCouplingFlow
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from nlme_sbi.networks.posterior import AmortizedPosterior
     from nlme_sbi.networks.summaries import GridSummary, PooledSummary
     from nlme_sbi.networks.token_summaries import AttentionSummary, RecurrentSummary
+    from nlme_sbi.networks.vector_summaries import SetSummary, VectorSummary
     from nlme_sbi.parameters import Parameter, ParameterSpace
     from nlme_sbi.plots.individual_fits import plot_individual_fits
     from nlme_sbi.population import (
@@ -81,21 +83,33 @@ if TYPE_CHECKING:
     from nlme_sbi.population.theta_posterior.individuals import new_individuals
     from nlme_sbi.population.theta_posterior.prior import ThetaPriors
     from nlme_sbi.population.theta_posterior.sampler import EnsembleSampler, sample_theta
-    from nlme_sbi.posteriors import PosteriorSamples
+    from nlme_sbi.posteriors import PosteriorSamples, join_individuals
     from nlme_sbi.runs import find_run, load_run
+    from nlme_sbi.sequential.abc.problem import AbcProblem, learned_statistics
+    from nlme_sbi.sequential.abc.samplers import AbcMcmc, AbcRejection, AbcSmc
+    from nlme_sbi.sequential.gaussian_correction import GaussianProposals
+    from nlme_sbi.sequential.methods import AtomicProposals, TruncatedProposals, WeightedProposals
+    from nlme_sbi.sequential.refinement import Refinement, refine_draws
+    from nlme_sbi.sequential.rounds import infer_individual
     from nlme_sbi.simulation.shards import SimulationSettings
     from nlme_sbi.stages.shared.trained_hierarchy import load_hierarchy
+    from nlme_sbi.training.given_pairs import PairBudget, train_on_pairs
     from nlme_sbi.training.loop import TrainingSettings, train_posterior
     from nlme_sbi.types import Censoring, Covariates, Design, EventKind, Events, Observations, TimeCovariates
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AbcMcmc",
+    "AbcProblem",
+    "AbcRejection",
+    "AbcSmc",
     "AboveZero",
     "Additive",
     "AffineCouplingFlow",
     "AmortizedPosterior",
     "Assessment",
+    "AtomicProposals",
     "AttentionSummary",
     "Auto",
     "Binomial",
@@ -121,6 +135,7 @@ __all__ = [
     "GaussianMixtureFlow",
     "GaussianPopulation",
     "GaussianPrior",
+    "GaussianProposals",
     "GridSummary",
     "HeldOut",
     "HierarchicalSettings",
@@ -138,8 +153,10 @@ __all__ = [
     "NumpySimulator",
     "Observations",
     "OdeModel",
+    "PairBudget",
     "Parameter",
     "ParameterSpace",
+    "Points",
     "Poisson",
     "PooledSummary",
     "PopulationFit",
@@ -153,6 +170,7 @@ __all__ = [
     "RandomTimes",
     "ReactionNetwork",
     "RecurrentSummary",
+    "Refinement",
     "ResampledDesigns",
     "Residuals",
     "Rosenbrock",
@@ -161,6 +179,7 @@ __all__ = [
     "Schedule",
     "SdeModel",
     "SeriesEncoder",
+    "SetSummary",
     "SimulationSettings",
     "SplineAutoregressiveFlow",
     "SplineCouplingFlow",
@@ -169,7 +188,12 @@ __all__ = [
     "TimeCovariates",
     "TorchDiffEq",
     "TrainingSettings",
+    "TruncatedProposals",
     "UniformPrior",
+    "VectorSimulator",
+    "VectorSummary",
+    "VectorTable",
+    "WeightedProposals",
     "WideSheet",
     "add_intervals",
     "bootstrap",
@@ -179,21 +203,27 @@ __all__ = [
     "fit_population",
     "individual_bounds",
     "individual_modes",
+    "infer_individual",
+    "join_individuals",
+    "learned_statistics",
     "load_hierarchy",
     "load_run",
     "log_bateman",
     "new_individuals",
     "normal_theta",
+    "observe_vectors",
     "plot_individual_fits",
     "predictive_bands",
     "prepare_model",
     "profile_interval",
+    "refine_draws",
     "sample_theta",
     "sandwich_covariance",
     "seeded",
     "single_bolus",
     "times_for",
     "train_model",
+    "train_on_pairs",
     "train_posterior",
 ]
 
@@ -202,6 +232,7 @@ _ROOMS = {
     "designs": (
         "DesignsOfData",
         "FixedGrid",
+        "Points",
         "RandomTimes",
         "ResampledDesigns",
         "Schedule",
@@ -265,9 +296,14 @@ _ROOMS = {
         "RungeKutta4",
         "TorchDiffEq",
     ),
+    "individual_model.vectors": (
+        "VectorSimulator",
+        "observe_vectors",
+    ),
     "io": (
         "EventTable",
         "LongTable",
+        "VectorTable",
         "WideSheet",
         "describe",
     ),
@@ -287,6 +323,10 @@ _ROOMS = {
     "networks.token_summaries": (
         "AttentionSummary",
         "RecurrentSummary",
+    ),
+    "networks.vector_summaries": (
+        "SetSummary",
+        "VectorSummary",
     ),
     "parameters": (
         "Parameter",
@@ -318,13 +358,40 @@ _ROOMS = {
         "EnsembleSampler",
         "sample_theta",
     ),
-    "posteriors": ("PosteriorSamples",),
+    "posteriors": (
+        "PosteriorSamples",
+        "join_individuals",
+    ),
     "runs": (
         "find_run",
         "load_run",
     ),
+    "sequential.abc.problem": (
+        "AbcProblem",
+        "learned_statistics",
+    ),
+    "sequential.abc.samplers": (
+        "AbcMcmc",
+        "AbcRejection",
+        "AbcSmc",
+    ),
+    "sequential.gaussian_correction": ("GaussianProposals",),
+    "sequential.methods": (
+        "AtomicProposals",
+        "TruncatedProposals",
+        "WeightedProposals",
+    ),
+    "sequential.refinement": (
+        "Refinement",
+        "refine_draws",
+    ),
+    "sequential.rounds": ("infer_individual",),
     "simulation.shards": ("SimulationSettings",),
     "stages.shared.trained_hierarchy": ("load_hierarchy",),
+    "training.given_pairs": (
+        "PairBudget",
+        "train_on_pairs",
+    ),
     "training.loop": (
         "TrainingSettings",
         "train_posterior",

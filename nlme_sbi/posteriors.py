@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -57,6 +58,47 @@ class PosteriorSamples:
         log_q = None if self.log_q is None else self.log_q[rows]
         log_weights = None if self.log_weights is None else self.log_weights[rows]
         return PosteriorSamples(self.names, self.phi[rows], log_q, self.prior, log_weights)
+
+
+def join_individuals(parts: Sequence[PosteriorSamples]) -> PosteriorSamples:
+    """Draws of several individuals, who were inferred one by one, as those of one data set.
+
+    Args:
+        parts: under one prior; of draws without weights as many as the one with fewest has, of weighted ones equally
+            many. Densities are kept where all have them.
+
+    Raises:
+        ValueError: there are none, or parameters or priors differ.
+    """
+    if not parts or any(part.names != parts[0].names for part in parts):
+        raise ValueError(f"Draws to join must be of the same parameters; got {[list(part.names) for part in parts]}.")
+    means = [part.prior.mean for part in parts]
+    if not all(torch.equal(mean, means[0]) for mean in means):
+        raise ValueError("Draws to join must be from inferences under one prior.")
+    count = min(part.phi.shape[1] for part in parts)
+    kept = [part if part.phi.shape[1] == count else _fewer(part, count) for part in parts]
+    weighted = any(part.log_weights is not None for part in kept)
+    weights = [torch.zeros_like(part.phi[..., 0]) if part.log_weights is None else part.log_weights for part in kept]
+    densities = [part.log_q for part in kept]
+    log_q = torch.cat([each for each in densities if each is not None]) if None not in densities else None
+    return PosteriorSamples(
+        parts[0].names,
+        torch.cat([part.phi for part in kept]),
+        log_q,
+        parts[0].prior,
+        torch.cat([each.double() for each in weights]) if weighted else None,
+    )
+
+
+def _fewer(part: PosteriorSamples, count: int) -> PosteriorSamples:
+    """The first draws of each individual; raises ``ValueError`` for weighted ones, of which each may matter."""
+    if part.log_weights is not None:
+        raise ValueError(
+            f"Weighted draws to join must be equally many; got {part.phi.shape[1]} and {count}. Accept equal numbers, "
+            "or resample them."
+        )
+    log_q = None if part.log_q is None else part.log_q[:, :count]
+    return PosteriorSamples(part.names, part.phi[:, :count], log_q, part.prior)
 
 
 @runtime_checkable

@@ -43,7 +43,7 @@ PRIOR = Role("prior", ("nlme_sbi.individual_model.priors",), ("sample", "log_pro
 PRIOR_OF_DATA = Role("prior of the data", ("nlme_sbi.individual_model.priors",), ("resolve",), ("PriorOfData",))
 DESIGNS = Role("design source", ("nlme_sbi.designs",), ("sample", "covers"))
 SCHEDULE = Role("schedule", ("nlme_sbi.designs",), ("for_known", "for_new"))
-READER = Role("reader", ("nlme_sbi.io",), ("read",), ("EventTable", "LongTable", "WideSheet"))
+READER = Role("reader", ("nlme_sbi.io",), ("read",), ("EventTable", "LongTable", "VectorTable", "WideSheet"))
 ROLES = (
     SIMULATOR,
     PRIOR,
@@ -54,7 +54,11 @@ ROLES = (
     Role("noise model", ("nlme_sbi.individual_model.noise",), ("sample", "log_prob")),
     Role("solver", ("nlme_sbi.individual_model.solvers", "nlme_sbi.individual_model.rosenbrock"), ("advance",)),
     Role("parameter", ("nlme_sbi.parameters",), classes=("Parameter", "ParameterSpace")),
-    Role("summary network", ("nlme_sbi.networks.summaries", "nlme_sbi.networks.token_summaries"), ("build",)),
+    Role(
+        "summary network",
+        ("nlme_sbi.networks.summaries", "nlme_sbi.networks.token_summaries", "nlme_sbi.networks.vector_summaries"),
+        ("build",),
+    ),
     Role("flow", ("nlme_sbi.networks.flows", "nlme_sbi.networks.mixtures"), ("build",)),
     Role("training", ("nlme_sbi.training.loop",), classes=("TrainingSettings",)),
     Role("simulation", ("nlme_sbi.simulation.shards",), classes=("SimulationSettings",)),
@@ -70,6 +74,10 @@ ROLES = (
         ("nlme_sbi.hierarchical",),
         classes=("Preparation", "Bound", "HeldOut", "IndividualPopulation"),
     ),
+    Role("method of inferring an individual", ("nlme_sbi.sequential",), ("propose", "learn", "restrict")),
+    Role("sampler of ABC", ("nlme_sbi.sequential",), ("infer",)),
+    Role("refinement by the likelihood", ("nlme_sbi.sequential",), classes=("Refinement",)),
+    Role("budget of pairs", ("nlme_sbi.training.given_pairs",), classes=("PairBudget",)),
     Role("sampler of theta", ("nlme_sbi.population",), classes=("EnsembleSampler",)),
 )
 # What a run directory describes never reads a data file: a run holds the numbers that it was made from.

@@ -6,8 +6,9 @@ row that simulated designs do not cover.
 """
 
 from nlme_sbi.designs.fixed_grid import FixedGrid
+from nlme_sbi.designs.points import Points
 from nlme_sbi.designs.random_times import RandomTimes
 from nlme_sbi.designs.resampled import DesignsOfData, Reader, ResampledDesigns
 from nlme_sbi.designs.schedule import Schedule
 
-__all__ = ["DesignsOfData", "FixedGrid", "RandomTimes", "Reader", "ResampledDesigns", "Schedule"]
+__all__ = ["DesignsOfData", "FixedGrid", "Points", "RandomTimes", "Reader", "ResampledDesigns", "Schedule"]

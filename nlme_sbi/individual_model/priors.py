@@ -171,6 +171,23 @@ class MixturePrior:
         return torch.logsumexp(torch.stack([math.log(w) + c.log_prob(phi) for w, c in pairs]), dim=0)
 
 
+def support_bounds(prior: Prior) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
+    """Lower and upper ends of the prior's support for each parameter, float64, infinite where it has none.
+
+    The one place that says where parameters are bounded: networks, proposals and refusals read it. A prior of one's own
+    has bounds if it has ``lower`` and ``upper``, as :class:`UniformPrior`; those of a mixture hold all its components.
+    """
+    if isinstance(prior, MixturePrior):
+        ends = [support_bounds(component) for component in prior.components]
+        return torch.stack([low for low, _ in ends]).amin(0), torch.stack([high for _, high in ends]).amax(0)
+    unbounded = torch.full((len(prior.names),), torch.inf, dtype=torch.float64)
+    lower, upper = (getattr(prior, end, None) for end in ("lower", "upper"))
+    return (
+        -unbounded if lower is None else torch.as_tensor(lower).double(),
+        unbounded if upper is None else torch.as_tensor(upper).double(),
+    )
+
+
 def _linear(vectors: Tensor, matrix: Tensor, *, diagonal: bool) -> Tensor:
     """``matrix @ v`` for each row, elementwise where the matrix is diagonal."""
     if diagonal:

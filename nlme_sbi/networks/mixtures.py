@@ -49,7 +49,8 @@ class GaussianMixture(ConditionalDensity):
             bias = self.network.last.bias.view(settings.components, -1)
             bias[:, 1 : 1 + dimension] = torch.randn(settings.components, dimension)
 
-    def _mixture(self, context: Float[Tensor, "I H"]) -> MixtureParameters:
+    def mixture(self, context: Float[Tensor, "I H"]) -> MixtureParameters:
+        """The Gaussians given summaries."""
         raw = self.network(context.new_zeros((len(context), 0)), context)
         raw = raw.view(len(context), self.components, -1)
         logits, means, log_scales, below = raw.split(self.sizes, dim=-1)
@@ -67,12 +68,12 @@ class GaussianMixture(ConditionalDensity):
         return torch.logsumexp(density + (given.log_weights + given.log_determinant)[:, None], dim=-1).flatten()
 
     def log_prob(self, z: Float[Tensor, "B D"], context: Float[Tensor, "I H"]) -> Float[Tensor, " B"]:
-        return self._log_prob(z, self._mixture(context))
+        return self._log_prob(z, self.mixture(context))
 
     def sample(
         self, noise: Float[Tensor, "B W"], context: Float[Tensor, "I H"]
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
-        given = self._mixture(context)
+        given = self.mixture(context)
         individuals = len(context)
         grid = noise.view(individuals, draws_per_individual(len(noise), individuals), self.noise_width)
         uniform = torch.special.ndtr(grid[..., 0]).contiguous()

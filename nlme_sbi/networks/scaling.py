@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nlme_sbi.individual_model.dosing.single_bolus import single_bolus
-from nlme_sbi.individual_model.priors import UniformPrior
+from nlme_sbi.individual_model.priors import support_bounds
 from nlme_sbi.types import Design, Prior
 
 
@@ -49,18 +49,19 @@ class ParameterScaling(nn.Module):
         self.register_buffer("bounded", torch.zeros(dimension, dtype=torch.bool))
 
     def fit(self, prior: Prior) -> None:
-        """Take the moments and, of a uniform prior, the bounds of the prior.
+        """Take the moments of the prior, and the bounds where a parameter has both.
 
         Raises:
             ValueError: a moment is not finite.
         """
         mean, sd = prior.mean, prior.covariance.diagonal().sqrt()
-        if isinstance(prior, UniformPrior):
-            self.lower.copy_(prior.lower)
-            self.upper.copy_(prior.upper)
-            self.bounded.fill_(True)
-            # A uniform variable's logit is standard logistic: mean 0, SD pi / sqrt(3).
-            mean, sd = torch.zeros_like(mean), torch.full_like(sd, torch.pi / 3**0.5)
+        lower, upper = support_bounds(prior)
+        bounded = torch.isfinite(lower) & torch.isfinite(upper)
+        self.lower.copy_(torch.where(bounded, lower, 0.0))
+        self.upper.copy_(torch.where(bounded, upper, 1.0))
+        self.bounded.copy_(bounded)
+        # A uniform variable's logit is standard logistic: mean 0, SD pi / sqrt(3).
+        mean, sd = torch.where(bounded, 0.0, mean), torch.where(bounded, torch.pi / 3**0.5, sd)
         if not bool(torch.isfinite(mean).all() & torch.isfinite(sd).all() & (sd > 0).all()):
             raise ValueError("The prior's means and SDs must be finite and positive to scale parameters for a network.")
         self.location.copy_(mean)

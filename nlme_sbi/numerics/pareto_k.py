@@ -37,8 +37,7 @@ def pareto_shape(log_weights: Float[Tensor, "I S"]) -> Float[Tensor, " I"]:
         Infinity where fewer than 5 weights stick out of the rest; 0 where all of the largest are equal: no tail at all;
         NaN with fewer than 21 draws, which have no tail to look at.
     """
-    draws = log_weights.shape[1]
-    size = math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
+    size = _tail_size(log_weights.shape[1])
     if size < _LEAST:
         return torch.full_like(log_weights[:, 0], math.nan)
     largest = log_weights.topk(size + 1, 1).values
@@ -47,14 +46,53 @@ def pareto_shape(log_weights: Float[Tensor, "I S"]) -> Float[Tensor, " I"]:
     there = excess > 0
     count = there.sum(1)
     usable = count >= _LEAST
-    shape = _generalised_pareto_shape(torch.where(usable[:, None], excess, torch.ones_like(excess)), there, count)
+    shape, _ = _generalised_pareto(torch.where(usable[:, None], excess, torch.ones_like(excess)), there, count)
     flat = (scaled[:, -1] >= 1) & ~usable
     found = torch.where(usable, shape, math.inf)
     return torch.where(flat, 0.0, found)
 
 
-def _generalised_pareto_shape(excess: Tensor, there: Tensor, count: Tensor) -> Float[Tensor, " I"]:
-    """Posterior mean of the shape from sorted excesses, of which the last ``count`` of each row count.
+def _tail_size(draws: int) -> int:
+    return math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
+
+
+@torch.no_grad()
+def smooth_log_weights(log_weights: Float[Tensor, "I S"]) -> Float[Tensor, "I S"]:
+    """Log weights whose largest are replaced by what a generalised Pareto tail expects of their ranks.
+
+    Lowers the variance of weighted means at little bias: a single draw no longer carries an individual. No weight gets
+    larger than the largest was. Rows without a usable tail, or with fewer than 21 draws, stay as they are.
+
+    Args:
+        log_weights: of draws, in any normalisation; ``-inf`` for draws without weight.
+
+    Returns:
+        In the normalisation in which each individual's largest weight was 1.
+    """
+    top = log_weights.amax(1, keepdim=True)
+    shifted = log_weights - top
+    size = _tail_size(log_weights.shape[1])
+    if size < _LEAST:
+        return shifted
+    largest, places = shifted.topk(size + 1, 1)
+    cutoff = largest[:, -1:].exp()
+    excess = (largest[:, :-1].exp() - cutoff).flip(1)  # ascending
+    usable = (excess > 0).all(1)
+    safe = torch.where(usable[:, None], excess, torch.ones_like(excess))
+    count = torch.full_like(usable, size, dtype=torch.int64)
+    shape, scale = _generalised_pareto(safe, torch.ones_like(safe, dtype=torch.bool), count)
+    beyond = 1 - (torch.arange(size, dtype=excess.dtype, device=excess.device) + 0.5) / size
+    shape = torch.where(shape.abs() < 1e-6, 1e-6, shape)[:, None]
+    expected = cutoff + scale[:, None] * torch.expm1(-shape * beyond.log()) / shape
+    smoothed = expected.log().clamp(max=0.0).flip(1)
+    usable = usable & torch.isfinite(smoothed).all(1)
+    return torch.where(usable[:, None], shifted.scatter(1, places[:, :-1], smoothed), shifted)
+
+
+def _generalised_pareto(
+    excess: Tensor, there: Tensor, count: Tensor
+) -> tuple[Float[Tensor, " I"], Float[Tensor, " I"]]:
+    """Posterior mean of the shape, and scale, from sorted excesses of which the last ``count`` of each row count.
 
     With the profile likelihood over ``b = -shape / scale``, a quadrature over quantiles of Zhang and Stephens' prior.
     """
@@ -74,8 +112,10 @@ def _generalised_pareto_shape(excess: Tensor, there: Tensor, count: Tensor) -> F
     shape = shape_at(b)
     log_likelihood = number * ((-b / shape).log() - shape - 1)
     weights = torch.softmax(torch.nan_to_num(log_likelihood, nan=-math.inf), 1)
-    found = shape_at((weights * b).sum(1, keepdim=True))
-    return ((number * found + _PRIOR_WEIGHT * _PRIOR_SHAPE) / (number + _PRIOR_WEIGHT))[:, 0]
+    rate = (weights * b).sum(1, keepdim=True)
+    found = shape_at(rate)
+    shape = (number * found + _PRIOR_WEIGHT * _PRIOR_SHAPE) / (number + _PRIOR_WEIGHT)
+    return shape[:, 0], (-found / rate)[:, 0]
 
 
 def heavy_tails(shapes: Float[Tensor, " I"] | None, ids: tuple[str, ...]) -> tuple[str, ...]:

@@ -139,3 +139,39 @@ def test_every_script_and_experiment_in_the_guides_is_there() -> None:
         for group, choice in re.findall(r"\b(experiment|population|estimator|data|design|summary)=(\w+)", line):
             name = f"conf/{group}/{choice}.yaml"
             assert (ROOT / name).is_file() or name in own, (page, line)
+
+
+# Vectors without times.
+
+
+@pytest.mark.slow
+def test_the_page_on_vectors_does_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nlme_sbi
+
+    train = nlme_sbi.train_on_pairs
+    tiny = {"budget": nlme_sbi.PairBudget(epochs=1), "flow": nlme_sbi.AffineCouplingFlow(hidden=8), "progress": False}
+    monkeypatch.setattr(nlme_sbi, "train_on_pairs", lambda *given, **named: train(*given, **named, **tiny))
+    shown: dict[str, object] = {}
+    for text in examples("plain_simulators.md").values():
+        exec(compile(text, "plain_simulators.md", "exec"), shown)
+    assert shown["draws"].phi.shape == (1, 1000, 2)  # type: ignore[attr-defined]
+    simulator, generator = shown["simulator"], torch.Generator().manual_seed(1)
+    design = nlme_sbi.Points(entries=2).sample(5, generator)
+    made = simulator.simulate(torch.tensor([[2.0, 0.0]]).expand(5, 2), design, generator)  # type: ignore[attr-defined]
+    assert torch.allclose(made.values.square().sum((1, 2)), torch.full((5,), 4.0), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_page_on_single_individuals_does_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nlme_sbi
+
+    infer = nlme_sbi.infer_individual
+    tiny = {"budget": nlme_sbi.PairBudget(epochs=1), "flow": nlme_sbi.AffineCouplingFlow(couplings=2, hidden=8)}
+    monkeypatch.setattr(nlme_sbi, "infer_individual", lambda *given, **named: infer(*given, **named, **tiny))
+    shown: dict[str, object] = {}
+    exec(compile(examples("single_individuals.md")["python"], "single_individuals.md", "exec"), shown)
+    refined = shown["refined"]
+    assert refined.samples.phi.shape == (1, 1000, 2)  # type: ignore[attr-defined]
+    mean = refined.samples.phi[0].mean(0)  # type: ignore[attr-defined]
+    error = 5 * 0.5 / refined.effective**0.5  # type: ignore[attr-defined]
+    assert torch.allclose(mean, torch.tensor([0.5, -0.5]), atol=error)

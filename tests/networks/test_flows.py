@@ -96,7 +96,7 @@ def test_one_parameter_has_a_density_that_integrates_to_one_and_draws_that_follo
 def test_the_mixture_is_the_one_that_torch_computes(dimension: int) -> None:
     flow = random_flow("mixture", dimension)
     context = torch.randn(3, CONTEXT).double()
-    given = flow._mixture(context)
+    given = flow.mixture(context)
     precision = given.whitener.mT @ given.whitener
     components = torch.distributions.MultivariateNormal(given.means, precision_matrix=precision)
     mixture = torch.distributions.MixtureSameFamily(

@@ -1,4 +1,6 @@
-"""Noise that is Gaussian after a monotone map: ``h(y) = h(f) + sd(f) eps``."""
+"""Noise that is Gaussian after a monotone map: ``h(y) = h(f) + sd(f) eps``.
+
+An SD or coefficient of variation is the name of a parameter, one name a signal, or a number where it is known."""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.individual_model.noise.model import Names, NoiseModel, Number, flat_names, parameter_column
+from nlme_sbi.individual_model.noise.model import (
+    Names,
+    NoiseModel,
+    Number,
+    flat_names,
+    parameter_column,
+    require_known,
+)
 from nlme_sbi.individual_model.noise.normal_tails import bound_score, log_ndtr_difference
 
 POSITIVE_REMEDY = (
@@ -21,7 +30,10 @@ POSITIVE_REMEDY = (
 class Additive(NoiseModel):
     """``y = f + sd eps``."""
 
-    sd: Names
+    sd: Names | Number
+
+    def __post_init__(self) -> None:
+        require_known(self, "sd")
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -35,7 +47,10 @@ class Additive(NoiseModel):
 class Proportional(NoiseModel):
     """``y = f (1 + cv eps)``. It cannot explain a measurement where ``f`` is zero; combined models can."""
 
-    cv: Names
+    cv: Names | Number
+
+    def __post_init__(self) -> None:
+        require_known(self, "cv")
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -49,8 +64,11 @@ class Proportional(NoiseModel):
 class Combined1(NoiseModel):
     """``y = f + (sd + cv f) eps``."""
 
-    sd: Names
-    cv: Names
+    sd: Names | Number
+    cv: Names | Number
+
+    def __post_init__(self) -> None:
+        require_known(self, "sd", "cv")
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -67,8 +85,11 @@ class Combined1(NoiseModel):
 class Combined2(NoiseModel):
     """``y = f + sqrt(sd^2 + cv^2 f^2) eps``."""
 
-    sd: Names
-    cv: Names
+    sd: Names | Number
+    cv: Names | Number
+
+    def __post_init__(self) -> None:
+        require_known(self, "sd", "cv")
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -85,7 +106,10 @@ class Combined2(NoiseModel):
 class Exponential(NoiseModel):
     """``y = f exp(sd eps)``: log-normal around a positive prediction, which is the median."""
 
-    sd: Names
+    sd: Names | Number
+
+    def __post_init__(self) -> None:
+        require_known(self, "sd")
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -123,8 +147,11 @@ class Power(NoiseModel):
         power: a number, or the name of a parameter; 0 is additive, 1 proportional error.
     """
 
-    sd: Names
+    sd: Names | Number
     power: Number | Names
+
+    def __post_init__(self) -> None:
+        require_known(self, "sd")
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -145,6 +145,17 @@ def flat_names(*groups: Names | Number) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def require_known(noise: NoiseModel, *fields: str) -> None:
+    """Refuse a known SD or coefficient of variation that is not a positive, finite number."""
+    for field in fields:
+        value = getattr(noise, field)
+        if isinstance(value, bool) or (isinstance(value, Number) and not 0 < value < math.inf):
+            raise ValueError(
+                f"{type(noise).__name__}({field}={value!r}): a known {field} must be a positive, finite number; where "
+                f'it is to be estimated, name its parameter, {field}="{field}".'
+            )
+
+
 def parameter_column(names: Names | Number, prediction: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
     """The parameter of each signal, ``(..., 1, C)`` or ``(..., 1, 1)`` when all signals share it; a number as it is."""
     if isinstance(names, Number):
