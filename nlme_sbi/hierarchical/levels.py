@@ -237,6 +237,11 @@ class BoundHierarchy:
     levels: Mapping[str, tuple[str, ...]]
     references: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Grouping variables that parameters have effects of."""
+        return tuple(dict.fromkeys(latent.factor for latent in (*self.shared, *self.own) if latent.factor))
+
     def codes_of(self, groups: Groups | None, count: int) -> Int[Tensor, "I F"]:
         """Codes of every factor for these individuals, in this hierarchy's own levels.
 
@@ -261,19 +266,6 @@ class BoundHierarchy:
                     "only combinations of known levels can be predicted."
                 )
         return codes
-
-    def notes(self, codes: Int[Tensor, "I F"]) -> tuple[str, ...]:
-        """What to know of the groups: levels whose effect rests on a single individual."""
-        found = []
-        for factor in dict.fromkeys(latent.factor for latent in (*self.shared, *self.own) if latent.factor):
-            counts = torch.bincount(codes[:, self._place(factor)], minlength=len(self.levels[factor]))
-            alone = [level for level, count in zip(self.levels[factor], counts.tolist(), strict=True) if count == 1]
-            if alone:
-                found.append(
-                    f"{factor}: {listed(alone)} has one individual; its effect cannot be told from that individual's "
-                    "own values, except by their priors."
-                )
-        return tuple(found)
 
     def own_active(self, codes: Int[Tensor, "I F"]) -> Bool[Tensor, "I L"]:
         """Which unknowns an individual has: all, but effects at a factor's reference where nothing is shared."""
