@@ -32,6 +32,7 @@ from nlme_sbi.hierarchical.regressors import PlacedIndividuals, Regressors, regr
 
 _LOG_TWO_PI = math.log(2 * math.pi)
 _FLAT = 1e-3  # precision of an intercept
+_NONE = 1e12  # precision of what is not there
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class IndividualPopulation:
     prior_sd: float = 1.0
     prior_individuals: float = 5.0
     least_sd: float = 0.1
-    prior_levels: float = 2.0
-    effect_sd: float = 0.3
+    prior_levels: float = 1.0
+    effect_sd: float = 0.15
 
     def __post_init__(self) -> None:
         for name in ("draws", "steps"):
@@ -213,13 +214,27 @@ def fit_population(
         seed: of the draws.
     """
     made = draw_individuals(model, individuals, settings.draws, *seed)
-    return population_of_draws(made, individuals, settings, fixed=model.hierarchy.factors)
+    hierarchy = model.hierarchy
+    return population_of_draws(made, individuals, settings, fixed=hierarchy.factors, varying=hierarchy.own_varying)
 
 
 def population_of_draws(
-    made: AmortizedDraws, individuals: Individuals, settings: IndividualPopulation, *, fixed: Sequence[str] = ()
+    made: AmortizedDraws,
+    individuals: Individuals,
+    settings: IndividualPopulation,
+    *,
+    fixed: Sequence[str] = (),
+    varying: Bool[Tensor, " L"] | None = None,
 ) -> FittedPopulation:
-    """The same from draws that are there already; ``fixed`` names grouping variables whose variances are given."""
+    """The same from draws that are there already.
+
+    Args:
+        made: of each individual.
+        individuals: that are fitted.
+        settings: regressors, priors, steps.
+        fixed: grouping variables whose variances are given.
+        varying: unknowns that have random effects of the others; all when left out.
+    """
     design = individuals.observations.design
     regressors = regressors_of(
         design,
@@ -235,7 +250,14 @@ def population_of_draws(
         torch.diag(draws.flatten(0, 1).var(0).clamp_min(settings.least_sd**2)),
         torch.full((len(regressors.factors), draws.shape[2]), 1 / _prior_variance(regressors, settings)).double(),
     )
-    now = _m_step(now, regressors, draws, share, columns, made.active, settings)
+    step = _Step(
+        made,
+        regressors,
+        columns,
+        settings,
+        torch.ones(draws.shape[2], dtype=torch.bool) if varying is None else varying,
+    )
+    now = step(now, share)
     levels: list[float] = []
     for _ in range(settings.steps):
         away = draws - (columns @ now.coefficients)[:, None]
@@ -245,7 +267,7 @@ def population_of_draws(
         if len(levels) > 1 and abs(levels[-1] - levels[-2]) < settings.tolerance:
             break
         share = torch.softmax(log_weights, 1)
-        now = _m_step(now, regressors, draws, share, columns, made.active, settings)
+        now = step(now, share)
     mean = torch.einsum("ik,ikl->il", share, draws)
     prior = _prior_precisions(regressors, now.precisions, settings)
     coefficients, uncertainty = _joint_coefficients(mean, columns, made.active, now.covariance, prior)
@@ -278,47 +300,51 @@ def _prior_precisions(
     return prior
 
 
-def _m_step(
-    now: _State,
-    regressors: Regressors,
-    draws: Float[Tensor, "I K L"],
-    share: Float[Tensor, "I K"],
-    columns: Float[Tensor, "I P"],
-    active: Bool[Tensor, "I L"],
-    settings: IndividualPopulation,
-) -> _State:
-    """Posterior of the coefficients of every unknown, then covariance and variances."""
-    unknowns = draws.shape[2]
-    mean = torch.einsum("ik,ikl->il", share, draws)
-    prior = _prior_precisions(regressors, now.precisions, settings)
-    variance = torch.diagonal(now.covariance)
-    coefficients, spread = _coefficients(mean, columns, active, variance, prior)
-    away = torch.where(active[:, None], draws - (columns @ coefficients)[:, None], 0.0)
-    scatter = torch.einsum("ikl,ikm->lm", share[..., None] * away, away)
-    # What is not known of the means counts as well: else few levels would look alike. Between unknowns it is correlated
-    # as they are, exactly so where their coefficients have flat priors.
-    weights = active.double()
-    of_means = torch.einsum("ip,lpq,iq,il->l", columns, spread, columns, weights).sqrt()
-    correlation = now.covariance / variance.sqrt()[:, None] / variance.sqrt()
-    everybody = active.all(0)
-    unit = torch.eye(unknowns, dtype=torch.bool)
-    pairs = (everybody[:, None] & everybody[None]) | unit
-    counts = weights.sum(0)
-    together = torch.minimum(counts[:, None], counts[None]) + settings.prior_individuals
-    whole = torch.where(pairs, scatter + correlation * of_means[:, None] * of_means, 0.0)
-    covariance = (whole + settings.prior_individuals * settings.least_sd**2 * unit) / together
-    precisions, variances = torch.zeros_like(now.precisions), torch.zeros_like(now.precisions)
-    own = torch.diagonal(spread, dim1=1, dim2=2).T
-    for place, (factor, block) in enumerate(regressors.blocks().items()):
-        if factor in regressors.fixed:
-            precisions[place], variances[place] = settings.prior_sd**-2, settings.prior_sd**2
-            continue
-        squares = (coefficients[block].square() + own[block]).sum(0)
-        shape = 0.5 * (block.stop - block.start + settings.prior_levels)
-        scale = 0.5 * (squares + settings.prior_levels * _prior_variance(regressors, settings))
-        precisions[place] = shape / scale
-        variances[place] = scale / (shape - 1) if shape > 1 else scale / shape
-    return _State(covariance, precisions, variances, coefficients)
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """An M-step for these draws: posterior of the coefficients of every unknown, then covariance and variances."""
+
+    made: AmortizedDraws
+    regressors: Regressors
+    columns: Float[Tensor, "I P"]
+    settings: IndividualPopulation
+    varying: Bool[Tensor, " L"]
+
+    def __call__(self, now: _State, share: Float[Tensor, "I K"]) -> _State:
+        settings, regressors, columns, active = self.settings, self.regressors, self.columns, self.made.active
+        draws = self.made.own.double()
+        unknowns = draws.shape[2]
+        mean = torch.einsum("ik,ikl->il", share, draws)
+        prior = _prior_precisions(regressors, now.precisions, settings)
+        variance = torch.diagonal(now.covariance)
+        coefficients, spread = _coefficients(mean, columns, active, variance, prior)
+        away = torch.where(active[:, None], draws - (columns @ coefficients)[:, None], 0.0)
+        scatter = torch.einsum("ikl,ikm->lm", share[..., None] * away, away)
+        # What is not known of the means counts as well: else few levels would look alike. Between unknowns it is
+        # correlated as they are, exactly so where their coefficients have flat priors.
+        weights = active.double()
+        of_means = torch.einsum("ip,lpq,iq,il->l", columns, spread, columns, weights).sqrt()
+        correlation = now.covariance / variance.sqrt()[:, None] / variance.sqrt()
+        everybody = active.all(0)
+        unit = torch.eye(unknowns, dtype=torch.bool)
+        pairs = (everybody[:, None] & everybody[None]) | unit
+        counts = weights.sum(0)
+        together = torch.minimum(counts[:, None], counts[None]) + settings.prior_individuals
+        whole = torch.where(pairs, scatter + correlation * of_means[:, None] * of_means, 0.0)
+        covariance = (whole + settings.prior_individuals * settings.least_sd**2 * unit) / together
+        precisions, variances = torch.zeros_like(now.precisions), torch.zeros_like(now.precisions)
+        own = torch.diagonal(spread, dim1=1, dim2=2).T
+        for place, (factor, block) in enumerate(regressors.blocks().items()):
+            if factor in regressors.fixed:
+                precisions[place], variances[place] = settings.prior_sd**-2, settings.prior_sd**2
+                continue
+            squares = (coefficients[block].square() + own[block]).sum(0)
+            shape = 0.5 * (block.stop - block.start + settings.prior_levels)
+            scale = 0.5 * (squares + settings.prior_levels * _prior_variance(regressors, settings))
+            found = scale / (shape - 1) if shape > 1 else scale / shape
+            precisions[place] = torch.where(self.varying, shape / scale, _NONE)
+            variances[place] = torch.where(self.varying, found, 0.0)
+        return _State(covariance, precisions, variances, coefficients)
 
 
 def _coefficients(

@@ -61,6 +61,7 @@ def draws_near(
     draws: int,
     *seed: int,
     refine_steps: int = REFINE_STEPS,
+    priors: bool = False,
 ) -> AmortizedDraws:
     """Draws of every individual that serve the population: half of them from a posterior that was refined.
 
@@ -71,10 +72,12 @@ def draws_near(
         draws: of each.
         seed: of the draws.
         refine_steps: of each individual's own posterior; 0 takes the network's alone.
+        priors: whether a third part is refined to the priors, where densities under these are wanted, too.
     """
     if refine_steps == 0:
         return draw_individuals(model, individuals, draws, *seed)
-    refined = refine_posteriors(model, population, individuals, refine_steps, *seed)
+    targets = (population, None) if priors else (population,)
+    refined = [refine_posteriors(model, target, individuals, refine_steps, *seed) for target in targets]
     return draw_refined(model, individuals, refined, draws, *seed)
 
 

@@ -12,6 +12,7 @@ Duvenaud (2017), Sticking the landing, NeurIPS, for the gradient; Hesterberg (19
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -31,13 +32,13 @@ _NO_LIKELIHOOD = -1e6
 
 
 def refine_posteriors(
-    model: HierarchicalModel, population: FittedPopulation, individuals: Individuals, steps: int, *seed: int
+    model: HierarchicalModel, population: FittedPopulation | None, individuals: Individuals, steps: int, *seed: int
 ) -> Normals:
     """Normals of every individual's own unknowns that maximise its bound given the population.
 
     Args:
         model: trained, and left as it is.
-        population: of its individuals.
+        population: of its individuals; None for the priors that the network was trained with.
         individuals: fitted or not.
         steps: of Adam, for all individuals side by side.
         seed: of the draws.
@@ -45,10 +46,12 @@ def refine_posteriors(
     model.eval()
     with torch.no_grad():
         start, active = model.posterior(individuals)
-        placed = population.regressors.place(individuals.observations.design)
-        center, covariance = population.moments(placed)
+        unit = torch.eye(start.mean.shape[1], dtype=torch.float64)
+        center, covariance = torch.zeros_like(start.mean).double(), unit.expand(len(individuals), -1, -1)
+        if population is not None:
+            placed = population.regressors.place(individuals.observations.design)
+            center, covariance = population.moments(placed)
         both = active[:, :, None] & active[:, None]
-        unit = torch.eye(center.shape[1], dtype=torch.float64)
         factor = torch.linalg.cholesky(torch.where(both, covariance, unit))
         whitener = torch.linalg.solve_triangular(factor, unit.expand_as(factor), upper=False).float()
         center = center.float()
@@ -99,30 +102,34 @@ def _limited(gradients: tuple[Tensor, ...]) -> list[Tensor]:
 
 @torch.no_grad()
 def draw_refined(
-    model: HierarchicalModel, individuals: Individuals, refined: Normals, draws: int, *seed: int
+    model: HierarchicalModel, individuals: Individuals, refined: Sequence[Normals], draws: int, *seed: int
 ) -> AmortizedDraws:
-    """Draws of every individual, half of them from the network's posterior and half from the refined one.
+    """Draws of every individual, in equal parts from the network's posterior and from refined ones.
 
-    Weights are against the mixture of both: no draw can weigh more than twice what it would from either alone.
+    Weights are against the mixture of all: with *n* parts no draw weighs more than *n* times what it would from any one
+    of them alone.
 
     Args:
         model: trained.
         individuals: those that were refined.
-        refined: of :func:`refine_posteriors`.
-        draws: of each individual, an even number.
+        refined: of :func:`refine_posteriors`, one or several.
+        draws: of each individual; as many as make equal parts, at least.
         seed: of the draws.
     """
     model.eval()
     network, active = model.posterior(individuals)
     generator = seeded("cpu", *seed, Stream.HIERARCHICAL_REFINEMENT, 1)
     own, ratio, phi = [], [], []
-    for done in range(0, draws, 2 * _BLOCK):
-        count = max(1, min(_BLOCK, (draws - done) // 2))
+    mixed = (network, *refined)
+    left = -(-draws // len(mixed))
+    while left > 0:
+        count = min(_BLOCK, left)
+        left -= count
         parts = [
             one.draw(torch.randn((len(individuals), count, network.mean.shape[1]), generator=generator))
-            for one in (network, refined)
+            for one in mixed
         ]
-        values = torch.stack(parts, 2).flatten(1, 2)  # in turn: the first of them are half of each, too
+        values = torch.stack(parts, 2).flatten(1, 2)  # in turn: of the first, too, equal parts are of each
         shared = torch.zeros((1, 0))
         if model.shared_posterior is not None:
             noise = torch.randn((1, 1, len(model.hierarchy.shared)), generator=generator)
@@ -130,8 +137,8 @@ def draw_refined(
         made = model.parameters_of(individuals.codes, values[:, None], shared)
         likelihood = model.residuals(model.simulator, individuals.observations, made)[:, 0]
         likelihood = torch.where(torch.isfinite(likelihood), likelihood, _NO_LIKELIHOOD)
-        either = torch.stack([one.log_prob(values, active) for one in (network, refined)])
+        either = torch.stack([one.log_prob(values, active) for one in mixed])
         own.append(values)
-        ratio.append((likelihood - torch.logsumexp(either, 0) + math.log(2.0)).double())
+        ratio.append((likelihood - torch.logsumexp(either, 0) + math.log(len(mixed))).double())
         phi.append(made[:, 0])
     return AmortizedDraws(torch.cat(own, 1), torch.cat(ratio, 1), active, torch.cat(phi, 1))

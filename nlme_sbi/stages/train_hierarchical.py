@@ -175,7 +175,8 @@ def _evaluate(
     rows, results, drawn = [], {}, {}
     for side, individuals in sides.items():
         bounds = individual_bounds(model, individuals, draws, seed)
-        made = draws_near(model, population, individuals, max(draws, count), *stream, refine_steps=steps)
+        wanted = max(draws, count)
+        made = draws_near(model, population, individuals, wanted, *stream, refine_steps=steps, priors=True)
         drawn[side] = made.first(count)
         vague, given = log_densities(population, individuals, made)
         weights = log_weights_given(population, individuals, made)

@@ -71,7 +71,7 @@ def test_wells_of_a_new_device_share_its_effect() -> None:
     wanted[1, 2] = wanted[2, 1] = 0.25
     torch.testing.assert_close(together, wanted, atol=0.012, rtol=0)
     typical = population.sample(placed, 10, torch.Generator().manual_seed(1), typical=True)
-    assert bool((typical[0] == typical[0, :1]).all())
+    torch.testing.assert_close(typical[0], typical[0, :1].expand(10, -1))
 
 
 def test_a_design_without_the_grouping_variable_is_one_new_level() -> None:

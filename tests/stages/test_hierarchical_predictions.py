@@ -96,7 +96,7 @@ def test_a_plan_predicts_treatments_and_devices_of_a_file(
     plan = tmp_path / "plan.csv"
     pd.DataFrame(rows).to_csv(plan, index=False)
     before = set((root / "predict").iterdir()) if (root / "predict").exists() else set()
-    predict(prediction(plan, root, f"fit={fitted}", "individuals=none", "new=true"))
+    predict(prediction(plan, root, f"fit={fitted}", "design=of_data", "individuals=none", "new=true"))
     (run,) = set((root / "predict").iterdir()) - before
     found = pd.read_csv(run / "predictions.csv")
     assert list(found.id.unique()) == ["known", "other"]
