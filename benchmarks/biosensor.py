@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +24,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
-from biosensor_references import device_mean, nearest_of_other_devices, nearest_of_same_device, parallelogram
+from hierarchical_coverage import coverage_of_effects
 from omegaconf import OmegaConf
 from record import ROOT, Figure, write_result
 
@@ -40,20 +42,19 @@ from nlme_sbi import (
     SeriesEncoder,
     TrainingSettings,
     individual_bounds,
+    load_hierarchy,
     prepare_model,
+    train_model,
 )
+from nlme_sbi.cli import compose_config
 from nlme_sbi.compute.devices import keep_freed_memory
 from nlme_sbi.config.instantiate import instantiate
-from nlme_sbi.hierarchical.batches import IndividualBatches
-from nlme_sbi.hierarchical.fitting import PreparedModel, negative_bound
-from nlme_sbi.hierarchical.population import (
-    draw_individuals,
-    fit_population,
-    predict_new,
-    predictive_log_likelihood,
-)
+from nlme_sbi.hierarchical.fitting import PreparedModel
+from nlme_sbi.hierarchical.population import draw_individuals, fit_population
+from nlme_sbi.hierarchical.predictions import predict_new, predictive_log_likelihood
+from nlme_sbi.hierarchical.references import model_free_references
 from nlme_sbi.hierarchical.scores import coverage, crps, rmse
-from nlme_sbi.training.loop import train
+from nlme_sbi.stages.cross_validate import cross_validate
 from nlme_sbi.types import Observations
 from simulators.double_receiver import SIGNALS, DoubleReceiver
 
@@ -84,10 +85,7 @@ PARTS = {
     "white_best_60": Part(60, noise="combined", own_noise=True, correlation="exponential"),
     "predictive_60": Part(52, noise="combined", own_noise=True, correlation="exponential", population=True),
 }
-CORNERS = {
-    "R33S34": ("R33S32", "RS100S34", "RS100S32"),
-    "R33S32": ("R33S34", "RS100S32", "RS100S34"),
-}
+UNSEEN = ("R33S34", "R33S32")  # devices that are left out in turn
 
 
 def read(path: Path) -> Observations:
@@ -127,30 +125,18 @@ def prepared(part: Part, observations: Observations, held: HeldOut, seed: int) -
 def train_for(made: PreparedModel, part: Part, seed: int) -> float:
     """Train for so many CPU seconds of this process; the seconds that it took. Nothing held out is looked at."""
     begun = time.process_time()
-    batches = IndividualBatches(made.fitted, made.fitted[:20], part.batch, seed)
-    pace = _seconds_a_step(made, batches)
-    steps = max(10, int(0.97 * (part.seconds - (time.process_time() - begun)) / pace))
     settings = TrainingSettings(
-        steps=steps,
+        steps=100_000,
         batch_size=part.batch,
         learning_rate=part.learning_rate,
         warmup_steps=50,
         validation_size=20,
-        validate_every=steps,  # one validation, at the end: it can choose nothing
+        validate_every=100_000,  # one validation, at the end: it can choose nothing
         gradient_clip=1000.0,
+        max_cpu_seconds=part.seconds,
     )
-    train(made.model, batches, settings, loss=negative_bound, progress=False)
+    train_model(made, settings, seed, held_out_chooses=False, progress=False)
     return time.process_time() - begun
-
-
-def _seconds_a_step(made: PreparedModel, batches: IndividualBatches, steps: int = 12) -> float:
-    """CPU seconds of a gradient, from a few that change nothing."""
-    for step in range(steps + 3):
-        if step == 3:
-            begun = time.process_time()
-        made.model(batches.batch(step)).backward()
-    made.model.zero_grad(set_to_none=True)
-    return (time.process_time() - begun) / steps
 
 
 def fold(number: int) -> HeldOut:
@@ -183,7 +169,7 @@ def run(name: str, observations: Observations, held: HeldOut, seed: int) -> dict
         population = fit_population(made.model, made.fitted, IndividualPopulation(), seed, 8)
         result["cpu_seconds"] += time.process_time() - begun
         result["predictive"] = float(predictive_log_likelihood(made.model, population, test, DRAWS, seed, 9).mean())
-        new = predict_new(made.model, population, test, 500, seed)
+        new = predict_new(made.model, population, test, 500, seed, 10)
         scored, covered = crps(new, values, observed), coverage(new, values, observed)
         result["crps"] = float(scored.sum())
         result["coverage_low"], result["coverage_high"] = float(covered.min()), float(covered.max())
@@ -239,28 +225,78 @@ def figures_of(name: str, runs: list[dict[str, float]]) -> dict[str, Figure]:
     return found
 
 
-def zero_shot(device: str, corners: tuple[str, str, str], observations: Observations, seeds: int) -> dict[str, Figure]:
-    """A device that was never seen, from devices that share its ribosome binding sites."""
-    held = HeldOut(group="device", level=device)
-    runs = [run("predictive_60", observations, held, seed) for seed in range(seeds)]
-    made = prepared(PARTS["predictive_60"], observations, held, 0)
-    nearest = nearest_of_other_devices(made.fitted, made.held_out)
-    related = parallelogram(made.fitted, made.held_out, corners)
+def zero_shot(data: Path, seeds: int) -> dict[str, Figure]:
+    """Devices that were never seen, from devices that share their ribosome binding sites: the product's own command."""
+    part = PARTS["predictive_60"]
+    tables, gains = [], []
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as root:
+            settings = [
+                *("experiment=double_receiver", f"data.path={data}", f"output_root={root}", f"seed={seed}"),
+                *("by=device", f"levels=[{','.join(UNSEEN)}]", "references=true"),
+                *("hierarchy=double_receiver_own_noise", "simulator.noise=combined", "hierarchy.shared=false"),
+                *("residuals.correlation=exponential", "preparation.scale=all", "preparation.grid=shortest"),
+                *("preparation.baseline=minimum", "preparation.saturated=value", f"evaluation.draws={DRAWS}"),
+                *("evaluation.predictions=500", f"training.max_cpu_seconds={part.seconds}", "training.steps=100000"),
+                *("training.validate_every=100000", f"training.batch_size={part.batch}"),
+                *(f"bound.draws={part.draws}", "training.validation_size=20"),
+            ]
+            cross_validate(compose_config("cross_validate", settings))
+            (made,) = (Path(root) / "cross_validate").iterdir()
+            tables.append(pd.read_csv(made / "table.csv"))
+            gains.append(pd.read_csv(made / "paired.csv"))
+    table, paired = pd.concat(tables), pd.concat(gains)
+    found: dict[str, Figure] = {}
+    for device in UNSEEN:
+        rows = table[table.split == f"device={device}"]
+        ours, priors = (rows[rows.prediction == name] for name in ("given the population", "network alone"))
+        references = rows[rows.prediction.str.startswith("no model")].groupby("prediction").mean(numeric_only=True)
+        told = f"nats a well, {device} left out, {seeds} seed{'s' if seeds > 1 else ''}"
+        strongest = float(references.log_density.max())
+        covered = ours[[name for name in ours if name.startswith("coverage ")]]
+        against = paired[(paired.split == f"device={device}") & (paired.against == "network alone")]
+        found |= {
+            f"zero_shot_{device}": (float(ours.log_density.mean()), told),
+            f"zero_shot_priors_{device}": (float(priors.log_density.mean()), f"{told}, under the priors alone"),
+            f"zero_shot_reference_{device}": (strongest, f"{told}, stronger of the references without a model"),
+            f"zero_shot_gain_{device}": (float(ours.log_density.mean()) - strongest, "nats a well over that reference"),
+            f"zero_shot_over_priors_{device}": (float(against.gain.mean()), "nats a well over the vague-prior network"),
+            f"zero_shot_over_priors_p_{device}": (float(against.p.max()), "two-sided, paired over wells"),
+            f"zero_shot_crps_{device}": (float(ours.crps.mean()), "sum over signals"),
+            f"zero_shot_coverage_low_{device}": (float(covered.min(axis=1).mean()), "of 90% bands, lowest signal"),
+        }
+        for name, row in references.iterrows():
+            short = "parallelogram" if "parallelogram" in str(name) else "nearest"
+            found[f"zero_shot_crps_{short}_{device}"] = (float(row.crps), "sum over signals, no model")
+    found["zero_shot_coverage_low"] = (
+        min(found[f"zero_shot_coverage_low_{device}"][0] for device in UNSEEN),
+        "of 90% bands, lowest of signals and devices",
+    )
+    return found
 
-    def mean(key: str) -> float:
-        return float(np.mean([one[key] for one in runs]))
 
-    strongest = max(float(one.correlated.mean()) for one in (nearest, related))
-    told = f"nats a well, {device} left out, {seeds} seed{'s' if seeds > 1 else ''}"
+def loading(data: Path) -> dict[str, Figure]:
+    """How long a saved model takes to load, and to give the posterior of a new series."""
+    with tempfile.TemporaryDirectory() as root:
+        from nlme_sbi.stages.train_hierarchical import train_hierarchical
+
+        quick = ["training.steps=2", "evaluation.draws=2", "evaluation.predictions=2", "individual_population.steps=1"]
+        quick += ["experiment=double_receiver", f"data.path={data}", f"output_root={root}"]
+        train_hierarchical(compose_config("train_hierarchical", quick))
+        (made,) = (Path(root) / "train_hierarchical").iterdir()
+        begun = time.process_time()
+        trained = load_hierarchy(made)
+        loaded = time.process_time() - begun
+        model, spent = trained.prepared.model, []
+        raw = trained.observations
+        for row in range(20):
+            begun = time.process_time()
+            with torch.no_grad():
+                model.posterior(model.individuals(trained.prepared.preparation.apply(raw[[row]])))
+            spent.append(time.process_time() - begun)
     return {
-        f"zero_shot_{device}": (mean("predictive"), told),
-        f"zero_shot_priors_{device}": (mean("bound"), f"{told}, under the priors alone"),
-        f"zero_shot_reference_{device}": (strongest, f"{told}, stronger of nearest treatment and parallelogram"),
-        f"zero_shot_gain_{device}": (mean("predictive") - strongest, "nats a well over that reference"),
-        f"zero_shot_crps_{device}": (mean("crps"), "sum over signals"),
-        f"zero_shot_crps_nearest_{device}": (float(nearest.crps.sum()), "sum over signals, no model"),
-        f"zero_shot_crps_parallelogram_{device}": (float(related.crps.sum()), "sum over signals, no model"),
-        f"zero_shot_coverage_low_{device}": (mean("coverage_low"), "of 90% bands, lowest of the signals"),
+        "load_cpu_seconds": (loaded, "CPU s to load a saved model with its data"),
+        "posterior_milliseconds": (1000 * float(np.median(spent)), "CPU ms from a new series to its posterior"),
     }
 
 
@@ -277,19 +313,20 @@ def main() -> None:
     observations = read(chosen.data)
     figures: dict[str, Figure] = {"pass_cpu_seconds": (pass_seconds(observations), "CPU s, 234 wells x 20 draws")}
     made = prepared(PARTS["white_free_30"], observations, fold(1), 0)
-    for label, found in (
-        ("nearest", nearest_of_same_device(made.fitted, made.held_out)),
-        ("device_mean", device_mean(made.fitted, made.held_out)),
-    ):
+    for found in model_free_references(made.fitted, made.held_out):
+        label = "nearest" if found.name.startswith("nearest") else "device_mean"
         figures[f"{label}_independent"] = (float(found.independent.mean()), "nats a well, no model")
         figures[f"{label}_correlated"] = (float(found.correlated.mean()), "nats a well, no model, full covariance")
         figures[f"{label}_crps"] = (float(found.crps.sum()), "sum over signals, no model")
         figures[f"{label}_rmse_OD"] = (float(found.rmse[0]), "of scaled OD, no model")
+    figures |= loading(chosen.data)
+    for key, held in coverage_of_effects(50).items():
+        figures[f"effects_{key}"] = (held, "share of 95% intervals of devices' values, 50 simulated data sets")
     for name in chosen.parts:
         figures |= figures_of(name, [run(name, observations, fold(1), seed) for seed in range(chosen.seeds)])
         report(figures, write=chosen.write)
-    for device, corners in CORNERS.items() if chosen.zero_shot else ():
-        figures |= zero_shot(device, corners, observations, chosen.zero_shot)
+    if chosen.zero_shot:
+        figures |= zero_shot(chosen.data, chosen.zero_shot)
         report(figures, write=chosen.write)
 
 

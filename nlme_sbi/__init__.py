@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from nlme_sbi.hierarchical.levels import Hierarchy
     from nlme_sbi.hierarchical.model import Bound
     from nlme_sbi.hierarchical.population import IndividualPopulation
+    from nlme_sbi.hierarchical.predictions import measured_parameters, new_parameters
     from nlme_sbi.hierarchical.preparation import Preparation
+    from nlme_sbi.hierarchical.references import model_free_references
     from nlme_sbi.hierarchical.residuals import Residuals
     from nlme_sbi.individual_model.closed_forms import log_bateman
     from nlme_sbi.individual_model.dosing.single_bolus import single_bolus
@@ -209,7 +211,10 @@ __all__ = [
     "load_hierarchy",
     "load_run",
     "log_bateman",
+    "measured_parameters",
+    "model_free_references",
     "new_individuals",
+    "new_parameters",
     "normal_theta",
     "observe_vectors",
     "plot_individual_fits",
@@ -252,7 +257,12 @@ _ROOMS = {
     "hierarchical.levels": ("Hierarchy",),
     "hierarchical.model": ("Bound",),
     "hierarchical.population": ("IndividualPopulation",),
+    "hierarchical.predictions": (
+        "measured_parameters",
+        "new_parameters",
+    ),
     "hierarchical.preparation": ("Preparation",),
+    "hierarchical.references": ("model_free_references",),
     "hierarchical.residuals": ("Residuals",),
     "individual_model.closed_forms": ("log_bateman",),
     "individual_model.dosing.single_bolus": ("single_bolus",),

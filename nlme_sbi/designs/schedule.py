@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.rows import ReadOnlyMapping
-from nlme_sbi.types import Covariates, Design, EventKind, Events
+from nlme_sbi.types import Covariates, Design, EventKind, Events, Groups
 
 Number = float | int
 _DOSE = {
@@ -39,6 +39,7 @@ class Schedule:
         dose: amount of one bolus, or a list of dose records with ``amount`` and, where they differ from a bolus at time
             0 into compartment 1, ``time``, ``rate``, ``interval``, ``additional``, ``steady_state``, ``compartment``.
         covariates: of new individuals, by name; a categorical one by its level.
+        groups: of new individuals, the level of each grouping variable by name, for hierarchical models.
     """
 
     times: Sequence[Number] | None = None
@@ -47,6 +48,7 @@ class Schedule:
     points: int = 100
     dose: Number | Sequence[Mapping[str, Number]] | None = None
     covariates: Mapping[str, Number | str] = field(default_factory=lambda: _NO_COVARIATES)
+    groups: Mapping[str, Number | str] = field(default_factory=lambda: _NO_COVARIATES)
 
     def __post_init__(self) -> None:
         if self.times is not None:
@@ -92,7 +94,8 @@ class Schedule:
             events = design.events[:1]
         first, last = _spans(design)
         times = self._times(first.min().reshape(1), last.max().reshape(1))
-        one = Design(design.times[:1], design.observed[:1], covariates=covariates, events=events)
+        groups = self._groups(design.groups)
+        one = Design(design.times[:1], design.observed[:1], covariates=covariates, groups=groups, events=events)
         return _complete(one, times)
 
     def _times(self, first: Float[Tensor, " I"], last: Float[Tensor, " I"]) -> Float[Tensor, "I T"]:
@@ -149,6 +152,19 @@ class Schedule:
         row = torch.tensor([values], dtype=known.values.dtype, device=known.values.device)
         levels = {name: known.levels[name] for name in self.covariates if name in known.levels}
         return Covariates(tuple(self.covariates), row, levels)
+
+    def _groups(self, known: Groups | None) -> Groups | None:
+        """One row of levels, which may be new; None where none is given."""
+        names = () if known is None else known.names
+        unknown = [name for name in self.groups if name not in names]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], names, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"design.groups.{unknown[0]}: the data have {', '.join(names) or 'none'}.{hint}")
+        if not self.groups:
+            return None
+        levels = tuple((str(level),) for level in self.groups.values())
+        return Groups(tuple(self.groups), torch.zeros((1, len(levels)), dtype=torch.int64), levels)
 
 
 def _check_record(entry: Mapping[str, Number], place: int | None) -> dict[str, float]:

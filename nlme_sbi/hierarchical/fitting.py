@@ -128,16 +128,26 @@ def negative_bound(network: nn.Module, individuals: Individuals) -> Float[Tensor
     return loss
 
 
-def train_model(prepared: PreparedModel, settings: TrainingSettings, seed: int, **options: object) -> TrainingResult:
+def train_model(
+    prepared: PreparedModel,
+    settings: TrainingSettings,
+    seed: int,
+    *,
+    held_out_chooses: bool = True,
+    **options: object,
+) -> TrainingResult:
     """Train a prepared model; the weights with the highest bound of held-out individuals are kept.
 
     Args:
         prepared: trained in place.
         settings: steps, learning rate and the rest.
         seed: of batches and draws.
+        held_out_chooses: whether the held-out choose those weights; else fitted individuals do, with draws of their
+            own, and nobody held out is looked at.
         options: of :func:`nlme_sbi.training.loop.train`: checkpoint, report, progress.
     """
-    source = IndividualBatches(prepared.fitted, prepared.held_out, settings.batch_size, seed)
+    choosing = prepared.held_out if held_out_chooses else prepared.fitted
+    source = IndividualBatches(prepared.fitted, choosing, settings.batch_size, seed)
     return train(prepared.model, source, settings, loss=negative_bound, **options)  # type: ignore[arg-type]
 
 

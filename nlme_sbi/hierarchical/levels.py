@@ -149,7 +149,8 @@ class Hierarchy:
         known = {} if groups is None else dict(zip(groups.names, groups.levels, strict=True))
         # A factor that no parameter depends on could not be told for a combination of groups that was never seen.
         levels = {factor: found for factor, found in known.items() if factor in used or not used}
-        return BoundHierarchy(space.names, tuple(shared), tuple(own), base, levels, references)
+        individual = tuple(name for name in space.names if self.parameters[name]["level"] == "individual")
+        return BoundHierarchy(space.names, tuple(shared), tuple(own), base, levels, references, individual)
 
 
 def _effects(name: str, entry: Mapping[str, Any], groups: Groups | None) -> list[Latent]:
@@ -228,6 +229,7 @@ class BoundHierarchy:
         levels: of each factor that parameters depend on (of each factor of the data where none does), in the order of
             their codes.
         references: of parameters and factors whose effect at one level is 0 where nothing is shared.
+        individual: parameters at the level individual.
     """
 
     names: tuple[str, ...]
@@ -236,6 +238,17 @@ class BoundHierarchy:
     base: Float[Tensor, " D"]
     levels: Mapping[str, tuple[str, ...]]
     references: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    individual: tuple[str, ...] = ()
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Grouping variables that parameters have effects of."""
+        return tuple(dict.fromkeys(latent.factor for latent in (*self.shared, *self.own) if latent.factor))
+
+    @property
+    def own_varying(self) -> Bool[Tensor, " L"]:
+        """Which unknowns of an individual are at that level, and no globals or effects that nothing is shared of."""
+        return torch.tensor([latent.parameter in self.individual for latent in self.own], dtype=torch.bool)
 
     def codes_of(self, groups: Groups | None, count: int) -> Int[Tensor, "I F"]:
         """Codes of every factor for these individuals, in this hierarchy's own levels.
@@ -261,19 +274,6 @@ class BoundHierarchy:
                     "only combinations of known levels can be predicted."
                 )
         return codes
-
-    def notes(self, codes: Int[Tensor, "I F"]) -> tuple[str, ...]:
-        """What to know of the groups: levels whose effect rests on a single individual."""
-        found = []
-        for factor in dict.fromkeys(latent.factor for latent in (*self.shared, *self.own) if latent.factor):
-            counts = torch.bincount(codes[:, self._place(factor)], minlength=len(self.levels[factor]))
-            alone = [level for level, count in zip(self.levels[factor], counts.tolist(), strict=True) if count == 1]
-            if alone:
-                found.append(
-                    f"{factor}: {listed(alone)} has one individual; its effect cannot be told from that individual's "
-                    "own values, except by their priors."
-                )
-        return tuple(found)
 
     def own_active(self, codes: Int[Tensor, "I F"]) -> Bool[Tensor, "I L"]:
         """Which unknowns an individual has: all, but effects at a factor's reference where nothing is shared."""

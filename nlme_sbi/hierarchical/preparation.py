@@ -80,10 +80,7 @@ class FittedPreparation:
         parts: dict[str, Tensor | None] = {
             name: getattr(placed, name) for name in ("values", "lower", "upper") if getattr(placed, name) is not None
         }
-        shift = torch.zeros((len(placed), 1, len(self.factors)), dtype=torch.float64)
-        if self.settings.baseline == "minimum":
-            smallest = torch.where(observed, placed.values.double(), torch.inf).amin(1, keepdim=True)
-            shift = torch.where(torch.isfinite(smallest), smallest, 0.0)
+        shift = self.shifts(placed)
         scaled: dict[str, Tensor | None] = {
             name: None if part is None else (part.double() - shift) / self.factors for name, part in parts.items()
         }
@@ -95,6 +92,15 @@ class FittedPreparation:
             scaled |= {"lower": None, "upper": None, "censoring": None}
         units = placed.signal_units if self.settings.scale == "none" else ("",) * len(placed.signals)
         return replace(placed, signal_units=units, **scaled)  # type: ignore[arg-type]
+
+    def shifts(self, observations: Observations) -> Float[Tensor, "I 1 C"]:
+        """What each series is lowered by, on the data's scale: its smallest reading, or 0."""
+        if self.settings.baseline != "minimum":
+            return torch.zeros((len(observations), 1, len(self.factors)), dtype=torch.float64)
+        placed = _on_grid(observations, self.grid)
+        values = torch.where(placed.design.observed, placed.values.double(), torch.inf)
+        smallest = values.amin(1, keepdim=True)
+        return torch.where(torch.isfinite(smallest), smallest, 0.0)
 
     def description(self, signals: tuple[str, ...]) -> Mapping[str, float]:
         """What each signal was divided by."""

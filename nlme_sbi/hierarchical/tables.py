@@ -9,12 +9,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.hierarchical.model import HierarchicalModel, Individuals
-from nlme_sbi.hierarchical.population import AmortizedDraws, FittedPopulation, predict_new
+from nlme_sbi.hierarchical.population import AmortizedDraws, FittedPopulation
+from nlme_sbi.hierarchical.predictions import draw_measurements, new_parameters
 from nlme_sbi.hierarchical.scores import coverage, crps, rmse
 from nlme_sbi.parameters import ParameterSpace
 
 _NORMAL_95 = 1.959963984540054
+_NUMBERS = 8_000_000  # simulated readings at once
 
 
 @torch.no_grad()
@@ -76,20 +79,55 @@ def individual_table(model: HierarchicalModel, individuals: Individuals, made: A
 
 
 def population_table(model: HierarchicalModel, population: FittedPopulation) -> pd.DataFrame:
-    """Coefficients of the population's means and its SDs, on the unconstrained scale, a row an unknown.
+    """The population's means and SDs on the unconstrained scale, a row an unknown.
 
-    Columns of regressors are per SD of the regressor.
+    ``mean`` is that of individuals with average covariates in an average level of every grouping variable, ``sd`` what
+    regressors do not tell, ``sd of FACTOR`` that of the effects of its levels; ``log COVARIATE`` is per SD of it.
     """
-    latents = model.hierarchy.own
+    latents, regressors = model.hierarchy.own, population.regressors
     scale = torch.tensor([latent.sd for latent in latents], dtype=torch.float64)
     center = torch.tensor([latent.mean for latent in latents], dtype=torch.float64)
-    values = population.coefficients * scale
+    values = population.coefficients[: regressors.before_levels] * scale
     values[0] += center
     table: dict[str, object] = {"unknown": [latent.name for latent in latents], "mean": values[0].numpy()}
     table["sd"] = (torch.diagonal(population.covariance).sqrt() * scale).numpy()
-    for name, row in zip(population.regressors.names, values[1:], strict=True):
+    for factor, variances in zip(regressors.factors, population.effect_variances, strict=True):
+        if factor in regressors.fixed:
+            continue
+        table[f"sd of {factor}"] = (variances.sqrt() * scale).numpy()
+    for name, row in zip(regressors.names[1:], values[1:], strict=False):
         table[name] = row.numpy()
     return pd.DataFrame(table)
+
+
+def group_effect_table(model: HierarchicalModel, population: FittedPopulation) -> pd.DataFrame:
+    """Effects of the levels of grouping variables on individual unknowns, with 95% intervals, unconstrained scale.
+
+    ``value`` is the natural value of the mean plus this effect, other grouping variables and covariates average.
+    """
+    regressors, rows = population.regressors, []
+    for factor, block in regressors.blocks().items():
+        for place, level in zip(range(block.start, block.stop), regressors.factors[factor], strict=True):
+            for column, latent in enumerate(model.hierarchy.own):
+                mean = latent.sd * float(population.coefficients[place, column])
+                sd = latent.sd * float(population.uncertainty[column, place, column, place]) ** 0.5
+                middle = latent.mean + latent.sd * float(population.coefficients[0, column]) + mean
+                base = float(model.hierarchy.base[model.hierarchy.names.index(latent.parameter)])
+                space = ParameterSpace((model.simulator.parameters[latent.parameter],))
+                natural = float(space.to_natural(torch.tensor([[base + middle]], dtype=torch.float64)))
+                rows.append(
+                    {
+                        "unknown": latent.name,
+                        "factor": factor,
+                        "level": level,
+                        "effect": mean,
+                        "sd": sd,
+                        "lower": mean - _NORMAL_95 * sd,
+                        "upper": mean + _NORMAL_95 * sd,
+                        "value": natural,
+                    }
+                )
+    return pd.DataFrame(rows)
 
 
 @torch.no_grad()
@@ -98,8 +136,7 @@ def score_table(
     population: FittedPopulation,
     sides: Mapping[str, Individuals],
     drawn: Mapping[str, AmortizedDraws],
-    *,
-    seed: int,
+    *seed: int,
 ) -> pd.DataFrame:
     """RMSE, CRPS and coverage by signal, on the scale of the prepared series.
 
@@ -109,21 +146,32 @@ def score_table(
     """
     rows = []
     for side, individuals in sides.items():
-        observations = individuals.observations
-        values, observed = observations.values, observations.design.observed
-        made = drawn[side]
-        shares = torch.softmax(_log_posterior_weights(made.log_ratio, made.own, made.active), 1)
-        curves = model.simulator.predict(made.phi, observations.design)
-        mean = torch.einsum("ik,iktc->itc", shares.float(), curves)
-        new = predict_new(model, population, individuals, made.own.shape[1], seed)
-        columns = {
-            "reproduced_rmse": rmse(mean, values, observed),
-            "predicted_rmse": rmse(new.mean(1), values, observed),
-            "predicted_crps": crps(new, values, observed),
-            "predicted_coverage_90": coverage(new, values, observed),
-        }
+        observations, made = individuals.observations, drawn[side]
+        shares = torch.softmax(_log_posterior_weights(made.log_ratio, made.own, made.active), 1).float()
+        new = new_parameters(model, population, observations.design, made.own.shape[1], *seed)
+        noise = seeded("cpu", *seed, Stream.HIERARCHICAL_MEASUREMENTS)
+        totals: dict[str, Tensor] = {}
+        counts = torch.zeros(len(observations.signals), dtype=torch.float64)
+        step = max(1, _NUMBERS // (new.shape[1] * observations.values[0].numel()))
+        for block in torch.split(torch.arange(len(observations)), step):
+            some = observations[block.tolist()]
+            values, observed = some.values, some.design.observed
+            mean = torch.einsum("ik,iktc->itc", shares[block], model.simulator.predict(made.phi[block], some.design))
+            measured = draw_measurements(model, new[block], some.design, noise)
+            here = {
+                "reproduced_rmse": rmse(mean, values, observed).square(),
+                "predicted_rmse": rmse(measured.mean(1), values, observed).square(),
+                "predicted_crps": crps(measured, values, observed),
+                "predicted_coverage_90": coverage(measured, values, observed),
+            }
+            count = observed.sum((0, 1)).double()
+            counts += count
+            for name, one in here.items():
+                # A signal that nobody of the block has counts nothing.
+                totals[name] = totals.get(name, 0.0) + torch.where(count > 0, one.double() * count, 0.0)
+        found = {name: (total / counts).sqrt() if "rmse" in name else total / counts for name, total in totals.items()}
         for place, signal in enumerate(observations.signals):
-            rows.append({"side": side, "signal": signal, **{name: float(one[place]) for name, one in columns.items()}})
+            rows.append({"side": side, "signal": signal, **{name: float(one[place]) for name, one in found.items()}})
     return pd.DataFrame(rows)
 
 

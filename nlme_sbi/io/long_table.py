@@ -125,7 +125,8 @@ class LongTable(TableReader):
         )
 
     def plan(self) -> PlannedDesigns:
-        """Read individuals and times of predictions, measured or not; covariates without a column are left out."""
+        """Read individuals and times of predictions, measured or not; covariates and groups without a column are left
+        out."""
         opened = self._open(_COLUMNS)
         opened.require(("id", "time"))
         table, names = opened.table, opened.names
@@ -143,7 +144,8 @@ class LongTable(TableReader):
         if not self.sort:
             refuse_disorder(table, names["time"], individual=codes, ids=ids, times=times, series=signal)
         rows = Rows(codes, ids, np.zeros(len(table), dtype=bool), names["value"])
-        used = table.present([*names.values(), *self._covariates.columns()])
+        grouping = table.present(as_names("groups", self.groups))
+        used = table.present([*names.values(), *self._covariates.columns(), *grouping])
         unused = refuse_other_meanings(table, rows, used=used, doses=False)
         covariates = self._covariates.read(table, individual=codes, ids=ids, times=times, skip_missing=True)
         return PlannedDesigns(
@@ -155,6 +157,7 @@ class LongTable(TableReader):
                 times=times,
                 covariates=covariates.constant,
                 time_covariates=covariates.course,
+                groups=read_groups(table, grouping, individual=codes, ids=ids),
             ),
             time_unit=self.time_unit,
             covariate_units=dict(self.covariate_units),

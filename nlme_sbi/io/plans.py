@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 
 from nlme_sbi.config.wording import listed_at
-from nlme_sbi.types import Covariates, Design, Events, TimeCovariates
+from nlme_sbi.types import Covariates, Design, Events, Groups, TimeCovariates
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +52,7 @@ def plan_design(
     covariates: Covariates | None = None,
     events: Events | None = None,
     time_covariates: TimeCovariates | None = None,
+    groups: Groups | None = None,
 ) -> Design:
     """A design with the distinct times of every individual, sorted, short rows padded with their last time.
 
@@ -63,6 +64,7 @@ def plan_design(
         covariates: one row an individual.
         events: one row an individual.
         time_covariates: one row an individual.
+        groups: one row an individual.
 
     Raises:
         ValueError: an individual without any time.
@@ -82,6 +84,7 @@ def plan_design(
         torch.from_numpy(padded),
         torch.from_numpy(measured)[..., None],
         covariates=covariates,
+        groups=groups,
         events=events,
         time_covariates=time_covariates,
     )

@@ -31,7 +31,8 @@ from nlme_sbi.runs import (
 )
 from nlme_sbi.runs.remedies import override, script_command
 from nlme_sbi.stages.checks.fit import FitChecks, FitCheckSettings, FitSubject, check_stored_fit
-from nlme_sbi.stages.shared.stored_fit import StoredFit, find_fit, load_fit
+from nlme_sbi.stages.hierarchy.checks import run_hierarchy_checks
+from nlme_sbi.stages.shared.stored_fit import StoredFit, find_any_fit, load_fit
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,8 @@ def check_fit(cfg: DictConfig) -> None:
     """Check a fit against its data: findings in plain words, tables, and curves of individuals.
 
     Args:
-        cfg: composed configuration with ``fit`` (RUN or latest), ``check_fit``, ``seed``, ``device``, ``output_root``,
-            ``fresh`` and ``trust``.
+        cfg: composed configuration with ``fit`` (RUN or latest, of ``fit_population`` or ``train_hierarchical``),
+            ``check_fit``, ``seed``, ``device``, ``output_root``, ``fresh`` and ``trust``.
 
     Raises:
         ValueError: one sentence for each wrong input, before anything is simulated. A check that cannot be made becomes
@@ -51,9 +52,12 @@ def check_fit(cfg: DictConfig) -> None:
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     settings, device = FitCheckSettings.of(plain), choose_device(plain["device"])
-    upstream = find_fit(plain)
-    fit = load_fit(upstream, device=str(device), trust=tuple(plain["trust"]))
-    made = run_checks(fit, settings, seed=int(plain["seed"]), root=Path(plain["output_root"]), fresh=plain["fresh"])
+    upstream = find_any_fit(plain)
+    if upstream.manifest["stage"] == "train_hierarchical":
+        made = hierarchy_checks(upstream, settings, plain)
+    else:
+        fit = load_fit(upstream, device=str(device), trust=tuple(plain["trust"]))
+        made = run_checks(fit, settings, seed=int(plain["seed"]), root=Path(plain["output_root"]), fresh=plain["fresh"])
     for finding in load_json(made.file(FINDINGS), schema.FINDINGS)["findings"]:
         _log_findings(Finding.from_dict(finding))
     log.info("Results: %s (findings.json, *.csv; scripts/report.py draws them)", made.path)
@@ -97,6 +101,12 @@ def run_checks(
             findings = checks.outcome.findings
             run.finish({"worst": worst(findings), "lights": {finding.check: finding.light for finding in findings}})
     return load_checks(run.path, fit.run, root)
+
+
+def hierarchy_checks(upstream: FinishedRun, settings: FitCheckSettings, plain: Mapping[str, Any]) -> FinishedRun:
+    """The run of checks of a hierarchical fit; raises as :func:`run_checks`."""
+    config = requested_config(settings, int(plain["seed"]), choose_device("cpu"))
+    return load_checks(run_hierarchy_checks(upstream, settings, plain, config), upstream, Path(plain["output_root"]))
 
 
 def requested_config(settings: FitCheckSettings, seed: int, device: torch.device) -> dict[str, Any]:

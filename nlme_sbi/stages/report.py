@@ -28,10 +28,11 @@ from nlme_sbi.runs.files import PARTIAL
 from nlme_sbi.runs.remedies import override, script_command
 from nlme_sbi.stages.check_fit import find_checks, run_checks
 from nlme_sbi.stages.checks.fit import FitCheckSettings
+from nlme_sbi.stages.hierarchy.report import report_hierarchy
 from nlme_sbi.stages.shared.stored_fit import (
     OBSERVATIONS,
     StoredFit,
-    find_fit,
+    find_any_fit,
     load_fit,
     stored_estimates,
     stored_observations,
@@ -64,8 +65,9 @@ def report(cfg: DictConfig) -> None:
     """Make the report of a fit; the run holds ``report.html``, ``report.json``, ``tables/`` and ``figures/``.
 
     Args:
-        cfg: composed configuration with ``fit`` (RUN or latest), ``checks`` (auto, RUN or latest), ``diagnosis`` (RUN,
-            latest or none), ``check_fit``, ``report``, ``seed``, ``device``, ``output_root``, ``fresh`` and ``trust``.
+        cfg: composed configuration with ``fit`` (RUN or latest, of ``fit_population`` or ``train_hierarchical``),
+            ``checks`` (auto, RUN or latest), ``diagnosis`` (RUN, latest or none), ``check_fit``, ``report``, ``seed``,
+            ``device``, ``output_root``, ``fresh`` and ``trust``.
 
     Raises:
         ValueError: one sentence where there is no fit, or it was edited, or an individual is asked for that it does not
@@ -74,10 +76,13 @@ def report(cfg: DictConfig) -> None:
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     settings = FitCheckSettings.of(plain)
     root, device = Path(plain["output_root"]), choose_device(plain["device"])
+    upstream = find_any_fit(plain)
+    if upstream.manifest["stage"] == "train_hierarchical":
+        report_hierarchy(plain, settings, upstream)
+        return
     with_arviz = convert(plain["report"]["arviz"], bool, "report.arviz")
     if with_arviz and importlib.util.find_spec("arviz") is None:
         raise ValueError('report.arviz=true needs ArviZ: pip install -e ".[arviz]"')
-    upstream = find_fit(plain)
     estimates, individuals = stored_estimates(upstream), read_individuals(upstream)
     checks = _checks(convert(plain["checks"], str, "checks"), plain, upstream, settings)
     diagnosis = _diagnosis(convert(plain["diagnosis"], str, "diagnosis"), upstream, root)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save as safetensors_bytes
 
 from nlme_sbi.compute.random_streams import Stream
+from nlme_sbi.config.conversion import convert
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.designs import Reader
 from nlme_sbi.hierarchical.batches import HeldOut
@@ -20,14 +21,21 @@ from nlme_sbi.hierarchical.fitting import PreparedModel, individual_bounds, prep
 from nlme_sbi.hierarchical.population import (
     FittedPopulation,
     IndividualPopulation,
-    draw_individuals,
     fit_population,
-    predictive_log_likelihood,
 )
-from nlme_sbi.hierarchical.tables import individual_table, population_table, score_table, shared_table
+from nlme_sbi.hierarchical.predictions import draws_near, log_densities, log_weights_given
+from nlme_sbi.hierarchical.regressors import grouping_notes
+from nlme_sbi.hierarchical.tables import (
+    group_effect_table,
+    individual_table,
+    population_table,
+    score_table,
+    shared_table,
+)
 from nlme_sbi.plots.canvas import save_png
 from nlme_sbi.plots.loss import plot_history
 from nlme_sbi.runs import (
+    FinishedRun,
     RunDirectory,
     csv_text,
     load_run,
@@ -36,12 +44,13 @@ from nlme_sbi.runs import (
     save_bytes,
     save_observations,
     save_text,
+    sha256_of_plain,
     sources_of,
     write_atomically,
 )
 from nlme_sbi.runs.stored_observations import sha256_of_observations
 from nlme_sbi.stages.shared.components import part
-from nlme_sbi.stages.shared.trained_hierarchy import SECTIONS, settings_of, simulator_of
+from nlme_sbi.stages.shared.trained_hierarchy import POPULATION_ARRAYS, SECTIONS, settings_of, simulator_of
 from nlme_sbi.stages.shared.training_curves import TrainingCurves
 from nlme_sbi.training.loop import TrainingResult, TrainingSettings
 from nlme_sbi.types import Observations
@@ -67,6 +76,24 @@ def train_hierarchical(cfg: DictConfig) -> float:
         ValueError: one sentence for each wrong input, before training starts.
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    run = make_hierarchy(plain)
+    scores = pd.read_csv(run.file("scores.csv")).to_string(index=False, float_format="%.4g")
+    log.info("Scores, on the scale of the prepared series:\n%s\nRun: %s", scores, run.path)
+    log.info(
+        "Held out: %.1f nats an individual (%s draws); given the population %.1f.",
+        run.number("held_out_bound"),
+        plain["evaluation"]["draws"],
+        run.number("held_out_predictive"),
+    )
+    return -run.number("held_out_bound")
+
+
+def make_hierarchy(plain: Mapping[str, Any]) -> FinishedRun:
+    """The run of a plain configuration of ``train_hierarchical``: made, resumed or found finished.
+
+    Raises:
+        ValueError: one sentence for each wrong input, before training starts.
+    """
     trust = tuple(plain["trust"])
     if not plain.get("hierarchy"):
         raise ValueError(
@@ -83,13 +110,12 @@ def train_hierarchical(cfg: DictConfig) -> float:
     seed = int(plain["seed"])
     fitted, held_out = held.rows(observations, seed)
     prepared = prepare_model(simulator, settings, observations, fitted=fitted, held_out=held_out, seed=seed)
-    for note in prepared.model.hierarchy.notes(prepared.fitted.codes):
-        log.warning("%s", note)
     run = open_run(
         stage="train_hierarchical",
         experiment=plain["experiment"]["name"],
         config={name: plain[name] for name in _DECIDING},
-        inputs={"data": sha256_of_observations(observations)},
+        # A file of folds enters by whom it holds out.
+        inputs={"data": sha256_of_observations(observations), "held_out": sha256_of_plain(held_out.tolist())},
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
         sources=sources_of(plain, ("simulator",), trust=trust),
@@ -97,8 +123,10 @@ def train_hierarchical(cfg: DictConfig) -> float:
     with run:
         if run.finished:
             log.info("This fit is finished already: %s (fresh=true fits again)", run.path)
-            return -load_run(run.path, stage="train_hierarchical").number("held_out_bound")
-        result = _train(prepared, training, run, seed)
+            return load_run(run.path, stage="train_hierarchical")
+        for note in grouping_notes(prepared.fitted.observations.design):
+            log.warning("%s", note)
+        result = _train(prepared, training, run, seed, held_out_chooses=held.chooses_weights)
         found = fit_population(prepared.model, prepared.fitted, population, seed, Stream.HIERARCHICAL_POPULATION)
         _save_model(run, prepared, found, observations, held_out)
         results = _evaluate(run, prepared, found, plain["evaluation"], seed)
@@ -111,23 +139,24 @@ def train_hierarchical(cfg: DictConfig) -> float:
                 "stopped_early": result.stopped_early,
                 "weights": sum(parameter.numel() for parameter in prepared.model.parameters()),
                 "residuals": prepared.model.residuals.described(tuple(simulator.signals)),
+                "notes": list(grouping_notes(prepared.fitted.observations.design)),
             }
         )
-    scores = pd.read_csv(run.path / "scores.csv").to_string(index=False, float_format="%.4g")
-    log.info("Scores, on the scale of the prepared series:\n%s\nRun: %s", scores, run.path)
-    log.info(
-        "Held out: %.1f nats an individual (%s draws); given the population %.1f.",
-        results["held_out_bound"],
-        plain["evaluation"]["draws"],
-        results["held_out_predictive"],
-    )
-    return -float(results["held_out_bound"])
+    return load_run(run.path, stage="train_hierarchical", verify=False)
 
 
-def _train(prepared: PreparedModel, training: TrainingSettings, run: RunDirectory, seed: int) -> TrainingResult:
+def _train(
+    prepared: PreparedModel, training: TrainingSettings, run: RunDirectory, seed: int, *, held_out_chooses: bool
+) -> TrainingResult:
     with TrainingCurves(run.log_directory / "tensorboard") as curves:
-        checkpoint = run.checkpoint_directory / _CHECKPOINT
-        return train_model(prepared, training, seed, checkpoint=checkpoint, report=curves.add)
+        return train_model(
+            prepared,
+            training,
+            seed,
+            held_out_chooses=held_out_chooses,
+            checkpoint=run.checkpoint_directory / _CHECKPOINT,
+            report=curves.add,
+        )
 
 
 def _evaluate(
@@ -139,34 +168,42 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Bounds and scores of those that are fitted and of those that are held out; their tables are written."""
     draws, count = int(settings["draws"]), int(settings["predictions"])
+    steps = convert(settings["refine_steps"], int, "evaluation.refine_steps")
     model = prepared.model
     sides = {"fitted": prepared.fitted, "held_out": prepared.held_out}
     stream = (seed, Stream.HIERARCHICAL_PREDICTIONS)
-    drawn = {side: draw_individuals(model, individuals, count, *stream) for side, individuals in sides.items()}
-    rows, results = [], {}
+    rows, results, drawn = [], {}, {}
     for side, individuals in sides.items():
         bounds = individual_bounds(model, individuals, draws, seed)
-        predictive = predictive_log_likelihood(model, population, individuals, min(draws, 500), *stream)
+        wanted = max(draws, count)
+        made = draws_near(model, population, individuals, wanted, *stream, refine_steps=steps, priors=True)
+        drawn[side] = made.first(count)
+        vague, given = log_densities(population, individuals, made)
+        weights = log_weights_given(population, individuals, made)
         table = pd.DataFrame(
             {
                 "id": individuals.observations.ids,
                 "side": side,
                 "bound": bounds.bounds.numpy(),
                 "effective_draws": bounds.effective_draws.numpy(),
-                "given_population": predictive.numpy(),
+                "under_priors": vague.numpy(),
+                "given_population": given.numpy(),
+                "effective_given_population": (1 / torch.softmax(weights, 1).square().sum(1)).numpy(),
             }
         )
         rows.append(table)
         results[f"{side}_bound"] = float(bounds.bounds.mean())
-        results[f"{side}_predictive"] = float(predictive.mean())
+        results[f"{side}_predictive"] = float(given.mean())
     save_text(run.path / "bounds.csv", csv_text(pd.concat(rows)))
-    scores = score_table(model, population, sides, drawn, seed=seed)
+    scores = score_table(model, population, sides, drawn, seed, Stream.HIERARCHICAL_NEW_INDIVIDUALS)
     save_text(run.path / "scores.csv", csv_text(scores))
     of_everybody = pd.concat([individual_table(model, sides[side], drawn[side]) for side in sides])
     save_text(run.path / "individuals.csv", csv_text(of_everybody))
     if model.hierarchy.shared:
         save_text(run.path / "shared.csv", csv_text(shared_table(model)))
     save_text(run.path / "population.csv", csv_text(population_table(model, population)))
+    if population.regressors.factors:
+        save_text(run.path / "group_effects.csv", csv_text(group_effect_table(model, population)))
     return results
 
 
@@ -182,8 +219,8 @@ def _save_model(
     save_bytes(run.path / "weights.safetensors", safetensors_bytes(weights))
     save_observations(run.path / "observations", observations)
     save_array(run.path / "held_out.npy", held_out)
-    save_array(run.path / "population_coefficients.npy", population.coefficients)
-    save_array(run.path / "population_covariance.npy", population.covariance)
+    for name, _ in POPULATION_ARRAYS:
+        save_array(run.path / f"population_{name}.npy", getattr(population, name))
 
 
 def _save_history(run: RunDirectory, result: TrainingResult) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -59,6 +60,9 @@ class TrainingSettings:
             which a network would learn by heart. 0: none (Adam).
         threads: of torch on a CPU. Layers of a hundred nodes are as fast on one core as on two, and half as fast where
             the other core is busy; raise it for networks of thousands of nodes. Results differ in the last digits.
+        max_cpu_seconds: CPU seconds of this process, over all interruptions, after which training stops, whatever
+            ``steps`` says; None for no such limit. The learning rate then decays over the larger share of the two
+            budgets. Where a machine is by then is chance, so another run has other bytes.
     """
 
     steps: int = 20_000
@@ -77,6 +81,7 @@ class TrainingSettings:
     balance: float = 100.0
     weight_decay: float = 0.0
     threads: int = 1
+    max_cpu_seconds: float | int | None = None
 
     def __post_init__(self) -> None:
         if self.simulations is not None:
@@ -99,20 +104,28 @@ class TrainingSettings:
             raise ValueError("training.warmup_steps must not be negative and training.max_failed lie in [0, 1).")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"training.weight_decay must be at least 0 and finite; got {self.weight_decay}.")
+        if self.max_cpu_seconds is not None and not 0 < self.max_cpu_seconds < math.inf:
+            raise ValueError(
+                f"training.max_cpu_seconds must be positive and finite, or null; got {self.max_cpu_seconds}."
+            )
 
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of a step, counted from 0: linear warm-up, then half a cosine down to zero at ``steps``."""
+    def learning_rate_at(self, step: int, spent: float = 0.0) -> float:
+        """Learning rate of a step, counted from 0: linear warm-up, then half a cosine down to zero at ``steps``, or at
+        ``max_cpu_seconds`` where that comes first; ``spent`` are CPU seconds so far."""
         warmup = min(self.warmup_steps, self.steps - 1)
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
         share = (step - warmup) / max(1, self.steps - warmup)
+        if self.max_cpu_seconds is not None:
+            share = max(share, spent / self.max_cpu_seconds)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
 @dataclass
 class TrainingState:
     """State of the training in a checkpoint, beside weights and optimiser: step and best validation; ``worse`` counts
-    validations since the best one, ``slowed`` is the factor of plateaus on the learning rate."""
+    validations since the best one, ``slowed`` is the factor of plateaus on the learning rate, ``cpu_seconds`` what was
+    spent."""
 
     step: int = 0
     best_loss: float = math.inf
@@ -123,6 +136,7 @@ class TrainingState:
     loss_count: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,16 +281,20 @@ def _run(
         state = load_checkpoint(checkpoint, network, optimizer, device)
     held_out = source.validation(settings.validation_size)
     saved_at = state.step
+    before, begun = state.cpu_seconds, time.process_time()
+    ended = bool(state.best_weights) and _is_spent(settings, state, team)
     replica = team.replica(network)
     checkpoint = checkpoint if team.is_first else None  # read by all, written by one
     bar = Progress(settings.steps, "step", "train", done=state.step) if progress and team.is_first else None
     try:
         with bar or nullcontext():
-            while state.step < settings.steps and state.worse < settings.patience:
+            while state.step < settings.steps and state.worse < settings.patience and not ended:
                 _step(replica, optimizer, source, settings, state, loss=loss, team=team)
+                state.cpu_seconds = before + time.process_time() - begun
+                ended = _is_spent(settings, state, team)
                 if bar is not None:
                     bar.update(1, best=state.best_loss)
-                if state.step % settings.validate_every == 0 or state.step == settings.steps:
+                if state.step % settings.validate_every == 0 or state.step == settings.steps or ended:
                     row = _validate(network, held_out, settings, state, loss=loss, team=team)
                     if report is not None:
                         report(row)
@@ -289,7 +307,7 @@ def _run(
         raise
     network.load_state_dict(state.best_weights)
     network.eval()
-    stopped_early = state.step < settings.steps
+    stopped_early = state.step < settings.steps and not ended
     return TrainingResult(state.history, state.best_loss, state.best_step, state.step, stopped_early)
 
 
@@ -350,6 +368,13 @@ def train_posterior(
     return AmortizedPosterior(network, simulator, prior, designs), result
 
 
+def _is_spent(settings: TrainingSettings, state: TrainingState, team: Team) -> bool:
+    """Whether the CPU seconds are used up; in a team on average, so that all stop at the same step."""
+    if settings.max_cpu_seconds is None:
+        return False
+    return team.mean(state.cpu_seconds) >= settings.max_cpu_seconds
+
+
 def _step(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -363,7 +388,7 @@ def _step(
     batch = source.batch(state.step)
     network.train()
     for group in optimizer.param_groups:
-        group["lr"] = state.slowed * settings.learning_rate_at(state.step)
+        group["lr"] = state.slowed * settings.learning_rate_at(state.step, state.cpu_seconds)
     optimizer.zero_grad(set_to_none=True)
     found = loss(network, batch)
     value = team.mean(float(found.detach()))
@@ -400,7 +425,7 @@ def _validate(
         "step": float(state.step),
         "train_loss": state.loss_sum / max(1, state.loss_count),
         "validation_loss": value,
-        "learning_rate": state.slowed * settings.learning_rate_at(state.step - 1),
+        "learning_rate": state.slowed * settings.learning_rate_at(state.step - 1, state.cpu_seconds),
     }
     state.history.append(row)
     state.loss_sum, state.loss_count = 0.0, 0

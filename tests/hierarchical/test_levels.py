@@ -88,10 +88,3 @@ def test_aliased_factors_are_refused_and_crossed_ones_are_not() -> None:
         bound(groups=aliased, device=entry)
     crossed = replace(aliased, codes=torch.tensor([[0, 0], [1, 1], [2, 0], [0, 1], [1, 0], [2, 1]]))
     assert len(bound(groups=crossed, device=entry).shared) == 1 + 2 + 1
-
-
-def test_a_group_of_one_individual_is_said() -> None:
-    alone = replace(GROUPS, codes=torch.tensor([[0], [1], [0], [0], [1], [2]]))
-    hierarchy = bound(groups=alone)
-    (note,) = hierarchy.notes(hierarchy.codes_of(alone, 6))
-    assert note.startswith('device: "c" has one individual')

@@ -16,9 +16,8 @@ from nlme_sbi.hierarchical.levels import Hierarchy
 from nlme_sbi.hierarchical.population import (
     IndividualPopulation,
     fit_population,
-    predict_new,
-    predictive_log_likelihood,
 )
+from nlme_sbi.hierarchical.predictions import predict_new, predictive_log_likelihood
 from nlme_sbi.hierarchical.residuals import Residuals
 from nlme_sbi.hierarchical.scores import coverage, crps, rmse
 from nlme_sbi.individual_model.noise.correlated import correlated_log_prob, residual_correlation
@@ -52,7 +51,7 @@ def test_em_finds_mean_slope_and_variance_of_a_normal_population() -> None:
     settings = IndividualPopulation(draws=300, squares=False, prior_individuals=0.01, prior_sd=100.0)
     found = fit_population(model, individuals, settings, 3)
     # Maximum likelihood in closed form: the means of readings are normal about the regression.
-    columns = found.regressors.columns(model.hierarchy, individuals)
+    columns = found.regressors.place(observations.design).columns
     target = observations.values[..., 0].mean(1)
     exact = torch.linalg.lstsq(columns, target[:, None]).solution[:, 0]
     variance = float((target - columns @ exact).square().mean()) - NOISE**2 / 6

@@ -126,3 +126,20 @@ def test_who_is_held_out(tmp_path: Path) -> None:
     path.write_text("id,fold\n" + "".join(f"i{place},1\n" for place in range(6)))
     with pytest.raises(ValueError, match="leaves 6 individuals to be fitted and 0 held out"):
         HeldOut(folds=str(path), fold=3).rows(observations, 0)
+
+
+def test_random_parts_hold_everybody_out_once() -> None:
+    observations = simulated(10, 2)
+    parts = [HeldOut(parts=3, part=part).rows(observations, 5)[1].tolist() for part in (1, 2, 3)]
+    assert sorted(row for part in parts for row in part) == list(range(10))
+    assert sorted(map(len, parts)) == [3, 3, 4]
+    with pytest.raises(ValueError, match="held_out needs parts and part together"):
+        HeldOut(parts=3)
+    with pytest.raises(ValueError, match=r"held_out\.part must lie between 1 and held_out\.parts=3; got 4"):
+        HeldOut(parts=3, part=4)
+    with pytest.raises(ValueError, match=r"held_out\.parts=11 is more than the 10 individuals"):
+        HeldOut(parts=11, part=1).rows(observations, 5)
+    with pytest.raises(
+        ValueError, match=r"names group and parts; choose one: held_out\.parts=null held_out\.part=null"
+    ):
+        HeldOut(group="device", level="a", parts=3, part=1)

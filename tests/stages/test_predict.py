@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import nlme_sbi.stages.predict as predict_stage
+import nlme_sbi.stages.shared.prediction_files as prediction_files
 from nlme_sbi.cli import compose_config
 from nlme_sbi.plots.predictions import plot_predictions
 from nlme_sbi.runs import FinishedRun, save_json
@@ -42,7 +42,7 @@ def root(fitted: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _bare_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw_bare(monkeypatch, predict_stage)
+    draw_bare(monkeypatch, prediction_files)
 
 
 def predicted(root: Path, *overrides: str) -> FinishedRun:
@@ -120,7 +120,7 @@ def test_uncertainty_of_theta_widens_bands_of_new_individuals(root: Path) -> Non
 def test_predictions_repeat_to_the_byte_and_by_default_follow_the_data(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict_stage, "plot_predictions", plot_predictions)  # not bare: figures repeat, too
+    monkeypatch.setattr(prediction_files, "plot_predictions", plot_predictions)  # not bare: figures repeat, too
     other = Path(shutil.copytree(root, root.parent / "other"))
     first = predicted(root, "predict.save_draws=true", "design.points=7")
     assert bytes_of(first) == bytes_of(predicted(other, "predict.save_draws=true", "design.points=7"))

@@ -198,9 +198,40 @@ def test_the_learning_rate_warms_up_and_decays_to_nothing() -> None:
     assert rates[60] == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.slow
+def test_training_ends_when_its_cpu_seconds_are_spent_also_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(100.0)
+    monkeypatch.setattr("time.process_time", lambda: next(clock))  # a second a step
+    limited = replace(SETTINGS, max_cpu_seconds=15, validate_every=1000)
+    result = train(fresh_network(), pairs(), limited, progress=False)
+    assert result.steps == 15
+    assert not result.stopped_early
+    assert [row["step"] for row in result.history] == [15.0]
+    assert result.history[0]["learning_rate"] < 1e-9  # it decayed over the seconds
+    checkpoint = tmp_path / "training.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(fresh_network(), Interrupted(pairs(), 9), limited, checkpoint=checkpoint, progress=False)
+    assert train(fresh_network(), pairs(), limited, checkpoint=checkpoint, progress=False).steps == 15
+    again = train(fresh_network(), pairs(), limited, checkpoint=checkpoint, progress=False)
+    assert again.steps == 15
+    enough = replace(SETTINGS, max_cpu_seconds=1000)
+    assert train(fresh_network(), pairs(), enough, progress=False).steps == SETTINGS.steps
+
+
+def test_the_learning_rate_decays_over_the_larger_share_of_steps_and_seconds() -> None:
+    limited = replace(SETTINGS, learning_rate=1.0, max_cpu_seconds=10.0, warmup_steps=0)
+    assert limited.learning_rate_at(30, 2.0) == pytest.approx(0.5)
+    assert limited.learning_rate_at(0, 5.0) == pytest.approx(0.5)
+    assert limited.learning_rate_at(1, 10.0) == pytest.approx(0.0, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"max_cpu_seconds": 0.0},
+        {"max_cpu_seconds": math.inf},
         {"steps": 0},
         {"learning_rate": -1.0},
         {"learning_rate": math.nan},

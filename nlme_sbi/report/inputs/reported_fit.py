@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import pandas as pd
 
@@ -10,6 +11,14 @@ from nlme_sbi.population.results.estimates import RATIO, FitEstimates
 from nlme_sbi.report.inputs.fit_checks import FitChecks
 from nlme_sbi.runs import FinishedRun, read_csv
 from nlme_sbi.types import Observations
+
+
+@runtime_checkable
+class CheckedData(Protocol):
+    """What sections about checks of a model against its data read."""
+
+    def require_checks(self) -> tuple[FitChecks, Observations]:
+        """The checks and the data; raises ``ValueError`` with the reason where there are none."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from nlme_sbi.plots.canvas import label_with_unit
 from nlme_sbi.plots.individual_fits import plot_individual_fits
 from nlme_sbi.plots.predictions import plot_predictions
 from nlme_sbi.report.inputs.fit_checks import CURVE_CHECKS
-from nlme_sbi.report.inputs.reported_fit import ReportedFit
+from nlme_sbi.report.inputs.reported_fit import CheckedData
 from nlme_sbi.report.page.content import Picture, Section
 from nlme_sbi.types import Censoring, Observations
 
@@ -27,7 +27,7 @@ _GROUPS: tuple[tuple[Reason, str], ...] = (
 )
 
 
-def fits_section(fit: ReportedFit) -> Section:
+def fits_section(fit: CheckedData) -> Section:
     """The viewer and the panels.
 
     Raises:

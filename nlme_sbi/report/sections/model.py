@@ -9,7 +9,7 @@ from nlme_sbi.diagnostics.fit.vpc import VisualPredictiveCheck
 from nlme_sbi.plots.residuals import plot_goodness, plot_prediction_errors
 from nlme_sbi.plots.vpc import plot_vpc
 from nlme_sbi.report.inputs.fit_checks import MODEL_CHECKS, FitChecks
-from nlme_sbi.report.inputs.reported_fit import ReportedFit
+from nlme_sbi.report.inputs.reported_fit import CheckedData
 from nlme_sbi.report.page.content import Block, Picture, Section, attempt_blocks
 from nlme_sbi.report.sections.measurement_map import measurement_explorer
 from nlme_sbi.types import Observations
@@ -17,7 +17,7 @@ from nlme_sbi.types import Observations
 Made = tuple[Sequence[Finding], Sequence[Block]]
 
 
-def model_section(fit: ReportedFit) -> Section:
+def model_section(fit: CheckedData) -> Section:
     """All checks of the model against the data; each that was refused is a grey finding.
 
     Raises:

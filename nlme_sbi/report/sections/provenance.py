@@ -14,12 +14,12 @@ from nlme_sbi.report.inputs.commands import command_of
 from nlme_sbi.report.page.content import Block, Cell, Section, Table, Words
 from nlme_sbi.runs import FinishedRun, load_run
 
-_STAGE_OF = {
-    "posterior": "train_flow",
-    "simulations": "simulate",
-    "fit": "fit_population",
-    "diagnosis": "diagnose",
-    "checks": "check_fit",
+_STAGES_OF = {
+    "posterior": ("train_flow",),
+    "simulations": ("simulate",),
+    "fit": ("fit_population", "train_hierarchical"),
+    "diagnosis": ("diagnose",),
+    "checks": ("check_fit",),
 }
 
 
@@ -41,13 +41,13 @@ def origins(run: FinishedRun, *, after: tuple[str, ...] = ()) -> tuple[list[Orig
     named: dict[str, list[str]] = {}
     for name, entry in run.manifest["inputs"].items():
         key = name.split("_")[0]  # posterior_0, posterior_1 of an ensemble
-        if key not in _STAGE_OF:
+        if key not in _STAGES_OF:
             continue
         circle = entry["sha256"] in (*after, run.sha256)
-        upstream = None if circle else _locate(run, entry, _STAGE_OF[key])
+        upstream = None if circle else _locate(run, entry, _STAGES_OF[key])
         if upstream is None:
             where = entry.get("path") or f"hash {entry['sha256'][:12]}"
-            lost.append(f"the run of {_STAGE_OF[key]} that {run.path.name} was made from ({where})")
+            lost.append(f"the run of {' or '.join(_STAGES_OF[key])} that {run.path.name} was made from ({where})")
             continue
         earlier, missing = origins(upstream, after=(*after, run.sha256))
         found += [one for one in earlier if all(one.run.sha256 != other.run.sha256 for other in found)]
@@ -57,18 +57,19 @@ def origins(run: FinishedRun, *, after: tuple[str, ...] = ()) -> tuple[list[Orig
     return [*found, Origin(run, inputs)], lost
 
 
-def _locate(run: FinishedRun, entry: Mapping[str, Any], stage: str) -> FinishedRun | None:
+def _locate(run: FinishedRun, entry: Mapping[str, Any], stages: tuple[str, ...]) -> FinishedRun | None:
     """By its hash: where it lay, else beside the run in the same output root."""
-    beside = run.path.parent.parent / stage
-    places = [] if entry.get("path") is None else [Path(entry["path"])]
-    places += sorted(beside.iterdir()) if beside.is_dir() else []
-    for path in places:
-        try:
-            found = load_run(path, stage=stage, verify=False)
-        except ValueError:
-            continue
-        if found.sha256 == entry["sha256"]:
-            return found
+    for stage in stages:
+        beside = run.path.parent.parent / stage
+        places = [] if entry.get("path") is None else [Path(entry["path"])]
+        places += sorted(beside.iterdir()) if beside.is_dir() else []
+        for path in places:
+            try:
+                found = load_run(path, stage=stage, verify=False)
+            except ValueError:
+                continue
+            if found.sha256 == entry["sha256"]:
+                return found
     return None
 
 

@@ -24,6 +24,24 @@ Who = Literal["all", "none"] | tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
+class PredictedModel:
+    """What predictions are made of: the data of the fit, its simulator, covariates that it needs, its device."""
+
+    observations: Observations
+    simulator: Simulator
+    covariates: tuple[str, ...]
+    device: torch.device
+
+    @classmethod
+    def of_fit(cls, fit: StoredFit) -> PredictedModel:
+        """Of a population fit: simulator and population model say which covariates are needed."""
+        table, simulator = fit.population.unknowns, fit.posterior.simulator
+        of_effects = [table.rows[place].other for place in table.entries(*EFFECTS)]
+        needed = tuple(dict.fromkeys([*simulator.covariates, *of_effects]))
+        return cls(fit.observations, simulator, needed, fit.device)
+
+
+@dataclass(frozen=True, eq=False)
 class Known:
     """Individuals of the fit: their ids, their rows in its data, the designs to predict for."""
 
@@ -50,13 +68,13 @@ class Plan:
 
 
 def plan_predictions(
-    section: Any, fit: StoredFit, *, individuals: Who, new: Literal["auto"] | bool, trust: tuple[str, ...]
+    section: Any, fit: PredictedModel, *, individuals: Who, new: Literal["auto"] | bool, trust: tuple[str, ...]
 ) -> Plan:
     """Read the section ``design`` and lay out what is predicted, on the device of the fit.
 
     Args:
         section: of the config: a :class:`Schedule`, a fixed grid, or the designs of a data file.
-        fit: what the predictions are made from.
+        fit: what the predictions are made of.
         individuals: of the fit.
         new: whether new individuals are asked for; "auto" leaves them out, and says so, where their design is not
             known.
@@ -86,17 +104,14 @@ def _schedule(source: Any) -> Schedule:
     )
 
 
-def _plan_schedule(schedule: Schedule, fit: StoredFit, individuals: Who, new: Literal["auto"] | bool) -> Plan:
-    observations = fit.observations
+def _plan_schedule(schedule: Schedule, fit: PredictedModel, individuals: Who, new: Literal["auto"] | bool) -> Plan:
+    observations, simulator = fit.observations, fit.simulator
     rows = _rows(individuals, observations)
-    simulator = fit.posterior.simulator
     known = None
     if rows:
         design = schedule.for_known(observations[rows].design).to(fit.device)
         known = Known(tuple(observations.ids[row] for row in rows), rows, design)
-    made: Design | str = schedule.for_new(
-        observations.design, required_covariates(fit), takes_doses=simulator.takes_doses
-    )
+    made: Design | str = schedule.for_new(observations.design, fit.covariates, takes_doses=simulator.takes_doses)
     along = time_covariates_read(simulator)
     if along:
         made = (
@@ -110,14 +125,7 @@ def _plan_schedule(schedule: Schedule, fit: StoredFit, individuals: Who, new: Li
     )
 
 
-def required_covariates(fit: StoredFit) -> tuple[str, ...]:
-    """Covariates that simulator and population model depend on."""
-    table = fit.population.unknowns
-    of_effects = [table.rows[place].other for place in table.entries(*EFFECTS)]
-    return tuple(dict.fromkeys([*fit.posterior.simulator.covariates, *of_effects]))
-
-
-def _new(found: Design | str, requested: Literal["auto"] | bool, fit: StoredFit) -> New | None:
+def _new(found: Design | str, requested: Literal["auto"] | bool, fit: PredictedModel) -> New | None:
     if requested is False:
         return None
     if isinstance(found, str):
@@ -128,9 +136,9 @@ def _new(found: Design | str, requested: Literal["auto"] | bool, fit: StoredFit)
     return New(("new",), found.to(fit.device))
 
 
-def _of_data(source: DesignsOfData, fit: StoredFit, individuals: Who, new: Literal["auto"] | bool) -> Plan:
+def _of_data(source: DesignsOfData, fit: PredictedModel, individuals: Who, new: Literal["auto"] | bool) -> Plan:
     """Designs of a file: of individuals of the fit by their ids, of all its rows for new ones."""
-    observations, simulator = fit.observations, fit.posterior.simulator
+    observations, simulator = fit.observations, fit.simulator
     data = _read_plan(source, len(simulator.signals))
     for note in data.notes:
         log.info("%s", note)
@@ -140,13 +148,14 @@ def _of_data(source: DesignsOfData, fit: StoredFit, individuals: Who, new: Liter
     if chosen:
         rows = [observations.ids.index(name) for name in chosen]
         design = data.design[[data.ids.index(name) for name in chosen]]
-        design = _with_own_course(_with_own_covariates(design, observations.design[rows]), observations.design[rows])
+        own = observations.design[rows]
+        design = replace(_with_own_course(_with_own_covariates(design, own), own), groups=own.groups)
         check_time_covariates(time_covariates_read(simulator), (), design, chosen)
         known = Known(tuple(chosen), rows, _complete(design).to(fit.device))
     made = None
     if new is not False:
         course = data.design.time_covariates
-        lacking = [name for name in required_covariates(fit) if name not in _names(data.design)]
+        lacking = [name for name in fit.covariates if name not in _names(data.design)]
         lacking += [name for name in time_covariates_read(simulator) if course is None or name not in course.names]
         if lacking and new is True:
             raise ValueError(f"The design's data lack the covariates {lacking}; name them in data.covariates.")

@@ -164,6 +164,31 @@ def find_fit(plain: Mapping[str, Any]) -> FinishedRun:
     return run
 
 
+def find_any_fit(plain: Mapping[str, Any]) -> FinishedRun:
+    """The run that ``fit`` names in a plain configuration, of ``fit_population`` or of ``train_hierarchical``.
+
+    ``latest`` is the newest of both.
+
+    Raises:
+        ValueError: there is none, with the command that makes one.
+    """
+    reference, experiment = convert(plain["fit"], str, "fit"), plain["experiment"]["name"]
+    stages = ("fit_population", "train_hierarchical")
+    found: list[FinishedRun] = []
+    refused: list[ValueError] = []
+    for stage in stages if not plain.get("hierarchy") else reversed(stages):
+        try:
+            found.append(find_run(reference, stage=stage, experiment=experiment, root=Path(plain["output_root"])))
+        except ValueError as problem:
+            refused.append(problem)
+    if not found:
+        # A run of the other stage is refused for its stage first; what is wrong with it is the other sentence.
+        raise next((one for one in refused if "but a run of" not in str(one)), refused[0])
+    run = max(found, key=lambda one: str(one.manifest["created"]))
+    log.info("Fit: %s", run.path)
+    return run
+
+
 def load_fit(run: str | Path | FinishedRun, *, device: str = "auto", trust: tuple[str, ...] = ()) -> StoredFit:
     """A finished fit, checked by its hashes, with the posterior that it was made from.
 

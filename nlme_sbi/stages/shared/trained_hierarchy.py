@@ -12,23 +12,26 @@ import torch
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import ROLES, STORED_ROLES, Role
 from nlme_sbi.hierarchical.fitting import HierarchicalSettings, PreparedModel, prepare_model
-from nlme_sbi.hierarchical.population import FittedPopulation, IndividualPopulation, regressors_of
+from nlme_sbi.hierarchical.population import FittedPopulation, IndividualPopulation
+from nlme_sbi.hierarchical.regressors import regressors_of
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.networks.stored_weights import load_weights
 from nlme_sbi.runs import FinishedRun, load_array, load_observations, load_run, require_same_sources, require_unedited
 from nlme_sbi.runs.schema import FLOATS, INTEGERS, check_array
 from nlme_sbi.stages.shared.components import part
-from nlme_sbi.types import Simulator
+from nlme_sbi.types import Observations, Simulator
 
+POPULATION_ARRAYS = (("coefficients", 2), ("uncertainty", 4), ("covariance", 2), ("effect_variances", 2))
 SECTIONS = ("simulator", "hierarchy", "encoder", "preparation", "residuals", "bound")
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedHierarchy:
-    """A prepared model with its trained weights, and the population of its individuals."""
+    """A prepared model with its trained weights, the population of its individuals, and the data as they were read."""
 
     prepared: PreparedModel
     population: FittedPopulation
+    observations: Observations
 
 
 def settings_of(
@@ -93,13 +96,20 @@ def load_hierarchy(path: str | Path, *, trust: tuple[str, ...] = ()) -> TrainedH
         run.config["individual_population"], trust=trust, where="individual_population", roles=STORED_ROLES
     )
     population = FittedPopulation(
-        regressors_of(prepared.model, prepared.fitted, asked),
-        torch.from_numpy(_array(run, "population_coefficients.npy", FLOATS, 2)),
-        torch.from_numpy(_array(run, "population_covariance.npy", FLOATS, 2)),
-        (),
+        regressors_of(
+            prepared.fitted.observations.design,
+            groups=asked.groups,
+            covariates=asked.covariates,
+            squares=asked.squares,
+            fixed=prepared.model.hierarchy.factors,
+        ),
+        **{
+            name: torch.from_numpy(_array(run, f"population_{name}.npy", FLOATS, rank))
+            for name, rank in POPULATION_ARRAYS
+        },
     )
     _check_shapes(run, population, len(prepared.model.hierarchy.own))
-    return TrainedHierarchy(prepared, population)
+    return TrainedHierarchy(prepared, population, observations)
 
 
 def _array(run: FinishedRun, name: str, kinds: str, dimensions: int) -> Any:
@@ -110,10 +120,17 @@ def _array(run: FinishedRun, name: str, kinds: str, dimensions: int) -> Any:
 
 
 def _check_shapes(run: FinishedRun, population: FittedPopulation, unknowns: int) -> None:
-    width = len(population.regressors.names) + 1
-    shapes = tuple(population.coefficients.shape), tuple(population.covariance.shape)
-    if shapes != ((width, unknowns), (unknowns, unknowns)):
-        raise ValueError(
-            f"{run.path} is damaged: its population has the shapes {shapes}, and its model {width} regressors of "
-            f"{unknowns} unknowns. Fit again (fresh=true)."
-        )
+    width, factors = len(population.regressors.names), len(population.regressors.factors)
+    wanted = {
+        "coefficients": (width, unknowns),
+        "uncertainty": (unknowns, width, unknowns, width),
+        "covariance": (unknowns, unknowns),
+        "effect_variances": (factors, unknowns),
+    }
+    for name, shape in wanted.items():
+        found = tuple(getattr(population, name).shape)
+        if found != shape:
+            raise ValueError(
+                f"{run.path} is damaged: population_{name}.npy has the shape {found}, and its model needs {shape}. Fit "
+                "again (fresh=true)."
+            )

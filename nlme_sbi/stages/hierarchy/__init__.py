@@ -1,0 +1,1 @@
+"""What predict, check_fit and report do with runs of ``train_hierarchical``."""
