@@ -44,7 +44,13 @@ if TYPE_CHECKING:
         Proportional,
         StudentT,
     )
-    from nlme_sbi.individual_model.priors import GaussianPrior, MixturePrior, PriorOfData, UniformPrior
+    from nlme_sbi.individual_model.priors import (
+        GaussianPrior,
+        MixturePrior,
+        PriorOfData,
+        TruncatedGaussianPrior,
+        UniformPrior,
+    )
     from nlme_sbi.individual_model.reaction_network import Leaping, ReactionNetwork
     from nlme_sbi.individual_model.rosenbrock import Rosenbrock
     from nlme_sbi.individual_model.sde import SdeModel
@@ -169,6 +175,7 @@ __all__ = [
     "TimeCovariates",
     "TorchDiffEq",
     "TrainingSettings",
+    "TruncatedGaussianPrior",
     "UniformPrior",
     "WideSheet",
     "add_intervals",
@@ -252,6 +259,7 @@ _ROOMS = {
         "GaussianPrior",
         "MixturePrior",
         "PriorOfData",
+        "TruncatedGaussianPrior",
         "UniformPrior",
     ),
     "individual_model.reaction_network": (
