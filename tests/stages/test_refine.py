@@ -51,7 +51,7 @@ def command(root: Path, *more: str, data: str = "y.csv") -> list[str]:
     """Overrides that all stages share."""
     return [
         *("simulator=own", "simulator._target_=hidden_line.HiddenLine", "trust=[hidden_line]", "prior=gaussian"),
-        "prior.parameters={level: {mean: 0.0, sd: 3.0}, slope: {mean: 0.0, sd: 3.0}}",
+        *("+prior.parameters.level={mean: 0.0, sd: 3.0}", "+prior.parameters.slope={mean: 0.0, sd: 3.0}"),
         *("design.start=0", "design.stop=1.5", "design.count=4", "experiment.name=line", "device=cpu"),
         *("data=wide_sheet", f"data.path={root / data}", "data.signals=[y]", "population.constant=[slope]"),
         f"output_root={root / 'outputs'}",

@@ -8,7 +8,10 @@ without a fit of every replicate). The correction solves
 .. math:: \sum_i s_i(\theta) = N \, E_\theta[s(\theta)],
 
 the estimating equation made unbiased (indirect inference; Gourieroux, Monfort and Renault 1993, J. Appl. Econometrics
-8:S85), with the same random numbers for every theta. Scores of the simulated parameters themselves, whose mean is known
+8:S85), with the same random numbers for every theta. How far the scores of data move with the population that made them
+is their covariance with the true score, and so with the score of the simulated parameters; for parameters that do not
+vary, which have none, it is a difference between simulations with the same random numbers. It takes the place of the
+curvature, which a network may have wrong. Scores of the simulated parameters themselves, whose mean is known
 to be 0, take most of the noise out of the mean (control variates). Errors of network, mixtures and finitely many draws
 are all in it, because everything is made as for the data; errors of the *simulator* are not.
 """
@@ -41,10 +44,11 @@ from nlme_sbi.population.objective.standard_errors import covariance_from
 from nlme_sbi.population.objective.tilted_draws import TiltedDraws
 from nlme_sbi.population.results.fit_result import PopulationFit
 from nlme_sbi.posteriors import Posterior
-from nlme_sbi.types import Observations, Simulator
+from nlme_sbi.types import Design, Observations, Simulator
 
 _BATCH = 500  # simulated individuals at once
 _FIRST = 1000  # simulated before it is known how many are needed
+_KNOWN = 20_000  # individuals whose own parameters are scored
 _ACCURACY = 0.2  # standard errors, target for the error of the bias
 _UNCLEAR = 1.0  # standard errors, error of the bias above which nothing is concluded
 _LARGEST = 3.0  # standard errors, largest bias that is corrected
@@ -58,11 +62,13 @@ _SE_RATIO = 3.0  # largest factor between standard errors by simulation and by c
 
 @dataclass(frozen=True, eq=False)
 class _MeanScore:
-    """Of simulated individuals at theta: mean ``(free,)``, its covariance, the covariance of single scores."""
+    """Of simulated individuals at theta: mean ``(free,)``, its covariance, the covariance of single scores, and its
+    derivatives (rows) in the population that data are simulated from (columns), 0 for parameters that do not vary."""
 
     mean: Float[Tensor, " free"]
     error: Float[Tensor, "free free"]
     spread: Float[Tensor, "free free"]
+    follows: Float[Tensor, "free free"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,15 +81,22 @@ class _Scores:
     def __add__(self, other: _Scores) -> _Scores:
         return _Scores(torch.cat([self.found, other.found]), torch.cat([self.known, other.known]))
 
-    def mean(self) -> _MeanScore:
-        """The mean of ``found`` with the help of ``known``."""
-        used = self.known[:, self.known.abs().amax(0) > 0]
-        centred = self.found - self.found.mean(0)
-        slope = torch.linalg.lstsq(used - used.mean(0), centred).solution if used.shape[1] else used.T @ centred
-        rest = centred - (used - used.mean(0)) @ slope
+    def mean(self, information: Float[Tensor, "free free"]) -> _MeanScore:
+        """The mean of ``found`` with the help of ``known``, whose covariance is ``information``."""
+        used = (information.diagonal() > 0).nonzero()[:, 0]
+        known, centred = self.known[:, used], self.found - self.found.mean(0)
+        slopes = torch.linalg.lstsq(known - known.mean(0), centred).solution if len(used) else known.T @ centred
+        rest = centred - (known - known.mean(0)) @ slopes
         count = len(self.found)
-        error = rest.T @ rest / (count - 1 - used.shape[1]) / count
-        return _MeanScore(self.found.mean(0) - used.mean(0) @ slope, error, centred.T @ centred / (count - 1))
+        spread = rest.T @ rest / (count - 1 - len(used))
+        follows = torch.zeros_like(information)
+        follows[:, used] = slopes.T @ information[used[:, None], used]
+        return _MeanScore(
+            mean=self.found.mean(0) - known.mean(0) @ slopes,
+            error=spread / count,
+            spread=spread + slopes.T @ information[used[:, None], used] @ slopes,
+            follows=follows,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +111,9 @@ class _Simulation:
     order: Tensor
     seeds: tuple[int, ...]
 
-    def scores(self, theta: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """Scores ``(n, free)`` of a batch by the estimator, and those of its parameters themselves."""
+    def scores(self, theta: Tensor, batch: int, *, made_at: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scores ``(n, free)`` of a batch at theta by the estimator, and those of its parameters themselves; simulated
+        from theta, or from the population ``made_at``."""
         generator = torch.Generator(theta.device).manual_seed(self.seeds[batch])
         rows = self.order[torch.arange(batch * _BATCH, (batch + 1) * _BATCH) % len(self.order)]
         limited = censoring_to_limits(self.observations)
@@ -108,7 +122,7 @@ class _Simulation:
             pool = limited.design.limits
             whole = type(pool)(pool.lower.to(theta.device), pool.upper.to(theta.device))
             design = replace(design, limits=spread_limits(design.limits, whole, generator))
-        phi = self.population.sample(theta, design, generator)
+        phi = self.population.sample(theta if made_at is None else made_at, design, generator)
         made = self.simulator.simulate(phi.float(), design, generator)
         values = torch.where(design.observed, made.values.float(), 0.0)
         good = ((made.status == 0) & torch.isfinite(values).flatten(1).all(1)).nonzero()[:, 0]
@@ -126,12 +140,7 @@ class _Simulation:
         state = self.estimator.prepare(self.source, data, self.population, generator)
         if isinstance(state, NoDraws):
             raise TypeError(f"estimator {self.estimator.name} prepares no draws.")
-        varying = phi[good][:, None, list(self.population.varying)].double()
-        free = self.population.unknowns.free.to(theta.device)
-        axes = torch.eye(len(theta), dtype=theta.dtype, device=theta.device)[free]
-        known = directional_derivatives(
-            lambda at: self.population.log_prob(varying, at, data.design)[:, 0], theta, axes
-        ).T
+        known = self._known_scores(theta, phi[good], data.design)
         return scores(state, theta), known
 
     def batches(self, theta: Tensor, batches: range, report: Report) -> _Scores:
@@ -142,6 +151,41 @@ class _Simulation:
             found.append(self.scores(theta, batch))
         by_estimator, known = (torch.cat(part) for part in zip(*found, strict=True))
         return _Scores(by_estimator, known)
+
+    def information(self, theta: Tensor) -> Float[Tensor, "free free"]:
+        """Covariance of the scores of an individual's own parameters, which needs neither simulator nor network."""
+        generator = torch.Generator(theta.device).manual_seed(self.seeds[0])
+        rows = torch.arange(_KNOWN) % len(self.observations)
+        design = self.observations.design[rows.tolist()].to(theta.device)
+        known = self._known_scores(theta, self.population.sample(theta, design, generator), design)
+        return known.T @ known / len(known)
+
+    def _known_scores(self, theta: Tensor, phi: Tensor, design: Design) -> Float[Tensor, "n free"]:
+        varying = phi[:, None, list(self.population.varying)].double()
+        axes = torch.eye(len(theta), dtype=theta.dtype, device=theta.device)
+        axes = axes[self.population.unknowns.free.to(theta.device)]
+        return directional_derivatives(lambda at: self.population.log_prob(varying, at, design)[:, 0], theta, axes).T
+
+    def sensitivity(
+        self, theta: Tensor, known: _MeanScore, first: _Scores, steps: Float[Tensor, " free"]
+    ) -> Float[Tensor, "free free"]:
+        """Derivatives of the mean score (rows) in the population that data are simulated from (columns).
+
+        Args:
+            theta: where scores are taken.
+            known: with those in what varies.
+            first: scores of the first batches.
+            steps: size of the differences, for unknowns of which simulated parameters have no score.
+        """
+        slopes = known.follows.clone()
+        for column, place in enumerate(self.population.unknowns.free.tolist()):
+            if bool((slopes[:, column] != 0).any()):
+                continue
+            moved = theta.clone()
+            moved[place] += steps[column]
+            other = torch.cat([self.scores(theta, batch, made_at=moved)[0] for batch in range(_FIRST // _BATCH)])
+            slopes[:, column] = (other.mean(0) - first.found.mean(0)) / steps[column]
+        return slopes
 
 
 def check_by_simulation(
@@ -191,18 +235,25 @@ def check_by_simulation(
     seeds = torch.randint(2**62, (batches,), generator=generator, device=generator.device).tolist()
     order = torch.randperm(len(observations), generator=generator, device=generator.device).cpu()
     simulation = _Simulation(estimator, source, simulator, observations, fit.population, order, tuple(seeds))
-    se, count = covariance.diagonal().sqrt(), len(observations)
+    count = len(observations)
     first = _FIRST // _BATCH
-    found = simulation.batches(fit.theta, range(first), report)
-    error = (covariance @ found.mean().error @ covariance).diagonal().clamp_min(0).sqrt() * count
-    needed = _FIRST * float((error / se).square().max()) / _ACCURACY**2
+    begun = found = simulation.batches(fit.theta, range(first), report)
+    information = simulation.information(fit.theta)
+    mean = found.mean(information)
+    slopes = simulation.sensitivity(fit.theta, mean, begun, 2 * covariance.diagonal().sqrt())
+    inverse, info = torch.linalg.inv_ex(count * slopes)
+    if int(info) != 0 or not bool(torch.isfinite(inverse).all()):
+        return _refused(fit, "its scores do not follow the population that data are simulated from.", free)
+    se, error = ((inverse @ part @ inverse.T).diagonal().clamp_min(0).sqrt() for part in (mean.spread, mean.error))
+    needed = _FIRST * count * float((error / se).square().max()) / _ACCURACY**2
     batches = min(batches, max(first, math.ceil(needed / _BATCH) if math.isfinite(needed) else first))
     if batches > first:
         found = found + simulation.batches(fit.theta, range(first, batches), report)
-    theta, mean = fit.theta, found.mean()
+        mean = found.mean(information)
+    theta, se = fit.theta, count**0.5 * se
     for used in range(1, _EVALUATIONS + 1):
         observed = value_and_gradient(fit.state, theta)[1][free]
-        step = covariance @ (observed - count * mean.mean)
+        step = inverse @ (observed - count * mean.mean)
         if not bool(torch.isfinite(step).all()):
             return _refused(fit, "scores of simulated individuals are not finite.", free)
         theta = theta.index_add(0, free, step)
@@ -212,9 +263,9 @@ def check_by_simulation(
         if float((step.abs() / se).max()) < _SMALL or used == _EVALUATIONS:
             break
         found = simulation.batches(theta, range(batches), report)
-        mean = found.mean()
+        mean = found.mean(simulation.information(theta))
     failed = batches * _BATCH - len(found.known)
-    return _corrected(fit, theta, step, mean, simulated=batches * _BATCH - failed, failed=failed)
+    return _corrected(fit, (theta, step, inverse), mean, simulated=len(found.known), failed=failed)
 
 
 def _too_large(fit: PopulationFit, theta: Tensor, se: Tensor) -> str:
@@ -259,22 +310,24 @@ def _refused(fit: PopulationFit, reason: str, free: Tensor) -> PopulationFit:
 
 
 def _corrected(
-    fit: PopulationFit, theta: Tensor, step: Tensor, mean: _MeanScore, *, simulated: int, failed: int
+    fit: PopulationFit, end: tuple[Tensor, Tensor, Tensor], mean: _MeanScore, *, simulated: int, failed: int
 ) -> PopulationFit:
-    """The fit at the corrected theta with its errors, judged."""
+    """The fit at the corrected theta with its errors, judged; ``end`` is that theta, the last step to it, and the
+    inverse of the sensitivity of all individuals' scores."""
+    theta, step, inverse = end
     free, count = fit.population.unknowns.free.to(theta.device), fit.state.individuals
     information = -hessian(fit.state, theta)
-    inverse = covariance_from(information)
-    if inverse is None:
+    by_curvature = covariance_from(information)
+    if by_curvature is None:
         return _refused(fit, "the corrected estimate is no maximum.", free)
-    by_simulation = count * inverse @ mean.spread @ inverse
-    by_network = count**2 * inverse @ mean.error @ inverse
+    by_simulation = count * inverse @ mean.spread @ inverse.T
+    by_network = count**2 * inverse @ mean.error @ inverse.T
     covariance = by_simulation + by_network
     precision = covariance_from(covariance)
     if precision is None:
         return _refused(fit, "scores of simulated individuals are not independent.", free)
     se, bias_se = covariance.diagonal().sqrt(), by_network.diagonal().clamp_min(0).sqrt()
-    ratio = by_simulation.diagonal().sqrt() / inverse.diagonal().sqrt()
+    ratio = by_simulation.diagonal().sqrt() / by_curvature.diagonal().sqrt()
     bias, left = (fit.theta - theta)[free], step.abs()
     names = fit.population.unknowns.labels
     worst = int((bias.abs() / se).argmax())
@@ -305,7 +358,7 @@ def _corrected(
         ),
         (
             float(torch.maximum(ratio, 1 / ratio).max()) > _SE_RATIO,
-            f"its spread is {float(ratio.max()):.2g} times what the curvature says.",
+            f"its spread is {_farthest_from_one(ratio):.2g} times what the curvature says.",
         ),
         (failed > _FAILED * (simulated + failed), f"{failed} of {simulated + failed} simulations failed."),
     ):
@@ -324,6 +377,10 @@ def _corrected(
         message=f"{fit.message} {record.sentence}",
         self_check=record,
     )
+
+
+def _farthest_from_one(ratio: Tensor) -> float:
+    return float(ratio[torch.maximum(ratio, 1 / ratio).argmax()])
 
 
 def tilted_state(state: WeightedDraws, check: SelfCheck | None) -> WeightedDraws:
