@@ -120,6 +120,7 @@ def _train_in_team(plain: Mapping[str, Any], team: Team) -> float:
         inputs=_inputs(upstream, parts.pool) | ({} if begun is None else {"weights": begun.sha256}),
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
+        input_paths={} if begun is None else {"weights": begun.path},
         sources=sources_of(config, (*GENERATIVE, "summary", "flow"), trust=trust),
     )
     with run:

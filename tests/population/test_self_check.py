@@ -44,10 +44,11 @@ class Plain:
 
 @dataclass(frozen=True)
 class FaultyPosterior:
-    """The exact posterior, moved by ``shift`` and ``width`` times as wide."""
+    """The exact posterior, moved by ``shift`` and ``width`` times as wide; or, ``blind``, the same for all data."""
 
     shift: float = 0.0
     width: float = 1.0
+    blind: bool = False
     simulator = Plain()
     prior = PRIOR
 
@@ -57,7 +58,8 @@ class FaultyPosterior:
 
     def _exact(self, values):
         precision = 1 / NOISE**2 + 1 / 16
-        return values[:, 0] / NOISE**2 / precision + self.shift, self.width * precision**-0.5
+        seen = torch.full_like(values[:, 0], MEAN) if self.blind else values[:, 0]
+        return seen / NOISE**2 / precision + self.shift, self.width * precision**-0.5
 
     def sample(self, data, draws, generator):
         centre, sd = self._exact(data.values.double())
@@ -119,20 +121,23 @@ def test_a_network_that_is_moved_and_too_wide_is_corrected_to_the_likelihoods_es
     error = torch.tensor(found.bias_se)
     assert ((corrected.theta - truth).abs() < 4 * error + 0.12 * se).all()
     assert error.div(se).max() < 0.3
-    assert corrected.standard_errors.div((se**2 + error**2).sqrt()).sub(1).abs().max() < 0.15
+    # Standard errors are those at the fit's own estimate, of a sample in which y is N(mean, SD^2 + noise^2).
+    between = float(corrected.theta[1].mul(2).exp())
+    expected = torch.tensor([(between + NOISE**2) ** 0.5, (between + NOISE**2) / (2**0.5 * between)]) / INDIVIDUALS**0.5
+    assert corrected.standard_errors.div((expected.double() ** 2 + error**2).sqrt()).sub(1).abs().max() < 0.12
 
 
-def test_a_right_network_stays_what_it_is():
+@pytest.mark.parametrize("network", [FaultyPosterior(), FaultyPosterior(width=0.25)], ids=["right", "narrow"])
+def test_networks_that_are_right_or_much_too_narrow_end_at_the_likelihoods_estimate(network):
     truth, se = exact(data())
-    found = fitted(FaultyPosterior())
+    found = fitted(network)
     assert found.converged
     assert found.self_check is not None
-    bias, error = torch.tensor(found.self_check.bias), torch.tensor(found.self_check.bias_se)
-    assert (bias.abs() < 4 * error + 0.05 * se).all()
+    error = torch.tensor(found.self_check.bias_se)
     assert ((found.theta - truth).abs() < 4 * error + 0.12 * se).all()
 
 
-@pytest.mark.parametrize("network", [FaultyPosterior(shift=0.6), FaultyPosterior(width=0.25)], ids=["moved", "narrow"])
+@pytest.mark.parametrize("network", [FaultyPosterior(shift=0.6), FaultyPosterior(blind=True)], ids=["moved", "blind"])
 def test_a_network_that_gives_another_population_back_is_refused(network):
     found = fitted(network)
     assert found.self_check is not None

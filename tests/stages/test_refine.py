@@ -41,10 +41,14 @@ NETWORK = [
 ROUNDS = [
     *("refine.simulations=online", "refine.draws=200", "refine.training.steps=200", "refine.training.batch_size=256"),
     *("refine.training.warmup_steps=15", "refine.training.learning_rate=2e-3", "refine.training.validate_every=100"),
-    *("fit.starts=2", "fit.self_check=2000", "figures.individuals=0", "predictions.table=false"),
+    *("fit.starts=2", "fit.self_check=1000", "fit.accuracy=0.2", "figures.individuals=0", "predictions.table=false"),
 ]
-TINY = ["refine.rounds=1", "refine.training.steps=4", "refine.training.validate_every=2", "fit.self_check=1000"]
-STORED = ["refine.simulations=1300", "refine.workers=1"]
+TINY = [
+    *("refine.rounds=1", "refine.training.steps=4", "refine.training.validate_every=2", "refine.draws=50"),
+    *("fit.accuracy=9", "fit.starts=1", "individuals.modes=false", "refine.simulations=400", "refine.workers=1"),
+    *("training.validation_size=100", "refine.training.batch_size=64"),
+]
+UNCHECKED = "fit.self_check=0"
 
 
 def command(root: Path, *more: str, data: str = "y.csv") -> list[str]:
@@ -111,9 +115,9 @@ def test_the_refined_estimate_is_that_of_the_likelihood_within_its_stated_error(
     found = {one["name"]: one for one in fit["unknowns"] if not one["fixed"]}
     error = dict(zip(fit["self_check"]["unknowns"], fit["self_check"]["bias_se"], strict=True))
     for name, exact, exact_se in zip(("mean.level", "mean.slope", "log_sd.level"), truth, se, strict=True):
-        # Monte-Carlo errors of the fit, at most 0.1 standard errors, come on top of the network's.
-        assert abs(found[name]["estimate"] - exact) < 4 * error[name] + 0.25 * exact_se
-        assert 0.8 < found[name]["se"] / exact_se < 1.5
+        # Monte-Carlo errors of the fit, at most 0.2 standard errors, come on top of the network's.
+        assert abs(found[name]["estimate"] - exact) < 4 * error[name] + 0.6 * exact_se
+        assert 0.75 < found[name]["se"] / exact_se < 1.4
 
 
 def test_refinement_tells_its_rounds_and_its_verdict(root: Path):
@@ -201,21 +205,22 @@ def test_a_network_that_has_learned_nothing_never_converges(small: Path, caplog:
     assert findings["self_check"] == "red"
 
 
-@pytest.mark.parametrize("place", ["simulate", "train_flow", "fit_population"])
 def test_an_interrupted_refinement_ends_in_the_bytes_of_an_undisturbed_one(
-    small: Path, place: str, monkeypatch: pytest.MonkeyPatch
+    small: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    run(small, *TINY, *STORED)
+    run(small, *TINY, UNCHECKED)
     whole = everything(small)
     for stage in stages(small):
         for path in stage.iterdir():
             if not (stage.name == "train_flow" and path.name.startswith("line-")):
                 (path / "manifest.json").unlink()
-    stop_in(monkeypatch, place)
-    with pytest.raises(KeyboardInterrupt):
-        run(small, *TINY, *STORED)
-    monkeypatch.undo()
-    run(small, *TINY, *STORED)
+    for place in ("simulate", "train_flow", "fit_population"):
+        stop_in(monkeypatch, place)
+        with pytest.raises(KeyboardInterrupt):
+            run(small, *TINY, UNCHECKED)
+        monkeypatch.undo()
+        draw_bare(monkeypatch, train_stage)
+    run(small, *TINY, UNCHECKED)
     assert everything(small) == whole
 
 

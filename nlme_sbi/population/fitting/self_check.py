@@ -30,6 +30,7 @@ from nlme_sbi.designs.censoring import censoring_to_limits, limits_to_censoring,
 from nlme_sbi.population.estimators.interface import Estimator
 from nlme_sbi.population.estimators.prior_ratio import PriorRatio
 from nlme_sbi.population.models.interface import LOG_SD, MEAN, PopulationModel
+from nlme_sbi.population.objective.draw_checks import UNMEASURED
 from nlme_sbi.population.objective.individuals import individual_estimates
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.population.objective.objective import (
@@ -57,6 +58,7 @@ _LEFT = 0.25  # standard errors that may be left, beside three errors of the bia
 _SMALL = 0.05  # standard errors, step at which the correction stands still
 _EVALUATIONS = 4
 _FAILED = 0.05  # largest share of simulations that may fail
+_DEAF = "its scores do not follow the population that data are simulated from."
 _SE_RATIO = 3.0  # largest factor between standard errors by simulation and by curvature
 
 
@@ -235,22 +237,32 @@ def check_by_simulation(
     seeds = torch.randint(2**62, (batches,), generator=generator, device=generator.device).tolist()
     order = torch.randperm(len(observations), generator=generator, device=generator.device).cpu()
     simulation = _Simulation(estimator, source, simulator, observations, fit.population, order, tuple(seeds))
-    count = len(observations)
+    try:
+        return _measured(fit, simulation, report)
+    except ValueError as problem:  # of draws for simulated data, such as some outside the prior
+        return _refused(fit, f"simulated individuals cannot be weighed: {problem}", free)
+
+
+def _measured(fit: PopulationFit, simulation: _Simulation, report: Report) -> PopulationFit:
+    """The corrected fit, or the fit as it was with the reason why it cannot be corrected."""
+    free = fit.population.unknowns.free.to(fit.theta.device)
+    covariance = fit.covariance[free[:, None], free]
+    batches = len(simulation.seeds)
+    count = len(simulation.observations)
     first = _FIRST // _BATCH
+    steps = 2 * covariance.diagonal().sqrt()
     begun = found = simulation.batches(fit.theta, range(first), report)
-    information = simulation.information(fit.theta)
-    mean = found.mean(information)
-    slopes = simulation.sensitivity(fit.theta, mean, begun, 2 * covariance.diagonal().sqrt())
-    inverse, info = torch.linalg.inv_ex(count * slopes)
-    if int(info) != 0 or not bool(torch.isfinite(inverse).all()):
-        return _refused(fit, "its scores do not follow the population that data are simulated from.", free)
+    mean = found.mean(simulation.information(fit.theta))
+    inverse = _inverse_or_none(count * simulation.sensitivity(fit.theta, mean, begun, steps))
+    if inverse is None:
+        return _refused(fit, _DEAF, free)
     se, error = ((inverse @ part @ inverse.T).diagonal().clamp_min(0).sqrt() for part in (mean.spread, mean.error))
     needed = _FIRST * count * float((error / se).square().max()) / _ACCURACY**2
     batches = min(batches, max(first, math.ceil(needed / _BATCH) if math.isfinite(needed) else first))
     if batches > first:
         found = found + simulation.batches(fit.theta, range(first, batches), report)
-        mean = found.mean(information)
-    theta, se = fit.theta, count**0.5 * se
+        mean = found.mean(simulation.information(fit.theta))
+    theta, at, se = fit.theta, fit.theta, count**0.5 * se
     for used in range(1, _EVALUATIONS + 1):
         observed = value_and_gradient(fit.state, theta)[1][free]
         step = inverse @ (observed - count * mean.mean)
@@ -262,10 +274,22 @@ def check_by_simulation(
             return _refused(fit, reason, free)
         if float((step.abs() / se).max()) < _SMALL or used == _EVALUATIONS:
             break
-        found = simulation.batches(theta, range(batches), report)
-        mean = found.mean(simulation.information(theta))
+        at = theta
+        begun = found = simulation.batches(at, range(first), report)
+        if batches > first:
+            found = found + simulation.batches(at, range(first, batches), report)
+        mean = found.mean(simulation.information(at))
+    if at is not fit.theta:  # errors are those at the corrected estimate
+        inverse = _inverse_or_none(count * simulation.sensitivity(at, mean, begun, steps))
+        if inverse is None:
+            return _refused(fit, _DEAF, free)
     failed = batches * _BATCH - len(found.known)
     return _corrected(fit, (theta, step, inverse), mean, simulated=len(found.known), failed=failed)
+
+
+def _inverse_or_none(slopes: Float[Tensor, "free free"]) -> Float[Tensor, "free free"] | None:
+    inverse, info = torch.linalg.inv_ex(slopes)
+    return inverse if int(info) == 0 and bool(torch.isfinite(inverse).all()) else None
 
 
 def _too_large(fit: PopulationFit, theta: Tensor, se: Tensor) -> str:
@@ -375,6 +399,7 @@ def _corrected(
         individuals=individual_estimates(tilted, theta),
         state=tilted,
         message=f"{fit.message} {record.sentence}",
+        warnings=tuple(warning for warning in fit.warnings if UNMEASURED not in warning),
         self_check=record,
     )
 

@@ -16,6 +16,7 @@ from nlme_sbi.population.models.labels import _NAMED, list_ids
 from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.types import Design, Observations, Prior
 
+UNMEASURED = "are in no standard error"  # words of warnings that a self-check makes idle
 _FALSE_ALARMS = 0.01  # chance that any individual is named where posteriors are exact and Gaussian
 _TAIL = 0.025  # what lies in the tails: beyond 2.2 SD in one dimension
 _SAMPLED = 20_000  # individuals sampled from the population to see how many lie outside the prior
