@@ -46,7 +46,13 @@ if TYPE_CHECKING:
         Proportional,
         StudentT,
     )
-    from nlme_sbi.individual_model.priors import GaussianPrior, MixturePrior, PriorOfData, UniformPrior
+    from nlme_sbi.individual_model.priors import (
+        GaussianPrior,
+        MixturePrior,
+        PriorOfData,
+        TruncatedGaussianPrior,
+        UniformPrior,
+    )
     from nlme_sbi.individual_model.reaction_network import Leaping, ReactionNetwork
     from nlme_sbi.individual_model.rosenbrock import Rosenbrock
     from nlme_sbi.individual_model.sde import SdeModel
@@ -191,6 +197,7 @@ __all__ = [
     "TorchDiffEq",
     "TrainingSettings",
     "TruncatedProposals",
+    "TruncatedGaussianPrior",
     "UniformPrior",
     "VectorSimulator",
     "VectorSummary",
@@ -293,6 +300,7 @@ _ROOMS = {
         "GaussianPrior",
         "MixturePrior",
         "PriorOfData",
+        "TruncatedGaussianPrior",
         "UniformPrior",
     ),
     "individual_model.reaction_network": (

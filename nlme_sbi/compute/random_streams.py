@@ -29,6 +29,7 @@ class Stream(IntEnum):
     PAIR_ORDER, MEMBERS = 70, 71
     ROUND_SIMULATIONS, ROUND_PROPOSAL, ROUND_TRAINING, ROUND_ATOMS = 72, 73, 74, 75
     INDIVIDUAL_DRAWS, INDIVIDUAL_REFINEMENT = 76, 77
+    REFINE = 90
 
 
 def seeded(device: torch.device | str, *entropy: int) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""Training priors over unconstrained individual parameters: Gaussian, uniform, and mixtures of them.
+"""Training priors over unconstrained individual parameters: Gaussian, truncated, uniform, and mixtures of them.
 
 They are built from plain mappings and lists, so that a config file names each parameter. Samples are float32 on the
 generator's device; densities are differentiable, in the dtype and on the device of ``phi``.
@@ -19,6 +19,7 @@ from nlme_sbi.types import Observations, Prior, Simulator
 
 Number = float | int
 _LOG_TWO_PI = math.log(2 * math.pi)
+_FAR = 8.0  # SDs: beyond, the mass between two bounds loses its digits
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +117,96 @@ class UniformPrior:
 
 
 @dataclass(frozen=True, eq=False)
+class TruncatedGaussianPrior:
+    """Independent normal prior inside bounds: ``parameters`` maps each name to ``{mean, sd, lower, upper}``,
+    unconstrained scale; mean and sd are those of the normal before it is cut off.
+
+    Raises:
+        ValueError: numbers that are not finite, an SD that is not positive, lower >= upper, or bounds more than 8 SDs
+            from the mean on the same side of it.
+    """
+
+    parameters: Mapping[str, Mapping[str, Number]]
+    _centre: Float[Tensor, " D"] = field(init=False, repr=False)
+    _sd: Float[Tensor, " D"] = field(init=False, repr=False)
+    _lower: Float[Tensor, " D"] = field(init=False, repr=False)
+    _upper: Float[Tensor, " D"] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _require_parameters(self.parameters)
+        for key in ("mean", "sd", "lower", "upper"):
+            numbers = [_number(entry, name, key) for name, entry in self.parameters.items()]
+            where = "_centre" if key == "mean" else f"_{key}"
+            object.__setattr__(self, where, torch.tensor(numbers, dtype=torch.float64))
+        for name, sd, low, high in zip(
+            self.names, self._sd.tolist(), *(bound.tolist() for bound in self._ends()), strict=True
+        ):
+            if not sd > 0:
+                raise ValueError(f'Prior of "{name}": sd must be positive; got {sd:g}.')
+            if not low < high:
+                raise ValueError(f'Prior of "{name}": lower must be below upper.')
+            if low > _FAR or high < -_FAR:
+                raise ValueError(f'Prior of "{name}": its bounds lie more than {_FAR:g} SDs from its mean.')
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """Bounds in SDs from the mean."""
+        return (self._lower - self._centre) / self._sd, (self._upper - self._centre) / self._sd
+
+    def _mass(self) -> Float[Tensor, " D"]:
+        low, high = self._ends()
+        mass: Tensor = torch.special.ndtr(high) - torch.special.ndtr(low)
+        return mass
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.parameters)
+
+    @property
+    def mean(self) -> Float[Tensor, " D"]:
+        return self._moments()[0]
+
+    @property
+    def covariance(self) -> Float[Tensor, "D D"]:
+        return torch.diag(self._moments()[1])
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance, in closed form."""
+        (low, high), mass = self._ends(), self._mass()
+        at_low, at_high = (torch.exp(-0.5 * end.square()) / math.sqrt(2 * math.pi) for end in (low, high))
+        shift = (at_low - at_high) / mass
+        variance = 1 + (low * at_low - high * at_high) / mass - shift.square()
+        return self._centre + self._sd * shift, self._sd.square() * variance
+
+    def sample(self, count: int, generator: torch.Generator) -> Float[Tensor, "N D"]:
+        """Independent draws ``(count, D)``, float32 on the generator's device."""
+        unit = torch.rand((count, len(self.names)), generator=generator, device=generator.device, dtype=torch.float64)
+        low = torch.special.ndtr(self._ends()[0]).to(unit)
+        standard = torch.special.ndtri(low + self._mass().to(unit) * unit)
+        drawn = self._centre.to(unit) + self._sd.to(unit) * standard
+        # Rounded to float32 a draw must not leave the bounds, where the density is 0.
+        lower, upper = _inside(self._lower, 1).to(unit.device), _inside(self._upper, -1).to(unit.device)
+        return torch.minimum(torch.maximum(drawn.float(), lower), upper)
+
+    def log_prob(self, phi: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
+        """Log density of ``phi (..., D)``; ``-inf`` outside the bounds."""
+        _require_columns(phi, self.names)
+        inside = ((phi >= self._lower.to(phi)) & (phi <= self._upper.to(phi))).all(-1)
+        standard = (phi - self._centre.to(phi)) / self._sd.to(phi)
+        log_volume = float((self._mass() * self._sd).log().sum()) + 0.5 * len(self.names) * _LOG_TWO_PI
+        return torch.where(inside, -0.5 * standard.nan_to_num().square().sum(-1) - log_volume, -torch.inf)
+
+
+def _inside(bound: Float[Tensor, " D"], towards: int) -> Float[Tensor, " D"]:
+    """The float32 nearest to a bound that is not beyond it."""
+    single = bound.float()
+    beyond = (single.double() < bound) if towards > 0 else (single.double() > bound)
+    return torch.where(beyond, torch.nextafter(single, torch.full_like(single, towards * math.inf)), single)
+
+
+@dataclass(frozen=True, eq=False)
 class MixturePrior:
-    """Mixture of priors over the same parameters, for a population that one Gaussian does not describe.
+    """Mixture of priors over the same parameters: for a population that one Gaussian does not describe, and what
+    ``refine`` simulates from (Gaussians about a population, and the prior before, last).
 
     Args:
         components: priors with the same names in the same order.

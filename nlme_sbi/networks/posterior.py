@@ -70,6 +70,26 @@ def load_network(
     return network
 
 
+def load_trained_network(
+    run: FinishedRun, summary: SummarySettings, flow: FlowSettings, dimension: int, device: torch.device
+) -> tuple[PosteriorNetwork, DataShape]:
+    """The network of a ``train_flow`` run with the shape of its data, for more training.
+
+    Args:
+        run: finished.
+        summary: settings of its summary network.
+        flow: settings of its flow.
+        dimension: number of parameters.
+        device: where it shall be.
+
+    Raises:
+        ValueError: as :func:`load_network`.
+    """
+    shape = load_shape(run.file("network.json"))
+    weights = run.file("weights.safetensors")
+    return load_network(shape, summary, flow, dimension=dimension, weights=weights).to(device), shape
+
+
 def _load_part(config: Mapping[str, Any], name: str, role: type, trust: tuple[str, ...]) -> Any:
     """Instantiate a section of a stored run, which must have the role ``role``; ``trust`` is the user's."""
     if name not in config:

@@ -13,6 +13,7 @@ from typing import Any
 from nlme_sbi.config.conversion import hydra_text
 
 _DEFAULT_ROOT = "outputs"
+_DATA = ("data", "population", "simulator")
 _KEPT = ("experiment", "experiment.name", "output_root", "trust")
 
 
@@ -67,6 +68,15 @@ def script_command(
         begin += kept if experiment is not None else [one for one in kept if not one.startswith("experiment")]
         end = []
     return shlex.join(["python", f"scripts/{stage}.py", *begin, *overrides, *end, *words])
+
+
+def repeated_command(stage: str, *overrides: str, experiment: str | None = None, root: str | Path | None = None) -> str:
+    """:func:`script_command` with what the running script was told of data, population and simulator as well."""
+    line = _line.get()
+    same = (
+        [] if line is None else [one for one in line.overrides if one.split("=")[0].split(".")[0].strip("+~") in _DATA]
+    )
+    return script_command(stage, *overrides, *same, experiment=experiment, root=root)
 
 
 def override(key: str, value: str | Sequence[str]) -> str:

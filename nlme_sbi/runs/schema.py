@@ -240,6 +240,9 @@ FIT = {
     "profiles": Maybe([{"unknown": str, "points": [NUMBER_OR_NULL], "drops": [NUMBER_OR_NULL]}]),
     "population_model": Maybe(str),
     "variance_tests": Maybe([{"parameter": str, "estimated": Maybe(bool)}]),
+    "self_check": Maybe(
+        {"passed": bool, "slope": [NUMBER], "curvature": [NUMBER], "centre": [NUMBER], "sentence": str}
+    ),
     "restarts": Maybe([dict]),
     "converged": _FLAG_OR_NULL,
     "message": Maybe(str),

@@ -19,6 +19,7 @@ from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.designs import Reader
+from nlme_sbi.individual_model.priors import MixturePrior
 from nlme_sbi.io import describe
 from nlme_sbi.population.estimators.interface import Estimator, EstimatorChoice, ThetaDependentEstimator
 from nlme_sbi.population.estimators.likelihood_weighted_prior import LikelihoodWeightedPrior
@@ -31,6 +32,7 @@ from nlme_sbi.population.uncertainty.bootstrap import Weights
 from nlme_sbi.population.uncertainty.influence import influence
 from nlme_sbi.population.uncertainty.methods import Assessment, add_intervals
 from nlme_sbi.runs import (
+    FinishedRun,
     RunDirectory,
     csv_text,
     load_run,
@@ -39,6 +41,7 @@ from nlme_sbi.runs import (
     save_text,
     sources_of,
 )
+from nlme_sbi.runs.remedies import override, repeated_command
 from nlme_sbi.runs.stored_observations import sha256_of_observations
 from nlme_sbi.stages.attempts import attempt_part
 from nlme_sbi.stages.fit_predictions import PredictionSettings, predictions_frame
@@ -54,17 +57,19 @@ from nlme_sbi.stages.shared.trained_posterior import (
     posterior_sources,
     untrained_posterior,
 )
-from nlme_sbi.types import Observations
+from nlme_sbi.types import Observations, TractableSimulator
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """The sections ``fit`` and ``figures``: starting points, target Monte-Carlo error in SE, panels of fits."""
+    """The sections ``fit`` and ``figures``: starting points, target Monte-Carlo error in SE, simulated individuals of
+    the self-check (0: none), panels of fits (0: no figures)."""
 
     starts: int
     accuracy: float
+    self_check: int
     panels: int
     uncertainty: Assessment
 
@@ -74,12 +79,17 @@ class FitSettings:
         starts = convert(plain["fit"]["starts"], int, "fit.starts")
         accuracy = convert(plain["fit"]["accuracy"], float, "fit.accuracy")
         panels = convert(plain["figures"]["individuals"], int, "figures.individuals")
-        for key, value in (("fit.starts", starts), ("figures.individuals", panels)):
-            if value < 1:
-                raise ValueError(f"{key} must be at least 1; got {value}.")
+        simulated = convert(plain["fit"]["self_check"], int, "fit.self_check")
+        for key, value, least in (
+            ("fit.starts", starts, 1),
+            ("figures.individuals", panels, 0),
+            ("fit.self_check", simulated, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{key} must be at least {least}; got {value}.")
         if not accuracy > 0:
             raise ValueError(f"fit.accuracy must be positive; got {accuracy:g}.")
-        return cls(starts, accuracy, panels, _uncertainty_settings(plain["fit"]))
+        return cls(starts, accuracy, simulated, panels, _uncertainty_settings(plain["fit"]))
 
 
 def _uncertainty_settings(plain: Mapping[str, Any]) -> Assessment:
@@ -165,8 +175,10 @@ def fit_population(cfg: DictConfig) -> float:
                 generator=seeded(device, seed, Stream.FIT_DRAWS),
                 starts=settings.starts,
                 accuracy=settings.accuracy,
+                self_check=settings.self_check,
                 progress=progress.report,
             )
+            fit = _with_advice(fit, plain, posterior, upstream)
             fit = add_intervals(
                 fit,
                 settings.uncertainty,
@@ -188,14 +200,15 @@ def fit_population(cfg: DictConfig) -> float:
             noise = seeded(device, seed, Stream.FIT_PREDICTIONS)
             made = partial(predictions_frame, fit, observations, posterior.simulator, settings=predicted)
             attempt_part("predictions.csv", lambda: _save_predictions(run, made(generator=noise)))
-        save_figures(
-            run.path,
-            fit,
-            posterior,
-            observations,
-            generator=seeded(device, seed, Stream.FIT_FIGURES),
-            individuals=settings.panels,
-        )
+        if settings.panels:
+            save_figures(
+                run.path,
+                fit,
+                posterior,
+                observations,
+                generator=seeded(device, seed, Stream.FIT_FIGURES),
+                individuals=settings.panels,
+            )
         run.finish(_results(fit))
     if not fit.converged:
         log.warning("The fit has NOT converged: do not use its numbers as estimates. %s", fit.message)
@@ -204,6 +217,27 @@ def fit_population(cfg: DictConfig) -> float:
         run.path,
     )
     return fit.objective
+
+
+def _with_advice(
+    fit: PopulationFit, plain: Mapping[str, Any], posterior: AnyPosterior, upstream: list[FinishedRun]
+) -> PopulationFit:
+    """The fit with a warning where neither likelihood nor simulation has measured the network's error."""
+    if fit.absolute or fit.self_check is not None or isinstance(posterior.simulator, TractableSimulator):
+        return fit
+    if isinstance(posterior.prior, MixturePrior):
+        advice = "Measure it: fit.self_check=4000."
+    else:
+        runs = [str(run.path) for run in upstream]
+        named = override("posterior", runs[0] if len(runs) == 1 else "RUN")
+        command = repeated_command("refine", named, experiment=plain["experiment"]["name"], root=plain["output_root"])
+        advice = f"Refine comes next, which simulates where these individuals are and checks itself: {command}"
+    warning = (
+        "No likelihood checks these estimates, and the network's error, which a broad training prior makes large where "
+        f"a population is narrow, is in none of their intervals. {advice}"
+    )
+    log.warning(warning)
+    return replace(fit, warnings=(*fit.warnings, warning))
 
 
 def _estimator(plain: Mapping[str, Any], posterior: AnyPosterior, trust: tuple[str, ...]) -> tuple[Estimator, str]:

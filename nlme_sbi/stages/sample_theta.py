@@ -17,6 +17,7 @@ from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
 from nlme_sbi.population.estimators.auto import choose_estimator
 from nlme_sbi.population.estimators.interface import Estimator, EstimatorChoice, ThetaDependentEstimator
+from nlme_sbi.population.fitting.self_check import tilted_state
 from nlme_sbi.population.objective.interface import NoDraws, WeightedDraws
 from nlme_sbi.population.theta_posterior.draws import ThetaDraws
 from nlme_sbi.population.theta_posterior.prior import ThetaPriors
@@ -99,7 +100,8 @@ def sample_theta(cfg: DictConfig) -> float:
 
 
 def rebuild_state(fit: StoredFit, estimator: Estimator, generator: torch.Generator) -> WeightedDraws:
-    """Weighted draws as the fit's estimator makes them at its estimate: as many, but other ones."""
+    """Weighted draws as the fit's estimator makes them at its estimate: as many, but other ones, and corrected as the
+    fit's were."""
     source, observations = fit.posterior, fit.observations.to(fit.device)
     with torch.no_grad():
         prepared = estimator.prepare(source, observations, fit.population, generator)
@@ -115,7 +117,7 @@ def rebuild_state(fit: StoredFit, estimator: Estimator, generator: torch.Generat
             if isinstance(better, str):
                 break
             state = better
-    return state
+    return tilted_state(state, fit.estimates.self_check)
 
 
 def _save(run: RunDirectory, found: ThetaDraws) -> dict[str, Any]:

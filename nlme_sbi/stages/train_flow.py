@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,8 +20,8 @@ from nlme_sbi.compute.distributed import Team, join_team
 from nlme_sbi.compute.random_streams import weights_seed
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.networks.densities import FlowSettings
-from nlme_sbi.networks.posterior import PosteriorNetwork, initialize_network
-from nlme_sbi.networks.stored_weights import describe_shape
+from nlme_sbi.networks.posterior import PosteriorNetwork, initialize_network, load_trained_network
+from nlme_sbi.networks.stored_weights import describe_shape, load_shape
 from nlme_sbi.networks.summaries import DataShape, SummarySettings
 from nlme_sbi.plots.canvas import save_png
 from nlme_sbi.plots.loss import plot_history
@@ -53,6 +53,7 @@ from nlme_sbi.types import Design, Prior, Simulator
 log = logging.getLogger(__name__)
 
 _CHECKPOINT = "training.pt"
+_SHAPED = 256  # pairs that show the shape of the data
 
 
 @runtime_checkable
@@ -64,7 +65,8 @@ class NetworkSettings(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """What training is made of; ``pool`` holds the designs where they come from data."""
+    """What training is made of; ``pool`` holds the designs where they come from data, ``begun`` the run whose weights
+    the training begins with."""
 
     source: PairSource
     simulator: Simulator
@@ -72,15 +74,16 @@ class _Parts:
     pool: Design | None
     summary: SummarySettings
     flow: FlowSettings
+    begun: FinishedRun | None = None
 
 
 def train_flow(cfg: DictConfig) -> float:
     """Train a network for an experiment; the run holds weights, history and what later stages need to use it.
 
     Args:
-        cfg: composed configuration with ``experiment``, ``simulations`` (RUN, latest or online), ``simulator``,
-            ``prior``, ``design``, ``summary``, ``flow``, ``training``, ``seed``, ``device``, ``output_root``,
-            ``fresh`` and ``trust``.
+        cfg: composed configuration with ``experiment``, ``simulations`` (RUN, latest or online), ``weights`` (RUN or
+            null), ``simulator``, ``prior``, ``design``, ``summary``, ``flow``, ``training``, ``seed``, ``device``,
+            ``output_root``, ``fresh`` and ``trust``.
 
     Returns:
         The best held-out loss (mean ``-log q(phi|y)`` on the scale of phi), which sweepers minimise.
@@ -96,22 +99,28 @@ def train_flow(cfg: DictConfig) -> float:
 def _train_in_team(plain: Mapping[str, Any], team: Team) -> float:
     """The stage in one of the processes that train together, which is usually the only one."""
     trust = tuple(plain["trust"])
-    upstream = _upstream(plain)
+    upstream, begun = _upstream(plain), _begun(plain)
     if upstream is None:
         plain = with_stated_prior(plain, trust)
     config = _relevant(plain, upstream, team)
+    if begun is not None:
+        config |= {name: begun.section(name) for name in ("summary", "flow")}
     settings: TrainingSettings = instantiate(config["training"], trust=trust, where="training")
     # Whatever can be refused without simulating is refused before a directory is made.
     parts = _parts(config, settings, upstream, team=team, trust=trust)
+    if begun is not None:
+        parts = replace(parts, begun=begun)
+        _check_weights(begun, config, parts, trust=trust)
     if not team.is_first:
         return _follow(parts, settings, team, seed=int(config["seed"]))
     run = open_run(
         stage="train_flow",
         experiment=plain["experiment"]["name"],
         config=config,
-        inputs=_inputs(upstream, parts.pool),
+        inputs=_inputs(upstream, parts.pool) | ({} if begun is None else {"weights": begun.sha256}),
         root=Path(plain["output_root"]),
         fresh=plain["fresh"],
+        input_paths={} if begun is None else {"weights": begun.path},
         sources=sources_of(config, (*GENERATIVE, "summary", "flow"), trust=trust),
     )
     with run:
@@ -164,6 +173,47 @@ def _upstream(plain: Mapping[str, Any]) -> FinishedRun | None:
     run = find_run(reference, stage="simulate", experiment=plain["experiment"]["name"], root=Path(plain["output_root"]))
     log.info("Simulations: %s", run.path)
     return run
+
+
+def _begun(plain: Mapping[str, Any]) -> FinishedRun | None:
+    """The run whose weights the training begins with, or none."""
+    reference = plain.get("weights")
+    if reference is None:
+        return None
+    run = find_run(
+        str(reference), stage="train_flow", experiment=plain["experiment"]["name"], root=Path(plain["output_root"])
+    )
+    log.info("Weights to begin with: %s", run.path)
+    return run
+
+
+def _check_weights(begun: FinishedRun, config: Mapping[str, Any], parts: _Parts, *, trust: tuple[str, ...]) -> None:
+    """Refuse weights of another simulator's network, or of data of another shape; architecture is the run's own."""
+    made, asked = begun.section("simulator"), config["simulator"]
+    if made != asked:
+        raise ValueError(
+            f"weights={begun.path} is a network of {made.get('_target_')}, trained with other settings than this "
+            f"command's {asked.get('_target_')}; take a network of the same simulator, or weights=null."
+        )
+    require_unedited(begun, ("summary", "flow"), trust=trust)
+    shape = load_shape(begun.file("network.json"))
+    here = DataShape.of(parts.source.pilot(_SHAPED), parts.simulator)
+    if not _reads(shape, here):
+        raise ValueError(
+            f"weights={begun.path} reads data of another shape ({describe_shape(shape)}) than these simulations "
+            f"({describe_shape(here)}): times, signals, doses and covariates must be of one kind. Train without, "
+            "weights=null."
+        )
+
+
+def _reads(shape: DataShape, here: DataShape) -> bool:
+    """Whether a network for data of ``shape`` reads data like ``here``, of which a few were looked at: these may lack
+    what others have."""
+    names = ("signals", "covariates", "levels", "takes_doses", "along")
+    alike = all(getattr(shape, name) == getattr(here, name) for name in names)
+    grid = here.times == shape.times or not shape.shared_times
+    more = [(here.missing, shape.missing), (shape.shared_times, here.shared_times), (here.censored, shape.censored)]
+    return alike and grid and all(known or not needed for needed, known in more)
 
 
 def _relevant(plain: Mapping[str, Any], upstream: FinishedRun | None, team: Team) -> dict[str, Any]:
@@ -227,6 +277,10 @@ def _parts(
 
 
 def _network(parts: _Parts, settings: TrainingSettings, *, seed: int) -> tuple[PosteriorNetwork, DataShape]:
+    """A new network, or the one whose weights are given, whose scalings stay what they were."""
+    if parts.begun is not None:
+        device = parts.source.pilot(2).phi.device
+        return load_trained_network(parts.begun, parts.summary, parts.flow, len(parts.simulator.parameters), device)
     return initialize_network(
         parts.source.pilot(settings.pilot_size),
         parts.simulator,

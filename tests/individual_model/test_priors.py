@@ -10,13 +10,18 @@ import pytest
 import torch
 from scipy import stats
 
-from nlme_sbi.individual_model.priors import GaussianPrior, MixturePrior, UniformPrior
+from nlme_sbi.individual_model.priors import GaussianPrior, MixturePrior, TruncatedGaussianPrior, UniformPrior
 from nlme_sbi.types import Prior
 
 PARAMETERS = {"ka": {"mean": 0.5, "sd": 1.5}, "CL": {"mean": -1, "variance": 4}, "V": {"mean": 3, "sd": 0.1}}
 CORRELATION = [[1, 0.6, -0.2], [0.6, 1, 0.3], [-0.2, 0.3, 1]]
 BOX = {"ka": {"lower": -1, "upper": 2}, "CL": {"lower": -6, "upper": 1.5}, "V": {"lower": 2.5, "upper": 3.5}}
+CUT = {
+    name: {"mean": mean, "sd": sd, **BOX[name]}
+    for name, mean, sd in (("ka", 0.5, 1.5), ("CL", -1.0, 2.0), ("V", 3.0, 0.1))
+}
 PRIORS: dict[str, Prior] = {
+    "truncated": TruncatedGaussianPrior(CUT),
     "independent": GaussianPrior(PARAMETERS),
     "correlated": GaussianPrior(PARAMETERS, correlation=CORRELATION),
     "uniform": UniformPrior(BOX),
@@ -37,7 +42,10 @@ def _scipy_log_density(name: str, points: np.ndarray[Any, Any]) -> np.ndarray[An
     gaussian = stats.multivariate_normal([0.5, -1, 3], _covariance()).logpdf(points)
     lower, upper = np.array([[BOX[n][side] for n in BOX] for side in ("lower", "upper")])
     uniform = stats.uniform(lower, upper - lower).logpdf(points).sum(-1)
+    means, sds = np.array([0.5, -1, 3]), np.array([1.5, 2.0, 0.1])
+    truncated = stats.truncnorm((lower - means) / sds, (upper - means) / sds, means, sds).logpdf(points).sum(-1)
     return {
+        "truncated": truncated,
         "independent": stats.norm([0.5, -1, 3], [1.5, 2.0, 0.1]).logpdf(points).sum(-1),
         "correlated": gaussian,
         "uniform": uniform,

@@ -318,8 +318,8 @@ class RatioDraws:
             found += checks.warn_of_tails(distances, ids, names)
             found += (
                 f"{', '.join(names)}: a value common to all is where {len(ids)} densities of the sampler, multiplied, "
-                "peak. A network's errors in its tails add up there and are in no standard error: compare with a fit "
-                "in which the parameter varies.",
+                f"peak. A network's errors in its tails add up there and {checks.UNMEASURED}: compare with a fit in "
+                "which the parameter varies.",
             )
         return found
 

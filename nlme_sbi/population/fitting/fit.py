@@ -38,6 +38,7 @@ from nlme_sbi.population.fitting.multistart_summary import (
 from nlme_sbi.population.fitting.outcome import Optimum, Outcome
 from nlme_sbi.population.fitting.ratio_check import compare_with_likelihood
 from nlme_sbi.population.fitting.rivals import choose_highest
+from nlme_sbi.population.fitting.self_check import check_by_simulation
 from nlme_sbi.population.fitting.zero_variances import fix_zero_variances
 from nlme_sbi.population.models.interface import PopulationModel, PopulationSpecification
 from nlme_sbi.population.objective import draw_checks as checks
@@ -62,6 +63,7 @@ def fit_population(
     parameters: ParameterSpace | None = None,
     starts: int = 5,
     accuracy: float = 0.1,
+    self_check: int = 0,
     progress: Report | None = None,
 ) -> PopulationFit:
     """Maximum-likelihood estimate of a population model from draws of the individuals' posteriors.
@@ -84,6 +86,8 @@ def fit_population(
         parameters: the simulator's parameters; needed only with samples and an unbound specification.
         starts: how many.
         accuracy: target Monte-Carlo error, in standard errors.
+        self_check: individuals, at most, that are simulated from the estimate, by which an estimator without a
+            likelihood measures its bias and takes it off (:mod:`nlme_sbi.population.fitting.self_check`); 0 for none.
         progress: called with how far the fit is.
 
     Raises:
@@ -112,6 +116,22 @@ def fit_population(
     were_all_there = len(observations) <= STARTS_ON  # otherwise starts are compared on some individuals only
     if fit.verification is not None and were_all_there and not isinstance(estimator, SelfOptimizingEstimator):
         fit = choose_highest(fit, lambda begin: settle(fitted(population, begin=begin)))
+    if self_check:
+        chosen, _ = choose_estimator(Auto() if estimator is None else estimator, posterior_or_samples)
+        if fit.redraw is not None:
+            raise ValueError(
+                f"fit.self_check measures the bias of an estimator without a likelihood, and {chosen.name} maximises "
+                "the likelihood itself. Pass fit.self_check=0, or estimator=prior_ratio."
+            )
+        fit = check_by_simulation(
+            fit,
+            posterior_or_samples,
+            observations,
+            chosen,
+            most=self_check,
+            generator=generator,
+            report=progress or discard,
+        )
     if not fit.converged:
         logger.warning(fit.message)
     for warning in fit.warnings:

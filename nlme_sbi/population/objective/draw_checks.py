@@ -9,18 +9,22 @@ from jaxtyping import Float
 from scipy.special import bdtrc, chdtri
 from torch import Tensor
 
+from nlme_sbi.individual_model.priors import MixturePrior
 from nlme_sbi.numerics.weighted_draws import mean_one
 from nlme_sbi.population.models.interface import PopulationModel, covariances_of, means_of
 from nlme_sbi.population.models.labels import _NAMED, list_ids
 from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.types import Design, Observations, Prior
 
+UNMEASURED = "are in no standard error"  # words of warnings that a self-check makes idle
 _FALSE_ALARMS = 0.01  # chance that any individual is named where posteriors are exact and Gaussian
 _TAIL = 0.025  # what lies in the tails: beyond 2.2 SD in one dimension
 _SAMPLED = 20_000  # individuals sampled from the population to see how many lie outside the prior
 _TRAINED = 100_000  # prior samples that show where the network was trained
 _MARGIN = 20.0  # below the least log density of them; about 8.5 SD in six dimensions
 _STRAY = 0.01  # share of draws outside that region that is worth a warning
+_NARROWER = 2.0  # difference of log determinants below which a mixture's components are of one width
+_AWAY = 0.5  # share of the population about which a refined prior holds no more than the prior before
 _OUTSIDE = 1e-3  # share of the population outside the prior's support that is worth a warning
 
 
@@ -159,7 +163,49 @@ def warn_of_narrow_prior(
         return _wider_than_gaussian(prior, population, theta, design) + _far_from_prior(
             prior, population, theta, design
         )
-    return _outside_support(prior, population, theta, design)
+    found = _outside_support(prior, population, theta, design)
+    if isinstance(prior, MixturePrior):
+        found += _wider_than_components(prior, population, theta, design)
+        found += _away_from_refined(prior, population, theta, design)
+    return found
+
+
+_REFINE_AGAIN = (
+    "Refine for these data, from the posterior that was refined before: python scripts/refine.py posterior=RUN data=..."
+)
+
+
+def _wider_than_components(
+    prior: MixturePrior, population: PopulationModel, theta: Tensor, design: Design
+) -> tuple[str, ...]:
+    """Weights have no bound where the population is wider, in some direction, than every normal of a mixture."""
+    if not all(is_gaussian(component) for component in prior.components):
+        return ()
+    found = [_wider_than_gaussian(component, population, theta, design) for component in prior.components]
+    # Each sentence is about its component; that of the last, the widest of a refined prior, holds for all.
+    return found[-1] if all(found) else ()
+
+
+def _away_from_refined(
+    prior: MixturePrior, population: PopulationModel, theta: Tensor, design: Design
+) -> tuple[str, ...]:
+    """A sentence where most of the population lies where a mixture's widest component alone was simulated: its network
+    was refined for another population."""
+    volumes = [float(component.covariance.double().logdet()) for component in prior.components]
+    widest = volumes.index(max(volumes))
+    if max(volumes) - min(volumes) < _NARROWER:
+        return ()
+    generator = torch.Generator(device=theta.device).manual_seed(0)  # a diagnostic: the same for the same fit
+    rows = torch.arange(_SAMPLED, device=theta.device) % len(design)
+    phi = population.sample(theta.detach(), design[rows], generator).double()
+    alone = math.log(prior.weights[widest]) + prior.components[widest].log_prob(phi)
+    share = float((alone - prior.log_prob(phi)).exp().mean())
+    if share <= _AWAY:
+        return ()
+    return (
+        f"The network was refined for another population: {100 * share:.0f}% of the fitted one lies where its "
+        f"simulations came from the prior before refinement, so it is blunt here. {_REFINE_AGAIN}",
+    )
 
 
 _REMEDY = "Train with a wider prior there, or use estimator=exact where there is a likelihood."

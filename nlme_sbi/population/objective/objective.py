@@ -7,7 +7,7 @@ memory is bounded, and blocks side by side; derivatives are exact (autograd).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -187,17 +187,22 @@ def independent_sets(state: WeightedDraws) -> tuple[WeightedDraws, ...]:
     return state.half(0), state.half(1)
 
 
-def objective_error(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, " I"]:
-    """Monte-Carlo standard error of every individual's objective, from how independent sets of its draws differ."""
-    each = torch.stack([contributions(one, theta) for one in independent_sets(state)])
+def objective_error(
+    state: WeightedDraws, theta: Float[Tensor, " P"], sets: Sequence[WeightedDraws] | None = None
+) -> Float[Tensor, " I"]:
+    """Monte-Carlo standard error of every individual's objective, from how independent sets of its draws differ:
+    :func:`independent_sets`, or those where they are made already."""
+    each = torch.stack([contributions(one, theta) for one in sets or independent_sets(state)])
     error: Tensor = each.std(0) / len(each) ** 0.5
     return error
 
 
-def score_error(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "free free"]:
-    """Monte-Carlo covariance of the summed score, from how independent sets of every individual's draws differ. It
-    rests on as many differences as there are individuals times sets but one."""
-    each = torch.stack([scores(one, theta) for one in independent_sets(state)])
+def score_error(
+    state: WeightedDraws, theta: Float[Tensor, " P"], sets: Sequence[WeightedDraws] | None = None
+) -> Float[Tensor, "free free"]:
+    """Monte-Carlo covariance of the summed score, from how independent sets of every individual's draws differ, as in
+    :func:`objective_error`. It rests on as many differences as there are individuals times sets but one."""
+    each = torch.stack([scores(one, theta) for one in sets or independent_sets(state)])
     apart = (each - each.mean(0)).flatten(0, 1)
     return apart.T @ apart / (len(each) * (len(each) - 1))
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.config.records import read_record
 from nlme_sbi.population.models.interface import Unknown
+from nlme_sbi.population.objective.self_check import SelfCheck
 from nlme_sbi.population.objective.variance_tests import VarianceTest, describe_test
 from nlme_sbi.population.objective.verification import Verification
 from nlme_sbi.population.results.effect_table import EffectRow
@@ -135,6 +136,8 @@ class FitEstimates:
         variance_tests: whether parameters without variability vary after all.
         restarts: where every start ended.
         verification: the check of a likelihood's maximum; None where there was none.
+        self_check: how an estimator without a likelihood recovers its own estimate from simulated data; None where that
+            was not asked for.
         message: how the fit ended, in words.
         labelling: which parameters can be exchanged, and which labelling is shown, in words.
         warnings: to be read before the numbers are used.
@@ -164,6 +167,7 @@ class FitEstimates:
     variance_tests: tuple[VarianceTest, ...] = ()
     restarts: tuple[Restart, ...] = ()
     verification: Verification | None = None
+    self_check: SelfCheck | None = None
     message: str = ""
     labelling: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -291,6 +295,7 @@ class FitEstimates:
             "restarts": [_plain(restart) for restart in self.restarts],
             "converged": self.converged,
             "verification": None if self.verification is None else _plain(self.verification),
+            "self_check": None if self.self_check is None else self.self_check.to_dict(),
             "message": self.message,
             "labelling": list(self.labelling),
             "warnings": list(self.warnings),
@@ -309,7 +314,7 @@ class FitEstimates:
                 a number``.
         """
         table = convert(plain.get("table"), Mapping[str, Any], "table")
-        checked = plain.get("verification")
+        checked, simulated = plain.get("verification"), plain.get("self_check")
         covariance = convert(plain.get("covariance"), list[list[float | None]], "covariance")
         rows = [[math.nan if value is None else value for value in row] for row in covariance]
         if any(len(row) != len(rows) for row in rows):
@@ -335,6 +340,7 @@ class FitEstimates:
             variance_tests=_rows(VarianceTest, plain, "variance_tests"),
             restarts=_rows(Restart, plain, "restarts"),
             verification=None if checked is None else read_record(Verification, checked, "verification"),
+            self_check=None if simulated is None else read_record(SelfCheck, simulated, "self_check"),
             message=convert(plain.get("message") or "", str, "message"),
             labelling=convert(plain.get("labelling") or (), tuple[str, ...], "labelling"),
             warnings=convert(plain.get("warnings") or (), tuple[str, ...], "warnings"),

@@ -23,6 +23,7 @@ from nlme_sbi.population.objective.individuals import (
 )
 from nlme_sbi.population.objective.information_criteria import corrected_bic
 from nlme_sbi.population.objective.interface import WeightedDraws
+from nlme_sbi.population.objective.self_check import SelfCheck
 from nlme_sbi.population.objective.standard_errors import MonteCarloError
 from nlme_sbi.population.objective.variance_tests import VarianceTest
 from nlme_sbi.population.objective.verification import Verification
@@ -73,6 +74,7 @@ class PopulationFit:
         verification: the check of a likelihood's maximum on draws that the search did not use.
         modes: of the individuals, where they were searched
             (:func:`nlme_sbi.population.results.individual_map.individual_modes`).
+        self_check: how the estimator recovers its own estimate from simulated data; None where that was not asked for.
     """
 
     population: PopulationModel
@@ -100,6 +102,7 @@ class PopulationFit:
     redraw: Redraw | None = field(default=None, repr=False)
     verification: Verification | None = None
     modes: IndividualModes | None = field(default=None, repr=False)
+    self_check: SelfCheck | None = None
 
     @property
     def ess(self) -> Float[Tensor, " I"]:
@@ -216,6 +219,7 @@ class PopulationFit:
             variance_tests=self.variance_tests,
             restarts=self.restarts,
             verification=self.verification,
+            self_check=self.self_check,
             message=self.message,
             labelling=self.labelling,
             warnings=self.warnings,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from nlme_sbi.diagnostics.findings import Finding, attempt_finding
+from nlme_sbi.diagnostics.findings import Finding, Light, attempt_finding
 from nlme_sbi.diagnostics.fit.reliability import monte_carlo_finding, weights_finding
 from nlme_sbi.numerics.pareto_k import UNRELIABLE
 from nlme_sbi.population.results.estimates import FitEstimates
@@ -16,6 +16,7 @@ from nlme_sbi.population.results.restart import BEYOND, Restart
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
 from nlme_sbi.report.page.content import Block, Cell, Section, Table, Words, number
 
+LARGE_BIAS = 1.0  # standard errors, corrected bias above which a reader must know of it
 LEAST_DRAWS = 50.0  # effective draws below which an individual is flagged
 
 
@@ -35,10 +36,38 @@ def convergence_section(fit: ReportedFit) -> Section:
             convergence_finding(estimates),
             attempt_finding("monte_carlo", "Sensitivity to draws and seeds", lambda: _sensitivity(estimates)),
             attempt_finding("weights", "Effective draws of the individuals", lambda: _weights(fit)),
+            *(() if estimates.self_check is None else (self_check_finding(estimates),)),
             warnings_finding(estimates.warnings),
         ),
         blocks=tuple(blocks),
     )
+
+
+def self_check_finding(estimates: FitEstimates) -> Finding:
+    """How an estimator without a likelihood recovers its own estimate from data simulated from it."""
+    title = "Self-check by simulation"
+    rule = (
+        "Green: the bias that simulated individuals show is corrected, and its error is in the standard errors; "
+        f"amber: that bias is above {LARGE_BIAS:g} standard error, or its error above {LARGE_BIAS / 2:g}; red: it is "
+        "too large or too uncertain to be corrected; grey: not checked."
+    )
+    found = estimates.self_check
+    if found is None:
+        sentence = "Nothing was simulated from the estimate (fit.self_check=0): the network's error is not known."
+        return Finding("self_check", title, "grey", sentence, rule)
+    if not found.passed:
+        return Finding("self_check", title, "red", found.sentence, rule)
+    se = {one.name: one.se for one in estimates.unknowns}
+    sizes = [abs(bias) / (se[name] or math.nan) for name, bias in zip(found.unknowns, found.bias, strict=True)]
+    errors = [error / (se[name] or math.nan) for name, error in zip(found.unknowns, found.bias_se, strict=True)]
+    numbers: dict[str, float | int | str | None] = {
+        "individuals": found.individuals,
+        "bias": max(sizes),
+        "unknown": found.unknowns[sizes.index(max(sizes))],
+        "error": max(errors),
+    }
+    light: Light = "amber" if max(sizes) > LARGE_BIAS or max(errors) > LARGE_BIAS / 2 else "green"
+    return Finding("self_check", title, light, found.sentence, rule, numbers)
 
 
 def _sensitivity(estimates: FitEstimates) -> Finding:
