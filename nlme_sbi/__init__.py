@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nlme_sbi.hierarchical.residuals import Residuals
     from nlme_sbi.individual_model.closed_forms import log_bateman
     from nlme_sbi.individual_model.dosing.single_bolus import single_bolus
-    from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel, times_for
+    from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, OdeModel, times_for
     from nlme_sbi.individual_model.noise import (
         AboveZero,
         Additive,
@@ -38,17 +38,19 @@ if TYPE_CHECKING:
         CountModel,
         Exponential,
         NegativeBinomial,
+        NeuralSd,
         NoiseModel,
         Poisson,
         Power,
         Proportional,
         StudentT,
     )
+    from nlme_sbi.individual_model.numpy_simulator import NumpySimulator
     from nlme_sbi.individual_model.priors import GaussianPrior, MixturePrior, PriorOfData, UniformPrior
     from nlme_sbi.individual_model.reaction_network import Leaping, ReactionNetwork
     from nlme_sbi.individual_model.rosenbrock import Rosenbrock
     from nlme_sbi.individual_model.sde import SdeModel
-    from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, TorchDiffEq
+    from nlme_sbi.individual_model.solvers import DormandPrince5, Midpoint, ModifiedEuler, RungeKutta4, TorchDiffEq
     from nlme_sbi.io import EventTable, LongTable, WideSheet, describe
     from nlme_sbi.limits import Limits
     from nlme_sbi.networks.ensembles import PosteriorEnsemble
@@ -132,8 +134,11 @@ __all__ = [
     "Limits",
     "LongTable",
     "MechanisticSimulator",
+    "Midpoint",
     "MixturePrior",
+    "ModifiedEuler",
     "NegativeBinomial",
+    "NeuralSd",
     "NoiseModel",
     "NumpySimulator",
     "Observations",
@@ -227,7 +232,6 @@ _ROOMS = {
     "individual_model.dosing.single_bolus": ("single_bolus",),
     "individual_model.mechanistic": (
         "MechanisticSimulator",
-        "NumpySimulator",
         "OdeModel",
         "times_for",
     ),
@@ -242,12 +246,14 @@ _ROOMS = {
         "CountModel",
         "Exponential",
         "NegativeBinomial",
+        "NeuralSd",
         "NoiseModel",
         "Poisson",
         "Power",
         "Proportional",
         "StudentT",
     ),
+    "individual_model.numpy_simulator": ("NumpySimulator",),
     "individual_model.priors": (
         "GaussianPrior",
         "MixturePrior",
@@ -262,6 +268,8 @@ _ROOMS = {
     "individual_model.sde": ("SdeModel",),
     "individual_model.solvers": (
         "DormandPrince5",
+        "Midpoint",
+        "ModifiedEuler",
         "RungeKutta4",
         "TorchDiffEq",
     ),
