@@ -19,6 +19,7 @@ from nlme_sbi.hierarchical.model import Bound, HierarchicalModel, Individuals
 from nlme_sbi.hierarchical.preparation import FittedPreparation, Preparation
 from nlme_sbi.hierarchical.residuals import Residuals
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
+from nlme_sbi.individual_model.networks_within import freeze_networks
 from nlme_sbi.training.loop import TrainingResult, TrainingSettings, train
 from nlme_sbi.types import Observations
 
@@ -131,6 +132,8 @@ def negative_bound(network: nn.Module, individuals: Individuals) -> Float[Tensor
 def train_model(prepared: PreparedModel, settings: TrainingSettings, seed: int, **options: object) -> TrainingResult:
     """Train a prepared model; the weights with the highest bound of held-out individuals are kept.
 
+    Networks of the simulator are trained with it, and fixed afterwards.
+
     Args:
         prepared: trained in place.
         settings: steps, learning rate and the rest.
@@ -138,7 +141,9 @@ def train_model(prepared: PreparedModel, settings: TrainingSettings, seed: int, 
         options: of :func:`nlme_sbi.training.loop.train`: checkpoint, report, progress.
     """
     source = IndividualBatches(prepared.fitted, prepared.held_out, settings.batch_size, seed)
-    return train(prepared.model, source, settings, loss=negative_bound, **options)  # type: ignore[arg-type]
+    result = train(prepared.model, source, settings, loss=negative_bound, **options)  # type: ignore[arg-type]
+    freeze_networks(prepared.model.simulator)
+    return result
 
 
 @torch.no_grad()

@@ -298,4 +298,4 @@ def predict_new(
     phi = model.parameters_of(individuals.codes, own[:, :, None], shared)[:, :, 0]
     simulator, design = model.simulator, individuals.observations.design
     prediction = simulator.predict(phi, design)
-    return simulator.noise.sample(prediction, simulator.noise_parameters(phi), generator=generator)
+    return simulator.noise.sample(prediction, simulator.noise_parameters(phi, design), generator=generator)
