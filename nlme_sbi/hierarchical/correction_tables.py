@@ -30,9 +30,9 @@ def correction_table(
         made: draws of their posteriors.
 
     Returns:
-        ``kind`` "rate": ``neural_share``, the mean square of the neural term over that of the whole rate.
-        ``kind`` "signal": ``neural_share``, the variance of predictions that goes away without the neural terms and
-        with the same parameters, over all of it (at most 1); ``rmse`` and ``rmse_without``, of the series with and
+        ``kind`` "rate": ``neural_share``, the mean square of the neural term over the sum of its and the mechanism's.
+        ``kind`` "signal": ``neural_share``, the same of predictions: what the neural terms change of them, with the
+        same parameters, and what the mechanism alone predicts; ``rmse`` and ``rmse_without``, of the series with and
         without them; ``explained``, the share of what the mechanism alone leaves unexplained that they explain.
     """
     design, observed = individuals.observations.design, individuals.observations.design.observed
@@ -55,12 +55,12 @@ def correction_table(
         full, bare = curves[..., place][there].double(), white[..., place][there].double()
         seen = values[..., place].expand(there.shape)[there].double()
         miss, miss_bare = (full - seen).square().mean(), (bare - seen).square().mean()
-        change = ((full - bare).square().mean() / full.var(correction=0).clamp_min(1e-30)).clamp_max(1.0)
+        change, alone = (full - bare).square().mean(), bare.square().mean()
         rows.append(
             {
                 "kind": "signal",
                 "name": signal,
-                "neural_share": float(change),
+                "neural_share": float(change / (change + alone).clamp_min(1e-30)),
                 "rmse": float(miss.sqrt()),
                 "rmse_without": float(miss_bare.sqrt()),
                 "explained": float(1 - miss / miss_bare.clamp_min(1e-30)),
@@ -72,7 +72,7 @@ def correction_table(
 def correction_warnings(table: pd.DataFrame, penalty: float) -> Sequence[str]:
     """What to be warned of: neural terms that are more than the mechanism."""
     found = []
-    for kind, whole in (("rate", "the rates of"), ("signal", "the variance of predicted")):
+    for kind, whole in (("rate", "the rates of"), ("signal", "the predictions of")):
         large = table[(table.kind == kind) & (table.neural_share > _EVERYTHING)]
         if len(large):
             pairs = zip(large["name"], large["neural_share"], strict=True)
