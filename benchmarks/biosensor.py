@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -57,6 +57,7 @@ from nlme_sbi.hierarchical.scores import coverage, crps, rmse
 from nlme_sbi.stages.cross_validate import cross_validate
 from nlme_sbi.types import Observations
 from simulators.double_receiver import SIGNALS, DoubleReceiver
+from simulators.double_receiver_black import DoubleReceiverBlack
 
 DRAWS = 1000
 PUBLISHED = Preparation(scale="all", baseline="minimum", grid="shortest", saturated="value")
@@ -67,7 +68,8 @@ class Part:
     """A model and the CPU seconds that it may take."""
 
     seconds: float
-    noise: str = "constant"
+    black: bool = False
+    noise: Literal["constant", "combined"] = "constant"
     own_noise: bool = False
     correlation: str = "none"
     blind: bool = False
@@ -83,6 +85,10 @@ PARTS = {
     "white_free_30": Part(30),
     "white_free_240": Part(240),
     "white_best_60": Part(60, noise="combined", own_noise=True, correlation="exponential"),
+    "black_120": Part(120, black=True, own_noise=True, learning_rate=4e-3),
+    "black_best_60": Part(
+        60, black=True, noise="combined", own_noise=True, correlation="exponential", learning_rate=4e-3
+    ),
     "predictive_60": Part(52, noise="combined", own_noise=True, correlation="exponential", population=True),
 }
 UNSEEN = ("R33S34", "R33S32")  # devices that are left out in turn
@@ -96,9 +102,13 @@ def read(path: Path) -> Observations:
 
 
 def levels(part: Part) -> dict[str, dict[str, Any]]:
-    """The published levels; noise of each well's own where the part has it."""
-    text = (ROOT / "conf" / "hierarchy" / "double_receiver.yaml").read_text()
+    """The published levels, or those of the black box; noise of each well's own where the part has it."""
+    name = "double_receiver_black" if part.black else "double_receiver"
+    text = (ROOT / "conf" / "hierarchy" / f"{name}.yaml").read_text()
     parameters: dict[str, dict[str, Any]] = yaml.safe_load(text)["parameters"]
+    if part.black:  # as published: latents of the device, which networks know by its number
+        for latent in ("u1", "u2"):
+            parameters[latent] = {"level": "group", "by": "device", "mean": 0.0, "sd": 1.0}
     for signal in SIGNALS:
         if part.own_noise:
             parameters[f"sd_{signal}"] = {"level": "individual", "mean": -4.0, "sd": 1.0}
@@ -119,7 +129,8 @@ def prepared(part: Part, observations: Observations, held: HeldOut, seed: int) -
         bound=Bound(draws=part.draws),
     )
     fitted, out = held.rows(observations, seed)
-    return prepare_model(DoubleReceiver(part.noise), settings, observations, fitted=fitted, held_out=out, seed=seed)
+    simulator = DoubleReceiverBlack(part.noise, seed=seed) if part.black else DoubleReceiver(part.noise)
+    return prepare_model(simulator, settings, observations, fitted=fitted, held_out=out, seed=seed)
 
 
 def train_for(made: PreparedModel, part: Part, seed: int) -> float:

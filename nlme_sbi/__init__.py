@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nlme_sbi.hierarchical.residuals import Residuals
     from nlme_sbi.individual_model.closed_forms import log_bateman
     from nlme_sbi.individual_model.dosing.single_bolus import single_bolus
-    from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel, times_for
+    from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, OdeModel, times_for
     from nlme_sbi.individual_model.noise import (
         AboveZero,
         Additive,
@@ -40,12 +40,14 @@ if TYPE_CHECKING:
         CountModel,
         Exponential,
         NegativeBinomial,
+        NeuralSd,
         NoiseModel,
         Poisson,
         Power,
         Proportional,
         StudentT,
     )
+    from nlme_sbi.individual_model.numpy_simulator import NumpySimulator
     from nlme_sbi.individual_model.priors import (
         GaussianPrior,
         MixturePrior,
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
     from nlme_sbi.individual_model.reaction_network import Leaping, ReactionNetwork
     from nlme_sbi.individual_model.rosenbrock import Rosenbrock
     from nlme_sbi.individual_model.sde import SdeModel
-    from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, TorchDiffEq
+    from nlme_sbi.individual_model.solvers import DormandPrince5, Midpoint, ModifiedEuler, RungeKutta4, TorchDiffEq
     from nlme_sbi.individual_model.vectors import VectorSimulator, observe_vectors
     from nlme_sbi.io import EventTable, LongTable, VectorTable, WideSheet, describe
     from nlme_sbi.limits import Limits
@@ -155,8 +157,11 @@ __all__ = [
     "Limits",
     "LongTable",
     "MechanisticSimulator",
+    "Midpoint",
     "MixturePrior",
+    "ModifiedEuler",
     "NegativeBinomial",
+    "NeuralSd",
     "NoiseModel",
     "NumpySimulator",
     "Observations",
@@ -275,7 +280,6 @@ _ROOMS = {
     "individual_model.dosing.single_bolus": ("single_bolus",),
     "individual_model.mechanistic": (
         "MechanisticSimulator",
-        "NumpySimulator",
         "OdeModel",
         "times_for",
     ),
@@ -290,12 +294,14 @@ _ROOMS = {
         "CountModel",
         "Exponential",
         "NegativeBinomial",
+        "NeuralSd",
         "NoiseModel",
         "Poisson",
         "Power",
         "Proportional",
         "StudentT",
     ),
+    "individual_model.numpy_simulator": ("NumpySimulator",),
     "individual_model.priors": (
         "GaussianPrior",
         "MixturePrior",
@@ -311,6 +317,8 @@ _ROOMS = {
     "individual_model.sde": ("SdeModel",),
     "individual_model.solvers": (
         "DormandPrince5",
+        "Midpoint",
+        "ModifiedEuler",
         "RungeKutta4",
         "TorchDiffEq",
     ),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Float
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from nlme_sbi.individual_model.cascades import accumulate, logistic_growth, refine_times
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
-from nlme_sbi.individual_model.noise import Additive, Combined1
+from nlme_sbi.individual_model.noise import Additive, Combined1, NeuralSd, NoiseModel
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design
 
 SIGNALS = ("OD", "mRFP1", "EYFP", "ECFP")
+NoiseName = Literal["constant", "combined", "neural"]
+REPORTERS = {"81": "EYFP", "76": "ECFP"}  # by promoter
 _INITIAL_SIZE = 0.002
 _LONGEST_STEP = 0.25  # h, between nodes of the sums
 _HALVINGS = 6  # of the first step: strong receivers turn promoters on within minutes
@@ -81,7 +84,8 @@ class DoubleReceiver(MechanisticSimulator):
     Source: Roeder, Grant, Phillips, Dalchau and Meeds (2019), ICML; Grant et al. (2016), Mol. Syst. Biol. 12:849.
 
     Args:
-        noise: "constant" SD of each signal, or "combined", ``a + b f`` of each.
+        noise: "constant" SD of each signal; "combined", ``a + b f`` of each; "neural", a constant times a network of
+            time and signals.
     """
 
     signals: tuple[str, ...] = SIGNALS
@@ -89,23 +93,24 @@ class DoubleReceiver(MechanisticSimulator):
     covariates: tuple[str, ...] = ("C6", "C12")
     covariate_units: Mapping[str, str] = {"C6": "nM", "C12": "nM"}
 
-    def __init__(self, noise: Literal["constant", "combined"] = "constant") -> None:
-        sds = tuple(f"sd_{name}" for name in SIGNALS)
-        cvs = tuple(f"cv_{name}" for name in SIGNALS) if noise == "combined" else ()
-        if noise not in ("constant", "combined"):
-            raise ValueError(f'simulator.noise must be constant or combined; got "{noise}".')
-        self.noise = Combined1(sd=sds, cv=cvs) if cvs else Additive(sd=sds)
-        of_noise = [_positive(name, "", "SD of the noise") for name in sds]
-        of_noise += [_positive(name, "", "SD of the noise, of the mean") for name in cvs]
+    def __init__(self, noise: NoiseName = "constant") -> None:
+        self.noise, of_noise = noise_of(noise, SIGNALS)
         self.parameters = ParameterSpace((*_MECHANISM, *of_noise))
 
     def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T 4"]:
         """The four signals at ``design.times``, scaled as the data."""
-        value = _natural_values(phi)
+        return self._follow(phi, design).signals
+
+    def _follow(self, phi: Tensor, design: Design, changed: ChangedRates | None = None) -> Course:
+        """The signals, with rates of the mechanism changed."""
+        value = natural_values(phi)
         times, places = refine_times(times_for(phi, design), _LONGEST_STEP, _HALVINGS)
         size, growth = logistic_growth(
             times, initial=_INITIAL_SIZE, rate=value["r"], capacity=value["K"], lag=value["tlag"]
         )
+        white = {"growth": growth}
+        if changed is not None:
+            size, growth = changed.grow(times, size, growth)
         slope = growth * size
         receivers = [_per_cell(times, size, growth, slope, value[decay]) for decay in ("dR", "dS")]
         squares = [(level.square(), 2 * level * change) for level, change in receivers]
@@ -113,7 +118,9 @@ class DoubleReceiver(MechanisticSimulator):
             2 * torch.log(value["rc"] * value[made]) + log_bound
             for made, log_bound in zip(("aR", "aS"), _log_bound_shares(value, design, phi), strict=True)
         ]
-        rfp = accumulate(times, size, slope, value["drfp"])
+        white["mRFP1"] = size
+        red = (size, slope) if changed is None else changed.make("mRFP1", times, size, slope)
+        rfp = accumulate(times, *red, value["drfp"])
         auto = accumulate(times, size, slope)
         reporters = []
         for promoter, decay in (("81", "dyfp"), ("76", "dcfp")):
@@ -125,7 +132,11 @@ class DoubleReceiver(MechanisticSimulator):
             closed = (1 - value[f"e{promoter}"]) * off
             rising = closed * off * (weights[0] * squares[0][1] + weights[1] * squares[1][1])
             active = 1 - closed
-            reporters.append(accumulate(times, size * active, slope * active + size * rising, value[decay]))
+            source = size * active, slope * active + size * rising
+            white[REPORTERS[promoter]] = source[0]
+            if changed is not None:
+                source = changed.make(REPORTERS[promoter], times, *source)
+            reporters.append(accumulate(times, *source, value[decay]))
         capacity = value["rc"]
         signals = (
             size,
@@ -134,10 +145,44 @@ class DoubleReceiver(MechanisticSimulator):
             capacity * (value["aCFP"] * reporters[1] + value["a480"] * auto),
         )
         found = torch.stack(signals, -1)
-        return found if len(places) == found.shape[-2] else found[..., places, :]
+        found = found if len(places) == found.shape[-2] else found[..., places, :]
+        return Course(found, times, white)
 
 
-def _natural_values(phi: Tensor) -> dict[str, Tensor]:
+@dataclass(frozen=True, eq=False)
+class Course:
+    """What a culture did: ``signals (I, ..., T, 4)``, and at the nodes ``times`` of the sums the rates of the mechanism
+    before anything changed them: growth (1/h) and synthesis by signal, per unit of its largest rate in a cell."""
+
+    signals: Tensor
+    times: Tensor
+    white: Mapping[str, Tensor]
+
+
+class ChangedRates(Protocol):
+    """What a correction does to rates of the double receiver."""
+
+    def grow(self, times: Tensor, size: Tensor, growth: Tensor) -> tuple[Tensor, Tensor]:
+        """Size and growth rate in the place of those of the mechanism, ``(I, ..., T)``."""
+
+    def make(self, signal: str, times: Tensor, source: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """What is made per time of a reporter, and its slope, in the place of those of the mechanism."""
+
+
+def noise_of(noise: str, signals: Sequence[str], *, seed: int = 0) -> tuple[NoiseModel, list[Parameter]]:
+    """The noise of signals by its name, and its parameters ``sd_SIGNAL`` and ``cv_SIGNAL``."""
+    if noise not in get_args(NoiseName):
+        raise ValueError(f'simulator.noise must be one of {", ".join(get_args(NoiseName))}; got "{noise}".')
+    sds, cvs = tuple(f"sd_{name}" for name in signals), tuple(f"cv_{name}" for name in signals)
+    found = [_positive(name, "", "SD of the noise") for name in sds]
+    if noise == "constant":
+        return Additive(sd=sds), found
+    if noise == "neural":
+        return NeuralSd(sd=sds, time_scale=10.0, seed=seed), found
+    return Combined1(sd=sds, cv=cvs), [*found, *(_positive(name, "", "SD of the noise, of the mean") for name in cvs)]
+
+
+def natural_values(phi: Tensor) -> dict[str, Tensor]:
     """Natural value of each parameter of the mechanism, ``(I, ..., 1)``; all of one transform at once."""
     found: dict[str, Tensor] = {}
     for transform in ("log", "logit"):
@@ -159,12 +204,26 @@ def _per_cell(times: Tensor, size: Tensor, growth: Tensor, slope: Tensor, decay:
     return level, 1 - (growth + decay) * level
 
 
-def _log_bound_shares(value: Mapping[str, Tensor], design: Design, phi: Tensor) -> list[Tensor]:
-    """Log share of LuxR and of LasR that is bound by inducers, -inf without any, ``(I, ..., 1)``."""
+def inducers(design: Design, phi: Tensor) -> list[Float[Tensor, ...]]:
+    """C6 and C12 of each individual, nM, ``(I, 1, ..., 1)`` with as many dimensions as ``phi``.
+
+    Raises:
+        ValueError: the design has no covariates.
+    """
     if design.covariates is None:
         raise ValueError("The double receiver needs the inducers; name them: data.covariates=[C6,C12].")
     shape = (len(design), *(1,) * (phi.ndim - 1))
-    amounts = [design.covariates.column(name).to(phi).reshape(shape) for name in ("C6", "C12")]
+    return [design.covariates.column(name).to(phi).reshape(shape) for name in ("C6", "C12")]
+
+
+def log_doses(design: Design, phi: Tensor) -> Float[Tensor, ...]:
+    """Logs of the inducers as inputs of networks, about 0 to 2, ``(I, 1, ..., 2)``."""
+    return torch.log1p(torch.cat(inducers(design, phi), -1)) / 5
+
+
+def _log_bound_shares(value: Mapping[str, Tensor], design: Design, phi: Tensor) -> list[Tensor]:
+    """Log share of LuxR and of LasR that is bound by inducers, -inf without any, ``(I, ..., 1)``."""
+    amounts = inducers(design, phi)
     shares = []
     for receiver in "RS":
         bound = [value[f"K{receiver}{number}"] * amount for number, amount in zip(("6", "12"), amounts, strict=True)]

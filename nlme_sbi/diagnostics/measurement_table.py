@@ -86,7 +86,7 @@ def individual_predictions(
     weighted = torch.full_like(individual, torch.nan)
     if isinstance(simulator, MechanisticSimulator):
         noise = simulator.noise
-        sd = noise.standard_deviation(individual, simulator.noise_parameters(own)).expand_as(individual)
+        sd = noise.standard_deviation(individual, simulator.noise_parameters(own, design)).expand_as(individual)
         apart = noise.transform(values) - noise.transform(individual)
         # Without noise there is no unit to measure a residual in: a proportional error about 0.
         weighted = torch.where((sd > 0) & torch.isfinite(apart), apart / sd, torch.nan)

@@ -201,7 +201,7 @@ def residual_table(model: HierarchicalModel, observations: Observations, phi: Fl
     """
     simulator, noise = model.simulator, model.simulator.noise
     prediction = simulator.predict(phi[:, None], observations.design)[:, 0]
-    parameters = simulator.noise_parameters(phi[:, None])
+    parameters = simulator.noise_parameters(phi[:, None], observations.design)
     sd = noise.standard_deviation(prediction[:, None], parameters)[:, 0].double()
     residual = (noise.transform(observations.values) - noise.transform(prediction)).double() / sd
     there = observations.uncensored

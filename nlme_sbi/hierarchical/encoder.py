@@ -12,62 +12,21 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from nlme_sbi.config.wording import check_choice, did_you_mean, listed
+from nlme_sbi.hierarchical.couplings import Couplings, FlowedNormals
 from nlme_sbi.hierarchical.levels import BoundHierarchy, Latent
+from nlme_sbi.hierarchical.normals import Normals as Normals
+from nlme_sbi.hierarchical.normals import standard_log_prob as standard_log_prob
 
-_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 _LINEAR = 4.0  # prior SDs up to which means are what the network says; beyond they grow as the logarithm
 _NARROWEST, _WIDEST = math.log(1e-4), math.log(3.0)
 _CORRELATION_DAMPING = 0.1
 PACE = 10.0  # of weights that are means themselves, where those of layers add up to a mean in hundreds
 
-Family = Literal["diagonal", "full"]
-
-
-@dataclass(frozen=True, eq=False)
-class Normals:
-    r"""Normals of ``L`` unknowns for each row: :math:`u = m + s (\epsilon + N \epsilon)`.
-
-    *N* is strictly lower triangular:
-    ``mean (I, L)``, ``log_sd (I, L)``, ``lower (I, L, L)`` or None for independent unknowns.
-    """
-
-    mean: Float[Tensor, "I L"]
-    log_sd: Float[Tensor, "I L"]
-    lower: Float[Tensor, "I L L"] | None = None
-
-    def draw(self, noise: Float[Tensor, "I K L"]) -> Float[Tensor, "I K L"]:
-        """Draws from standard normal ``noise``, differentiable in the parameters."""
-        mixed = noise if self.lower is None else noise + noise @ self.lower.mT
-        return self.mean[:, None] + self.log_sd.exp()[:, None] * mixed
-
-    def log_prob(self, draws: Float[Tensor, "I K L"], active: Bool[Tensor, "I L"]) -> Float[Tensor, "I K"]:
-        """Log density of the unknowns that are ``active``; inactive ones must be independent of those (diagonal)."""
-        score = (draws - self.mean[:, None]) * (-self.log_sd).exp()[:, None]
-        if self.lower is not None:
-            unit = torch.eye(self.mean.shape[1], dtype=score.dtype, device=score.device)
-            solved = torch.linalg.solve_triangular(unit + self.lower, score.mT, upper=False, unitriangular=True)
-            score = solved.mT
-        each = -0.5 * score.square() - self.log_sd[:, None] - _HALF_LOG_TWO_PI
-        return torch.where(active[:, None], each, 0.0).sum(-1)
-
-    def restricted(self, active: Bool[Tensor, "I L"]) -> Normals:
-        """The same, with unknowns that an individual does not have independent of the others."""
-        if self.lower is None or bool(active.all()):
-            return self
-        return Normals(self.mean, self.log_sd, self.lower * (active[:, :, None] & active[:, None]))
-
-    def detach(self) -> Normals:
-        """The same without gradients."""
-        return Normals(self.mean.detach(), self.log_sd.detach(), None if self.lower is None else self.lower.detach())
-
-
-def standard_log_prob(draws: Float[Tensor, "I K L"], active: Bool[Tensor, "I L"]) -> Float[Tensor, "I K"]:
-    """Log density of the priors in units of their SDs, over the unknowns that are active."""
-    return torch.where(active[:, None], -0.5 * draws.square() - _HALF_LOG_TWO_PI, 0.0).sum(-1)
+Family = Literal["diagonal", "full", "flow"]
 
 
 @dataclass(frozen=True)
@@ -77,8 +36,8 @@ class SeriesEncoder:
     Args:
         hidden: nodes of each layer.
         layers: hidden layers.
-        family: "full" covariance, or "diagonal" (mean field), which is far behind where parameters depend on each
-            other.
+        family: "full" covariance; "diagonal" (mean field), which is far behind where parameters depend on each other;
+            "flow", a full covariance of noise that affine couplings have bent, for posteriors that are not normal.
         start: SD of the posteriors before training, in prior SDs. With .3 most first draws of stiff models have no
             finite gradient.
         noise_start: where posteriors of noise parameters begin, in prior SDs above the prior mean: with much noise the
@@ -86,6 +45,7 @@ class SeriesEncoder:
         blind: parameters whose posterior does not see the series, only the groups; for comparisons with the published
             method, whose globals are so.
         dropout: share of hidden nodes that are left out at random while training.
+        couplings: of a flow.
     """
 
     hidden: int = 128
@@ -95,13 +55,14 @@ class SeriesEncoder:
     noise_start: float = 2.0
     blind: Sequence[str] = ()
     dropout: float = 0.0
+    couplings: int = 4
 
     def __post_init__(self) -> None:
-        check_choice("encoder.family", self.family, ("diagonal", "full"))
-        if min(self.hidden, self.layers) < 1 or not self.start > 0 or not 0 <= self.dropout < 1:
+        check_choice("encoder.family", self.family, ("diagonal", "full", "flow"))
+        if min(self.hidden, self.layers, self.couplings) < 1 or not self.start > 0 or not 0 <= self.dropout < 1:
             raise ValueError(
-                "encoder needs hidden and layers of at least 1, a positive start and a dropout in [0, 1); got "
-                f"{self.hidden}, {self.layers}, {self.start} and {self.dropout}."
+                "encoder needs hidden, layers and couplings of at least 1, a positive start and a dropout in [0, 1); "
+                f"got {self.hidden}, {self.layers}, {self.couplings}, {self.start} and {self.dropout}."
             )
 
     def build(self, features: int, hierarchy: BoundHierarchy, noise: Sequence[str] = ()) -> EncoderNetwork:
@@ -144,7 +105,7 @@ class EncoderNetwork(nn.Module):
         self.trunk = nn.Sequential(*layers)
         self.means = nn.Linear(settings.hidden, unknowns)
         self.log_sds = nn.Linear(settings.hidden, unknowns)
-        pairs = unknowns * (unknowns - 1) // 2 if settings.family == "full" else 0
+        pairs = unknowns * (unknowns - 1) // 2 if settings.family != "diagonal" else 0
         self.pairs = nn.Linear(settings.hidden, pairs) if pairs else None
         for head in (self.means, self.log_sds, self.pairs):
             if head is not None:
@@ -154,6 +115,9 @@ class EncoderNetwork(nn.Module):
         begin = noise_starts(hierarchy.own, noise, settings.noise_start)
         with torch.no_grad():
             self.means.bias.copy_(begin)
+        self.couplings = None
+        if settings.family == "flow" and unknowns > 1:
+            self.couplings = Couplings(unknowns, settings.hidden, settings.couplings, hidden=settings.hidden // 2 or 1)
         blind = torch.tensor([latent.parameter in settings.blind for latent in hierarchy.own])
         self.register_buffer("blind", blind, persistent=False)
         factors = list(hierarchy.levels)
@@ -174,7 +138,7 @@ class EncoderNetwork(nn.Module):
             with torch.no_grad():
                 self.blind_means[0] = begin / PACE
 
-    def forward(self, features: Float[Tensor, "I F"], codes: Tensor) -> Normals:
+    def forward(self, features: Float[Tensor, "I F"], codes: Tensor) -> Normals | FlowedNormals:
         """The posterior of every individual.
 
         Args:
@@ -198,7 +162,11 @@ class EncoderNetwork(nn.Module):
             lower[:, row, column] = _CORRELATION_DAMPING * self.pairs(seen)
             if bool(self.blind.any()):  # what is blind is independent of what is not
                 lower = lower * (~self.blind[:, None] & ~self.blind[None])
-        return Normals(_compressed(mean), log_sd.clamp(_NARROWEST, _WIDEST), lower)
+        found = Normals(_compressed(mean), log_sd.clamp(_NARROWEST, _WIDEST), lower)
+        if self.couplings is None:
+            return found
+        bends = (~self.blind).expand(mean.shape)  # what is blind stays normal, and bends nothing
+        return FlowedNormals(found, self.couplings, dict(self.couplings.named_parameters()), seen, bends)
 
 
 class SharedPosterior(nn.Module):

@@ -19,6 +19,7 @@ from nlme_sbi.hierarchical.model import Bound, HierarchicalModel, Individuals
 from nlme_sbi.hierarchical.preparation import FittedPreparation, Preparation
 from nlme_sbi.hierarchical.residuals import Residuals
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
+from nlme_sbi.individual_model.networks_within import freeze_networks
 from nlme_sbi.training.loop import TrainingResult, TrainingSettings, train
 from nlme_sbi.types import Observations
 
@@ -138,6 +139,8 @@ def train_model(
 ) -> TrainingResult:
     """Train a prepared model; the weights with the highest bound of held-out individuals are kept.
 
+    Networks of the simulator are trained with it, and fixed afterwards.
+
     Args:
         prepared: trained in place.
         settings: steps, learning rate and the rest.
@@ -148,7 +151,9 @@ def train_model(
     """
     choosing = prepared.held_out if held_out_chooses else prepared.fitted
     source = IndividualBatches(prepared.fitted, choosing, settings.batch_size, seed)
-    return train(prepared.model, source, settings, loss=negative_bound, **options)  # type: ignore[arg-type]
+    result = train(prepared.model, source, settings, loss=negative_bound, **options)  # type: ignore[arg-type]
+    freeze_networks(prepared.model.simulator)
+    return result
 
 
 @torch.no_grad()

@@ -26,11 +26,15 @@ from torch import Tensor, nn
 
 from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.config.wording import check_choice
+from nlme_sbi.hierarchical.corrections import correction_penalty
+from nlme_sbi.hierarchical.couplings import FlowedNormals
 from nlme_sbi.hierarchical.encoder import Normals, SeriesEncoder, SharedPosterior, noise_starts, standard_log_prob
 from nlme_sbi.hierarchical.features import SeriesFeatures, as_float
 from nlme_sbi.hierarchical.levels import BoundHierarchy, Latent
 from nlme_sbi.hierarchical.residuals import IndependentResiduals
+from nlme_sbi.individual_model.grey_boxes import GreyBoxSimulator
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
+from nlme_sbi.individual_model.networks_within import networks_of
 from nlme_sbi.rows import Rows, row_positions
 from nlme_sbi.types import Observations
 
@@ -144,6 +148,8 @@ class HierarchicalModel(nn.Module):
         super().__init__()
         self.simulator, self.hierarchy, self.bound = simulator, hierarchy, bound
         self.features, self.residuals = features, residuals
+        # Networks of the simulator are trained, stored and loaded with the rest.
+        self.simulator_networks = nn.ModuleDict(networks_of(simulator))
         noise = simulator.noise.parameters
         self.encoder = encoder.build(features.width, hierarchy, noise)
         begin = noise_starts(hierarchy.shared, noise, encoder.noise_start)
@@ -161,7 +167,7 @@ class HierarchicalModel(nn.Module):
         found = self.features(observations)
         return Individuals(as_float(observations), found, codes, seed or (0,), fitted or len(observations))
 
-    def posterior(self, individuals: Individuals) -> tuple[Normals, Bool[Tensor, "I L"]]:
+    def posterior(self, individuals: Individuals) -> tuple[Normals | FlowedNormals, Bool[Tensor, "I L"]]:
         """The posterior of every individual's own unknowns in prior SDs, and which of them it has."""
         active = self.hierarchy.own_active(individuals.codes)
         return self.encoder(individuals.features, individuals.codes).restricted(active), active
@@ -207,7 +213,8 @@ class HierarchicalModel(nn.Module):
         return phi
 
     def forward(self, individuals: Individuals) -> Float[Tensor, ""]:
-        """The loss: minus the bound, in nats an individual; what is shared counts with its part for these."""
+        """The loss: minus the bound, in nats an individual; what is shared counts with its part for these. Neural terms
+        of a grey box pay their penalty."""
         settings = self.bound
         made = self.log_weights(individuals, draws=settings.draws, shared_draws=settings.shared_draws)
         log_own = made.log_own
@@ -219,7 +226,10 @@ class HierarchicalModel(nn.Module):
             each = surrogate.mean(-1) + value
         else:
             each = made.individual_bounds()
-        return -each.mean() - made.log_shared.mean() / individuals.fitted
+        loss = -each.mean() - made.log_shared.mean() / individuals.fitted
+        if isinstance(self.simulator, GreyBoxSimulator):
+            loss = loss + correction_penalty(self.simulator, made.phi, individuals.observations.design)
+        return loss
 
     def _shared_draws(self, individuals: Individuals, draws: int) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.shared_posterior is None:

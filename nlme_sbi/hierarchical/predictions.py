@@ -187,7 +187,7 @@ def draw_measurements(
 ) -> Float[Tensor, "I K T C"]:
     """New measurements at these parameters, with residuals that are correlated in time where the model's are."""
     prediction = model.simulator.predict(phi, design)
-    noise, parameters = model.simulator.noise, model.simulator.noise_parameters(phi)
+    noise, parameters = model.simulator.noise, model.simulator.noise_parameters(phi, design)
     if not isinstance(model.residuals, CorrelatedResiduals):
         return noise.sample(prediction, parameters, generator=generator)
     # The noise's own draws, with their order in time: standard normals of the wanted correlation in their place.

@@ -24,19 +24,21 @@ class Preparation:
         baseline: "minimum" shifts every series so that its smallest reading is 0; "none".
         grid: "own" keeps every reading at its time; "shortest" takes, at the times of the individual with the fewest,
             the nearest reading of every other, and drops the rest; for comparisons only.
-        saturated: "censored" keeps right-censored readings as bounds; "value" takes the bound for a value.
+        saturated: "censored" keeps right-censored readings as bounds; "value" takes the bound for a value; "missing"
+            leaves all censored readings out. The last two make the tops of curves too low; they are for residuals that
+            are correlated in time, where bounds have no simple probability.
     """
 
     scale: Literal["fitted", "all", "none"] = "fitted"
     baseline: Literal["none", "minimum"] = "none"
     grid: Literal["own", "shortest"] = "own"
-    saturated: Literal["censored", "value"] = "censored"
+    saturated: Literal["censored", "value", "missing"] = "censored"
 
     def __post_init__(self) -> None:
         check_choice("preparation.scale", self.scale, ("fitted", "all", "none"))
         check_choice("preparation.baseline", self.baseline, ("none", "minimum"))
         check_choice("preparation.grid", self.grid, ("own", "shortest"))
-        check_choice("preparation.saturated", self.saturated, ("censored", "value"))
+        check_choice("preparation.saturated", self.saturated, ("censored", "value", "missing"))
 
     def fit(self, observations: Observations, fitted: Int[Tensor, " F"]) -> FittedPreparation:
         """Grid and scales for data of which these rows are fitted.
@@ -89,6 +91,11 @@ class FittedPreparation:
         scaled["values"] = torch.where(observed, values, 0.0)
         if self.settings.saturated == "value" and placed.censoring is not None:
             scaled["values"] = _bounds_as_values(placed, scaled)
+            scaled |= {"lower": None, "upper": None, "censoring": None}
+        if self.settings.saturated == "missing" and placed.censoring is not None:
+            known = placed.uncensored
+            placed = replace(placed, design=replace(placed.design, observed=known))
+            scaled["values"] = torch.where(known, values, 0.0)
             scaled |= {"lower": None, "upper": None, "censoring": None}
         units = placed.signal_units if self.settings.scale == "none" else ("",) * len(placed.signals)
         return replace(placed, signal_units=units, **scaled)  # type: ignore[arg-type]

@@ -66,8 +66,8 @@ def _refuse_censored(observations: Observations) -> None:
         if count:
             raise ValueError(
                 f"{count} measurements are censored, whose probability under correlated residuals is an integral over "
-                "all of them at once, which is not implemented. Choose residuals.correlation=none, or leave their "
-                "bounds as values: preparation.saturated=value."
+                "all of them at once, which is not implemented. Choose residuals.correlation=none, take their bounds "
+                "for values (preparation.saturated=value), or leave them out (preparation.saturated=missing)."
             )
 
 
@@ -109,7 +109,7 @@ class CorrelatedResiduals(IndependentResiduals):
         self, simulator: MechanisticSimulator, observations: Observations, phi: Float[Tensor, "I *batch D"]
     ) -> Float[Tensor, I * batch]:
         prediction = simulator.predict(phi, observations.design)
-        noise, parameters = simulator.noise, simulator.noise_parameters(phi)
+        noise, parameters = simulator.noise, simulator.noise_parameters(phi, observations.design)
         sd = noise.standard_deviation(prediction, parameters)
         spread = (len(observations), *(1,) * (prediction.ndim - 3), *observations.values.shape[1:])
         values, observed = observations.values.reshape(spread), observations.design.observed.reshape(spread)

@@ -1,16 +1,12 @@
-"""Simulators with a likelihood: a noise-free prediction, in closed form or from an ODE, plus an observation model.
-
-And an adapter for simulators that are written in NumPy; those have no likelihood.
-"""
+"""Simulators with a likelihood: a noise-free prediction, in closed form or from an ODE, plus an observation model."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +19,8 @@ from nlme_sbi.individual_model.natural_values import (
     values_along,
     values_of_rows,
 )
-from nlme_sbi.individual_model.noise import NoiseModel, check_values, observation_log_prob
+from nlme_sbi.individual_model.networks_within import networks_of
+from nlme_sbi.individual_model.noise import TIMES, NoiseModel, check_values, observation_log_prob
 from nlme_sbi.individual_model.solver_names import SolverName, make_solver
 from nlme_sbi.individual_model.solvers import (
     DormandPrince5,
@@ -105,7 +102,7 @@ class MechanisticSimulator(ABC):
         """Noisy data; status 1 where a measured value is not finite. What is not measured is 0."""
         with torch.no_grad():
             prediction = self.predict(phi, design)
-            values = self.noise.sample(prediction, self.noise_parameters(phi), generator=generator)
+            values = self.noise.sample(prediction, self.noise_parameters(phi, design), generator=generator)
             return make_output(values, design)
 
     def log_likelihood(
@@ -123,17 +120,32 @@ class MechanisticSimulator(ABC):
     ) -> Float[Tensor, " I *batch"]:
         """:meth:`log_likelihood` from noise-free signals that are known already; of ``phi`` it reads the noise
         parameters only."""
-        every = observation_log_prob(self.noise, observations, prediction, self.noise_parameters(phi))
+        every = observation_log_prob(
+            self.noise, observations, prediction, self.noise_parameters(phi, observations.design)
+        )
         return every.sum((-2, -1))
 
-    def noise_parameters(self, phi: Float[Tensor, "I *batch D"]) -> Mapping[str, Tensor]:
-        """Natural values of the noise model's parameters by name, ``(I, ...)`` each."""
+    def noise_parameters(self, phi: Float[Tensor, "I *batch D"], design: Design | None = None) -> Mapping[str, Tensor]:
+        """Natural values of the noise model's parameters by name, ``(I, ...)`` each; with times where it reads them.
+
+        Args:
+            phi: individual parameters.
+            design: whose times noise may depend on.
+
+        Raises:
+            ValueError: noise depends on time, and no design was given.
+        """
         names = self.noise.parameters
-        if not names:  # Poisson counts
-            return {}
-        space = ParameterSpace(tuple(self.parameters[name] for name in names))
-        natural = space.to_natural(phi[..., self.parameters.indices(names)])
-        return dict(zip(names, natural.unbind(-1), strict=True))
+        found: dict[str, Tensor] = {}
+        if names:  # not for Poisson counts
+            space = ParameterSpace(tuple(self.parameters[name] for name in names))
+            natural = space.to_natural(phi[..., self.parameters.indices(names)])
+            found = dict(zip(names, natural.unbind(-1), strict=True))
+        if self.noise.reads_times:
+            if design is None:
+                raise ValueError(f"{type(self.noise).__name__} depends on time; pass the design, too.")
+            found[TIMES] = times_for(phi, design)
+        return found
 
 
 def is_noise_alone(simulator: object, columns: Sequence[int]) -> bool:
@@ -196,6 +208,7 @@ class OdeModel(MechanisticSimulator):
 
     Attributes:
         solver: how the equation is solved.
+        states: names of the states, for messages and for what names them; () for state_1, state_2, ...
         dose_states: for each compartment of the data, counted from 1, the state that its doses enter; None where the
             model takes no doses, or makes them part of the initial state itself.
         autonomous: whether :meth:`right_hand_side` ignores ``time``, which saves stiff solvers a derivative.
@@ -206,6 +219,7 @@ class OdeModel(MechanisticSimulator):
     """
 
     solver: Solver = DormandPrince5()
+    states: tuple[str, ...] = ()
     autonomous: bool = False
     dose_states: tuple[int, ...] | None = None
     observed_states: tuple[int, ...] | None = None
@@ -279,16 +293,20 @@ class OdeModel(MechanisticSimulator):
 
     def predict(self, phi: Float[Tensor, "I *batch D"], design: Design) -> Float[Tensor, "I *batch T C"]:
         """Noise-free signals at ``design.times``, differentiable through the steps that the solver took."""
+        states, natural = self.trajectories(phi, design)
+        return self.observe(states, natural, design)
+
+    def trajectories(self, phi: Float[Tensor, "I *batch D"], design: Design) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """States ``(I, ..., T, W)`` at ``design.times`` that :meth:`observe` needs, and the natural values there."""
         natural = dict(zip(self.parameters.names, self.parameters.to_natural(phi).unbind(-1), strict=True))
         times = times_for(phi, design)
         times = times.expand(*phi.shape[:-1], times.shape[-1])
         start = self.start_time(natural, design)
         if self.time_covariates:
-            return self._predict_along(natural, design, start, times)
+            return self._trajectories_along(natural, design, start, times)
         equation, begin = self._equation(natural, design), self.initial_state(natural, design)
         if self.dose_states is None:
-            states = solve(equation, begin, start=start, times=times, solver=self.solver)
-            return self.observe(states, natural, design)
+            return solve(equation, begin, start=start, times=times, solver=self.solver), natural
         states = solve_through_doses(
             equation,
             begin,
@@ -298,8 +316,10 @@ class OdeModel(MechanisticSimulator):
             places=self.dose_states,
             solver=self.solver,
         )
-        chosen = states if self.observed_states is None else states[..., list(self.observed_states)]
-        return self.observe(chosen, natural, design)
+        return self._observed(states), natural
+
+    def _observed(self, states: Tensor) -> Tensor:
+        return states if self.observed_states is None else states[..., list(self.observed_states)]
 
     def _receive(self, natural: Mapping[str, Tensor], design: Design) -> ReceivedDoses:
         return receive_doses(
@@ -311,8 +331,10 @@ class OdeModel(MechanisticSimulator):
             duration=self.infusion_duration(natural, design),
         )
 
-    def _predict_along(self, natural: Mapping[str, Tensor], design: Design, start: Tensor, times: Tensor) -> Tensor:
-        """:meth:`predict` with covariates that change in time: the solver also stops at their records."""
+    def _trajectories_along(
+        self, natural: Mapping[str, Tensor], design: Design, start: Tensor, times: Tensor
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """:meth:`trajectories` with covariates that change in time: the solver also stops at their records."""
         course = course_of(design, self.time_covariates)
         taken_design = design if self.dose_states is not None else without_doses(design)
         states = solve_through_doses(
@@ -325,8 +347,7 @@ class OdeModel(MechanisticSimulator):
             solver=self.solver,
             stops=course.times,
         )
-        chosen = states if self.observed_states is None else states[..., list(self.observed_states)]
-        return self.observe(chosen, self._natural_at(natural, course, times), design)
+        return self._observed(states), self._natural_at(natural, course, times)
 
     def _natural_at(self, natural: Mapping[str, Tensor], course: TimeCovariates, times: Tensor) -> Mapping[str, Tensor]:
         values = values_at(course, times, self.time_covariates)
@@ -385,53 +406,6 @@ class OdeModel(MechanisticSimulator):
         def rebuild(tensors: Sequence[Tensor]) -> Equation:
             return self._plain_equation(natural.rebuild(tensors), design, autonomous=autonomous)
 
-        modules = (value for value in vars(self).values() if isinstance(value, torch.nn.Module))
-        weights = tuple(weight for module in modules for weight in module.parameters())
+        weights = tuple(weight for module in networks_of(self).values() for weight in module.parameters())
         inputs = EquationInputs(natural.tensors, rebuild, weights)
         return Equation(slope, jacobian if self._has_jacobian else None, autonomous, inputs=inputs)
-
-
-class NumpySimulator:
-    """A simulator around a vectorised NumPy function, for code that is not written in torch; it has no likelihood.
-
-    Args:
-        function: called as ``function(natural, times, random)`` with natural parameter values ``(N, D)`` float64,
-            times ``(N, T)`` float64 and a ``numpy.random.Generator``; returns noisy values ``(N, T, C)``. A row with
-            NaN or infinite values counts as a failed simulation.
-        parameters: names, units and transforms.
-        signals: names of the ``C`` channels.
-        signal_units: their units.
-        time_unit: unit of the times.
-    """
-
-    covariates: tuple[str, ...] = ()
-    takes_doses: bool = False
-
-    def __init__(
-        self,
-        function: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray],
-        parameters: ParameterSpace,
-        *,
-        signals: tuple[str, ...],
-        signal_units: tuple[str, ...],
-        time_unit: str = "h",
-    ) -> None:
-        self.function = function
-        self.parameters = parameters
-        self.signals = tuple(signals)
-        self.signal_units = tuple(signal_units)
-        self.time_unit = time_unit
-
-    def simulate(self, phi: Float[Tensor, "N D"], design: Design, generator: torch.Generator) -> SimulatorOutput:
-        """Noisy data; the NumPy generator is seeded from ``generator``, so runs repeat."""
-        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-        natural = self.parameters.to_natural(phi.double()).cpu().numpy()
-        times = design.times.double().cpu().numpy()
-        found = np.asarray(self.function(natural, times, np.random.default_rng(seed)), dtype=np.float64)
-        expected = (*times.shape, len(self.signals))
-        if found.shape != expected:
-            raise ValueError(
-                f"The NumPy simulator returned values of shape {found.shape}; {expected} is needed "
-                "(simulations, times, signals)."
-            )
-        return make_output(torch.from_numpy(found).to(phi), design)

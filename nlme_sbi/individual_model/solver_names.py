@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from nlme_sbi.individual_model.rosenbrock import Rosenbrock
-from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, Solver, TorchDiffEq
+from nlme_sbi.individual_model.solvers import DormandPrince5, Midpoint, ModifiedEuler, RungeKutta4, Solver, TorchDiffEq
 
-SolverName = Literal["dormand_prince", "rosenbrock", "runge_kutta", "torchdiffeq", "torchdiffeq_adjoint"]
+SolverName = Literal[
+    "dormand_prince", "midpoint", "modified_euler", "rosenbrock", "runge_kutta", "torchdiffeq", "torchdiffeq_adjoint"
+]
 
 
 def make_solver(name: str) -> Solver:
@@ -18,6 +20,10 @@ def make_solver(name: str) -> Solver:
     """
     if name == "dormand_prince":
         return DormandPrince5()
+    if name == "midpoint":
+        return Midpoint()
+    if name == "modified_euler":
+        return ModifiedEuler()
     if name == "rosenbrock":
         return Rosenbrock()
     if name == "runge_kutta":

@@ -17,8 +17,11 @@ from nlme_sbi.config.conversion import convert
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.designs import Reader
 from nlme_sbi.hierarchical.batches import HeldOut
+from nlme_sbi.hierarchical.correction_tables import correction_table, correction_warnings
 from nlme_sbi.hierarchical.fitting import PreparedModel, individual_bounds, prepare_model, train_model
+from nlme_sbi.hierarchical.model import Individuals
 from nlme_sbi.hierarchical.population import (
+    AmortizedDraws,
     FittedPopulation,
     IndividualPopulation,
     fit_population,
@@ -32,6 +35,8 @@ from nlme_sbi.hierarchical.tables import (
     score_table,
     shared_table,
 )
+from nlme_sbi.individual_model.grey_boxes import GreyBoxSimulator
+from nlme_sbi.individual_model.networks_within import network_bytes, networks_of
 from nlme_sbi.plots.canvas import save_png
 from nlme_sbi.plots.loss import plot_history
 from nlme_sbi.runs import (
@@ -204,7 +209,20 @@ def _evaluate(
     save_text(run.path / "population.csv", csv_text(population_table(model, population)))
     if population.regressors.factors:
         save_text(run.path / "group_effects.csv", csv_text(group_effect_table(model, population)))
+    if isinstance(model.simulator, GreyBoxSimulator):
+        _save_corrections(run, model.simulator, prepared.fitted, drawn["fitted"])
     return results
+
+
+def _save_corrections(
+    run: RunDirectory, simulator: GreyBoxSimulator, fitted: Individuals, drawn: AmortizedDraws
+) -> None:
+    """Say and store how much of the model its neural terms are, with a warning where that is nearly everything."""
+    table = correction_table(simulator, fitted, drawn)
+    save_text(run.path / "grey_box.csv", csv_text(table))
+    log.info("Neural terms of the grey box:\n%s", table.to_string(index=False, float_format="%.3g", na_rep=""))
+    for warning in correction_warnings(table, simulator.penalty):
+        log.warning("%s", warning)
 
 
 def _save_model(
@@ -217,6 +235,8 @@ def _save_model(
     """What a later use of the model needs: weights, the data as they were read, who was held out, the population."""
     weights = {name: tensor.detach().contiguous() for name, tensor in prepared.model.state_dict().items()}
     save_bytes(run.path / "weights.safetensors", safetensors_bytes(weights))
+    if networks_of(prepared.model.simulator):  # for simulator.weights
+        save_bytes(run.path / "simulator.safetensors", network_bytes(prepared.model.simulator))
     save_observations(run.path / "observations", observations)
     save_array(run.path / "held_out.npy", held_out)
     for name, _ in POPULATION_ARRAYS:

@@ -18,7 +18,7 @@ STAGES = ("simulate", "train_flow", "fit_population")
         ("experiment=theophyline", r'^experiment has no choice "theophyline"; choices: .*Did you mean theophylline\?$'),
         (
             "simulator=zzz",
-            r'^simulator has no choice "zzz"; choices: compartments, .*mrna_two_rate, own, pkpd, .*theophylline\.$',
+            r'^simulator has no choice "zzz"; choices: black_box, compartments, .*mrna_two_rate, .*theophylline\.$',
         ),
         ("training.stepz=3", r"^training\.stepz is not a key of training; keys: steps, .* Did you mean steps\?$"),
         ("sed=3", r"^sed is not a key of the configuration; keys: .*simulator.* Did you mean seed\?$"),

@@ -65,6 +65,14 @@ def test_saturated_readings_stay_bounds_or_become_values() -> None:
     assert float(plain.values[1, 3, 1]) == pytest.approx((17 - 11) / 23)
 
 
+def test_saturated_readings_may_be_left_out() -> None:
+    prepared = Preparation(saturated="missing", scale="none").fit(series(), torch.arange(3)).apply(series())
+    assert prepared.censoring is None
+    assert not bool(prepared.design.observed[1, 3, 1])
+    assert float(prepared.values[1, 3, 1]) == 0.0
+    assert int(prepared.design.observed.sum()) == int(series().design.observed.sum()) - 1
+
+
 def test_the_shortest_grid_takes_the_nearest_readings() -> None:
     raw = series()
     placed = Preparation(grid="shortest", scale="none").fit(raw, torch.arange(3)).apply(raw)

@@ -11,8 +11,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, NumpySimulator, OdeModel, times_for
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, OdeModel, times_for
 from nlme_sbi.individual_model.noise import Additive, Combined2
+from nlme_sbi.individual_model.numpy_simulator import NumpySimulator
 from nlme_sbi.individual_model.solvers import DormandPrince5
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design, Observations, Simulator, TractableSimulator

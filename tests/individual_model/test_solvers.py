@@ -10,7 +10,15 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from nlme_sbi.individual_model.solvers import DormandPrince5, RungeKutta4, Solver, TorchDiffEq, solve
+from nlme_sbi.individual_model.solvers import (
+    DormandPrince5,
+    Midpoint,
+    ModifiedEuler,
+    RungeKutta4,
+    Solver,
+    TorchDiffEq,
+    solve,
+)
 
 
 def _pendulum(time: Tensor, state: Tensor) -> Tensor:
@@ -54,6 +62,15 @@ def test_runge_kutta_converges_with_order_four() -> None:
     orders = -np.diff(np.log2(errors))
     # Asymptotic: the observed order is 4 + O(h), within 0.2 of it at these steps (0.02 to 0.13 long).
     np.testing.assert_allclose(orders, 4, atol=0.2)
+
+
+@pytest.mark.parametrize("kind", [Midpoint, ModifiedEuler])
+def test_second_order_methods_converge_with_order_two(kind: type) -> None:
+    errors = [float((_solve_pendulum(kind(n), TIMES, BEGIN) - EXACT).square().mean().sqrt()) for n in (64, 128)]
+    # Asymptotic: the observed order is 2 + O(h), of steps up to 0.07 long.
+    assert -np.diff(np.log2(errors))[0] == pytest.approx(2, abs=0.25)
+    with pytest.raises(ValueError, match=f"{kind.__name__} needs at least one step"):
+        kind(0)
 
 
 def test_dormand_prince_solution_is_of_order_five() -> None:

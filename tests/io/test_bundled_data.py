@@ -19,6 +19,7 @@ from nlme_sbi.types import Observations
 ROOT = Path(__file__).parents[2]
 THEOPHYLLINE = ROOT / "data" / "theophylline"
 CELLS = ROOT / "data" / "mrna_two_rate_cells"
+SIMULATED = ROOT / "data" / "double_receiver_simulated"
 SHARED = ROOT.parent / "shared" / "data" / "theophylline"
 CONFIGS = sorted(path for path in (ROOT / "conf" / "data").glob("*.yaml") if path.stem != "none")
 FILES = {
@@ -147,4 +148,21 @@ def test_every_data_config_says_what_it_is_and_reads(path: Path) -> None:
     if path.stem == "biosensor" and not (ROOT / config.path).exists():
         pytest.skip("the biosensors' table is not part of the repository and was not made here")
     observations = instantiate(config).read()
-    assert len(observations) in (12, 200, 312)
+    assert len(observations) in (12, 72, 200, 312)
+
+
+def test_simulated_wells_come_from_their_script() -> None:
+    made = script(SIMULATED)
+    wells = made.wells()
+    table = made.measurements(wells)
+    stored = pd.read_csv(SIMULATED / "wells.csv.gz", keep_default_na=False)
+    assert list(stored.columns) == made.COLUMNS
+    for name in ("id", "device", "rbs_R", "rbs_S", "signal", "CENS"):
+        assert stored[name].tolist() == table[name].tolist(), name
+    # Five digits were written, and simulations are in double precision on any machine.
+    np.testing.assert_allclose(stored["value"], table["value"], rtol=1e-4, atol=1e-9)
+    own = pd.read_csv(SIMULATED / "truth_wells.csv").set_index("id")
+    assert own.index.tolist() == wells.table["id"].tolist()
+    assert 0.002 < (table["CENS"] == -1).mean() < 0.1
+    folds = pd.read_csv(SIMULATED / "folds.csv")
+    assert folds["fold"].value_counts().tolist() == [18] * 4

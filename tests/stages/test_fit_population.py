@@ -14,7 +14,7 @@ import torch
 
 import nlme_sbi.stages.fit_population as stage
 import nlme_sbi.stages.shared.fit_figures as figures
-from nlme_sbi.individual_model.mechanistic import NumpySimulator
+from nlme_sbi.individual_model.numpy_simulator import NumpySimulator
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.runs import FinishedRun, read_csv

@@ -209,7 +209,7 @@ class _Data:
         """Where measurements lie on the scale of the noise, and the log of its SD, ``(I, m, n)`` both."""
         predicted = self.simulator.predict(phi, self.design)
         noise = self.simulator.noise
-        sd = noise.standard_deviation(predicted, self.simulator.noise_parameters(phi))
+        sd = noise.standard_deviation(predicted, self.simulator.noise_parameters(phi, self.design))
         return noise.transform(predicted).flatten(2), sd.expand_as(predicted).log().flatten(2)
 
     def objective(self, phi: Float[Tensor, "I m D"]) -> Float[Tensor, "I m"]:

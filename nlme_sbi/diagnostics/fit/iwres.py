@@ -157,11 +157,11 @@ def _individuals(
     predicted = simulator.predict(draws, observations.design)
     mean = predicted.mean(1)
     middle = draws.median(1).values
-    sd = noise.standard_deviation(mean, simulator.noise_parameters(middle)).expand_as(mean)
+    sd = noise.standard_deviation(mean, simulator.noise_parameters(middle, observations.design)).expand_as(mean)
     chosen = torch.randint(draws.shape[1], (len(draws),), generator=generator, device=draws.device)
     rows = torch.arange(len(draws), device=draws.device)
     curve, phi = predicted[rows, chosen], draws[rows, chosen]
-    own = simulator.noise_parameters(phi)
+    own = simulator.noise_parameters(phi, observations.design)
     if noise.is_gaussian:
         own_sd = noise.standard_deviation(curve, own).expand_as(curve)
         drawn = _residuals(simulator, observations, curve, own_sd, generator)
@@ -169,7 +169,9 @@ def _individuals(
     drawn = quantile_residuals(noise, observations, curve, own, generator)
     plain = _scale(noise, observations.values.double(), mean, sd)
     if observations.censoring is not None:
-        middling = quantile_residuals(noise, observations, mean, simulator.noise_parameters(middle), generator)
+        middling = quantile_residuals(
+            noise, observations, mean, simulator.noise_parameters(middle, observations.design), generator
+        )
         plain = torch.where(observations.censoring == int(Censoring.NONE), plain, middling)
     return mean, plain, drawn
 

@@ -42,6 +42,10 @@ class AboveZero(NoiseModel):
             )
 
     @property
+    def reads_times(self) -> bool:
+        return self.error.reads_times
+
+    @property
     def parameters(self) -> tuple[str, ...]:
         return self.error.parameters
 

@@ -30,6 +30,10 @@ class BySignal(NoiseModel):
             )
 
     @property
+    def reads_times(self) -> bool:
+        return any(model.reads_times for model in self.models)
+
+    @property
     def parameters(self) -> tuple[str, ...]:
         return flat_names(*(model.parameters for model in self.models))
 

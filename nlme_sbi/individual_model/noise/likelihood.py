@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nlme_sbi.individual_model.noise.model import NoiseModel
+from nlme_sbi.individual_model.noise.model import TIMES, NoiseModel
 from nlme_sbi.types import Censoring, Observations
 
 
@@ -72,6 +72,8 @@ def _with_intervals(
 
     lower, upper = (part(bound) for bound in bounds)
     own = {name: value.index_select(0, rows) for name, value in parameters.items()}
+    if TIMES in own:
+        own[TIMES] = own[TIMES].index_select(-1, times)
     probability = noise.log_interval(lower, upper, part(prediction), own)
     filled = torch.where(part(censored), probability, part(density))
     of_rows = density.index_select(0, rows).index_copy(density.ndim - 2, times, filled)

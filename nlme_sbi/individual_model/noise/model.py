@@ -14,6 +14,8 @@ from nlme_sbi.individual_model.noise.normal_tails import bound_score, log_ndtr_d
 
 Number = int | float
 Names = str | tuple[str, ...]
+# Where parameters of a model that reads times have them, (I, ..., T); no parameter is named so.
+TIMES = "times of the design"
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -29,6 +31,11 @@ class NoiseModel(ABC):
     def is_gaussian(self) -> bool:
         """Whether noise is Gaussian on the scale of :meth:`transform`; checks of residuals rely on it."""
         return True
+
+    @property
+    def reads_times(self) -> bool:
+        """Whether :meth:`standard_deviation` needs the times of the measurements, as ``parameters[TIMES]``."""
+        return False
 
     @property
     def has_normal_constant(self) -> bool:

@@ -42,6 +42,10 @@ class StudentT(NoiseModel):
             raise ValueError(f"degrees_of_freedom must be positive; got {given}.")
 
     @property
+    def reads_times(self) -> bool:
+        return self.error.reads_times
+
+    @property
     def parameters(self) -> tuple[str, ...]:
         return flat_names(self.error.parameters, self.degrees_of_freedom)
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.individual_model.networks_within import require_trained
 from nlme_sbi.individual_model.noise.likelihood import ValueCheckingSimulator
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.posteriors import PosteriorSamples
@@ -68,6 +69,7 @@ class LikelihoodWeightedPrior:
             raise ValueError(
                 f"{type(simulator).__name__} needs doses, and the data have none; read them with data=event_table."
             )
+        require_trained(simulator)
         if isinstance(simulator, CheckingSimulator):
             simulator.check_design(observations.design, observations.ids)
         if isinstance(simulator, ValueCheckingSimulator):

@@ -15,6 +15,7 @@ from nlme_sbi.hierarchical.fitting import HierarchicalSettings, PreparedModel, p
 from nlme_sbi.hierarchical.population import FittedPopulation, IndividualPopulation
 from nlme_sbi.hierarchical.regressors import regressors_of
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
+from nlme_sbi.individual_model.networks_within import freeze_networks
 from nlme_sbi.networks.stored_weights import load_weights
 from nlme_sbi.runs import FinishedRun, load_array, load_observations, load_run, require_same_sources, require_unedited
 from nlme_sbi.runs.schema import FLOATS, INTEGERS, check_array
@@ -91,6 +92,7 @@ def load_hierarchy(path: str | Path, *, trust: tuple[str, ...] = ()) -> TrainedH
     )
     load_weights(prepared.model, run.file("weights.safetensors"))
     prepared.model.eval()
+    freeze_networks(simulator)
     # Features depend on weights' buffers, which were the same: they come from the same data.
     asked: IndividualPopulation = instantiate(
         run.config["individual_population"], trust=trust, where="individual_population", roles=STORED_ROLES
