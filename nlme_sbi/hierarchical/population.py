@@ -65,7 +65,7 @@ class IndividualPopulation:
     prior_individuals: float = 5.0
     least_sd: float = 0.1
     prior_levels: float = 1.0
-    effect_sd: float = 0.15
+    effect_sd: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("draws", "steps"):
