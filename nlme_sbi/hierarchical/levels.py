@@ -146,7 +146,7 @@ class Hierarchy:
                     fixed = {} if groups is None else _references(name, entry.get("reference"), factors, groups)
                     references |= {(name, factor): level for factor, level in fixed.items()}
         used = {latent.factor for latent in (*shared, *own) if latent.factor}
-        known = {} if groups is None else dict(zip(groups.names, groups.levels, strict=True))
+        known = {} if groups is None else _levels_known(groups, self.parameters)
         # A factor that no parameter depends on could not be told for a combination of groups that was never seen.
         levels = {factor: found for factor, found in known.items() if factor in used or not used}
         individual = tuple(name for name in space.names if self.parameters[name]["level"] == "individual")
@@ -175,6 +175,20 @@ def _effects(name: str, entry: Mapping[str, Any], groups: Groups | None) -> list
             if code in present and level != references.get(factor):
                 found.append(Latent(name, float(entry["mean"]), float(entry["sd"]), factor, level))
     _refuse_aliased(name, found, groups)
+    return found
+
+
+def _levels_known(groups: Groups, parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """Levels of which something is known: those of the individuals that are fitted, and references, by definition."""
+    found = {}
+    for place, (factor, levels) in enumerate(zip(groups.names, groups.levels, strict=True)):
+        present = {levels[code] for code in groups.codes[:, place].tolist()}
+        for name, entry in parameters.items():
+            if "by" in entry and factor in as_names(f"hierarchy.parameters.{name}.by", entry["by"]):
+                given = entry.get("reference")
+                reference = given.get(factor) if isinstance(given, Mapping) else given
+                present |= {str(reference)} & set(levels)
+        found[factor] = tuple(level for level in levels if level in present)
     return found
 
 

@@ -65,7 +65,7 @@ class IndividualPopulation:
     prior_individuals: float = 5.0
     least_sd: float = 0.1
     prior_levels: float = 1.0
-    effect_sd: float = 0.15
+    effect_sd: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("draws", "steps"):
@@ -270,7 +270,9 @@ def population_of_draws(
         now = step(now, share)
     mean = torch.einsum("ik,ikl->il", share, draws)
     prior = _prior_precisions(regressors, now.precisions, settings)
-    coefficients, uncertainty = _joint_coefficients(mean, columns, made.active, now.covariance, prior)
+    away = draws - mean[:, None]
+    spread = torch.einsum("ik,ikl,ikm->ilm", share, away, away)
+    coefficients, uncertainty = _joint_coefficients(mean, spread, columns, made.active, now.covariance, prior)
     return FittedPopulation(regressors, coefficients, uncertainty, now.covariance, now.variances, tuple(levels))
 
 
@@ -369,6 +371,7 @@ def _coefficients(
 
 def _joint_coefficients(
     mean: Float[Tensor, "I L"],
+    spread: Float[Tensor, "I L L"],
     columns: Float[Tensor, "I P"],
     active: Bool[Tensor, "I L"],
     covariance: Float[Tensor, "L L"],
@@ -376,7 +379,9 @@ def _joint_coefficients(
 ) -> tuple[Float[Tensor, "P L"], Float[Tensor, "L P L P"]]:
     """Posterior mean and covariance of the coefficients, of all unknowns that everybody has together, exactly.
 
-    Unknowns that not everybody has are independent of the others, and regressed on those who have them.
+    Unknowns that not everybody has are independent of the others, and regressed on those who have them. What is not
+    known of an individual's own values (``spread``, the covariance of its posterior) is taken off the information, as
+    Louis (1982) has it.
     """
     width, unknowns = prior.shape
     coefficients = torch.zeros((width, unknowns), dtype=torch.float64)
@@ -393,7 +398,23 @@ def _joint_coefficients(
         factor = torch.linalg.cholesky(precision)
         wanted = (chosen.T @ mean[rows][:, places] @ inverse).T.reshape(-1, 1)
         solved = torch.cholesky_solve(wanted, factor).reshape(len(places), width)
-        spread = torch.cholesky_inverse(factor).reshape(len(places), width, len(places), width)
+        known = _information(covariance[places][:, places], spread[rows][:, places][:, :, places])
+        observed = torch.einsum("ilm,ip,iq->lpmq", known, chosen, chosen).reshape(precision.shape)
+        observed = observed + torch.diag(prior[:, places].T.reshape(-1))
+        found = torch.cholesky_inverse(torch.linalg.cholesky(observed))
         coefficients[:, places] = solved.T
-        uncertainty[places[:, None], :, places[None]] = spread.permute(0, 2, 1, 3)
+        parted = found.reshape(len(places), width, len(places), width)
+        uncertainty[places[:, None], :, places[None]] = parted.permute(0, 2, 1, 3)
     return coefficients, uncertainty
+
+
+def _information(covariance: Float[Tensor, "N N"], spread: Float[Tensor, "I N N"]) -> Float[Tensor, "I N N"]:
+    """What every individual tells of its mean: ``inv(O) - inv(O) S inv(O)``, at least a hundredth of ``inv(O)``."""
+    factor = torch.linalg.cholesky(covariance)
+    half = torch.linalg.solve_triangular(factor, spread, upper=False)
+    white = torch.linalg.solve_triangular(factor, half.mT, upper=False)
+    values, vectors = torch.linalg.eigh(0.5 * (white + white.mT))
+    kept = (1 - values).clamp(0.01, 1.0)
+    back = torch.linalg.solve_triangular(factor.mT, vectors, upper=True)
+    found: Tensor = (back * kept[:, None]) @ back.mT
+    return found

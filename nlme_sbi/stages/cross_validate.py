@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from scipy import stats
 
 from nlme_sbi.config.conversion import convert
-from nlme_sbi.config.wording import did_you_mean, listed, quoted
+from nlme_sbi.config.wording import as_names, did_you_mean, listed, quoted
 from nlme_sbi.designs import Reader
 from nlme_sbi.hierarchical.batches import levels_and_codes, read_folds
 from nlme_sbi.hierarchical.references import model_free_references
@@ -116,6 +116,9 @@ def _splits(plain: Mapping[str, Any], observations: Observations) -> list[Split]
         chosen = _chosen_levels(plain["levels"], present, by)
         if len(present) < 2:
             raise ValueError(f"by={by}: all individuals are in one level, {quoted(present[0])}; nothing would be left.")
+        chosen = [level for level in chosen if _is_known_elsewhere(plain, observations, by, level)]
+        if not chosen:
+            raise ValueError(f"by={by}: no level can be left out and predicted from the others.")
         base = {**given, **own, "folds": None, "group": by}
         return [Split(f"{by}={level}", {**base, "level": level}) for level in chosen]
     if plain["levels"] != "all":
@@ -127,6 +130,31 @@ def _splits(plain: Mapping[str, Any], observations: Observations) -> list[Split]
     if not 2 <= count <= len(observations):
         raise ValueError(f"folds must lie between 2 and the {len(observations)} individuals; got {count}.")
     return [Split(f"fold {place}", {**given, **own, "parts": count, "part": place}) for place in range(1, count + 1)]
+
+
+def _is_known_elsewhere(plain: Mapping[str, Any], observations: Observations, by: str, level: str) -> bool:
+    """Whether all that parameters have effects of in this level is in others, too; else that is said, or refused where
+    the level was asked for by name."""
+    levels, codes = levels_and_codes(observations, by, "by")
+    out = codes == levels.index(level)
+    parameters: Mapping[str, Mapping[str, Any]] = (plain.get("hierarchy") or {}).get("parameters", {})
+    for name, entry in parameters.items():
+        for factor in as_names(f"hierarchy.parameters.{name}.by", entry["by"]) if "by" in entry else ():
+            names, of_factor = levels_and_codes(observations, factor, f"hierarchy.parameters.{name}.by")
+            given = entry.get("reference")
+            reference = given.get(factor) if isinstance(given, Mapping) else given
+            lost = set(of_factor[out].tolist()) - set(of_factor[~out].tolist())
+            unknown = [names[code] for code in sorted(lost) if names[code] != str(reference)]
+            if unknown:
+                sentence = (
+                    f"{by}={level} cannot be predicted from the others: {factor} {listed(unknown)} is in no other, and "
+                    f"{name} has an effect of it."
+                )
+                if plain["levels"] != "all":
+                    raise ValueError(f"{sentence} Leave it out of levels.")
+                log.warning("%s It is not held out.", sentence)
+                return False
+    return True
 
 
 def _chosen_levels(asked: Any, present: Sequence[str], by: str) -> list[str]:

@@ -80,6 +80,15 @@ def test_missing_parameters_and_groups_are_refused() -> None:
         bound(groups=None)
 
 
+def test_levels_of_nobody_who_is_fitted_are_unknown_but_for_the_reference() -> None:
+    groups = replace(GROUPS, codes=torch.tensor([[1]] * 6))  # b alone; a is the reference
+    hierarchy = bound(groups=groups)
+    assert hierarchy.levels == {"device": ("a", "b")}
+    assert hierarchy.codes_of(replace(GROUPS, codes=torch.tensor([[0], [1]])), 2)[:, 0].tolist() == [0, 1]
+    with pytest.raises(ValueError, match='device "c" was not among the data that were fitted'):
+        hierarchy.codes_of(replace(GROUPS, codes=torch.tensor([[2]])), 1)
+
+
 def test_aliased_factors_are_refused_and_crossed_ones_are_not() -> None:
     codes = torch.tensor([[0, 0], [1, 1], [2, 0], [0, 0], [1, 1], [2, 0]])
     aliased = Groups(("device", "site"), codes, (("a", "b", "c"), ("x", "y")))

@@ -97,18 +97,22 @@ def load_hierarchy(path: str | Path, *, trust: tuple[str, ...] = ()) -> TrainedH
     asked: IndividualPopulation = instantiate(
         run.config["individual_population"], trust=trust, where="individual_population", roles=STORED_ROLES
     )
+    stored = {
+        name: torch.from_numpy(_array(run, f"population_{name}.npy", FLOATS, rank)) for name, rank in POPULATION_ARRAYS
+    }
+    regressors = regressors_of(
+        prepared.fitted.observations.design,
+        groups=asked.groups,
+        covariates=asked.covariates,
+        squares=asked.squares,
+        fixed=prepared.model.hierarchy.factors,
+    )
     population = FittedPopulation(
-        regressors_of(
-            prepared.fitted.observations.design,
-            groups=asked.groups,
-            covariates=asked.covariates,
-            squares=asked.squares,
-            fixed=prepared.model.hierarchy.factors,
-        ),
-        **{
-            name: torch.from_numpy(_array(run, f"population_{name}.npy", FLOATS, rank))
-            for name, rank in POPULATION_ARRAYS
-        },
+        regressors,
+        stored["coefficients"],
+        stored["uncertainty"],
+        stored["covariance"],
+        stored["effect_variances"],
     )
     _check_shapes(run, population, len(prepared.model.hierarchy.own))
     return TrainedHierarchy(prepared, population, observations)
