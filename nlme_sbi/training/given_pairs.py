@@ -49,11 +49,11 @@ class PairBudget:
             an ensemble, whose equal mixture is rather too wide than too narrow.
     """
 
-    epochs: int = 120
+    epochs: int = 200
     patience: int = 25
     held_out: float = 0.1
     batch_size: int | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     members: int = 1
 
