@@ -107,7 +107,7 @@ def covered(fit: Mapping[str, Any], model: Model, phi: np.ndarray, *, exchanged:
             continue
         column = phi[:, places[entry["parameter"]]]
         truth = column.mean() if entry["quantity"] == "mean" else np.log(column.std())
-        held += abs(entry["estimate"] - truth) < 1.959964 * entry["se"]
+        held += int(abs(entry["estimate"] - truth) < 1.959964 * entry["se"])
         total += 1
     return held, total
 

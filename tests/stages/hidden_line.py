@@ -29,6 +29,10 @@ class HiddenLine:
         return SimulatorOutput((line + NOISE * noise)[..., None], torch.zeros(len(phi), dtype=torch.long))
 
 
+class OtherLine(HiddenLine):
+    """The same by another name: a simulator that a network of the first does not belong to."""
+
+
 def measurements(individuals: int, *, seed: int, level: float = LEVEL) -> np.ndarray:
     """Data of a population, ``(individuals, times)``."""
     random = np.random.default_rng(seed)

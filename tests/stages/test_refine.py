@@ -46,7 +46,7 @@ ROUNDS = [
 TINY = [
     *("refine.rounds=1", "refine.training.steps=4", "refine.training.validate_every=2", "refine.draws=50"),
     *("fit.accuracy=9", "fit.starts=1", "individuals.modes=false", "refine.simulations=400", "refine.workers=1"),
-    *("training.validation_size=100", "refine.training.batch_size=64"),
+    *("training.validation_size=100", "refine.training.batch_size=64", "fit.uncertainty=[information]"),
 ]
 UNCHECKED = "fit.self_check=0"
 
@@ -284,7 +284,7 @@ def test_training_begins_with_weights_that_are_given(small: Path):
     for (name, one), other in zip(first.items(), second.values(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0, msg=name)
     with pytest.raises(ValueError, match=r"is a network of hidden_line\.HiddenLine.*weights=null"):
-        train_flow(compose_config("train_flow", [*overrides, *more, "simulator=mrna_two_rate", "prior=mrna_two_rate"]))
+        train_flow(compose_config("train_flow", [*overrides, *more, "simulator._target_=hidden_line.OtherLine"]))
     with pytest.raises(ValueError, match="reads data of another shape"):
         train_flow(compose_config("train_flow", [*overrides, *more, "design.count=7"]))
 
