@@ -97,6 +97,11 @@ class FlowedNormals:
     context: Float[Tensor, "I H"]
     bends: Bool[Tensor, "I L"]
 
+    @property
+    def normal(self) -> Normals:
+        """The posterior without the bends."""
+        return self.base
+
     def draw(self, noise: Float[Tensor, "I K L"]) -> Float[Tensor, "I K L"]:
         """Draws from standard normal ``noise``, differentiable in the parameters."""
         return self.base.draw(self._bent(noise, inverse=False)[0])

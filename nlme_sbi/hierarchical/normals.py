@@ -24,6 +24,11 @@ class Normals:
     log_sd: Float[Tensor, "I L"]
     lower: Float[Tensor, "I L L"] | None = None
 
+    @property
+    def normal(self) -> Normals:
+        """The posterior itself; of one whose noise is bent, that without the bends."""
+        return self
+
     def draw(self, noise: Float[Tensor, "I K L"]) -> Float[Tensor, "I K L"]:
         """Draws from standard normal ``noise``, differentiable in the parameters."""
         mixed = noise if self.lower is None else noise + noise @ self.lower.mT

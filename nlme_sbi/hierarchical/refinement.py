@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.compute.random_streams import Stream, seeded
-from nlme_sbi.hierarchical.encoder import Normals
 from nlme_sbi.hierarchical.model import HierarchicalModel, Individuals
+from nlme_sbi.hierarchical.normals import Normals
 from nlme_sbi.hierarchical.population import AmortizedDraws, FittedPopulation
 
 _LEARNING_RATE = 0.05
@@ -45,7 +45,8 @@ def refine_posteriors(
     """
     model.eval()
     with torch.no_grad():
-        start, active = model.posterior(individuals)
+        found, active = model.posterior(individuals)
+        start = found.normal
         unit = torch.eye(start.mean.shape[1], dtype=torch.float64)
         center, covariance = torch.zeros_like(start.mean).double(), unit.expand(len(individuals), -1, -1)
         if population is not None:
@@ -126,7 +127,7 @@ def draw_refined(
         count = min(_BLOCK, left)
         left -= count
         parts = [
-            one.draw(torch.randn((len(individuals), count, network.mean.shape[1]), generator=generator))
+            one.draw(torch.randn((len(individuals), count, len(model.hierarchy.own)), generator=generator))
             for one in mixed
         ]
         values = torch.stack(parts, 2).flatten(1, 2)  # in turn: of the first, too, equal parts are of each
