@@ -38,7 +38,8 @@ def test_generators_are_made_of_named_streams() -> None:
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "seeded"):
                 continue
             seen += 1
-            purpose = node.args[2] if len(node.args) > 2 else None
+            after = node.args[2:] or [one for one in node.args[1:] if isinstance(one, ast.Starred)]
+            purpose = after[0] if after else None
             while isinstance(purpose, ast.Starred):  # handed on by a method whose callers name it
                 purpose = purpose.value
             named = isinstance(purpose, ast.Attribute) and getattr(purpose.value, "id", "") == "Stream"

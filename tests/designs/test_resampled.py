@@ -226,6 +226,8 @@ def test_every_design_config_says_what_it_is_and_samples(path: Path, generator: 
     assert path.read_text().startswith("# ")
     config = OmegaConf.create({"data": OmegaConf.load(ROOT / "conf" / "data" / "theophylline.yaml")})
     config.design = OmegaConf.load(path)
+    if path.stem == "points":
+        config.design.entries = 3
     source = instantiate(config.design)
     if path.stem == "schedule":  # names what shall be predicted, and is nothing to sample from
         assert not isinstance(source, DesignSource)
