@@ -228,7 +228,8 @@ def fit_round(task: RefinementTask, trained: FinishedRun, *, quick: bool, number
         return _stage(fit_population, {**plain, "fresh": False}, "fit_population", quiet=False)
     plain |= {**_QUICK, "experiment": {"name": task.name}, "seed": task.seed + number, "fresh": False}
     plain["estimator"] = {**task.estimator, "max_draws": task.settings.draws}
-    plain["fit"] = {**task.plain["fit"], "self_check": 0, "uncertainty": ["information"]}
+    # Settings of the last fit that a round does not use must not make other rounds: these have one number of draws.
+    plain["fit"] = {**task.plain["fit"], "self_check": 0, "accuracy": 0.1, "uncertainty": ["information"]}
     return _stage(fit_population, plain, "fit_population")
 
 
