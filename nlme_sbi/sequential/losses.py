@@ -112,7 +112,7 @@ def train_marked(
 ) -> tuple[PosteriorNetwork, TrainingResult]:
     """Train a network from the start on marked pairs; as :func:`nlme_sbi.training.given_pairs.train_network`."""
     source = StoredPairs(
-        _MarkedRows(marked.to(device), seed),  # type: ignore[arg-type]
+        _MarkedRows(marked.to(device), seed),
         batch_size=settings.batch_size,
         validation_size=settings.validation_size,
         seed=seed,
@@ -120,7 +120,7 @@ def train_marked(
     )
     pilot = source.pilot(settings.pilot_size)
     network, _ = initialize_network(
-        pilot.pairs,  # type: ignore[attr-defined]
+        pilot.pairs,
         simulator,
         prior,
         summary=summary,

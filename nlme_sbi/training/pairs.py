@@ -6,7 +6,7 @@ Every batch is a function of (seed, step) alone, so a resumed run uses exactly t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -94,20 +94,31 @@ class OnlinePairs:
 
 
 @runtime_checkable
-class StoredRows(Protocol):
-    """Simulations on disk, read by row."""
+class Movable(Protocol):
+    """What can be brought to a device: simulations, or simulations with something beside them."""
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+
+Rows = TypeVar("Rows", bound=Movable)
+Rows_co = TypeVar("Rows_co", bound=Movable, covariant=True)
+
+
+@runtime_checkable
+class StoredRows(Protocol[Rows_co]):
+    """Simulations on disk or in memory, read by row."""
 
     @property
     def good(self) -> Tensor: ...
 
-    def rows(self, indices: Tensor) -> Simulations: ...
+    def rows(self, indices: Tensor) -> Rows_co: ...
 
 
-class StoredPairs:
+class StoredPairs(Generic[Rows]):
     """Pairs from shards on disk: a new permutation each epoch; the last good rows are held out for validation."""
 
     def __init__(
-        self, stored: StoredRows, *, batch_size: int, validation_size: int, seed: int, device: torch.device
+        self, stored: StoredRows[Rows], *, batch_size: int, validation_size: int, seed: int, device: torch.device
     ) -> None:
         good = torch.as_tensor(stored.good)
         if len(good) < validation_size + batch_size:
@@ -120,20 +131,24 @@ class StoredPairs:
         self.batches_per_epoch = len(self._training) // batch_size
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
-    def batch(self, step: int) -> Simulations:
+    def batch(self, step: int) -> Rows:
         epoch, place = divmod(step, self.batches_per_epoch)
         if epoch != self._epoch:
             generator = seeded("cpu", self.seed, Stream.TRAINING, epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self._training), generator=generator)
         chosen = self._order[place * self.batch_size : (place + 1) * self.batch_size]
-        return self.stored.rows(self._training[chosen]).to(self.device)
+        return self._place(self._training[chosen])
 
-    def validation(self, count: int) -> Simulations:
-        return self.stored.rows(self._validation[:count]).to(self.device)
+    def validation(self, count: int) -> Rows:
+        return self._place(self._validation[:count])
 
-    def pilot(self, count: int) -> Simulations:
+    def pilot(self, count: int) -> Rows:
         chosen = torch.randperm(len(self._training), generator=seeded("cpu", self.seed, Stream.PILOT))[:count]
-        return self.stored.rows(self._training[chosen]).to(self.device)
+        return self._place(self._training[chosen])
+
+    def _place(self, rows: Tensor) -> Rows:
+        placed: Rows = self.stored.rows(rows).to(self.device)
+        return placed
 
 
 @runtime_checkable
