@@ -32,7 +32,7 @@ from scipy.linalg import expm
 from nlme_sbi.compute.devices import keep_freed_memory
 from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.config.instantiate import instantiate
-from nlme_sbi.individual_model.reaction_network import ReactionNetwork
+from nlme_sbi.individual_model.stochastic_models.reaction_network import ReactionNetwork
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.simulation.shards import simulate_batch
 from nlme_sbi.types import Design

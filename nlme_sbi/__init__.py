@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from nlme_sbi.designs import DesignsOfData, FixedGrid, Points, RandomTimes, ResampledDesigns, Schedule
     from nlme_sbi.diagnostics.fit.predictive_bands import dense_design, predictive_bands
     from nlme_sbi.hierarchical.batches import HeldOut
-    from nlme_sbi.hierarchical.encoder import SeriesEncoder
     from nlme_sbi.hierarchical.fitting import HierarchicalSettings, individual_bounds, prepare_model, train_model
     from nlme_sbi.hierarchical.levels import Hierarchy
     from nlme_sbi.hierarchical.model import Bound
     from nlme_sbi.hierarchical.population import IndividualPopulation
+    from nlme_sbi.hierarchical.posterior.encoder import SeriesEncoder
     from nlme_sbi.hierarchical.predictions import measured_parameters, new_parameters
     from nlme_sbi.hierarchical.preparation import Preparation
     from nlme_sbi.hierarchical.references import model_free_references
@@ -55,10 +55,10 @@ if TYPE_CHECKING:
         TruncatedGaussianPrior,
         UniformPrior,
     )
-    from nlme_sbi.individual_model.reaction_network import Leaping, ReactionNetwork
     from nlme_sbi.individual_model.rosenbrock import Rosenbrock
-    from nlme_sbi.individual_model.sde import SdeModel
     from nlme_sbi.individual_model.solvers import DormandPrince5, Midpoint, ModifiedEuler, RungeKutta4, TorchDiffEq
+    from nlme_sbi.individual_model.stochastic_models.reaction_network import Leaping, ReactionNetwork
+    from nlme_sbi.individual_model.stochastic_models.sde import SdeModel
     from nlme_sbi.individual_model.vectors import VectorSimulator, observe_vectors
     from nlme_sbi.io import EventTable, LongTable, VectorTable, WideSheet, describe
     from nlme_sbi.limits import Limits
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from nlme_sbi.networks.token_summaries import AttentionSummary, RecurrentSummary
     from nlme_sbi.networks.vector_summaries import SetSummary, VectorSummary
     from nlme_sbi.parameters import Parameter, ParameterSpace
-    from nlme_sbi.plots.individual_fits import plot_individual_fits
+    from nlme_sbi.plots.individuals.individual_fits import plot_individual_fits
     from nlme_sbi.population import (
         Assessment,
         Auto,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nlme_sbi.individual_model.mechanistic import OdeModel
-from nlme_sbi.individual_model.networks_within import Network, load_networks
+from nlme_sbi.individual_model.neural.networks_within import Network, load_networks
 from nlme_sbi.individual_model.noise import Additive, Combined1, NeuralSd, NoiseModel
 from nlme_sbi.individual_model.solver_names import SolverName
 from nlme_sbi.individual_model.solvers import Midpoint, Solver

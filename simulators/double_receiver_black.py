@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nlme_sbi.individual_model.cascades import accumulate
-from nlme_sbi.individual_model.knots import RegularGrid
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, times_for
-from nlme_sbi.individual_model.networks_within import Network, load_networks, with_finite_gradients
+from nlme_sbi.individual_model.neural.knots import RegularGrid
+from nlme_sbi.individual_model.neural.networks_within import Network, load_networks, with_finite_gradients
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design
 from simulators.double_receiver import SIGNALS, NoiseName, log_doses, noise_of

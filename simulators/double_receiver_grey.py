@@ -11,9 +11,9 @@ from torch import Tensor
 
 from nlme_sbi.config.wording import did_you_mean, listed
 from nlme_sbi.individual_model.cascades import accumulate
-from nlme_sbi.individual_model.grey_boxes import Correction, check_penalty
-from nlme_sbi.individual_model.knots import RegularGrid
-from nlme_sbi.individual_model.networks_within import Network, load_networks
+from nlme_sbi.individual_model.neural.grey_boxes import Correction, check_penalty
+from nlme_sbi.individual_model.neural.knots import RegularGrid
+from nlme_sbi.individual_model.neural.networks_within import Network, load_networks
 from nlme_sbi.types import Design
 from simulators.double_receiver import SIGNALS, DoubleReceiver, NoiseName, inducers, noise_of
 from simulators.double_receiver_black import time_features

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.config.wording import did_you_mean, listed
-from nlme_sbi.individual_model.grey_boxes import Correction, check_penalty
 from nlme_sbi.individual_model.mechanistic import OdeModel, times_for
-from nlme_sbi.individual_model.networks_within import Network, load_networks
+from nlme_sbi.individual_model.neural.grey_boxes import Correction, check_penalty
+from nlme_sbi.individual_model.neural.networks_within import Network, load_networks
 from nlme_sbi.individual_model.solver_names import SolverName
 from nlme_sbi.individual_model.solvers import Solver
 from nlme_sbi.parameters import Parameter, ParameterSpace

@@ -10,7 +10,7 @@ import torch
 from nlme_sbi.config.wording import listed
 from nlme_sbi.hierarchical.model import Individuals
 from nlme_sbi.hierarchical.population import AmortizedDraws
-from nlme_sbi.individual_model.grey_boxes import GreyBoxSimulator
+from nlme_sbi.individual_model.neural.grey_boxes import GreyBoxSimulator
 
 _DRAWS = 20  # of each individual
 _EVERYTHING = 0.5  # share from which a neural term is more than the mechanism

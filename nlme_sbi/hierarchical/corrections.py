@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.individual_model.grey_boxes import GreyBoxSimulator
+from nlme_sbi.individual_model.neural.grey_boxes import GreyBoxSimulator
 from nlme_sbi.types import Design
 
 

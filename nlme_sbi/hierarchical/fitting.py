@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from nlme_sbi.compute.random_streams import Stream, weights_seed
 from nlme_sbi.config.wording import listed
 from nlme_sbi.hierarchical.batches import IndividualBatches
-from nlme_sbi.hierarchical.encoder import SeriesEncoder
-from nlme_sbi.hierarchical.features import SeriesFeatures
 from nlme_sbi.hierarchical.levels import Hierarchy
 from nlme_sbi.hierarchical.model import Bound, HierarchicalModel, Individuals
+from nlme_sbi.hierarchical.posterior.encoder import SeriesEncoder
+from nlme_sbi.hierarchical.posterior.features import SeriesFeatures
 from nlme_sbi.hierarchical.preparation import FittedPreparation, Preparation
 from nlme_sbi.hierarchical.residuals import Residuals
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
-from nlme_sbi.individual_model.networks_within import freeze_networks
+from nlme_sbi.individual_model.neural.networks_within import freeze_networks
 from nlme_sbi.training.loop import TrainingResult, TrainingSettings, train
 from nlme_sbi.types import Observations
 

@@ -27,14 +27,20 @@ from torch import Tensor, nn
 from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.config.wording import check_choice
 from nlme_sbi.hierarchical.corrections import correction_penalty
-from nlme_sbi.hierarchical.couplings import FlowedNormals
-from nlme_sbi.hierarchical.encoder import Normals, SeriesEncoder, SharedPosterior, noise_starts, standard_log_prob
-from nlme_sbi.hierarchical.features import SeriesFeatures, as_float
 from nlme_sbi.hierarchical.levels import BoundHierarchy, Latent
+from nlme_sbi.hierarchical.posterior.couplings import FlowedNormals
+from nlme_sbi.hierarchical.posterior.encoder import (
+    Normals,
+    SeriesEncoder,
+    SharedPosterior,
+    noise_starts,
+    standard_log_prob,
+)
+from nlme_sbi.hierarchical.posterior.features import SeriesFeatures, as_float
 from nlme_sbi.hierarchical.residuals import IndependentResiduals
-from nlme_sbi.individual_model.grey_boxes import GreyBoxSimulator
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
-from nlme_sbi.individual_model.networks_within import networks_of
+from nlme_sbi.individual_model.neural.grey_boxes import GreyBoxSimulator
+from nlme_sbi.individual_model.neural.networks_within import networks_of
 from nlme_sbi.rows import Rows, row_positions
 from nlme_sbi.types import Observations
 

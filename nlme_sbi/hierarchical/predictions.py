@@ -18,7 +18,7 @@ from torch import Tensor
 from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.hierarchical.model import HierarchicalModel, Individuals
 from nlme_sbi.hierarchical.population import AmortizedDraws, FittedPopulation, draw_individuals
-from nlme_sbi.hierarchical.refinement import draw_refined, refine_posteriors
+from nlme_sbi.hierarchical.posterior.refinement import draw_refined, refine_posteriors
 from nlme_sbi.hierarchical.residuals import CorrelatedResiduals
 from nlme_sbi.individual_model.noise.correlated import residual_correlation
 from nlme_sbi.types import Design

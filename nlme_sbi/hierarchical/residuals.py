@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nlme_sbi.config.wording import check_choice
-from nlme_sbi.hierarchical.encoder import PACE
+from nlme_sbi.hierarchical.posterior.encoder import PACE
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.individual_model.noise.correlated import correlated_log_prob
 from nlme_sbi.types import Censoring, Observations

@@ -19,7 +19,7 @@ from nlme_sbi.individual_model.natural_values import (
     values_along,
     values_of_rows,
 )
-from nlme_sbi.individual_model.networks_within import networks_of
+from nlme_sbi.individual_model.neural.networks_within import networks_of
 from nlme_sbi.individual_model.noise import TIMES, NoiseModel, check_values, observation_log_prob
 from nlme_sbi.individual_model.solver_names import SolverName, make_solver
 from nlme_sbi.individual_model.solvers import (

@@ -43,10 +43,10 @@ from nlme_sbi.runs import (
 )
 from nlme_sbi.runs.remedies import override, repeated_command
 from nlme_sbi.runs.stored_observations import sha256_of_observations
-from nlme_sbi.stages.attempts import attempt_part
-from nlme_sbi.stages.fit_predictions import PredictionSettings, predictions_frame
+from nlme_sbi.stages.shared.attempts import attempt_part
 from nlme_sbi.stages.shared.components import part, refuse_unread_courses, with_stated_prior
 from nlme_sbi.stages.shared.fit_figures import save_figures
+from nlme_sbi.stages.shared.fit_predictions import PredictionSettings, predictions_frame
 from nlme_sbi.stages.shared.scale_check import scale_warnings
 from nlme_sbi.stages.shared.stored_fit import IndividualSettings, save_individuals
 from nlme_sbi.stages.shared.trained_posterior import (

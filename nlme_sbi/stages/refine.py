@@ -30,7 +30,8 @@ from nlme_sbi.runs import FinishedRun, RunDirectory, csv_text, load_run, open_ru
 from nlme_sbi.runs.remedies import override, script_command
 from nlme_sbi.runs.stored_observations import sha256_of_observations
 from nlme_sbi.stages.fit_population import FitSettings
-from nlme_sbi.stages.refinement_rounds import (
+from nlme_sbi.stages.shared.components import part
+from nlme_sbi.stages.shared.refinement_rounds import (
     RefinementTask,
     RefineSettings,
     Round,
@@ -38,7 +39,6 @@ from nlme_sbi.stages.refinement_rounds import (
     load_round,
     refine_rounds,
 )
-from nlme_sbi.stages.shared.components import part
 from nlme_sbi.stages.shared.stored_fit import StoredFit
 from nlme_sbi.stages.shared.trained_posterior import find_posteriors, load_posterior, posterior_sources
 from nlme_sbi.types import Observations, TractableSimulator

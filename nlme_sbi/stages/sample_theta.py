@@ -17,7 +17,7 @@ from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
 from nlme_sbi.population.estimators.auto import choose_estimator
 from nlme_sbi.population.estimators.interface import Estimator, EstimatorChoice, ThetaDependentEstimator
-from nlme_sbi.population.fitting.self_check import tilted_state
+from nlme_sbi.population.fitting.ratio.self_check import tilted_state
 from nlme_sbi.population.objective.interface import NoDraws, WeightedDraws
 from nlme_sbi.population.theta_posterior.draws import ThetaDraws
 from nlme_sbi.population.theta_posterior.prior import ThetaPriors

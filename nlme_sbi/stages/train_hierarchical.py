@@ -35,8 +35,8 @@ from nlme_sbi.hierarchical.tables import (
     score_table,
     shared_table,
 )
-from nlme_sbi.individual_model.grey_boxes import GreyBoxSimulator
-from nlme_sbi.individual_model.networks_within import network_bytes, networks_of
+from nlme_sbi.individual_model.neural.grey_boxes import GreyBoxSimulator
+from nlme_sbi.individual_model.neural.networks_within import network_bytes, networks_of
 from nlme_sbi.plots.canvas import save_png
 from nlme_sbi.plots.loss import plot_history
 from nlme_sbi.runs import (

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from nlme_sbi.hierarchical.encoder import SeriesEncoder, SharedPosterior
-from nlme_sbi.hierarchical.features import SeriesFeatures
 from nlme_sbi.hierarchical.levels import Hierarchy
 from nlme_sbi.hierarchical.model import Bound, HierarchicalModel
+from nlme_sbi.hierarchical.posterior.encoder import SeriesEncoder, SharedPosterior
+from nlme_sbi.hierarchical.posterior.features import SeriesFeatures
 from nlme_sbi.hierarchical.residuals import Residuals
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.individual_model.noise import Additive

@@ -11,8 +11,8 @@ import torch
 from linear_hierarchy import PARAMETERS, exact, linear_model, simulated
 
 from nlme_sbi.hierarchical.batches import IndividualBatches
-from nlme_sbi.hierarchical.encoder import standard_log_prob
 from nlme_sbi.hierarchical.fitting import individual_bounds, negative_bound
+from nlme_sbi.hierarchical.posterior.encoder import standard_log_prob
 from nlme_sbi.training.loop import TrainingSettings, train
 
 

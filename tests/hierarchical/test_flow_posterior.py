@@ -9,13 +9,13 @@ import torch
 from linear_hierarchy import PARAMETERS, linear_model, simulated
 from torch import Tensor
 
-from nlme_sbi.hierarchical.couplings import Couplings, FlowedNormals
-from nlme_sbi.hierarchical.encoder import SeriesEncoder
-from nlme_sbi.hierarchical.features import SeriesFeatures
 from nlme_sbi.hierarchical.fitting import individual_bounds
 from nlme_sbi.hierarchical.levels import Hierarchy
 from nlme_sbi.hierarchical.model import Bound, HierarchicalModel
-from nlme_sbi.hierarchical.normals import Normals
+from nlme_sbi.hierarchical.posterior.couplings import Couplings, FlowedNormals
+from nlme_sbi.hierarchical.posterior.encoder import SeriesEncoder
+from nlme_sbi.hierarchical.posterior.features import SeriesFeatures
+from nlme_sbi.hierarchical.posterior.normals import Normals
 from nlme_sbi.hierarchical.residuals import Residuals
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.individual_model.noise import Additive

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from nlme_sbi.hierarchical.correction_tables import correction_table, correction_warnings
 from nlme_sbi.hierarchical.corrections import correction_penalty
-from nlme_sbi.hierarchical.encoder import SeriesEncoder
 from nlme_sbi.hierarchical.fitting import HierarchicalSettings, PreparedModel, prepare_model, train_model
 from nlme_sbi.hierarchical.levels import Hierarchy
 from nlme_sbi.hierarchical.model import Bound
 from nlme_sbi.hierarchical.population import draw_individuals
+from nlme_sbi.hierarchical.posterior.encoder import SeriesEncoder
 from nlme_sbi.hierarchical.preparation import Preparation
 from nlme_sbi.individual_model.mechanistic import OdeModel
-from nlme_sbi.individual_model.networks_within import is_trained
+from nlme_sbi.individual_model.neural.networks_within import is_trained
 from nlme_sbi.individual_model.noise import Additive
 from nlme_sbi.individual_model.solvers import Midpoint, Solver
 from nlme_sbi.parameters import Parameter, ParameterSpace

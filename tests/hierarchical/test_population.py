@@ -73,7 +73,7 @@ def test_em_finds_mean_slope_and_variance_of_a_normal_population() -> None:
 
 
 def _known(means: torch.Tensor):
-    from nlme_sbi.hierarchical.encoder import Normals
+    from nlme_sbi.hierarchical.posterior.encoder import Normals
 
     return Normals(means[:, None], torch.full((len(means), 1), math.log(2 * NOISE / math.sqrt(6) / 2.0)))
 

@@ -10,8 +10,8 @@ import torch
 from linear_hierarchy import simulated
 
 from nlme_sbi.hierarchical.batches import HeldOut, IndividualBatches
-from nlme_sbi.hierarchical.features import SeriesFeatures
 from nlme_sbi.hierarchical.model import Individuals
+from nlme_sbi.hierarchical.posterior.features import SeriesFeatures
 from nlme_sbi.hierarchical.preparation import Preparation
 from nlme_sbi.types import Censoring, Design, Observations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nlme_sbi.individual_model.knots import RegularGrid
+from nlme_sbi.individual_model.neural.knots import RegularGrid
 
 LIKE = torch.zeros(1, dtype=torch.float64)
 

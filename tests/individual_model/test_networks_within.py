@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nlme_sbi.individual_model.networks_within import (
+from nlme_sbi.individual_model.neural.networks_within import (
     Network,
     freeze_networks,
     is_trained,

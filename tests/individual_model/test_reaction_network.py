@@ -12,7 +12,7 @@ from scipy import stats
 from scipy.linalg import expm
 from torch import Tensor
 
-from nlme_sbi.individual_model.reaction_network import Leaping, ReactionNetwork
+from nlme_sbi.individual_model.stochastic_models.reaction_network import Leaping, ReactionNetwork
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design, Simulator, TractableSimulator
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nlme_sbi.individual_model.noise import Additive
-from nlme_sbi.individual_model.sde import Scheme, SdeModel, SdeProblem, sample_sde
+from nlme_sbi.individual_model.stochastic_models.sde import Scheme, SdeModel, SdeProblem, sample_sde
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design, Simulator, TractableSimulator
 

@@ -26,8 +26,8 @@ from nlme_sbi.plots.canvas import (
     save_png,
     set_panel_title,
 )
-from nlme_sbi.plots.individual_fits import plot_individual_fits
-from nlme_sbi.plots.influence import plot_influence
+from nlme_sbi.plots.individuals.individual_fits import plot_individual_fits
+from nlme_sbi.plots.individuals.influence import plot_influence
 from nlme_sbi.plots.loss import plot_history
 from nlme_sbi.plots.pairs import plot_pairs
 from nlme_sbi.plots.population import plot_population

@@ -15,7 +15,7 @@ from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.estimators.exact import Exact
 from nlme_sbi.population.estimators.prior_ratio import PriorRatio
 from nlme_sbi.population.fitting.fit import fit_population
-from nlme_sbi.population.fitting.self_check import tilted_state
+from nlme_sbi.population.fitting.ratio.self_check import tilted_state
 from nlme_sbi.population.models.specification import GaussianPopulation
 from nlme_sbi.population.objective.objective import hessian, value_and_gradient
 from nlme_sbi.population.results.estimates import FitEstimates

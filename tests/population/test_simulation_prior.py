@@ -11,7 +11,7 @@ from conjugate_case import observations, parameter_space
 from nlme_sbi.config.instantiate import instantiate
 from nlme_sbi.config.targets import STORED_ROLES
 from nlme_sbi.individual_model.priors import GaussianPrior, MixturePrior, TruncatedGaussianPrior, UniformPrior
-from nlme_sbi.population.fitting.simulation_prior import (
+from nlme_sbi.population.fitting.ratio.simulation_prior import (
     FittedPopulation,
     PriorSettings,
     images_needed,

@@ -18,8 +18,8 @@ from nlme_sbi.individual_model.numpy_simulator import NumpySimulator
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.runs import FinishedRun, read_csv
-from nlme_sbi.stages.attempts import attempt_part
 from nlme_sbi.stages.fit_population import fit_population
+from nlme_sbi.stages.shared.attempts import attempt_part
 from nlme_sbi.stages.simulate import simulate
 from nlme_sbi.stages.train_flow import train_flow
 

@@ -11,7 +11,7 @@ import torch
 
 from nlme_sbi.cli import compose_config
 from nlme_sbi.config.instantiate import instantiate
-from nlme_sbi.individual_model.networks_within import is_trained
+from nlme_sbi.individual_model.neural.networks_within import is_trained
 from nlme_sbi.runs import load_run
 from nlme_sbi.stages.shared.trained_hierarchy import load_hierarchy
 from nlme_sbi.stages.simulate import simulate

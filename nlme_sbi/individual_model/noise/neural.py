@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nlme_sbi.individual_model.networks_within import Network
+from nlme_sbi.individual_model.neural.networks_within import Network
 from nlme_sbi.individual_model.noise.model import TIMES, NoiseModel, flat_names, parameter_column
 
 _FLOOR = 0.01  # of a signal's scale: below it logs say nothing of the state

@@ -36,9 +36,9 @@ from nlme_sbi.population.fitting.multistart_summary import (
     warn_of_singular_covariance,
 )
 from nlme_sbi.population.fitting.outcome import Optimum, Outcome
-from nlme_sbi.population.fitting.ratio_check import compare_with_likelihood
+from nlme_sbi.population.fitting.ratio.ratio_check import compare_with_likelihood
+from nlme_sbi.population.fitting.ratio.self_check import check_by_simulation
 from nlme_sbi.population.fitting.rivals import choose_highest
-from nlme_sbi.population.fitting.self_check import check_by_simulation
 from nlme_sbi.population.fitting.zero_variances import fix_zero_variances
 from nlme_sbi.population.models.interface import PopulationModel, PopulationSpecification
 from nlme_sbi.population.objective import draw_checks as checks
@@ -87,7 +87,8 @@ def fit_population(
         starts: how many.
         accuracy: target Monte-Carlo error, in standard errors.
         self_check: individuals, at most, that are simulated from the estimate, by which an estimator without a
-            likelihood measures its bias and takes it off (:mod:`nlme_sbi.population.fitting.self_check`); 0 for none.
+            likelihood measures its bias and takes it off (:mod:`nlme_sbi.population.fitting.ratio.self_check`); 0 for
+            none.
         progress: called with how far the fit is.
 
     Raises:

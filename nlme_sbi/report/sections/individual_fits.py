@@ -11,7 +11,7 @@ from torch import Tensor
 from nlme_sbi.diagnostics.fit.individual_curves import IndividualCurves, Reason, ShownIndividuals
 from nlme_sbi.diagnostics.fit.predictive_bands import PredictiveBands
 from nlme_sbi.plots.canvas import label_with_unit
-from nlme_sbi.plots.individual_fits import plot_individual_fits
+from nlme_sbi.plots.individuals.individual_fits import plot_individual_fits
 from nlme_sbi.plots.predictions import plot_predictions
 from nlme_sbi.report.inputs.fit_checks import CURVE_CHECKS
 from nlme_sbi.report.inputs.reported_fit import CheckedData

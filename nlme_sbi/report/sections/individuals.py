@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from nlme_sbi.plots.canvas import label_with_unit
-from nlme_sbi.plots.individual_map import plot_individual_map
+from nlme_sbi.plots.individuals.individual_map import plot_individual_map
 from nlme_sbi.report.inputs.reported_fit import ReportedFit
 from nlme_sbi.report.page.content import Block, Cell, Picture, Section, Table, number
 from nlme_sbi.report.sections.convergence import weak_individuals

@@ -9,7 +9,7 @@ import pandas as pd
 
 from nlme_sbi.diagnostics.findings import Finding
 from nlme_sbi.plots.calibration import plot_agreement, plot_coverage, plot_ranks, plot_recovery
-from nlme_sbi.plots.outlier_scores import plot_outlier_scores
+from nlme_sbi.plots.individuals.outlier_scores import plot_outlier_scores
 from nlme_sbi.report.page.content import Picture, Section
 from nlme_sbi.runs import FinishedRun, load_json, read_csv, schema
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from nlme_sbi.diagnostics.findings import Finding
 from nlme_sbi.diagnostics.fit.reliability import influence_finding
-from nlme_sbi.plots.influence import plot_influence
+from nlme_sbi.plots.individuals.influence import plot_influence
 from nlme_sbi.plots.profiles import plot_profiles
 from nlme_sbi.plots.random_effects import plot_effects_against_covariates, plot_random_effects
 from nlme_sbi.report.inputs.fit_checks import POPULATION_CHECKS

@@ -10,7 +10,7 @@ from nlme_sbi.config.instantiate import instantiate, role_members
 from nlme_sbi.config.targets import ROLES, STORED_ROLES, Role
 from nlme_sbi.config.wording import listed
 from nlme_sbi.designs import Reader
-from nlme_sbi.individual_model.networks_within import require_trained
+from nlme_sbi.individual_model.neural.networks_within import require_trained
 from nlme_sbi.individual_model.priors import PriorOfData
 from nlme_sbi.individual_model.time_covariates import time_covariates_read
 from nlme_sbi.simulation.shards import check_compatible

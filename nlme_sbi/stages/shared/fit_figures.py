@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from nlme_sbi.diagnostics.fit.predictive_bands import dense_design, predictive_bands
 from nlme_sbi.numerics.weighted_draws import equal_draws
 from nlme_sbi.plots.canvas import parameter_labels, save_png
-from nlme_sbi.plots.individual_fits import plot_individual_fits
+from nlme_sbi.plots.individuals.individual_fits import plot_individual_fits
 from nlme_sbi.plots.pairs import plot_pairs
 from nlme_sbi.plots.population import plot_population
 from nlme_sbi.population.objective.individuals import individual_typical
 from nlme_sbi.population.results.fit_result import PopulationFit
 from nlme_sbi.runs import write_atomically
-from nlme_sbi.stages.attempts import attempt_part
+from nlme_sbi.stages.shared.attempts import attempt_part
 from nlme_sbi.stages.shared.trained_posterior import AnyPosterior
 from nlme_sbi.types import Observations, TractableSimulator
 

@@ -15,7 +15,7 @@ from nlme_sbi.hierarchical.fitting import HierarchicalSettings, PreparedModel, p
 from nlme_sbi.hierarchical.population import FittedPopulation, IndividualPopulation
 from nlme_sbi.hierarchical.regressors import regressors_of
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
-from nlme_sbi.individual_model.networks_within import freeze_networks
+from nlme_sbi.individual_model.neural.networks_within import freeze_networks
 from nlme_sbi.networks.stored_weights import load_weights
 from nlme_sbi.runs import FinishedRun, load_array, load_observations, load_run, require_same_sources, require_unedited
 from nlme_sbi.runs.schema import FLOATS, INTEGERS, check_array

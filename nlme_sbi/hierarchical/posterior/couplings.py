@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nlme_sbi.hierarchical.normals import Normals
-from nlme_sbi.individual_model.networks_within import Network
+from nlme_sbi.hierarchical.posterior.normals import Normals
+from nlme_sbi.individual_model.neural.networks_within import Network
 
 _LARGEST_LOG = 2.0  # of the scale of one coupling
 

@@ -21,8 +21,8 @@ class StochasticSimulator(ABC):
 
     Each call draws new paths from its generator. Likelihoods would be integrals over all paths, so such a model needs
     a network and is fitted by ``prior_ratio``. To write a model, subclass
-    :class:`~nlme_sbi.individual_model.sde.SdeModel` or
-    :class:`~nlme_sbi.individual_model.reaction_network.ReactionNetwork`.
+    :class:`~nlme_sbi.individual_model.stochastic_models.sde.SdeModel` or
+    :class:`~nlme_sbi.individual_model.stochastic_models.reaction_network.ReactionNetwork`.
 
     Attributes:
         parameters: the individual parameters, in the order of the columns of ``phi``, noise parameters included.

@@ -17,7 +17,7 @@ from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.config.conversion import convert
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.numerics.weighted_draws import equal_draws
-from nlme_sbi.population.fitting.simulation_prior import (
+from nlme_sbi.population.fitting.ratio.simulation_prior import (
     FittedPopulation,
     PriorSettings,
     images_needed,

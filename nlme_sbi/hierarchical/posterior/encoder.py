@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nlme_sbi.config.wording import check_choice, did_you_mean, listed
-from nlme_sbi.hierarchical.couplings import Couplings, FlowedNormals
 from nlme_sbi.hierarchical.levels import BoundHierarchy, Latent
-from nlme_sbi.hierarchical.normals import Normals as Normals
-from nlme_sbi.hierarchical.normals import standard_log_prob as standard_log_prob
+from nlme_sbi.hierarchical.posterior.couplings import Couplings, FlowedNormals
+from nlme_sbi.hierarchical.posterior.normals import Normals as Normals
+from nlme_sbi.hierarchical.posterior.normals import standard_log_prob as standard_log_prob
 
 _LINEAR = 4.0  # prior SDs up to which means are what the network says; beyond they grow as the logarithm
 _NARROWEST, _WIDEST = math.log(1e-4), math.log(3.0)
@@ -142,7 +142,7 @@ class EncoderNetwork(nn.Module):
         """The posterior of every individual.
 
         Args:
-            features: as :class:`~nlme_sbi.hierarchical.features.SeriesFeatures` has them.
+            features: as :class:`~nlme_sbi.hierarchical.posterior.features.SeriesFeatures` has them.
             codes: ``(I, F)``, of every factor.
         """
         known = [nn.functional.one_hot(codes[:, place], count) for place, count in enumerate(self._counts)]

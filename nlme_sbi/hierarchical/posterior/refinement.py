@@ -20,8 +20,8 @@ from torch import Tensor
 
 from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.hierarchical.model import HierarchicalModel, Individuals
-from nlme_sbi.hierarchical.normals import Normals
 from nlme_sbi.hierarchical.population import AmortizedDraws, FittedPopulation
+from nlme_sbi.hierarchical.posterior.normals import Normals
 
 _LEARNING_RATE = 0.05
 _DRAWS = 4

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.individual_model.stochastic import StochasticSimulator
+from nlme_sbi.individual_model.stochastic_models.stochastic import StochasticSimulator
 from nlme_sbi.types import Design
 
 Method = Literal["ssa", "tau_leaping"]

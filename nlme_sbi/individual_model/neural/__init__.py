@@ -1,0 +1,1 @@
+"""Networks inside individual models: grey boxes, their terms, interpolation between knots."""

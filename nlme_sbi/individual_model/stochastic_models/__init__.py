@@ -1,0 +1,1 @@
+"""Simulators without a likelihood: stochastic differential equations and reaction networks."""

@@ -1,0 +1,1 @@
+"""Tables without doses: long ones, one column an individual, vectors without times."""

@@ -1,0 +1,1 @@
+"""Figures of single individuals: fits, maps, influence, outliers."""

@@ -1,0 +1,1 @@
+"""Checks of the prior ratio, and the prior that its next simulations come from."""
