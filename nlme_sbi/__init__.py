@@ -259,7 +259,7 @@ _ROOMS = {
         "predictive_bands",
     ),
     "hierarchical.batches": ("HeldOut",),
-    "hierarchical.encoder": ("SeriesEncoder",),
+    "hierarchical.posterior.encoder": ("SeriesEncoder",),
     "hierarchical.fitting": (
         "HierarchicalSettings",
         "individual_bounds",
@@ -309,12 +309,12 @@ _ROOMS = {
         "TruncatedGaussianPrior",
         "UniformPrior",
     ),
-    "individual_model.reaction_network": (
+    "individual_model.stochastic_models.reaction_network": (
         "Leaping",
         "ReactionNetwork",
     ),
     "individual_model.rosenbrock": ("Rosenbrock",),
-    "individual_model.sde": ("SdeModel",),
+    "individual_model.stochastic_models.sde": ("SdeModel",),
     "individual_model.solvers": (
         "DormandPrince5",
         "Midpoint",
@@ -358,7 +358,7 @@ _ROOMS = {
         "Parameter",
         "ParameterSpace",
     ),
-    "plots.individual_fits": ("plot_individual_fits",),
+    "plots.individuals.individual_fits": ("plot_individual_fits",),
     "population": (
         "Assessment",
         "Auto",

@@ -31,7 +31,7 @@ class Level(MechanisticSimulator):
     def predict(self, phi: torch.Tensor, design: Design) -> torch.Tensor:
         return phi[..., None, :2].expand(*phi.shape[:-1], design.times.shape[1], 2)
 
-    def noise_parameters(self, phi: torch.Tensor) -> dict[str, torch.Tensor]:
+    def noise_parameters(self, phi: torch.Tensor, design: Design | None = None) -> dict[str, torch.Tensor]:
         return {"sigma": torch.full_like(phi[..., 0], NOISE_SD)}
 
 
