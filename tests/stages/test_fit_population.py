@@ -379,7 +379,7 @@ REFUSED = {
         r"^fit: uncertainty: \['information', 'jackknife'\] must be different ones of information, sandwich, profile,",
     ),
     "too few replicates": (["fit.bootstrap.replicates=10"], r"^fit: 10 bootstrap replicates have no 95% interval"),
-    "no panels": (["figures.individuals=0"], r"^figures\.individuals must be at least 1; got 0\.$"),
+    "fewer panels than none": (["figures.individuals=-1"], r"^figures\.individuals must be at least 0; got -1\.$"),
     "no such posterior": (["posterior=outputs/nothing"], r"^There is no run directory outputs/nothing; give the path"),
 }
 
