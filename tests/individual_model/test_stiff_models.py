@@ -145,5 +145,5 @@ def test_a_word_that_names_no_solver_is_refused_with_those_that_there_are() -> N
     section = {"_target_": "simulators.mrna_ribosome.MrnaRibosome", "solver": "radau"}
     with pytest.raises(ValueError, match=r"simulator\.solver must be .*dormand_prince, .*rosenbrock"):
         instantiate(section, where="simulator")
-    with pytest.raises(ValueError, match='no solver "radau"; choose one of dormand_prince, .*rosenbrock'):
+    with pytest.raises(ValueError, match=r'no solver "radau"; choose one of dormand_prince, .*rosenbrock'):
         make_solver("radau")

@@ -197,7 +197,8 @@ def test_a_posterior_of_stored_simulations_knows_the_prior_that_they_were_drawn_
 REFUSED = {
     "unknown summary": (
         ["summary=gird"],
-        r'^summary has no choice "gird"; choices: attention, grid, pooled, recurrent, set, vector\. Did you mean grid\?$',
+        r'^summary has no choice "gird"; choices: attention, grid, pooled, recurrent, set, vector\. '
+        r"Did you mean grid\?$",
     ),
     "unknown summary class": (
         ["summary._target_=nlme_sbi.networks.summaries.GridSumary"],
