@@ -231,7 +231,31 @@ class TruncatedProposals(Rounds):
 
 
 @dataclass(frozen=True)
-class AtomicProposals(Rounds):
+class ProposalsFromLast(Rounds):
+    """Rounds that simulate from the last posterior."""
+
+    def propose(
+        self, posteriors: list[IndividualPosterior], setting: Setting, count: int, generator: torch.Generator
+    ) -> Proposed:
+        """Draws of the last posterior, of the prior in the first round."""
+        if not posteriors:
+            return Proposed(setting.prior.sample(count, generator))
+        return Proposed(posteriors[-1].sample(setting.observation, count, generator).phi[0])
+
+    def restrict(
+        self,
+        networks: tuple[AmortizedPosterior, ...],
+        posteriors: list[IndividualPosterior],
+        setting: Setting,
+        generator: torch.Generator,
+    ) -> IndividualPosterior:
+        """Restricted to the prior's support; what lies outside is the leakage."""
+        del posteriors
+        return restrict(networks[0], setting.observation, (), generator)
+
+
+@dataclass(frozen=True)
+class AtomicProposals(ProposalsFromLast):
     """``snpe_c``: simulate from the last posterior, and learn by telling a pair's parameters from others (atoms).
 
     Args:
@@ -249,12 +273,6 @@ class AtomicProposals(Rounds):
         if self.atoms < 2:
             raise ValueError(f"method.atoms must be at least 2, a pair's own parameters and others; got {self.atoms}.")
 
-    def propose(
-        self, posteriors: list[IndividualPosterior], setting: Setting, count: int, generator: torch.Generator
-    ) -> Proposed:
-        """Draws of the last posterior."""
-        return propose_from_last(posteriors, setting, count, generator)
-
     def learn(
         self,
         pairs: list[Simulations],
@@ -269,20 +287,9 @@ class AtomicProposals(Rounds):
         loss = WeightedLoss() if not posteriors else AtomicLoss(setting.prior, self.atoms)
         return learn_marked(marked, loss, setting, budget, seed)
 
-    def restrict(
-        self,
-        networks: tuple[AmortizedPosterior, ...],
-        posteriors: list[IndividualPosterior],
-        setting: Setting,
-        generator: torch.Generator,
-    ) -> IndividualPosterior:
-        """Restricted to the prior's support; what lies outside is the leakage."""
-        del posteriors
-        return restrict(networks[0], setting.observation, (), generator)
-
 
 @dataclass(frozen=True)
-class WeightedProposals(Rounds):
+class WeightedProposals(ProposalsFromLast):
     """``snpe_b``: simulate from the last posterior, and learn with importance weights of prior over proposals.
 
     The proposal of a pair is the mixture of all rounds, of which the prior is one, so that no weight is above the
@@ -296,12 +303,6 @@ class WeightedProposals(Rounds):
     Source: Lueckmann, Gonçalves, Bassetto, Öcal, Nonnenmacher and Macke (2017), Flexible statistical inference for
     mechanistic models of neural dynamics, NeurIPS; Veach and Guibas (1995), SIGGRAPH, for weights by the mixture.
     """
-
-    def propose(
-        self, posteriors: list[IndividualPosterior], setting: Setting, count: int, generator: torch.Generator
-    ) -> Proposed:
-        """Draws of the last posterior."""
-        return propose_from_last(posteriors, setting, count, generator)
 
     def learn(
         self,
@@ -317,26 +318,6 @@ class WeightedProposals(Rounds):
         effective = float(weights.sum() ** 2 / weights.square().sum())
         learned = learn_marked(MarkedPairs(every, weights.float()), WeightedLoss(), setting, budget, seed)
         return Learned(learned.networks, learned.loss, learned.steps, effective)
-
-    def restrict(
-        self,
-        networks: tuple[AmortizedPosterior, ...],
-        posteriors: list[IndividualPosterior],
-        setting: Setting,
-        generator: torch.Generator,
-    ) -> IndividualPosterior:
-        """Restricted to the prior's support."""
-        del posteriors
-        return restrict(networks[0], setting.observation, (), generator)
-
-
-def propose_from_last(
-    posteriors: list[IndividualPosterior], setting: Setting, count: int, generator: torch.Generator
-) -> Proposed:
-    """Draws of the last posterior, of the prior in the first round."""
-    if not posteriors:
-        return Proposed(setting.prior.sample(count, generator))
-    return Proposed(posteriors[-1].sample(setting.observation, count, generator).phi[0])
 
 
 @torch.no_grad()
