@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from no_network import fitted
 from record import Figure, write_result
+from stages import fitted
 
 TIMES = np.array([0.5, 1, 2, 4, 8, 12, 18, 24], dtype=float)
 TRUTH = {"mean.CL": math.log(4.0), "mean.V": math.log(30.0), "log_sd.CL": math.log(0.3), "log_sd.V": math.log(0.3)}

