@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nlme_sbi.hierarchical.references import model_free_references
     from nlme_sbi.hierarchical.residuals import Residuals
     from nlme_sbi.individual_model.closed_forms import log_bateman
+    from nlme_sbi.individual_model.correlated_residuals import WithCorrelatedResiduals
     from nlme_sbi.individual_model.dosing.single_bolus import single_bolus
     from nlme_sbi.individual_model.mechanistic import MechanisticSimulator, OdeModel, times_for
     from nlme_sbi.individual_model.noise import (
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         BySignal,
         Combined1,
         Combined2,
+        CorrelatedInTime,
         CountModel,
         Exponential,
         NegativeBinomial,
@@ -129,6 +131,7 @@ __all__ = [
     "Censoring",
     "Combined1",
     "Combined2",
+    "CorrelatedInTime",
     "CountModel",
     "Covariates",
     "Design",
@@ -209,6 +212,7 @@ __all__ = [
     "VectorTable",
     "WeightedProposals",
     "WideSheet",
+    "WithCorrelatedResiduals",
     "add_intervals",
     "bootstrap",
     "dense_design",
@@ -254,10 +258,7 @@ _ROOMS = {
         "ResampledDesigns",
         "Schedule",
     ),
-    "diagnostics.fit.predictive_bands": (
-        "dense_design",
-        "predictive_bands",
-    ),
+    "diagnostics.fit.predictive_bands": ("dense_design", "predictive_bands"),
     "hierarchical.batches": ("HeldOut",),
     "hierarchical.posterior.encoder": ("SeriesEncoder",),
     "hierarchical.fitting": (
@@ -269,20 +270,14 @@ _ROOMS = {
     "hierarchical.levels": ("Hierarchy",),
     "hierarchical.model": ("Bound",),
     "hierarchical.population": ("IndividualPopulation",),
-    "hierarchical.predictions": (
-        "measured_parameters",
-        "new_parameters",
-    ),
+    "hierarchical.predictions": ("measured_parameters", "new_parameters"),
     "hierarchical.preparation": ("Preparation",),
     "hierarchical.references": ("model_free_references",),
     "hierarchical.residuals": ("Residuals",),
     "individual_model.closed_forms": ("log_bateman",),
+    "individual_model.correlated_residuals": ("WithCorrelatedResiduals",),
     "individual_model.dosing.single_bolus": ("single_bolus",),
-    "individual_model.mechanistic": (
-        "MechanisticSimulator",
-        "OdeModel",
-        "times_for",
-    ),
+    "individual_model.mechanistic": ("MechanisticSimulator", "OdeModel", "times_for"),
     "individual_model.noise": (
         "AboveZero",
         "Additive",
@@ -291,6 +286,7 @@ _ROOMS = {
         "BySignal",
         "Combined1",
         "Combined2",
+        "CorrelatedInTime",
         "CountModel",
         "Exponential",
         "NegativeBinomial",
@@ -309,10 +305,7 @@ _ROOMS = {
         "TruncatedGaussianPrior",
         "UniformPrior",
     ),
-    "individual_model.stochastic_models.reaction_network": (
-        "Leaping",
-        "ReactionNetwork",
-    ),
+    "individual_model.stochastic_models.reaction_network": ("Leaping", "ReactionNetwork"),
     "individual_model.rosenbrock": ("Rosenbrock",),
     "individual_model.stochastic_models.sde": ("SdeModel",),
     "individual_model.solvers": (
@@ -322,10 +315,7 @@ _ROOMS = {
         "RungeKutta4",
         "TorchDiffEq",
     ),
-    "individual_model.vectors": (
-        "VectorSimulator",
-        "observe_vectors",
-    ),
+    "individual_model.vectors": ("VectorSimulator", "observe_vectors"),
     "io": (
         "EventTable",
         "LongTable",
@@ -335,29 +325,13 @@ _ROOMS = {
     ),
     "limits": ("Limits",),
     "networks.ensembles": ("PosteriorEnsemble",),
-    "networks.flows": (
-        "AffineCouplingFlow",
-        "SplineAutoregressiveFlow",
-        "SplineCouplingFlow",
-    ),
+    "networks.flows": ("AffineCouplingFlow", "SplineAutoregressiveFlow", "SplineCouplingFlow"),
     "networks.mixtures": ("GaussianMixtureFlow",),
     "networks.posterior": ("AmortizedPosterior",),
-    "networks.summaries": (
-        "GridSummary",
-        "PooledSummary",
-    ),
-    "networks.token_summaries": (
-        "AttentionSummary",
-        "RecurrentSummary",
-    ),
-    "networks.vector_summaries": (
-        "SetSummary",
-        "VectorSummary",
-    ),
-    "parameters": (
-        "Parameter",
-        "ParameterSpace",
-    ),
+    "networks.summaries": ("GridSummary", "PooledSummary"),
+    "networks.token_summaries": ("AttentionSummary", "RecurrentSummary"),
+    "networks.vector_summaries": ("SetSummary", "VectorSummary"),
+    "parameters": ("Parameter", "ParameterSpace"),
     "plots.individuals.individual_fits": ("plot_individual_fits",),
     "population": (
         "Assessment",
@@ -380,48 +354,19 @@ _ROOMS = {
     "population.theta_posterior.draws": ("normal_theta",),
     "population.theta_posterior.individuals": ("new_individuals",),
     "population.theta_posterior.prior": ("ThetaPriors",),
-    "population.theta_posterior.sampler": (
-        "EnsembleSampler",
-        "sample_theta",
-    ),
-    "posteriors": (
-        "PosteriorSamples",
-        "join_individuals",
-    ),
-    "runs": (
-        "find_run",
-        "load_run",
-    ),
-    "sequential.abc.problem": (
-        "AbcProblem",
-        "learned_statistics",
-    ),
-    "sequential.abc.samplers": (
-        "AbcMcmc",
-        "AbcRejection",
-        "AbcSmc",
-    ),
+    "population.theta_posterior.sampler": ("EnsembleSampler", "sample_theta"),
+    "posteriors": ("PosteriorSamples", "join_individuals"),
+    "runs": ("find_run", "load_run"),
+    "sequential.abc.problem": ("AbcProblem", "learned_statistics"),
+    "sequential.abc.samplers": ("AbcMcmc", "AbcRejection", "AbcSmc"),
     "sequential.gaussian_correction": ("GaussianProposals",),
-    "sequential.methods": (
-        "AtomicProposals",
-        "TruncatedProposals",
-        "WeightedProposals",
-    ),
-    "sequential.refinement": (
-        "Refinement",
-        "refine_draws",
-    ),
+    "sequential.methods": ("AtomicProposals", "TruncatedProposals", "WeightedProposals"),
+    "sequential.refinement": ("Refinement", "refine_draws"),
     "sequential.rounds": ("infer_individual",),
     "simulation.shards": ("SimulationSettings",),
     "stages.shared.trained_hierarchy": ("load_hierarchy",),
-    "training.given_pairs": (
-        "PairBudget",
-        "train_on_pairs",
-    ),
-    "training.loop": (
-        "TrainingSettings",
-        "train_posterior",
-    ),
+    "training.given_pairs": ("PairBudget", "train_on_pairs"),
+    "training.loop": ("TrainingSettings", "train_posterior"),
     "types": (
         "Censoring",
         "Covariates",

@@ -27,6 +27,7 @@ from nlme_sbi.compute import interrupts
 from nlme_sbi.config.conversion import convert, hydra_text
 from nlme_sbi.config.hydra_errors import config_sentence
 from nlme_sbi.config.overrides import rewrite_overrides
+from nlme_sbi.config.residuals import correlate_residuals
 from nlme_sbi.config.wording import visible
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
 
 
 def prepare_config(cfg: DictConfig, choice: str | None) -> DictConfig:
-    """The configuration with the experiment's name filled in and the keys of every script checked.
+    """The configuration with the experiment's name filled in, the keys of every script checked, and the simulator with
+    correlated residuals where they are asked for.
 
     Raises:
         ValueError: for a value of the wrong type.
@@ -131,6 +133,7 @@ def prepare_config(cfg: DictConfig, choice: str | None) -> DictConfig:
         OmegaConf.update(cfg, key, checked)
     if cfg.seed < 0:
         raise ValueError(f"seed must not be negative; got {cfg.seed}.")
+    correlate_residuals(cfg)
     return cfg
 
 

@@ -38,7 +38,7 @@ class Role:
         return named and able and lies_in(found.__module__, self.homes)
 
 
-SIMULATOR = Role("simulator", ("simulators",), ("simulate",))
+SIMULATOR = Role("simulator", ("simulators", "nlme_sbi.individual_model.correlated_residuals"), ("simulate",))
 PRIOR = Role("prior", ("nlme_sbi.individual_model.priors",), ("sample", "log_prob"))
 PRIOR_OF_DATA = Role("prior of the data", ("nlme_sbi.individual_model.priors",), ("resolve",), ("PriorOfData",))
 DESIGNS = Role("design source", ("nlme_sbi.designs",), ("sample", "covers"))

@@ -61,6 +61,12 @@ def require_residuals(simulator: Simulator, observations: Observations) -> Mecha
             f"({type(simulator.noise).__name__}), and residuals of a best fit are then no projected Gaussian noise; "
             "the residuals and prediction errors of a fit (scripts/report.py) take such noise as it is."
         )
+    if not simulator.noise.is_independent:
+        raise ValueError(
+            f"{type(simulator).__name__} has residuals that are correlated in time, and those of a best fit are then "
+            "no projected independent noise; the residuals and prediction errors of a fit (scripts/report.py) take "
+            "their correlation into account."
+        )
     censored = 0 if observations.censoring is None else int((observations.censoring != int(Censoring.NONE)).sum())
     if censored:
         raise ValueError(

@@ -27,6 +27,7 @@ from nlme_sbi.diagnostics.findings import Finding
 from nlme_sbi.diagnostics.fit.npde import anderson_darling
 from nlme_sbi.diagnostics.fit.replicates import measurements_frame, sort_measured_first
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
+from nlme_sbi.individual_model.noise.in_time import CorrelatedInTime
 from nlme_sbi.individual_model.noise.likelihood import bounds_of
 from nlme_sbi.individual_model.noise.model import NoiseModel
 from nlme_sbi.types import Censoring, Observations, Simulator
@@ -164,7 +165,10 @@ def _individuals(
     own = simulator.noise_parameters(phi, observations.design)
     if noise.is_gaussian:
         own_sd = noise.standard_deviation(curve, own).expand_as(curve)
-        drawn = _residuals(simulator, observations, curve, own_sd, generator)
+        if isinstance(noise, CorrelatedInTime):
+            drawn = noise.decorrelated(observations.values.double(), curve, own, observations.design.observed)
+        else:
+            drawn = _residuals(simulator, observations, curve, own_sd, generator)
         return mean, _residuals(simulator, observations, mean, sd, generator), drawn
     drawn = quantile_residuals(noise, observations, curve, own, generator)
     plain = _scale(noise, observations.values.double(), mean, sd)
@@ -295,6 +299,10 @@ def goodness_finding(found: GoodnessOfFit, *, level: float = 0.05) -> Finding:
             f"Residuals of the individuals' fits are not like measurement noise: {'; '.join(reasons)}. Look at the "
             "fits of individuals, then at the mechanism, the noise model and single measurements."
         )
+        if 3 * found.p_correlation <= level and found.correlation > 0:
+            sentence += (
+                " Where the mechanism is right, let residuals be correlated in time: residuals.correlation=exponential."
+            )
     else:
         sentence = (
             f"Residuals of the individuals' fits are like measurement noise (p = {found.p_value:.2g}; successive ones "

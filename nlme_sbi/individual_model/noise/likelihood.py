@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nlme_sbi.individual_model.noise.in_time import CorrelatedInTime
 from nlme_sbi.individual_model.noise.model import TIMES, NoiseModel
 from nlme_sbi.types import Censoring, Observations
 
@@ -31,13 +32,19 @@ def observation_log_prob(
         parameters: natural value of each noise parameter, ``(I, ...)``.
 
     Raises:
-        ValueError: a censored measurement without its bound.
+        ValueError: a censored measurement without its bound, or with noise that is correlated in time.
     """
 
     def aligned(tensor: Tensor) -> Tensor:
         spread = (tensor.shape[0], *(1,) * (prediction.ndim - 3), *tensor.shape[1:])
         return tensor.reshape(spread).to(prediction.dtype if tensor.is_floating_point() else tensor.dtype)
 
+    if isinstance(noise, CorrelatedInTime):
+        refuse_censored(observations)
+        observed = aligned(observations.design.observed).expand(prediction.shape)
+        safe = torch.where(observed, prediction, 1.0)
+        values = torch.where(observed, aligned(observations.values), 1.0)
+        return noise.log_prob_in_order(values, safe, parameters, observed)
     if observations.censoring is None and bool(observations.design.observed.all()):
         return noise.log_prob(aligned(observations.values), prediction, parameters)
     observed = aligned(observations.design.observed)
@@ -80,6 +87,19 @@ def _with_intervals(
     return density.index_copy(0, rows, of_rows)
 
 
+def refuse_censored(observations: Observations) -> None:
+    """Refuse censored measurements under noise that is correlated in time; raises ``ValueError`` with the remedy."""
+    if observations.censoring is None:
+        return
+    count = int(((observations.censoring != int(Censoring.NONE)) & observations.design.observed).sum())
+    if count:
+        raise ValueError(
+            f"{count} measurements are censored, whose probability under correlated residuals is an integral over "
+            "all of them at once, which is not implemented. Choose residuals.correlation=none, or leave these "
+            "measurements out of the data."
+        )
+
+
 @runtime_checkable
 class ValueCheckingSimulator(Protocol):
     """A simulator that knows which values are impossible."""
@@ -94,6 +114,8 @@ def check_values(noise: NoiseModel, observations: Observations) -> None:
     Raises:
         ValueError: with the signal, how many, the first with its individual and time, and what to do.
     """
+    if not noise.is_independent:
+        refuse_censored(observations)
     lower, upper = bounds_of(observations)
     possible = torch.where(
         observations.uncensored, noise.can_make(observations.values.double()), noise.can_lie_between(lower, upper)

@@ -33,6 +33,11 @@ class NoiseModel(ABC):
         return True
 
     @property
+    def is_independent(self) -> bool:
+        """Whether measurements are independent given the prediction and the parameters."""
+        return True
+
+    @property
     def reads_times(self) -> bool:
         """Whether :meth:`standard_deviation` needs the times of the measurements, as ``parameters[TIMES]``."""
         return False
