@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nlme_sbi.hierarchical.model import Bound
     from nlme_sbi.hierarchical.population import IndividualPopulation
     from nlme_sbi.hierarchical.posterior.encoder import SeriesEncoder
+    from nlme_sbi.hierarchical.posterior.scoring import Scoring
     from nlme_sbi.hierarchical.predictions import measured_parameters, new_parameters
     from nlme_sbi.hierarchical.preparation import Preparation
     from nlme_sbi.hierarchical.references import model_free_references
@@ -193,6 +194,7 @@ __all__ = [
     "RungeKutta4",
     "Saem",
     "Schedule",
+    "Scoring",
     "SdeModel",
     "SeriesEncoder",
     "SetSummary",
@@ -270,6 +272,7 @@ _ROOMS = {
     "hierarchical.levels": ("Hierarchy",),
     "hierarchical.model": ("Bound",),
     "hierarchical.population": ("IndividualPopulation",),
+    "hierarchical.posterior.scoring": ("Scoring",),
     "hierarchical.predictions": ("measured_parameters", "new_parameters"),
     "hierarchical.preparation": ("Preparation",),
     "hierarchical.references": ("model_free_references",),

@@ -72,7 +72,7 @@ ROLES = (
     Role(
         "setting of a hierarchical fit",
         ("nlme_sbi.hierarchical",),
-        classes=("Preparation", "Bound", "HeldOut", "IndividualPopulation"),
+        classes=("Preparation", "Bound", "HeldOut", "IndividualPopulation", "Scoring"),
     ),
     Role("method of inferring an individual", ("nlme_sbi.sequential",), ("propose", "learn", "restrict")),
     Role("sampler of ABC", ("nlme_sbi.sequential",), ("infer",)),

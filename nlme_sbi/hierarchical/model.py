@@ -214,7 +214,9 @@ class HierarchicalModel(nn.Module):
         values = torch.where(active[:, None, None], _moved(own, hierarchy.own), 0.0)
         phi = hierarchy.base.to(own) + values @ hierarchy.own_map.to(own)
         if hierarchy.shared:
-            together = torch.einsum("gh,ihd->igd", _moved(shared, hierarchy.shared), hierarchy.shared_map(codes))
+            together = torch.einsum(
+                "gh,ihd->igd", _moved(shared, hierarchy.shared), hierarchy.shared_map(codes).to(shared)
+            )
             phi = phi + together[:, :, None]
         return phi
 

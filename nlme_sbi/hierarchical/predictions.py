@@ -56,7 +56,7 @@ def log_densities(
 
 def draws_near(
     model: HierarchicalModel,
-    population: FittedPopulation,
+    population: FittedPopulation | None,
     individuals: Individuals,
     draws: int,
     *seed: int,
@@ -67,7 +67,7 @@ def draws_near(
 
     Args:
         model: trained.
-        population: of its individuals.
+        population: of its individuals; None for the priors alone.
         individuals: that were measured, fitted or not.
         draws: of each.
         seed: of the draws.

@@ -25,7 +25,9 @@ from nlme_sbi.hierarchical.population import (
     FittedPopulation,
     IndividualPopulation,
     fit_population,
+    population_of_draws,
 )
+from nlme_sbi.hierarchical.posterior.scoring import Scoring, keep_shared, search_joint_mode
 from nlme_sbi.hierarchical.predictions import draws_near, log_densities, log_weights_given
 from nlme_sbi.hierarchical.regressors import grouping_notes
 from nlme_sbi.hierarchical.tables import (
@@ -63,7 +65,8 @@ from nlme_sbi.types import Observations
 log = logging.getLogger(__name__)
 
 _CHECKPOINT = "training.pt"
-_DECIDING = (*SECTIONS, "held_out", "training", "individual_population", "evaluation", "seed")
+_SAME_MODE = 1.0  # nats
+_DECIDING = (*SECTIONS, "scoring", "held_out", "training", "individual_population", "evaluation", "seed")
 
 
 def train_hierarchical(cfg: DictConfig) -> float:
@@ -71,8 +74,8 @@ def train_hierarchical(cfg: DictConfig) -> float:
 
     Args:
         cfg: composed configuration with ``experiment``, ``data``, ``simulator``, ``hierarchy``, ``encoder``,
-            ``preparation``, ``residuals``, ``bound``, ``held_out``, ``training``, ``individual_population``,
-            ``evaluation``, ``seed``, ``output_root``, ``fresh`` and ``trust``.
+            ``preparation``, ``residuals``, ``bound``, ``scoring``, ``held_out``, ``training``,
+            ``individual_population``, ``evaluation``, ``seed``, ``output_root``, ``fresh`` and ``trust``.
 
     Returns:
         Minus the bound of held-out individuals, in nats an individual, which sweepers minimise.
@@ -107,6 +110,7 @@ def make_hierarchy(plain: Mapping[str, Any]) -> FinishedRun:
         )
     settings, simulator = settings_of(plain, trust), simulator_of(plain, trust)
     training: TrainingSettings = instantiate(plain["training"], trust=trust, where="training")
+    scoring: Scoring = instantiate(plain["scoring"], trust=trust, where="scoring")
     held: HeldOut = instantiate(plain["held_out"], trust=trust, where="held_out")
     population: IndividualPopulation = instantiate(
         plain["individual_population"], trust=trust, where="individual_population"
@@ -131,8 +135,13 @@ def make_hierarchy(plain: Mapping[str, Any]) -> FinishedRun:
             return load_run(run.path, stage="train_hierarchical")
         for note in grouping_notes(prepared.fitted.observations.design):
             log.warning("%s", note)
+        scored = _score_shared(prepared, scoring, seed)
         result = _train(prepared, training, run, seed, held_out_chooses=held.chooses_weights)
-        found = fit_population(prepared.model, prepared.fitted, population, seed, Stream.HIERARCHICAL_POPULATION)
+        if scored and any(
+            True for _ in prepared.model.residuals.parameters()
+        ):  # whose correlation training has changed
+            scored = _score_shared(prepared, scoring, seed)
+        found = _fit_population(prepared, population, plain["evaluation"], seed, refined=bool(scored))
         _save_model(run, prepared, found, observations, held_out)
         results = _evaluate(run, prepared, found, plain["evaluation"], seed)
         _save_history(run, result)
@@ -143,11 +152,48 @@ def make_hierarchy(plain: Mapping[str, Any]) -> FinishedRun:
                 "steps": result.steps,
                 "stopped_early": result.stopped_early,
                 "weights": sum(parameter.numel() for parameter in prepared.model.parameters()),
+                "shared_log_joint": scored,
                 "residuals": prepared.model.residuals.described(tuple(simulator.signals)),
                 "notes": list(grouping_notes(prepared.fitted.observations.design)),
             }
         )
     return load_run(run.path, stage="train_hierarchical", verify=False)
+
+
+def _score_shared(prepared: PreparedModel, scoring: Scoring, seed: int) -> list[float]:
+    """Put the posterior of what is shared at the joint mode, by Fisher scoring; the log joint density, nats, of every
+    search. Empty where nothing is shared, or where networks of the simulator are still to be trained."""
+    model = prepared.model
+    if not model.hierarchy.shared or scoring.steps == 0 or networks_of(model.simulator):
+        return []
+    mode, reached = search_joint_mode(model, prepared.fitted, scoring, seed)
+    keep_shared(model, mode)
+    near = sum(value > max(reached) - _SAME_MODE for value in reached)
+    log.info(
+        "What all individuals share: joint mode by scoring, %.1f nats an individual; %d of %d searches reached it.",
+        mode.log_joint / len(prepared.fitted),
+        near,
+        len(reached),
+    )
+    if not mode.settled:
+        log.warning(
+            "The search for the joint mode did not settle in scoring.steps=%d; allow more, or check levels and priors.",
+            scoring.steps,
+        )
+    return reached
+
+
+def _fit_population(
+    prepared: PreparedModel, settings: IndividualPopulation, evaluation: Mapping[str, Any], seed: int, *, refined: bool
+) -> FittedPopulation:
+    """EM over draws of the network, or, where it was trained around a joint mode, over refined ones."""
+    model, stream = prepared.model, (seed, Stream.HIERARCHICAL_POPULATION)
+    steps = convert(evaluation["refine_steps"], int, "evaluation.refine_steps")
+    if not refined or steps == 0:
+        return fit_population(model, prepared.fitted, settings, *stream)
+    made = draws_near(model, None, prepared.fitted, 2 * settings.draws, *stream, refine_steps=steps)
+    hierarchy = model.hierarchy
+    return population_of_draws(made, prepared.fitted, settings, fixed=hierarchy.factors, varying=hierarchy.own_varying)
 
 
 def _train(

@@ -8,6 +8,7 @@ factor of their correlation, which depends on times only: individuals that are m
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Bool, Float
@@ -49,14 +50,7 @@ def correlated_log_prob(
         nugget: of each signal.
     """
     total = residuals.new_zeros(residuals.shape[:-2])
-    for rows in _of_equal_times(times, observed):
-        mask = observed[rows[0]].T  # (C, T)
-        correlation = residual_correlation(times[rows[0]].to(residuals), correlation_time, nugget)
-        both = mask[:, :, None] & mask[:, None]
-        unit = torch.eye(times.shape[1], dtype=correlation.dtype, device=correlation.device)
-        # What was not observed is independent of all else, with variance 1 and a residual of 0.
-        factor = torch.linalg.cholesky(torch.where(both, correlation, unit))
-        whitener = torch.linalg.solve_triangular(factor, unit.expand_as(factor), upper=False)
+    for rows, mask, factor, whitener in _whiteners(residuals, times, observed, correlation_time, nugget):
         chosen = residuals if len(rows) == len(times) else residuals[rows]
         shown = chosen if bool(mask.all()) else torch.where(mask.T, chosen, 0.0)
         # One product for each signal: (draws, T) times (T, T).
@@ -67,6 +61,35 @@ def correlated_log_prob(
             return density
         total = total.index_copy(0, rows, density)
     return total
+
+
+def decorrelated(
+    residuals: Float[Tensor, "I *batch T C"],
+    times: Float[Tensor, "I T"],
+    observed: Bool[Tensor, "I T C"],
+    correlation_time: Float[Tensor, " C"],
+    nugget: Float[Tensor, " C"],
+) -> Float[Tensor, "I *batch T C"]:
+    """Residuals multiplied by the inverse Cholesky factors of their correlations; 0 where nothing was observed."""
+    found = torch.zeros_like(residuals)
+    for rows, mask, _, whitener in _whiteners(residuals, times, observed, correlation_time, nugget):
+        shown = torch.where(mask.T, residuals[rows], 0.0)
+        found = found.index_copy(0, rows, torch.einsum("ctu,...uc->...tc", whitener, shown))
+    return found
+
+
+def _whiteners(
+    like: Tensor, times: Tensor, observed: Tensor, correlation_time: Tensor, nugget: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Rows of equal times, what was observed of them ``(C, T)``, and Cholesky factors ``(C, T, T)`` with inverses."""
+    for rows in _of_equal_times(times, observed):
+        mask = observed[rows[0]].T
+        correlation = residual_correlation(times[rows[0]].to(like), correlation_time, nugget)
+        both = mask[:, :, None] & mask[:, None]
+        unit = torch.eye(times.shape[1], dtype=correlation.dtype, device=correlation.device)
+        # What was not observed is independent of all else, with variance 1 and a residual of 0.
+        factor = torch.linalg.cholesky(torch.where(both, correlation, unit))
+        yield rows, mask, factor, torch.linalg.solve_triangular(factor, unit.expand_as(factor), upper=False)
 
 
 @torch.no_grad()
