@@ -4,7 +4,7 @@ Every figure is log 1/K sum_k p(y|theta_k) p(theta_k)/q(theta_k|y), K = 1000, in
 over the 78 held-out wells of fold 1 and over seeds; all unknowns are drawn for every well anew, as in the published
 comparison. Series are prepared as there (all plates on 86 times, signals divided by their largest readings over all
 wells, each series shifted to a minimum of 0, saturated readings taken for values). No held-out well chooses weights.
-CPU seconds are the process's, from the prepared series to the trained network, and to the population where there is one;
+CPU seconds are the process's, from the prepared series to the trained network or, where there is one, the population;
 what was spent stands beside each.
 
     python benchmarks/biosensor.py [--seeds 3] [--parts white_free_30 ...] [--data FILE] [--write]
