@@ -12,12 +12,13 @@ from torch import Tensor
 
 from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.diagnostics.findings import Finding, Light
+from nlme_sbi.diagnostics.fit.iwres import standardized_residuals
 from nlme_sbi.hierarchical.model import HierarchicalModel
 from nlme_sbi.hierarchical.predictions import draw_measurements
 from nlme_sbi.hierarchical.regressors import levels_of
 from nlme_sbi.hierarchical.residuals import CorrelatedResiduals
 from nlme_sbi.hierarchical.scores import coverage, crps
-from nlme_sbi.individual_model.noise.correlated import residual_correlation
+from nlme_sbi.individual_model.noise.correlated import decorrelated
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.types import Design, Observations, SimulatorOutput
 
@@ -188,24 +189,30 @@ def coverage_finding(table: pd.DataFrame, side: str) -> Finding:
 
 
 @torch.no_grad()
-def residual_table(model: HierarchicalModel, observations: Observations, phi: Float[Tensor, "I D"]) -> pd.DataFrame:
+def residual_table(
+    model: HierarchicalModel, observations: Observations, phi: Float[Tensor, "I D"], generator: torch.Generator
+) -> pd.DataFrame:
     """Residuals of one posterior draw each, in units of their SD and decorrelated in time, by signal.
 
     Plain standard normals under the model: ``mean``, ``sd``, ``beyond`` (share outside 1.96), ``neighbours``, the
-    correlation of residuals that follow each other.
+    correlation of residuals that follow each other. A saturated reading gets a draw of the noise beyond its limit: to
+    leave it out would leave those below it.
 
     Args:
         model: fitted.
         observations: prepared.
         phi: one draw of each individual.
+        generator: of the draws for censored readings.
     """
     simulator, noise = model.simulator, model.simulator.noise
     prediction = simulator.predict(phi[:, None], observations.design)[:, 0]
     parameters = simulator.noise_parameters(phi[:, None], observations.design)
     sd = noise.standard_deviation(prediction[:, None], parameters)[:, 0].double()
-    residual = (noise.transform(observations.values) - noise.transform(prediction)).double() / sd
-    there = observations.uncensored
-    white = _decorrelated(model, residual, observations, there)
+    there = observations.design.observed
+    white = standardized_residuals(simulator, observations, prediction.double(), sd.expand(there.shape), generator)
+    if isinstance(model.residuals, CorrelatedResiduals):
+        time, nugget = model.residuals.correlation_time.double(), model.residuals.nugget.double()
+        white = decorrelated(white, observations.design.times.double(), there, time, nugget)
     rows = []
     for place, signal in enumerate(observations.signals):
         mask = there[..., place]
@@ -224,22 +231,6 @@ def residual_table(model: HierarchicalModel, observations: Observations, phi: Fl
             }
         )
     return pd.DataFrame(rows)
-
-
-def _decorrelated(model: HierarchicalModel, residual: Tensor, observations: Observations, there: Tensor) -> Tensor:
-    if not isinstance(model.residuals, CorrelatedResiduals):
-        return residual
-    time, nugget = model.residuals.correlation_time.double(), model.residuals.nugget.double()
-    found = torch.zeros_like(residual)
-    for row in range(len(residual)):
-        for signal in range(residual.shape[2]):
-            mask = there[row, :, signal]
-            times = observations.design.times[row, mask].double()
-            correlation = residual_correlation(times, time[signal : signal + 1], nugget[signal : signal + 1])[0]
-            factor = torch.linalg.cholesky(correlation)
-            shown = residual[row, mask, signal][:, None]
-            found[row, mask, signal] = torch.linalg.solve_triangular(factor, shown, upper=False)[:, 0]
-    return found
 
 
 def residual_finding(table: pd.DataFrame) -> Finding:

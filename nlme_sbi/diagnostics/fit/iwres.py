@@ -168,8 +168,8 @@ def _individuals(
         if isinstance(noise, CorrelatedInTime):
             drawn = noise.decorrelated(observations.values.double(), curve, own, observations.design.observed)
         else:
-            drawn = _residuals(simulator, observations, curve, own_sd, generator)
-        return mean, _residuals(simulator, observations, mean, sd, generator), drawn
+            drawn = standardized_residuals(simulator, observations, curve, own_sd, generator)
+        return mean, standardized_residuals(simulator, observations, mean, sd, generator), drawn
     drawn = quantile_residuals(noise, observations, curve, own, generator)
     plain = _scale(noise, observations.values.double(), mean, sd)
     if observations.censoring is not None:
@@ -224,10 +224,18 @@ def quantile_residuals(
     return torch.where(from_below < from_above, low, -high)
 
 
-def _residuals(
+def standardized_residuals(
     simulator: MechanisticSimulator, observations: Observations, curve: Tensor, sd: Tensor, generator: torch.Generator
 ) -> Float[Tensor, "I T C"]:
-    """Standardised; a censored measurement gets a draw of the noise beyond its limit."""
+    """Residuals about a curve in SDs of the noise; a censored measurement gets a draw of the noise beyond its limit.
+
+    Args:
+        simulator: with Gaussian noise.
+        observations: the data.
+        curve: ``(I, T, C)``, noise-free.
+        sd: ``(I, T, C)``, on the scale on which noise is Gaussian.
+        generator: of the draws for censored measurements.
+    """
     plain = _scale(simulator.noise, observations.values.double(), curve, sd)
     if observations.censoring is None:
         return plain

@@ -238,7 +238,7 @@ def _posterior_checks(subject: HierarchySubject, effective: Float[Tensor, " I"])
     model, observations = trained.prepared.model, subject.individuals.observations
 
     def residuals() -> Outcome:
-        table = residual_table(model, observations, subject.phi[:, 0].float())
+        table = residual_table(model, observations, subject.phi[:, 0].float(), subject.generator(6))
         return Outcome([residual_finding(table)], {"residuals": table})
 
     def effects() -> Outcome:
