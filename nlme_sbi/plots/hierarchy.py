@@ -68,6 +68,7 @@ def plot_group_effects(effects: pd.DataFrame, factor: str, *, most: int = 16) ->
         ax.errorbar(middle, place, xerr=ends, fmt="o", markersize=3, color=BLUE, elinewidth=1.0)
         ax.set_yticks(place, [data_text(level) for level in levels] if number % 4 == 0 else [""] * len(levels))
         ax.set_ylim(-0.6, len(levels) - 0.4)
+        ax.locator_params(axis="x", nbins=4)
         set_panel_title(ax, data_text(name))
     figure.supxlabel("effect, unconstrained scale, with 95% interval", fontsize=TEXT_SIZE)
     return figure

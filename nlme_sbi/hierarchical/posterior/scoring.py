@@ -35,7 +35,7 @@ from nlme_sbi.types import Censoring, Observations
 
 _DIFFERENCE = 1e-4  # prior SDs
 _LONGEST = 1.0  # prior SDs that an unknown may move in one step
-_BLOCK = 20_000_000  # predicted values at once
+_BLOCK = 4_000_000  # predicted values at once
 _MOST_DAMPING = 1e6
 _NOISE_START, _APART = 2.0, 0.5  # prior SDs: of noise parameters where a search begins; between random starts
 _CORRECTIONS, _CORRECTED = 20, 1e-3  # steps towards restricted noise; standard errors that the last may move
