@@ -116,18 +116,20 @@ def find_joint_mode(
             own mode there.
         prior: of the individuals; standard when left out.
     """
-    search = _Search.of(model, individuals, prior, fixed=None if shared is not None else _shared_mean(model))
+    # Where nothing is shared there is nothing to move, and individuals are searched each by itself.
+    search = _Search.of(model, individuals, prior, moves=shared is not None and len(shared) > 0)
     shared = _shared_mean(model) if shared is None else shared.double()
     own = torch.where(search.active, own.double(), 0.0)
     value = search.value(own, shared)
     damping = torch.full((len(individuals),), 1e-2, dtype=torch.float64)
     quiet, done = 0, 0
+    system = search.system(own, shared)
     while done < settings.steps and quiet < _QUIET:
         done += 1
-        of_own, of_shared = (one.clamp(-_LONGEST, _LONGEST) for one in search.system(own, shared).step(damping))
+        of_own, of_shared = (one.clamp(-_LONGEST, _LONGEST) for one in system.step(damping))
         tried = search.value(own + of_own, shared + of_shared)
         better = tried > value
-        if search.fixed is None:  # what is shared moves for all or for none
+        if search.moves:  # what is shared moves for all or for none
             before = float(value.sum() + search.of_shared(shared))
             after = float(tried.sum() + search.of_shared(shared + of_shared))
             better = torch.full_like(better, after > before)
@@ -136,16 +138,18 @@ def find_joint_mode(
             gain = float(torch.where(better, tried - value, 0.0).sum())
         own = torch.where(better[:, None], own + of_own, own)
         value = torch.where(better, tried, value)
-        if search.fixed is None and bool(better.all()):
+        if search.moves and bool(better.all()):
             shared = shared + of_shared
+        if bool(better.any()):  # else everybody is where the system was made for
+            system = search.system(own, shared)
         damping = torch.where(better, damping / 5, damping * 10).clamp_min(1e-9)
         # A step that is refused says nothing of the mode, until damping has made it as short as can be.
         stuck = damping > _MOST_DAMPING
         damping = torch.where(stuck, _MOST_DAMPING, damping)
         small = gain < settings.tolerance * len(individuals)
         quiet = quiet + 1 if small and bool((better | stuck).all()) else 0
-    end = search.system(own, shared)
-    if search.fixed is None and quiet >= _QUIET:
+    end = search.system(own, shared, joint=True)
+    if search.moves and quiet >= _QUIET:
         own, shared, end = _with_restricted_noise(search, own, shared, end)
         value = search.value(own, shared)
     return end.mode(own, shared, float(value.sum() + search.of_shared(shared)), done, settled=quiet >= _QUIET)
@@ -263,11 +267,11 @@ class _Search:
     individuals: Individuals
     active: Bool[Tensor, "I L"]
     prior: NormalPrior
-    fixed: Tensor | None
+    moves: bool
 
     @classmethod
     def of(
-        cls, model: HierarchicalModel, individuals: Individuals, prior: NormalPrior | None, fixed: Tensor | None
+        cls, model: HierarchicalModel, individuals: Individuals, prior: NormalPrior | None, *, moves: bool
     ) -> _Search:
         model.eval()
         active = model.hierarchy.own_active(individuals.codes)
@@ -277,11 +281,11 @@ class _Search:
             prior = NormalPrior(torch.zeros(active.shape, dtype=torch.float64), unit)
         both = active[:, :, None] & active[:, None]
         precision = torch.where(both, prior.precision, unit)
-        return cls(model, individuals, active, NormalPrior(torch.where(active, prior.mean, 0.0), precision), fixed)
+        return cls(model, individuals, active, NormalPrior(torch.where(active, prior.mean, 0.0), precision), moves)
 
     def of_shared(self, shared: Tensor) -> Tensor:
         """Log prior of what is shared, up to a constant; 0 where that stays."""
-        return -0.5 * shared.square().sum() if self.fixed is None else torch.zeros((), dtype=torch.float64)
+        return -0.5 * shared.square().sum() if self.moves else torch.zeros((), dtype=torch.float64)
 
     @torch.no_grad()
     def value(self, own: Tensor, shared: Tensor) -> Float[Tensor, " I"]:
@@ -299,8 +303,11 @@ class _Search:
         found: Tensor = model.residuals(model.simulator, self.individuals.observations, phi)[:, 0, 0]
         return found.double()
 
-    def system(self, own: Tensor, shared: Tensor) -> _System:
-        """Scores by autograd, so that censored and correlated measurements enter as they are; expected information."""
+    def system(self, own: Tensor, shared: Tensor, *, joint: bool = False) -> _System:
+        """Scores by autograd, so that censored and correlated measurements enter as they are; expected information.
+
+        ``joint``: also about what is shared where that stays, as the slopes of the mode need, but no step.
+        """
         own_leaf, shared_leaf = own.clone().requires_grad_(), shared.clone().requires_grad_()
         total = self._likelihood(own_leaf, shared_leaf).sum()
         scores = torch.autograd.grad(total, (own_leaf, shared_leaf), allow_unused=True)
@@ -310,24 +317,25 @@ class _Search:
         )
         own_score = own_score - torch.einsum("ilm,im->il", self.prior.precision, own - self.prior.mean)
         own_score = torch.where(self.active, own_score, 0.0)
-        information, leverage = self._information(own, shared)
         size = own.shape[1]
+        information, leverage = self._information(own, shared, size + len(shared) if self.moves or joint else size)
         both = self.active[:, :, None] & self.active[:, None]
         own_block = torch.where(both, information[:, :size, :size], 0.0) + self.prior.precision
-        joint = torch.where(self.active[..., None], information[:, :size, size:], 0.0)
-        shared_block = information[:, size:, size:].sum(0) + torch.eye(len(shared), dtype=torch.float64)
-        moves = self.fixed is None and len(shared) > 0
-        return _System(own_score, shared_score - shared, own_block, joint, shared_block, leverage, moves)
+        joint_block = torch.where(self.active[..., None], information[:, :size, size:], 0.0)
+        shared_block = information[:, size:, size:].sum(0)
+        shared_block = shared_block + torch.eye(len(shared_block), dtype=torch.float64)
+        return _System(own_score, shared_score - shared, own_block, joint_block, shared_block, leverage, self.moves)
 
     @torch.no_grad()
-    def _information(self, own: Tensor, shared: Tensor) -> tuple[Float[Tensor, "I N N"], Float[Tensor, " H"]]:
-        """Expected information of the measurements about own unknowns and what is shared; and the leverages of all
-        measurements on their individuals, times how their log SDs move with what is shared."""
+    def _information(
+        self, own: Tensor, shared: Tensor, width: int
+    ) -> tuple[Float[Tensor, "I N N"], Float[Tensor, " H"]]:
+        """Expected information of the measurements about the first ``width`` of own unknowns and what is shared; and
+        the leverages of all measurements on their individuals, times how their log SDs move with what is shared."""
         model, observations = self.model, self.individuals.observations
-        width = own.shape[1] + len(shared)
         values = observations.values[0].numel()
         found, size = [], own.shape[1]
-        leverage = torch.zeros_like(shared)
+        leverage = shared.new_zeros(width - size)
         for rows in torch.split(torch.arange(len(own)), max(1, _BLOCK // max(1, 2 * width * values))):
             mean, log_sd, known = self._columns(rows, own[rows], shared, width)
             known = known.sqrt()[:, None]
@@ -343,6 +351,8 @@ class _Search:
                 )
             parts = [one.flatten(2) for one in (mean, log_sd)]
             found.append(parts[0] @ parts[0].mT + 2 * parts[1] @ parts[1].mT)
+            if width == size:
+                continue
             active = self.active[rows]
             block = found[-1][:, :size, :size] * (active[:, :, None] & active[:, None]) + self.prior.precision[rows]
             of_own = parts[0][:, :size] * active[..., None]
@@ -359,7 +369,9 @@ class _Search:
         each = own[:, None, None] + steps[:, None, :size]
         codes = self.individuals.codes[rows]
         # Every way what is shared moves is a draw of it, with one draw of the individuals' own.
-        phi = model.parameters_of(codes, each, shared + steps[:, size:])[:, :, 0]
+        together = shared.expand(len(steps), -1).clone()
+        together[:, : width - size] += steps[:, size:]
+        phi = model.parameters_of(codes, each, together)[:, :, 0]
         design = self.individuals.observations.design[rows]
         simulator = model.simulator
         predicted = simulator.predict(phi, design)
