@@ -11,8 +11,8 @@ from nlme_sbi.config.conversion import convert
 from nlme_sbi.config.wording import check_choice, listed
 
 _WRAPPER = "nlme_sbi.WithCorrelatedResiduals"
-_TIME, _NUGGET = "correlation_time", "nugget"
-_SD = 1.5  # of their priors, on log and logit scale: wide
+CORRELATION_TIME, NUGGET = "correlation_time", "nugget"
+PRIOR_SD = 1.5  # of their priors, on log and logit scale: wide
 
 
 def correlate_residuals(cfg: DictConfig) -> None:
@@ -32,7 +32,7 @@ def correlate_residuals(cfg: DictConfig) -> None:
         return
     by_signal = convert(OmegaConf.to_container(section.by_signal), list[str], "residuals.by_signal")
     suffixes = [f"_{name}" for name in by_signal] or [""]
-    times, nuggets = [f"{_TIME}{end}" for end in suffixes], [f"{_NUGGET}{end}" for end in suffixes]
+    times, nuggets = [f"{CORRELATION_TIME}{end}" for end in suffixes], [f"{NUGGET}{end}" for end in suffixes]
     with open_dict(cfg):
         cfg.simulator = {"_target_": _WRAPPER, "simulator": cfg.simulator, "by_signal": by_signal}
         _extend_prior(cfg.prior, times, nuggets, section.time)
@@ -61,4 +61,4 @@ def _extend_prior(prior: DictConfig, times: list[str], nuggets: list[str], expec
     if not 0 < time < math.inf:
         raise ValueError(f"residuals.time must be positive; got {time:g}.")
     for name in missing:
-        prior.parameters[name] = {"mean": round(math.log(time), 4) if name in times else 0.0, "sd": _SD}
+        prior.parameters[name] = {"mean": round(math.log(time), 4) if name in times else 0.0, "sd": PRIOR_SD}

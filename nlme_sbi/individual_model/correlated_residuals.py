@@ -9,16 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nlme_sbi.config.residuals import CORRELATION_TIME, NUGGET, PRIOR_SD
 from nlme_sbi.config.wording import listed, quoted
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.individual_model.noise import BySignal
 from nlme_sbi.individual_model.noise.in_time import CorrelatedInTime
-from nlme_sbi.individual_model.priors import SimulatorWithScales
+from nlme_sbi.individual_model.priors import require_scales
 from nlme_sbi.parameters import Parameter, ParameterSpace
 from nlme_sbi.types import Design, Observations
 
-CORRELATION_TIME, NUGGET = "correlation_time", "nugget"
-_TIME_SD, _NUGGET_SD = 1.5, 1.5  # of the stated prior, log and logit
 _GAPS = 3.0  # about so many gaps between measurements long is the stated correlation time
 
 
@@ -94,17 +93,11 @@ class WithCorrelatedResiduals(MechanisticSimulator):
     def plausible_values(self, observations: Observations) -> Mapping[str, tuple[float, float]]:
         """Those of the simulator; correlation times of about three gaps between measurements, half the variance
         independent, both wide."""
-        if not isinstance(self.simulator, SimulatorWithScales):
-            raise ValueError(
-                f"prior=of_data needs a simulator with plausible values of its parameters, and "
-                f"{type(self.simulator).__name__} has no plausible_values; take prior=gaussian and give each parameter "
-                "{mean: ..., sd: ...}."
-            )
-        found = dict(self.simulator.plausible_values(observations))
+        found = dict(require_scales(self.simulator).plausible_values(observations))
         time = math.log(_GAPS * typical_gap(observations.design))
         for parameter in self.parameters.parameters[len(self.simulator.parameters) :]:
             of_time = parameter.name.startswith(CORRELATION_TIME)
-            found[parameter.name] = (time, _TIME_SD) if of_time else (0.0, _NUGGET_SD)
+            found[parameter.name] = (time if of_time else 0.0, PRIOR_SD)
         return found
 
 

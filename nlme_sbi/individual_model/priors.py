@@ -347,6 +347,17 @@ class SimulatorWithScales(Protocol):
         """Centre and SD of each parameter on the unconstrained scale, wide, and from no fit."""
 
 
+def require_scales(simulator: object) -> SimulatorWithScales:
+    """The simulator, where it has plausible values of its parameters; raises ``ValueError`` with the remedy if not."""
+    if not isinstance(simulator, SimulatorWithScales):
+        raise ValueError(
+            f"prior=of_data needs a simulator with plausible values of its parameters, and "
+            f"{type(simulator).__name__} has no plausible_values; take prior=gaussian and give each parameter "
+            "{mean: ..., sd: ...}."
+        )
+    return simulator
+
+
 @dataclass(frozen=True)
 class PriorOfData:
     """A wide normal prior that the simulator derives from the scales of doses and data; resolved before a run begins.
@@ -367,18 +378,13 @@ class PriorOfData:
         Raises:
             ValueError: the simulator has no ``plausible_values``, the width is not positive, or a parameter is unknown.
         """
-        if not isinstance(simulator, SimulatorWithScales):
-            raise ValueError(
-                f"prior=of_data needs a simulator with plausible values of its parameters, and "
-                f"{type(simulator).__name__} has no plausible_values; take prior=gaussian and give each parameter "
-                "{mean: ..., sd: ...}."
-            )
+        scales = require_scales(simulator)
         if isinstance(self.width, bool) or not (math.isfinite(self.width) and self.width > 0):
             raise ValueError(f"prior.width must be a positive number; got {self.width}.")
         simulator.parameters.indices(self.parameters)  # refuses names that are not there
         stated = {
             name: {"mean": round(centre, 2), "sd": round(sd * float(self.width), 2)}
-            for name, (centre, sd) in simulator.plausible_values(observations).items()
+            for name, (centre, sd) in scales.plausible_values(observations).items()
         }
         entries = {name: dict(self.parameters.get(name, entry)) for name, entry in stated.items()}
         return {"_target_": "nlme_sbi.GaussianPrior", "parameters": entries}
