@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nlme_sbi.compute.blocks import over_blocks
+from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.numerics.factorizations import eigh_or_diagonal
 from nlme_sbi.population.models.interface import PopulationModel, covariances_of, means_of
 from nlme_sbi.types import Observations, TractableSimulator
@@ -22,6 +23,10 @@ _STEP = 1e-5  # of finite differences of gradients, in SDs of the population
 _FLOOR = 0.05  # least curvature that a Newton step assumes, in units of the population's
 _RACE = 12  # Newton steps after which an individual's points are compared; convergence at kinks is slow
 _TOO_LOW = 100.0  # log density below the best at which a point is given up
+_STUCK = 1e8  # damping at which a point is given up
+_REJECTED = 2  # steps with Gauss and Newton's curvature rejected in a row before the exact one takes its place,
+_EXACT = 4  # looked at every so many steps: small batches cost as much as large ones
+_LEFT = 4  # one in so many steps is kept for exact curvatures
 _LONGEST = 3.0  # longest Newton step, in SDs of the population
 
 
@@ -154,9 +159,49 @@ class JointDensity:
             return found[:, 0].detach(), gradient
 
         parts = over_blocks(of_block, self.blocks(rows, size + 1), rows.device)
-        gradient = torch.cat([slopes for _, slopes in parts])
-        hessian = (gradient[:, 1:] - gradient[:, :1]) / steps[:, :, None]
-        return Expansion(torch.cat([value for value, _ in parts]), gradient[:, 0], 0.5 * (hessian + hessian.mT))
+        return _expansion(parts, steps)
+
+    @cached_property
+    def can_linearise(self) -> bool:
+        """Whether the likelihood is that of noise about a prediction, so that :meth:`expand_linearised` knows it."""
+        simulator = self.simulator
+        return (
+            isinstance(simulator, MechanisticSimulator)
+            and type(simulator).log_likelihood is MechanisticSimulator.log_likelihood
+        )
+
+    def expand_linearised(self, rows: Int[Tensor, " B"], points: Float[Tensor, "B V"]) -> Expansion:
+        """Value, and gradient and Hessian as they would be if predictions were linear in the parameters, with slopes by
+        finite differences: Gauss and Newton's.
+
+        It costs ``V + 1`` predictions, without automatic differentiation through them. Along curved valleys its steps
+        reach much further than Newton's, because it leaves out curvature that only residuals far from the optimum have.
+        """
+        simulator = self.simulator
+        if not isinstance(simulator, MechanisticSimulator):
+            raise TypeError(f"{type(simulator).__name__} has no prediction that could be linearised.")
+        steps = _STEP * self.scales[rows]
+        shifts = torch.cat([torch.zeros_like(points)[:, None], torch.diag_embed(steps)], 1)
+
+        def of_block(some: Tensor) -> tuple[Tensor, Tensor]:
+            observations, width = select_rows(self.observations, rows[some]), steps[some]
+            constants = self.population.constants(self.theta, observations.design)
+            near = points[some, None] + shifts[some]
+            complete = interleave(self.population, near, constants[:, None].expand(-1, near.shape[1], -1))
+            with torch.no_grad():
+                predicted = simulator.predict(complete, observations.design)
+                change = (predicted[:, 1:] - predicted[:, :1]) / width[:, :, None, None]
+            with torch.enable_grad():
+                leaf = near.detach().requires_grad_(True)
+                moved = torch.einsum("bnv,bvtc->bntc", leaf - points[some, None], change)
+                complete = interleave(self.population, leaf, constants[:, None].expand(-1, near.shape[1], -1))
+                found = simulator.likelihood_of_prediction(observations, predicted[:, :1] + moved, complete)
+                found = found + self.population.log_prob(leaf, self.theta, observations.design)
+                (gradient,) = torch.autograd.grad(found.sum(), leaf)
+            return found[:, 0].detach(), gradient
+
+        parts = over_blocks(of_block, self.blocks(rows, points.shape[1] + 1), rows.device)
+        return _expansion(parts, steps)
 
     def slopes(
         self, rows: Int[Tensor, " B"], points: Float[Tensor, "B V"]
@@ -181,6 +226,13 @@ class JointDensity:
         return self.simulator.log_likelihood(observations, phi) + prior
 
 
+def _expansion(parts: list[tuple[Tensor, Tensor]], steps: Float[Tensor, "B V"]) -> Expansion:
+    """From values, and gradients at the points and a step away from them along each coordinate."""
+    gradient = torch.cat([slopes for _, slopes in parts])
+    hessian = (gradient[:, 1:] - gradient[:, :1]) / steps[:, :, None]
+    return Expansion(torch.cat([value for value, _ in parts]), gradient[:, 0], 0.5 * (hessian + hessian.mT))
+
+
 @dataclass(frozen=True, eq=False)
 class Modes:
     """Results of Newton's method: points ``(B, V)`` and the expansion there."""
@@ -198,8 +250,10 @@ def find_modes(
     iterations: int = 30,
     tolerance: float = 1e-3,
 ) -> Modes:
-    """Damped Newton steps of every point at once, with curvatures made positive (saddle-free), until the predicted
-    gain of a step is below ``tolerance``.
+    """Damped Newton steps of every point at once, until the predicted gain of a step is below ``tolerance``.
+
+    Where predictions can be linearised, curvatures are first Gauss and Newton's, and exact where steps with them are
+    rejected; then all are exact and made positive (saddle-free).
 
     Args:
         joint: what is maximised.
@@ -209,28 +263,55 @@ def find_modes(
         iterations: most steps.
         tolerance: predicted gain in log density at which a point has converged.
     """
-    at = joint.expand(rows, points)
-    damping = torch.full_like(at.value, 1e-3)
+    done = 0
+    if joint.can_linearise:
+        at = joint.expand_linearised(rows, points)
+        near, done = _climb(joint, rows, Modes(points, at), free, range(iterations), tolerance, linearised=True)
+        points = near.points
+    found = Modes(points, joint.expand(rows, points))
+    left = max(iterations - done, iterations // _LEFT)
+    return _climb(joint, rows, found, free, range(iterations - left, iterations), tolerance, linearised=False)[0]
+
+
+def _climb(
+    joint: JointDensity,
+    rows: Int[Tensor, " B"],
+    start: Modes,
+    free: Bool[Tensor, "B V"] | None,
+    iterations: range,
+    tolerance: float,
+    *,
+    linearised: bool,
+) -> tuple[Modes, int]:
+    """Newton steps from where the expansion is known, and how many were taken."""
+    expand = joint.expand_linearised if linearised else joint.expand
+    points, at = start.points, start.at
+    damping, rejected = torch.full_like(at.value, 1e-3), torch.zeros_like(rows)
     active = torch.arange(len(rows), device=rows.device)
-    for done in range(iterations):
+    for done in iterations:
         if done == _RACE:
             active = active[_is_competitive(rows, at.value)[active]]
-        scale = joint.scales[rows[active]]
-        step, promise = _newton_step(at[active], scale, damping[active], None if free is None else free[active])
-        going = (promise > tolerance) & (damping[active] < 1e8)
+        step, promise = _newton_step(
+            at[active], joint.scales[rows[active]], damping[active], None if free is None else free[active]
+        )
+        going = (promise > tolerance) & (damping[active] < _STUCK)
         active, step = active[going], step[going]
         if len(active) == 0:
-            break
+            return Modes(points, at), done
         proposed = points[active] + step
-        found = joint.expand(rows[active], proposed)
+        found = expand(rows[active], proposed)
         better = (found.value >= at.value[active]) & torch.isfinite(found.hessian).flatten(1).all(1)
-        winners = active[better]
+        winners, losers = active[better], active[~better]
         points = points.index_copy(0, winners, proposed[better])
         at = at.replace_rows(winners, found[better])
         damping[winners] *= 0.1
-        losers = active[~better]
         damping[losers] = 10 * damping[losers].clamp_min(0.1)
-    return Modes(points, at)
+        rejected[winners], rejected[losers] = 0, rejected[losers] + 1
+        if linearised and done % _EXACT == _EXACT - 1:
+            stuck = losers[rejected[losers] >= _REJECTED]
+            at = at.replace_rows(stuck, joint.expand(rows[stuck], points[stuck])) if len(stuck) else at
+            damping[stuck], rejected[stuck] = 0.1, 0
+    return Modes(points, at), iterations.stop
 
 
 def follow_profile(
