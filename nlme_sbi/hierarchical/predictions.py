@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nlme_sbi.compute.random_streams import Stream, seeded
@@ -181,12 +181,28 @@ def predict_new(
     return draw_measurements(model, phi, design, seeded("cpu", *seed, Stream.HIERARCHICAL_MEASUREMENTS))
 
 
+def replace_failed(solved: Bool[Tensor, "I K"]) -> Int[Tensor, "I K"]:
+    """For every draw of each individual the place of the draw that stands for it: itself where the model was
+    ``solved``, else one of the individual's others in turn; itself where none was."""
+    order = torch.argsort((~solved).int(), dim=1, stable=True)
+    count = solved.sum(1, keepdim=True)
+    every = torch.arange(solved.shape[1], device=solved.device).expand_as(solved)
+    others = order.gather(1, every % count.clamp_min(1))
+    return torch.where(solved | (count == 0), every, others)
+
+
 @torch.no_grad()
 def draw_measurements(
     model: HierarchicalModel, phi: Float[Tensor, "I K D"], design: Design, generator: torch.Generator
 ) -> Float[Tensor, "I K T C"]:
-    """New measurements at these parameters, with residuals that are correlated in time where the model's are."""
+    """New measurements at these parameters, with residuals that are correlated in time where the model's are.
+
+    Draws at which the model cannot be solved are replaced as :func:`replace_failed` does.
+    """
     prediction = model.simulator.predict(phi, design)
+    place = replace_failed(torch.isfinite(prediction).flatten(2).all(2))
+    prediction = prediction.gather(1, place[..., None, None].expand_as(prediction))
+    phi = phi.gather(1, place[..., None].expand_as(phi))
     noise, parameters = model.simulator.noise, model.simulator.noise_parameters(phi, design)
     if not isinstance(model.residuals, CorrelatedResiduals):
         return noise.sample(prediction, parameters, generator=generator)

@@ -142,7 +142,8 @@ def score_table(
 
     ``reproduced`` is of draws given the series itself, ``predicted`` of new individuals with the same groups,
     covariates and times, whose series were not seen. ``drawn`` has the draws of each side, and as many new individuals
-    are made.
+    are made. ``failed_draws`` is the share of the new individuals at which the model cannot be solved; others stand for
+    them.
     """
     rows = []
     for side, individuals in sides.items():
@@ -151,12 +152,16 @@ def score_table(
         new = new_parameters(model, population, observations.design, made.own.shape[1], *seed)
         noise = seeded("cpu", *seed, Stream.HIERARCHICAL_MEASUREMENTS)
         totals: dict[str, Tensor] = {}
-        counts = torch.zeros(len(observations.signals), dtype=torch.float64)
+        counts, failed = torch.zeros(len(observations.signals), dtype=torch.float64), 0
         step = max(1, _NUMBERS // (new.shape[1] * observations.values[0].numel()))
         for block in torch.split(torch.arange(len(observations)), step):
             some = observations[block.tolist()]
             values, observed = some.values, some.design.observed
-            mean = torch.einsum("ik,iktc->itc", shares[block], model.simulator.predict(made.phi[block], some.design))
+            # A draw without a solution has no weight.
+            curves = model.simulator.predict(made.phi[block], some.design).nan_to_num(0.0, 0.0, 0.0)
+            mean = torch.einsum("ik,iktc->itc", shares[block], curves)
+            solved = torch.isfinite(model.simulator.predict(new[block], some.design)).flatten(2).all(2)
+            failed += int((~solved).sum())
             measured = draw_measurements(model, new[block], some.design, noise)
             here = {
                 "reproduced_rmse": rmse(mean, values, observed).square(),
@@ -171,7 +176,8 @@ def score_table(
                 totals[name] = totals.get(name, 0.0) + torch.where(count > 0, one.double() * count, 0.0)
         found = {name: (total / counts).sqrt() if "rmse" in name else total / counts for name, total in totals.items()}
         for place, signal in enumerate(observations.signals):
-            rows.append({"side": side, "signal": signal, **{name: float(one[place]) for name, one in found.items()}})
+            scores = {name: float(one[place]) for name, one in found.items()}
+            rows.append({"side": side, "signal": signal, **scores, "failed_draws": failed / new[..., 0].numel()})
     return pd.DataFrame(rows)
 
 

@@ -17,11 +17,11 @@ from nlme_sbi.hierarchical.population import (
     IndividualPopulation,
     fit_population,
 )
-from nlme_sbi.hierarchical.predictions import predict_new, predictive_log_likelihood
+from nlme_sbi.hierarchical.predictions import draw_measurements, predict_new, predictive_log_likelihood, replace_failed
 from nlme_sbi.hierarchical.residuals import Residuals
 from nlme_sbi.hierarchical.scores import coverage, crps, rmse
 from nlme_sbi.individual_model.noise.correlated import correlated_log_prob, residual_correlation
-from nlme_sbi.types import Censoring, Covariates
+from nlme_sbi.types import Censoring, Covariates, Design
 
 ALONE = {
     "own": {"level": "individual", "mean": 0.0, "sd": 2.0},
@@ -70,6 +70,30 @@ def test_em_finds_mean_slope_and_variance_of_a_normal_population() -> None:
     torch.testing.assert_close(given.mean(), wanted.mean(), atol=0.02, rtol=0)
     new = predict_new(model, found, individuals, 2000, 5)
     assert float(new.std()) == pytest.approx(float((columns @ exact).var() + variance + NOISE**2) ** 0.5, rel=0.03)
+
+
+def test_draws_without_a_solution_are_replaced_by_others_of_the_same_individual() -> None:
+    observations = simulated(3, 4)
+    observations = replace(observations, design=replace(observations.design, groups=None))
+    model = linear_model(observations, parameters=ALONE, start=1.0)
+    predict = model.simulator.predict
+
+    def fails_above(phi: torch.Tensor, design: Design) -> torch.Tensor:
+        found = predict(phi, design)
+        return torch.where(phi[..., :1, None] > 0, torch.nan, found)
+
+    model.simulator.predict = fails_above  # type: ignore[method-assign]
+    phi = torch.zeros((3, 5, len(model.simulator.parameters)))
+    phi[..., 0] = torch.tensor([[-1.0, 1, -2, 1, -3], [1, 1, 1, 1, -7], [1, 1, 1, 1, 1]])
+    phi[..., -1] = -20.0  # no noise to speak of
+    made = draw_measurements(model, phi, observations.design, torch.Generator().manual_seed(0))
+    low = predict(phi, observations.design)
+    expected = torch.tensor([[0, 2, 2, 0, 4], [4, 4, 4, 4, 4]])
+    for row in range(2):
+        torch.testing.assert_close(made[row], low[row, expected[row]], atol=1e-6, rtol=0)
+    assert torch.isnan(made[2]).all()  # nobody can stand for them
+    kept = replace_failed(torch.tensor([[True, False, True, False, True]]))
+    assert kept.tolist() == [[0, 2, 2, 0, 4]]
 
 
 def _known(means: torch.Tensor):
