@@ -23,7 +23,7 @@ class IndividualBatches:
 
     Args:
         fitted: that are trained on.
-        held_out: that choose the best weights: those held out, or some of the fitted.
+        held_out: that choose the best weights: those held out, or some that were set apart.
         batch_size: individuals in a batch.
         seed: of the run.
     """
@@ -62,7 +62,8 @@ class HeldOut:
         part: which of them is held out, from 1.
         share: of all individuals, where nothing else is named; at least one.
         chooses_weights: whether those held out choose the best weights and when training ends. Their own scores are
-            then a little too good; ``false`` lets some of the fitted choose instead, and looks at nobody held out.
+            then a little too good; ``false`` sets a tenth of the fitted apart that chooses instead, and looks at nobody
+            held out.
     """
 
     folds: str | None = None

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nlme_sbi.compute.random_streams import Stream, weights_seed
+from nlme_sbi.compute.random_streams import Stream, seeded, weights_seed
 from nlme_sbi.config.wording import listed
 from nlme_sbi.hierarchical.batches import IndividualBatches
 from nlme_sbi.hierarchical.levels import Hierarchy
@@ -23,6 +23,7 @@ from nlme_sbi.individual_model.neural.networks_within import freeze_networks
 from nlme_sbi.training.loop import TrainingResult, TrainingSettings, train
 from nlme_sbi.types import Observations
 
+_APART, _FEW = 0.1, 20  # share of the fitted that chooses weights where nobody held out does; of fewer, all do
 _BLOCK = 100  # draws of every individual at once, where many are made without gradients
 
 
@@ -145,15 +146,27 @@ def train_model(
         prepared: trained in place.
         settings: steps, learning rate and the rest.
         seed: of batches and draws.
-        held_out_chooses: whether the held-out choose those weights; else fitted individuals do, with draws of their
-            own, and nobody held out is looked at.
+        held_out_chooses: whether the held-out choose those weights; else a random tenth of the fitted does, which
+            the network is then not trained on (of fewer than 20, all do, and are), and nobody held out is looked at.
         options: of :func:`nlme_sbi.training.loop.train`: checkpoint, report, progress.
     """
-    choosing = prepared.held_out if held_out_chooses else prepared.fitted
-    source = IndividualBatches(prepared.fitted, choosing, settings.batch_size, seed)
+    fitted, choosing = prepared.fitted, prepared.held_out
+    if not held_out_chooses:
+        fitted, choosing = _set_apart(prepared.fitted, seed)
+    source = IndividualBatches(fitted, choosing, settings.batch_size, seed)
     result = train(prepared.model, source, settings, loss=negative_bound, **options)  # type: ignore[arg-type]
     freeze_networks(prepared.model.simulator)
     return result
+
+
+def _set_apart(individuals: Individuals, seed: int) -> tuple[Individuals, Individuals]:
+    """Those to be trained on, and those that tell when a network begins to learn series by heart."""
+    count = len(individuals)
+    if count < _FEW:
+        return individuals, individuals
+    order = torch.randperm(count, generator=seeded("cpu", seed, Stream.HIERARCHICAL_HELD_OUT, 1))
+    apart = max(2, round(_APART * count))
+    return individuals[order[apart:].sort().values], individuals[order[:apart].sort().values]
 
 
 @torch.no_grad()

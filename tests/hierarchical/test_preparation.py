@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from linear_hierarchy import simulated
+from linear_hierarchy import PARAMETERS, Sums, simulated
 
 from nlme_sbi.hierarchical.batches import HeldOut, IndividualBatches
+from nlme_sbi.hierarchical.fitting import HierarchicalSettings, prepare_model, train_model
+from nlme_sbi.hierarchical.levels import Hierarchy
 from nlme_sbi.hierarchical.model import Individuals
 from nlme_sbi.hierarchical.posterior.features import SeriesFeatures
 from nlme_sbi.hierarchical.preparation import Preparation
+from nlme_sbi.training.loop import TrainingResult, TrainingSettings
 from nlme_sbi.types import Censoring, Design, Observations
 
 
@@ -151,3 +154,31 @@ def test_random_parts_hold_everybody_out_once() -> None:
         ValueError, match=r"names group and parts; choose one: held_out\.parts=null held_out\.part=null"
     ):
         HeldOut(group="device", level="a", parts=3, part=1)
+
+
+def test_where_nobody_held_out_may_choose_a_tenth_is_set_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[IndividualBatches] = []
+
+    def note(network: object, source: IndividualBatches, *_: object, **__: object) -> TrainingResult:
+        used.append(source)
+        return TrainingResult([], 0.0, 0, 0, stopped_early=False)
+
+    monkeypatch.setattr("nlme_sbi.hierarchical.fitting.train", note)
+
+    def sides_of(individuals: int, *, held_out_chooses: bool) -> tuple[set[str], set[str]]:
+        observations = simulated(individuals, 3)
+        rows = torch.arange(individuals)
+        settings = HierarchicalSettings(Hierarchy(PARAMETERS))
+        made = prepare_model(Sums(), settings, observations, fitted=rows[5:], held_out=rows[:5])
+        train_model(made, TrainingSettings(), 0, held_out_chooses=held_out_chooses)
+        return set(used[-1].fitted.observations.ids), set(used[-1].held_out.observations.ids)
+
+    out = {f"i{place}" for place in range(5)}
+    everybody = {f"i{place}" for place in range(5, 40)}
+    trained, choosing = sides_of(40, held_out_chooses=False)
+    assert len(choosing) == 4
+    assert not trained & choosing
+    assert trained | choosing == everybody
+    assert sides_of(40, held_out_chooses=True) == (everybody, out)
+    few = {f"i{place}" for place in range(5, 15)}
+    assert sides_of(15, held_out_chooses=False) == (few, few)
