@@ -100,6 +100,7 @@ if TYPE_CHECKING:
     from nlme_sbi.runs import find_run, load_run
     from nlme_sbi.sequential.abc.problem import AbcProblem, learned_statistics
     from nlme_sbi.sequential.abc.samplers import AbcMcmc, AbcRejection, AbcSmc
+    from nlme_sbi.sequential.failures import FailureModel
     from nlme_sbi.sequential.gaussian_correction import GaussianProposals
     from nlme_sbi.sequential.methods import AtomicProposals, TruncatedProposals, WeightedProposals
     from nlme_sbi.sequential.refinement import Refinement, refine_draws
@@ -144,6 +145,7 @@ __all__ = [
     "Events",
     "Exact",
     "Exponential",
+    "FailureModel",
     "FitEstimates",
     "FixedGrid",
     "GaussianMixtureFlow",
@@ -362,6 +364,7 @@ _ROOMS = {
     "runs": ("find_run", "load_run"),
     "sequential.abc.problem": ("AbcProblem", "learned_statistics"),
     "sequential.abc.samplers": ("AbcMcmc", "AbcRejection", "AbcSmc"),
+    "sequential.failures": ("FailureModel",),
     "sequential.gaussian_correction": ("GaussianProposals",),
     "sequential.methods": ("AtomicProposals", "TruncatedProposals", "WeightedProposals"),
     "sequential.refinement": ("Refinement", "refine_draws"),

@@ -77,6 +77,7 @@ ROLES = (
     Role("method of inferring an individual", ("nlme_sbi.sequential",), ("propose", "learn", "restrict")),
     Role("sampler of ABC", ("nlme_sbi.sequential",), ("infer",)),
     Role("refinement by the likelihood", ("nlme_sbi.sequential",), classes=("Refinement",)),
+    Role("model of failing simulations", ("nlme_sbi.sequential",), classes=("FailureModel",)),
     Role("budget of pairs", ("nlme_sbi.training.given_pairs",), classes=("PairBudget",)),
     Role("sampler of theta", ("nlme_sbi.population",), classes=("EnsembleSampler",)),
 )

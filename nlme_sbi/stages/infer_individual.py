@@ -37,6 +37,7 @@ from nlme_sbi.runs.stored_observations import sha256_of_observations
 from nlme_sbi.sequential import rounds
 from nlme_sbi.sequential.abc.problem import AbcProblem
 from nlme_sbi.sequential.abc.samplers import AbcSampler
+from nlme_sbi.sequential.failures import FailureModel
 from nlme_sbi.sequential.methods import Method
 from nlme_sbi.sequential.refinement import RefinedDraws, Refinement, refine_draws
 from nlme_sbi.stages.shared.components import part, stored_part, with_stated_prior
@@ -45,7 +46,19 @@ from nlme_sbi.types import Observations, Prior, Simulator
 
 log = logging.getLogger(__name__)
 
-_DECIDING = ("simulator", "prior", "method", "summary", "flow", "budget", "refinement", "draws", "max_failed", "seed")
+_DECIDING = (
+    "simulator",
+    "prior",
+    "method",
+    "summary",
+    "flow",
+    "budget",
+    "refinement",
+    "draws",
+    "max_failed",
+    "failures",
+    "seed",
+)
 _CODE = ("simulator", "prior", "summary", "flow")
 
 
@@ -54,8 +67,8 @@ def infer_individual(cfg: DictConfig) -> float:
 
     Args:
         cfg: composed configuration with ``experiment``, ``data``, ``individual``, ``simulator``, ``prior``, ``method``,
-            ``summary``, ``flow``, ``budget``, ``refinement``, ``draws``, ``max_failed``, ``seed``, ``device``,
-            ``output_root``, ``fresh`` and ``trust``.
+            ``summary``, ``flow``, ``budget``, ``refinement``, ``draws``, ``max_failed``, ``failures``, ``seed``,
+            ``device``, ``output_root``, ``fresh`` and ``trust``.
 
     Returns:
         The last individual's best held-out loss, or its distance of ABC, which sweepers minimise.
@@ -155,6 +168,7 @@ def _by_rounds(
     flow: FlowSettings = part(plain["flow"], FlowSettings, where="flow", trust=trust)
     summary: SummarySettings = part(plain["summary"], SummarySettings, where="summary", trust=trust)
     budget: PairBudget = instantiate(plain["budget"], trust=trust, where="budget")
+    failures: FailureModel = instantiate(plain["failures"], trust=trust, where="failures")
     refine: Refinement | None = None
     if plain["refinement"] and has_likelihood(simulator):
         refine = instantiate(plain["refinement"], trust=trust, where="refinement")
@@ -169,6 +183,7 @@ def _by_rounds(
             flow=flow,
             budget=budget,
             max_failed=float(plain["max_failed"]),
+            failures=failures,
             seed=int(plain["seed"]),
             device=str(plain["device"]),
             directory=run.path / "rounds",
@@ -180,6 +195,8 @@ def _by_rounds(
             "objective": last.loss,
             "simulations": sum(record.simulations for record in inference.records),
             "leakage": last.leakage,
+            "failed": sum(record.failed for record in inference.records),
+            "silent": inference.records[0].silent,
             "effective_pairs": last.effective_pairs,
             "refined": refined is not None,
             "effective_draws": None if refined is None else refined.effective,
@@ -230,6 +247,8 @@ def _draws(
 
 def _log_round(record: rounds.RoundRecord) -> None:
     weighted = "" if record.effective_pairs is None else f", {record.effective_pairs:.0f} effective pairs"
+    if record.silent:
+        weighted += f", {record.failed} failed; silent on {record.silent:.2g} of the parameters, of which none succeed"
     log.info(
         "Round %d: %d simulations from %.2g of the prior, held-out loss %.3f nats%s, leakage %.2g.",
         record.round,
