@@ -75,6 +75,7 @@ ROLES = (
         classes=("Preparation", "Bound", "HeldOut", "IndividualPopulation", "Scoring"),
     ),
     Role("method of inferring an individual", ("nlme_sbi.sequential",), ("propose", "learn", "restrict")),
+    Role("learned likelihood", ("nlme_sbi.sequential",), classes=("NeuralLikelihood",)),
     Role("sampler of ABC", ("nlme_sbi.sequential",), ("infer",)),
     Role("refinement by the likelihood", ("nlme_sbi.sequential",), classes=("Refinement",)),
     Role("model of failing simulations", ("nlme_sbi.sequential",), classes=("FailureModel",)),

@@ -24,7 +24,7 @@ from nlme_sbi.networks.vector_summaries import SetSummary, VectorSummary
 from nlme_sbi.runs import load_array, load_json, save_array, save_bytes, save_json
 from nlme_sbi.runs.schema import Maybe
 from nlme_sbi.sequential.failures import FailureModel, SuccessProbability, learn_success
-from nlme_sbi.sequential.methods import Learned, Method, Setting, TruncatedProposals, WeightedProposals, joined
+from nlme_sbi.sequential.methods import Learned, Method, Rounds, Setting, TruncatedProposals, WeightedProposals, joined
 from nlme_sbi.sequential.restricted import IndividualPosterior, correct_failures
 from nlme_sbi.simulation.shards import NOT_FINITE, check_compatible
 from nlme_sbi.training.given_pairs import PairBudget
@@ -208,7 +208,7 @@ class _Loop:
         return record
 
     def _simulate(self, number: int, store: _RoundStore | None) -> tuple[Simulations, float]:
-        setting, count = self.setting, _sizes(self.method)[number]
+        setting, count = self.setting, sizes_of(self.method)[number]
         generator = seeded(setting.device, self.seed, Stream.ROUND_SIMULATIONS, number)
         design = setting.designs.sample(count, generator)
         if store is not None and store.has_pairs:
@@ -255,7 +255,8 @@ def _silent(pairs: Simulations, success: SuccessProbability | None) -> float:
     return 0.0 if success is None else float((~success.contains(pairs.phi)).double().mean())
 
 
-def _sizes(method: Method) -> list[int]:
+def sizes_of(method: Rounds | Method) -> list[int]:
+    """Simulations of each round."""
     each = method.simulations // method.rounds
     return [*[each] * (method.rounds - 1), method.simulations - each * (method.rounds - 1)]
 

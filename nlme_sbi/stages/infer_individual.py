@@ -39,6 +39,7 @@ from nlme_sbi.sequential.abc.problem import AbcProblem
 from nlme_sbi.sequential.abc.samplers import AbcSampler
 from nlme_sbi.sequential.failures import FailureModel
 from nlme_sbi.sequential.methods import Method
+from nlme_sbi.sequential.neural_likelihood import NeuralLikelihood, infer_by_likelihood
 from nlme_sbi.sequential.refinement import RefinedDraws, Refinement, refine_draws
 from nlme_sbi.stages.shared.components import part, stored_part, with_stated_prior
 from nlme_sbi.training.given_pairs import PairBudget
@@ -129,11 +130,12 @@ def _infer(plain: Mapping[str, Any], observation: Observations, trust: tuple[str
     prior: Prior = stored_part(plain["prior"], Prior, where="prior", trust=trust)
     simulator: Simulator = part(plain["simulator"], Simulator, where="simulator", trust=trust)
     method = part(plain["method"], InferenceMethod, where="method", trust=trust)
-    infer = (
-        _by_rounds(method, simulator, prior, plain, trust)
-        if isinstance(method, Method)
-        else _by_abc(method, simulator, prior, plain)
-    )
+    if isinstance(method, Method):
+        infer = _by_rounds(method, simulator, prior, plain, trust)
+    elif isinstance(method, NeuralLikelihood):
+        infer = _by_likelihood(method, simulator, prior, plain, trust)
+    else:
+        infer = _by_abc(method, simulator, prior, plain)
     run = open_run(
         stage="infer_individual",
         experiment=plain["experiment"]["name"],
@@ -204,6 +206,43 @@ def _by_rounds(
         }
         sentence = "Draws of the network, not refined." if refined is None else refined.sentence
         return _Inferred(samples, pd.DataFrame(rounds.records_table(inference.records)), results, sentence)
+
+    return infer
+
+
+def _by_likelihood(
+    method: NeuralLikelihood, simulator: Simulator, prior: Prior, plain: Mapping[str, Any], trust: tuple[str, ...]
+) -> _Infer:
+    """Rounds that learn the likelihood; chains on it give the draws."""
+    flow: FlowSettings = part(plain["flow"], FlowSettings, where="flow", trust=trust)
+    budget: PairBudget = instantiate(plain["budget"], trust=trust, where="budget")
+    refine = instantiate(plain["refinement"], trust=trust, where="refinement") if plain["refinement"] else None
+
+    def infer(observation: Observations, run: RunDirectory) -> _Inferred:
+        del run
+        found = infer_by_likelihood(
+            simulator,
+            prior,
+            observation,
+            method=method,
+            flow=flow,
+            budget=budget,
+            refinement=refine,
+            draws=int(plain["draws"]),
+            max_failed=float(plain["max_failed"]),
+            seed=int(plain["seed"]),
+            device=str(plain["device"]),
+            report=_log_round,
+        )
+        results = {
+            "objective": found.records[-1].loss,
+            "simulations": sum(record.simulations for record in found.records),
+            "failed": sum(record.failed for record in found.records),
+            "refined": False,
+            "effective_draws": found.draws.effective,
+        }
+        steps = pd.DataFrame(rounds.records_table(found.records))
+        return _Inferred(found.draws.samples, steps, results, f"By the learned likelihood: {found.draws.sentence}")
 
     return infer
 

@@ -130,3 +130,14 @@ def test_failures_are_refused_or_corrected(command: list[str], tmp_path: Path) -
     assert 0.15 < results["silent"] < 0.55  # a third of the prior, as 300 simulations tell it
     assert np.load(run / "draws" / "phi.npy")[:, 0].max() < 2
     assert list(pd.read_csv(run / "steps.csv").silent.notna()) == [True, True]
+
+
+def test_a_learned_likelihood_leaves_draws(command: list[str], tmp_path: Path) -> None:
+    method = ["method=nle", "method.rounds=2", "method.simulations=800", "budget.epochs=20", "refinement.moves=20"]
+    command = [each for each in command if not each.startswith(("method.", "budget."))]
+    infer_individual(compose_config("infer_individual", [*command, *method, "individual=p"]))
+    run = run_of(tmp_path / "out", "p")
+    table = pd.read_csv(run / "parameters.csv")
+    assert np.allclose(table["mean"], (0.5, -0.5), atol=0.3)
+    assert np.load(run / "draws" / "phi.npy").shape == (500, 2)
+    assert list(pd.read_csv(run / "steps.csv").simulations) == [400, 400]
