@@ -1,8 +1,9 @@
 r"""``nle``: the likelihood of vectors is learned, and the posterior comes from Markov chains on it.
 
 A density :math:`q(x \mid \phi)` is trained by maximum likelihood on simulated pairs. Which parameters were simulated
-does not matter to it, so that rounds may simulate from the last posterior without any correction; and what fails may be
-left out where failures say nothing of the data. A set of exchangeable vectors has the product of its vectors' densities.
+does not matter to it, so that rounds may simulate from the last posterior without any correction; and what fails may
+be left out where failures say nothing of the data. A set of exchangeable vectors has the product of its vectors'
+densities.
 
 Source: Papamakarios, Sterratt and Murray (2019), Sequential neural likelihood, AISTATS.
 """
@@ -55,8 +56,10 @@ class NeuralLikelihood(Rounds):
 
 @dataclass(frozen=True, eq=False)
 class VectorScale:
-    """Scaled entries of vectors, for a density: by smooth and monotone maps that are the same for all parameters, so that
-    a likelihood changes by a constant only. Entries that never change are left out."""
+    """Scaled entries of vectors, for a density: by smooth and monotone maps that are the same for all parameters.
+
+    A likelihood then changes by a constant only. Entries that never change are left out.
+    """
 
     location: Float[Tensor, " C"]
     spread: Float[Tensor, " C"]
