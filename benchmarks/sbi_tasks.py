@@ -3,8 +3,8 @@
 Rows: `amortized` (one network for all observations), `sequential` (truncated proposals, rounds for each observation),
 `refined` (the amortized network's draws made exact by the likelihood), `nle` (likelihood learned in rounds, chains on
 it), `abc` (populations with regression). One set of defaults for all tasks. Oracle: 10,000 reference draws an
-observation; score as published (`c2st_published.py`), 0.5 is perfect. Published means over ten observations stand beside it. The data: the `files` folders of
-github.com/sbi-benchmark/sbibm, unpacked into FOLDER/TASK/observation_N.
+observation; score as published (`c2st_published.py`), 0.5 is perfect. Published means over ten observations stand
+beside it. The data: the `files` folders of github.com/sbi-benchmark/sbibm, unpacked into FOLDER/TASK/observation_N.
 
 What is finished is kept in --keep and not made again; figures are means over the observations that are finished.
 
