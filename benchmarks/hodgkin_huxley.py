@@ -8,7 +8,7 @@ Brute force: parameters uniform over a box around that posterior, 8 of its SDs t
 same there; of all simulations the nearest in units of the features' own noise, moved by local linear regression. C2ST
 as published (`c2st_published.py`), 0.5 is perfect.
 
-    python benchmarks/hodgkin_huxley.py [--brute 400000] [--accepted 2000] [--simulations 10000]
+    python benchmarks/hodgkin_huxley.py [--parts rates posterior] [--brute 400000] [--accepted 2000] [--simulations 10000]
 """
 
 from __future__ import annotations
@@ -133,13 +133,16 @@ def posterior(count: int, keep: int, simulations: int) -> dict[str, Figure]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", default=["rates", "posterior"], choices=["rates", "posterior"])
     parser.add_argument("--brute", type=int, default=400_000)
     parser.add_argument("--accepted", type=int, default=2000)
     parser.add_argument("--simulations", type=int, default=10_000)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    figures = rates() | posterior(arguments.brute, arguments.accepted, arguments.simulations)
+    figures = rates() if "rates" in arguments.parts else {}
+    if "posterior" in arguments.parts:
+        figures |= posterior(arguments.brute, arguments.accepted, arguments.simulations)
     write_result("hodgkin_huxley", figures, title="A neuron of one compartment: rates, and two conductances")
 
 
