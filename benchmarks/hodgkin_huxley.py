@@ -8,7 +8,8 @@ Brute force: parameters uniform over a box around that posterior, 8 of its SDs t
 same there; of all simulations the nearest in units of the features' own noise, moved by local linear regression. C2ST
 as published (`c2st_published.py`), 0.5 is perfect.
 
-    python benchmarks/hodgkin_huxley.py [--parts rates posterior] [--brute 400000] [--accepted 2000] [--simulations 10000]
+    python benchmarks/hodgkin_huxley.py [--parts rates posterior] [--brute 400000] [--accepted 2000]
+        [--simulations 10000]
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def rates() -> dict[str, Figure]:
     total = CORES * SHARD * SHARDS
     return {
         "simulations_per_s": (total / max(wall), "features of 120 ms, step 0.025 ms, two processes"),
+        "load_average": (os.getloadavg()[0], "processes that wanted a core in the last minute, of two cores"),
         "simulations_per_cpu_s": (total / sum(cpu), "the same a CPU second"),
         "failed": (sum(failed), f"of {total} simulations over the prior"),
     }

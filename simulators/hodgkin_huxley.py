@@ -34,6 +34,7 @@ FEATURES = ("spikes", "rest_mean", "rest_sd", "mean", "variance", "skewness", "k
 _ROWS = 8192  # neurons integrated side by side
 _STEPS = 64  # of a trace whose moments are taken at once
 _LARGEST = 80.0  # argument beyond which x / (exp(x) - 1) is 0 in single precision
+_NOT_ZERO = 1e-30  # added where 0/0 stands for 1; it changes no other number
 _SPIKE, _AGAIN = -10.0, -20.0  # mV: a spike rises above the first, and the next one only after falling below the second
 
 
@@ -99,16 +100,15 @@ class _Rates:
         def column(*numbers: float) -> Tensor:
             return threshold.new_tensor(numbers)[:, None]
 
-        # (13 - v)/4, (v - 40)/5 and (15 - v)/5, of which x / (exp(x) - 1) is taken: 0/0 at 0, where the function is
-        # 1 - x/2. The last digits keep single precision off it.
-        self.slopes, self.offsets = column(-0.25, 0.2, -0.2), column(13 / 4, -8.0, 3.0).add_(1.234e-7)
+        # (13 - v)/4, (v - 40)/5 and (15 - v)/5, of which x / (exp(x) - 1) is taken.
+        self.slopes, self.offsets = column(-0.25, 0.2, -0.2), column(13 / 4, -8.0, 3.0)
         self.decays, self.starts = column(-1 / 18, -1 / 40), column(17 / 18, 0.25)
         self.rest, self.speed = (threshold.new_empty((4, len(threshold))) for _ in range(2))
 
     def __call__(self, voltage: Float[Tensor, " N"]) -> tuple[Float[Tensor, "4 N"], Float[Tensor, "4 N"]]:
         """At rest, and 1/ms; both are overwritten by the next call."""
         v = voltage - self.threshold
-        scaled = (v * self.slopes).add_(self.offsets).clamp_max_(_LARGEST)
+        scaled = (v * self.slopes).add_(self.offsets).clamp_max_(_LARGEST).add_(_NOT_ZERO)
         grown = torch.expm1(scaled)
         open_m, close_m, open_n = scaled.div_(grown).unbind(0)
         open_h, close_n = (v * self.decays).add_(self.starts).clamp_max_(_LARGEST).exp_().unbind(0)

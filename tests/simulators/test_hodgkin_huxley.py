@@ -15,7 +15,7 @@ from scipy.integrate import solve_ivp
 from nlme_sbi import Covariates, Design, Points, UniformPrior
 from nlme_sbi.cli import compose_config
 from nlme_sbi.config.instantiate import instantiate
-from simulators.hodgkin_huxley import FEATURES, HodgkinHuxley, HodgkinHuxleyFeatures, integrate
+from simulators.hodgkin_huxley import FEATURES, HodgkinHuxley, HodgkinHuxleyFeatures, _Rates, integrate
 
 REFERENCE = {"g_Na": 50.0, "g_K": 5.0, "g_l": 0.1, "g_M": 0.07, "t_max": 600.0}
 REFERENCE |= {"minus_VT": 60.0, "sigma": 0.1, "minus_El": 70.0}
@@ -82,6 +82,18 @@ def test_voltages_are_those_of_the_published_equations_and_the_step_has_order_tw
     assert bool((errors[1] < 0.32 * errors[0] + 1e-8).all())
     assert bool((errors[2] < 0.28 * errors[1] + 1e-8).all())
     assert float(errors[2].max()) < 1.0  # mV: 3 microseconds of a spike that rises by 300 mV/ms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rates_are_finite_where_their_formulas_are_zero_over_zero(dtype: torch.dtype) -> None:
+    """At 13, 15 and 40 mV above the threshold, hit to the last digit; neighbours 1e-3 mV away have nearly the same."""
+    voltage = torch.tensor([13.0, 15.0, 40.0], dtype=dtype)
+    rates = _Rates(torch.zeros(3, dtype=dtype), torch.full((3,), 600.0, dtype=dtype))
+    exact = [part.clone() for part in rates(voltage)]
+    beside = [part.clone() for part in rates(voltage + 1e-3)]
+    for one, other in zip(exact, beside, strict=True):
+        assert bool(torch.isfinite(one).all())
+        assert torch.allclose(one, other, rtol=1e-3)
 
 
 def test_single_precision_follows_double_precision() -> None:
