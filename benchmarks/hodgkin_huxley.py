@@ -4,7 +4,7 @@ Rate: features of 120 ms at steps of 0.025 ms, uniform over all eight parameters
 slower one counts for both. On a machine that does other work, twice the rate of a CPU second is what two free cores do.
 
 Posterior: the first bundled recording (g_Na 50, g_K 5), `infer_individual` by truncated proposals with its defaults.
-Brute force: parameters uniform over a box around that posterior, 8 of its SDs to each side, so that the prior is the
+Brute force: parameters uniform over a box around that posterior, 5 of its SDs to each side, so that the prior is the
 same there; of all simulations the nearest in units of the features' own noise, moved by local linear regression. C2ST
 as published (`c2st_published.py`), 0.5 is perfect.
 
@@ -84,7 +84,7 @@ def brute_force(
 ) -> tuple[Tensor, float]:
     """Accepted parameters after regression, ``(keep, 2)``, and the distance in SDs of the noise."""
     generator = seeded("cpu", 7)
-    low, high = torch.maximum(centre - 8 * sd, bounds[0]), torch.minimum(centre + 8 * sd, bounds[1])
+    low, high = torch.maximum(centre - 5 * sd, bounds[0]), torch.minimum(centre + 5 * sd, bounds[1])
     phi = low + (high - low) * torch.rand((count, 2), generator=generator, dtype=torch.float64)
     found = torch.cat([features(simulator, some.float(), generator) for some in torch.split(phi, 20_000)])
     # Noise of the features at the centre; the number of spikes, where it never changes there, must be the observed one.
