@@ -15,6 +15,7 @@ as published (`c2st_published.py`), 0.5 is perfect.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +26,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
 from c2st_published import c2st_published
-from record import Figure, write_result
+from record import RESULTS, Figure, write_result
 from torch import Tensor
 
 from nlme_sbi import Points, TruncatedProposals, infer_individual
@@ -133,6 +134,14 @@ def posterior(count: int, keep: int, simulations: int) -> dict[str, Figure]:
     return figures
 
 
+def kept(parts: list[str]) -> dict[str, Figure]:
+    """Figures of an earlier call, where only one part is made anew."""
+    path = RESULTS / "hodgkin_huxley.json"
+    if len(parts) > 1 or not path.exists():
+        return {}
+    return {key: (each["value"], each["unit"]) for key, each in json.loads(path.read_text())["figures"].items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=["rates", "posterior"], choices=["rates", "posterior"])
@@ -142,7 +151,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    figures = rates() if "rates" in arguments.parts else {}
+    figures = kept(arguments.parts) | (rates() if "rates" in arguments.parts else {})
     if "posterior" in arguments.parts:
         figures |= posterior(arguments.brute, arguments.accepted, arguments.simulations)
     write_result("hodgkin_huxley", figures, title="A neuron of one compartment: rates, and two conductances")
