@@ -1,15 +1,15 @@
 """Five tasks of the published benchmark of simulation-based inference: C2ST against its reference draws.
 
 Rows: `amortized` (one network for all observations), `sequential` (truncated proposals, rounds for each observation),
-`refined` (the amortized network's draws made exact by the likelihood), `abc` (populations with regression). One set of
-defaults for all tasks. Oracle: 10,000 reference draws an observation; score as published (`c2st_published.py`), 0.5 is
-perfect. Published means over ten observations stand beside it. The data: the `files` folders of
-github.com/sbi-benchmark/sbibm, unpacked into FOLDER/TASK/observation_N.
+`refined` (the amortized network's draws made exact by the likelihood), `nle` (likelihood learned in rounds, chains on
+it), `abc` (populations with regression). One set of defaults for all tasks. Oracle: 10,000 reference draws an
+observation; score as published (`c2st_published.py`), 0.5 is perfect. Published means over ten observations stand
+beside it. The data: the `files` folders of github.com/sbi-benchmark/sbibm, unpacked into FOLDER/TASK/observation_N.
 
 What is finished is kept in --keep and not made again; figures are means over the observations that are finished.
 
     python benchmarks/sbi_tasks.py --data FOLDER [--tasks two_moons slcp] [--budgets 1e3 1e4] [--observations 1 2]
-        [--rows amortized refined sequential abc] [--keep /tmp/sbi_tasks] [--write]
+        [--rows amortized refined sequential nle abc] [--keep /tmp/sbi_tasks] [--write]
 """
 
 from __future__ import annotations
@@ -32,7 +32,17 @@ from record import write_result
 from sbi_task_models import TASKS, Task
 from torch import Tensor
 
-from nlme_sbi import AbcProblem, AbcSmc, Points, TruncatedProposals, infer_individual, refine_draws, train_on_pairs
+from nlme_sbi import (
+    AbcProblem,
+    AbcSmc,
+    NeuralLikelihood,
+    Points,
+    TruncatedProposals,
+    infer_by_likelihood,
+    infer_individual,
+    refine_draws,
+    train_on_pairs,
+)
 from nlme_sbi.compute.random_streams import seeded
 from nlme_sbi.numerics.weighted_draws import equal_draws
 from nlme_sbi.posteriors import Posterior
@@ -110,6 +120,7 @@ class Runner:
             "amortized": lambda: self.network(cell, task)[0].sample(observation, DRAWS, generator).phi[0],
             "refined": lambda: self.refined(cell, task, observation, generator, told),
             "sequential": lambda: self.sequential(cell, task, observation, generator, told),
+            "nle": lambda: self.nle(cell, task, observation, told),
             "abc": lambda: self.abc(cell, task, observation, generator, told),
         }
         phi = rows[cell.row]()
@@ -136,6 +147,21 @@ class Runner:
         )
         told |= {"prior_share": found.records[-1].prior_share, "leakage": found.records[-1].leakage}
         return found.posterior.sample(observation, DRAWS, generator).phi[0]
+
+    def nle(self, cell: Cell, task: Task, observation, told: dict[str, float]) -> Tensor:
+        found = infer_by_likelihood(
+            task.simulator,
+            task.prior,
+            observation,
+            method=NeuralLikelihood(simulations=BUDGETS[cell.budget]),
+            draws=DRAWS,
+            max_failed=0.01,
+            seed=self.seed,
+            device="cpu",
+            progress=False,
+        )
+        told |= {"effective": found.draws.effective}
+        return found.draws.samples.phi[0]
 
     def abc(self, cell: Cell, task: Task, observation, generator, told: dict[str, float]) -> Tensor:
         design = Points(len(task.simulator.signals), task.simulator.points)
@@ -171,7 +197,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--budgets", nargs="+", default=["1e3", "1e4"], choices=list(BUDGETS))
     parser.add_argument("--observations", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--rows", nargs="+", default=["amortized", "refined", "sequential", "abc"])
+    parser.add_argument("--rows", nargs="+", default=["amortized", "refined", "sequential", "nle", "abc"])
     parser.add_argument("--keep", type=Path, default=Path("/tmp/sbi_tasks"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/sbi_tasks.json")

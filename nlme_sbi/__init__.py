@@ -100,8 +100,10 @@ if TYPE_CHECKING:
     from nlme_sbi.runs import find_run, load_run
     from nlme_sbi.sequential.abc.problem import AbcProblem, learned_statistics
     from nlme_sbi.sequential.abc.samplers import AbcMcmc, AbcRejection, AbcSmc
+    from nlme_sbi.sequential.failures import FailureModel
     from nlme_sbi.sequential.gaussian_correction import GaussianProposals
     from nlme_sbi.sequential.methods import AtomicProposals, TruncatedProposals, WeightedProposals
+    from nlme_sbi.sequential.neural_likelihood import LearnedLikelihood, NeuralLikelihood, infer_by_likelihood
     from nlme_sbi.sequential.refinement import Refinement, refine_draws
     from nlme_sbi.sequential.rounds import infer_individual
     from nlme_sbi.simulation.shards import SimulationSettings
@@ -144,6 +146,7 @@ __all__ = [
     "Events",
     "Exact",
     "Exponential",
+    "FailureModel",
     "FitEstimates",
     "FixedGrid",
     "GaussianMixtureFlow",
@@ -157,6 +160,7 @@ __all__ = [
     "IndividualPopulation",
     "Laplace",
     "Leaping",
+    "LearnedLikelihood",
     "LikelihoodWeightedPrior",
     "Limits",
     "LongTable",
@@ -165,6 +169,7 @@ __all__ = [
     "MixturePrior",
     "ModifiedEuler",
     "NegativeBinomial",
+    "NeuralLikelihood",
     "NeuralSd",
     "NoiseModel",
     "NumpySimulator",
@@ -223,6 +228,7 @@ __all__ = [
     "fit_population",
     "individual_bounds",
     "individual_modes",
+    "infer_by_likelihood",
     "infer_individual",
     "join_individuals",
     "learned_statistics",
@@ -293,6 +299,7 @@ _ROOMS = {
         "CountModel",
         "Exponential",
         "NegativeBinomial",
+        "NeuralLikelihood",
         "NeuralSd",
         "NoiseModel",
         "Poisson",
@@ -362,8 +369,10 @@ _ROOMS = {
     "runs": ("find_run", "load_run"),
     "sequential.abc.problem": ("AbcProblem", "learned_statistics"),
     "sequential.abc.samplers": ("AbcMcmc", "AbcRejection", "AbcSmc"),
+    "sequential.failures": ("FailureModel",),
     "sequential.gaussian_correction": ("GaussianProposals",),
     "sequential.methods": ("AtomicProposals", "TruncatedProposals", "WeightedProposals"),
+    "sequential.neural_likelihood": ("LearnedLikelihood", "NeuralLikelihood", "infer_by_likelihood"),
     "sequential.refinement": ("Refinement", "refine_draws"),
     "sequential.rounds": ("infer_individual",),
     "simulation.shards": ("SimulationSettings",),

@@ -75,8 +75,10 @@ ROLES = (
         classes=("Preparation", "Bound", "HeldOut", "IndividualPopulation", "Scoring"),
     ),
     Role("method of inferring an individual", ("nlme_sbi.sequential",), ("propose", "learn", "restrict")),
+    Role("learned likelihood", ("nlme_sbi.sequential",), classes=("NeuralLikelihood",)),
     Role("sampler of ABC", ("nlme_sbi.sequential",), ("infer",)),
     Role("refinement by the likelihood", ("nlme_sbi.sequential",), classes=("Refinement",)),
+    Role("model of failing simulations", ("nlme_sbi.sequential",), classes=("FailureModel",)),
     Role("budget of pairs", ("nlme_sbi.training.given_pairs",), classes=("PairBudget",)),
     Role("sampler of theta", ("nlme_sbi.population",), classes=("EnsembleSampler",)),
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nlme_sbi.individual_model.mechanistic import make_output
 from nlme_sbi.parameters import Parameter, ParameterSpace
-from nlme_sbi.types import Design, Observations, Simulator, SimulatorOutput
+from nlme_sbi.types import Design, Observations, SimulatorOutput
 
 
 def entry_names(entries: int | Sequence[str]) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ def _columns(vectors: Any) -> tuple[str, ...]:
     return tuple(map(str, getattr(vectors, "columns", ())))
 
 
-def has_likelihood(simulator: Simulator) -> bool:
+def has_likelihood(simulator: object) -> bool:
     """Whether a simulator's likelihood can be evaluated, by its ``log_likelihood``."""
     return hasattr(simulator, "log_likelihood") and bool(getattr(simulator, "has_likelihood", True))
 

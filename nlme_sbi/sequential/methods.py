@@ -19,7 +19,7 @@ from nlme_sbi.networks.summaries import SummarySettings
 from nlme_sbi.sequential.losses import AtomicLoss, MarkedPairs, WeightedLoss, train_marked
 from nlme_sbi.sequential.restricted import (
     IndividualPosterior,
-    Region,
+    Regions,
     TruncatedPrior,
     highest_density_region,
     restrict,
@@ -221,7 +221,7 @@ class TruncatedProposals(Rounds):
         trained = networks[0] if len(networks) == 1 else PosteriorEnsemble(networks)
         return restrict(trained, setting.observation, self._regions(posteriors, generator), generator)
 
-    def _regions(self, posteriors: list[IndividualPosterior], generator: torch.Generator) -> tuple[Region, ...]:
+    def _regions(self, posteriors: list[IndividualPosterior], generator: torch.Generator) -> Regions:
         """The regions of the last posterior: those that it was restricted to, and its own."""
         if not posteriors:
             return ()

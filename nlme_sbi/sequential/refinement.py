@@ -111,7 +111,7 @@ class RefinedDraws:
 @torch.no_grad()
 def refine_draws(
     posterior: Posterior,
-    simulator: Simulator,
+    simulator: Simulator | SimulatorWithLikelihood,
     observation: Observations,
     draws: int,
     generator: torch.Generator,
@@ -122,7 +122,7 @@ def refine_draws(
 
     Args:
         posterior: gives candidates with a density, such as a network; it decides how well this works, never its result.
-        simulator: with a likelihood.
+        simulator: with a likelihood, or a likelihood that was learned (:class:`nlme_sbi.LearnedLikelihood`).
         observation: of the individual.
         draws: S, that are wanted.
         generator: of everything random.

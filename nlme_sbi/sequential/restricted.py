@@ -21,6 +21,7 @@ from nlme_sbi.networks.flows import ConditionalFlow
 from nlme_sbi.networks.posterior import AmortizedPosterior
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.posteriors import Posterior, PosteriorSamples
+from nlme_sbi.sequential.failures import SuccessProbability
 from nlme_sbi.types import Observations, Prior
 
 _BLOCK = 10_000  # attempts at once
@@ -53,7 +54,29 @@ class Region:
         return self.posterior.log_prob(phi[None], self.observation)[0] >= self.log_threshold
 
 
-def contained(phi: Float[Tensor, "N D"], prior: Prior, regions: tuple[Region, ...]) -> Bool[Tensor, " N"]:
+Regions = tuple[Region | SuccessProbability, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class FailureCorrection:
+    """Division of a density by the probability that simulations succeed.
+
+    Args:
+        success: that probability, by parameters.
+        least: smallest value of it that is divided by, which bounds the rejection of draws.
+        normalizer: mean of the inverse over the density as it was learned, inside and outside the regions.
+    """
+
+    success: SuccessProbability
+    least: float
+    normalizer: float
+
+    def log_probability(self, phi: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
+        """Log probability of success, as it is divided by."""
+        return self.success.log_probability(phi).clamp_min(math.log(self.least))
+
+
+def contained(phi: Float[Tensor, "N D"], prior: Prior, regions: Regions) -> Bool[Tensor, " N"]:
     """Which points have a prior density and lie in every region."""
     inside = torch.isfinite(prior.log_prob(phi))
     for region in regions:
@@ -107,12 +130,14 @@ class IndividualPosterior:
         observation: of the individual.
         regions: outside which nothing was simulated in the last round.
         mass: share of the trained density that lies inside; 1 minus this is the leakage.
+        correction: for simulations that failed, where there is one.
     """
 
     trained: Trained
     observation: Observations
-    regions: tuple[Region, ...] = ()
+    regions: Regions = ()
     mass: float = 1.0
+    correction: FailureCorrection | None = None
 
     @property
     def parameters(self) -> ParameterSpace:
@@ -148,20 +173,27 @@ class IndividualPosterior:
             ValueError: another individual, or next to none of the trained density lies inside.
         """
         self.check(observations)
-        (phi, log_q), _ = _draw_inside(self.trained, self.observation, self.regions, draws, generator)
-        return PosteriorSamples(self.parameters.names, phi[None], log_q[None] - math.log(self.mass), self.prior)
+        (phi, log_q), _ = _draw_inside(self.trained, self.observation, self.regions, draws, generator, self.correction)
+        log_density = self._normalized(log_q, phi)
+        return PosteriorSamples(self.parameters.names, phi[None], log_density[None], self.prior)
 
     @torch.no_grad()
     def log_prob(self, phi: Float[Tensor, "I S D"], observations: Observations) -> Float[Tensor, "I S"]:
         """Normalised log density, ``(1, S)``; -inf outside."""
         self.check(observations)
         inside = contained(phi[0].to(self.device).float(), self.prior, self.regions)
-        found = self.trained.log_prob(phi, self.observation) - math.log(self.mass)
-        return torch.where(inside[None], found, -torch.inf)
+        found = self._normalized(self.trained.log_prob(phi, self.observation)[0], phi[0])
+        return torch.where(inside, found, -torch.inf)[None]
+
+    def _normalized(self, log_q: Float[Tensor, " S"], phi: Float[Tensor, "S D"]) -> Float[Tensor, " S"]:
+        """The density of what remains inside, from that as it was learned."""
+        if self.correction is None:
+            return log_q - math.log(self.mass)
+        return log_q - self.correction.log_probability(phi).to(log_q) - math.log(self.correction.normalizer)
 
 
 def restrict(
-    trained: Trained, observation: Observations, regions: tuple[Region, ...], generator: torch.Generator
+    trained: Trained, observation: Observations, regions: Regions, generator: torch.Generator
 ) -> IndividualPosterior:
     """The posterior of one individual on the prior's support and the regions, its mass there measured.
 
@@ -172,20 +204,45 @@ def restrict(
     return IndividualPosterior(trained, observation, regions, mass)
 
 
+@torch.no_grad()
+def correct_failures(
+    posterior: IndividualPosterior, success: SuccessProbability, generator: torch.Generator
+) -> IndividualPosterior:
+    """The posterior of all simulations, from the one that was learned from those that succeeded.
+
+    It is silent where next to nothing succeeds: such parameters become a region that it lies outside of.
+
+    Raises:
+        ValueError: next to nothing of it lies elsewhere.
+    """
+    regions = (*posterior.regions, success)
+    (phi, _), mass = _draw_inside(posterior.trained, posterior.observation, regions, _MASS_PILOT, generator)
+    probability = success.log_probability(phi).double().exp()
+    least = max(success.floor, float(probability.min()))
+    correction = FailureCorrection(success, least, mass * float((1 / probability.clamp_min(least)).mean()))
+    return IndividualPosterior(posterior.trained, posterior.observation, regions, mass, correction)
+
+
 def _draw_inside(
     trained: Trained,
     observation: Observations,
-    regions: tuple[Region, ...],
+    regions: Regions,
     count: int,
     generator: torch.Generator,
+    correction: FailureCorrection | None = None,
 ) -> tuple[tuple[Tensor, ...], float]:
     def draw(attempts: int) -> tuple[Tensor, Tensor]:
         drawn = trained.sample(observation, attempts, generator)
         inside = contained(drawn.phi[0], trained.prior, regions)
+        if correction is not None:
+            uniform = torch.rand(attempts, generator=generator, device=inside.device)
+            log_least = math.log(correction.least)
+            inside = inside & (uniform.log() < log_least - correction.log_probability(drawn.phi[0]))
         log_q = trained.log_prob(drawn.phi, observation) if drawn.log_q is None else drawn.log_q
         return drawn.phi[0][inside], log_q[0][inside]
 
-    return collect(draw, count, least_rate=_LEAST_MASS, complaint=_outside_the_prior)
+    least_rate = _LEAST_MASS * (1.0 if correction is None else correction.least)
+    return collect(draw, count, least_rate=least_rate, complaint=_outside_the_prior)
 
 
 def _outside_the_prior(found: int, attempts: int) -> str:
@@ -205,7 +262,7 @@ class TruncatedPrior:
     """
 
     prior: Prior
-    regions: tuple[Region, ...]
+    regions: Regions
 
     @torch.no_grad()
     def sample(self, count: int, generator: torch.Generator) -> tuple[Float[Tensor, "N D"], float]:
@@ -227,7 +284,7 @@ class TruncatedPrior:
 
             (phi,), share = collect(draw, count, least_rate=_LEAST_RATE, complaint=_nothing_left)
             return phi, share
-        last = self.regions[-1]
+        last = next(region for region in reversed(self.regions) if isinstance(region, Region))
         sampler = _WidenedRejection(last.posterior, last.observation, self.prior, self.regions)
         return sampler.sample(count, generator), share
 
@@ -246,7 +303,7 @@ class _WidenedRejection:
     posterior: Posterior
     observation: Observations
     prior: Prior
-    regions: tuple[Region, ...]
+    regions: Regions
 
     def sample(self, count: int, generator: torch.Generator) -> Float[Tensor, "N D"]:
         """``count`` draws; the bound of the ratio is the largest seen, and earlier draws are thinned when it rises."""

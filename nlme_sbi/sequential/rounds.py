@@ -23,8 +23,9 @@ from nlme_sbi.networks.summaries import SummarySettings
 from nlme_sbi.networks.vector_summaries import SetSummary, VectorSummary
 from nlme_sbi.runs import load_array, load_json, save_array, save_bytes, save_json
 from nlme_sbi.runs.schema import Maybe
-from nlme_sbi.sequential.methods import Learned, Method, Setting, TruncatedProposals, joined
-from nlme_sbi.sequential.restricted import IndividualPosterior
+from nlme_sbi.sequential.failures import FailureModel, SuccessProbability, learn_success
+from nlme_sbi.sequential.methods import Learned, Method, Rounds, Setting, TruncatedProposals, WeightedProposals, joined
+from nlme_sbi.sequential.restricted import IndividualPosterior, correct_failures
 from nlme_sbi.simulation.shards import NOT_FINITE, check_compatible
 from nlme_sbi.training.given_pairs import PairBudget
 from nlme_sbi.types import Design, DesignSource, Observations, Prior, Simulations, Simulator
@@ -47,6 +48,8 @@ class RoundRecord:
         steps: of training.
         effective_pairs: effective number of all pairs, where they are weighted; else None.
         leakage: share of the learned density outside the prior's support or the simulated regions.
+        silent: share of this round's parameters of which next to none succeed, so that the posterior says nothing of
+            them; None where failures are not modelled.
     """
 
     round: int
@@ -57,6 +60,7 @@ class RoundRecord:
     steps: int
     effective_pairs: float | None
     leakage: float
+    silent: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +83,7 @@ def infer_individual(
     flow: FlowSettings | None = None,
     budget: PairBudget | None = None,
     max_failed: float = 0.0,
+    failures: FailureModel | None = None,
     seed: int = 0,
     device: str = "auto",
     directory: Path | None = None,
@@ -96,6 +101,7 @@ def infer_individual(
         flow: ``SplineCouplingFlow()`` when left out.
         budget: of every round's training; ``PairBudget()`` when left out.
         max_failed: largest share of a round's simulations that may fail and are left out.
+        failures: ``FailureModel(correct=True)`` takes any share of failures and corrects the posterior for them.
         seed: of everything that is random.
         device: auto, cpu, cuda or cuda:N.
         directory: where rounds are stored, and found again when the same inference is resumed; None stores nothing.
@@ -104,7 +110,7 @@ def infer_individual(
 
     Raises:
         ValueError: prior, simulator and data do not belong together, too many simulations failed, or the posterior
-            lies outside the prior.
+            lies outside the prior; or failures are to be corrected for a method for which they cannot.
         TrainingError: a loss is not finite.
     """
     if len(observation) != 1:
@@ -125,7 +131,13 @@ def infer_individual(
         progress=progress,
     )
     chosen = method or TruncatedProposals()
-    loop = _Loop(chosen, setting, budget or PairBudget(), max_failed, seed, directory)
+    modelled = failures if failures is not None and failures.correct else None
+    if modelled is not None and not isinstance(chosen, TruncatedProposals | WeightedProposals):
+        raise ValueError(
+            f"failures.correct=true is for method=tsnpe and method=snpe_b; {type(chosen).__name__} learns another "
+            "density from the simulations that succeed."
+        )
+    loop = _Loop(chosen, setting, budget or PairBudget(), max_failed, modelled, seed, directory)
     for number in range(chosen.rounds):
         record = loop.round(number)
         if report is not None:
@@ -158,10 +170,12 @@ class _Loop:
         setting: Setting,
         budget: PairBudget,
         max_failed: float,
+        failures: FailureModel | None,
         seed: int,
         directory: Path | None,
     ) -> None:
-        self.method, self.setting, self.budget, self.max_failed = method, setting, budget, max_failed
+        self.method, self.setting, self.budget = method, setting, budget
+        self.max_failed, self.failures = max_failed, failures
         self.seed, self.directory = seed, directory
         self.pairs: list[Simulations] = []
         self.posteriors: list[IndividualPosterior] = []
@@ -175,6 +189,9 @@ class _Loop:
         learned = self._learn(number, store)
         generator = seeded(self.setting.device, self.seed, Stream.ROUND_ATOMS, number)
         posterior = self.method.restrict(learned.networks, self.posteriors, self.setting, generator)
+        success = self._learn_success(number)
+        if success is not None:
+            posterior = correct_failures(posterior, success, generator)
         self.posteriors.append(posterior)
         record = RoundRecord(
             round=number + 1,
@@ -185,12 +202,13 @@ class _Loop:
             steps=learned.steps,
             effective_pairs=learned.effective,
             leakage=posterior.leakage,
+            silent=None if self.failures is None else _silent(pairs, success),
         )
         self.records.append(record)
         return record
 
     def _simulate(self, number: int, store: _RoundStore | None) -> tuple[Simulations, float]:
-        setting, count = self.setting, _sizes(self.method)[number]
+        setting, count = self.setting, sizes_of(self.method)[number]
         generator = seeded(setting.device, self.seed, Stream.ROUND_SIMULATIONS, number)
         design = setting.designs.sample(count, generator)
         if store is not None and store.has_pairs:
@@ -203,15 +221,23 @@ class _Loop:
         status = torch.where(~finite & (output.status == 0), NOT_FINITE, output.status.long())
         pairs = Simulations(proposed.phi.float(), values, design, status)
         failed = int((status != 0).sum())
-        if failed > self.max_failed * count:
+        if self.failures is None and failed > self.max_failed * count:
             raise ValueError(
                 f"{failed} of {count} simulations of round {number + 1} failed, more than max_failed="
                 f"{self.max_failed:g} allows. Leaving them out changes the posterior: narrow the prior or repair the "
-                f"simulator; where the share is negligible, pass max_failed={min(0.99, 1.5 * failed / count):.2g}."
+                "simulator; let failures be modelled (failures.correct=true); or where the share is negligible, pass "
+                f"max_failed={min(0.99, 1.5 * failed / count):.2g}."
             )
         if store is not None:
             store.save_pairs(pairs, proposed.prior_share)
         return pairs, proposed.prior_share
+
+    def _learn_success(self, number: int) -> SuccessProbability | None:
+        """The classifier of failures, from the simulations of all rounds; seconds, and therefore not stored."""
+        if self.failures is None:
+            return None
+        seed = seeded("cpu", self.seed, Stream.FAILURES, number).initial_seed()
+        return learn_success(joined(self.pairs), self.failures, seed)
 
     def _learn(self, number: int, store: _RoundStore | None) -> Learned:
         seed = seeded("cpu", self.seed, Stream.ROUND_TRAINING, number).initial_seed()
@@ -225,7 +251,12 @@ class _Loop:
         return learned
 
 
-def _sizes(method: Method) -> list[int]:
+def _silent(pairs: Simulations, success: SuccessProbability | None) -> float:
+    return 0.0 if success is None else float((~success.contains(pairs.phi)).double().mean())
+
+
+def sizes_of(method: Rounds | Method) -> list[int]:
+    """Simulations of each round."""
     each = method.simulations // method.rounds
     return [*[each] * (method.rounds - 1), method.simulations - each * (method.rounds - 1)]
 

@@ -37,7 +37,9 @@ from nlme_sbi.runs.stored_observations import sha256_of_observations
 from nlme_sbi.sequential import rounds
 from nlme_sbi.sequential.abc.problem import AbcProblem
 from nlme_sbi.sequential.abc.samplers import AbcSampler
+from nlme_sbi.sequential.failures import FailureModel
 from nlme_sbi.sequential.methods import Method
+from nlme_sbi.sequential.neural_likelihood import NeuralLikelihood, infer_by_likelihood
 from nlme_sbi.sequential.refinement import RefinedDraws, Refinement, refine_draws
 from nlme_sbi.stages.shared.components import part, stored_part, with_stated_prior
 from nlme_sbi.training.given_pairs import PairBudget
@@ -45,7 +47,19 @@ from nlme_sbi.types import Observations, Prior, Simulator
 
 log = logging.getLogger(__name__)
 
-_DECIDING = ("simulator", "prior", "method", "summary", "flow", "budget", "refinement", "draws", "max_failed", "seed")
+_DECIDING = (
+    "simulator",
+    "prior",
+    "method",
+    "summary",
+    "flow",
+    "budget",
+    "refinement",
+    "draws",
+    "max_failed",
+    "failures",
+    "seed",
+)
 _CODE = ("simulator", "prior", "summary", "flow")
 
 
@@ -54,8 +68,8 @@ def infer_individual(cfg: DictConfig) -> float:
 
     Args:
         cfg: composed configuration with ``experiment``, ``data``, ``individual``, ``simulator``, ``prior``, ``method``,
-            ``summary``, ``flow``, ``budget``, ``refinement``, ``draws``, ``max_failed``, ``seed``, ``device``,
-            ``output_root``, ``fresh`` and ``trust``.
+            ``summary``, ``flow``, ``budget``, ``refinement``, ``draws``, ``max_failed``, ``failures``, ``seed``,
+            ``device``, ``output_root``, ``fresh`` and ``trust``.
 
     Returns:
         The last individual's best held-out loss, or its distance of ABC, which sweepers minimise.
@@ -116,11 +130,12 @@ def _infer(plain: Mapping[str, Any], observation: Observations, trust: tuple[str
     prior: Prior = stored_part(plain["prior"], Prior, where="prior", trust=trust)
     simulator: Simulator = part(plain["simulator"], Simulator, where="simulator", trust=trust)
     method = part(plain["method"], InferenceMethod, where="method", trust=trust)
-    infer = (
-        _by_rounds(method, simulator, prior, plain, trust)
-        if isinstance(method, Method)
-        else _by_abc(method, simulator, prior, plain)
-    )
+    if isinstance(method, Method):
+        infer = _by_rounds(method, simulator, prior, plain, trust)
+    elif isinstance(method, NeuralLikelihood):
+        infer = _by_likelihood(method, simulator, prior, plain, trust)
+    else:
+        infer = _by_abc(method, simulator, prior, plain)
     run = open_run(
         stage="infer_individual",
         experiment=plain["experiment"]["name"],
@@ -155,6 +170,7 @@ def _by_rounds(
     flow: FlowSettings = part(plain["flow"], FlowSettings, where="flow", trust=trust)
     summary: SummarySettings = part(plain["summary"], SummarySettings, where="summary", trust=trust)
     budget: PairBudget = instantiate(plain["budget"], trust=trust, where="budget")
+    failures: FailureModel = instantiate(plain["failures"], trust=trust, where="failures")
     refine: Refinement | None = None
     if plain["refinement"] and has_likelihood(simulator):
         refine = instantiate(plain["refinement"], trust=trust, where="refinement")
@@ -169,6 +185,7 @@ def _by_rounds(
             flow=flow,
             budget=budget,
             max_failed=float(plain["max_failed"]),
+            failures=failures,
             seed=int(plain["seed"]),
             device=str(plain["device"]),
             directory=run.path / "rounds",
@@ -180,6 +197,8 @@ def _by_rounds(
             "objective": last.loss,
             "simulations": sum(record.simulations for record in inference.records),
             "leakage": last.leakage,
+            "failed": sum(record.failed for record in inference.records),
+            "silent": inference.records[0].silent,
             "effective_pairs": last.effective_pairs,
             "refined": refined is not None,
             "effective_draws": None if refined is None else refined.effective,
@@ -187,6 +206,43 @@ def _by_rounds(
         }
         sentence = "Draws of the network, not refined." if refined is None else refined.sentence
         return _Inferred(samples, pd.DataFrame(rounds.records_table(inference.records)), results, sentence)
+
+    return infer
+
+
+def _by_likelihood(
+    method: NeuralLikelihood, simulator: Simulator, prior: Prior, plain: Mapping[str, Any], trust: tuple[str, ...]
+) -> _Infer:
+    """Rounds that learn the likelihood; chains on it give the draws."""
+    flow: FlowSettings = part(plain["flow"], FlowSettings, where="flow", trust=trust)
+    budget: PairBudget = instantiate(plain["budget"], trust=trust, where="budget")
+    refine = instantiate(plain["refinement"], trust=trust, where="refinement") if plain["refinement"] else None
+
+    def infer(observation: Observations, run: RunDirectory) -> _Inferred:
+        del run
+        found = infer_by_likelihood(
+            simulator,
+            prior,
+            observation,
+            method=method,
+            flow=flow,
+            budget=budget,
+            refinement=refine,
+            draws=int(plain["draws"]),
+            max_failed=float(plain["max_failed"]),
+            seed=int(plain["seed"]),
+            device=str(plain["device"]),
+            report=_log_round,
+        )
+        results = {
+            "objective": found.records[-1].loss,
+            "simulations": sum(record.simulations for record in found.records),
+            "failed": sum(record.failed for record in found.records),
+            "refined": False,
+            "effective_draws": found.draws.effective,
+        }
+        steps = pd.DataFrame(rounds.records_table(found.records))
+        return _Inferred(found.draws.samples, steps, results, f"By the learned likelihood: {found.draws.sentence}")
 
     return infer
 
@@ -230,6 +286,8 @@ def _draws(
 
 def _log_round(record: rounds.RoundRecord) -> None:
     weighted = "" if record.effective_pairs is None else f", {record.effective_pairs:.0f} effective pairs"
+    if record.silent:
+        weighted += f", {record.failed} failed; silent on {record.silent:.2g} of the parameters, of which none succeed"
     log.info(
         "Round %d: %d simulations from %.2g of the prior, held-out loss %.3f nats%s, leakage %.2g.",
         record.round,

@@ -109,3 +109,35 @@ def test_vectors_go_through_simulate_and_train_flow(command: list[str], tmp_path
     posterior = AmortizedPosterior.load(run, device="cpu", trust=("shifted_model",))
     observed = observe_vectors([0.5, -0.5], entries=["u", "v"])
     assert posterior.sample(observed, 10, torch.Generator().manual_seed(1)).phi.shape == (1, 10, 2)
+
+
+def test_failures_are_refused_or_corrected(command: list[str], tmp_path: Path) -> None:
+    """Data are never finite for a above 1; the posterior of the others is cut off there."""
+    model = MODEL.replace(
+        "return natural + 0.5 * torch.randn(natural.shape, generator=generator)",
+        "noise = 0.5 * torch.randn(natural.shape, generator=generator)\n"
+        "    return torch.where(natural[:, :1] > 1, torch.nan, natural + noise)",
+    ).replace(", log_density=log_density", "")
+    (tmp_path / "failing_model.py").write_text(model, encoding="utf-8")
+    own = ["simulator._target_=failing_model.Shifted", "trust=[failing_model]", "individual=p"]
+    with pytest.raises(ValueError, match=r"let failures be modelled \(failures\.correct=true\)"):
+        infer_individual(compose_config("infer_individual", [*command, *own]))
+    own += ["failures.correct=true", "failures.epochs=30", "method.simulations=600"]
+    infer_individual(compose_config("infer_individual", [*command, *own]))
+    (run,) = [path.parent for path in (tmp_path / "out").glob("infer_individual/*/manifest.json")]
+    results = json.loads((run / "manifest.json").read_text())["results"]
+    assert results["failed"] > 100
+    assert 0.15 < results["silent"] < 0.55  # a third of the prior, as 300 simulations tell it
+    assert np.load(run / "draws" / "phi.npy")[:, 0].max() < 2
+    assert list(pd.read_csv(run / "steps.csv").silent.notna()) == [True, True]
+
+
+def test_a_learned_likelihood_leaves_draws(command: list[str], tmp_path: Path) -> None:
+    method = ["method=nle", "method.rounds=2", "method.simulations=800", "budget.epochs=20", "refinement.moves=20"]
+    command = [each for each in command if not each.startswith(("method.", "budget."))]
+    infer_individual(compose_config("infer_individual", [*command, *method, "individual=p"]))
+    run = run_of(tmp_path / "out", "p")
+    table = pd.read_csv(run / "parameters.csv")
+    assert np.allclose(table["mean"], (0.5, -0.5), atol=0.3)
+    assert np.load(run / "draws" / "phi.npy").shape == (500, 2)
+    assert list(pd.read_csv(run / "steps.csv").simulations) == [400, 400]
