@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,7 +62,15 @@ def test_a_parameter_of_which_one_individual_tells_little_keeps_a_wide_prior():
     assert float(prior.components[0].covariance[2, 2]) == pytest.approx(4.0)
 
 
-def test_a_poor_fit_leads_neither_away_from_the_prior_nor_beyond_its_width():
+def test_a_population_that_is_wider_than_the_broad_prior_gets_a_prior_under_which_weights_are_bounded():
+    theta = fitted().theta.clone()
+    theta[3] = 0.5 * math.log(7.0)  # of a variance of 7, where the broad prior has 4
+    about = built(simulation_prior(replace(fitted(), theta=theta), BROAD, SECTION, PriorSettings())).components[0]
+    assert float(about.covariance[0, 0]) == pytest.approx(1.5 * 7.0)
+    assert float(about.covariance[1, 1]) == pytest.approx(3 * (0.16 + 0.01) + (0.05 * 2.0) ** 2)
+
+
+def test_a_poor_fit_leads_neither_away_from_the_prior_nor_far_beyond_its_width():
     poor = fitted()
     theta = poor.theta.clone()
     theta[0], theta[3] = 50.0, 3.0
@@ -75,7 +84,7 @@ def test_a_poor_fit_leads_neither_away_from_the_prior_nor_beyond_its_width():
     )
     about = built(simulation_prior(wild, BROAD, SECTION, PriorSettings())).components[0]
     assert float(about.mean[0]) == 8.0
-    assert float(about.covariance[0, 0]) == pytest.approx(4.0)
+    assert float(about.covariance[0, 0]) == pytest.approx(2.0**2 * 4.0)
 
 
 def test_a_refined_prior_is_refined_again_without_nesting():

@@ -32,6 +32,8 @@ from nlme_sbi.types import Design, Prior
 
 _FLOOR = 0.05  # of the SD of the broad prior
 _OF_ONE_INDIVIDUAL = 0.3  # of the variance that one individual's data leave
+_LEAST_WIDTH = 1.5  # factor on the population's variance from which weights stay bounded
+_WIDEST = 2.0  # SDs of the broad prior, of a population that is wider than it
 _FARTHEST = 4.0  # SDs of the broad prior, of the centre from its mean
 _UNINFORMED = 0.1  # share of its precision that data must add to a prior, else they are taken to say little
 _TARGET = "_target_"
@@ -50,7 +52,7 @@ class PriorSettings:
     broad: float = 0.2
 
     def __post_init__(self) -> None:
-        if not 1.5 <= self.width <= 20:
+        if not _LEAST_WIDTH <= self.width <= 20:
             raise ValueError(
                 f"refine.width is a factor on the population's variance, between 1.5 (weights stay bounded) and 20; "
                 f"got {self.width:g}."
@@ -127,6 +129,7 @@ def _moments(fitted: FittedPopulation, broad: Prior, width: float) -> tuple[Tens
     means = means_of(population, theta, fitted.design)
     between = means.T.cov(correction=0).reshape(means.shape[1], -1) if len(means) > 1 else 0.0
     spread = covariances_of(population, theta, fitted.design).mean(0) + between
+    own = spread.diagonal()
     spread = width * (spread + _error_of_means(fitted))
     variance = broad.covariance.diagonal().to(theta)
     floor = _FLOOR**2 * variance
@@ -134,8 +137,10 @@ def _moments(fitted: FittedPopulation, broad: Prior, width: float) -> tuple[Tens
     told = _variance_of_data(fitted)[constant]
     floor[constant] += torch.minimum(_OF_ONE_INDIVIDUAL * told, variance[constant])
     spread = spread + torch.diag(floor)
-    # Never wider than what was simulated at first, whatever a poor fit says.
-    shrink = torch.clamp(variance.sqrt() / spread.diagonal().sqrt(), max=1.0)
+    # No wider than what was simulated at first, whatever a poor fit says, but for a population that is wider itself:
+    # under a prior that is narrower than the population, weights are not bounded.
+    widest = torch.maximum(variance, torch.minimum(_LEAST_WIDTH * own, _WIDEST**2 * variance))
+    shrink = torch.clamp(widest.sqrt() / spread.diagonal().sqrt(), max=1.0)
     limit, mean = _FARTHEST * variance.sqrt(), broad.mean.to(theta)
     centre = torch.minimum(torch.maximum(means.mean(0), mean - limit), mean + limit)
     return centre.detach(), (shrink[:, None] * spread * shrink).detach()
