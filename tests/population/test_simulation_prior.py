@@ -35,7 +35,8 @@ def fitted(covariance: str = "diagonal", *, told: float = 0.02, present: float =
     theta = population.from_moments(torch.tensor([0.5, -1.0, 0.3], dtype=torch.float64), omega)
     errors = torch.diag(torch.full((len(theta),), 0.01, dtype=torch.float64))
     individual = torch.tensor([0.1, 0.1, told], dtype=torch.float64)
-    return FittedPopulation(population, theta, errors, DATA.design, individual, torch.zeros(3).double(), torch.full((3,), present).double())
+    mean, variance = torch.zeros(3).double(), torch.full((3,), present).double()
+    return FittedPopulation(population, theta, errors, DATA.design, individual, mean, variance)
 
 
 def built(section) -> MixturePrior:

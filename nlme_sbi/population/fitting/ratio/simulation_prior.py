@@ -4,13 +4,16 @@ r"""The prior that the next simulations are drawn from, once a population has be
 
 on the unconstrained scale. Simulations then lie where the individuals lie, so that the network is sharpest there; the
 part :math:`p_0`, the prior before, keeps every weight :math:`p(\phi | \theta) / p_r(\phi)` bounded wherever it was
-bounded before, and lets the next fit go elsewhere. What lies beyond the present prior has hardly been simulated, so that
-of an estimate that goes there only its direction is believed: :math:`\beta` moves by two SDs of the present prior and
-:math:`\Omega` grows to its variance, at most, in a round. Otherwise rounds run away where data leave a tail open: under
-a prior that is narrower than the population, weights are unbounded, and the fit overshoots. Floors F keep apart what would be too narrow to learn from: a
-twentieth of the SD of :math:`p_0`, and, for parameters that do not vary, 0.3 times the variance that one individual's
-data leave. A prior that is narrower than that teaches the network nothing of the parameter, while its small errors add
-up over individuals.
+bounded before, and lets the next fit go elsewhere.
+
+What lies beyond the present prior has hardly been simulated, so that of an estimate that goes there only its direction
+is believed: in a round :math:`\beta` moves by two SDs of the present prior and :math:`\Omega` grows to its variance, at
+most. Otherwise rounds run away where data leave a tail open: under a prior that is narrower than the population weights
+are unbounded, and the fit overshoots.
+
+Floors F keep apart what would be too narrow to learn from: a twentieth of the SD of :math:`p_0`, and, for parameters
+that do not vary, 0.3 times the variance that one individual's data leave. A prior that is narrower than that teaches
+the network nothing of the parameter, while its small errors add up over individuals.
 """
 
 from __future__ import annotations
