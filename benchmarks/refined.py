@@ -140,6 +140,7 @@ def refined(name: str, directory: Path, cells: int, seed: int, overrides: list[s
             "device=cpu",
             "predictions.table=false",
             "figures.individuals=0",
+            "individuals.modes=false",
             *given,
             directory=directory,
         )
