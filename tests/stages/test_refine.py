@@ -189,6 +189,8 @@ def test_a_fit_on_the_broad_prior_says_that_refine_comes_next(small: Path):
     fit_population(compose_config("fit_population", command(small, *quick)))
     table = only_run(small / "outputs", "fit_population").file("table.txt").read_text()
     assert "No likelihood checks these estimates" in table
+    assert "NOT converged: the network's error has not been measured." in table
+    assert only_run(small / "outputs", "fit_population").results["converged"] is False
     command_line = table.replace("'", "").partition("python scripts/refine.py ")[2]
     assert f" posterior={small}/outputs/train_flow/line-" in command_line
 
