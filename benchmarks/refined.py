@@ -182,7 +182,7 @@ def told(rows: list[dict[str, Any]], directory: Path) -> dict[str, Figure]:
         "worst": (max(errors), "the worst of them"),
         "prior_ratio": (float(np.mean(before)), f"{unit}, with the network on the broad prior"),
         "improvement": (float(np.mean(before) / np.mean(errors)), "times below prior_ratio"),
-        "coverage": (held / total, f"of {total} intervals (95%) hold the sample truth"),
+        "coverage": (held / total, f"share of {total} intervals (95%) that hold the sample truth"),
         "rounds": (float(np.mean([row["rounds"] for row in rows])), "rounds, mean"),
         "converged": (sum(row["converged"] for row in rows), f"of {len(rows)} say so"),
     }
