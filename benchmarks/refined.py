@@ -155,14 +155,17 @@ def refined(name: str, directory: Path, cells: int, seed: int, overrides: list[s
     results = json.loads((run / "manifest.json").read_text())["results"]
     fits = directory / "outputs" / "fit_population"
     rounds = (run / "rounds.csv").read_text().splitlines()
-    first = rounds[1].split(",")[rounds[0].split(",").index("fit")]
-    before, after = (json.loads((fits / fit / "fit.json").read_text()) for fit in (first, results["fit"]))
+    first, last = (row.split(",")[rounds[0].split(",").index("fit")] for row in (rounds[1], rounds[-1]))
+    before, unchecked, after = (
+        json.loads((fits / fit / "fit.json").read_text()) for fit in (first, last, results["fit"])
+    )
     error, exchanged = estimation_error(*moments(after, model), phi)
     return {
         "seed": seed,
         "cells": cells,
         "error": error,
         "prior_ratio": estimation_error(*moments(before, model), phi)[0],
+        "uncorrected": estimation_error(*moments(unchecked, model), phi)[0],
         "covered": covered(after, model, phi, exchanged=exchanged),
         "rounds": results["rounds"],
         "settled": results["settled"],
@@ -181,6 +184,7 @@ def told(rows: list[dict[str, Any]], directory: Path) -> dict[str, Figure]:
         "mse_refined": (float(np.mean(errors)), unit),
         "worst": (max(errors), "the worst of them"),
         "prior_ratio": (float(np.mean(before)), f"{unit}, with the network on the broad prior"),
+        "uncorrected": (float(np.mean([row["uncorrected"] for row in rows])), f"{unit}, before the self-check"),
         "improvement": (float(np.mean(before) / np.mean(errors)), "times below prior_ratio"),
         "coverage": (held / total, f"share of {total} intervals (95%) that hold the sample truth"),
         "rounds": (float(np.mean([row["rounds"] for row in rows])), "rounds, mean"),
