@@ -112,12 +112,18 @@ def covered(fit: Mapping[str, Any], model: Model, phi: np.ndarray, *, exchanged:
     return held, total
 
 
+def _experiment(model: Model) -> str:
+    return model.overrides[0].removeprefix("experiment=")
+
+
 def trained(model: Model, directory: Path, overrides: list[str]) -> Path:
     """The network on the broad prior."""
     given = [one for one in overrides if not one.startswith(("refine.", "fit."))]
     with stopwatch() as spent:
         run_stage("train_flow", *model.overrides, "simulations=online", "device=cpu", *given, directory=directory)
-    newest = max((directory / "outputs" / "train_flow").glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    # Refined networks lie beside it, under the experiment's name with _refined.
+    manifests = (directory / "outputs" / "train_flow").glob(f"{_experiment(model)}-*/manifest.json")
+    newest = max(manifests, key=lambda path: path.stat().st_mtime)
     if spent.cpu > 30:  # otherwise it was finished before
         (directory / "training.json").write_text(json.dumps({"cpu": spent.cpu}))
     return newest.parent
@@ -128,6 +134,7 @@ def refined(name: str, directory: Path, cells: int, seed: int, overrides: list[s
     model = MODELS[name]
     phi, values = cells_of(name, cells, seed)
     path = directory / f"{name}_{cells}_{seed}.csv"
+    interrupted = path.exists()  # then rounds that were made before are found, and their seconds are not known
     write_cells(path, values)
     given = [one for one in overrides if one.startswith(("refine.", "fit."))]
     with stopwatch() as spent:
@@ -140,6 +147,7 @@ def refined(name: str, directory: Path, cells: int, seed: int, overrides: list[s
             "device=cpu",
             "predictions.table=false",
             "figures.individuals=0",
+            "individuals.modes=false",
             *given,
             directory=directory,
         )
@@ -147,20 +155,22 @@ def refined(name: str, directory: Path, cells: int, seed: int, overrides: list[s
     results = json.loads((run / "manifest.json").read_text())["results"]
     fits = directory / "outputs" / "fit_population"
     rounds = (run / "rounds.csv").read_text().splitlines()
-    first = rounds[1].split(",")[rounds[0].split(",").index("fit")]
-    before, after = (json.loads((fits / fit / "fit.json").read_text()) for fit in (first, results["fit"]))
+    first, last = (row.split(",")[rounds[0].split(",").index("fit")] for row in (rounds[1], rounds[-1]))
+    before, unchecked, after = (
+        json.loads((fits / fit / "fit.json").read_text()) for fit in (first, last, results["fit"])
+    )
     error, exchanged = estimation_error(*moments(after, model), phi)
     return {
         "seed": seed,
         "cells": cells,
         "error": error,
         "prior_ratio": estimation_error(*moments(before, model), phi)[0],
+        "uncorrected": estimation_error(*moments(unchecked, model), phi)[0],
         "covered": covered(after, model, phi, exchanged=exchanged),
         "rounds": results["rounds"],
         "settled": results["settled"],
         "converged": results["converged"],
-        "wall": spent.wall,
-        "cpu": spent.cpu,
+        "cpu": None if interrupted else spent.cpu,
     }
 
 
@@ -174,12 +184,16 @@ def told(rows: list[dict[str, Any]], directory: Path) -> dict[str, Figure]:
         "mse_refined": (float(np.mean(errors)), unit),
         "worst": (max(errors), "the worst of them"),
         "prior_ratio": (float(np.mean(before)), f"{unit}, with the network on the broad prior"),
+        "uncorrected": (float(np.mean([row["uncorrected"] for row in rows])), f"{unit}, before the self-check"),
         "improvement": (float(np.mean(before) / np.mean(errors)), "times below prior_ratio"),
-        "coverage": (held / total, f"of {total} intervals (95%) hold the sample truth"),
+        "coverage": (held / total, f"share of {total} intervals (95%) that hold the sample truth"),
         "rounds": (float(np.mean([row["rounds"] for row in rows])), "rounds, mean"),
-        "cpu_minutes": (float(np.mean([row["cpu"] for row in rows])) / 60, "CPU min a population, broad network apart"),
         "converged": (sum(row["converged"] for row in rows), f"of {len(rows)} say so"),
     }
+    spent = [row["cpu"] for row in rows if row["cpu"] is not None]
+    if spent:
+        unit = f"CPU min a population, broad network apart, {len(spent)} populations without interruption"
+        figures["cpu_minutes"] = (float(np.mean(spent)) / 60, unit)
     if training.exists():
         figures["cpu_minutes_broad"] = (json.loads(training.read_text())["cpu"] / 60, "CPU min, network on the prior")
     return figures

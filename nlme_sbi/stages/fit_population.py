@@ -222,7 +222,8 @@ def fit_population(cfg: DictConfig) -> float:
 def _with_advice(
     fit: PopulationFit, plain: Mapping[str, Any], posterior: AnyPosterior, upstream: list[FinishedRun]
 ) -> PopulationFit:
-    """The fit with a warning where neither likelihood nor simulation has measured the network's error."""
+    """The fit, not converged and with a warning, where neither likelihood nor simulation has measured the network's
+    error: on a broad prior it may be twenty standard errors."""
     if fit.absolute or fit.self_check is not None or isinstance(posterior.simulator, TractableSimulator):
         return fit
     if isinstance(posterior.prior, MixturePrior):
@@ -237,7 +238,12 @@ def _with_advice(
         f"a population is narrow, is in none of their intervals. {advice}"
     )
     log.warning(warning)
-    return replace(fit, warnings=(*fit.warnings, warning))
+    warned = replace(fit, warnings=(*fit.warnings, warning))
+    if not fit.converged:
+        return warned
+    searched = fit.message.removeprefix("Converged ")
+    message = f"NOT converged: the network's error has not been measured. The search itself converged {searched}"
+    return replace(warned, converged=False, message=message)
 
 
 def _estimator(plain: Mapping[str, Any], posterior: AnyPosterior, trust: tuple[str, ...]) -> tuple[Estimator, str]:

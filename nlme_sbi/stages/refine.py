@@ -45,6 +45,7 @@ from nlme_sbi.types import Observations, TractableSimulator
 
 log = logging.getLogger(__name__)
 
+_REACH = 3.0  # SDs of the present prior: five of a population about which it was refined
 _MADE_OF = ("simulator", "design", "summary", "flow")
 _FIT_SECTIONS = ("population", "estimator", "fit", "individuals", "predictions", "figures")
 
@@ -130,13 +131,16 @@ def _estimator(
                 f"{type(posterior.simulator).__name__} has a likelihood, which is fitted itself, with nothing to "
                 f"refine: {fit} To refine a network all the same, name the estimator: estimator=prior_ratio."
             )
-        return {"_target_": "nlme_sbi.PriorRatio", "draws": settings.draws, "max_draws": 16 * settings.draws}
+        made_of = {"draws": settings.draws, "max_draws": 16 * settings.draws, "reach": _REACH}
+        return {"_target_": "nlme_sbi.PriorRatio", **made_of}
     if not isinstance(made, PriorRatio):
         raise ValueError(
             f"refine improves the prior ratio, and estimator={made.name} asks for another one; pass "
             "estimator=prior_ratio, or fit with scripts/fit_population.py."
         )
-    return {**plain["estimator"], "draws": settings.draws, "max_draws": max(settings.draws, made.max_draws)}
+    reach = _REACH if made.reach is None else made.reach
+    most = max(settings.draws, made.max_draws)
+    return {**plain["estimator"], "draws": settings.draws, "max_draws": most, "reach": reach}
 
 
 def _design(plain: Mapping[str, Any], begun: FinishedRun) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from nlme_sbi.population.fitting.ratio.simulation_prior import (
     FittedPopulation,
     PriorSettings,
     images_needed,
-    refined_variance,
+    refined_moments,
     simulation_prior,
 )
 from nlme_sbi.population.models.specification import GaussianPopulation
@@ -27,13 +28,15 @@ BROAD = GaussianPrior(SECTION["parameters"])
 DATA = observations(torch.zeros(4, 1, dtype=torch.float64))
 
 
-def fitted(covariance: str = "diagonal", *, told: float = 0.02) -> FittedPopulation:
+def fitted(covariance: str = "diagonal", *, told: float = 0.02, present: float = 4.0) -> FittedPopulation:
+    """An estimate; ``told`` is the variance of an individual's posterior of sigma, ``present`` that of the prior."""
     population = GaussianPopulation(constant=("sigma",), covariance=covariance).bind(parameter_space(NAMES), DATA)
     omega = torch.tensor([[0.25, 0.1, 0.0], [0.1, 0.16, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     theta = population.from_moments(torch.tensor([0.5, -1.0, 0.3], dtype=torch.float64), omega)
     errors = torch.diag(torch.full((len(theta),), 0.01, dtype=torch.float64))
     individual = torch.tensor([0.1, 0.1, told], dtype=torch.float64)
-    return FittedPopulation(population, theta, errors, DATA.design, individual, torch.full((3,), 4.0).double())
+    mean, variance = torch.zeros(3).double(), torch.full((3,), present).double()
+    return FittedPopulation(population, theta, errors, DATA.design, individual, mean, variance)
 
 
 def built(section) -> MixturePrior:
@@ -58,24 +61,35 @@ def test_the_section_builds_the_mixture_that_it_describes():
 def test_a_parameter_of_which_one_individual_tells_little_keeps_a_wide_prior():
     prior = built(simulation_prior(fitted(told=3.9), BROAD, SECTION, PriorSettings()))
     # 0.3 times the variance that the data leave, 40 or more, would be wider than the prior before.
-    assert float(prior.components[0].covariance[2, 2]) == pytest.approx(4.0)
+    assert float(prior.components[0].covariance[2, 2]) == pytest.approx(4.0 + 3 * 0.01)
 
 
-def test_a_poor_fit_leads_neither_away_from_the_prior_nor_beyond_its_width():
-    poor = fitted()
-    theta = poor.theta.clone()
+def test_a_population_that_is_wider_than_the_broad_prior_gets_a_prior_under_which_weights_are_bounded():
+    theta = fitted().theta.clone()
+    theta[3] = 0.5 * math.log(5.0)  # of a variance of 5, where the broad prior has 4 and the present one 8
+    wide = replace(fitted(present=8.0), theta=theta)
+    about = built(simulation_prior(wide, BROAD, SECTION, PriorSettings())).components[0]
+    floor = (0.05 * 2.0) ** 2
+    assert float(about.covariance[0, 0]) == pytest.approx(3 * (5.0 + 0.01) + floor)
+    assert float(about.covariance[1, 1]) == pytest.approx(3 * (0.16 + 0.01) + floor)
+
+
+def test_of_an_estimate_beyond_the_present_prior_only_the_direction_is_believed():
+    theta = fitted().theta.clone()
     theta[0], theta[3] = 50.0, 3.0
-    wild = FittedPopulation(
-        poor.population,
-        theta,
-        torch.full_like(poor.covariance, math.nan),
-        DATA.design,
-        poor.individual_variance,
-        poor.prior_variance,
-    )
+    wild = replace(fitted(present=0.5), theta=theta, covariance=torch.full_like(fitted().covariance, math.nan))
     about = built(simulation_prior(wild, BROAD, SECTION, PriorSettings())).components[0]
-    assert float(about.mean[0]) == 8.0
-    assert float(about.covariance[0, 0]) == pytest.approx(4.0)
+    assert float(about.mean[0]) == pytest.approx(2 * math.sqrt(0.5))
+    assert float(about.covariance[0, 0]) == pytest.approx(3 * 0.5 + (0.05 * 2.0) ** 2)
+
+
+def test_a_poor_fit_leads_neither_far_from_the_broad_prior_nor_far_beyond_its_width():
+    theta = fitted().theta.clone()
+    theta[0], theta[3] = 50.0, 3.0
+    wild = replace(fitted(present=100.0), theta=theta, prior_mean=torch.full((3,), 7.0).double())
+    about = built(simulation_prior(wild, BROAD, SECTION, PriorSettings())).components[0]
+    assert float(about.mean[0]) == pytest.approx(4 * 2.0)
+    assert float(about.covariance[0, 0]) == pytest.approx(2.0**2 * 4.0)
 
 
 def test_a_refined_prior_is_refined_again_without_nesting():
@@ -83,8 +97,10 @@ def test_a_refined_prior_is_refined_again_without_nesting():
     twice = built(simulation_prior(fitted(), built(once), once, PriorSettings(broad=0.2)))
     assert [type(one).__name__ for one in twice.components] == ["GaussianPrior"] * 3
     assert list(twice.weights) == pytest.approx([0.8, 0.2 * 0.75, 0.2 * 0.25])
-    torch.testing.assert_close(refined_variance(twice, BROAD), twice.components[0].covariance.diagonal())
-    torch.testing.assert_close(refined_variance(BROAD, BROAD), BROAD.covariance.diagonal())
+    for prior, about in ((twice, twice.components[0]), (BROAD, BROAD)):
+        mean, variance = refined_moments(prior, BROAD)
+        torch.testing.assert_close(mean, about.mean)
+        torch.testing.assert_close(variance, about.covariance.diagonal())
 
 
 def test_bounds_of_the_prior_before_are_kept():

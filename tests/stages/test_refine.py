@@ -184,6 +184,20 @@ def test_a_refined_posterior_says_when_the_data_are_of_another_population(root: 
     assert "Measure it: fit.self_check=4000" in warnings
 
 
+def test_a_fit_whose_network_nothing_has_measured_is_not_converged(root: Path):
+    made = only_run(root / "outputs", "refine")
+    posterior = f"posterior={root / 'outputs' / 'train_flow' / made.results['posterior']}"
+    quick = ["fit.starts=2", "figures.individuals=0", "predictions.table=false", "individuals.modes=false"]
+    few = ["estimator=prior_ratio", "estimator.draws=200", "estimator.max_draws=200"]
+    fit_population(
+        compose_config("fit_population", command(root, *quick, *few, posterior, "experiment.name=unchecked"))
+    )
+    (path,) = (root / "outputs" / "fit_population").glob("unchecked-*")
+    assert load_run(path, stage="fit_population").results["converged"] is False
+    ended = "NOT converged: the network's error has not been measured. The search itself converged (largest step left"
+    assert ended in (path / "table.txt").read_text()
+
+
 def test_a_fit_on_the_broad_prior_says_that_refine_comes_next(small: Path):
     quick = ["fit.starts=1", "figures.individuals=0", "predictions.table=false", "individuals.modes=false"]
     fit_population(compose_config("fit_population", command(small, *quick)))
@@ -291,7 +305,7 @@ def test_training_begins_with_weights_that_are_given(small: Path):
 
 def test_the_sections_of_the_last_fit_are_those_of_a_fit():
     one, other = compose_config("refine"), compose_config("fit_population")
-    one.fit.self_check = other.fit.self_check
+    one.fit.self_check, one.fit.accuracy = other.fit.self_check, other.fit.accuracy
     for section in ("fit", "individuals", "predictions", "figures"):
         assert one[section] == other[section]
     assert refine_stage.FitSettings is fit_stage.FitSettings

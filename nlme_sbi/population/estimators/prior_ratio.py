@@ -62,6 +62,10 @@ class PriorRatio:
         max_outside: largest share of an individual's draws that may lie where the prior has no density (a flow leaks
             over the edge of a uniform prior); they are replaced by other draws of the individual. 0 refuses.
         chunk: draws that are worked on at once; None chooses by device.
+        reach: SDs of the prior (of any component of a mixture), in each varying parameter, beyond which a draw is
+            replaced by another one of the individual; None for no such limit. A network's draws out there are not
+            those of the posterior, and where data leave a tail open the few that stray carry weights that make any
+            wide population likely. Nothing is lost where the prior is wider than the population, as a refined one is.
     """
 
     draws: int = 2000
@@ -71,6 +75,7 @@ class PriorRatio:
     memory: float | int = 4.0
     max_outside: float | int = 0.0
     chunk: int | None = None
+    reach: float | int | None = None
 
     name = "prior_ratio"
     absolute = False
@@ -85,6 +90,8 @@ class PriorRatio:
             raise ValueError(f'estimator.criterion: "{self.criterion}" is not one of aic, bic, fixed.')
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"estimator.chunk is a number of draws, at least 1; got {self.chunk}.")
+        if self.reach is not None and not self.reach >= 1:
+            raise ValueError(f"estimator.reach is in SDs of the prior, at least 1, or null; got {self.reach:g}.")
 
     def prepare(
         self, source: Source, observations: Observations, population: PopulationModel, generator: torch.Generator
@@ -150,7 +157,12 @@ class PriorRatio:
     ) -> RatioDraws:
         checks.require_matching(samples, observations, population)
         phi, log_weights = checks.replace_draws_outside_prior(
-            samples, observations.ids, generator, max_outside=self.max_outside
+            samples,
+            observations.ids,
+            generator,
+            max_outside=self.max_outside,
+            reach=self.reach,
+            varying=tuple(population.varying),
         )
         mixtures = None
         if population.constant:

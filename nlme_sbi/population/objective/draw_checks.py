@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.special import bdtrc, chdtri
 from torch import Tensor
 
@@ -22,6 +22,7 @@ _TAIL = 0.025  # what lies in the tails: beyond 2.2 SD in one dimension
 _SAMPLED = 20_000  # individuals sampled from the population to see how many lie outside the prior
 _TRAINED = 100_000  # prior samples that show where the network was trained
 _MARGIN = 20.0  # below the least log density of them; about 8.5 SD in six dimensions
+_WITHIN = 0.05  # share of an individual's draws within the reach of the prior from which the others are replaced
 _STRAY = 0.01  # share of draws outside that region that is worth a warning
 _NARROWER = 2.0  # difference of log determinants below which a mixture's components are of one width
 _AWAY = 0.5  # share of the population about which a refined prior holds no more than the prior before
@@ -47,10 +48,18 @@ def require_matching(samples: PosteriorSamples, observations: Observations, popu
 
 
 def replace_draws_outside_prior(
-    samples: PosteriorSamples, ids: tuple[str, ...], generator: torch.Generator, *, max_outside: float
+    samples: PosteriorSamples,
+    ids: tuple[str, ...],
+    generator: torch.Generator,
+    *,
+    max_outside: float,
+    reach: float | None = None,
+    varying: tuple[int, ...] = (),
 ) -> tuple[Float[Tensor, "I S D"], Float[Tensor, "I S"] | None]:
     """The draws, with the tolerated few that lie outside the prior replaced by others of the same individual, and their
-    log weights with mean 1, where they have any; of draws with weights those outside count no more.
+    log weights with mean 1, where they have any; of draws with weights those outside count no more. The same happens to
+    draws that lie, in one of the ``varying`` parameters, more than ``reach`` SDs from the mean of every component of
+    the prior, but for individuals of whom almost all draws do.
 
     Raises:
         ValueError: where the prior has no density at too many draws, with the individuals and the remedies.
@@ -58,7 +67,8 @@ def replace_draws_outside_prior(
     log_prior = [samples.prior.log_prob(phi.double()) for phi in torch.split(samples.phi, 256)]
     outside = ~torch.isfinite(torch.cat(log_prior))
     log_weights = None if samples.log_weights is None else mean_one(samples.log_weights)
-    if not bool(outside.any()):
+    far = _beyond_reach(samples, reach, varying, log_weights)
+    if not bool((outside | far).any()):
         return samples.phi, log_weights
     counted = outside.double() if log_weights is None else outside * log_weights.exp()
     share = counted.mean(1)
@@ -71,6 +81,7 @@ def replace_draws_outside_prior(
             "share."
         )
     # A random inside draw takes the place of each one outside: the posterior restricted to the prior's support.
+    outside = outside | far
     weights = (~outside).double() if log_weights is None else (~outside) * log_weights.exp()
     replacement = torch.multinomial(
         weights.to(generator.device), outside.shape[1], replacement=True, generator=generator
@@ -79,6 +90,21 @@ def replace_draws_outside_prior(
     index = torch.where(outside, replacement.to(outside.device), own)
     phi = samples.phi.gather(1, index[..., None].expand(samples.phi.shape))
     return phi, None if log_weights is None else mean_one(log_weights.masked_fill(outside, -torch.inf))
+
+
+def _beyond_reach(
+    samples: PosteriorSamples, reach: float | None, varying: tuple[int, ...], log_weights: Tensor | None
+) -> Bool[Tensor, "I S"]:
+    """Draws that lie too far from where simulations were, of individuals who have others."""
+    columns, prior = list(varying), samples.prior
+    within = torch.full(samples.phi.shape[:2], reach is None, device=samples.phi.device)
+    if reach is None:
+        return ~within
+    for part in prior.components if isinstance(prior, MixturePrior) else (prior,):
+        mean, sd = (moment.to(samples.phi.device)[columns] for moment in (part.mean, part.covariance.diagonal().sqrt()))
+        within |= ((samples.phi[..., columns] - mean).abs() <= reach * sd).all(-1)
+    counted = within.double() if log_weights is None else within * log_weights.exp()
+    return ~within & (counted.mean(1) > _WITHIN)[:, None]
 
 
 def trained_level(prior: Prior, device: torch.device) -> float:

@@ -101,7 +101,7 @@ def convergence_finding(estimates: FitEstimates) -> Finding:
         sizes = {"score": checked.score, "score_error": checked.score_error}
         numbers |= {name: size for name, size in sizes.items() if math.isfinite(size)} | {"unknown": checked.unknown}
     if not estimates.converged:
-        sentence = f"The search did not converge: {estimates.message or 'no reason was stored'}"
+        sentence = f"The fit has not converged: {estimates.message or 'no reason was stored'}"
         return Finding("convergence", title, "red", sentence, rule, numbers)
     if other:
         sentence = (

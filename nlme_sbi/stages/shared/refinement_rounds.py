@@ -21,7 +21,7 @@ from nlme_sbi.population.fitting.ratio.simulation_prior import (
     FittedPopulation,
     PriorSettings,
     images_needed,
-    refined_variance,
+    refined_moments,
     simulation_prior,
 )
 from nlme_sbi.population.models.interface import ExchangeableModel, PopulationModel
@@ -185,6 +185,7 @@ def _next_prior(task: RefinementTask, fit: StoredFit, number: int) -> dict[str, 
     variances = equal_draws(drawn.phi, drawn.log_weights).double().var(1)
     broad = task.posterior.prior
     declared = tuple(getattr(posterior.simulator, "exchangeable", ()))
+    mean, variance = refined_moments(posterior.prior, broad)
     return simulation_prior(
         FittedPopulation(
             population=fit.population,
@@ -192,7 +193,8 @@ def _next_prior(task: RefinementTask, fit: StoredFit, number: int) -> dict[str, 
             covariance=fit.covariance,
             design=task.observations.design.to(task.device),
             individual_variance=variances.median(0).values,
-            prior_variance=refined_variance(posterior.prior, broad).to(task.device),
+            prior_mean=mean.to(task.device),
+            prior_variance=variance.to(task.device),
         ),
         broad,
         task.begun.section("prior"),

@@ -4,10 +4,16 @@ r"""The prior that the next simulations are drawn from, once a population has be
 
 on the unconstrained scale. Simulations then lie where the individuals lie, so that the network is sharpest there; the
 part :math:`p_0`, the prior before, keeps every weight :math:`p(\phi | \theta) / p_r(\phi)` bounded wherever it was
-bounded before, and lets the next fit go elsewhere. Floors F keep apart what would be too narrow to learn from: a
-twentieth of the SD of :math:`p_0`, and, for parameters that do not vary, 0.3 times the variance that one individual's
-data leave. A prior that is narrower than that teaches the network nothing of the parameter, while its small errors add
-up over individuals.
+bounded before, and lets the next fit go elsewhere.
+
+What lies beyond the present prior has hardly been simulated, so that of an estimate that goes there only its direction
+is believed: in a round :math:`\beta` moves by two SDs of the present prior and :math:`\Omega` grows to its variance, at
+most. Otherwise rounds run away where data leave a tail open: under a prior that is narrower than the population weights
+are unbounded, and the fit overshoots.
+
+Floors F keep apart what would be too narrow to learn from: a twentieth of the SD of :math:`p_0`, and, for parameters
+that do not vary, 0.3 times the variance that one individual's data leave. A prior that is narrower than that teaches
+the network nothing of the parameter, while its small errors add up over individuals.
 """
 
 from __future__ import annotations
@@ -32,6 +38,9 @@ from nlme_sbi.types import Design, Prior
 
 _FLOOR = 0.05  # of the SD of the broad prior
 _OF_ONE_INDIVIDUAL = 0.3  # of the variance that one individual's data leave
+_LEAST_WIDTH = 1.5  # factor on the population's variance from which weights stay bounded
+_WIDEST = 2.0  # SDs of the broad prior, whatever a poor fit says
+_FARTHEST_STEP = 2.0  # SDs of the present prior, of the next centre from its mean
 _FARTHEST = 4.0  # SDs of the broad prior, of the centre from its mean
 _UNINFORMED = 0.1  # share of its precision that data must add to a prior, else they are taken to say little
 _TARGET = "_target_"
@@ -50,7 +59,7 @@ class PriorSettings:
     broad: float = 0.2
 
     def __post_init__(self) -> None:
-        if not 1.5 <= self.width <= 20:
+        if not _LEAST_WIDTH <= self.width <= 20:
             raise ValueError(
                 f"refine.width is a factor on the population's variance, between 1.5 (weights stay bounded) and 20; "
                 f"got {self.width:g}."
@@ -72,7 +81,8 @@ class FittedPopulation:
         covariance: ``(P, P)`` of the estimate; NaN where not known.
         design: of the data.
         individual_variance: ``(D,)`` median variance of an individual's posterior under the present prior.
-        prior_variance: ``(D,)`` of the present prior about the population.
+        prior_mean: ``(D,)`` of the present prior about the population.
+        prior_variance: ``(D,)`` of it.
     """
 
     population: PopulationModel
@@ -80,6 +90,7 @@ class FittedPopulation:
     covariance: Float[Tensor, "P P"]
     design: Design
     individual_variance: Float[Tensor, " D"]
+    prior_mean: Float[Tensor, " D"]
     prior_variance: Float[Tensor, " D"]
 
 
@@ -115,10 +126,10 @@ def simulation_prior(
     }
 
 
-def refined_variance(prior: Prior, broad: Prior) -> Float[Tensor, " D"]:
-    """Variance of the present prior about the population: of its first part where it was refined."""
+def refined_moments(prior: Prior, broad: Prior) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
+    """Mean and variance of the present prior about the population: of its first part where it was refined."""
     about = prior.components[0] if isinstance(prior, MixturePrior) and prior is not broad else prior
-    return about.covariance.diagonal().double()
+    return about.mean.double(), about.covariance.diagonal().double()
 
 
 def _moments(fitted: FittedPopulation, broad: Prior, width: float) -> tuple[Tensor, Tensor]:
@@ -127,18 +138,27 @@ def _moments(fitted: FittedPopulation, broad: Prior, width: float) -> tuple[Tens
     means = means_of(population, theta, fitted.design)
     between = means.T.cov(correction=0).reshape(means.shape[1], -1) if len(means) > 1 else 0.0
     spread = covariances_of(population, theta, fitted.design).mean(0) + between
-    spread = width * (spread + _error_of_means(fitted))
+    present = fitted.prior_variance.to(theta)
+    spread = width * (_no_wider(spread, present) + _error_of_means(fitted))
     variance = broad.covariance.diagonal().to(theta)
     floor = _FLOOR**2 * variance
     constant = list(population.constant)
     told = _variance_of_data(fitted)[constant]
-    floor[constant] += torch.minimum(_OF_ONE_INDIVIDUAL * told, variance[constant])
+    floor[constant] = torch.minimum(floor[constant] + _OF_ONE_INDIVIDUAL * told, variance[constant])
     spread = spread + torch.diag(floor)
-    # Never wider than what was simulated at first, whatever a poor fit says.
-    shrink = torch.clamp(variance.sqrt() / spread.diagonal().sqrt(), max=1.0)
-    limit, mean = _FARTHEST * variance.sqrt(), broad.mean.to(theta)
-    centre = torch.minimum(torch.maximum(means.mean(0), mean - limit), mean + limit)
-    return centre.detach(), (shrink[:, None] * spread * shrink).detach()
+    centre = _between(means.mean(0), fitted.prior_mean.to(theta), _FARTHEST_STEP * present.sqrt())
+    centre = _between(centre, broad.mean.to(theta), _FARTHEST * variance.sqrt())
+    return centre.detach(), _no_wider(spread, _WIDEST**2 * variance).detach()
+
+
+def _between(centre: Float[Tensor, " D"], middle: Float[Tensor, " D"], limit: Float[Tensor, " D"]) -> Tensor:
+    return torch.minimum(torch.maximum(centre, middle - limit), middle + limit)
+
+
+def _no_wider(covariance: Float[Tensor, "D D"], most: Float[Tensor, " D"]) -> Float[Tensor, "D D"]:
+    """The covariance with variances of at most ``most`` and the same correlations."""
+    shrink = torch.clamp((most / covariance.diagonal().clamp_min(1e-300)).sqrt(), max=1.0)
+    return shrink[:, None] * covariance * shrink
 
 
 def _variance_of_data(fitted: FittedPopulation) -> Float[Tensor, " D"]:
