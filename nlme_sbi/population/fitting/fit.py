@@ -40,7 +40,7 @@ from nlme_sbi.population.fitting.ratio.ratio_check import compare_with_likelihoo
 from nlme_sbi.population.fitting.ratio.self_check import check_by_simulation
 from nlme_sbi.population.fitting.rivals import choose_highest
 from nlme_sbi.population.fitting.zero_variances import fix_zero_variances
-from nlme_sbi.population.models.interface import PopulationModel, PopulationSpecification
+from nlme_sbi.population.models.interface import PopulationModel, PopulationSpecification, ShapedModel
 from nlme_sbi.population.objective import draw_checks as checks
 from nlme_sbi.population.objective.individuals import IndividualEstimates, individual_estimates
 from nlme_sbi.population.objective.interface import Source
@@ -179,6 +179,7 @@ def _fit_once(
         *warn_beyond_prior(model, outcome.restarts),
         *_imprecision_warnings(model, outcome.optimum, accuracy, outcome.shortage),
         *warn_of_singular_covariance(model, theta),
+        *(model.warn(theta, len(observations)) if isinstance(model, ShapedModel) else ()),
         *checks.warn_of_few_effective_draws(individuals.ess, state.draws, observations.ids),
         *state.warnings(theta, observations.ids),
         *outcome.warnings,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.numerics.factorizations import eigh_or_diagonal
-from nlme_sbi.population.models.interface import PopulationModel, covariances_of, means_of
+from nlme_sbi.numerics.t_mixtures import FREEDOM, HEAVIEST
+from nlme_sbi.population.models.interface import PopulationModel, covariances_of, means_of, tail_freedom_of
 from nlme_sbi.types import Observations, TractableSimulator
 
 _NUMBERS = {"cpu": 200_000, "cuda": 50_000_000}  # predicted values in a block: a CPU's cache, a GPU's width
@@ -108,6 +109,13 @@ class JointDensity:
     def centre(self) -> Float[Tensor, " V"]:
         """Varying parameters of a typical individual."""
         return self.population.mean(self.theta)[list(self.population.varying)].detach()
+
+    @property
+    def proposal_freedom(self) -> int:
+        """Degrees of freedom of proposals whose tails are at least as heavy as the population's: where the data say
+        nothing of a parameter, the posterior has the population's tails, and lighter proposals have unbounded
+        weights."""
+        return FREEDOM if tail_freedom_of(self.population) >= FREEDOM else HEAVIEST
 
     @cached_property
     def scales(self) -> Float[Tensor, "I V"]:

@@ -1,7 +1,7 @@
 """From unknowns to reported quantities: natural values, SDs, correlations, their errors and intervals.
 
-Errors come by the delta method through the population model's ``mean`` and ``covariance``, so that a new model needs
-nothing here.
+Errors come by the delta method through the population model's ``mean`` and its omega (``dispersion``, of Gaussian
+random effects the covariance), so that a new model needs nothing here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nlme_sbi.numerics.jacobians import jacobian
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.models.interface import PopulationModel, dispersion_of
 
 NORMAL_95 = 1.959963984540054  # 97.5% quantile of the standard normal
 
@@ -24,8 +24,8 @@ class Summary:
     """Population quantities, one entry for each of the D parameters; NaN where a quantity does not exist.
 
     ``mean`` and ``mean_se`` are on the unconstrained scale; ``natural`` with its limits on the natural one; ``sd`` is
-    the SD between individuals (0 for constants); ``*_fixed`` marks given values. ``correlation`` and its limits are
-    ``(D, D)``.
+    omega, the SD between individuals or another law's scale (0 for constants); ``*_fixed`` marks given values.
+    ``correlation`` and its limits are ``(D, D)``.
     """
 
     mean: Float[Tensor, " D"]
@@ -62,7 +62,7 @@ def summarise(population: PopulationModel, theta: Float[Tensor, " P"], covarianc
     varying = torch.tensor(population.varying, dtype=torch.int64, device=theta.device)
 
     def log_sd(at: Tensor) -> Tensor:
-        return 0.5 * population.covariance(at).diagonal()[varying].log()
+        return 0.5 * dispersion_of(population, at).diagonal()[varying].log()
 
     value, log_se, fixed = _propagate(log_sd, theta, uncertain, free)
     spread = NORMAL_95 * log_se
@@ -111,7 +111,7 @@ def _correlations(population: PopulationModel, theta: Tensor, covariance: Tensor
     places = (varying[rows], varying[columns])
 
     def fisher(at: Tensor) -> Tensor:
-        omega = population.covariance(at)
+        omega = dispersion_of(population, at)
         sd = omega.diagonal().sqrt()
         return torch.atanh(omega[places] / (sd[places[0]] * sd[places[1]]))
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.estimators.interface import Redraw
-from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.models.interface import PopulationModel, ShapedModel
 from nlme_sbi.population.objective.individuals import (
     IndividualEstimates,
     IndividualModes,
@@ -222,6 +222,7 @@ class PopulationFit:
             self_check=self.self_check,
             message=self.message,
             labelling=self.labelling,
+            random_effects=(self.population.describe(self.theta) if isinstance(self.population, ShapedModel) else ()),
             warnings=self.warnings,
         )
 

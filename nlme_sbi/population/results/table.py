@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.parameters import Parameter
-from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.models.interface import PopulationModel, is_gaussian, quantile_of
 from nlme_sbi.population.models.labels import correlation_label
-from nlme_sbi.population.results.derived_quantities import NORMAL_95, Summary, summarise
+from nlme_sbi.population.results.derived_quantities import Summary, summarise
 from nlme_sbi.population.results.effect_table import (
     EFFECT_HEADINGS,
     EffectRow,
@@ -57,7 +57,7 @@ class TableRow:
         scale: the unconstrained one, which the individuals are normally distributed on: log(unit), logit, or the unit.
         estimate: typical value there.
         se: of ``estimate``.
-        omega: SD between individuals there.
+        omega: SD between individuals there; of random effects that are not Gaussian their scale.
         omega_se: of ``omega``.
         omega_rse_percent: ``100 omega_se / omega``; that of the variance is twice as large.
         omega_lower: limit of the 95% interval, which is Wald for log omega.
@@ -65,12 +65,13 @@ class TableRow:
         omega_variance: ``omega^2``.
         omega_variance_se: ``2 omega omega_se``.
         omega_status: estimated, fixed, constant (given as 0) or boundary (estimated as 0).
-        cv_percent: coefficient of variation of a log-normal parameter, ``100 sqrt(exp(omega^2) - 1)``.
+        cv_percent: coefficient of variation of a log-normal parameter, ``100 sqrt(exp(omega^2) - 1)``; None for
+            other laws (the exponential of a Student-t has no mean).
         individuals_lower: natural value below which 2.5% of individuals like the typical one lie.
         individuals_upper: natural value above which 2.5% of them lie.
-        shrinkage: ``1 - SD(eta) / omega``, with eta the deviations of the individuals' estimates from their own
-            typical values, about their average.
-        shrinkage_variance: ``1 - var(eta) / omega^2``.
+        shrinkage: ``1 - SD(eta) / SD between individuals``, with eta the deviations of the individuals' estimates from
+            their own typical values, about their average.
+        shrinkage_variance: the same of variances.
         shrinkage_from: which estimates those are: modes or means.
     """
 
@@ -213,10 +214,15 @@ def population_table(
     """
     found = summarise(population, theta, covariance)
     free = population.unknowns.free.to(covariance.device)
-    centre, sd = (found.mean, found.sd) if typical is None else typical
+    centre, sd = (found.mean, population.covariance(theta).diagonal().sqrt()) if typical is None else typical
     eta = (individuals - centre) / sd
     spread = eta.std(0) if len(eta) > 1 else torch.full_like(found.sd, math.nan)
-    rows = [_row(population, found, spread, column) for column in range(len(population.parameters))]
+    outer = torch.stack([quantile_of(population, theta.detach(), share) for share in (0.025, 0.975)])
+    range_of_individuals = population.parameters.to_natural(outer)
+    rows = [
+        _row(population, found, (spread[column], range_of_individuals[:, column]), column)
+        for column in range(len(population.parameters))
+    ]
     rows = [replace(row, omega_status="boundary") if row.parameter in vanished else row for row in rows]
     rows = _join_occasions(population, rows)
     return PopulationTable(
@@ -250,13 +256,15 @@ def number(value: Tensor | float) -> float | None:
     return plain if math.isfinite(plain) else None
 
 
-def _row(population: PopulationModel, found: Summary, spread: Tensor, column: int) -> TableRow:
+def _row(
+    population: PopulationModel, found: Summary, individuals: tuple[Tensor, Float[Tensor, " 2"]], column: int
+) -> TableRow:
+    """``individuals`` are the SD of their standardised deviations and the natural values between which 95% lie."""
     parameter = population.parameters.parameters[column]
     constant = column not in population.varying
     sd, sd_se = float(found.sd[column]), float(found.sd_se[column])
-    reach = NORMAL_95 * found.sd
-    low, high = (float(population.parameters.to_natural(found.mean + sign * reach)[column]) for sign in (-1, 1))
-    left = float(spread[column])
+    has_cv = not constant and parameter.transform == "log" and is_gaussian(population)
+    left, (low, high) = float(individuals[0]), individuals[1].tolist()
     return TableRow(
         parameter=parameter.name,
         unit=parameter.unit,
@@ -277,7 +285,7 @@ def _row(population: PopulationModel, found: Summary, spread: Tensor, column: in
         omega_variance=sd * sd,
         omega_variance_se=number(2 * sd * sd_se),
         omega_status="constant" if constant else "fixed" if bool(found.sd_fixed[column]) else "estimated",
-        cv_percent=None if constant or parameter.transform != "log" else number(_coefficient_of_variation(sd)),
+        cv_percent=number(_coefficient_of_variation(sd)) if has_cv else None,
         individuals_lower=None if constant else number(low),
         individuals_upper=None if constant else number(high),
         shrinkage=None if constant else number(1 - left),

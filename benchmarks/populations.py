@@ -1,0 +1,144 @@
+"""Populations that are not Gaussian, through the command line: outlying cells, two kinds of cells.
+
+    python benchmarks/populations.py [--cases outliers mixture] [--populations 5] [--cells 400]
+
+Cells are simulated by the published two-rate model's own closed form in NumPy (`published_population`), under laws of
+this script, and fitted with ``posterior=none``: exact maximum likelihood. Figures of a case that is not run are kept.
+
+* ``outliers``: 95% of the cells follow a normal law of the logs, 5% lie eight SDs away in both rates and expression.
+  Bias: mean over populations of estimate minus the regular cells' own mean (typical values) or log SD, root mean square
+  over the four parameters, as a share of that with ``population=gaussian``. The share over both kinds of unknowns, the
+  one that is named first, takes typical values in SDs of the regular cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from published_population import NAMES, TIMES, log_signal, write_wide
+from record import RESULTS, stopwatch, write_result
+from stages import finished_run, run_stage
+
+Figures = dict[str, tuple[float | int | str | bool | None, str]]
+VARYING = 4
+MEAN, SD = np.log([0.6, 0.06, 500.0, 0.9, 8.0, 0.05]), np.array([0.25, 0.3, 0.2, 0.15, 0.0, 0.0])
+OUTLYING, AWAY = 0.05, np.array([8.0, 8.0, -8.0, 0.0, 0.0, 0.0])
+
+
+def fit(values: np.ndarray, folder: Path, *options: str) -> Path:
+    """Run of a fit of these log signals."""
+    write_wide(folder / "cells.csv", values)
+    run_stage(
+        "fit_population",
+        "experiment=mrna_two_rate",
+        "posterior=none",
+        f"data.path={folder / 'cells.csv'}",
+        "population.constant=[offset,sigma]",
+        "fit.uncertainty=[information]",
+        "predictions.table=false",
+        "figures.individuals=0",
+        *options,
+        directory=folder,
+    )
+    return finished_run("fit_population", folder)
+
+
+def unknowns(run: Path) -> tuple[dict[str, float], dict[str, float], bool]:
+    """Estimates and standard errors by name, and whether the fit converged."""
+    found = json.loads((run / "fit.json").read_text())
+    rows = found["unknowns"]
+    return (
+        {row["name"]: row["estimate"] for row in rows},
+        {row["name"]: row["se"] for row in rows},
+        found["converged"],
+    )
+
+
+def noisy(phi: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Log signals with noise."""
+    return log_signal(phi) + np.exp(phi[:, 5:]) * random.standard_normal((len(phi), len(TIMES)))
+
+
+def outliers(populations: int, cells: int) -> Figures:
+    """Bias under 5% outlying cells, by population model."""
+    models = {
+        "gaussian": ["population=gaussian"],
+        "student_t": ["population=student_t", "population.law.degrees_of_freedom=estimated"],
+        "student_t_4": ["population=student_t"],
+        "huber": ["population=huber"],
+    }
+    errors: dict[str, list[np.ndarray]] = {name: [] for name in models}
+    converged = dict.fromkeys(models, 0)
+    seconds = dict.fromkeys(models, 0.0)
+    for seed in range(populations):
+        random = np.random.default_rng(seed)
+        phi = MEAN + SD * random.standard_normal((cells, len(NAMES)))
+        outlying = np.arange(cells) < round(OUTLYING * cells)
+        phi[outlying] += AWAY * SD
+        values, regular = noisy(phi, random), phi[~outlying, :VARYING]
+        for name, options in models.items():
+            with tempfile.TemporaryDirectory() as folder, stopwatch() as spent:
+                found, _, has_converged = unknowns(fit(values, Path(folder), *options))
+            seconds[name] += spent.cpu / populations
+            converged[name] += has_converged
+            names = NAMES[:VARYING]
+            typical = np.array([found[f"mean.{one}"] for one in names]) - regular.mean(0)
+            spread = np.array([found[f"log_sd.{one}"] for one in names]) - np.log(regular.std(0))
+            errors[name].append(np.stack([typical / SD[:VARYING], spread]))
+            print(seed, name, has_converged, errors[name][-1].round(3).tolist(), flush=True)
+    bias = {name: np.mean(each, 0) for name, each in errors.items()}
+
+    def size(parts: np.ndarray) -> float:
+        return float(np.sqrt(np.mean(parts**2)))
+
+    figures: Figures = {}
+    for name in list(models)[1:]:
+        share = "share of the bias with population=gaussian"
+        figures |= {
+            f"{name}_bias_share": (size(bias[name]) / size(bias["gaussian"]), f"{share}, typical values and log SDs"),
+            f"{name}_typical_bias_share": (size(bias[name][0]) / size(bias["gaussian"][0]), f"{share}, typical values"),
+            f"{name}_sd_bias_share": (size(bias[name][1]) / size(bias["gaussian"][1]), f"{share}, log SDs"),
+            f"{name}_typical_bias": (size(bias[name][0]), "SDs of the regular cells, root mean square"),
+            f"{name}_sd_bias": (size(bias[name][1]), "of log SDs, root mean square"),
+            f"{name}_converged": (converged[name], f"of {populations} fits"),
+            f"{name}_cpu_seconds": (seconds[name], f"CPU s a fit of {cells} cells, start-up included"),
+        }
+    return figures | {
+        "gaussian_typical_bias": (size(bias["gaussian"][0]), "SDs of the regular cells, root mean square"),
+        "gaussian_sd_bias": (size(bias["gaussian"][1]), "of log SDs, root mean square"),
+        "outlier_populations": (populations, f"populations of {cells} cells"),
+    }
+
+
+def kept() -> Figures:
+    """Figures of an earlier run."""
+    path = RESULTS / "populations.json"
+    if not path.exists():
+        return {}
+    figures = json.loads(path.read_text())["figures"]
+    return {name: (one["value"], one["unit"]) for name, one in figures.items() if name != "calibration_cpu_seconds"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=["outliers"], choices=["outliers"])
+    parser.add_argument("--populations", type=int, default=5)
+    parser.add_argument("--cells", type=int, default=400)
+    options = parser.parse_args()
+    figures = kept()
+    for case in options.cases:
+        if case == "outliers":
+            figures |= outliers(options.populations, options.cells)
+        write_result(
+            "populations",
+            figures,
+            title="Populations that are not Gaussian: 5% outlying two-rate cells, estimator exact, posterior=none.",
+        )
+
+
+if __name__ == "__main__":
+    main()
