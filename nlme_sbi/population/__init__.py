@@ -8,6 +8,7 @@ from nlme_sbi.population.estimators.prior_ratio import PriorRatio
 from nlme_sbi.population.estimators.saem.saem import Saem
 from nlme_sbi.population.fitting.fit import fit_population
 from nlme_sbi.population.models.elliptical import HuberEffects, StudentTEffects
+from nlme_sbi.population.models.mixture import MixturePopulation
 from nlme_sbi.population.models.robust import EllipticalPopulation
 from nlme_sbi.population.models.specification import GaussianPopulation
 from nlme_sbi.population.results.estimates import FitEstimates
@@ -28,6 +29,7 @@ __all__ = [
     "GaussianPopulation",
     "HuberEffects",
     "Laplace",
+    "MixturePopulation",
     "PopulationFit",
     "PopulationTable",
     "PriorRatio",

@@ -179,7 +179,7 @@ def _fit_once(
         *warn_beyond_prior(model, outcome.restarts),
         *_imprecision_warnings(model, outcome.optimum, accuracy, outcome.shortage),
         *warn_of_singular_covariance(model, theta),
-        *(model.warn(theta, len(observations)) if isinstance(model, ShapedModel) else ()),
+        *(model.warn(theta, outcome.optimum.covariance, len(observations)) if isinstance(model, ShapedModel) else ()),
         *checks.warn_of_few_effective_draws(individuals.ess, state.draws, observations.ids),
         *state.warnings(theta, observations.ids),
         *outcome.warnings,

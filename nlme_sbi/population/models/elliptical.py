@@ -414,11 +414,20 @@ class BoundElliptical:
         standard = self.law.quantile(probability, len(self.varying), shape)
         return self.gaussian.mean(inner) + standard * self.gaussian.covariance(inner).diagonal().sqrt()
 
-    def describe(self, theta: Float[Tensor, " P"]) -> tuple[str, ...]:
+    def describe(
+        self,
+        theta: Float[Tensor, " P"],
+        covariance: Float[Tensor, "P P"],  # noqa: ARG002
+    ) -> tuple[str, ...]:
         """The law, and what omega is."""
         return (self.law.describe(len(self.varying), self._split(theta)[1].detach()),)
 
-    def warn(self, theta: Float[Tensor, " P"], individuals: int) -> tuple[str, ...]:  # noqa: ARG002
+    def warn(
+        self,
+        theta: Float[Tensor, " P"],
+        covariance: Float[Tensor, "free free"] | None,  # noqa: ARG002
+        individuals: int,  # noqa: ARG002
+    ) -> tuple[str, ...]:
         """Of the law."""
         return self.law.warn(self._split(theta)[1].detach())
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nlme_sbi.numerics.jacobians import jacobian
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.population.models.interface import PopulationModel, dispersion_of
+from nlme_sbi.population.models.interface import Moments, dispersion_of
 
 NORMAL_95 = 1.959963984540054  # 97.5% quantile of the standard normal
 
@@ -44,7 +44,7 @@ class Summary:
     correlation_limits: Float[Tensor, "2 D D"]
 
 
-def summarise(population: PopulationModel, theta: Float[Tensor, " P"], covariance: Float[Tensor, "P P"]) -> Summary:
+def summarise(population: Moments, theta: Float[Tensor, " P"], covariance: Float[Tensor, "P P"]) -> Summary:
     """Delta-method errors and transformed Wald intervals.
 
     Intervals of SDs are Wald on the log scale, of correlations on Fisher's z, of natural values on the unconstrained
@@ -52,7 +52,7 @@ def summarise(population: PopulationModel, theta: Float[Tensor, " P"], covarianc
     times those over the natural values.
 
     Args:
-        population: the bound model.
+        population: the bound model, or a class of a mixture.
         theta: estimates.
         covariance: of the estimates, zero rows for fixed unknowns, NaN where it is not known.
     """
@@ -103,7 +103,7 @@ def _slopes(parameters: ParameterSpace, mean: Tensor) -> Tensor:
     return jacobian(parameters.to_natural, mean).diagonal().abs()
 
 
-def _correlations(population: PopulationModel, theta: Tensor, covariance: Tensor, varying: Tensor) -> dict[str, Tensor]:
+def _correlations(population: Moments, theta: Tensor, covariance: Tensor, varying: Tensor) -> dict[str, Tensor]:
     free = population.unknowns.free.to(theta.device)
     size = len(population.parameters)
     empty = torch.full((size, size), torch.nan, dtype=theta.dtype, device=theta.device)

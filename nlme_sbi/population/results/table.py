@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.parameters import Parameter
-from nlme_sbi.population.models.interface import PopulationModel, is_gaussian, quantile_of
+from nlme_sbi.population.models.interface import MixtureModel, Moments, PopulationModel, is_gaussian, quantile_of
 from nlme_sbi.population.models.labels import correlation_label
 from nlme_sbi.population.results.derived_quantities import Summary, summarise
 from nlme_sbi.population.results.effect_table import (
@@ -212,7 +212,8 @@ def population_table(
         heading: sentences above the table.
         notes: sentences below it.
     """
-    found = summarise(population, theta, covariance)
+    classes = population.moments if isinstance(population, MixtureModel) else (population,)
+    found, *others = (summarise(one, theta, covariance) for one in classes)
     free = population.unknowns.free.to(covariance.device)
     centre, sd = (found.mean, population.covariance(theta).diagonal().sqrt()) if typical is None else typical
     eta = (individuals - centre) / sd
@@ -220,9 +221,11 @@ def population_table(
     outer = torch.stack([quantile_of(population, theta.detach(), share) for share in (0.025, 0.975)])
     range_of_individuals = population.parameters.to_natural(outer)
     rows = [
-        _row(population, found, (spread[column], range_of_individuals[:, column]), column)
+        _row(classes[0], found, (spread[column], range_of_individuals[:, column]), column)
         for column in range(len(population.parameters))
     ]
+    if isinstance(population, MixtureModel):
+        rows = _with_classes(population, rows, others, range_of_individuals)
     rows = [replace(row, omega_status="boundary") if row.parameter in vanished else row for row in rows]
     rows = _join_occasions(population, rows)
     return PopulationTable(
@@ -237,12 +240,31 @@ def population_table(
     )
 
 
+def _with_classes(
+    population: MixtureModel, rows: list[TableRow], others: list[Summary], ranges: Float[Tensor, "2 D"]
+) -> list[TableRow]:
+    """Rows of further classes behind those of class 1, for the parameters that differ; shrinkage about the mean of all
+    classes says nothing of one."""
+    unknown, found = torch.tensor(math.nan), []
+    for column, row in enumerate(rows):
+        if column not in population.differing:
+            found.append(row)
+            continue
+        found.append(replace(row, shrinkage=None, shrinkage_variance=None))
+        for number, summary in enumerate(others, start=1):
+            made = _row(population.moments[number], summary, (unknown, ranges[:, column]), column)
+            found.append(replace(made, parameter=f"{row.parameter} (class {number + 1})"))
+    return found
+
+
 def _join_occasions(population: PopulationModel, rows: list[TableRow]) -> list[TableRow]:
     """One row, of what they share, for all deviations of occasions with the same variance."""
     found: list[TableRow] = []
     joined: set[str] = set()
-    for row, parameter in zip(rows, population.parameters.parameters, strict=True):
-        if parameter.level != "occasion":
+    levels = {one.name: one for one in population.parameters.parameters}
+    for row in rows:
+        parameter = levels.get(row.parameter)
+        if parameter is None or parameter.level != "occasion":
             found.append(row)
         elif parameter.shares not in joined:
             joined.add(parameter.shares)
@@ -256,9 +278,7 @@ def number(value: Tensor | float) -> float | None:
     return plain if math.isfinite(plain) else None
 
 
-def _row(
-    population: PopulationModel, found: Summary, individuals: tuple[Tensor, Float[Tensor, " 2"]], column: int
-) -> TableRow:
+def _row(population: Moments, found: Summary, individuals: tuple[Tensor, Float[Tensor, " 2"]], column: int) -> TableRow:
     """``individuals`` are the SD of their standardised deviations and the natural values between which 95% lie."""
     parameter = population.parameters.parameters[column]
     constant = column not in population.varying
