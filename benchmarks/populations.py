@@ -9,8 +9,8 @@ this script, and fitted with ``posterior=none``: exact maximum likelihood. Figur
   Bias: mean over populations of estimate minus the regular cells' own mean (typical values) or log SD, root mean square
   over the four parameters, as a share of that with ``population=gaussian``. The share over both kinds of unknowns, the
   one that is named first, takes typical values in SDs of the regular cells.
-* ``mixture``: 800 cells of one kind and 200 whose slower rate is larger, ``population=mixture``: the weight against 0.2,
-  and the share of the cells that fall into their own class, against the Bayes rule, which knows the law.
+* ``mixture``: 800 cells of one kind and 200 whose slower rate is larger, ``population=mixture``: the weight against
+  0.2, and the share of the cells that fall into their own class, against the Bayes rule, which knows the law.
 """
 
 from __future__ import annotations
