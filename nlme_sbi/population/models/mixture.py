@@ -250,7 +250,7 @@ class BoundMixture:
     def mean(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " D"]:
         """Mean of all individuals, over the classes."""
         each = torch.stack([one.mean(theta) for one in self.moments])
-        return self.log_weights(theta).exp() @ each
+        return each[0] + self.log_weights(theta).exp() @ (each - each[0])  # of constants to the last bit
 
     def covariance(self, theta: Float[Tensor, " P"]) -> Float[Tensor, "D D"]:
         """Covariance between all individuals: within classes and between them."""
@@ -269,7 +269,8 @@ class BoundMixture:
 
     def means(self, theta: Float[Tensor, " P"], design: Design) -> Float[Tensor, "I D"]:
         """Mean over the classes, for every individual's covariates."""
-        return torch.einsum("k,ikd->id", self.log_weights(theta).exp(), self.class_means(theta, design))
+        each = self.class_means(theta, design)
+        return each[:, 0] + torch.einsum("k,ikd->id", self.log_weights(theta).exp(), each - each[:, :1])
 
     def covariances(self, theta: Float[Tensor, " P"], design: Design) -> Float[Tensor, "I D D"]:
         """Covariance within and between classes, for every individual's covariates."""
