@@ -88,11 +88,13 @@ def test_the_ratio_is_that_of_the_closed_form() -> None:
     assert (np.abs(contributions(state, TRUTH).numpy() - oracle) < 5 * error + 1e-6).all()
 
 
-@pytest.mark.parametrize("name", ["exact", "saem", "laplace"])
+@pytest.mark.parametrize(
+    "name", ["exact", pytest.param("saem", marks=pytest.mark.slow), pytest.param("laplace", marks=pytest.mark.slow)]
+)
 def test_estimates_are_the_maximum_of_the_closed_form(name: str) -> None:
-    case, simulator, label = two_classes(150, seed=3)
+    case, simulator, label = two_classes(100, seed=3)
     kind = {"exact": Exact, "saem": Saem, "laplace": Laplace}[name]
-    found = fitted(case, MixturePopulation(), kind(simulator=simulator), starts=3)
+    found = fitted(case, MixturePopulation(), kind(simulator=simulator), starts=2)
     y = case.y[:, 0].numpy()
     best = minimize(lambda theta: -2 * np.logaddexp(*log_joint(y, theta).T).sum(), TRUTH.numpy(), tol=1e-9)
     assert found.converged, found.message
@@ -100,8 +102,11 @@ def test_estimates_are_the_maximum_of_the_closed_form(name: str) -> None:
     tolerance = {"exact": 0.15, "saem": 0.35, "laplace": 0.35}[name]
     assert (np.abs(found.theta.numpy() - best.x) < tolerance * found.standard_errors.numpy()).all()
     frame = found.individuals_frame()
-    member = log_joint(y, best.x).argmax(1) + 1
-    assert (frame["class"].to_numpy() == member).mean() > 0.98
+    joint = log_joint(y, best.x)
+    member = expit(joint[:, 1] - joint[:, 0])
+    # Weighted draws, and estimates within the tolerance: between the classes a tenth of an SD moves log odds by 0.4.
+    assert np.abs(frame["class_2.probability"].to_numpy() - member).max() < 0.1
+    assert ((frame["class"] == 2) == (frame["class_2.probability"] > 0.5)).all()
     assert (frame["class"].to_numpy() == label + 1).mean() > 0.9
     total = frame["class_1.probability"] + frame["class_2.probability"]
     np.testing.assert_allclose(total, 1, atol=1e-9)
