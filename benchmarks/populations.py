@@ -1,6 +1,6 @@
 """Populations that are not Gaussian, through the command line: outlying cells, two kinds of cells.
 
-    python benchmarks/populations.py [--cases outliers mixture] [--populations 5] [--cells 400]
+    python benchmarks/populations.py [--cases outliers mixture] [--populations 5] [--cells 300] [--rows FILE]
 
 Cells are simulated by the published two-rate model's own closed form in NumPy (`published_population`), under laws of
 this script, and fitted with ``posterior=none``: exact maximum likelihood. Figures of a case that is not run are kept.
@@ -19,6 +19,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,12 @@ from scipy.optimize import least_squares
 from stages import finished_run, run_stage
 
 Figures = dict[str, tuple[float | int | str | bool | None, str]]
+MODELS = {
+    "gaussian": ["population=gaussian"],
+    "student_t": ["population=student_t", "population.law.degrees_of_freedom=estimated"],
+    "student_t_4": ["population=student_t"],
+    "huber": ["population=huber"],
+}
 VARYING = 4
 MEAN, SD = np.log([0.6, 0.06, 500.0, 0.9, 8.0, 0.05]), np.array([0.25, 0.3, 0.2, 0.15, 0.0, 0.0])
 APART = 1.0  # logs between the classes' decay rates, 3.3 SDs within a class
@@ -68,55 +75,61 @@ def noisy(phi: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return log_signal(phi) + np.exp(phi[:, 5:]) * random.standard_normal((len(phi), len(TIMES)))
 
 
-def outliers(populations: int, cells: int) -> Figures:
-    """Bias under 5% outlying cells, by population model."""
-    models = {
-        "gaussian": ["population=gaussian"],
-        "student_t": ["population=student_t", "population.law.degrees_of_freedom=estimated"],
-        "student_t_4": ["population=student_t"],
-        "huber": ["population=huber"],
-    }
-    errors: dict[str, list[np.ndarray]] = {name: [] for name in models}
-    converged = dict.fromkeys(models, 0)
-    seconds = dict.fromkeys(models, 0.0)
+def measure_outliers(populations: int, cells: int, rows: Path) -> None:
+    """Append errors under 5% outlying cells to a file, one line for each population and model that it lacks."""
+    done = {(row["seed"], row["model"]) for row in read_rows(rows)}
     for seed in range(populations):
         random = np.random.default_rng(seed)
         phi = MEAN + SD * random.standard_normal((cells, len(NAMES)))
         outlying = np.arange(cells) < round(OUTLYING * cells)
         phi[outlying] += AWAY * SD
         values, regular = noisy(phi, random), phi[~outlying, :VARYING]
-        for name, options in models.items():
-            with tempfile.TemporaryDirectory() as folder, stopwatch() as spent:
+        for name, options in MODELS.items():
+            if (seed, name) in done:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
                 found, _, has_converged = unknowns(fit(values, Path(folder), *options))
-            seconds[name] += spent.cpu / populations
-            converged[name] += has_converged
             names = NAMES[:VARYING]
             typical = np.array([found[f"mean.{one}"] for one in names]) - regular.mean(0)
             spread = np.array([found[f"log_sd.{one}"] for one in names]) - np.log(regular.std(0))
-            errors[name].append(np.stack([typical / SD[:VARYING], spread]))
-            print(seed, name, has_converged, errors[name][-1].round(3).tolist(), flush=True)
-    bias = {name: np.mean(each, 0) for name, each in errors.items()}
+            row = {"seed": seed, "model": name, "cells": cells, "converged": has_converged}
+            row |= {"typical": (typical / SD[:VARYING]).tolist(), "log_sd": spread.tolist()}
+            with rows.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Lines of :func:`measure_outliers`."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def outliers(rows: list[dict[str, Any]]) -> Figures:
+    """Bias under 5% outlying cells, by population model, over the populations that every model was fitted to."""
+    seeds = set.intersection(*({row["seed"] for row in rows if row["model"] == name} for name in MODELS))
+    some = [row for row in rows if row["seed"] in seeds]
+    bias = {
+        name: np.mean([[row["typical"], row["log_sd"]] for row in some if row["model"] == name], 0) for name in MODELS
+    }
 
     def size(parts: np.ndarray) -> float:
         return float(np.sqrt(np.mean(parts**2)))
 
     figures: Figures = {}
-    for name in list(models)[1:]:
+    for name in list(MODELS)[1:]:
         share = "share of the bias with population=gaussian"
         figures |= {
             f"{name}_bias_share": (size(bias[name]) / size(bias["gaussian"]), f"{share}, typical values and log SDs"),
             f"{name}_typical_bias_share": (size(bias[name][0]) / size(bias["gaussian"][0]), f"{share}, typical values"),
             f"{name}_sd_bias_share": (size(bias[name][1]) / size(bias["gaussian"][1]), f"{share}, log SDs"),
+        }
+    for name in MODELS:
+        converged = sum(row["converged"] for row in some if row["model"] == name)
+        figures |= {
             f"{name}_typical_bias": (size(bias[name][0]), "SDs of the regular cells, root mean square"),
             f"{name}_sd_bias": (size(bias[name][1]), "of log SDs, root mean square"),
-            f"{name}_converged": (converged[name], f"of {populations} fits"),
-            f"{name}_cpu_seconds": (seconds[name], f"CPU s a fit of {cells} cells, start-up included"),
+            f"{name}_converged": (converged, f"of {len(seeds)} fits"),
         }
-    return figures | {
-        "gaussian_typical_bias": (size(bias["gaussian"][0]), "SDs of the regular cells, root mean square"),
-        "gaussian_sd_bias": (size(bias["gaussian"][1]), "of log SDs, root mean square"),
-        "outlier_populations": (populations, f"populations of {cells} cells"),
-    }
+    return figures | {"outlier_populations": (len(seeds), f"populations of {some[0]['cells']} cells")}
 
 
 def mixture() -> Figures:
@@ -182,12 +195,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["outliers", "mixture"], choices=["outliers", "mixture"])
     parser.add_argument("--populations", type=int, default=5)
-    parser.add_argument("--cells", type=int, default=400)
+    parser.add_argument("--cells", type=int, default=300)
+    parser.add_argument(
+        "--rows", type=Path, default=Path("outliers.jsonl"), help="fits of outlying cells, to resume from"
+    )
     options = parser.parse_args()
     figures = kept()
     for case in options.cases:
         if case == "outliers":
-            figures |= outliers(options.populations, options.cells)
+            measure_outliers(options.populations, options.cells, options.rows)
+            figures |= outliers(read_rows(options.rows))
         else:
             figures |= mixture()
         write_result(
