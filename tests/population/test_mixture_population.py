@@ -88,18 +88,16 @@ def test_the_ratio_is_that_of_the_closed_form() -> None:
     assert (np.abs(contributions(state, TRUTH).numpy() - oracle) < 5 * error + 1e-6).all()
 
 
-@pytest.mark.parametrize(
-    "name", ["exact", pytest.param("saem", marks=pytest.mark.slow), pytest.param("laplace", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["exact", pytest.param("saem", marks=pytest.mark.slow)])
 def test_estimates_are_the_maximum_of_the_closed_form(name: str) -> None:
     case, simulator, label = two_classes(100, seed=3)
-    kind = {"exact": Exact, "saem": Saem, "laplace": Laplace}[name]
+    kind = {"exact": Exact, "saem": Saem}[name]
     found = fitted(case, MixturePopulation(), kind(simulator=simulator), starts=2)
     y = case.y[:, 0].numpy()
     best = minimize(lambda theta: -2 * np.logaddexp(*log_joint(y, theta).T).sum(), TRUTH.numpy(), tol=1e-9)
     assert found.converged, found.message
-    # Targets of Monte-Carlo error are 0.1 standard errors; Laplace is nearly exact for separate normal classes.
-    tolerance = {"exact": 0.15, "saem": 0.35, "laplace": 0.35}[name]
+    # Targets of Monte-Carlo error are 0.1 standard errors; the averaged chains of saem keep a little more.
+    tolerance = {"exact": 0.15, "saem": 0.35}[name]
     assert (np.abs(found.theta.numpy() - best.x) < tolerance * found.standard_errors.numpy()).all()
     frame = found.individuals_frame()
     joint = log_joint(y, best.x)
@@ -115,6 +113,12 @@ def test_estimates_are_the_maximum_of_the_closed_form(name: str) -> None:
     assert "uptake (class 2)" in text
     assert "omega(uptake (class 2))" in text
     assert f"class 2 {100 * float(found.theta[3].sigmoid()):.1f}% (SE" in text
+
+
+def test_laplace_refuses_mixtures() -> None:
+    case, simulator, _ = two_classes(5)
+    with pytest.raises(ValueError, match="estimator=exact or estimator=saem"):
+        fitted(case, MixturePopulation(), Laplace(simulator=simulator), starts=1)
 
 
 def test_parameters_that_do_not_differ_are_common_and_moments_are_those_of_samples() -> None:
