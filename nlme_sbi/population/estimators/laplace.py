@@ -28,7 +28,6 @@ from nlme_sbi.population.estimators.laplace_draws import LaplaceDraws, assemble_
 from nlme_sbi.population.estimators.of_likelihood import OfLikelihood
 from nlme_sbi.population.likelihood.log_joint import JointDensity
 from nlme_sbi.population.likelihood.mode_scan import find_unseen_modes
-from nlme_sbi.population.models.interface import MixtureModel, PopulationModel
 from nlme_sbi.population.objective.interface import NoDraws, Source, WeightedDraws
 from nlme_sbi.types import Observations, Simulator
 
@@ -46,22 +45,6 @@ class Laplace(OfLikelihood):
     name = "laplace"
     absolute = True
     approximation = "Laplace"
-
-    def prepare(
-        self, source: Source, observations: Observations, population: PopulationModel, generator: torch.Generator
-    ) -> NoDraws:
-        """Nothing but the population model.
-
-        Raises:
-            ValueError: where the simulator has no likelihood, or the population is a mixture: an individual between two
-                classes is neither at one mode nor at two, and the approximation has no smooth maximum.
-        """
-        if isinstance(population, MixtureModel):
-            raise ValueError(
-                "estimator laplace does not fit a mixture: individuals between two classes are not described by modes. "
-                "Use estimator=exact or estimator=saem."
-            )
-        return super().prepare(source, observations, population, generator)
 
     def draws_at(
         self,
