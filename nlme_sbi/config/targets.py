@@ -63,6 +63,7 @@ ROLES = (
     Role("training", ("nlme_sbi.training.loop",), classes=("TrainingSettings",)),
     Role("simulation", ("nlme_sbi.simulation.shards",), classes=("SimulationSettings",)),
     Role("population model", ("nlme_sbi.population",), ("bind",)),
+    Role("law of random effects", ("nlme_sbi.population.models.elliptical",), ("log_density", "lengths")),
     Role("priors of theta", ("nlme_sbi.population",), ("bind",), ("ThetaPriors",)),
     Role("estimator", ("nlme_sbi.population",), ("prepare", "objective", "improve")),
     Role("choice of an estimator", ("nlme_sbi.population",), ("choose",), ("Auto",)),

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 UNRELIABLE = 0.7  # shape above which a mean of weights cannot be trusted
+_CHANCE = 5.0  # minus the log probability at which a heavy tail is ruled out
 _LEAST = 5  # weights in the tail from which a shape can be estimated
 _PRIOR_WEIGHT, _PRIOR_SHAPE = 10.0, 0.5  # the weak prior of the 2024 paper: as much as ten weights at 0.5
 _PRIOR_SCALE = 3.0  # of Zhang and Stephens
@@ -35,7 +36,9 @@ def pareto_shape(log_weights: Float[Tensor, "I S"]) -> Float[Tensor, " I"]:
 
     Returns:
         Infinity where fewer than 5 weights stick out of the rest; 0 where all of the largest are equal: no tail at all;
-        NaN with fewer than 21 draws, which have no tail to look at.
+        at most 0.5 where the largest is too near the others for a shape of 0.7 (excesses that are small beside the
+        weights may have any shape, and it does not matter); NaN with fewer than 21 draws, which have no tail to look
+        at.
     """
     size = _tail_size(log_weights.shape[1])
     if size < _LEAST:
@@ -48,8 +51,10 @@ def pareto_shape(log_weights: Float[Tensor, "I S"]) -> Float[Tensor, " I"]:
     usable = count >= _LEAST
     shape, _ = _generalised_pareto(torch.where(usable[:, None], excess, torch.ones_like(excess)), there, count)
     flat = (scaled[:, -1] >= 1) & ~usable
-    found = torch.where(usable, shape, math.inf)
-    return torch.where(flat, 0.0, found)
+    found = torch.where(flat, 0.0, torch.where(usable, shape, math.inf))
+    # The largest of n Pareto numbers of shape 0.7 is above (n / 5)^0.7 times the cutoff but with probability exp(-5).
+    near = scaled[:, -1] * (size / _CHANCE) ** UNRELIABLE >= 1
+    return torch.where(near & usable, found.clamp_max(_PRIOR_SHAPE), found)
 
 
 def _tail_size(draws: int) -> int:

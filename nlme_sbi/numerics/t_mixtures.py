@@ -10,21 +10,33 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_FREEDOM = 6  # degrees of freedom of every component; even: the chi-square quantile has a closed distribution function
+FREEDOM = 6  # degrees of freedom of every component, where the target's tails are not heavier,
+HEAVIEST = 2  # and where they may be; for both the chi-square quantile has a closed distribution function
 _SETS, _MANY_DRAWS = 8, 2048  # independent sets of draws, and the number of draws that allows them
 
 
 @dataclass(frozen=True, eq=False)
 class Mixtures:
-    """Mixtures of multivariate t components, one for each individual, padded; ``counts (I, K)`` draws from each."""
+    """Mixtures of multivariate t components, one for each individual, padded; ``counts (I, K)`` draws from each, and
+    ``freedom`` degrees of freedom of all, :data:`FREEDOM` or :data:`HEAVIEST`."""
 
     counts: Int[Tensor, "I K"]
     means: Float[Tensor, "I K V"]
     factors: Float[Tensor, "I K V V"]
+    freedom: int = FREEDOM
+
+    def __post_init__(self) -> None:
+        if self.freedom not in (FREEDOM, HEAVIEST):
+            raise ValueError(f"Components have {FREEDOM} or {HEAVIEST} degrees of freedom; got {self.freedom}.")
 
     def __getitem__(self, rows: Tensor) -> Mixtures:
         used = max(1, int((self.counts[rows] > 0).sum(1).max()))
-        return Mixtures(self.counts[rows, :used], self.means[rows, :used], self.factors[rows, :used])
+        return replace(
+            self,
+            counts=self.counts[rows, :used],
+            means=self.means[rows, :used],
+            factors=self.factors[rows, :used],
+        )
 
     def with_draws(self, draws: int) -> Mixtures:
         """The same components in about the same proportions with another number of draws, at least one each while
@@ -44,6 +56,7 @@ class Mixtures:
             mine.counts.index_copy(0, rows, theirs.counts),
             mine.means.index_copy(0, rows, theirs.means),
             mine.factors.index_copy(0, rows, theirs.factors),
+            self.freedom,
         )
 
     def beside(self, other: Mixtures) -> Mixtures:
@@ -51,7 +64,7 @@ class Mixtures:
         counts, order = torch.cat([self.counts, other.counts], 1).sort(dim=1, descending=True)
         every = torch.arange(len(order), device=order.device)[:, None]
         means, factors = torch.cat([self.means, other.means], 1), torch.cat([self.factors, other.factors], 1)
-        return Mixtures(counts, means[every, order], factors[every, order])
+        return Mixtures(counts, means[every, order], factors[every, order], self.freedom)
 
     def _padded(self, most: int) -> Mixtures:
         more = most - self.counts.shape[1]
@@ -61,6 +74,7 @@ class Mixtures:
             torch.nn.functional.pad(self.counts, (0, more)),
             torch.nn.functional.pad(self.means, (0, 0, 0, more)),
             torch.cat([self.factors, identity.expand(len(self.factors), more, -1, -1)], 1),
+            self.freedom,
         )
 
     def sample(self, generator: torch.Generator) -> tuple[Float[Tensor, "I S V"], Float[Tensor, "I S"]]:
@@ -84,7 +98,7 @@ class Mixtures:
         sequence = sobol_points(-(-draws // shifts.shape[2]), shifts.shape[-1]).to(shifts)
         even = (sequence[:, None] + shifts).remainder(1.0).flatten(1, 2)[:, :draws].clamp(1e-12, 1 - 1e-12)
         component = _strata(self.counts, draws).gather(1, even[..., 0].argsort(1).argsort(1))
-        spread = (0.5 * _FREEDOM / gamma_3_quantile(even[..., 1])).sqrt()
+        spread = (0.5 * self.freedom / _half_chi_square_quantile(even[..., 1], self.freedom)).sqrt()
         standard = torch.special.ndtri(even[..., 2:]) * spread[..., None]
         every = torch.arange(len(even), device=even.device)[:, None]
         phi = self.means[every, component] + (self.factors[every, component] @ standard[..., None])[..., 0]
@@ -94,9 +108,9 @@ class Mixtures:
         """Draws of a component before its location and factor."""
         dtype = self.means.dtype
         noise = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
-        waits = torch.empty((*shape[:2], _FREEDOM // 2), device=generator.device, dtype=dtype)
+        waits = torch.empty((*shape[:2], self.freedom // 2), device=generator.device, dtype=dtype)
         chi_square = 2 * waits.exponential_(generator=generator).sum(-1)
-        return (noise * (_FREEDOM / chi_square).sqrt()[..., None]).to(self.means.device)
+        return (noise * (self.freedom / chi_square).sqrt()[..., None]).to(self.means.device)
 
     def log_prob(self, phi: Float[Tensor, "I S V"]) -> Float[Tensor, "I S"]:
         """Log density of the mixture."""
@@ -106,14 +120,15 @@ class Mixtures:
         centres = (whitening @ self.means[..., None])[..., 0]
         standard = phi @ whitening.flatten(1, 2).mT - centres.flatten(1)[:, None]
         distance = standard.reshape(*phi.shape[:2], *self.means.shape[1:]).square().sum(-1)
+        freedom = self.freedom
         normaliser = (
-            math.lgamma(0.5 * (_FREEDOM + size))
-            - math.lgamma(0.5 * _FREEDOM)
-            - 0.5 * size * math.log(_FREEDOM * math.pi)
+            math.lgamma(0.5 * (freedom + size))
+            - math.lgamma(0.5 * freedom)
+            - 0.5 * size * math.log(freedom * math.pi)
             - self.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         )
         share = self.counts.to(phi.dtype).log() - math.log(int(self.counts[0].sum()))
-        log_component = (share + normaliser)[:, None] - 0.5 * (_FREEDOM + size) * torch.log1p(distance / _FREEDOM)
+        log_component = (share + normaliser)[:, None] - 0.5 * (freedom + size) * torch.log1p(distance / freedom)
         return torch.logsumexp(log_component, -1)
 
 
@@ -129,6 +144,11 @@ def sobol_points(count: int, size: int) -> Float[Tensor, "n d"]:
     engine = torch.quasirandom.SobolEngine(size)  # type: ignore[no-untyped-call]
     points: Tensor = engine.draw(count, dtype=torch.float64)
     return points
+
+
+def _half_chi_square_quantile(probability: Float[Tensor, "*shape"], freedom: int) -> Float[Tensor, "*shape"]:
+    """Quantile of half a chi-square; with two degrees of freedom an exponential distribution's."""
+    return -torch.log1p(-probability) if freedom == HEAVIEST else gamma_3_quantile(probability)
 
 
 def gamma_3_quantile(probability: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

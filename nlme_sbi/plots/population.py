@@ -22,6 +22,8 @@ def plot_population(
     mean: Float[Tensor, "*I D"],
     covariance: Float[Tensor, "*I D D"],
     draws: Float[Tensor, "I S D"],
+    *,
+    sampled: Float[Tensor, "n D"] | None = None,
 ) -> Figure:
     """One panel a parameter: pooled individual posteriors, single ones, and the fitted population density.
 
@@ -31,6 +33,7 @@ def plot_population(
         covariance: between individuals, or about each one's mean; a zero on its diagonal is a parameter that does not
             vary. The density shown is the average over individuals.
         draws: from ``p(phi | y_i, theta_hat)``: reweighted, so that pooled they should look like the population.
+        sampled: many individuals of the population, whose density is shown where it is not normal.
 
     Raises:
         ValueError: for names that do not fit, or estimates or draws that are not finite.
@@ -53,7 +56,8 @@ def plot_population(
     figure, axes = panels(len(names), columns=columns, row_height=1.9)
     for column, (ax, name) in enumerate(zip(axes, names, strict=True)):
         if variances[:, column].max() > 0:
-            _varying(ax, values[:, :, column], (shares, centres[:, column], np.sqrt(variances[:, column])))
+            normals = (shares, centres[:, column], np.sqrt(variances[:, column]))
+            _varying(ax, values[:, :, column], normals, None if sampled is None else _plain(sampled)[:, column])
         else:
             _constant(ax, centres[:, column])
         ax.set_xlabel(name, fontsize=TEXT_SIZE)
@@ -65,14 +69,19 @@ def plot_population(
     return figure
 
 
-def _varying(ax: Axes, draws: Column, population: tuple[Column, Column, Column]) -> None:
-    """``population`` holds shares, centres and SDs of the normals that the fitted density is a mixture of."""
+def _varying(ax: Axes, draws: Column, population: tuple[Column, Column, Column], sampled: Column | None = None) -> None:
+    """``population`` holds shares, centres and SDs of the normals that the fitted density is a mixture of, unless
+    individuals of it are given."""
     shares, centres, sds = population
     pooled = draws.ravel()
     low, high = np.quantile(pooled, [0.001, 0.999])
     limits = (min(low, (centres - 3.5 * sds).min()), max(high, (centres + 3.5 * sds).max()))
     places = np.linspace(*limits, 300)
-    density = normal_density(places[:, None], centres, sds) @ shares
+    if sampled is None:
+        density = normal_density(places[:, None], centres, sds) @ shares
+    else:
+        inside = sampled[(sampled > limits[0]) & (sampled < limits[1])]
+        density = len(inside) / len(sampled) * smoothed_density(inside, places)
     ax.hist(pooled, bins=50, range=limits, density=True, color=PALE, label="individual posteriors, pooled")
     chosen = draws[np.unique(np.linspace(0, len(draws) - 1, min(_CURVES, len(draws))).round().astype(int))]
     curves = [smoothed_density(one, places) for one in chosen if np.ptp(one) > 0]

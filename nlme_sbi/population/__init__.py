@@ -7,7 +7,10 @@ from nlme_sbi.population.estimators.laplace import Laplace
 from nlme_sbi.population.estimators.prior_ratio import PriorRatio
 from nlme_sbi.population.estimators.saem.saem import Saem
 from nlme_sbi.population.fitting.fit import fit_population
+from nlme_sbi.population.models.elliptical import HuberEffects, StudentTEffects
+from nlme_sbi.population.models.robust import EllipticalPopulation
 from nlme_sbi.population.models.specification import GaussianPopulation
+from nlme_sbi.population.models.subpopulations import MixturePopulation
 from nlme_sbi.population.results.estimates import FitEstimates
 from nlme_sbi.population.results.fit_result import PopulationFit, individual_draws
 from nlme_sbi.population.results.table import PopulationTable
@@ -19,16 +22,20 @@ __all__ = [
     "Assessment",
     "Auto",
     "Bootstrap",
+    "EllipticalPopulation",
     "Exact",
     "FitEstimates",
     "FitProgress",
     "GaussianPopulation",
+    "HuberEffects",
     "Laplace",
+    "MixturePopulation",
     "PopulationFit",
     "PopulationTable",
     "PriorRatio",
     "Profile",
     "Saem",
+    "StudentTEffects",
     "add_intervals",
     "bootstrap",
     "fit_population",

@@ -247,6 +247,7 @@ FIT = {
     "converged": _FLAG_OR_NULL,
     "message": Maybe(str),
     "labelling": Maybe([str]),
+    "random_effects": Maybe([str]),
     "warnings": Maybe([str]),
 }
 FINDINGS = {

@@ -2,8 +2,9 @@
 
 Posterior means of random effects shrink towards 0 and are no sample of the population. One draw of each individual
 from ``p(phi | y_i, theta)`` is one, where the model is right; so distributions are tested on single draws, and p-values
-of several of them are combined as twice their median, which is conservative. Covariates are tested on posterior means,
-whose expectation is 0 whatever the covariate, where the model is right.
+of several of them are combined as twice their median, which is conservative. Where the population model is not
+Gaussian, each deviation is replaced by the normal quantile of its probability in that model. Covariates are tested on
+posterior means, whose expectation is 0 whatever the covariate, where the model is right.
 
 Source: Lavielle and Ribba (2016), Pharm. Res. 33:2979; Savic and Karlsson (2009), AAPS J. 11:558, on shrinkage;
 Ruger (1978), Metrika 25:171, for twice the median of p-values.
@@ -41,7 +42,8 @@ class RandomEffects:
         names: of the V parameters.
         mean: ``(I, V)`` posterior means, in the population's SDs.
         sd: ``(I, V)`` posterior SDs, in the population's SDs.
-        drawn: ``(R, I, V)`` single draws of every individual, in the population's SDs.
+        drawn: ``(R, I, V)`` single draws of every individual, in the population's SDs, or as normal scores in a
+            population that is not Gaussian.
     """
 
     ids: tuple[str, ...]
@@ -104,6 +106,7 @@ def random_effects(
     ids: tuple[str, ...],
     names: tuple[str, ...],
     generator: torch.Generator,
+    reference: Float[Tensor, "n D"] | None = None,
 ) -> RandomEffects:
     """Standardised random effects from draws of every individual.
 
@@ -114,6 +117,7 @@ def random_effects(
         ids: of the individuals.
         names: of the D parameters.
         generator: which draws are single ones.
+        reference: standardised deviations that the population model makes, many; None where they are normal.
 
     Raises:
         ValueError: where nothing varies, or draws are not finite.
@@ -128,9 +132,22 @@ def random_effects(
     single = min(_SINGLE_DRAWS, draws.shape[1])
     order = torch.rand(draws.shape[:2], generator=generator, device=draws.device).argsort(1)[:, :single]
     drawn = eta.gather(1, order[..., None].expand(-1, -1, len(varying))).transpose(0, 1)
+    if reference is not None:
+        drawn = _normal_scores(drawn, reference[:, varying].to(drawn))
     return RandomEffects(
         ids=ids, names=tuple(names[int(place)] for place in varying), mean=eta.mean(1), sd=eta.std(1), drawn=drawn
     )
+
+
+def _normal_scores(drawn: Float[Tensor, "R I V"], reference: Float[Tensor, "n V"]) -> Float[Tensor, "R I V"]:
+    """Normal quantiles of the probabilities that deviations have in a large sample, interpolated within it."""
+    count = len(reference)
+    probability = (np.arange(1, count + 1) - 0.5) / count
+    scores = [
+        norm.ppf(np.interp(drawn[..., place].cpu().numpy(), np.sort(reference[:, place].cpu().numpy()), probability))
+        for place in range(drawn.shape[-1])
+    ]
+    return torch.as_tensor(np.stack(scores, -1)).to(drawn)
 
 
 def distribution_tests(effects: RandomEffects, *, level: float = 0.05) -> EffectTests:

@@ -197,8 +197,10 @@ class Exact(OfLikelihood):
         individuals = len(observations)
         laplace, at = find_every_mode(joint, starts, source, observations, generator)
         if self.rough:  # heavy tails around the modes serve to compare starts
-            return draw_from_mixtures(joint, laplace, mixtures(laplace, individuals, draws), source.prior, generator)
-        mixed = mixtures(profile_components(joint, laplace, at), individuals, draws)
+            mixed = mixtures(laplace, individuals, draws, freedom=joint.proposal_freedom)
+            return draw_from_mixtures(joint, laplace, mixed, source.prior, generator)
+        components = profile_components(joint, laplace, at)
+        mixed = mixtures(components, individuals, draws, freedom=joint.proposal_freedom)
         return refine_bad_mixtures(draw_from_mixtures(joint, laplace, mixed, source.prior, generator), generator)
 
     def coarsen(self, individuals: int) -> Exact:

@@ -74,7 +74,8 @@ def choose_mode_starts(
     others: Float[Tensor, "I n V"] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Individual ``(B,)`` and point ``(B, V)`` of every individual's starts of a search for modes: the best point of
-    each, and the best ones among those that are far from the earlier choices.
+    each, and the best ones among those that are far from the earlier choices; in a mixture the typical values of every
+    class, too.
 
     To choose from there are the network's draws, their mirror images where the simulator declares parameters that may
     be exchanged (unless not ``mirrored``), the individual's own typical values, in case the network was wrong, and
@@ -84,7 +85,7 @@ def choose_mode_starts(
     varying = draws[..., list(joint.population.varying)]
     every = torch.arange(len(varying), device=draws.device)
     spread = varying.std(1, keepdim=True).clamp_min(1e-6 * joint.scales[:, None])
-    pool = [varying, joint.centres[:, None]]
+    pool = [varying, joint.class_centres]
     if mirrored:
         pool[0] = add_images(joint, varying)
     if others is not None:
@@ -97,6 +98,8 @@ def choose_mode_starts(
         chosen.append(points[every, best])
         distance = ((points - chosen[-1][:, None]) / spread).norm(dim=2)
         value = torch.where(distance < 1.0, -torch.inf, value)
+    if joint.class_centres.shape[1] > 1:  # each class may hold a mode of its own
+        chosen += list(joint.class_centres.unbind(1))
     return every.repeat_interleave(len(chosen)), torch.stack(chosen, 1).flatten(0, 1)
 
 
@@ -179,7 +182,7 @@ def is_near(joint: JointDensity, theta: Tensor, *, constants: float = 0.01) -> b
     """Whether mixtures that were made for ``theta`` are still good proposals: no individual's typical values have moved
     much, in SDs of the population, and no constant by more than ``constants``."""
     population, design, before = joint.population, joint.observations.design, replace(joint, theta=theta)
-    moved = (joint.centres - before.centres).abs() < 0.15 * joint.scales
+    moved = (joint.class_centres - before.class_centres).abs() < 0.15 * joint.scales[:, None]
     wider = (joint.scales / before.scales).log().abs() < 0.15
     change = population.constants(joint.theta, design) - population.constants(theta, design)
     return bool(moved.all()) and bool(wider.all()) and bool((change.abs() < constants).all())

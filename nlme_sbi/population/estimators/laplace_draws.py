@@ -276,7 +276,7 @@ def check_by_sampling(
         torch.cat([part.covariances for part in found]),
     )
     laplace = torch.cat([block.log_weights(theta.detach())[:, 0] for block in state.blocks])
-    mixed = mixtures(every[torch.isfinite(mass)], state.individuals, draws)
+    mixed = mixtures(every[torch.isfinite(mass)], state.individuals, draws, freedom=joint.proposal_freedom)
     phi, log_q = mixed.sample(torch.Generator(theta.device).manual_seed(0))  # a diagnostic: the same for the same fit
     log_weights = joint.value(torch.arange(state.individuals, device=theta.device), phi) - log_q
     variance = torch.softmax(log_weights, 1).square().sum(1) - 1 / draws

@@ -40,7 +40,7 @@ from nlme_sbi.population.fitting.ratio.ratio_check import compare_with_likelihoo
 from nlme_sbi.population.fitting.ratio.self_check import check_by_simulation
 from nlme_sbi.population.fitting.rivals import choose_highest
 from nlme_sbi.population.fitting.zero_variances import fix_zero_variances
-from nlme_sbi.population.models.interface import PopulationModel, PopulationSpecification
+from nlme_sbi.population.models.interface import MixtureModel, PopulationModel, PopulationSpecification, ShapedModel
 from nlme_sbi.population.objective import draw_checks as checks
 from nlme_sbi.population.objective.individuals import IndividualEstimates, individual_estimates
 from nlme_sbi.population.objective.interface import Source
@@ -159,6 +159,7 @@ def _fit_once(
     model = _bind(population, posterior_or_samples, parameters, observations)
     require_enough_individuals(model, len(observations))
     chosen, _ = choose_estimator(Auto() if estimator is None else estimator, posterior_or_samples)
+    _require_suitable(chosen, model)
     declared = declared_pairs(posterior_or_samples, chosen)
     require_orderable(model, declared)
     report = progress or discard
@@ -179,6 +180,7 @@ def _fit_once(
         *warn_beyond_prior(model, outcome.restarts),
         *_imprecision_warnings(model, outcome.optimum, accuracy, outcome.shortage),
         *warn_of_singular_covariance(model, theta),
+        *(model.warn(theta, outcome.optimum.covariance, len(observations)) if isinstance(model, ShapedModel) else ()),
         *checks.warn_of_few_effective_draws(individuals.ess, state.draws, observations.ids),
         *state.warnings(theta, observations.ids),
         *outcome.warnings,
@@ -214,6 +216,20 @@ def _bind(
             "Draws alone do not carry the parameters' units and transforms; pass parameters=simulator.parameters."
         )
     return population.bind(parameters, observations)
+
+
+def _require_suitable(chosen: Estimator, model: PopulationModel) -> None:
+    """Refuse to approximate individuals of a mixture by their modes: between two classes there is neither one mode nor
+    two, and the approximation has no smooth maximum (measured: information that is not positive definite).
+
+    Raises:
+        ValueError: with the estimators that fit it.
+    """
+    if chosen.approximation and isinstance(model, MixtureModel):
+        raise ValueError(
+            f"estimator {chosen.name} does not fit a mixture: individuals between two classes are not described by "
+            "modes. Use estimator=exact or estimator=saem."
+        )
 
 
 def _imprecision_warnings(model: PopulationModel, optimum: Optimum, accuracy: float, shortage: str) -> tuple[str, ...]:

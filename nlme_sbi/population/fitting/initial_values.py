@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.models.interface import MixtureModel, PopulationModel
 from nlme_sbi.types import Prior
 
 _LEAST_SD = 1e-3  # of the pooled SD of the draws: no start is narrower
@@ -75,6 +75,8 @@ def _moments(phi: Tensor, weights: Tensor, population: PopulationModel, pooled: 
             torch.tensor(constant, dtype=torch.int64, device=mean.device),
             _precision_weighted_mean(phi[..., constant], weights),
         )
+    if isinstance(population, MixtureModel):
+        return population.from_points((weights[..., None] * phi).sum(1) / weights.sum(1)[:, None], mean, covariance)
     return population.from_moments(mean, covariance)
 
 

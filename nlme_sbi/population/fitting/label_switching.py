@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.estimators.interface import Estimator
-from nlme_sbi.population.models.interface import ExchangeableModel, PopulationModel
+from nlme_sbi.population.models.interface import ExchangeableModel, MixtureModel, PopulationModel
 from nlme_sbi.population.objective.interface import Source
 
 Pair = tuple[str, str]
@@ -57,7 +57,10 @@ def require_orderable(model: PopulationModel, declared: tuple[Pair, ...] | None)
 
 
 def apply_ordering(model: PopulationModel, theta: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
-    """Theta under the labelling that the model's ordering asks for; the same object where it is that already."""
+    """Theta under the labelling that the model's ordering asks for, classes by the rule of their model; the same object
+    where it is that already."""
+    if isinstance(model, MixtureModel):
+        return model.sort_classes(theta)
     if not isinstance(model, ExchangeableModel):
         return theta
     for chain in model.ordering:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nlme_sbi.population.estimators.initialization import choose_mode_starts, likelihood_of
 from nlme_sbi.population.likelihood.laplace_components import LaplaceComponents, distinct_modes, first_of_each
-from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.models.interface import MixtureModel, PopulationModel
 from nlme_sbi.population.models.specification import GaussianPopulation
 from nlme_sbi.population.objective.interface import Source
 from nlme_sbi.population.objective.likelihood_point import NoLikelihoodError
@@ -120,7 +120,7 @@ def likelihood_starts(
     prior_mean, prior_sd = source.prior.mean.to(fits.phi), source.prior.covariance.diagonal().sqrt().to(fits.phi)
     mean, sd = _pool(fits, population, prior_sd)
     given = population.unknowns.starts.to(fits.phi)
-    base = population.from_moments(mean, torch.diag(sd.square()))
+    base = _from_fits(fits, mean, sd, population)
     is_given = not bool(torch.isnan(given[population.unknowns.free.to(given.device)]).all())
     made = [("the values given" if is_given else "single fits", torch.where(torch.isnan(given), base, given))]
     wide = torch.where(_varies(population, mean), prior_mean, mean)
@@ -146,7 +146,15 @@ def likelihood_starts(
 def start_from(fits: SingleFits, source: Source, population: PopulationModel) -> Float[Tensor, " P"]:
     """Theta with the mean and the spread of single fits."""
     mean, sd = _pool(fits, population, source.prior.covariance.diagonal().sqrt().to(fits.phi))
-    return population.from_moments(mean, torch.diag(sd.square()))
+    return _from_fits(fits, mean, sd, population)
+
+
+def _from_fits(fits: SingleFits, mean: Tensor, sd: Tensor, population: PopulationModel) -> Float[Tensor, " P"]:
+    """Theta with this mean and spread; classes of individuals where single fits cluster."""
+    covariance = torch.diag(sd.square())
+    if isinstance(population, MixtureModel):
+        return population.from_points(fits.phi, mean, covariance)
+    return population.from_moments(mean, covariance)
 
 
 def _pool(

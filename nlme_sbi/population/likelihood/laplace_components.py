@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nlme_sbi.numerics.factorizations import cholesky_or_diagonal, eigh_or_diagonal
-from nlme_sbi.numerics.t_mixtures import Mixtures
+from nlme_sbi.numerics.t_mixtures import FREEDOM, Mixtures
 from nlme_sbi.population.likelihood.log_joint import Expansion, JointDensity, Modes, find_modes
 
 _PROBE = 2.5  # SDs at which a coordinate is probed
@@ -236,7 +236,13 @@ def _node(
 
 
 def mixtures(
-    pieces: LaplaceComponents, individuals: int, draws: int, *, inflation: float = 1.1, spread: float = _SPREAD
+    pieces: LaplaceComponents,
+    individuals: int,
+    draws: int,
+    *,
+    inflation: float = 1.1,
+    spread: float = _SPREAD,
+    freedom: int = FREEDOM,
 ) -> Mixtures:
     """Components of every individual side by side, and how many of the ``draws`` each gets.
 
@@ -260,7 +266,7 @@ def mixtures(
     means[pieces.rows, place] = pieces.means
     factors = torch.eye(size, dtype=dtype, device=device).expand(*shape, -1, -1).clone()
     factors[pieces.rows, place] = math.sqrt(inflation) * cholesky_or_diagonal(pieces.covariances)
-    return Mixtures(_allot(log_mass, draws, spread), means, factors)
+    return Mixtures(_allot(log_mass, draws, spread), means, factors, freedom)
 
 
 def _allot(log_mass: Float[Tensor, "I K"], draws: int, spread: float) -> Int[Tensor, "I K"]:

@@ -15,7 +15,14 @@ from torch import Tensor
 from nlme_sbi.compute.blocks import over_blocks
 from nlme_sbi.individual_model.mechanistic import MechanisticSimulator
 from nlme_sbi.numerics.factorizations import eigh_or_diagonal
-from nlme_sbi.population.models.interface import PopulationModel, covariances_of, means_of
+from nlme_sbi.numerics.t_mixtures import FREEDOM, HEAVIEST
+from nlme_sbi.population.models.interface import (
+    PopulationModel,
+    centres_of,
+    covariances_of,
+    means_of,
+    tail_freedom_of,
+)
 from nlme_sbi.types import Observations, TractableSimulator
 
 _NUMBERS = {"cpu": 200_000, "cuda": 50_000_000}  # predicted values in a block: a CPU's cache, a GPU's width
@@ -114,6 +121,13 @@ class JointDensity:
         """Varying parameters of a typical individual."""
         return self.population.mean(self.theta)[list(self.population.varying)].detach()
 
+    @property
+    def proposal_freedom(self) -> int:
+        """Degrees of freedom of proposals whose tails are at least as heavy as the population's: where the data say
+        nothing of a parameter, the posterior has the population's tails, and lighter proposals have unbounded
+        weights."""
+        return FREEDOM if tail_freedom_of(self.population) >= FREEDOM else HEAVIEST
+
     @cached_property
     def scales(self) -> Float[Tensor, "I V"]:
         """SDs of the varying parameters about each individual's own typical values."""
@@ -127,6 +141,13 @@ class JointDensity:
         return means_of(self.population, self.theta.detach(), self.observations.design)[
             :, list(self.population.varying)
         ]
+
+    @cached_property
+    def class_centres(self) -> Float[Tensor, "I K V"]:
+        """Typical values of every class of individuals, with each individual's covariates; ``K`` is 1 without
+        classes."""
+        centres = centres_of(self.population, self.theta.detach(), self.observations.design)
+        return centres[..., list(self.population.varying)]
 
     def blocks(self, rows: Tensor, points: int) -> list[Tensor]:
         """Positions in a batch, cut so that ``points`` predictions for each stay within a block's memory."""

@@ -55,7 +55,7 @@ def refine_mixtures(
                 LaplaceComponents(old.rows, old.log_mass + shares[1], old.means, old.covariances),
             ]
         )
-        mixed = mixtures(both, len(rows), draws)
+        mixed = mixtures(both, len(rows), draws, freedom=mixed.freedom)
     return mixed
 
 

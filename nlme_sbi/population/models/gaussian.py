@@ -55,19 +55,25 @@ class BoundGaussian:
 
     def log_prob(self, phi: Float[Tensor, "I S V"], theta: Float[Tensor, " P"], design: Design) -> Float[Tensor, "I S"]:
         """Log density of the varying parameters ``(I, S, V)``, all in float64."""
+        standard, log_scale = self.standardise(phi, theta, design)
+        return -0.5 * standard.square().sum(-1) - 0.5 * len(self.varying) * math.log(2 * math.pi) - log_scale
+
+    def standardise(
+        self, phi: Float[Tensor, "I S V"], theta: Float[Tensor, " P"], design: Design
+    ) -> tuple[Float[Tensor, "I S V"], Tensor]:
+        """Deviations from each individual's typical value in units in which omega is the identity, and the log
+        determinant of the scale, one number or ``(I, 1)``."""
         scale = self._scale(theta)
         whitening: Tensor = torch.linalg.solve_triangular(scale, torch.eye(len(scale)).to(scale), upper=False)
-        log_volume = scale.diagonal().log().sum() + 0.5 * len(self.varying) * math.log(2 * math.pi)
+        log_scale = scale.diagonal().log().sum()
         if not self.effects:
-            standard = phi @ whitening.T - whitening @ theta[list(self.varying)]
-            return -0.5 * standard.square().sum(-1) - log_volume
+            return phi @ whitening.T - whitening @ theta[list(self.varying)], log_scale
         centres = self.means(theta, design)[:, list(self.varying)]
         if not self._has_effects_on_sds:
-            standard = phi @ whitening.T - (centres @ whitening.T)[:, None]
-            return -0.5 * standard.square().sum(-1) - log_volume
+            return phi @ whitening.T - (centres @ whitening.T)[:, None], log_scale
         shifts = log_sd_shifts(self.effects, self.parameters, theta, design)[:, list(self.varying)]
         standard = ((phi - centres[:, None]) * (-shifts).exp()[:, None]) @ whitening.T
-        return -0.5 * standard.square().sum(-1) - log_volume - shifts.sum(1, keepdim=True)
+        return standard, log_scale + shifts.sum(1, keepdim=True)
 
     def constants(self, theta: Float[Tensor, " P"], design: Design) -> Float[Tensor, "I W"]:
         """Values of the constant parameters; they differ only by covariates."""
@@ -77,10 +83,16 @@ class BoundGaussian:
 
     def sample(self, theta: Float[Tensor, " P"], design: Design, generator: torch.Generator) -> Float[Tensor, "I D"]:
         """One individual for each row of the design, on the generator's device, in the dtype of ``theta``."""
-        theta = theta.to(generator.device)
+        shape = (len(design), len(self.varying))
+        noise = torch.randn(shape, generator=generator, dtype=theta.dtype, device=generator.device)
+        return self.at_deviations(noise, theta.to(generator.device), design)
+
+    def at_deviations(
+        self, standard: Float[Tensor, "I V"], theta: Float[Tensor, " P"], design: Design
+    ) -> Float[Tensor, "I D"]:
+        """Individuals with these deviations, in units in which omega is the identity."""
         places = list(self.varying)
-        noise = torch.randn((len(design), len(places)), generator=generator, dtype=theta.dtype, device=generator.device)
-        deviations = noise @ self._scale(theta).T
+        deviations = standard @ self._scale(theta).T
         if self._has_effects_on_sds:
             deviations = deviations * log_sd_shifts(self.effects, self.parameters, theta, design)[:, places].exp()
         phi = self.means(theta, design).clone()

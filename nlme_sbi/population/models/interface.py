@@ -6,24 +6,27 @@ Population unknowns ``theta`` are always one flat, unconstrained float64 vector 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.special import ndtri
 from torch import Tensor
 
 from nlme_sbi.parameters import ParameterSpace
 from nlme_sbi.population.models.labels import correlation_label, effect_label
 from nlme_sbi.types import Design, Observations
 
-Transform = Literal["identity", "log", "partial_correlation"]
+Transform = Literal["identity", "log", "logit", "log_above_two", "partial_correlation"]
 
 # Quantities that theta holds in the models of this package; user-defined models may have others.
 MEAN, LOG_SD, PARTIAL_CORRELATION = "mean", "log_sd", "partial_correlation"
 EFFECT, LOG_SD_EFFECT = "effect", "log_sd_effect"
+FREEDOM, CLASS_ODDS = "degrees_of_freedom", "class_odds"
 EFFECTS = (EFFECT, LOG_SD_EFFECT)
 
 
@@ -33,10 +36,11 @@ class Unknown:
 
     Args:
         quantity: "mean" or "log_sd" of an individual parameter, "partial_correlation" of two, "effect" (of a covariate
-            on a typical value), "log_sd_effect", or a word of a user-defined model.
+            on a typical value), "log_sd_effect", "degrees_of_freedom", "class_odds" (log odds of a class to class 1),
+            or a word of a user-defined model.
         parameter: that it belongs to; "" where it belongs to none. Of a correlation the one that comes first.
         other: the second parameter of a correlation, the covariate of an effect; "" for the others.
-        level: of a categorical covariate; "" otherwise.
+        level: of a categorical covariate, or a class of a mixture beyond the first; "" otherwise.
     """
 
     quantity: str
@@ -124,6 +128,11 @@ class ParameterTable:
         return {row: place for place, row in enumerate(self.rows)}
 
     def _label(self, row: Unknown) -> str:
+        if row.quantity == CLASS_ODDS:
+            one = self.entries(CLASS_ODDS) == (len(self) - 1,)
+            return f"weight of {row.level}" if one else f"log odds of {row.level} to class 1"
+        if row.quantity in (MEAN, LOG_SD) and row.level:
+            return f"{self._label(replace(row, level=''))} ({row.level})"
         if row.quantity == MEAN:
             return row.parameter
         if row.quantity == LOG_SD:
@@ -137,7 +146,7 @@ class ParameterTable:
                 one.parameter for one in self.rows if one.quantity == PARTIAL_CORRELATION and one.other == row.parameter
             )
             return correlation_label(row.parameter, row.other, given)
-        return row.name
+        return "degrees of freedom" if row.quantity == FREEDOM else row.name
 
 
 @runtime_checkable
@@ -145,8 +154,9 @@ class PopulationModel(Protocol):
     """``p(phi | theta, x)`` for one parameter space; ``design`` carries what ``x`` may be.
 
     A new population model is one class with these members; estimators, fit, uncertainty and table need no change.
-    One with covariates has those of :class:`CovariateModel`, too, and one whose parameters may be exchanged those of
-    :class:`ExchangeableModel`. Everything is batched, differentiable in ``theta`` and float64.
+    One with covariates has those of :class:`CovariateModel`, too, one whose parameters may be exchanged those of
+    :class:`ExchangeableModel`, one whose random effects are not Gaussian those of :class:`ShapedModel`. Everything is
+    batched, differentiable in ``theta`` and float64.
     """
 
     @property
@@ -215,6 +225,117 @@ class ExchangeableModel(PopulationModel, Protocol):
 
     def exchange(self, theta: Tensor, first: str, second: str) -> Tensor:
         """Theta of the same population under exchanged names."""
+
+
+@runtime_checkable
+class ShapedModel(PopulationModel, Protocol):
+    """A population model whose random effects are not Gaussian.
+
+    ``mean`` and ``covariance`` are those that individuals have, whatever their density; tables, priors on theta and
+    settings speak of omega, the SDs of :meth:`dispersion`.
+    """
+
+    @property
+    def tail_freedom(self) -> float:
+        """Degrees of freedom of a Student-t whose tails are as heavy as the heaviest that the model may have; infinite
+        for Gaussian and exponential tails. Proposals of individuals must have heavier ones."""
+
+    def dispersion(self, theta: Tensor) -> Tensor:
+        """Omega as tables have it, ``(D, D)``; zero rows for constants. The covariance only where the random effects
+        are Gaussian."""
+
+    def quantile(self, theta: Tensor, probability: float) -> Tensor:
+        """Value ``(D,)`` below which this share of individuals like the typical one lies, parameter by parameter,
+        unconstrained."""
+
+    def describe(self, theta: Tensor, covariance: Tensor) -> tuple[str, ...]:
+        """Sentences below the table: the law, and what omega is in it; ``covariance (P, P)`` is that of the
+        estimates."""
+
+    def warn(self, theta: Tensor, covariance: Tensor | None, individuals: int) -> tuple[str, ...]:
+        """What makes an estimate of the law from so many individuals doubtful, in words, with the remedy;
+        ``covariance`` is that of the free unknowns, None where it is not known."""
+
+
+class Moments(Protocol):
+    """What tables summarise: a population, or a class of a mixture."""
+
+    @property
+    def parameters(self) -> ParameterSpace:
+        """The individual parameters."""
+
+    @property
+    def unknowns(self) -> ParameterTable:
+        """The entries of theta."""
+
+    @property
+    def varying(self) -> tuple[int, ...]:
+        """Columns of phi that have a density."""
+
+    def mean(self, theta: Tensor) -> Tensor:
+        """``(D,)``."""
+
+    def covariance(self, theta: Tensor) -> Tensor:
+        """``(D, D)``."""
+
+
+@runtime_checkable
+class MixtureModel(ShapedModel, Protocol):
+    """A population of classes of individuals, numbered from 1 in words and from 0 in arrays."""
+
+    @property
+    def classes(self) -> int:
+        """How many."""
+
+    @property
+    def differing(self) -> tuple[int, ...]:
+        """Columns of phi whose typical values differ between classes."""
+
+    @property
+    def moments(self) -> tuple[Moments, ...]:
+        """Mean and covariance of every class."""
+
+    def class_means(self, theta: Tensor, design: Design) -> Tensor:
+        """Typical values of every class for every individual's covariates, ``(I, K, D)``: starts of searches."""
+
+    def memberships(self, phi: Tensor, theta: Tensor, design: Design) -> Tensor:
+        """Probability of each class given an individual's varying parameters ``(I, S, V)`` -> ``(I, S, K)``."""
+
+    def from_points(self, points: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+        """A start whose classes are found among estimates ``(I, D)`` of individuals."""
+
+    def sort_classes(self, theta: Tensor) -> Tensor:
+        """Theta under the model's rule of numbering; the same object where it is."""
+
+
+def centres_of(population: PopulationModel, theta: Tensor, design: Design) -> Tensor:
+    """Typical values of every class ``(I, K, D)``; of one where there are no classes."""
+    if isinstance(population, MixtureModel):
+        return population.class_means(theta, design)
+    return means_of(population, theta, design)[:, None]
+
+
+def is_gaussian(population: Moments) -> bool:
+    """Whether random effects are Gaussian: coefficients of variation and normal quantiles then follow from omega."""
+    return not isinstance(population, ShapedModel)
+
+
+def dispersion_of(population: Moments, theta: Tensor) -> Tensor:
+    """Omega as tables have it, ``(D, D)``: of Gaussian random effects their covariance."""
+    return population.dispersion(theta) if isinstance(population, ShapedModel) else population.covariance(theta)
+
+
+def quantile_of(population: Moments, theta: Tensor, probability: float) -> Tensor:
+    """Value ``(D,)`` below which this share of individuals like the typical one lies, parameter by parameter."""
+    if isinstance(population, ShapedModel):
+        return population.quantile(theta, probability)
+    sd = population.covariance(theta).diagonal().sqrt()
+    return population.mean(theta) + sd * float(ndtri(probability))
+
+
+def tail_freedom_of(population: PopulationModel) -> float:
+    """Degrees of freedom of a Student-t whose tails are as heavy; infinite where Gaussian ones suffice."""
+    return population.tail_freedom if isinstance(population, ShapedModel) else math.inf
 
 
 def means_of(population: PopulationModel, theta: Tensor, design: Design) -> Tensor:

@@ -28,13 +28,13 @@ from nlme_sbi.population.models.interface import (
 from nlme_sbi.rows import ReadOnlyMapping
 from nlme_sbi.types import Observations
 
-__all__ = ["BoundGaussian", "GaussianPopulation"]
+__all__ = ["NONE_GIVEN", "NO_COVARIATES", "BoundGaussian", "GaussianPopulation", "Given"]
 
 Number = float | int
 Given = Mapping[str, Mapping[str, Number | Mapping[str, Number]]]
 Numbers = Mapping[str, Number]
-_NONE: Given = ReadOnlyMapping({})
-_NO_COVARIATES: Section = ReadOnlyMapping({})
+NONE_GIVEN: Given = ReadOnlyMapping({})
+NO_COVARIATES: Section = ReadOnlyMapping({})
 _MAY_HOLD = {"fixed": ("mean", "sd"), "start": ("mean", "sd", "correlation")}
 
 
@@ -64,10 +64,10 @@ class GaussianPopulation:
 
     covariance: str | Sequence[Sequence[str]] = "diagonal"
     constant: Sequence[str] = ()
-    fixed: Given = field(default_factory=lambda: _NONE)
-    start: Given = field(default_factory=lambda: _NONE)
-    covariates: Section = field(default_factory=lambda: _NO_COVARIATES)
-    log_sd_covariates: Section = field(default_factory=lambda: _NO_COVARIATES)
+    fixed: Given = field(default_factory=lambda: NONE_GIVEN)
+    start: Given = field(default_factory=lambda: NONE_GIVEN)
+    covariates: Section = field(default_factory=lambda: NO_COVARIATES)
+    log_sd_covariates: Section = field(default_factory=lambda: NO_COVARIATES)
     ordering: Sequence[str] | Sequence[Sequence[str]] = ()
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from nlme_sbi.individual_model.priors import MixturePrior
 from nlme_sbi.numerics.weighted_draws import mean_one
 from nlme_sbi.population.models.interface import PopulationModel, covariances_of, means_of
+from nlme_sbi.population.models.interface import is_gaussian as is_normal
 from nlme_sbi.population.models.labels import _NAMED, list_ids
 from nlme_sbi.posteriors import PosteriorSamples
 from nlme_sbi.types import Design, Observations, Prior
@@ -186,8 +187,10 @@ def warn_of_narrow_prior(
 ) -> tuple[str, ...]:
     """Sentences on a population that the prior does not cover: the ratio's weights then have no bound."""
     if is_gaussian(prior):
-        return _wider_than_gaussian(prior, population, theta, design) + _far_from_prior(
-            prior, population, theta, design
+        return (
+            *_wider_than_gaussian(prior, population, theta, design),
+            *_far_from_prior(prior, population, theta, design),
+            *_tails_beyond_prior(prior, population, theta, design),
         )
     found = _outside_support(prior, population, theta, design)
     if isinstance(prior, MixturePrior):
@@ -260,6 +263,23 @@ def _wider_than_gaussian(prior: Prior, population: PopulationModel, theta: Tenso
     return (
         f"The population outgrows the training prior in {where}: its variance is {float(values[-1]):.2f} times "
         f"the prior's{given}, so the weights have no bound and the estimate of this SD cannot be trusted. {_REMEDY}",
+    )
+
+
+def _tails_beyond_prior(prior: Prior, population: PopulationModel, theta: Tensor, design: Design) -> tuple[str, ...]:
+    """A sentence where a population with heavier tails than the prior's has a part of itself where nothing was
+    simulated: its weights grow without bound there, and no covariance shows it."""
+    if is_normal(population):
+        return ()
+    generator = torch.Generator(device=theta.device).manual_seed(0)  # a diagnostic: the same for the same fit
+    rows = torch.arange(_SAMPLED, device=theta.device) % len(design)
+    phi = population.sample(theta.detach(), design[rows], generator).double()
+    share = float((prior.log_prob(phi) < trained_level(prior, theta.device)).double().mean())
+    if share <= _OUTSIDE:
+        return ()
+    return (
+        f"The population's tails outgrow the training prior: {100 * share:.2g}% of it lies so far out that no "
+        f"simulation was near, and outlying individuals are not judged rightly. {_REMEDY}",
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nlme_sbi.numerics.pareto_k import pareto_shape
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.population.models.interface import covariances_of, means_of
+from nlme_sbi.population.models.interface import MixtureModel, covariances_of, means_of
 from nlme_sbi.population.objective.interface import DrawBlock, WeightedDraws
 
 
@@ -125,12 +125,27 @@ def individual_typical(
     return mean, sd
 
 
+@torch.no_grad()
+def class_probabilities(state: WeightedDraws, theta: Float[Tensor, " P"]) -> Float[Tensor, "I K"] | None:
+    """Probability of every individual's membership in each class of a mixture, given its data; None without classes."""
+    population = state.population
+    if not isinstance(population, MixtureModel):
+        return None
+    found = torch.zeros((state.individuals, population.classes), dtype=theta.dtype, device=theta.device)
+    for block in state.blocks:
+        weights = torch.softmax(block.log_weights(theta), 1)
+        given = population.memberships(block.varying(), theta, block.design)
+        found[block.rows] = torch.einsum("is,isk->ik", weights, given)
+    return found
+
+
 def individuals_table(
     parameters: ParameterSpace,
     ids: tuple[str, ...],
     found: IndividualEstimates,
     typical: Float[Tensor, "I D"],
     modes: IndividualModes | None = None,
+    classes: Float[Tensor, "I K"] | None = None,
 ) -> pd.DataFrame:
     """One row an individual. For each parameter, here ``ka``:
 
@@ -147,7 +162,8 @@ def individuals_table(
     ``ka.natural_mode``  natural value of ``ka.mode``, other software's individual parameter; with modes
     ==================== ==============================================================================================
 
-    Then ``ess``, ``pareto_k`` (where draws have weights) and, with modes, ``mode``: how they were found.
+    Then ``ess``, ``pareto_k`` (where draws have weights) and, with modes, ``mode``: how they were found. In a mixture
+    ``class`` is the most probable class, ``class_1.probability`` and so on are the probabilities of membership.
     """
     columns: dict[str, object] = {"id": list(ids)}
     plain = parameters.to_natural(found.mean)
@@ -173,6 +189,11 @@ def individuals_table(
         columns["pareto_k"] = found.pareto_k.cpu().numpy()
     if modes is not None:
         columns["mode"] = list(modes.kinds)
+    if classes is not None:
+        columns["class"] = (classes.argmax(1) + 1).cpu().numpy()
+        columns |= {
+            f"class_{number}.probability": values.cpu().numpy() for number, values in enumerate(classes.T, start=1)
+        }
     return pd.DataFrame(columns)
 
 

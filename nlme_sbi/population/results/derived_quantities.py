@@ -1,7 +1,7 @@
 """From unknowns to reported quantities: natural values, SDs, correlations, their errors and intervals.
 
-Errors come by the delta method through the population model's ``mean`` and ``covariance``, so that a new model needs
-nothing here.
+Errors come by the delta method through the population model's ``mean`` and its omega (``dispersion``, of Gaussian
+random effects the covariance), so that a new model needs nothing here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nlme_sbi.numerics.jacobians import jacobian
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.models.interface import Moments, dispersion_of
 
 NORMAL_95 = 1.959963984540054  # 97.5% quantile of the standard normal
 
@@ -24,8 +24,8 @@ class Summary:
     """Population quantities, one entry for each of the D parameters; NaN where a quantity does not exist.
 
     ``mean`` and ``mean_se`` are on the unconstrained scale; ``natural`` with its limits on the natural one; ``sd`` is
-    the SD between individuals (0 for constants); ``*_fixed`` marks given values. ``correlation`` and its limits are
-    ``(D, D)``.
+    omega, the SD between individuals or another law's scale (0 for constants); ``*_fixed`` marks given values.
+    ``correlation`` and its limits are ``(D, D)``.
     """
 
     mean: Float[Tensor, " D"]
@@ -44,7 +44,7 @@ class Summary:
     correlation_limits: Float[Tensor, "2 D D"]
 
 
-def summarise(population: PopulationModel, theta: Float[Tensor, " P"], covariance: Float[Tensor, "P P"]) -> Summary:
+def summarise(population: Moments, theta: Float[Tensor, " P"], covariance: Float[Tensor, "P P"]) -> Summary:
     """Delta-method errors and transformed Wald intervals.
 
     Intervals of SDs are Wald on the log scale, of correlations on Fisher's z, of natural values on the unconstrained
@@ -52,7 +52,7 @@ def summarise(population: PopulationModel, theta: Float[Tensor, " P"], covarianc
     times those over the natural values.
 
     Args:
-        population: the bound model.
+        population: the bound model, or a class of a mixture.
         theta: estimates.
         covariance: of the estimates, zero rows for fixed unknowns, NaN where it is not known.
     """
@@ -62,7 +62,7 @@ def summarise(population: PopulationModel, theta: Float[Tensor, " P"], covarianc
     varying = torch.tensor(population.varying, dtype=torch.int64, device=theta.device)
 
     def log_sd(at: Tensor) -> Tensor:
-        return 0.5 * population.covariance(at).diagonal()[varying].log()
+        return 0.5 * dispersion_of(population, at).diagonal()[varying].log()
 
     value, log_se, fixed = _propagate(log_sd, theta, uncertain, free)
     spread = NORMAL_95 * log_se
@@ -103,7 +103,7 @@ def _slopes(parameters: ParameterSpace, mean: Tensor) -> Tensor:
     return jacobian(parameters.to_natural, mean).diagonal().abs()
 
 
-def _correlations(population: PopulationModel, theta: Tensor, covariance: Tensor, varying: Tensor) -> dict[str, Tensor]:
+def _correlations(population: Moments, theta: Tensor, covariance: Tensor, varying: Tensor) -> dict[str, Tensor]:
     free = population.unknowns.free.to(theta.device)
     size = len(population.parameters)
     empty = torch.full((size, size), torch.nan, dtype=theta.dtype, device=theta.device)
@@ -111,7 +111,7 @@ def _correlations(population: PopulationModel, theta: Tensor, covariance: Tensor
     places = (varying[rows], varying[columns])
 
     def fisher(at: Tensor) -> Tensor:
-        omega = population.covariance(at)
+        omega = dispersion_of(population, at)
         sd = omega.diagonal().sqrt()
         return torch.atanh(omega[places] / (sd[places[0]] * sd[places[1]]))
 

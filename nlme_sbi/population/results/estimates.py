@@ -140,6 +140,7 @@ class FitEstimates:
             was not asked for.
         message: how the fit ended, in words.
         labelling: which parameters can be exchanged, and which labelling is shown, in words.
+        random_effects: their law and what omega is in it, in words, where they are not Gaussian.
         warnings: to be read before the numbers are used.
         simulator: section of the configuration that names it, in a fit of a run; None elsewhere.
 
@@ -170,6 +171,7 @@ class FitEstimates:
     self_check: SelfCheck | None = None
     message: str = ""
     labelling: tuple[str, ...] = ()
+    random_effects: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     simulator: Mapping[str, Any] | None = None
 
@@ -236,6 +238,7 @@ class FitEstimates:
             correlations=self.correlations,
             heading=self._heading(),
             notes=(
+                *self.random_effects,
                 *interval_lines(self.intervals),
                 *describe_test(self.variance_tests),
                 *((self.message,) if self.message else ()),
@@ -298,6 +301,7 @@ class FitEstimates:
             "self_check": None if self.self_check is None else self.self_check.to_dict(),
             "message": self.message,
             "labelling": list(self.labelling),
+            "random_effects": list(self.random_effects),
             "warnings": list(self.warnings),
         }
         return plain if self.simulator is None else {**plain, "simulator": self.simulator}
@@ -343,6 +347,7 @@ class FitEstimates:
             self_check=None if simulated is None else read_record(SelfCheck, simulated, "self_check"),
             message=convert(plain.get("message") or "", str, "message"),
             labelling=convert(plain.get("labelling") or (), tuple[str, ...], "labelling"),
+            random_effects=convert(plain.get("random_effects") or (), tuple[str, ...], "random_effects"),
             warnings=convert(plain.get("warnings") or (), tuple[str, ...], "warnings"),
             simulator=convert(plain.get("simulator"), Mapping[str, Any] | None, "simulator"),
         )

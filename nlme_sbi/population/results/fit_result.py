@@ -13,10 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.estimators.interface import Redraw
-from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.models.interface import PopulationModel, ShapedModel
 from nlme_sbi.population.objective.individuals import (
     IndividualEstimates,
     IndividualModes,
+    class_probabilities,
     individual_typical,
     individuals_table,
     resample_draws,
@@ -222,6 +223,11 @@ class PopulationFit:
             self_check=self.self_check,
             message=self.message,
             labelling=self.labelling,
+            random_effects=(
+                self.population.describe(self.theta, self.covariance)
+                if isinstance(self.population, ShapedModel)
+                else ()
+            ),
             warnings=self.warnings,
         )
 
@@ -259,7 +265,8 @@ class PopulationFit:
             ids: only these, in this order; every individual when left out.
         """
         typical, _ = individual_typical(self.state, self.theta)
-        frame = individuals_table(self.population.parameters, self.ids, self.individuals, typical, self.modes)
+        classes = class_probabilities(self.state, self.theta)
+        frame = individuals_table(self.population.parameters, self.ids, self.individuals, typical, self.modes, classes)
         if ids is not None:
             missing = [name for name in ids if name not in self.ids]
             if missing:

@@ -117,6 +117,10 @@ def natural_values(population: PopulationModel, place: int, values: Float[Tensor
         return ParameterSpace((population.parameters[unknown.parameter],)).to_natural(values[:, None])[:, 0]
     if transform == "log":
         return values.exp()
+    if transform == "logit":
+        return torch.sigmoid(values)
+    if transform == "log_above_two":
+        return 2 + values.exp()
     return torch.tanh(values) if transform == "partial_correlation" else values
 
 

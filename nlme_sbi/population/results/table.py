@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.parameters import Parameter
-from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.models.interface import MixtureModel, Moments, PopulationModel, is_gaussian, quantile_of
 from nlme_sbi.population.models.labels import correlation_label
-from nlme_sbi.population.results.derived_quantities import NORMAL_95, Summary, summarise
+from nlme_sbi.population.results.derived_quantities import Summary, summarise
 from nlme_sbi.population.results.effect_table import (
     EFFECT_HEADINGS,
     EffectRow,
@@ -57,7 +57,7 @@ class TableRow:
         scale: the unconstrained one, which the individuals are normally distributed on: log(unit), logit, or the unit.
         estimate: typical value there.
         se: of ``estimate``.
-        omega: SD between individuals there.
+        omega: SD between individuals there; of random effects that are not Gaussian their scale.
         omega_se: of ``omega``.
         omega_rse_percent: ``100 omega_se / omega``; that of the variance is twice as large.
         omega_lower: limit of the 95% interval, which is Wald for log omega.
@@ -65,12 +65,13 @@ class TableRow:
         omega_variance: ``omega^2``.
         omega_variance_se: ``2 omega omega_se``.
         omega_status: estimated, fixed, constant (given as 0) or boundary (estimated as 0).
-        cv_percent: coefficient of variation of a log-normal parameter, ``100 sqrt(exp(omega^2) - 1)``.
+        cv_percent: coefficient of variation of a log-normal parameter, ``100 sqrt(exp(omega^2) - 1)``; None for
+            other laws (the exponential of a Student-t has no mean).
         individuals_lower: natural value below which 2.5% of individuals like the typical one lie.
         individuals_upper: natural value above which 2.5% of them lie.
-        shrinkage: ``1 - SD(eta) / omega``, with eta the deviations of the individuals' estimates from their own
-            typical values, about their average.
-        shrinkage_variance: ``1 - var(eta) / omega^2``.
+        shrinkage: ``1 - SD(eta) / SD between individuals``, with eta the deviations of the individuals' estimates from
+            their own typical values, about their average.
+        shrinkage_variance: the same of variances.
         shrinkage_from: which estimates those are: modes or means.
     """
 
@@ -211,12 +212,20 @@ def population_table(
         heading: sentences above the table.
         notes: sentences below it.
     """
-    found = summarise(population, theta, covariance)
+    classes = population.moments if isinstance(population, MixtureModel) else (population,)
+    found, *others = (summarise(one, theta, covariance) for one in classes)
     free = population.unknowns.free.to(covariance.device)
-    centre, sd = (found.mean, found.sd) if typical is None else typical
+    centre, sd = (found.mean, population.covariance(theta).diagonal().sqrt()) if typical is None else typical
     eta = (individuals - centre) / sd
     spread = eta.std(0) if len(eta) > 1 else torch.full_like(found.sd, math.nan)
-    rows = [_row(population, found, spread, column) for column in range(len(population.parameters))]
+    outer = torch.stack([quantile_of(population, theta.detach(), share) for share in (0.025, 0.975)])
+    range_of_individuals = population.parameters.to_natural(outer)
+    rows = [
+        _row(classes[0], found, (spread[column], range_of_individuals[:, column]), column)
+        for column in range(len(population.parameters))
+    ]
+    if isinstance(population, MixtureModel):
+        rows = _with_classes(population, rows, others, range_of_individuals)
     rows = [replace(row, omega_status="boundary") if row.parameter in vanished else row for row in rows]
     rows = _join_occasions(population, rows)
     return PopulationTable(
@@ -231,12 +240,31 @@ def population_table(
     )
 
 
+def _with_classes(
+    population: MixtureModel, rows: list[TableRow], others: list[Summary], ranges: Float[Tensor, "2 D"]
+) -> list[TableRow]:
+    """Rows of further classes behind those of class 1, for the parameters that differ; shrinkage about the mean of all
+    classes says nothing of one."""
+    unknown, found = torch.tensor(math.nan), []
+    for column, row in enumerate(rows):
+        if column not in population.differing:
+            found.append(row)
+            continue
+        found.append(replace(row, shrinkage=None, shrinkage_variance=None))
+        for number, summary in enumerate(others, start=1):
+            made = _row(population.moments[number], summary, (unknown, ranges[:, column]), column)
+            found.append(replace(made, parameter=f"{row.parameter} (class {number + 1})"))
+    return found
+
+
 def _join_occasions(population: PopulationModel, rows: list[TableRow]) -> list[TableRow]:
     """One row, of what they share, for all deviations of occasions with the same variance."""
     found: list[TableRow] = []
     joined: set[str] = set()
-    for row, parameter in zip(rows, population.parameters.parameters, strict=True):
-        if parameter.level != "occasion":
+    levels = {one.name: one for one in population.parameters.parameters}
+    for row in rows:
+        parameter = levels.get(row.parameter)
+        if parameter is None or parameter.level != "occasion":
             found.append(row)
         elif parameter.shares not in joined:
             joined.add(parameter.shares)
@@ -250,13 +278,13 @@ def number(value: Tensor | float) -> float | None:
     return plain if math.isfinite(plain) else None
 
 
-def _row(population: PopulationModel, found: Summary, spread: Tensor, column: int) -> TableRow:
+def _row(population: Moments, found: Summary, individuals: tuple[Tensor, Float[Tensor, " 2"]], column: int) -> TableRow:
+    """``individuals`` are the SD of their standardised deviations and the natural values between which 95% lie."""
     parameter = population.parameters.parameters[column]
     constant = column not in population.varying
     sd, sd_se = float(found.sd[column]), float(found.sd_se[column])
-    reach = NORMAL_95 * found.sd
-    low, high = (float(population.parameters.to_natural(found.mean + sign * reach)[column]) for sign in (-1, 1))
-    left = float(spread[column])
+    has_cv = not constant and parameter.transform == "log" and is_gaussian(population)
+    left, (low, high) = float(individuals[0]), individuals[1].tolist()
     return TableRow(
         parameter=parameter.name,
         unit=parameter.unit,
@@ -277,7 +305,7 @@ def _row(population: PopulationModel, found: Summary, spread: Tensor, column: in
         omega_variance=sd * sd,
         omega_variance_se=number(2 * sd * sd_se),
         omega_status="constant" if constant else "fixed" if bool(found.sd_fixed[column]) else "estimated",
-        cv_percent=None if constant or parameter.transform != "log" else number(_coefficient_of_variation(sd)),
+        cv_percent=number(_coefficient_of_variation(sd)) if has_cv else None,
         individuals_lower=None if constant else number(low),
         individuals_upper=None if constant else number(high),
         shrinkage=None if constant else number(1 - left),

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.numerics.mcmc_diagnostics import bulk_ess, split_rhat, tail_ess
-from nlme_sbi.population.models.interface import PopulationModel
+from nlme_sbi.population.models.interface import PopulationModel, dispersion_of, is_gaussian
 from nlme_sbi.population.theta_posterior.prior import ThetaPrior
 
 RHAT = 1.01  # above it chains have not converged (Vehtari et al. 2021)
@@ -115,7 +115,7 @@ class ThetaDraws:
         labels = [f"typical {name}" for name in parameters.names]
         units = list(parameters.units)
         varying = [parameters.names[column] for column in self.population.varying]
-        labels += [f"SD {name}" for name in varying]
+        labels += [f"{'SD' if is_gaussian(self.population) else 'omega'} {name}" for name in varying]
         pairs = [(first, second) for place, second in enumerate(varying) for first in varying[:place]]
         labels += [f"correlation {first}, {second}" for first, second in pairs]
         return labels, [*units, *[""] * (len(varying) + len(pairs))]
@@ -123,7 +123,7 @@ class ThetaDraws:
     def _quantities(self, theta: Tensor) -> Tensor:
         """Typical natural values, SDs and correlations of one theta, in the order of the labels."""
         varying = list(self.population.varying)
-        omega = self.population.covariance(theta)[varying][:, varying]
+        omega = dispersion_of(self.population, theta)[varying][:, varying]
         sd = omega.diagonal().sqrt()
         correlation = omega / (sd[:, None] * sd)
         rows, columns = torch.tril_indices(len(varying), len(varying), -1, device=theta.device)

@@ -8,6 +8,8 @@ SD between individuals          half-normal with ``sd_scale`` times the training
                                 over its log, the scale of theta, the Jacobian is added)
 partial correlations            LKJ with shape ``correlation_shape``: 1 is uniform over correlation matrices, larger
                                 values favour small correlations
+degrees of freedom              gamma with shape 2 and rate 0.1, above 2 (Juarez and Steel 2010, J. Bus. Econ. Stat.
+                                28:52)
 anything else (effects)         normal about 0 with SD ``effect_sd``
 ==============================  ====================================================================================
 
@@ -28,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nlme_sbi.population.models.interface import (
+    FREEDOM,
     LOG_SD,
     MEAN,
     PARTIAL_CORRELATION,
@@ -98,6 +101,8 @@ class ThetaPriors:
                 entries.append(_Entry("half-normal", 0.0, self.sd_scale * sd[row.parameter]))
             elif row.quantity == PARTIAL_CORRELATION:
                 entries.append(_Entry("LKJ", 0.0, self.correlation_shape + 0.5 * _count_unconditioned(unknowns, row)))
+            elif row.quantity == FREEDOM:
+                entries.append(_Entry("gamma", 2.0, 0.1))
             else:
                 entries.append(_Entry("normal", 0.0, float(self.effect_sd)))
         return ThetaPrior(unknowns.free, tuple(entries), float(self.correlation_shape))
@@ -105,7 +110,8 @@ class ThetaPriors:
 
 @dataclass(frozen=True)
 class _Entry:
-    """The prior of one unknown: normal(centre, scale), half-normal(scale) of exp(u), or (1 - tanh(u)^2)^scale."""
+    """The prior of one unknown: normal(centre, scale), half-normal(scale) of exp(u), (1 - tanh(u)^2)^scale, or
+    gamma(2, rate scale) of 2 + exp(u), cut off below 2."""
 
     kind: str
     centre: float
@@ -115,6 +121,8 @@ class _Entry:
         """In words."""
         if self.kind == "normal":
             return f"normal({self.centre:.4g}, {self.scale:.4g})"
+        if self.kind == "gamma":
+            return f"degrees of freedom gamma({self.centre:.4g}, {self.scale:.4g}) above 2"
         return f"SD half-normal({self.scale:.4g})"
 
 
@@ -148,6 +156,10 @@ def _log_density(value: Tensor, entry: _Entry) -> Tensor:
     if entry.kind == "half-normal":
         standard = value.exp() / entry.scale
         return _LOG_TWO - 0.5 * standard.square() - math.log(entry.scale) - 0.5 * math.log(2 * math.pi) + value
+    if entry.kind == "gamma":
+        freedom, cut = 2 + value.exp(), 2 * entry.scale
+        inside = math.log1p(cut) - cut  # log of what lies above 2
+        return 2 * math.log(entry.scale) + freedom.log() - entry.scale * freedom - inside + value
     # log(1 - tanh(u)^2) = -2 log cosh u, so that it does not overflow; and the integral of cosh^(-2a) over u.
     magnitude = value.abs()
     log_cosh = magnitude + torch.log1p(torch.exp(-2 * magnitude)) - _LOG_TWO

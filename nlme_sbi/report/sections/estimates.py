@@ -33,7 +33,7 @@ def estimates_section(fit: ReportedFit) -> Section:
     if intervals:
         blocks += [interval_table(intervals), interval_picture(intervals)]
     blocks.append(unknowns_table(estimates.unknowns))
-    notes = [*estimates.labelling, *describe_test(estimates.variance_tests)]
+    notes = [*estimates.random_effects, *estimates.labelling, *describe_test(estimates.variance_tests)]
     blocks += [Words(note) for note in notes]
     return Section(
         "estimates",

@@ -38,13 +38,14 @@ from nlme_sbi.diagnostics.fit.random_effects import (
 )
 from nlme_sbi.diagnostics.fit.vpc import VisualPredictiveCheck, visual_predictive_check, vpc_finding
 from nlme_sbi.population.estimators.initialization import in_double
-from nlme_sbi.population.models.interface import covariances_of, means_of
+from nlme_sbi.population.models.interface import covariances_of, is_gaussian, means_of
 from nlme_sbi.population.theta_posterior.individuals import new_individuals
 from nlme_sbi.runs.remedies import typed
 from nlme_sbi.stages.checks.outcome import Outcome, attempt
 from nlme_sbi.stages.shared.stored_fit import StoredFit
-from nlme_sbi.types import Observations, TractableSimulator
+from nlme_sbi.types import Design, Observations, TractableSimulator
 
+_REFERENCE = 400_000  # deviations that stand for the distribution of a model that is not Gaussian
 _AT_ONCE = 4_000_000  # measured values that likelihoods are evaluated for in one piece
 
 
@@ -291,14 +292,24 @@ def _population_checks(subject: FitSubject) -> Outcome:
 def _random_effects(subject: FitSubject) -> RandomEffects:
     fit, draws = subject.fit, subject.fit.kept_draws()
     design = fit.observations.design.to(fit.device)
+    generator = subject.generator(Stream.CHECK_POPULATION)
     return random_effects(
         draws,
         means_of(fit.population, fit.theta, design),
         covariances_of(fit.population, fit.theta, design).diagonal(dim1=1, dim2=2).sqrt(),
         ids=fit.observations.ids,
         names=fit.population.parameters.names,
-        generator=subject.generator(Stream.CHECK_POPULATION),
+        generator=generator,
+        reference=None if is_gaussian(fit.population) else _standard_deviations(fit, design, generator),
     )
+
+
+def _standard_deviations(fit: StoredFit, design: Design, generator: torch.Generator) -> Float[Tensor, "n D"]:
+    """Standardised deviations of many individuals that the model makes, with the covariates of those in the data."""
+    some = design[torch.arange(_REFERENCE, device=fit.device) % len(design)]
+    sd = covariances_of(fit.population, fit.theta, some).diagonal(dim1=1, dim2=2).sqrt()
+    made = fit.population.sample(fit.theta, some, generator)
+    return ((made - means_of(fit.population, fit.theta, some)) / sd).nan_to_num(0.0)
 
 
 def _distributions(effects: RandomEffects) -> Outcome:

@@ -16,6 +16,7 @@ from nlme_sbi.plots.canvas import parameter_labels, save_png
 from nlme_sbi.plots.individuals.individual_fits import plot_individual_fits
 from nlme_sbi.plots.pairs import plot_pairs
 from nlme_sbi.plots.population import plot_population
+from nlme_sbi.population.models.interface import is_gaussian
 from nlme_sbi.population.objective.individuals import individual_typical
 from nlme_sbi.population.results.fit_result import PopulationFit
 from nlme_sbi.runs import write_atomically
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _DRAWS = 500  # for each individual; what a 95% band needs to look smooth
 _POPULATION_INDIVIDUALS = 500  # more would only blacken the panel
+_SAMPLED = 50_000  # individuals whose density is drawn for a population that is not normal
 
 
 def save_figures(
@@ -58,7 +60,11 @@ def save_figures(
     def population() -> Figure:
         means, sds = individual_typical(fit.state, fit.theta)
         some = spread_rows(len(observations), _POPULATION_INDIVIDUALS)
-        return plot_population(names, means, torch.diag_embed(sds.square()), drawn[some])
+        sampled = None
+        if not is_gaussian(fit.population):
+            rows = torch.arange(_SAMPLED, device=observations.values.device) % len(observations)
+            sampled = fit.population.sample(fit.theta, observations.design[rows], generator)
+        return plot_population(names, means, torch.diag_embed(sds.square()), drawn[some], sampled=sampled)
 
     def pairs(row: int) -> Figure:
         found = posterior.sample(observations[[row]], 4 * _DRAWS, generator)

@@ -119,7 +119,8 @@ class Kernels:
         Where an individual's data say little about a parameter, chains mix badly with Laplace's component alone.
         """
         individuals, size = len(joint.observations), modes.means.shape[1]
-        mixed = mixtures(profile_components(joint, modes, at), individuals, _SHARES)
+        components = profile_components(joint, modes, at)
+        mixed = mixtures(components, individuals, _SHARES, freedom=joint.proposal_freedom)
         ones = torch.ones(individuals, dtype=modes.means.dtype, device=modes.means.device)
         return cls(
             laplace=mixed,
