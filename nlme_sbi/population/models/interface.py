@@ -257,6 +257,7 @@ class ShapedModel(PopulationModel, Protocol):
         ``covariance`` is that of the free unknowns, None where it is not known."""
 
 
+@runtime_checkable
 class Moments(Protocol):
     """What tables summarise: a population, or a class of a mixture."""
 
