@@ -259,7 +259,7 @@ def _learn(
     rows = values.flatten(0, 1)
     scale = VectorScale.of(rows)
     own_seed = seeded("cpu", seed, Stream.ROUND_TRAINING, number).initial_seed()
-    entries = scale(scale.spread_counts(rows, seeded(rows.device, own_seed)))
+    entries = scale(scale.spread_counts(rows, seeded(rows.device, seed, Stream.COUNT_NOISE, number)))
     names = tuple(name for name, varies in zip(simulator.signals, scale.varies.tolist(), strict=True) if varies)
     given = phi.repeat_interleave(points, 0)[:, None]
     pairs = Simulations(

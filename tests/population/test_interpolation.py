@@ -95,6 +95,14 @@ def test_likelihoods_hold_as_far_as_constants_may_go(monkeypatch: pytest.MonkeyP
             assert float((plain.log_weights(at) - exact)[inside].abs().max()) > 1.0
     at = theta + torch.tensor([0.0, 0.0, 0.6, 0.0], dtype=DOUBLE)
     assert bool((block.log_weights(at) < plain.log_ratio - 50).all())  # nothing is claimed beyond
+    for distance in (1.0, 10.0, 1e3, 1e6):  # however far: polynomials would win over any penalty there
+        for side in (1.0, -1.0):
+            near, far_away = (
+                block.log_weights(theta + torch.tensor([0.0, 0.0, side * away, 0.0], dtype=DOUBLE))
+                for away in (distance, 2 * distance)
+            )
+            assert bool((near < plain.log_ratio - 50).all())
+            assert bool((far_away < near).all())
     assert float(interpolate_along_constants(state, None).reach.min()) == 1.0
     part = far.part(torch.tensor([1, 4]), slice(0, 20))
     torch.testing.assert_close(part.blocks[0].log_weights(theta), block.log_weights(theta)[[1, 4], :20])

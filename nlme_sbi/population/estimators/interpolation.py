@@ -81,12 +81,13 @@ class InterpolatedBlock:
         """``log p(y | v, s_theta) + log p(v | theta) - log q(v)``."""
         found = self.exact.log_ratio + self.exact.population.log_prob(self.exact.phi, theta, self.design)
         change = (self.exact.population.constants(theta, self.design) - self.exact.constants) / self.reach
-        powers = torch.stack([change**power for power in range(1, 5)], -1)
+        # Beyond the nodes the polynomial is not valid, and would win over any penalty: it stays as it is at the last.
+        inside = change.clamp(-1, 1)
+        powers = torch.stack([inside**power for power in range(1, 5)], -1)
         found = found + torch.einsum("iswk,iwk->is", self.coefficients, powers)
-        products = [change[:, first] * change[:, second] for first, second in _pairs(change.shape[1])]
+        products = [inside[:, first] * inside[:, second] for first, second in _pairs(change.shape[1])]
         if products:
             found = found + torch.einsum("isp,ip->is", self.mixed, torch.stack(products, -1))
-        # Beyond the nodes the polynomial is not valid.
         excess = (change.abs() - 1).clamp_min(0).square().sum(1, keepdim=True)
         return found - 1e4 * excess
 
