@@ -135,10 +135,10 @@ def make_hierarchy(plain: Mapping[str, Any]) -> FinishedRun:
             return load_run(run.path, stage="train_hierarchical")
         for note in grouping_notes(prepared.fitted.observations.design):
             log.warning("%s", note)
-        scored = _score_shared(prepared, scoring, seed)
+        grey = bool(networks_of(simulator))
+        scored = _score_shared(prepared, scoring, seed, trains=grey)
         result = _train(prepared, training, run, seed, held_out_chooses=held.chooses_weights)
-        residuals_train = any(True for _ in prepared.model.residuals.parameters())
-        if scored and (residuals_train or networks_of(simulator)):  # training has changed them
+        if scored and (grey or any(True for _ in prepared.model.residuals.parameters())):  # which training has changed
             scored = _score_shared(prepared, scoring, seed)
         found = _fit_population(prepared, population, plain["evaluation"], seed, refined=bool(scored))
         _save_model(run, prepared, found, observations, held_out)
@@ -159,18 +159,18 @@ def make_hierarchy(plain: Mapping[str, Any]) -> FinishedRun:
     return load_run(run.path, stage="train_hierarchical", verify=False)
 
 
-def _score_shared(prepared: PreparedModel, scoring: Scoring, seed: int) -> list[float]:
+def _score_shared(prepared: PreparedModel, scoring: Scoring, seed: int, *, trains: bool = False) -> list[float]:
     """Put the posterior of what is shared at the joint mode, by Fisher scoring; the log joint density, nats, of every
     search. Empty where nothing is shared, or where nothing but networks says what the model is.
 
-    A grey box begins as its mechanism, at whose mode what is shared stays while its networks are trained.
+    A grey box begins as its mechanism; what is shared then ``trains`` on with its networks.
     """
     model = prepared.model
     is_black = bool(networks_of(model.simulator)) and not isinstance(model.simulator, GreyBoxSimulator)
     if not model.hierarchy.shared or scoring.steps == 0 or is_black:
         return []
     mode, reached = search_joint_mode(model, prepared.fitted, scoring, seed)
-    keep_shared(model, mode)
+    keep_shared(model, mode, trains=trains)
     near = sum(value > max(reached) - _SAME_MODE for value in reached)
     log.info(
         "What all individuals share: joint mode by scoring, %.1f nats an individual; %d of %d searches reached it.",

@@ -196,8 +196,8 @@ class SharedPosterior(nn.Module):
         log_sd = (PACE * self.slow_log_sd).clamp(_NARROWEST, _WIDEST)
         return Normals(PACE * self.slow_mean[None], log_sd[None], lower)
 
-    def fix(self, found: Normals) -> None:
-        """Take these normals, of one row, and train no more."""
+    def take(self, found: Normals, *, trains: bool) -> None:
+        """Take these normals, of one row, to train on from there or to stay."""
         with torch.no_grad():
             self.slow_mean.copy_(found.mean[0] / PACE)
             self.slow_log_sd.copy_(found.log_sd[0] / PACE)
@@ -205,7 +205,7 @@ class SharedPosterior(nn.Module):
                 row, column = torch.tril_indices(len(self.slow_mean), len(self.slow_mean), -1)
                 self.pairs.copy_(found.lower[0, row, column])
         for parameter in self.parameters():
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(trains)
 
 
 def noise_starts(latents: Sequence[Latent], noise: Sequence[str], start: float) -> Tensor:

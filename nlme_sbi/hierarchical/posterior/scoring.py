@@ -177,10 +177,11 @@ def search_joint_mode(
     return max(found, key=lambda mode: mode.log_joint), [mode.log_joint for mode in found]
 
 
-def keep_shared(model: HierarchicalModel, mode: JointMode) -> None:
-    """Make the normal of a joint mode the model's posterior of what is shared, which training then leaves alone."""
+def keep_shared(model: HierarchicalModel, mode: JointMode, *, trains: bool = False) -> None:
+    """Make the normal of a joint mode the model's posterior of what is shared, which training then leaves alone, unless
+    it ``trains`` on from there."""
     if model.shared_posterior is not None:
-        model.shared_posterior.fix(normals_of(mode.shared[None], mode.shared_covariance[None]))
+        model.shared_posterior.take(normals_of(mode.shared[None], mode.shared_covariance[None]), trains=trains)
 
 
 def _with_restricted_noise(
