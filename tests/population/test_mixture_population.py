@@ -213,3 +213,12 @@ def test_a_fixed_value_names_class_one() -> None:
     assert isinstance(model, BoundMixture)
     theta = torch.tensor([2.0, 0.0, -1.0, 0.0], dtype=DOUBLE)
     assert model.sort_classes(theta) is theta
+
+
+def test_more_classes_than_individuals_can_fill_are_refused() -> None:
+    case, _, _ = two_classes(5)
+    with pytest.raises(ValueError, match=r"population\.classes=3 is too many for 5 individuals.*population\.classes=2"):
+        MixturePopulation(classes=3).bind(case.parameters, case.observations)
+    with pytest.raises(ValueError, match=r"population=gaussian"):
+        MixturePopulation().bind(case.parameters, case.observations[[0, 1, 2]])
+    assert MixturePopulation().bind(case.parameters, case.observations).classes == 2

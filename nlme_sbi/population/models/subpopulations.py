@@ -12,6 +12,8 @@ from nlme_sbi.population.models.mixture import BoundMixture
 from nlme_sbi.population.models.specification import NO_COVARIATES, NONE_GIVEN, GaussianPopulation, Given
 from nlme_sbi.types import Observations
 
+_LEAST_EACH = 2  # individuals to a class
+
 
 @dataclass(frozen=True)
 class MixturePopulation:
@@ -69,8 +71,16 @@ class MixturePopulation:
         """The model for a simulator's parameters.
 
         Raises:
-            ValueError: as :meth:`nlme_sbi.GaussianPopulation.bind`, and for differing parameters that do not vary.
+            ValueError: as :meth:`nlme_sbi.GaussianPopulation.bind`, for differing parameters that do not vary, and for
+                more classes than half the individuals of the data.
         """
+        if observations is not None and len(observations) < _LEAST_EACH * self.classes:
+            most = len(observations) // _LEAST_EACH
+            instead = f"population.classes={most}" if most >= 2 else "population=gaussian"
+            raise ValueError(
+                f"population.classes={self.classes} is too many for {len(observations)} individuals: the typical value "
+                f"and SD of a class need at least {_LEAST_EACH} of them. Pass {instead}."
+            )
         gaussian = self._gaussian().bind(parameters, observations)
         individual = [place for place in gaussian.varying if parameters.parameters[place].level == "individual"]
         chosen = parameters.indices(self.differing) if self.differing else individual
