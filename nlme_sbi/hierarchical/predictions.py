@@ -199,13 +199,22 @@ def draw_measurements(
 
     Draws at which the model cannot be solved are replaced as :func:`replace_failed` does.
     """
+    return solve_and_measure(model, phi, design, generator)[0]
+
+
+@torch.no_grad()
+def solve_and_measure(
+    model: HierarchicalModel, phi: Float[Tensor, "I K D"], design: Design, generator: torch.Generator
+) -> tuple[Float[Tensor, "I K T C"], Bool[Tensor, "I K"]]:
+    """:func:`draw_measurements`, and at which of the draws the model was solved."""
     prediction = model.simulator.predict(phi, design)
-    place = replace_failed(torch.isfinite(prediction).flatten(2).all(2))
+    solved = torch.isfinite(prediction).flatten(2).all(2)
+    place = replace_failed(solved)
     prediction = prediction.gather(1, place[..., None, None].expand_as(prediction))
     phi = phi.gather(1, place[..., None].expand_as(phi))
     noise, parameters = model.simulator.noise, model.simulator.noise_parameters(phi, design)
     if not isinstance(model.residuals, CorrelatedResiduals):
-        return noise.sample(prediction, parameters, generator=generator)
+        return noise.sample(prediction, parameters, generator=generator), solved
     # The noise's own draws, with their order in time: standard normals of the wanted correlation in their place.
     sd = noise.standard_deviation(prediction, parameters)
     standard = torch.randn(prediction.shape, generator=generator, dtype=torch.float64)
@@ -218,4 +227,4 @@ def draw_measurements(
         # Repeated times (padding, replicates) share all but the nugget.
         factor = torch.linalg.cholesky(residual_correlation(times[row], time, nugget))
         correlated[rows] = torch.einsum("cts,iksc->iktc", factor, standard[rows])
-    return noise.inverse(noise.transform(prediction) + sd * correlated.to(sd))
+    return noise.inverse(noise.transform(prediction) + sd * correlated.to(sd)), solved

@@ -12,7 +12,7 @@ from torch import Tensor
 from nlme_sbi.compute.random_streams import Stream, seeded
 from nlme_sbi.hierarchical.model import HierarchicalModel, Individuals
 from nlme_sbi.hierarchical.population import AmortizedDraws, FittedPopulation
-from nlme_sbi.hierarchical.predictions import draw_measurements, new_parameters
+from nlme_sbi.hierarchical.predictions import new_parameters, solve_and_measure
 from nlme_sbi.hierarchical.scores import coverage, crps, rmse
 from nlme_sbi.parameters import ParameterSpace
 
@@ -160,9 +160,8 @@ def score_table(
             # A draw without a solution has no weight.
             curves = model.simulator.predict(made.phi[block], some.design).nan_to_num(0.0, 0.0, 0.0)
             mean = torch.einsum("ik,iktc->itc", shares[block], curves)
-            solved = torch.isfinite(model.simulator.predict(new[block], some.design)).flatten(2).all(2)
+            measured, solved = solve_and_measure(model, new[block], some.design, noise)
             failed += int((~solved).sum())
-            measured = draw_measurements(model, new[block], some.design, noise)
             here = {
                 "reproduced_rmse": rmse(mean, values, observed).square(),
                 "predicted_rmse": rmse(measured.mean(1), values, observed).square(),

@@ -288,11 +288,12 @@ def _log_round(record: rounds.RoundRecord) -> None:
     weighted = "" if record.effective_pairs is None else f", {record.effective_pairs:.0f} effective pairs"
     if record.silent:
         weighted += f", {record.failed} failed; silent on {record.silent:.2g} of the parameters, of which none succeed"
+    narrowed = f" from {record.prior_share:.2g} of the prior" if record.prior_share < 1 else ""
     log.info(
-        "Round %d: %d simulations from %.2g of the prior, held-out loss %.3f nats%s, leakage %.2g.",
+        "Round %d: %d simulations%s, held-out loss %.3f nats%s, leakage %.2g.",
         record.round,
         record.simulations,
-        record.prior_share,
+        narrowed,
         record.loss,
         weighted,
         record.leakage,

@@ -135,10 +135,11 @@ def make_hierarchy(plain: Mapping[str, Any]) -> FinishedRun:
             return load_run(run.path, stage="train_hierarchical")
         for note in grouping_notes(prepared.fitted.observations.design):
             log.warning("%s", note)
-        grey = bool(networks_of(simulator))
-        scored = _score_shared(prepared, scoring, seed, trains=grey)
+        has_networks = bool(networks_of(simulator))
+        scored = _score_shared(prepared, scoring, seed, trains=has_networks)
         result = _train(prepared, training, run, seed, held_out_chooses=held.chooses_weights)
-        if scored and (grey or any(True for _ in prepared.model.residuals.parameters())):  # which training has changed
+        residuals_train = any(True for _ in prepared.model.residuals.parameters())
+        if scored and (has_networks or residuals_train):  # training has changed what the mode belongs to
             scored = _score_shared(prepared, scoring, seed)
         found = _fit_population(prepared, population, plain["evaluation"], seed, refined=bool(scored))
         _save_model(run, prepared, found, observations, held_out)

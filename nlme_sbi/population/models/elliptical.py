@@ -24,8 +24,7 @@ from scipy.optimize import brentq
 from scipy.special import betainc, chdtr, chdtri, gammainc, gammaincc, gammainccinv, gammaincinv, gammaln, stdtrit
 from torch import Tensor
 
-from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.population.models.gaussian import BoundGaussian
+from nlme_sbi.population.models.gaussian import BoundGaussian, BuiltOnGaussian
 from nlme_sbi.population.models.interface import FREEDOM, ParameterTable, Transform, Unknown
 from nlme_sbi.types import Design
 
@@ -292,7 +291,7 @@ class HuberEffects:
 
 
 @dataclass(frozen=True, eq=False)
-class BoundElliptical:
+class BoundElliptical(BuiltOnGaussian):
     """A population of a known parameter space with elliptical random effects.
 
     ``theta`` holds that of the Gaussian model, then the law's unknowns.
@@ -319,21 +318,6 @@ class BoundElliptical:
             fixed=torch.cat([table.fixed, torch.zeros(len(own), dtype=torch.bool)]),
         )
         return cls(gaussian, law, unknowns)
-
-    @property
-    def parameters(self) -> ParameterSpace:
-        """The individual parameters."""
-        return self.gaussian.parameters
-
-    @property
-    def varying(self) -> tuple[int, ...]:
-        """Columns of phi that have a density."""
-        return self.gaussian.varying
-
-    @property
-    def constant(self) -> tuple[int, ...]:
-        """The others."""
-        return self.gaussian.constant
 
     @property
     def ordering(self) -> tuple[tuple[str, ...], ...]:
@@ -368,23 +352,6 @@ class BoundElliptical:
         shape = self.unknowns.starts[len(self.gaussian.unknowns) :].to(mean)
         factor = self.law.variance(len(self.varying), shape)
         return torch.cat([self.gaussian.from_moments(mean, covariance / factor), shape])
-
-    def statistics(
-        self,
-        weights: Float[Tensor, "I S"],
-        phi: Float[Tensor, "I S V"],
-        theta: Float[Tensor, " P"],
-        design: Design,
-    ) -> None:
-        """None: the M-step has no closed form."""
-
-    def m_step(
-        self,
-        statistics: Float[Tensor, " statistics"],  # noqa: ARG002
-        theta: Float[Tensor, " P"],  # noqa: ARG002
-    ) -> Float[Tensor, " P"]:
-        """Not there; raises ``TypeError``."""
-        raise TypeError("Elliptical random effects have no closed M-step, and no statistics for one.")
 
     def mean(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " D"]:
         """Unconstrained values of the typical individual."""

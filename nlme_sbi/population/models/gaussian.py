@@ -337,3 +337,42 @@ def _comparable(effects: list[CovariateEffect]) -> list[tuple[object, ...]]:
         (effect.on, effect.covariate, effect.form, effect.levels, 0.0 if effect.levels else effect.reference)
         for effect in effects
     ]
+
+
+class BuiltOnGaussian:
+    """What populations have in common whose location, scale and covariate effects are those of a Gaussian one, and
+    whose M-step has no closed form."""
+
+    gaussian: BoundGaussian
+
+    @property
+    def parameters(self) -> ParameterSpace:
+        """The individual parameters."""
+        return self.gaussian.parameters
+
+    @property
+    def varying(self) -> tuple[int, ...]:
+        """Columns of phi that have a density."""
+        return self.gaussian.varying
+
+    @property
+    def constant(self) -> tuple[int, ...]:
+        """The others."""
+        return self.gaussian.constant
+
+    def statistics(
+        self,
+        weights: Float[Tensor, "I S"],
+        phi: Float[Tensor, "I S V"],
+        theta: Float[Tensor, " P"],
+        design: Design,
+    ) -> None:
+        """None: the M-step has no closed form."""
+
+    def m_step(
+        self,
+        statistics: Float[Tensor, " statistics"],  # noqa: ARG002
+        theta: Float[Tensor, " P"],  # noqa: ARG002
+    ) -> Float[Tensor, " P"]:
+        """Not there; raises ``TypeError``."""
+        raise TypeError(f"{type(self).__name__} has no closed M-step, and no statistics for one.")

@@ -150,14 +150,8 @@ class ParameterTable:
 
 
 @runtime_checkable
-class PopulationModel(Protocol):
-    """``p(phi | theta, x)`` for one parameter space; ``design`` carries what ``x`` may be.
-
-    A new population model is one class with these members; estimators, fit, uncertainty and table need no change.
-    One with covariates has those of :class:`CovariateModel`, too, one whose parameters may be exchanged those of
-    :class:`ExchangeableModel`, one whose random effects are not Gaussian those of :class:`ShapedModel`. Everything is
-    batched, differentiable in ``theta`` and float64.
-    """
+class Moments(Protocol):
+    """What tables summarise: a population, or a class of a mixture."""
 
     @property
     def parameters(self) -> ParameterSpace:
@@ -170,6 +164,24 @@ class PopulationModel(Protocol):
     @property
     def varying(self) -> tuple[int, ...]:
         """Columns of phi that have a density."""
+
+    def mean(self, theta: Tensor) -> Tensor:
+        """Unconstrained values ``(D,)`` of the typical individual, whose covariates are at their references."""
+
+    def covariance(self, theta: Tensor) -> Tensor:
+        """Covariance ``(D, D)`` between individuals like the typical one; zero rows for constants."""
+
+
+@runtime_checkable
+class PopulationModel(Moments, Protocol):
+    """``p(phi | theta, x)`` for one parameter space; ``design`` carries what ``x`` may be.
+
+    A new population model is one class with these members and those of :class:`Moments`; estimators, fit, uncertainty
+    and table need no change.
+    One with covariates has those of :class:`CovariateModel`, too, one whose parameters may be exchanged those of
+    :class:`ExchangeableModel`, one whose random effects are not Gaussian those of :class:`ShapedModel`. Everything is
+    batched, differentiable in ``theta`` and float64.
+    """
 
     @property
     def constant(self) -> tuple[int, ...]:
@@ -193,12 +205,6 @@ class PopulationModel(Protocol):
 
     def m_step(self, statistics: Tensor, theta: Tensor) -> Tensor:
         """Maximiser of the expected complete log-likelihood; entries without closed form (constants) stay."""
-
-    def mean(self, theta: Tensor) -> Tensor:
-        """Unconstrained values ``(D,)`` of the typical individual, whose covariates are at their references."""
-
-    def covariance(self, theta: Tensor) -> Tensor:
-        """Covariance ``(D, D)`` between individuals like the typical one; zero rows for constants."""
 
 
 @runtime_checkable
@@ -255,29 +261,6 @@ class ShapedModel(PopulationModel, Protocol):
     def warn(self, theta: Tensor, covariance: Tensor | None, individuals: int) -> tuple[str, ...]:
         """What makes an estimate of the law from so many individuals doubtful, in words, with the remedy;
         ``covariance`` is that of the free unknowns, None where it is not known."""
-
-
-@runtime_checkable
-class Moments(Protocol):
-    """What tables summarise: a population, or a class of a mixture."""
-
-    @property
-    def parameters(self) -> ParameterSpace:
-        """The individual parameters."""
-
-    @property
-    def unknowns(self) -> ParameterTable:
-        """The entries of theta."""
-
-    @property
-    def varying(self) -> tuple[int, ...]:
-        """Columns of phi that have a density."""
-
-    def mean(self, theta: Tensor) -> Tensor:
-        """``(D,)``."""
-
-    def covariance(self, theta: Tensor) -> Tensor:
-        """``(D, D)``."""
 
 
 @runtime_checkable

@@ -29,7 +29,7 @@ from torch import Tensor
 from nlme_sbi.config.wording import in_words
 from nlme_sbi.numerics.jacobians import jacobian
 from nlme_sbi.parameters import ParameterSpace
-from nlme_sbi.population.models.gaussian import BoundGaussian
+from nlme_sbi.population.models.gaussian import BoundGaussian, BuiltOnGaussian
 from nlme_sbi.population.models.interface import CLASS_ODDS, LOG_SD, MEAN, ParameterTable, Transform, Unknown
 from nlme_sbi.types import Design
 
@@ -71,7 +71,7 @@ class ClassMoments:
 
 
 @dataclass(frozen=True, eq=False)
-class BoundMixture:
+class BoundMixture(BuiltOnGaussian):
     """A mixture of a known parameter space; see the module for theta.
 
     Args:
@@ -113,21 +113,6 @@ class BoundMixture:
             fixed=torch.cat([table.fixed, torch.zeros(added, dtype=torch.bool)]),
         )
         return cls(gaussian, differing, classes, own, unknowns)
-
-    @property
-    def parameters(self) -> ParameterSpace:
-        """The individual parameters."""
-        return self.gaussian.parameters
-
-    @property
-    def varying(self) -> tuple[int, ...]:
-        """Columns of phi that have a density."""
-        return self.gaussian.varying
-
-    @property
-    def constant(self) -> tuple[int, ...]:
-        """The others."""
-        return self.gaussian.constant
 
     @cached_property
     def moments(self) -> tuple[ClassMoments, ...]:
@@ -229,23 +214,6 @@ class BoundMixture:
         places = torch.tensor(self.own, device=theta.device)
         inner = self.of_class(theta, 0).index_put((places,), each[order[0]])
         return torch.cat([inner, each[order[1:]].flatten(), log_weights[1:] - log_weights[0]])
-
-    def statistics(
-        self,
-        weights: Float[Tensor, "I S"],
-        phi: Float[Tensor, "I S V"],
-        theta: Float[Tensor, " P"],
-        design: Design,
-    ) -> None:
-        """None: the M-step is not in closed form for classes that share parameters."""
-
-    def m_step(
-        self,
-        statistics: Float[Tensor, " statistics"],  # noqa: ARG002
-        theta: Float[Tensor, " P"],  # noqa: ARG002
-    ) -> Float[Tensor, " P"]:
-        """Not there; raises ``TypeError``."""
-        raise TypeError("Mixtures have no closed M-step, and no statistics for one.")
 
     def mean(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " D"]:
         """Mean of all individuals, over the classes."""
